@@ -1,0 +1,27 @@
+"""The local losses of the paper (section 3)."""
+
+from greedy.losses.local import Features, LocalHeads, LocalLoss, Output, Pred, PredSim, Sim
+from greedy.losses.prediction import PredictionHead, pooling_kernel, prediction_loss
+from greedy.losses.similarity import (
+    SimilarityHead,
+    feature_deviation,
+    similarity_loss,
+    similarity_matrix,
+)
+
+__all__ = [
+    "Features",
+    "LocalHeads",
+    "LocalLoss",
+    "Output",
+    "Pred",
+    "PredSim",
+    "PredictionHead",
+    "Sim",
+    "SimilarityHead",
+    "feature_deviation",
+    "pooling_kernel",
+    "prediction_loss",
+    "similarity_loss",
+    "similarity_matrix",
+]

@@ -1,0 +1,123 @@
+"""The local losses: which heads a stage gets, and what they are trained to do."""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from greedy.losses.prediction import PredictionHead, prediction_loss
+from greedy.losses.similarity import SimilarityHead, similarity_loss
+from greedy.models import Shape
+
+
+class Features(NamedTuple):
+    """What the heads make of an activation h, a row a sample: all that a loss may couple."""
+
+    z: Tensor | None  # similarity features (B, F)
+    p: Tensor | None  # logits of the local classifier (B, classes)
+
+
+class LocalHeads(nn.Module):
+    """The sub-networks that exist only while a stage trains. Takes h, gives ``Features``."""
+
+    def __init__(self, similarity: nn.Module | None = None, prediction: nn.Module | None = None):
+        super().__init__()
+        self.similarity = similarity
+        self.prediction = prediction
+
+    def forward(self, h: Tensor) -> Features:
+        return Features(
+            z=self.similarity(h) if self.similarity is not None else None,
+            p=self.prediction(h) if self.prediction is not None else None,
+        )
+
+
+class LocalLoss(Protocol):
+    """What the training step asks of a local loss. Bring your own by writing these three."""
+
+    @property
+    def output_scale(self) -> float:
+        """The factor on the output layer's cross-entropy."""
+
+    def heads(self, shape: Shape, num_classes: int) -> LocalHeads:
+        """New heads for a stage whose activation h has this shape a row."""
+
+    def __call__(self, features: Features, y: Tensor) -> Tensor:
+        """The loss, a scalar, of a batch with one-hot labels ``y`` (B, classes)."""
+
+
+@dataclass(frozen=True)
+class Pred:
+    """The prediction loss, equation (6). ``pool_target``: the largest width of the local
+    classifier's input after average pooling."""
+
+    pool_target: int = 2048
+    output_scale: float = 1.0
+
+    def heads(self, shape: Shape, num_classes: int) -> LocalHeads:
+        return LocalHeads(prediction=PredictionHead(shape, num_classes, self.pool_target))
+
+    def __call__(self, features: Features, y: Tensor) -> Tensor:
+        return prediction_loss(features.p, y)
+
+
+@dataclass(frozen=True)
+class Sim:
+    """The similarity matching loss, equation (4). It trains no local classifier."""
+
+    output_scale: float = 1.0
+
+    def heads(self, shape: Shape, num_classes: int) -> LocalHeads:
+        return LocalHeads(similarity=SimilarityHead(shape))
+
+    def __call__(self, features: Features, y: Tensor) -> Tensor:
+        return similarity_loss(features.z, y)
+
+
+@dataclass(frozen=True)
+class PredSim:
+    """Both losses combined, equation (7). The published code scales the output layer's
+    cross-entropy by 1 - beta too."""
+
+    beta: float = 0.99
+    pool_target: int = 2048
+
+    @property
+    def output_scale(self) -> float:
+        return 1 - self.beta
+
+    def heads(self, shape: Shape, num_classes: int) -> LocalHeads:
+        return LocalHeads(
+            similarity=SimilarityHead(shape),
+            prediction=PredictionHead(shape, num_classes, self.pool_target),
+        )
+
+    def __call__(self, features: Features, y: Tensor) -> Tensor:
+        l_pred = prediction_loss(features.p, y)
+        l_sim = similarity_loss(features.z, y)
+        return (1 - self.beta) * l_pred + self.beta * l_sim
+
+
+@dataclass(frozen=True)
+class Output:
+    """The output layer's loss: its activation is the prediction. A local loss like the others,
+    so that the last stage trains as the others do."""
+
+    scale: float = 1.0
+
+    @property
+    def output_scale(self) -> float:
+        return self.scale
+
+    def heads(self, shape: Shape, num_classes: int) -> LocalHeads:
+        return LocalHeads(prediction=Float())
+
+    def __call__(self, features: Features, y: Tensor) -> Tensor:
+        return self.scale * prediction_loss(features.p, y)
+
+
+class Float(nn.Module):
+    """h itself, in float32 whatever the precision."""
+
+    def forward(self, h: Tensor) -> Tensor:
+        return h.float()

@@ -1,0 +1,62 @@
+"""The prediction loss, equation (6)."""
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from greedy.models import Shape
+
+
+def prediction_loss(p: Tensor, y: Tensor) -> Tensor:
+    """L_pred = CrossEntropy(Y, p), the mean over the batch, equation (6).
+
+    ``p`` (B, classes) are logits, ``y`` (B, classes) the one-hot labels.
+    """
+    return F.cross_entropy(p, y)
+
+
+def pooling_kernel(shape: Shape, target: int) -> tuple[int, int]:
+    """The kernel of the average pooling that brings a (C, H, W) map down to at most ``target``
+    values: its height and its width are doubled in turn while the map is too large."""
+    channels, height, width = shape
+    kernel = [1, 1]
+
+    def pooled_size() -> int:
+        return channels * math.ceil(height / kernel[0]) * math.ceil(width / kernel[1])
+
+    while pooled_size() > target and kernel[0] < height:
+        kernel[0] *= 2
+        if pooled_size() > target:
+            kernel[1] *= 2
+    return kernel[0], kernel[1]
+
+
+def average_pooling(shape: Shape, target: int) -> nn.AvgPool2d:
+    """The prediction head's pooling; padded zeros count in the mean, as published."""
+    kernel = pooling_kernel(shape, target)
+    padding = [
+        k * (math.ceil(side / k) - side // k) // 2
+        for k, side in zip(kernel, shape[1:], strict=True)
+    ]
+    return nn.AvgPool2d(kernel, padding=(padding[0], padding[1]))
+
+
+class PredictionHead(nn.Module):
+    """The local classifier W of equation (6), with average pooling before it for feature maps.
+
+    Takes h (B, *shape), gives logits p (B, classes) in float32. Its weight starts at zero.
+    """
+
+    def __init__(self, shape: Shape, num_classes: int, pool_target: int) -> None:
+        super().__init__()
+        self.pool: nn.Module = nn.Identity()
+        width = shape[0]
+        if len(shape) == 3:
+            self.pool = average_pooling(shape, pool_target)
+            (kh, kw) = pooling_kernel(shape, pool_target)
+            width = shape[0] * math.ceil(shape[1] / kh) * math.ceil(shape[2] / kw)
+        self.classifier = nn.Linear(width, num_classes)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.classifier(self.pool(h).flatten(1)).float()

@@ -1,0 +1,58 @@
+"""The similarity matching loss, equations (4) and (5)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from greedy.models import Shape
+
+
+def similarity_matrix(x: Tensor) -> Tensor:
+    """S(X): the correlation of every pair of rows, equation (5).
+
+    Takes (B, F), gives (B, B) in [-1, 1].
+    """
+    centred = x - x.mean(dim=1, keepdim=True)
+    norm = torch.linalg.vector_norm(centred, dim=1, keepdim=True)
+    unit = centred / (norm + 1e-8)
+    return (unit @ unit.T).clamp(-1, 1)
+
+
+def similarity_loss(z: Tensor, y: Tensor) -> Tensor:
+    """L_sim = ||S(z) - S(Y)||², averaged over the B x B entries, equation (4).
+
+    ``z`` (B, F) are the similarity head's features, ``y`` (B, classes) the one-hot labels.
+    """
+    return F.mse_loss(similarity_matrix(z), similarity_matrix(y))
+
+
+def feature_deviation(h: Tensor) -> Tensor:
+    """One number a feature map: its standard deviation over space, in float32.
+
+    (B, C, H, W) to (B, C). Maps of at most 3 channels or of height 1 are only flattened, and
+    vectors stay as they are. The gradient of a map without any deviation is zero.
+    """
+    h = h.float()
+    if h.dim() == 4 and h.shape[1] > 3 and h.shape[2] > 1:
+        return h.flatten(2).std(dim=2)
+    return h.flatten(1)
+
+
+class SimilarityHead(nn.Module):
+    """NeuralNet(H) of equation (4): a 3x3 convolution or a linear layer that keeps the width,
+    then the standard deviation over each feature map.
+
+    Takes h (B, *shape), gives z (B, F).
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        super().__init__()
+        width = shape[0]
+        self.transform: nn.Module = (
+            nn.Linear(width, width, bias=False)
+            if len(shape) == 1
+            else nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
+        )
+
+    def forward(self, h: Tensor) -> Tensor:
+        return feature_deviation(self.transform(h))

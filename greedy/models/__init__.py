@@ -1,0 +1,22 @@
+"""The paper's networks, and how a network becomes stages."""
+
+from greedy.models.initial import initialise, materialise
+from greedy.models.networks import ACTIVATIONS, mlp, vgg, vgg8b, vgg11b
+from greedy.models.shapes import StageShapes, shapes
+from greedy.models.stages import InputDropout, Shape, Stage, cut
+
+__all__ = [
+    "ACTIVATIONS",
+    "InputDropout",
+    "Shape",
+    "Stage",
+    "StageShapes",
+    "cut",
+    "initialise",
+    "materialise",
+    "mlp",
+    "shapes",
+    "vgg",
+    "vgg8b",
+    "vgg11b",
+]

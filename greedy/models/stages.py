@@ -1,0 +1,155 @@
+"""Cutting a network into stages."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from greedy.errors import UserError
+
+ENCODERS = (nn.modules.conv._ConvNd, nn.Linear)
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+POOLS = (
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+)
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class InputDropout:
+    """Dropout on a stage's input: whole channels of feature maps, or single values."""
+
+    rate: float
+    channels: bool
+
+    def mask(self, batch: int, shape: Shape, generator: torch.Generator) -> Tensor:
+        """One mask for a whole batch, scaled by 1/(1 - rate): (batch, C, 1, 1) for channels,
+        else (batch, *shape). Row i belongs to position i in the batch."""
+        wide = (shape[0],) + (1,) * (len(shape) - 1) if self.channels else shape
+        keep = torch.rand((batch, *wide), generator=generator) >= self.rate
+        return keep.float().div_(1 - self.rate)
+
+
+class Stage(nn.Module):
+    """One trainable layer and what belongs to it.
+
+    ``layer`` (encoder, batch norm, activation) gives the activation h that the local loss
+    sees; ``pool`` reduces it to the stage's output. ``dropout`` applies to the stage's input,
+    in training only and by the training step, which owns the masks. ``flatten`` says that
+    feature maps are flattened on the way in.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        layer: nn.Sequential,
+        pool: nn.Sequential,
+        *,
+        flatten: bool = False,
+        dropout: InputDropout | None = None,
+    ) -> None:
+        super().__init__()
+        self.number = number
+        self.layer = layer
+        self.pool = pool
+        self.flatten = flatten
+        self.dropout = dropout
+
+    @property
+    def name(self) -> str:
+        """What the stage is called in tables: ``conv128``, ``linear1024``."""
+        encoders = [m for m in self.layer.modules() if isinstance(m, ENCODERS)]
+        return "+".join(
+            f"linear{m.out_features}" if isinstance(m, nn.Linear) else f"conv{m.out_channels}"
+            for m in encoders
+        )
+
+    @property
+    def has_inner_dropout(self) -> bool:
+        """Whether the layer itself draws random numbers (a block of several layers may)."""
+        return any(isinstance(m, DROPOUTS) and m.p > 0 for m in self.layer.modules())
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The activation h before pooling, of an input on which dropout has been applied."""
+        return self.layer(x.flatten(1) if self.flatten else x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The stage's output as stored and as the next stage receives it."""
+        return self.pool(self.hidden(x))
+
+    def modules_for_inference(self) -> Iterator[nn.Module]:
+        """The stage as plain torch modules in order."""
+        if self.flatten:
+            yield nn.Flatten()
+        yield from self.layer
+        yield from self.pool
+
+
+def cut(network: nn.Sequential) -> list[Stage]:
+    """Cuts a network into stages.
+
+    A stage begins at each child that is, or contains, a convolution or linear layer; what
+    follows joins it. A flat network is so cut into single layers, a staged one (a Sequential
+    of Sequentials) along its children. Dropout and flattening at the end of a stage move to
+    the input of the next, pooling is the stage's last act; dropping whole channels or
+    flattening commute with it.
+    """
+    if not isinstance(network, nn.Sequential):
+        raise UserError(
+            f"a network must be an nn.Sequential to be cut into stages, not a "
+            f"{type(network).__name__}: arrange its layers or blocks in one"
+        )
+    groups: list[list[nn.Module]] = []
+    leading: list[nn.Module] = []
+    for child in network:
+        if any(isinstance(m, ENCODERS) for m in child.modules()):
+            groups.append(list(child) if isinstance(child, nn.Sequential) else [child])
+        else:
+            (groups[-1] if groups else leading).append(child)
+    if not groups:
+        raise UserError("the network has no convolution or linear layer, so there is no stage")
+    stages = []
+    for number, group in enumerate(groups, start=1):
+        stage, leading = _stage(number, leading + group)
+        stages.append(stage)
+    if leading:
+        raise UserError(
+            f"the output layer is followed by {type(leading[0]).__name__}: "
+            f"end the network with the linear layer that gives the logits"
+        )
+    return stages
+
+
+def _stage(number: int, modules: list[nn.Module]) -> tuple[Stage, list[nn.Module]]:
+    """A stage of these modules, and those at its end that the next stage's input takes over."""
+    first = next(
+        i for i, m in enumerate(modules) if any(isinstance(s, ENCODERS) for s in m.modules())
+    )
+    last = max(
+        i for i, m in enumerate(modules) if not isinstance(m, (*DROPOUTS, *POOLS, nn.Flatten))
+    )
+    entry, layer, end = modules[:first], modules[first : last + 1], modules[last + 1 :]
+    strangers = [m for m in entry if not isinstance(m, (*DROPOUTS, nn.Flatten))]
+    if strangers:  # activations or normalisation in front of the first encoder
+        entry = [m for m in entry if m not in strangers]
+        layer = strangers + layer
+    stage = Stage(
+        number,
+        nn.Sequential(*layer),
+        nn.Sequential(*(m for m in end if isinstance(m, POOLS))),
+        flatten=any(isinstance(m, nn.Flatten) for m in entry),
+        dropout=_dropout(number, entry),
+    )
+    return stage, [m for m in end if not isinstance(m, POOLS)]
+
+
+def _dropout(number: int, entry: Sequence[nn.Module]) -> InputDropout | None:
+    found = [m for m in entry if isinstance(m, DROPOUTS) and m.p > 0]
+    if len(found) > 1:
+        raise UserError(f"two dropouts stand before stage {number}: keep one of them")
+    return InputDropout(found[0].p, not isinstance(found[0], nn.Dropout)) if found else None

@@ -1,0 +1,96 @@
+"""Losses and gradients against values computed with the authors' published implementation."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from greedy.losses import Pred, PredSim, Sim, feature_deviation, similarity_loss
+
+GOLDEN = np.load(Path(__file__).parent / "data/local_loss_blocks.npz")
+LOSSES = {
+    "pred": (Pred(pool_target=64), nn.ReLU),
+    "sim": (Sim(), nn.LeakyReLU),
+    "predsim": (PredSim(beta=0.99, pool_target=64), nn.LeakyReLU),
+}
+OURS = {  # the published names of the parameters, and ours
+    "encoder.weight": "layer.0.weight",
+    "encoder.bias": "layer.0.bias",
+    "bn.weight": "layer.1.weight",
+    "bn.bias": "layer.1.bias",
+    "decoder_y.weight": "heads.prediction.classifier.weight",
+    "decoder_y.bias": "heads.prediction.classifier.bias",
+    "linear_loss.weight": "heads.similarity.transform.weight",
+    "conv_loss.weight": "heads.similarity.transform.weight",
+}
+
+
+def assert_golden(ours: torch.Tensor, golden: np.ndarray) -> None:
+    worst = (ours.detach() - torch.from_numpy(golden)).abs().max()
+    assert worst <= 1e-5 * np.abs(golden).max() + 1e-7
+
+
+class Block(nn.Module):
+    def __init__(self, kind: str, loss, activation: type[nn.Module]) -> None:
+        super().__init__()
+        encoder, norm, shape = (
+            (nn.Linear(12, 20), nn.BatchNorm1d(20), (20,))
+            if kind == "linear"
+            else (nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), (8, 7, 7))
+        )
+        self.layer = nn.Sequential(encoder, norm, activation())
+        self.heads = loss.heads(shape, num_classes=5)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_and_gradients_are_the_published_ones(kind: str, name: str) -> None:
+    loss, activation = LOSSES[name]
+    block = Block(kind, loss, activation)
+
+    def golden(key: str) -> np.ndarray:
+        return GOLDEN[f"{kind}/{name}/{key}"]
+
+    prefix = f"{kind}/{name}/param/"
+    published = [k.removeprefix(prefix) for k in GOLDEN.files if k.startswith(prefix)]
+    block.load_state_dict(
+        {OURS[k]: torch.from_numpy(golden(f"param/{k}")) for k in published}, strict=False
+    )
+    parameters = dict(block.named_parameters())
+    assert {OURS[k] for k in published} == set(parameters)
+
+    x = torch.from_numpy(golden("x")).requires_grad_()
+    y = nn.functional.one_hot(torch.from_numpy(golden("y")), 5).float()
+    h = block.layer(x)
+    value = loss(block.heads(h), y)
+    value.backward()
+
+    assert_golden(h, golden("output"))
+    assert_golden(value, golden("loss"))
+    assert_golden(x.grad, golden("grad/x"))
+    for key in published:
+        gradient = parameters[OURS[key]].grad
+        if key == "encoder.bias":  # batch norm cancels it: rounding is all there is
+            assert gradient.abs().max() < 1e-6
+        else:
+            assert_golden(gradient, golden(f"grad/{key}"))
+
+
+def test_dead_feature_maps_have_a_gradient_of_exactly_zero() -> None:
+    h = torch.randn(6, 8, 5, 5)
+    h[:, 2] = 0
+    h.requires_grad_()
+    y = nn.functional.one_hot(torch.arange(6) % 3, 3).float()
+    similarity_loss(feature_deviation(h), y).backward()
+    assert torch.all(h.grad[:, 2] == 0)
+    assert torch.all(torch.isfinite(h.grad))
+    assert torch.any(h.grad != 0)
+
+
+def test_features_are_float32_under_autocast() -> None:
+    heads = PredSim().heads((8, 4, 4), num_classes=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        features = heads(torch.randn(5, 8, 4, 4))
+    assert features.z.dtype == features.p.dtype == torch.float32
