@@ -1,5 +1,20 @@
-"""The errors a user can cause, or can do something about."""
+"""The errors of a run."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
     """A mistake in what was asked for: one sentence saying what is wrong and what to do."""
+
+
+class TrainingError(Exception):
+    """A run that cannot go on, through nothing wrong in what was asked for; one sentence."""
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
+    """The error that says ``name`` is no ``what``, with the nearest of the known names."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    return UserError(f"unknown {what} {name!r}: {hint}choose from {', '.join(known)}")

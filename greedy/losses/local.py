@@ -11,10 +11,11 @@ from greedy.models import Shape
 
 
 class Features(NamedTuple):
-    """What the heads make of an activation h, a row a sample: all that a loss may couple."""
+    """What the heads make of an activation h, a row a sample: all that a loss may couple.
+    ``None`` stands where a head is absent."""
 
-    z: Tensor | None  # similarity features (B, F)
-    p: Tensor | None  # logits of the local classifier (B, classes)
+    z: Tensor  # similarity features (B, F)
+    p: Tensor  # logits of the local classifier (B, classes)
 
 
 class LocalHeads(nn.Module):
@@ -27,8 +28,8 @@ class LocalHeads(nn.Module):
 
     def forward(self, h: Tensor) -> Features:
         return Features(
-            z=self.similarity(h) if self.similarity is not None else None,
-            p=self.prediction(h) if self.prediction is not None else None,
+            z=self.similarity and self.similarity(h),
+            p=self.prediction and self.prediction(h),
         )
 
 

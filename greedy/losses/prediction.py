@@ -42,7 +42,7 @@ def average_pooling(shape: Shape, target: int) -> nn.AvgPool2d:
     return nn.AvgPool2d(kernel, padding=(padding[0], padding[1]))
 
 
-class PredictionHead(nn.Module):
+class PredictionHead(nn.Sequential):
     """The local classifier W of equation (6), with average pooling before it for feature maps.
 
     Takes h (B, *shape), gives logits p (B, classes) in float32. Its weight starts at zero.
@@ -50,13 +50,14 @@ class PredictionHead(nn.Module):
 
     def __init__(self, shape: Shape, num_classes: int, pool_target: int) -> None:
         super().__init__()
-        self.pool: nn.Module = nn.Identity()
         width = shape[0]
         if len(shape) == 3:
+            height, breadth = pooling_kernel(shape, pool_target)
             self.pool = average_pooling(shape, pool_target)
-            (kh, kw) = pooling_kernel(shape, pool_target)
-            width = shape[0] * math.ceil(shape[1] / kh) * math.ceil(shape[2] / kw)
+            self.flatten = nn.Flatten()
+            width *= math.ceil(shape[1] / height) * math.ceil(shape[2] / breadth)
         self.classifier = nn.Linear(width, num_classes)
+        nn.init.zeros_(self.classifier.weight)
 
     def forward(self, h: Tensor) -> Tensor:
-        return self.classifier(self.pool(h).flatten(1)).float()
+        return super().forward(h).float()

@@ -1,6 +1,6 @@
 """The paper's networks, and how a network becomes stages."""
 
-from greedy.models.initial import initialise, materialise
+from greedy.models.initial import initialise, seeded
 from greedy.models.networks import ACTIVATIONS, mlp, vgg, vgg8b, vgg11b
 from greedy.models.shapes import StageShapes, shapes
 from greedy.models.stages import InputDropout, Shape, Stage, cut
@@ -13,8 +13,8 @@ __all__ = [
     "StageShapes",
     "cut",
     "initialise",
-    "materialise",
     "mlp",
+    "seeded",
     "shapes",
     "vgg",
     "vgg8b",

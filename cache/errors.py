@@ -1,0 +1,24 @@
+"""What can be wrong with a store."""
+
+
+class StoreError(Exception):
+    """A store cannot be written or read as asked; one sentence."""
+
+
+class DamagedStore(StoreError):
+    """A file of a store is missing or does not hold what was written."""
+
+
+class NonFiniteActivation(StoreError):
+    """A value that its encoding cannot hold: not finite, or beyond a float's range.
+
+    Attributes:
+        channel: index of the channel (of the feature, for vectors).
+    """
+
+    def __init__(self, channel: int, value: float, encoding: str) -> None:
+        super().__init__(
+            f"channel {channel} holds {value}, which {encoding} cannot store; "
+            "look at what produced it before writing the store again"
+        )
+        self.channel = channel

@@ -1,0 +1,185 @@
+"""A store's Zarr v3 metadata: written from a layout, and checked against one when read.
+
+The files of a store are the group's `zarr.json` and, for each of the arrays `activations`,
+`labels` and `index`, a `zarr.json` and the data. Any Zarr v3 library opens them.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .encodings import Encoding
+from .errors import StoreError
+from .layout import Layout
+from .shards import BLOSC_LEVEL, COMPRESSORS, MAX_CHUNK_BYTES
+
+FORMAT = 1
+SIDE_ARRAYS = ("labels", "index")
+MAX_VIEWS = 2**16
+MAX_ROWS = 2**40
+MAX_SHARD_CHUNKS = 2**20
+
+_CRC32C = {"name": "crc32c"}
+_BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a store's metadata says about it."""
+
+    layout: Layout
+    encoding: Encoding
+    compressor: str
+
+    @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        """Of a stored chunk, without the view's axis."""
+        return (self.layout.chunk_rows, *self.encoding.stored_shape)
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Of a chunk before compression."""
+        return self.layout.chunk_rows * self.encoding.stored_row_bytes
+
+    def shard_key(self, view: int, shard: int) -> str:
+        """File of a shard, relative to the store."""
+        rest = "0." * len(self.encoding.stored_shape)
+        return f"activations/c.{view}.{shard}.{rest[:-1]}"
+
+    def documents(self) -> dict[str, bytes]:
+        """Every `zarr.json` of the store by its path, the group's last."""
+        documents = {
+            f"{name}/zarr.json": _side_array(name, self.layout.rows) for name in SIDE_ARRAYS
+        }
+        documents["activations/zarr.json"] = _activations(self)
+        documents["zarr.json"] = {
+            "zarr_format": 3,
+            "node_type": "group",
+            "attributes": {
+                "greedy": {
+                    "format": FORMAT,
+                    "row_shape": list(self.encoding.row_shape),
+                    "encoding": self.encoding.to_json(),
+                    "compressor": self.compressor,
+                }
+            },
+        }
+        return {path: json.dumps(entry, indent=1).encode() for path, entry in documents.items()}
+
+
+def parse(group: bytes, activations: bytes, where: str) -> Description:
+    """The description in the `zarr.json` of a group and of its activations.
+
+    The files may come from a stranger: what they leave free is bounded, and the rest must be
+    exactly what this version writes.
+
+    Raises:
+        StoreError: they do not describe a store.
+    """
+    ours = _object(group, where).get("attributes", {})
+    ours = ours.get("greedy") if isinstance(ours, dict) else None
+    array = _object(activations, f"{where}/activations")
+    if not isinstance(ours, dict):
+        raise StoreError(f"{where} is a Zarr group but not an activation store")
+    if ours.get("format") != FORMAT:
+        raise StoreError(
+            f"{where} has format {ours.get('format')!r}, this version reads format {FORMAT}; "
+            "write the store again"
+        )
+    try:
+        row_shape = tuple(_bounded(side, MAX_CHUNK_BYTES) for side in ours["row_shape"])
+        encoding = Encoding.from_json(ours["encoding"], row_shape)
+        views, rows = _bounded(array["shape"][0], MAX_VIEWS), _bounded(array["shape"][1], MAX_ROWS)
+        (codec,) = array["codecs"]
+        shard_rows = _bounded(array["chunk_grid"]["configuration"]["chunk_shape"][1], MAX_ROWS)
+        chunk_rows = _bounded(codec["configuration"]["chunk_shape"][1], shard_rows)
+        compressor = ours["compressor"]
+    except (KeyError, IndexError, TypeError, ValueError, StoreError) as error:
+        raise StoreError(f"{where} has metadata that cannot be read: {error}") from error
+    if compressor not in COMPRESSORS:
+        raise StoreError(f"{where} uses the unknown compressor {compressor!r}")
+    description = Description(Layout(views, rows, chunk_rows, shard_rows), encoding, compressor)
+    sane = (
+        shard_rows % chunk_rows == 0
+        and shard_rows // chunk_rows <= MAX_SHARD_CHUNKS
+        and description.chunk_bytes <= MAX_CHUNK_BYTES
+    )
+    expected = _activations(description)
+    if not sane or any(array.get(key) != value for key, value in expected.items()):
+        raise StoreError(f"{where}/activations is not laid out as its attributes say")
+    return description
+
+
+def _activations(description: Description) -> dict[str, Any]:
+    layout, encoding = description.layout, description.encoding
+    dtype, row = encoding.stored_dtype, encoding.stored_shape
+    codecs: list[dict[str, Any]] = [_BYTES]
+    if description.compressor != "none":
+        blosc = {
+            "typesize": dtype.itemsize,
+            "cname": description.compressor,
+            "clevel": BLOSC_LEVEL,
+            "shuffle": "bitshuffle",
+            "blocksize": 0,
+        }
+        codecs.append({"name": "blosc", "configuration": blosc})
+    sharding = {
+        "chunk_shape": [1, layout.chunk_rows, *row],
+        "codecs": [*codecs, _CRC32C],
+        "index_codecs": [_BYTES, _CRC32C],
+        "index_location": "end",
+    }
+    if encoding.name == "uint4":
+        axes = ["pair"]
+    else:
+        axes = ["channel", "height", "width"] if len(row) == 3 else ["feature"]
+    return _array(
+        shape=[layout.views, layout.rows, *row],
+        dtype=dtype,
+        grid=[1, layout.shard_rows, *row],
+        codecs=[{"name": "sharding_indexed", "configuration": sharding}],
+        axes=["view", "row", *axes],
+    )
+
+
+def _side_array(name: str, rows: int) -> dict[str, Any]:
+    return _array([rows], np.dtype("<i8"), [rows], [_BYTES, _CRC32C], ["row"])
+
+
+def _array(
+    shape: list[int],
+    dtype: np.dtype[Any],
+    grid: list[int],
+    codecs: list[dict[str, Any]],
+    axes: list[str],
+) -> dict[str, Any]:
+    return {
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": shape,
+        "data_type": dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": grid}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
+        "fill_value": 0.0 if dtype.kind == "f" else 0,
+        "codecs": codecs,
+        "attributes": {},
+        "dimension_names": axes,
+    }
+
+
+def _object(text: bytes, where: str) -> dict[str, Any]:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"{where}/zarr.json is not JSON") from error
+    if not isinstance(document, dict):
+        raise StoreError(f"{where}/zarr.json is not a JSON object")
+    return document
+
+
+def _bounded(value: Any, top: int) -> int:
+    if type(value) is not int or not 1 <= value <= top:
+        raise StoreError(f"{value!r} is not between 1 and {top}")
+    return value

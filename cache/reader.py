@@ -1,0 +1,228 @@
+"""Reading a store: chunks, ranges of rows, everything, or batches in sequence."""
+
+from collections.abc import Iterator
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import shards
+from .encodings import Encoding
+from .errors import DamagedStore, StoreError
+from .layout import Layout
+from .metadata import parse
+from .sources import open_source
+from .threads import background, in_order
+
+if TYPE_CHECKING:
+    from .sources import Location
+
+_CHUNKS_AHEAD = 4
+
+
+class Store:
+    """An activation store, opened for reading; safe to use from several threads.
+
+    Every chunk's checksum is verified on every read. Values come in their stored form;
+    `encoding` decodes them.
+
+    Attributes:
+        layout: where rows lie.
+        encoding: how they are stored.
+        compressor: "lz4", "zstd" or "none".
+        labels: int64 (rows,).
+        index: int64 (rows,), each row's place in the original data set.
+
+    Raises:
+        StoreError: there is no store at `location`, or not one this version reads.
+        DamagedStore: its labels or index are missing or damaged.
+    """
+
+    layout: Layout
+    encoding: Encoding
+    compressor: str
+    labels: NDArray[np.int64]
+    index: NDArray[np.int64]
+
+    def __init__(self, location: "Location") -> None:
+        self._source = open_source(location)
+        group = self._source.whole("zarr.json")
+        activations = self._source.whole("activations/zarr.json")
+        if group is None or activations is None:
+            raise StoreError(f"{self._source} is not a finished activation store; write it first")
+        self._description = parse(group, activations, str(self._source))
+        self.layout = self._description.layout
+        self.encoding = self._description.encoding
+        self.compressor = self._description.compressor
+        self.labels = self._side_array("labels")
+        self.index = self._side_array("index")
+        self._indexes: dict[str, NDArray[np.uint64]] = {}
+
+    @property
+    def rows(self) -> int:
+        """Rows of each view."""
+        return self.layout.rows
+
+    @property
+    def views(self) -> int:
+        """Augmented copies of the data set."""
+        return self.layout.views
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """Of a decoded row."""
+        return self.encoding.row_shape
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows a chunk."""
+        return self.layout.chunk_rows
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all views in stored form, uncompressed: what `load` takes."""
+        return self.views * self.rows * self.encoding.stored_row_bytes
+
+    @cached_property
+    def disk_bytes(self) -> int:
+        """Bytes of all the store's files."""
+        return self._source.total_bytes()
+
+    def read_chunk(self, view: int, chunk: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        """The first rows of a chunk, (n, *stored_shape), without padding.
+
+        Args:
+            out: (n, *stored_shape) to fill; by default all the chunk's rows.
+
+        Raises:
+            DamagedStore: naming the file and the chunk.
+        """
+        if not (0 <= view < self.views and 0 <= chunk < self.layout.chunks):
+            raise IndexError(f"chunk {chunk} of view {view} is outside the store")
+        shape = self._description.chunk_shape
+        if out is not None and out.shape == shape and out.flags.c_contiguous:
+            self._decode(view, chunk, out)
+            return out
+        whole = np.empty(shape, self.encoding.stored_dtype)
+        self._decode(view, chunk, whole)
+        if out is None:
+            return whole[: self.layout.rows_in(chunk)]
+        out[:] = whole[: len(out)]
+        return out
+
+    def read_rows(self, view: int, start: int, stop: int) -> NDArray[Any]:
+        """Rows start to stop of a view, (stop - start, *stored_shape).
+
+        Raises:
+            DamagedStore: naming the file and the chunk.
+        """
+        self._check_range(start, stop)
+        rows = np.empty((stop - start, *self.encoding.stored_shape), self.encoding.stored_dtype)
+        for chunk in range(start // self.chunk_rows, -(-stop // self.chunk_rows)):
+            first = chunk * self.chunk_rows
+            skip = max(start - first, 0)
+            target = rows[first + skip - start : first + self.chunk_rows - start]
+            if skip:
+                target[:] = self.read_chunk(view, chunk)[skip : skip + len(target)]
+            else:
+                self.read_chunk(view, chunk, target)
+        return rows
+
+    def load(self, rows: int | None = None, threads: int = 2) -> NDArray[Any]:
+        """The first `rows` rows (by default all) of all views, (views, rows, *stored_shape).
+
+        Raises:
+            DamagedStore: naming the file and the chunk.
+        """
+        rows = self.rows if rows is None else rows
+        self._check_range(0, rows)
+        chunks = [
+            (view, chunk)
+            for view in range(self.views)
+            for chunk in range(-(-rows // self.chunk_rows))
+        ]
+        for view, chunk in chunks:
+            if chunk % self.layout.shard_chunks == 0:
+                self._span(view, chunk)  # shards are there before memory is taken for them
+        loaded = np.empty(
+            (self.views, rows, *self.encoding.stored_shape), self.encoding.stored_dtype
+        )
+        step = self.chunk_rows
+        jobs = (
+            partial(self.read_chunk, view, chunk, loaded[view, chunk * step : (chunk + 1) * step])
+            for view, chunk in chunks
+        )
+        with background(threads) as pool:
+            for _ in in_order(pool, jobs, 2 * threads):
+                pass
+        return loaded
+
+    def batches(
+        self, view: int, size: int, start: int = 0, stop: int | None = None
+    ) -> Iterator[NDArray[Any]]:
+        """Rows start to stop of a view in order, `size` at a time, the last batch shorter.
+
+        A background thread reads ahead; it ends with the iterator.
+
+        Raises:
+            DamagedStore: naming the file and the chunk.
+        """
+        stop = self.rows if stop is None else stop
+        self._check_range(start, stop)
+        chunks = range(start // self.chunk_rows, -(-stop // self.chunk_rows))
+        with background(1) as pool:
+            reads = in_order(
+                pool, (partial(self.read_chunk, view, chunk) for chunk in chunks), _CHUNKS_AHEAD
+            )
+            rest = next(reads)[start % self.chunk_rows :]
+            for first in range(start, stop, size):
+                wanted = min(size, stop - first)
+                pieces = [rest[:wanted]]
+                while wanted > len(rest):
+                    wanted -= len(rest)
+                    rest = next(reads)
+                    pieces.append(rest[:wanted])
+                rest = rest[wanted:]
+                yield np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+
+    def _decode(self, view: int, chunk: int, out: NDArray[Any]) -> None:
+        key, where, offset, size = self._span(view, chunk)
+        if self.compressor == "none":
+            body, crc = out.reshape(-1).view(np.uint8), np.empty(shards.CRC_BYTES, np.uint8)
+        else:
+            body, crc = np.split(np.empty(size, np.uint8), [-shards.CRC_BYTES])
+        if not self._source.fill(key, offset, (body, crc)):
+            raise DamagedStore(f"{where} lies beyond the end of its shard; write the store again")
+        shards.check_crc(body, crc, where)
+        if self.compressor != "none":
+            shards.decompress(body, out, where)
+
+    def _span(self, view: int, chunk: int) -> tuple[str, str, int, int]:
+        """File, description, offset and size of a chunk."""
+        shard, place = divmod(chunk, self.layout.shard_chunks)
+        key = self._description.shard_key(view, shard)
+        where = f"{self._source}/{key}: chunk {chunk} of view {view}"
+        if key not in self._indexes:
+            places = self.layout.shard_chunks
+            tail = self._source.tail(key, shards.index_bytes(places))
+            if tail is None:
+                raise DamagedStore(f"{where} is in a missing shard; write the store again")
+            self._indexes[key] = shards.parse_index(tail, places, where)
+        chunk_bytes = self._description.chunk_bytes
+        entry = shards.chunk_span(self._indexes[key], place, chunk_bytes, self.compressor, where)
+        return key, where, *entry
+
+    def _side_array(self, name: str) -> NDArray[np.int64]:
+        where = f"{self._source}/{name}"
+        data = self._source.whole(f"{name}/c.0")
+        if data is None:
+            raise DamagedStore(f"{where} is missing; write the store again")
+        values = np.frombuffer(shards.without_crc(data, where), np.uint8)
+        if values.nbytes != 8 * self.rows:
+            raise DamagedStore(f"{where} does not have {self.rows} rows; write the store again")
+        return values.view("<i8").astype(np.int64)
+
+    def _check_range(self, start: int, stop: int) -> None:
+        if not 0 <= start < stop <= self.rows:
+            raise IndexError(f"rows {start} to {stop} are not a part of the {self.rows} stored")

@@ -1,0 +1,171 @@
+"""The bytes of chunks and shards, written and checked.
+
+A shard is its chunks in index order, then an index of (offset, size) pairs, little-endian
+uint64, then the index's CRC32C. A chunk is its stored values, compressed by Blosc or plain,
+then their CRC32C. Nothing a file claims is believed before its checksum is right, and nothing
+is decoded before the Blosc header says what the layout says.
+"""
+
+import hashlib
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numcodecs.blosc
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import DamagedStore
+from .files import rename
+
+COMPRESSORS = ("lz4", "zstd", "none")
+BLOSC_LEVEL = 3
+# Blosc's own limit, 2**31 less its overhead, rounded down.
+MAX_CHUNK_BYTES = 2**31 - 64
+
+_EMPTY = 2**64 - 1
+CRC_BYTES = 4
+_BLOSC_HEADER = struct.Struct("<BBBBIII")  # versions, flags, type size; nbytes, blocksize, cbytes
+_ADVICE = "write the store again"
+
+
+def encode_chunk(stored: NDArray[Any], compressor: str) -> bytes:
+    """A chunk's bytes with their CRC32C; the same for the same values on every machine."""
+    if compressor == "none":
+        body = stored.tobytes()
+    else:
+        # Blosc's own threads would lay blocks out in completion order.
+        numcodecs.blosc.use_threads = False
+        body = numcodecs.blosc.compress(
+            stored, compressor.encode(), BLOSC_LEVEL, numcodecs.blosc.BITSHUFFLE
+        )
+    return with_crc(body)
+
+
+def decompress(body: NDArray[np.uint8], out: NDArray[Any], where: str) -> None:
+    """Decode a Blosc buffer, its checksum already right, into a whole C-contiguous chunk.
+
+    Raises:
+        DamagedStore: beginning with `where`.
+    """
+    _check_blosc_header(body, out, where)
+    numcodecs.blosc.use_threads = False
+    try:
+        numcodecs.blosc.decompress(body, out)
+    except (RuntimeError, ValueError) as error:
+        raise DamagedStore(f"{where} cannot be decompressed; {_ADVICE}") from error
+
+
+def with_crc(body: bytes) -> bytes:
+    """`body` followed by its CRC32C."""
+    return body + google_crc32c.value(body).to_bytes(CRC_BYTES, "little")
+
+
+def without_crc(data: bytes, where: str) -> NDArray[np.uint8]:
+    """The inverse of `with_crc`.
+
+    Raises:
+        DamagedStore: the checksum does not match; begins with `where`.
+    """
+    whole = np.frombuffer(data, np.uint8)
+    body, crc = whole[:-CRC_BYTES], whole[-CRC_BYTES:]
+    check_crc(body, crc, where)
+    return body
+
+
+def check_crc(body: NDArray[np.uint8], crc: NDArray[np.uint8], where: str) -> None:
+    """Compare the CRC32C of `body` with the 4 bytes stored after it.
+
+    Raises:
+        DamagedStore: they differ; begins with `where`.
+    """
+    if google_crc32c.value(body) != int.from_bytes(crc.tobytes(), "little"):
+        raise DamagedStore(f"{where} does not match its checksum; {_ADVICE}")
+
+
+def index_bytes(chunks: int) -> int:
+    """Size of a shard's index, which stands at the end of its file."""
+    return 16 * chunks + CRC_BYTES
+
+
+def parse_index(data: bytes, chunks: int, where: str) -> NDArray[np.uint64]:
+    """(chunks, 2) offsets and sizes from the last bytes of a shard.
+
+    Raises:
+        DamagedStore: beginning with `where`.
+    """
+    if len(data) != index_bytes(chunks):
+        raise DamagedStore(f"{where} is in a shard too short for its index; {_ADVICE}")
+    body = without_crc(data, f"{where} is in a shard whose index")
+    return body.view("<u8").reshape(chunks, 2)
+
+
+def chunk_span(
+    index: NDArray[np.uint64], place: int, chunk_bytes: int, compressor: str, where: str
+) -> tuple[int, int]:
+    """Offset and size of the chunk at `place` in the shard's index.
+
+    Raises:
+        DamagedStore: the entry is empty or its size is impossible; begins with `where`.
+    """
+    offset, size = (int(entry) for entry in index[place])
+    if _EMPTY in (offset, size):
+        raise DamagedStore(f"{where} is missing from its shard; {_ADVICE}")
+    header = _BLOSC_HEADER.size + CRC_BYTES
+    plain = chunk_bytes + CRC_BYTES
+    least, most = (plain, plain) if compressor == "none" else (header, chunk_bytes + header)
+    if offset >= 2**62 or not least <= size <= most:
+        raise DamagedStore(f"{where} has an impossible entry in its shard's index; {_ADVICE}")
+    return offset, size
+
+
+class ShardWriter:
+    """Writes one shard beside its final name; `close` renames it into place."""
+
+    def __init__(self, path: Path, chunks: int) -> None:
+        self._path = path
+        self._part = path.with_name(path.name + ".part")
+        self._file = self._part.open("wb")
+        self._digest = hashlib.blake2b()
+        self._index = np.full((chunks, 2), _EMPTY, "<u8")
+        self._offset = 0
+        self.written = 0
+
+    def append(self, chunk: bytes) -> None:
+        """Add the next chunk in index order."""
+        self._index[self.written] = self._offset, len(chunk)
+        self._write(chunk)
+        self.written += 1
+
+    def close(self) -> bytes:
+        """Finish the shard and return its digest."""
+        self._write(with_crc(self._index.tobytes()))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        rename(self._part, self._path)
+        return self._digest.digest()
+
+    def discard(self) -> None:
+        """Remove what was written of an unfinished shard."""
+        self._file.close()
+        self._part.unlink(missing_ok=True)
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._digest.update(data)
+        self._offset += len(data)
+
+
+def _check_blosc_header(body: NDArray[np.uint8], out: NDArray[Any], where: str) -> None:
+    _, _, _, typesize, nbytes, blocksize, cbytes = _BLOSC_HEADER.unpack_from(body.data)
+    as_expected = (
+        typesize == out.itemsize
+        and nbytes == out.nbytes
+        and 0 < blocksize <= nbytes
+        and cbytes == len(body)
+    )
+    if not as_expected:
+        raise DamagedStore(f"{where} has a Blosc header that does not fit the store; {_ADVICE}")

@@ -1,0 +1,230 @@
+"""Writing a store: rows in order, encoded and compressed in the background."""
+
+import hashlib
+from collections import deque
+from concurrent.futures import Future
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .encodings import Encoding
+from .errors import StoreError
+from .files import write_whole
+from .layout import Layout
+from .metadata import SIDE_ARRAYS, Description
+from .shards import COMPRESSORS, ShardWriter, encode_chunk, with_crc
+from .sources import LocalSource
+from .threads import background
+
+
+@dataclass(frozen=True)
+class StoreSummary:
+    """What was written.
+
+    Attributes:
+        disk_bytes: size of all files.
+        values: activations stored, over all views.
+        digest: BLAKE2b over labels, index and every shard, in hexadecimal.
+    """
+
+    disk_bytes: int
+    values: int
+    digest: str
+
+
+class StoreWriter:
+    """Context manager that writes one store; leaving it cleanly finishes the store.
+
+    The group's `zarr.json` comes last, so an interrupted store is never taken for a whole one.
+    Memory: a few chunks a thread. The bytes do not depend on `threads`, nor on how rows are
+    divided over calls of `append`.
+
+    Args:
+        path: directory to make; must not hold files.
+        rows: rows of each view.
+        views: augmented copies of the data set.
+        encoding: how values are stored.
+        compressor: "lz4", "zstd" or "none".
+        labels: integers (rows,), read when the store is finished: an int64 array may be filled
+            while rows are appended.
+        index: integers (rows,), each row's place in the original data set; read likewise.
+        encoded: whether `append` gets values already in stored form (raw images).
+        threads: that encode and compress; one more writes.
+        layout: instead of `Layout.fit`'s.
+
+    Attributes:
+        summary: set when the store is finished.
+
+    Raises:
+        StoreError: `path` holds files, or the arguments do not fit together.
+    """
+
+    summary: StoreSummary
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        rows: int,
+        views: int,
+        encoding: Encoding,
+        compressor: str,
+        labels: NDArray[Any],
+        index: NDArray[Any],
+        encoded: bool = False,
+        threads: int = 2,
+        layout: Layout | None = None,
+    ) -> None:
+        if compressor not in COMPRESSORS:
+            raise StoreError(
+                f"unknown compressor {compressor!r}; choose from {', '.join(COMPRESSORS)}"
+            )
+        if rows < 1 or views < 1:
+            raise StoreError(f"a store needs rows and views, not {views} views of {rows} rows")
+        if labels.shape != (rows,) or index.shape != (rows,):
+            raise StoreError(f"labels and index must have one entry for each of {rows} rows")
+        if path.exists() and any(path.iterdir()):
+            raise StoreError(f"{path} already holds files; remove them first")
+        self._path = path
+        self._layout = layout or Layout.fit(views, rows, encoding)
+        self._description = Description(self._layout, encoding, compressor)
+        self._side_arrays = dict(
+            zip(SIDE_ARRAYS, (np.asarray(labels, "<i8"), np.asarray(index, "<i8")), strict=True)
+        )
+        self._encoded = encoded
+        self._dtype = encoding.stored_dtype if encoded else np.dtype(np.float32)
+        self._row_shape = encoding.stored_shape if encoded else encoding.row_shape
+        self._threads = threads
+        self._appended = 0
+        self._chunk = np.empty(0)
+        self._pending: deque[Future[None]] = deque()
+        self._shard: ShardWriter | None = None
+        self._digests: list[bytes] = []
+        self._broken = False
+
+    def __enter__(self) -> Self:
+        (self._path / "activations").mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            stack.callback(self._discard)
+            # One thread writes, in order; it ends after those it waits for.
+            self._files = stack.enter_context(background(1))
+            self._encoders = stack.enter_context(background(self._threads))
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        with self._stack:
+            if error is None:
+                self.finish()
+            else:
+                self._broken = True
+
+    def append(self, values: NDArray[Any]) -> None:
+        """Add the next rows, any number: all of view 0 in order, then of view 1, and so on.
+
+        Args:
+            values: float32 (n, *row_shape), or (n, *stored_shape) where `encoded`; copied.
+
+        Raises:
+            StoreError: type, shape or number of rows do not fit.
+            NonFiniteActivation: now or in a later call, from the background.
+        """
+        if values.dtype != self._dtype or values.shape[1:] != self._row_shape:
+            raise StoreError(
+                f"rows must be {self._dtype} {self._row_shape}, "
+                f"not {values.dtype} {values.shape[1:]}"
+            )
+        if self._appended + len(values) > self._layout.views * self._layout.rows:
+            raise StoreError(f"the store takes {self._expected()}, more were appended")
+        while len(values):
+            view, row = divmod(self._appended, self._layout.rows)
+            chunk, filled = divmod(row, self._layout.chunk_rows)
+            if not filled:
+                shape = (self._layout.rows_in(chunk), *self._row_shape)
+                self._chunk = np.empty(shape, self._dtype)
+            taken = min(len(self._chunk) - filled, len(values))
+            self._chunk[filled : filled + taken] = values[:taken]
+            self._appended += taken
+            values = values[taken:]
+            if filled + taken == len(self._chunk):
+                self._submit(view, chunk)
+
+    def finish(self) -> StoreSummary:
+        """Write what is left, check that all rows came, and describe the store.
+
+        Raises:
+            StoreError: rows are missing.
+            NonFiniteActivation: from the background.
+        """
+        if hasattr(self, "summary"):
+            return self.summary
+        self._wait(0)
+        layout = self._layout
+        if len(self._digests) != layout.views * layout.shards:
+            raise StoreError(f"the store takes {self._expected()}, {self._appended} rows came")
+        digest = hashlib.blake2b()
+        for name, array in self._side_arrays.items():
+            (self._path / name).mkdir(exist_ok=True)
+            write_whole(self._path / name / "c.0", with_crc(array.tobytes()))
+            digest.update(array.tobytes())
+        for shard in self._digests:
+            digest.update(shard)
+        for name, document in self._description.documents().items():
+            write_whole(self._path / name, document)
+        self.summary = StoreSummary(
+            disk_bytes=LocalSource(self._path).total_bytes(),
+            values=layout.views * layout.rows * self._description.encoding.row_size,
+            digest=digest.hexdigest(),
+        )
+        return self.summary
+
+    def _submit(self, view: int, chunk: int) -> None:
+        self._wait(self._threads + 1)
+        encoded = self._encoders.submit(self._encode, self._chunk)
+        self._pending.append(self._files.submit(self._write, encoded, view, chunk))
+
+    def _wait(self, left: int) -> None:
+        """Until at most `left` chunks are on their way; here background errors surface."""
+        while len(self._pending) > left:
+            self._pending.popleft().result()
+
+    def _encode(self, values: NDArray[Any]) -> bytes:
+        stored = values if self._encoded else self._description.encoding.encode(values)
+        padding = self._layout.chunk_rows - len(stored)
+        if padding:
+            stored = np.pad(stored, [(0, padding)] + [(0, 0)] * (stored.ndim - 1))
+        return encode_chunk(stored, self._description.compressor)
+
+    def _write(self, encoded: Future[bytes], view: int, chunk: int) -> None:
+        if self._broken:  # nothing may follow a chunk that failed
+            return
+        try:
+            data = encoded.result()
+            shard = chunk // self._layout.shard_chunks
+            if self._shard is None:
+                path = self._path / self._description.shard_key(view, shard)
+                self._shard = ShardWriter(path, self._layout.shard_chunks)
+            self._shard.append(data)
+            if self._shard.written == self._layout.chunks_in(shard):
+                self._digests.append(self._shard.close())
+                self._shard = None
+        except BaseException:
+            self._broken = True
+            raise
+
+    def _discard(self) -> None:
+        if self._shard is not None:
+            self._shard.discard()
+
+    def _expected(self) -> str:
+        return f"{self._layout.views} views of {self._layout.rows} rows"

@@ -1,0 +1,76 @@
+"""From what a recipe says to modules and losses."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from greedy import models
+from greedy.errors import UserError
+from greedy.losses import LocalLoss, Pred, PredSim, Sim
+from greedy.models import Shape
+from greedy.recipes import Loss, Model
+
+NETWORKS: dict[str, Callable[..., nn.Sequential]] = {
+    "mlp": models.mlp,
+    "vgg8b": models.vgg8b,
+    "vgg11b": models.vgg11b,
+}
+
+
+def build_network(model: Model, row_shape: Shape, num_classes: int) -> nn.Sequential:
+    """The recipe's network for images of ``row_shape`` (C, H, W), on the meta device: its
+    stages get their weights one at a time, when each is trained."""
+    if model.network == "python":
+        raise UserError(
+            "this run's network was built in Python: name the function that returns it with "
+            "--model module:function"
+        )
+    channels, height, width = row_shape
+    if height != width:
+        raise UserError(
+            f"the images are {height}x{width} and {model.network} takes square ones: "
+            f"set data.image_size"
+        )
+    convolutional = {"feature_multiplier": model.feature_multiplier}
+    with torch.device("meta"):
+        return NETWORKS[model.network](
+            channels,
+            height,
+            num_classes,
+            hidden_layers=model.hidden_layers,
+            hidden_width=model.hidden_width,
+            dropout=model.dropout,
+            activation=model.activation,
+            **({} if model.network == "mlp" else convolutional),
+        )
+
+
+def loss_settings(loss: LocalLoss) -> dict[str, str | float | int]:
+    """The recipe's ``loss`` section for a loss given in Python."""
+    match loss:
+        case Pred():
+            return {"name": "pred", "pred_pool_target": loss.pool_target}
+        case Sim():
+            return {"name": "sim"}
+        case PredSim():
+            return {
+                "name": "predsim",
+                "beta": loss.beta,
+                "pred_pool_target": loss.pool_target,
+            }
+    return {"name": "python"}
+
+
+def build_loss(loss: Loss) -> LocalLoss:
+    """The recipe's local loss."""
+    match loss.name:
+        case "pred":
+            return Pred(loss.pred_pool_target)
+        case "sim":
+            return Sim()
+        case "predsim":
+            return PredSim(loss.beta, loss.pred_pool_target)
+    raise UserError(
+        "this run's local loss was written in Python: go on with it from Python, as it began"
+    )

@@ -1,0 +1,21 @@
+"""Data sets, and what is done to their images before the network sees them."""
+
+from greedy.data.augmentation import Augmentation, Draws, normalise, prepare
+from greedy.data.catalogue import DATASETS, Entry
+from greedy.data.loading import is_available, load_dataset
+from greedy.data.mapstyle import dataset_from_torch
+from greedy.data.splits import Dataset, Split
+
+__all__ = [
+    "DATASETS",
+    "Entry",
+    "Dataset",
+    "Split",
+    "load_dataset",
+    "dataset_from_torch",
+    "is_available",
+    "Augmentation",
+    "Draws",
+    "normalise",
+    "prepare",
+]

@@ -1,0 +1,152 @@
+"""Random crop, horizontal flip and cutout, drawn as tables over all rows and applied by batch.
+
+Drawing for the whole data set at once and indexing by row makes a row's augmentation
+independent of the order in which rows are read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from greedy.errors import UserError, unknown
+
+PADDINGS = {"jitter2": 2, "crop4": 4}
+NAMES = ("none", *PADDINGS, "hflip")
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The augmentation of N rows, on the CPU."""
+
+    shifts: Tensor
+    """(N, 2): output pixel (y, x) shows pixel (y + shift 0, x + shift 1), zero outside."""
+    flips: Tensor
+    """(N,), bool."""
+    centres: Tensor
+    """(N, 2): y and x of the hole's centre."""
+
+    def __getitem__(self, rows: Tensor | np.ndarray[Any, Any] | slice) -> "Draws":
+        """The draws of these rows, in their order."""
+        rows = torch.from_numpy(rows) if isinstance(rows, np.ndarray) else rows
+        return Draws(self.shifts[rows], self.flips[rows], self.centres[rows])
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to training images, in this order: a random crop of the image zero-padded by
+    ``padding``, a horizontal flip with probability 1/2, and, after normalisation, a square hole
+    of side ``hole``."""
+
+    padding: int = 0
+    flip: bool = False
+    hole: int = 0
+
+    @classmethod
+    def parse(cls, text: str, cutout_length: int = 0) -> "Augmentation":
+        """From names joined by ``+``: ``none``, ``jitter2`` or ``crop4``, ``hflip``.
+
+        Raises UserError for an unknown name, or names that exclude each other.
+        """
+        names = [name.strip() for name in text.split("+")]
+        for name in names:
+            if name not in NAMES:
+                raise unknown("augmentation", name, NAMES)
+        paddings = [PADDINGS[name] for name in names if name in PADDINGS]
+        if len(set(names)) < len(names) or len(paddings) > 1 or ("none" in names and names[1:]):
+            raise UserError(
+                f"augmentation {text!r} repeats or contradicts itself: "
+                "give none, or one of jitter2, crop4 and hflip joined by +"
+            )
+        if cutout_length < 0:
+            raise UserError(f"cutout_length is {cutout_length}: give 0 or more pixels")
+        return cls(sum(paddings), "hflip" in names, cutout_length)
+
+    def draw(self, rows: int, height: int, width: int, generator: torch.Generator) -> Draws:
+        """Independent draws for rows 0 to ``rows`` - 1 of images of ``height`` x ``width``.
+
+        Raises UserError where the image is no larger than its padding.
+        """
+        if self.padding >= min(height, width):
+            raise UserError(
+                f"images of {height}x{width} are too small to be shifted by {self.padding} pixels: "
+                "set data.augmentation without a crop"
+            )
+
+        def uniform(low: int, high: int) -> Tensor:
+            return torch.randint(low, high, (rows,), generator=generator)
+
+        reach = (-self.padding, self.padding + 1)
+        shifts = torch.stack((uniform(*reach), uniform(*reach)), dim=1)
+        flips = uniform(0, 1 + self.flip).bool()
+        return Draws(shifts, flips, torch.stack((uniform(0, height), uniform(0, width)), dim=1))
+
+    def apply(self, images: Tensor, draws: Draws) -> Tensor:
+        """Crop, then flip the images (B, C, H, W) of any dtype as their B draws say."""
+        if not (self.padding or self.flip):
+            return images
+        channels, height, width = images.shape[1:]
+        shifts, flips = draws.shifts.to(images.device), draws.flips.to(images.device)
+        y = torch.arange(height, device=images.device)
+        x = torch.arange(width, device=images.device)
+        x = torch.where(flips[:, None], x.flip(0), x)
+        y, x = y + shifts[:, :1] + self.padding, x + shifts[:, 1:] + self.padding
+        pixels = y[:, :, None] * (width + 2 * self.padding) + x[:, None, :]
+        padded = F.pad(images, [self.padding] * 4).flatten(2)
+        pixels = pixels.flatten(1)[:, None].expand(-1, channels, -1)
+        return padded.gather(2, pixels).view(images.shape)
+
+    def cutout(self, images: Tensor, draws: Draws) -> Tensor:
+        """Zero one hole in each of the normalised images (B, C, H, W): on each axis the pixels
+        [c - L // 2, c + L // 2) around the drawn centre c, clipped at the border."""
+        if not self.hole:
+            return images
+        half = self.hole // 2
+        centres = draws.centres.to(images.device)
+
+        def covered(axis: int) -> Tensor:
+            place = torch.arange(images.shape[2 + axis], device=images.device)
+            centre = centres[:, axis, None]
+            return (place >= centre - half) & (place < centre + half)
+
+        hole = covered(0)[:, :, None] & covered(1)[:, None, :]
+        return images.masked_fill(hole[:, None], 0.0)
+
+
+def normalise(
+    images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor
+) -> Tensor:
+    """(image - mean) / std, channel by channel: images (B, C, H, W), mean and std (C,)."""
+
+    def channelwise(values: Sequence[float] | Tensor) -> Tensor:
+        return torch.as_tensor(values, dtype=images.dtype, device=images.device).view(-1, 1, 1)
+
+    return (images - channelwise(mean)) / channelwise(std)
+
+
+def prepare(
+    images: Tensor,
+    mean: Sequence[float] | Tensor,
+    std: Sequence[float] | Tensor,
+    augmentation: Augmentation | None = None,
+    draws: Draws | None = None,
+) -> Tensor:
+    """A raw batch (B, C, H, W) as the network sees it, float32 on the batch's device: crop and
+    flip, scale uint8 to [0, 1], normalise, cutout. Float images are taken as they are.
+
+    Training gives an augmentation and the B rows' draws, evaluation neither.
+    Raises ValueError where one is given without the other.
+    """
+    if (augmentation is None) != (draws is None):
+        raise ValueError("an augmentation and its draws belong together: give both or neither")
+    if augmentation is not None and draws is not None:
+        images = augmentation.apply(images, draws)
+    images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    images = normalise(images, mean, std)
+    if augmentation is not None and draws is not None:
+        images = augmentation.cutout(images, draws)
+    return images

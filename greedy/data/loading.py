@@ -1,0 +1,57 @@
+"""From the name of a data set to the data set."""
+
+import re
+from pathlib import Path
+
+from platformdirs import user_cache_path
+
+from greedy.data.catalogue import DATASETS
+from greedy.data.folder import load_folder
+from greedy.data.mapstyle import load_function
+from greedy.data.splits import Dataset
+from greedy.data.vision import is_present, load_vision
+from greedy.errors import UserError, unknown
+
+NAMES = [entry.name for entry in DATASETS]
+FOLDER = "folder:"
+
+
+def load_dataset(
+    name: str,
+    data_dir: str | Path | None = None,
+    download: bool = False,
+    image_size: int | None = None,
+    allow_function: bool = False,
+) -> Dataset:
+    """The data set of a name of ``DATASETS``, of ``folder:PATH`` or of ``module:function``.
+
+    Named data sets are looked for in ``data_dir``, by default the user's cache directory, and
+    fetched into it if ``download`` is true. ``image_size`` (pixels) resizes the short side of a
+    folder's images and crops the centre. A function is called only if ``allow_function`` is true.
+    Raises UserError, saying what to do, if the data set cannot be had.
+    """
+    if name.startswith(FOLDER):
+        return load_folder(name, Path(name.removeprefix(FOLDER)).expanduser(), image_size)
+    if image_size is not None:
+        raise UserError(f"data.image_size is for folder:PATH alone: remove it for {name}")
+    if name in NAMES:
+        return load_vision(name, _root(data_dir), download)
+    if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
+        raise unknown("data set", name, [*NAMES, "folder:PATH", "module:function"])
+    if not allow_function:
+        raise UserError(
+            "a function named in a recipe is only called when the same name is given on the "
+            f"command line: add --data {name}"
+        )
+    return load_function(name)
+
+
+def is_available(name: str, data_dir: str | Path | None = None) -> bool:
+    """Whether the data set of a name of ``DATASETS`` can be loaded without a download."""
+    if name not in NAMES:
+        raise unknown("data set", name, NAMES)
+    return is_present(name, _root(data_dir))
+
+
+def _root(data_dir: str | Path | None) -> Path:
+    return user_cache_path("greedy") / "data" if data_dir is None else Path(data_dir).expanduser()

@@ -1,0 +1,65 @@
+"""Where a stage computes, and in which precision."""
+
+import os
+import resource
+import sys
+
+import numpy as np
+import psutil
+import torch
+
+from greedy.errors import UserError
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
+
+
+def pick_device(name: str) -> torch.device:
+    """The device called ``auto``, ``cpu``, ``cuda`` or ``mps``; ``auto`` is the fastest there is.
+    Raises ``UserError`` for one this machine lacks."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next((d for d, there in available.items() if there), "cpu"))
+    if name not in DEVICES:
+        raise UserError(f"{name!r} is not a device: use one of {', '.join(DEVICES)}")
+    if not available.get(name, True):
+        raise UserError(f"this machine has no usable {name} device: use --device auto or cpu")
+    return torch.device(name)
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """``auto`` is bfloat16 where the device computes it fast, else float32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = device.type == "cpu" and (
+            torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        )
+    return "bfloat16" if fast else "float32"
+
+
+def available_memory() -> int:
+    """Bytes of main memory that can be taken without swapping."""
+    return psutil.virtual_memory().available
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on CUDA the allocator's peak since it was last reset, else the process's highest
+    resident memory so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def describe(device: torch.device) -> str:
+    """The device in words, for records."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {os.cpu_count()} cores"
+
+
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """An array as a tensor there, integers staying integers on the way."""
+    return torch.from_numpy(array).to(device, non_blocking=True)

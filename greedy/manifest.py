@@ -1,0 +1,115 @@
+"""What a finished stage says of itself: ``stage.json``."""
+
+import json
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from greedy.cache.files import write_whole
+from greedy.errors import UserError
+from greedy.files import canonical, digest, file_digest
+
+FORMAT = 1
+ENCODER, HEADS, HISTORY = "encoder.safetensors", "heads.safetensors", "history.jsonl"
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Parent(_Document):
+    """The stage before a stage, as it was when the stage was trained."""
+
+    stage: int
+    lineage: str
+
+
+class StoreRecord(_Document):
+    """One stage's activation store, both splits together."""
+
+    encoding: str
+    compressor: str
+    views: int
+    values: int
+    bytes: int
+    digest: str
+
+
+class Metrics(_Document):
+    """Errors in percent; ``None`` where a stage has no local classifier."""
+
+    train_error_percent: float | None = None
+    test_error_percent: float | None = None
+    train_loss: float | None = None
+
+
+class StageRecord(_Document):
+    """One complete stage.
+
+    ``lineage`` names everything the stage's result follows from and decides staleness; it
+    outlives a deleted store. ``source`` is the stage whose store it was trained from.
+    ``row_shape`` is the shape of its output, ``network`` the names of all stages of the run,
+    ``files`` the digests of the sibling files.
+    """
+
+    format: int = FORMAT
+    stage: int
+    name: str
+    lineage: str
+    parent: Parent | None = None
+    source: int | None = None
+    row_shape: tuple[int, ...]
+    class_names: list[str]
+    network: list[str]
+    resolved: dict[str, Any] = {}
+    metrics: Metrics = Metrics()
+    store: StoreRecord | None = None
+    rows: dict[str, int] = {}
+    seconds: float = 0.0
+    peak_memory_bytes: int | None = None
+    versions: dict[str, str] = {}
+    device: str = ""
+    files: dict[str, str] = {}
+
+    def write(self, directory: Path) -> Self:
+        """Writes ``stage.json`` with the digests of its siblings and, last, of itself; returns
+        the record as written."""
+        files = {
+            path.name: file_digest(path)
+            for path in sorted(directory.iterdir())
+            if path.is_file() and path.name != "stage.json"
+        }
+        record = self.model_copy(update={"files": files})
+        document = record.model_dump(mode="json")
+        document["digest"] = digest(canonical(document))
+        write_whole(directory / "stage.json", json.dumps(document, indent=2).encode())
+        return record
+
+    @classmethod
+    def read(cls, directory: Path) -> Self:
+        """Reads and checks ``stage.json``. Raises ``UserError`` naming what is wrong with it."""
+        path = directory / "stage.json"
+        try:
+            document = json.loads(path.read_bytes())
+            claimed = document.pop("digest")
+            if digest(canonical(document)) != claimed:
+                raise ValueError("its digest does not match")
+            return cls.model_validate(document)
+        except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"{path} is damaged ({reason}): train the stage again with --retrain"
+            ) from error
+
+    def check_file(self, directory: Path, name: str) -> Path:
+        """The path of a sibling file whose bytes are those recorded."""
+        path = directory / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing: train the stage again with --retrain")
+        if file_digest(path) != self.files.get(name):
+            raise UserError(
+                f"{path} is not the file that was written (its digest differs): "
+                f"train the stage again with --retrain"
+            )
+        return path

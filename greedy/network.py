@@ -1,0 +1,94 @@
+"""The trained network, put together again from its stages."""
+
+from collections.abc import Sequence
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from greedy.build import build_network
+from greedy.errors import UserError
+from greedy.losses import LocalLoss
+from greedy.manifest import ENCODER, HEADS, StageRecord
+from greedy.models import Stage, cut, shapes
+from greedy.recipes import Recipe
+from greedy.runs import RunDirectory
+
+
+def stages_of(recipe: Recipe, data: StageRecord, model: nn.Sequential | None) -> list[Stage]:
+    """The run's stages without their trained weights: of ``model``, or where there is none of
+    the recipe's network on the meta device."""
+    if model is None:
+        model = build_network(recipe.model, data.row_shape, len(data.class_names))
+    return cut(model)
+
+
+def load_stage(run: RunDirectory, stage: Stage, device: torch.device) -> None:
+    """Gives a stage its frozen weights from the run, checked against their digest."""
+    directory = run.stage(stage.number)
+    path = run.complete(stage.number).check_file(directory, ENCODER)
+    try:
+        stage.load_state_dict(safetensors.torch.load_file(path), assign=True)
+    except RuntimeError as error:
+        raise UserError(
+            f"{path} does not fit stage {stage.number} of this network: "
+            f"give the network (--model) that the run was trained with"
+        ) from error
+    stage.to(device).eval().requires_grad_(False)
+
+
+def assemble(
+    run: RunDirectory,
+    loss: LocalLoss,
+    model: nn.Sequential | None = None,
+    *,
+    until_stage: int | None = None,
+) -> nn.Sequential:
+    """The trained network as one plain ``nn.Sequential`` of torch's own modules, in float32 on
+    the CPU and in evaluation mode.
+
+    Takes images (B, C, H, W) as floats in [0, 1] (values as they are where the data set's were
+    floats), gives logits (B, classes). Its first module normalises: a batch norm without
+    parameters whose statistics are the data set's. ``until_stage`` N gives the early exit:
+    stages 1 to N and stage N's local classifier.
+
+    Raises:
+        UserError: a stage is missing, stale or damaged, or has no local classifier.
+    """
+    data = run.complete(0)
+    stages = stages_of(run.recipe, data, model)
+    last = len(stages) if until_stage is None else until_stage
+    if not 1 <= last <= len(stages):
+        raise UserError(f"there is no stage {last}: this network has stages 1 to {len(stages)}")
+    modules = [_normalisation(run.recipe, data)]
+    for stage in stages[:last]:
+        load_stage(run, stage, torch.device("cpu"))
+        modules += stage.modules_for_inference()
+    if last < len(stages):
+        modules = modules[: len(modules) - len(stages[last - 1].pool)]  # the head sees h
+        modules += _local_classifier(run, loss, stages, last, data)
+    return nn.Sequential(*modules).eval().requires_grad_(False)
+
+
+def _normalisation(recipe: Recipe, data: StageRecord) -> nn.Module:
+    mean = torch.tensor(recipe.data.mean or data.resolved["mean"])
+    std = torch.tensor(recipe.data.std or data.resolved["std"])
+    module = nn.BatchNorm2d(len(mean), eps=0.0, affine=False)
+    module.running_mean, module.running_var = mean, std.square()
+    return module
+
+
+def _local_classifier(
+    run: RunDirectory, loss: LocalLoss, stages: Sequence[Stage], number: int, data: StageRecord
+) -> list[nn.Module]:
+    hidden = shapes(stages[:number], data.row_shape)[-1].hidden
+    heads = loss.heads(hidden, len(data.class_names))
+    if heads.prediction is None:
+        raise UserError(
+            f"stage {number} has no local classifier (its loss trains none), so there is no "
+            f"early exit after it: leave out --until-stage"
+        )
+    path = run.complete(number).check_file(run.stage(number), HEADS)
+    heads.load_state_dict(safetensors.torch.load_file(path))
+    head = heads.prediction
+    return list(head) if isinstance(head, nn.Sequential) else [head]

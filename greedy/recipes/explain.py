@@ -1,0 +1,102 @@
+"""A validation error as one sentence: the field, what was found, what is allowed."""
+
+import json
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+from greedy.recipes.schema import SECTIONS, Recipe
+
+
+def sentence(errors: list[ErrorDetails], document: Mapping[str, Any]) -> str:
+    """The first error of a document in words, and how many more fields are wrong."""
+    keys: dict[str, ErrorDetails] = {}
+    for error in errors:  # a union reports one error for each of its types
+        keys.setdefault(".".join(str(part) for part in error["loc"][: _depth(error)]), error)
+    (key, first), *others = keys.items()
+    more = f" (and {len(others)} more)" if others else ""
+    return _explained(key, first, document) + more
+
+
+def allowed(key: str) -> str:
+    """What a field may be, from its schema: ``training.batch_size`` -> "a whole number of at
+    least 2"."""
+    section, _, field = key.rpartition(".")
+    model: type[BaseModel] = SECTIONS[section] if section else Recipe
+    return _words(model.model_json_schema()["properties"][field])
+
+
+def near(word: str, words: Iterable[str], most: int = 1) -> str:
+    """A question after the most similar of `words`, or nothing where none is similar."""
+    matches = get_close_matches(word, list(words), n=most)
+    return f"; did you mean {' or '.join(matches)}?" if matches else ""
+
+
+def _depth(error: ErrorDetails) -> int:
+    return 2 if error["loc"][0] in SECTIONS else 1
+
+
+def _explained(key: str, error: ErrorDetails, document: Mapping[str, Any]) -> str:
+    if error["type"] == "extra_forbidden":
+        return f"{key} is not a recipe field; {_advice(key)}"
+    if key in SECTIONS:
+        return f"{key} must be a section with {', '.join(SECTIONS[key].model_fields)}"
+    found: Any = document
+    for part in key.split("."):
+        found = found.get(part)
+    shown = "not set" if found is None else json.dumps(found, ensure_ascii=False, default=str)
+    if error["type"] == "value_error":
+        return f"{key} is {shown} but must {error['ctx']['error']}"
+    field = allowed(key)
+    choices = field.removeprefix("one of ").split(", ") if field.startswith("one of ") else []
+    return f"{key} is {shown} but must be {field}{near(str(found), choices)}"
+
+
+def _advice(key: str) -> str:
+    """Which field a misplaced or mistyped key may stand for, else what its section offers."""
+    section, _, field = key.rpartition(".")
+    models: dict[str, type[BaseModel]] = {"": Recipe, **SECTIONS}
+    homes: dict[str, list[str]] = {}
+    for place, model in models.items():
+        for each in model.model_fields:
+            homes.setdefault(each, []).append(f"{place}.{each}".lstrip("."))
+    own = models[section].model_fields
+    if field in homes:
+        meant = homes[field]
+    elif matches := get_close_matches(field, own, n=1):
+        meant = [f"{section}.{matches[0]}".lstrip(".")]
+    elif matches := get_close_matches(field, homes, n=1):
+        meant = homes[matches[0]]
+    else:
+        return f"{section or 'a recipe'} has {', '.join(own)}"
+    return f"did you mean {' or '.join(meant)}?"
+
+
+def _words(schema: Mapping[str, Any], several: bool = False) -> str:
+    """A field's JSON schema in English, in the plural for the entries of a list."""
+    if "anyOf" in schema:
+        kinds = [_words(each) for each in schema["anyOf"] if each["type"] != "null"]
+        return " or ".join(kinds)
+    if "enum" in schema:
+        return f"one of {', '.join(schema['enum'])}"
+    if schema["type"] == "array":
+        return f"{'lists' if several else 'a list'} of {_words(schema['items'], several=True)}"
+    singular, plural = {
+        "integer": ("a whole number", "whole numbers"),
+        "number": ("a number", "numbers"),
+        "string": ("text", "texts"),
+    }[schema["type"]]
+    bounds = [
+        f"{phrase} {schema[bound]:g}"
+        for bound, phrase in (
+            ("minimum", "of at least"),
+            ("exclusiveMinimum", "above"),
+            ("maximum", "and at most"),
+            ("exclusiveMaximum", "and below"),
+        )
+        if bound in schema
+    ]
+    return " ".join([plural if several else singular, *bounds])

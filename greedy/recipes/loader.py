@@ -1,0 +1,188 @@
+"""Recipes from TOML files: inheritance, overrides, and back to TOML."""
+
+import tomllib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import tomli_w
+from pydantic import ValidationError
+
+from greedy.errors import UserError
+from greedy.recipes import explain, milestones
+from greedy.recipes.schema import Model, Recipe
+
+SHIPPED: Final = Path(__file__).parent
+REQUIRED: Final = ("data", "model", "loss", "training")
+
+
+class _Layer(NamedTuple):
+    """One file's own share of a recipe, or all overrides together."""
+
+    origin: str
+    document: dict[str, Any]
+
+    def error(self, message: str) -> UserError:
+        return UserError(f"{self.origin}: {message}" if self.origin else message)
+
+
+def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of that name, or in that file if the argument ends in .toml or is a file, with
+    overrides such as ``training.epochs=10`` on top. Raises UserError for any mistake in it."""
+    path, name = Path(name_or_path), str(name_or_path)
+    if path.suffix == ".toml" or path.is_file():
+        name = path.stem
+    else:
+        path = _shipped_path(name, names)
+    layers = _layers(_Layer(str(name_or_path), _read(path)), path)
+    if overrides:
+        layers.append(_Layer("", _override_document(overrides)))
+    return _resolved(layers, name)
+
+
+def from_document(document: Mapping[str, Any], name: str = "unnamed") -> Recipe:
+    """The recipe in a parsed TOML document, which may extend others, with paths relative to the
+    current directory; `name` counts where the document has none. Raises UserError."""
+    return _resolved(_layers(_Layer("", dict(document)), None), name)
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as TOML, in full; `load` gives an equal recipe."""
+    return tomli_w.dumps(recipe.model_dump(exclude_none=True))
+
+
+def names() -> list[str]:
+    """The shipped recipes that can be run, without the files they share: those name no loss."""
+    return sorted(
+        name
+        for name, path in _shipped().items()
+        if any("loss" in layer.document for layer in _layers(_Layer(name, _read(path)), path))
+    )
+
+
+def describe() -> list[dict[str, Any]]:
+    """One row for each shipped recipe: name, table, dataset, network, loss and
+    paper_test_error_percent; table and error are None where nothing was published."""
+    recipes = [load(name) for name in names()]
+    return [
+        {
+            "name": recipe.name,
+            "table": recipe.paper and recipe.paper.table,
+            "dataset": recipe.data.name,
+            "network": network_label(recipe.model),
+            "loss": recipe.loss.name,
+            "paper_test_error_percent": recipe.paper and recipe.paper.test_error_percent,
+        }
+        for recipe in recipes
+    ]
+
+
+def network_label(model: Model) -> str:
+    """The network as the paper writes it, for instance ``vgg11b-3x``."""
+    factor = model.feature_multiplier
+    return model.network if factor == 1 else f"{model.network}-{factor:g}x"
+
+
+@cache
+def _shipped() -> dict[str, Path]:
+    return {
+        path.relative_to(SHIPPED).with_suffix("").as_posix(): path
+        for path in SHIPPED.rglob("*.toml")
+    }
+
+
+def _shipped_path(name: str, candidates: Callable[[], Iterable[str]]) -> Path:
+    path = _shipped().get(name)
+    if path is None:
+        hint = explain.near(name, candidates(), most=3) or "; `greedy recipes list` shows all"
+        raise UserError(f"there is no recipe {name}{hint}")
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"the recipe {path} cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"the recipe {path} is not valid TOML: {error}") from None
+
+
+def _layers(layer: _Layer, path: Path | None) -> list[_Layer]:
+    """The document and all that it extends, ancestors first; `path` is its own file."""
+    folder = path.parent if path else Path()
+    chain = [path.resolve()] if path else []
+    layers = [layer]
+    while (parent := layers[0].document.pop("extends", None)) is not None:
+        if not isinstance(parent, str):
+            raise layers[0].error("extends must be the name or path of one recipe")
+        is_path = parent.endswith(".toml")
+        path = folder / parent if is_path else _shipped_path(parent, _shipped)
+        if path.resolve() in chain:
+            raise layers[0].error(f"extends {parent}, which extends this recipe in turn")
+        chain.append(path.resolve())
+        folder = path.parent
+        document = _read(path)
+        document.pop("name", None)  # a name is a file's own
+        layers.insert(0, _Layer(parent, document))
+    return layers
+
+
+def _override_document(overrides: Sequence[str]) -> dict[str, Any]:
+    document: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        section, _, field = key.strip().rpartition(".")
+        if not equals or not field or "." in section:
+            raise UserError(f'the override "{override}" must have the form section.field=value')
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()
+        document = _merged(document, {section: {field: value}} if section else {field: value})
+    return document
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Two documents in one: fields of `above` win, sections are joined."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = {**merged[key], **value} if both else value
+    return merged
+
+
+def _resolved(layers: Sequence[_Layer], name: str) -> Recipe:
+    merged: dict[str, Any] = {"name": name, **{section: {} for section in REQUIRED}}
+    for layer in layers:
+        _check_alone(layer)
+        merged = _merged(merged, _with_milestones(layer, merged["training"]))
+    origin = next((layer.origin for layer in reversed(layers) if layer.origin), "")
+    try:
+        return Recipe.model_validate(merged)
+    except ValidationError as error:
+        raise _Layer(origin, merged).error(explain.sentence(error.errors(), merged)) from None
+
+
+def _check_alone(layer: _Layer) -> None:
+    """Raises UserError for mistakes that no other layer can mend: keys, types and ranges."""
+    try:
+        Recipe.model_validate(layer.document)
+    except ValidationError as error:
+        mistakes = [e for e in error.errors() if e["type"] not in ("missing", "value_error")]
+        if mistakes:
+            raise layer.error(explain.sentence(mistakes, layer.document)) from None
+
+
+def _with_milestones(layer: _Layer, below: Mapping[str, Any]) -> dict[str, Any]:
+    """The layer's document; where it changes the epochs alone, with the milestones moved along."""
+    training = layer.document.get("training", {})
+    alone = "epochs" in training and "milestones" not in training
+    if not (alone and below.get("epochs") and below.get("milestones")):
+        return layer.document
+    try:
+        moved = milestones.rescale(below["milestones"], below["epochs"], training["epochs"])
+    except ValueError as error:
+        raise layer.error(f"training.milestones must {error}") from None
+    return {**layer.document, "training": {**training, "milestones": moved}}

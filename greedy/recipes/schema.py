@@ -1,0 +1,227 @@
+"""What a recipe may say: every section, field, type, range and default."""
+
+import re
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from greedy.recipes import milestones as rule
+
+AUGMENTATIONS: Final = ("jitter2", "crop4", "hflip")
+
+Count = Annotated[int, Field(ge=1)]
+Rate = Annotated[float, Field(gt=0)]
+Counts = Annotated[list[Count], Field(min_length=1)]
+Rates = Annotated[list[Rate], Field(min_length=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Data(_Section):
+    """The data set and what happens to its images on reading."""
+
+    name: str = Field(min_length=1, description="Data set.")
+    augmentation: str = Field(
+        default="none",
+        description="Augmentation of training rows: none, or jitter2, crop4, hflip with +.",
+    )
+    cutout_length: int = Field(
+        default=0, ge=0, description="Side of the cutout hole in pixels, 0: none."
+    )
+    classes_per_batch: int = Field(
+        default=0,
+        ge=0,
+        description="Classes in a batch until the learning rate first drops, 0: any.",
+    )
+    image_size: Count | None = Field(
+        default=None, description="Side in pixels to resize and crop to; absent: as the images are."
+    )
+    mean: list[float] | None = Field(
+        default=None,
+        description="Mean of each channel in [0, 1]; absent: measured on the training rows.",
+    )
+    std: Rates | None = Field(
+        default=None,
+        validate_default=True,
+        description="Standard deviation of each channel; absent: measured on the training rows.",
+    )
+    holdout: float = Field(
+        default=0.1,
+        gt=0,
+        lt=1,
+        description="Share of the training rows held out when patience is set.",
+    )
+
+    @field_validator("augmentation")
+    @classmethod
+    def _augmentation_is_a_sum(cls, value: str) -> str:
+        parts = value.split("+")
+        if value != "none" and (set(parts) - set(AUGMENTATIONS) or len(set(parts)) < len(parts)):
+            raise ValueError(f"be none, or some of {', '.join(AUGMENTATIONS)} joined by +")
+        return value
+
+    @field_validator("std")
+    @classmethod
+    def _std_goes_with_mean(
+        cls, value: list[float] | None, info: ValidationInfo
+    ) -> list[float] | None:
+        if "mean" in info.data and len(value or ()) != len(info.data["mean"] or ()):
+            raise ValueError("have one entry for each entry of data.mean")
+        return value
+
+
+class Model(_Section):
+    """The network."""
+
+    network: Literal["mlp", "vgg8b", "vgg11b", "python"] = Field(
+        description="Architecture; python: a network given in Python."
+    )
+    feature_multiplier: float = Field(
+        default=1.0, gt=0, description="Factor on the channels of every convolution."
+    )
+    hidden_layers: int = Field(default=1, ge=0, description="Fully connected hidden layers.")
+    hidden_width: Count = Field(
+        default=1024, description="Features of a fully connected hidden layer."
+    )
+    dropout: float = Field(
+        default=0.0, ge=0, lt=1, description="Dropout on the input of every stage but the first."
+    )
+    activation: Literal["relu", "leaky_relu"] = Field(
+        default="leaky_relu", description="Activation; leaky_relu has slope 0.01."
+    )
+
+
+class Loss(_Section):
+    """The local loss."""
+
+    name: Literal["pred", "sim", "predsim", "python"] = Field(
+        description="Local loss; python: a loss given in Python."
+    )
+    beta: float = Field(
+        default=0.99, ge=0, le=1, description="Weight of sim in predsim; pred has weight 1 - beta."
+    )
+    pred_pool_target: Count = Field(
+        default=2048, description="Most features the prediction head pools a feature map down to."
+    )
+
+
+class Training(_Section):
+    """How each stage is trained."""
+
+    epochs: Count | Counts = Field(description="Epochs of every stage, or a list with one a stage.")
+    batch_size: int = Field(default=128, ge=2, description="Rows in a batch.")
+    learning_rate: Rate | Rates = Field(
+        description="Adam's first learning rate, or a list with one a stage."
+    )
+    milestones: list[Count] | list[list[Count]] | None = Field(
+        default=None,
+        validate_default=True,
+        description="Epochs after which the rate drops, or a list a stage; absent: as published.",
+    )
+    lr_decay: float = Field(
+        default=0.25, gt=0, le=1, description="Factor on the learning rate at every drop."
+    )
+    patience: int = Field(
+        default=0,
+        ge=0,
+        description="Epochs without improvement on held-out rows before a drop, 0: use milestones.",
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Arithmetic of the encoder; losses are always in float32."
+    )
+
+    @field_validator("learning_rate")
+    @classmethod
+    def _one_rate_a_stage(
+        cls, value: float | list[float], info: ValidationInfo
+    ) -> float | list[float]:
+        epochs = info.data.get("epochs")
+        if isinstance(value, list) and isinstance(epochs, list) and len(value) != len(epochs):
+            raise ValueError(f"have {len(epochs)} entries, as training.epochs has")
+        return value
+
+    @field_validator("milestones")
+    @classmethod
+    def _milestones_are_explicit(
+        cls, value: rule.Milestones | None, info: ValidationInfo
+    ) -> rule.Milestones | None:
+        if "epochs" not in info.data:
+            return value
+        return rule.explicit(value, info.data["epochs"])
+
+
+class Store(_Section):
+    """The activation stores."""
+
+    views: Count = Field(
+        default=4, description="Augmented copies of the training rows a store holds."
+    )
+    encoding: Literal["auto", "float32", "float16", "bfloat16", "uint8", "uint4"] = Field(
+        default="auto", description="How activations become stored numbers."
+    )
+    compressor: Literal["none", "lz4", "zstd"] = Field(
+        default="lz4", description="Lossless compression of chunks; results do not depend on it."
+    )
+    ram_budget: str | None = Field(
+        default=None, description="Most memory for holding a store, e.g. 4GiB; absent: automatic."
+    )
+
+    @field_validator("ram_budget")
+    @classmethod
+    def _ram_budget_is_a_size(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"\d+(\.\d+)? ?([KMGT]i?)?B", value):
+            raise ValueError("be a size such as 4GiB or 512MiB")
+        return value
+
+
+class Paper(_Section):
+    """The published figure the recipe reproduces."""
+
+    table: Count = Field(description="Number of the paper's table.")
+    test_error_percent: float = Field(
+        ge=0, le=100, description="Published test error in percent, last epoch of a single run."
+    )
+
+
+class Recipe(_Section):
+    """One run, fully described."""
+
+    name: str = Field(min_length=1, description="Name of the recipe; absent: from its file.")
+    seed: int = Field(default=0, ge=0, description="Seed from which all random numbers follow.")
+    data: Data
+    model: Model
+    loss: Loss
+    training: Training
+    store: Store = Field(default_factory=Store)
+    paper: Paper | None = None
+
+
+SECTIONS: Final[dict[str, type[BaseModel]]] = {
+    "data": Data,
+    "model": Model,
+    "loss": Loss,
+    "training": Training,
+    "store": Store,
+    "paper": Paper,
+}
+
+
+def result_fields(recipe: Recipe) -> dict[str, Any]:
+    """The fields that decide a run's result, as ``section.field`` -> value; the others (name,
+    paper, the store's compressor and RAM budget) may change at any time."""
+    document = recipe.model_dump()
+    whole = {
+        f"{section}.{field}": value
+        for section in ("data", "model", "loss", "training")
+        for field, value in document[section].items()
+    }
+    store = {f"store.{field}": document["store"][field] for field in ("views", "encoding")}
+    return {"seed": recipe.seed, **whole, **store}
+
+
+def differences(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
+    """The result fields in which two recipes differ, as (key, value in a, value in b)."""
+    other = result_fields(b)
+    return [(key, v, other[key]) for key, v in result_fields(a).items() if v != other[key]]

@@ -1,0 +1,45 @@
+"""What happens in a run, told to whoever shows it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from greedy.manifest import StageRecord
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """One line of ``history.jsonl``. Errors in percent; ``None`` without a local classifier."""
+
+    epoch: int
+    learning_rate: float
+    loss: float
+    train_error_percent: float | None
+    holdout_loss: float | None
+    images_per_second: float
+    seconds: float
+
+
+class Reporter:
+    """Hears of a run's progress and does nothing; override what you want to know."""
+
+    def stage_started(self, number: int, name: str, epochs: int, resolved: dict[str, Any]) -> None:
+        """Training of a stage begins."""
+
+    def epoch_started(self, epoch: int, rows: int) -> None:
+        """An epoch over so many rows begins, counted from 1."""
+
+    def batch_finished(self, rows: int) -> None:
+        """A step is done. Called often: be quick."""
+
+    def epoch_finished(self, report: EpochReport) -> None:
+        """An epoch is over."""
+
+    def writing_started(self, number: int, split: str, rows: int) -> None:
+        """A split's store is being written, so many rows over all views; ``batch_finished``
+        follows for each batch."""
+
+    def stage_finished(self, record: StageRecord) -> None:
+        """A stage is complete."""
+
+    def stage_skipped(self, record: StageRecord) -> None:
+        """A stage was complete already."""

@@ -1,0 +1,158 @@
+"""What a stage trains from."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from greedy.cache import (
+    LIMITED_WINDOW_ROWS,
+    BatchLoader,
+    Store,
+    row_order,
+    window_chunks,
+    window_order,
+)
+from greedy.data import Augmentation, Draws, prepare
+from greedy.devices import to_device
+from greedy.models import Stage
+from greedy.seeds import derive, torch_generator
+
+
+@dataclass(frozen=True)
+class Images:
+    """What happens to the raw images of stage 0 on reading."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
+    augmentation: Augmentation
+
+    def draw(self, store: Store, seed: int, *key: int | str) -> Draws:
+        """The augmentation of all rows of a store in the epoch or view that ``key`` names."""
+        generator = torch_generator(seed, "augmentation", *key)
+        height, width = store.row_shape[1:]
+        return self.augmentation.draw(store.rows, height, width, generator)
+
+    def prepare(self, images: Tensor, draws: Draws | None) -> Tensor:
+        """Raw images (B, C, H, W) as the network sees them; without draws, not augmented."""
+        augmentation = self.augmentation if draws else None
+        return prepare(images, self.mean, self.std, augmentation, draws)
+
+
+@dataclass
+class Source:
+    """The store a stage trains from, and the frozen stages between the two.
+
+    Attributes:
+        stores: of each split.
+        images: for stage 0 alone, whose rows are augmented anew in every epoch; other stores
+            hold views.
+        replayed: frozen stages after the store's, computed on the fly.
+        held_out: how many of the training rows, the last ones, take no part in an epoch.
+        precision: of the replayed stages.
+        resident: the training split in memory (views, rows, ...), if it is held there.
+    """
+
+    stores: dict[str, Store]
+    device: torch.device
+    seed: int
+    images: Images | None = None
+    replayed: Sequence[Stage] = ()
+    held_out: int = 0
+    precision: str = "float32"
+    resident: np.ndarray | None = field(default=None, repr=False)
+
+    def hold_in_memory(self) -> None:
+        """Loads the training split, so that its rows can be shuffled one by one."""
+        self.resident = self.stores["train"].load()
+
+    def epoch(self, stage: int, epoch: int, batch_size: int, classes_per_batch: int = 0) -> "Epoch":
+        """The shuffled batches of one epoch of a stage's training, of at most
+        ``classes_per_batch`` classes or so unless that is 0."""
+        store = self.stores["train"]
+        known: dict[str, Any] = {
+            "seed": derive(self.seed, "order", stage),
+            "epoch": epoch,
+            "rows": store.rows - self.held_out,
+            "views": store.views,
+        }
+        if self.resident is not None:
+            order = row_order(**known)
+        else:
+            wanted = {"rows": LIMITED_WINDOW_ROWS} if classes_per_batch else {}
+            window = window_chunks(store.chunk_rows, **wanted)
+            order = window_order(**known, chunk_rows=store.chunk_rows, window=window)
+        batches = (
+            order.limited_batches(store.labels, batch_size, classes_per_batch)
+            if classes_per_batch
+            else order.batches(batch_size)
+        )
+        loader = BatchLoader(
+            store if self.resident is None else self.resident,
+            store.labels,
+            order,
+            batches,
+            pin_memory=self.device.type == "cuda",
+        )
+        draws = self.images.draw(store, self.seed, stage, epoch) if self.images else None
+        return Epoch(self, loader, draws)
+
+    def view(
+        self, split: str, view: int, batch_size: int, start: int = 0, stop: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """A view's rows in order. Views of stage 0 are drawn; the test split is not augmented."""
+        store = self.stores[split]
+        draws = None
+        if self.images and split == "train":
+            draws, view = self.images.draw(store, self.seed, "generation", 0, "view", view), 0
+        row = start
+        for values in store.batches(view, batch_size, start, stop):
+            rows = np.arange(row, row + len(values))
+            yield self.inputs(values, draws and draws[rows]), self.labels(store.labels[rows])
+            row += len(values)
+
+    def held_out_rows(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The held-out training rows, of view 0."""
+        rows = self.stores["train"].rows
+        return self.view("train", 0, batch_size, rows - self.held_out, rows)
+
+    def inputs(self, values: np.ndarray, draws: Draws | None) -> Tensor:
+        """Stored rows (B, *stored_shape) as the stage's input (B, *shape), float32."""
+        stored = to_device(values, self.device)
+        if self.images:
+            x = self.images.prepare(stored, draws)
+        else:
+            x = self.stores["train"].encoding.decode(stored)
+        with (
+            torch.no_grad(),
+            torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"),
+        ):
+            for stage in self.replayed:
+                x = stage(x)
+        return x.float()
+
+    def labels(self, labels: np.ndarray) -> Tensor:
+        """Labels (B,) on the device."""
+        return to_device(labels, self.device)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The batches of one epoch; iterate once."""
+
+    source: Source
+    loader: BatchLoader
+    draws: Draws | None
+
+    @property
+    def rows(self) -> int:
+        """How many rows take part."""
+        return self.source.stores["train"].rows - self.source.held_out
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self.loader:
+            draws = self.draws and self.draws[batch.rows]
+            yield self.source.inputs(batch.values, draws), self.source.labels(batch.labels)

@@ -1,0 +1,117 @@
+"""Stage 0: the data set, decoded and shuffled once."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from greedy.cache import Encoding, StoreWriter, pixels
+from greedy.data import Dataset, Split
+from greedy.errors import UserError
+from greedy.files import canonical, digest
+from greedy.manifest import StageRecord
+from greedy.runs import SPLITS, RunDirectory, new_stage
+from greedy.seeds import numpy_generator
+from greedy.training.stage import store_record
+from greedy.versions import versions
+
+READ_ROWS = 1024  # rows decoded at a time
+COMPRESSOR = "zstd"  # images are written once and decoded ahead of slow first stages
+
+
+@dataclass
+class Moments:
+    """Sums over the pixels of each channel, of values in [0, 1] or as they are."""
+
+    count: int = 0
+    total: np.ndarray | float = 0.0
+    squares: np.ndarray | float = 0.0
+
+    def add(self, images: np.ndarray) -> None:
+        """Takes in images (n, C, H, W)."""
+        values = images.astype(np.float64) / (255 if images.dtype == np.uint8 else 1)
+        self.count += values.size // values.shape[1]
+        self.total = self.total + values.sum(axis=(0, 2, 3))
+        self.squares = self.squares + np.square(values).sum(axis=(0, 2, 3))
+
+    def mean_and_std(self) -> dict[str, list[float]]:
+        """Mean and standard deviation of each channel; a constant channel has deviation 1."""
+        mean = np.asarray(self.total) / self.count
+        std = np.sqrt(np.maximum(np.asarray(self.squares) / self.count - mean**2, 0))
+        return {"mean": mean.tolist(), "std": np.where(std < 1e-6, 1.0, std).tolist()}
+
+
+def write_stage0(run: RunDirectory, dataset: Dataset, network: list[str]) -> StageRecord:
+    """Writes both splits of a data set, rows permuted by the run's seed, and the record.
+
+    ``network`` names the stages to come. The permutation is drawn once: row i is the same
+    sample in every later store. The training
+    rows' mean and deviation are measured on the way and kept under ``resolved``.
+    """
+    started = time.perf_counter()
+    moments = Moments()
+    written, labels = {}, {}
+    with new_stage(run.stage(0)) as directory:
+        for name in SPLITS:
+            split: Split = getattr(dataset, name)
+            index = numpy_generator(run.recipe.seed, "rows", name).permutation(len(split))
+            labels[name] = np.empty(len(split), np.int64)
+            with StoreWriter(
+                directory / "activations.zarr" / name,
+                rows=len(split),
+                views=1,
+                encoding=_encoding(split),
+                compressor=COMPRESSOR,
+                labels=labels[name],
+                index=index,
+                encoded=True,
+            ) as writer:
+                for images in _read(split, index, labels[name]):
+                    writer.append(images)
+                    if name == "train":
+                        moments.add(images)
+            written[name] = writer.summary
+        class_names = dataset.class_names or _numbered(labels)
+        _check_labels(dataset.name, labels, len(class_names))
+        encoding = _encoding(dataset.train).name
+        store = store_record(written, encoding, COMPRESSOR, views=1)
+        seed = run.recipe.seed
+        return StageRecord(
+            stage=0,
+            name=dataset.name,
+            lineage=digest(canonical({"data": store.digest, "seed": seed})),
+            row_shape=dataset.train.shape,
+            class_names=class_names,
+            network=network,
+            resolved=moments.mean_and_std(),
+            store=store,
+            rows={name: len(labels[name]) for name in SPLITS},
+            seconds=time.perf_counter() - started,
+            versions=versions(),
+        ).write(directory)
+
+
+def _encoding(split: Split) -> Encoding:
+    return pixels(split.shape) if split.dtype == np.uint8 else Encoding("float32", split.shape)
+
+
+def _read(split: Split, index: np.ndarray, labels: np.ndarray) -> Iterator[np.ndarray]:
+    """The split's images in the order of ``index``; its labels go into ``labels``."""
+    for start in range(0, len(index), READ_ROWS):
+        rows = slice(start, start + READ_ROWS)
+        images, labels[rows] = split.read(index[rows])
+        yield images
+
+
+def _numbered(labels: dict[str, np.ndarray]) -> list[str]:
+    return [str(i) for i in range(1 + max(int(values.max()) for values in labels.values()))]
+
+
+def _check_labels(name: str, labels: dict[str, np.ndarray], classes: int) -> None:
+    for split, values in labels.items():
+        if values.min() < 0 or values.max() >= classes:
+            raise UserError(
+                f"a label of {name}'s {split} split is outside 0 to {classes - 1}: "
+                f"number the classes from 0"
+            )

@@ -1,0 +1,239 @@
+"""Training a network stage by stage."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Self
+
+from torch import nn
+from torch.utils.data import Dataset as TorchDataset
+
+from greedy.build import build_loss, build_network, loss_settings
+from greedy.cache import Store
+from greedy.data import Augmentation, Dataset, dataset_from_torch
+from greedy.devices import pick_device
+from greedy.errors import UserError, unknown
+from greedy.losses import LocalLoss, Output, PredSim
+from greedy.manifest import StageRecord
+from greedy.models import Stage, cut, shapes
+from greedy.network import assemble, load_stage, stages_of
+from greedy.recipes import Recipe, from_document
+from greedy.recipes.schema import SECTIONS
+from greedy.reporting import Reporter
+from greedy.runs import SPLITS, RunDirectory, new_stage
+from greedy.source import Images, Source
+from greedy.stage0 import write_stage0
+from greedy.training.resolve import resolve
+from greedy.training.stage import OptimizerFactory, StageTraining
+
+
+class GreedyTrainer:
+    """Trains a network one stage at a time, each from the store of the one before.
+
+    Args:
+        model: an ``nn.Sequential``, flat (it is cut before each convolution or linear layer)
+            or staged (a Sequential of Sequentials, each of them a stage). Its weights are the
+            first weights; it is not changed.
+        run_dir: the run directory; training goes on where it stopped.
+        loss: the local loss of every stage but the output layer.
+        optimizer: from parameters to an optimiser; by default Adam at ``learning_rate``.
+            The schedule sets its rate.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        reporter: is told of progress.
+        settings: fields of a recipe's ``data``, ``training`` and ``store`` sections, and
+            ``seed``, by their names; for instance ``epochs=20, views=4``.
+
+    Raises:
+        UserError: for anything that cannot be trained as asked.
+    """
+
+    def __init__(
+        self,
+        model: nn.Sequential,
+        *,
+        run_dir: str | Path,
+        loss: LocalLoss | None = None,
+        optimizer: OptimizerFactory | None = None,
+        device: str = "auto",
+        reporter: Reporter | None = None,
+        **settings: Any,
+    ) -> None:
+        loss = loss or PredSim()
+        recipe = from_document(_document(settings, loss), name="python")
+        self._set_up(recipe, run_dir, device, reporter, model, loss, optimizer)
+
+    @classmethod
+    def from_recipe(
+        cls,
+        recipe: Recipe,
+        run_dir: str | Path,
+        *,
+        device: str = "auto",
+        reporter: Reporter | None = None,
+        model: nn.Sequential | None = None,
+    ) -> Self:
+        """The trainer of a recipe. ``model`` only where the recipe's network is ``python``."""
+        trainer = cls.__new__(cls)
+        trainer._set_up(recipe, run_dir, device, reporter, model, build_loss(recipe.loss))
+        return trainer
+
+    def _set_up(
+        self,
+        recipe: Recipe,
+        run_dir: str | Path,
+        device: str,
+        reporter: Reporter | None,
+        model: nn.Sequential | None,
+        loss: LocalLoss,
+        optimizer: OptimizerFactory | None = None,
+    ) -> None:
+        self.device = pick_device(device)
+        self.run = RunDirectory.create(Path(run_dir), recipe)
+        self.recipe = recipe
+        self.reporter = reporter or Reporter()
+        self.loss = loss
+        self.optimizer = optimizer
+        self._model = model
+
+    def fit(self, train_set: TorchDataset, test_set: TorchDataset) -> list[StageRecord]:
+        """Trains every stage on map-style data sets of (image, label): PIL images, uint8
+        tensors (C, H, W), or float tensors. Returns the records of all stages."""
+        if self.run.state(0) != "complete":
+            self.prepare(dataset_from_torch(train_set, test_set))
+        return self.train()
+
+    def prepare(self, dataset: Dataset) -> StageRecord:
+        """Writes stage 0."""
+        shape, classes = dataset.train.shape, len(dataset.class_names or "??")
+        stages = cut(self._model or build_network(self.recipe.model, shape, classes))
+        shapes(stages, shape)  # what does not fit is refused before anything is written
+        self._check_lists(len(stages))
+        names = [stage.name for stage in stages[:-1]]
+        return write_stage0(self.run, dataset, [*names, "output"])
+
+    def train(self, retrain_from: int | None = None) -> list[StageRecord]:
+        """Trains every stage that is not complete; from ``retrain_from`` on, also those that
+        are. Returns the records of all stages."""
+        records = []
+        for number in range(1, len(self.run.complete(0).network) + 1):
+            again = retrain_from is not None and number >= retrain_from
+            records.append(self.train_stage(number, again=again))
+        return records
+
+    def train_stage(
+        self,
+        number: int,
+        *,
+        source: int | None = None,
+        again: bool = False,
+        to: Path | None = None,
+    ) -> StageRecord:
+        """Trains one stage from the store of stage ``source``, by default the one before it,
+        into ``to``, by default its place in the run. A complete stage is only trained
+        ``again`` if asked to, and stays until the new one is whole."""
+        data = self.run.complete(0)
+        count = len(data.network)
+        if not 1 <= number <= count:
+            raise UserError(f"there is no stage {number}: this network has stages 1 to {count}")
+        directory = to or self.run.stage(number)
+        if not again and to is None and self.run.record(number) is not None:
+            record = self.run.complete(number)
+            self.reporter.stage_skipped(record)
+            return record
+        if to is not None and to.exists():
+            raise UserError(f"{to} exists already: give a --to that does not")
+        source = number - 1 if source is None else source
+        if not 0 <= source < number:
+            raise UserError(f"stage {number} cannot train from stage {source}: give an earlier one")
+        parent = self.run.complete(number - 1)
+        training = self._stage_training(number, source, data, parent)
+        with new_stage(directory) as place:
+            record = training.train(place)
+        self.reporter.stage_finished(record)
+        return record
+
+    def _stage_training(
+        self, number: int, source_number: int, data: StageRecord, parent: StageRecord
+    ) -> StageTraining:
+        stages = stages_of(self.recipe, data, deepcopy(self._model))
+        self._check_lists(len(stages))
+        shape = shapes(stages, data.row_shape)[number - 1]
+        is_output = number == len(stages)
+        source = self._source(source_number, stages[source_number : number - 1], data)
+        resolved = resolve(self.recipe, source.stores["train"], shape, self.device)
+        source.precision = resolved["precision"]
+        if resolved["shuffle"] == "rows":
+            source.hold_in_memory()
+        return StageTraining(
+            stage=stages[number - 1],
+            shapes=shape,
+            loss=Output(self.loss.output_scale) if is_output else self.loss,
+            recipe=self.recipe,
+            source=source,
+            resolved=resolved,
+            parent=parent,
+            source_number=source_number,
+            is_output=is_output,
+            device=self.device,
+            reporter=self.reporter,
+            optimizer=self.optimizer,
+        )
+
+    def _source(self, number: int, replayed: Sequence[Stage], data: StageRecord) -> Source:
+        self.run.complete(number)
+        for stage in replayed:
+            load_stage(self.run, stage, self.device)
+        settings = self.recipe.data
+        images = Images(
+            settings.mean or data.resolved["mean"],
+            settings.std or data.resolved["std"],
+            Augmentation.parse(settings.augmentation, settings.cutout_length),
+        )
+        stores = {split: Store(self.run.store(number) / split) for split in SPLITS}
+        patient = self.recipe.training.patience > 0
+        return Source(
+            stores,
+            self.device,
+            self.recipe.seed,
+            images=images if number == 0 else None,
+            replayed=replayed,
+            held_out=round(settings.holdout * data.rows["train"]) if patient else 0,
+        )
+
+    def _check_lists(self, count: int) -> None:
+        for field in ("epochs", "learning_rate"):
+            value = getattr(self.recipe.training, field)
+            if isinstance(value, list) and len(value) != count:
+                raise UserError(
+                    f"training.{field} has {len(value)} entries and the network {count} stages: "
+                    f"give one number, or one a stage"
+                )
+
+    def assemble(self, until_stage: int | None = None) -> nn.Sequential:
+        """The trained network, see :func:`greedy.network.assemble`."""
+        return assemble(self.run, self.loss, self._model, until_stage=until_stage)
+
+
+def _document(settings: dict[str, Any], loss: LocalLoss) -> dict[str, Any]:
+    """The recipe of a network and a loss given in Python, with settings by their bare names."""
+    document: dict[str, Any] = {
+        "data": {"name": "python"},
+        "model": {"network": "python"},
+        "loss": loss_settings(loss),
+        "training": {"epochs": 100, "learning_rate": 5e-4},
+        "store": {},
+    }
+    section_of = {
+        field: section
+        for section in ("data", "training", "store")
+        for field in SECTIONS[section].model_fields
+        if field != "name"
+    }
+    for name, value in settings.items():
+        if name == "seed":
+            document["seed"] = value
+        elif name in section_of:
+            document[section_of[name]][name] = list(value) if isinstance(value, tuple) else value
+        else:
+            raise unknown("setting", name, [*section_of, "seed"])
+    return document

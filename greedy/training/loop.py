@@ -1,0 +1,127 @@
+"""The epochs of one stage."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from greedy.errors import TrainingError
+from greedy.reporting import EpochReport, Reporter
+from greedy.seeds import derive, torch_generator
+from greedy.source import Source
+from greedy.training.schedule import Schedule
+from greedy.training.step import Learner, step
+
+
+@dataclass
+class Totals:
+    """Sums over rows, kept on the device so that no step waits for them."""
+
+    rows: int = 0
+    loss: Tensor | float = 0.0
+    wrong: Tensor | None = None
+
+    def add(self, loss: Tensor, logits: Tensor | None, labels: Tensor) -> None:
+        """Takes in a batch's mean loss and its logits."""
+        self.rows += len(labels)
+        self.loss = self.loss + loss.double() * len(labels)
+        if logits is not None:
+            wrong = (logits.argmax(dim=1) != labels).sum()
+            self.wrong = wrong if self.wrong is None else self.wrong + wrong
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean over the rows."""
+        return float(self.loss) / self.rows
+
+    @property
+    def error_percent(self) -> float | None:
+        """The share of wrong predictions, or ``None`` without a local classifier."""
+        return None if self.wrong is None else 100 * int(self.wrong) / self.rows
+
+
+@dataclass
+class Epochs:
+    """Trains a stage epoch by epoch; iterate over it for the reports."""
+
+    learner: Learner
+    source: Source
+    schedule: Schedule
+    epochs: int
+    batch_size: int
+    classes_per_batch: int
+    seed: int
+    reporter: Reporter
+
+    def __iter__(self) -> Iterator[EpochReport]:
+        for epoch in range(self.epochs):
+            report = self._epoch(epoch)
+            yield report
+            if self.schedule.observe(report.holdout_loss):
+                return
+
+    def _epoch(self, epoch: int) -> EpochReport:
+        started = time.perf_counter()
+        rate = self.schedule.rate_at(epoch)
+        assert self.learner.optimizer is not None
+        for group in self.learner.optimizer.param_groups:
+            group["lr"] = rate
+        limited = self.classes_per_batch if self.schedule.drops(epoch) == 0 else 0
+        batches = self.source.epoch(
+            self.learner.stage.number, epoch, self.batch_size, classes_per_batch=limited
+        )
+        self.reporter.epoch_started(epoch + 1, batches.rows)
+        self.learner.train()
+        totals = Totals()
+        for position, (x, labels) in enumerate(batches):
+            loss, logits = step(self.learner, self._drop(x, epoch, position), labels)
+            totals.add(loss, logits, labels)
+            self.reporter.batch_finished(len(labels))
+        self._require_finite(totals, epoch, rate)
+        seconds = time.perf_counter() - started
+        return EpochReport(
+            epoch=epoch + 1,
+            learning_rate=rate,
+            loss=totals.mean_loss,
+            train_error_percent=totals.error_percent,
+            holdout_loss=self._holdout_loss(),
+            images_per_second=totals.rows / seconds,
+            seconds=seconds,
+        )
+
+    def _holdout_loss(self) -> float | None:
+        if not self.source.held_out:
+            return None
+        return measure(self.learner, self.source.held_out_rows(self.batch_size)).mean_loss
+
+    def _drop(self, x: Tensor, epoch: int, position: int) -> Tensor:
+        """Dropout on the batch's input, its mask named by (seed, stage, step)."""
+        stage = self.learner.stage
+        if stage.has_inner_dropout:  # such layers draw from torch's own generators
+            torch.manual_seed(derive(self.seed, "inner dropout", stage.number, epoch, position))
+        if stage.dropout is None:
+            return x
+        generator = torch_generator(self.seed, "dropout", stage.number, epoch, position)
+        mask = stage.dropout.mask(len(x), tuple(x.shape[1:]), generator)
+        return x * mask.to(x.device, non_blocking=True)
+
+    def _require_finite(self, totals: Totals, epoch: int, rate: float) -> None:
+        if not torch.isfinite(torch.as_tensor(totals.loss)):
+            raise TrainingError(
+                f"the loss of stage {self.learner.stage.number} is not finite in epoch "
+                f"{epoch + 1} at a learning rate of {rate:g}: "
+                f"lower training.learning_rate and start the stage again"
+            )
+
+
+@torch.no_grad()
+def measure(learner: Learner, batches: Iterator[tuple[Tensor, Tensor]]) -> Totals:
+    """Loss and errors in evaluation mode: running statistics, no dropout."""
+    learner.eval()
+    totals = Totals()
+    for x, labels in batches:
+        features = learner.features(x)
+        totals.add(learner.loss(features, learner.one_hot(labels)), features.p, labels)
+    return totals

@@ -1,0 +1,38 @@
+"""Every automatic choice of a stage, made once when it starts and written down."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from greedy.cache import Store
+from greedy.devices import available_memory, pick_precision
+from greedy.models import StageShapes
+from greedy.recipes import Recipe
+from greedy.sizes import parse_size
+from greedy.training.freeze import write_batch
+
+AUTO_ENCODING = "uint8"  # docs/architecture.md, "Encodings", has the measurements
+RESIDENT_SHARE = 0.5  # of the memory that is free, for holding a store, unless told otherwise
+
+
+def resolve(
+    recipe: Recipe, store: Store, shapes: StageShapes, device: torch.device
+) -> dict[str, Any]:
+    """The choices for a stage that trains from ``store``: JSON values by name."""
+    encoding = recipe.store.encoding
+    budget = recipe.store.ram_budget
+    allowed = parse_size(budget) if budget else int(available_memory() * RESIDENT_SHARE)
+    return {
+        "precision": pick_precision(recipe.training.precision, device),
+        "encoding": AUTO_ENCODING if encoding == "auto" else encoding,
+        "shuffle": "rows" if store.stored_bytes <= allowed else "window",
+        "chunk_rows": store.chunk_rows,
+        "write_batch": write_batch(shapes.hidden),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def for_stage(value: Any | Sequence[Any], number: int) -> Any:
+    """A setting of the recipe for one stage: the same for all, or an entry of a list."""
+    return value[number - 1] if isinstance(value, list) else value

@@ -1,0 +1,63 @@
+"""The learning rate over the epochs of a stage."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+IMPROVEMENT = 0.001  # a relative gain below this does not count
+LAST_DROP = 4  # after this many drops a patient stage ends
+
+
+@dataclass(frozen=True)
+class Milestones:
+    """The rate is multiplied by ``decay`` after each epoch in ``milestones`` (section 4)."""
+
+    rate: float
+    decay: float
+    milestones: Sequence[int]
+
+    def rate_at(self, epoch: int) -> float:
+        """The learning rate in an epoch counted from 0."""
+        return self.rate * self.decay ** self.drops(epoch)
+
+    def drops(self, epoch: int) -> int:
+        """How often the rate has dropped before this epoch."""
+        return sum(m <= epoch for m in self.milestones)
+
+    def observe(self, holdout_loss: float | None) -> bool:
+        """Milestones do not look at losses: the stage never ends early."""
+        return False
+
+
+@dataclass
+class Patience:
+    """The rate drops whenever the held-out loss has not improved by 0.1 % for ``epochs``
+    epochs; after the fourth drop the stage ends."""
+
+    rate: float
+    decay: float
+    epochs: int
+    best: float = float("inf")
+    waited: int = 0
+    dropped: int = field(default=0)
+
+    def rate_at(self, epoch: int) -> float:
+        """The learning rate now."""
+        return self.rate * self.decay**self.dropped
+
+    def drops(self, epoch: int) -> int:
+        """How often the rate has dropped so far."""
+        return self.dropped
+
+    def observe(self, holdout_loss: float | None) -> bool:
+        """Takes an epoch's held-out loss, and says whether the stage ends."""
+        assert holdout_loss is not None
+        if holdout_loss < self.best * (1 - IMPROVEMENT):
+            self.best, self.waited = holdout_loss, 0
+            return False
+        self.waited += 1
+        if self.waited == self.epochs:
+            self.dropped, self.waited = self.dropped + 1, 0
+        return self.dropped == LAST_DROP
+
+
+Schedule = Milestones | Patience

@@ -1,0 +1,188 @@
+"""One stage from its first weights to its finished directory."""
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from greedy.cache import StoreSummary
+from greedy.devices import describe, peak_memory
+from greedy.files import canonical, digest, file_digest
+from greedy.losses import LocalLoss
+from greedy.manifest import ENCODER, HEADS, HISTORY, Metrics, Parent, StageRecord, StoreRecord
+from greedy.models import Stage, StageShapes, initialise, seeded
+from greedy.recipes import Recipe
+from greedy.reporting import EpochReport, Reporter
+from greedy.source import Source
+from greedy.training.freeze import write_store
+from greedy.training.loop import Epochs, measure
+from greedy.training.resolve import for_stage
+from greedy.training.schedule import Milestones, Patience, Schedule
+from greedy.training.step import Learner
+from greedy.versions import versions
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+@dataclass
+class StageTraining:
+    """All that training one stage takes. ``train`` makes the stage in a directory."""
+
+    stage: Stage
+    shapes: StageShapes
+    loss: LocalLoss
+    recipe: Recipe
+    source: Source
+    resolved: dict[str, Any]
+    parent: StageRecord
+    source_number: int
+    is_output: bool
+    device: torch.device
+    reporter: Reporter
+    optimizer: OptimizerFactory | None = None
+
+    def train(self, directory: Path) -> StageRecord:
+        """Trains, freezes and writes the stage into an empty directory."""
+        started = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        learner = self._learner()
+        reports = self._run_epochs(learner, directory)
+        self._save(learner, directory)
+        test = measure(learner, self.source.view("test", 0, self._batch))
+        store = None if self.is_output else self._write_store(learner, directory)
+        last = reports[-1]
+        record = StageRecord(
+            stage=self.stage.number,
+            name="output" if self.is_output else self.stage.name,
+            lineage=self._lineage(directory),
+            parent=Parent(stage=self.parent.stage, lineage=self.parent.lineage),
+            source=self.source_number,
+            row_shape=self.shapes.output,
+            class_names=self.parent.class_names,
+            network=self.parent.network,
+            resolved=self.resolved,
+            metrics=Metrics(
+                train_error_percent=last.train_error_percent,
+                test_error_percent=test.error_percent,
+                train_loss=last.loss,
+            ),
+            store=store,
+            rows=self.parent.rows,
+            seconds=time.perf_counter() - started,
+            peak_memory_bytes=peak_memory(self.device),
+            versions=versions(),
+            device=describe(self.device),
+        )
+        return record.write(directory)
+
+    @property
+    def _batch(self) -> int:
+        return self.resolved["write_batch"]
+
+    def _learner(self) -> Learner:
+        number, seed = self.stage.number, self.recipe.seed
+        num_classes = len(self.parent.class_names)
+        initialise(self.stage, seed, is_output=self.is_output)
+        with seeded(seed, number, "heads"):
+            heads = self.loss.heads(self.shapes.hidden, num_classes)
+        learner = Learner(
+            self.stage.to(self.device),
+            heads.to(self.device),
+            self.loss,
+            num_classes,
+            self.resolved["precision"],
+        )
+        rate = for_stage(self.recipe.training.learning_rate, number)
+        make = self.optimizer or (lambda p: torch.optim.Adam(p, lr=rate, fused=True))
+        learner.optimizer = make(learner.parameters())
+        return learner
+
+    def _schedule(self) -> Schedule:
+        training, number = self.recipe.training, self.stage.number
+        rate = for_stage(training.learning_rate, number)
+        if training.patience:
+            return Patience(rate, training.lr_decay, training.patience)
+        milestones = training.milestones or []
+        if milestones and isinstance(milestones[0], list):
+            milestones = milestones[number - 1]
+        return Milestones(rate, training.lr_decay, milestones)
+
+    def _run_epochs(self, learner: Learner, directory: Path) -> list[EpochReport]:
+        training = self.recipe.training
+        epochs = for_stage(training.epochs, self.stage.number)
+        name = "output" if self.is_output else self.stage.name
+        self.reporter.stage_started(self.stage.number, name, epochs, self.resolved)
+        reports = []
+        with (directory / HISTORY).open("w", encoding="utf-8") as history:
+            for report in Epochs(
+                learner,
+                self.source,
+                self._schedule(),
+                epochs,
+                training.batch_size,
+                self.recipe.data.classes_per_batch,
+                self.recipe.seed,
+                self.reporter,
+            ):
+                history.write(json.dumps(asdict(report)) + "\n")
+                history.flush()
+                self.reporter.epoch_finished(report)
+                reports.append(report)
+        return reports
+
+    def _save(self, learner: Learner, directory: Path) -> None:
+        for name, module in ((ENCODER, learner.stage), (HEADS, learner.heads)):
+            tensors = {k: v.contiguous().cpu() for k, v in module.state_dict().items()}
+            safetensors.torch.save_file(tensors, directory / name)
+
+    def _write_store(self, learner: Learner, directory: Path) -> StoreRecord:
+        store = self.recipe.store
+        written = write_store(
+            directory / "activations.zarr",
+            learner,
+            self.source,
+            row_shape=self.shapes.output,
+            views=store.views,
+            encoding=self.resolved["encoding"],
+            compressor=store.compressor,
+            batch=self._batch,
+            seed=self.recipe.seed,
+            reporter=self.reporter,
+        )
+        return store_record(written, self.resolved["encoding"], store.compressor, store.views)
+
+    def _lineage(self, directory: Path) -> str:
+        """Names everything the result follows from."""
+        return digest(
+            canonical(
+                {
+                    "weights": file_digest(directory / ENCODER),
+                    "parent": self.parent.lineage,
+                    "source": self.source_number,
+                    "seed": self.recipe.seed,
+                    "views": self.recipe.store.views,
+                    "encoding": self.resolved["encoding"],
+                }
+            )
+        )
+
+
+def store_record(
+    written: dict[str, StoreSummary], encoding: str, compressor: str, views: int
+) -> StoreRecord:
+    """The record of a store, both splits together."""
+    return StoreRecord(
+        encoding=encoding,
+        compressor=compressor,
+        views=views,
+        values=sum(s.values for s in written.values()),
+        bytes=sum(s.disk_bytes for s in written.values()),
+        digest=digest(canonical({split: s.digest for split, s in written.items()})),
+    )

@@ -1,0 +1,495 @@
+"""Recipes: the shipped ones against the paper's table, inheritance, overrides, errors."""
+
+import csv
+import json
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from greedy import recipes
+from greedy.errors import UserError
+from greedy.recipes import explain, milestones, schema
+
+DATASETS = {
+    "MNIST": "mnist",
+    "FashionMNIST": "fashion-mnist",
+    "KMNIST": "kmnist",
+    "CIFAR10": "cifar10",
+    "CIFAR100": "cifar100",
+    "SVHN": "svhn",
+    "STL10": "stl10",
+}
+MEAN_STD = {
+    "mnist": ([0.1307], [0.3081]),
+    "fashion-mnist": ([0.286], [0.353]),
+    "kmnist": ([0.1904], [0.3475]),
+    "cifar10": ([0.424, 0.415, 0.384], [0.283, 0.278, 0.284]),
+    "cifar100": ([0.438, 0.418, 0.377], [0.300, 0.287, 0.294]),
+    "svhn": ([0.431, 0.430, 0.446], [0.197, 0.198, 0.199]),
+    "stl10": ([0.447, 0.440, 0.407], [0.260, 0.257, 0.271]),
+}
+PUBLISHED = {
+    400: [200, 300, 350, 375],
+    200: [100, 150, 175, 188],
+    100: [50, 75, 89, 94],
+}
+
+Row = dict[str, str]
+Write = Callable[[str, str], Path]
+
+
+def local_rows() -> list[Row]:
+    path = Path(__file__).parent / "data" / "experiments.csv"
+    with path.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row["loss"] in ("pred", "sim", "predsim")]
+
+
+def recipe_name(row: Row) -> str:
+    factor = "" if row["feature_multiplier"] == "1" else f"-{row['feature_multiplier']}x"
+    cutout = "" if row["cutout_length"] == "0" else "-cutout"
+    return f"{DATASETS[row['dataset']]}/{row['model']}{factor}-{row['loss']}{cutout}"
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    def write_file(name: str, text: str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    return write_file
+
+
+def message(name_or_path: str | Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        recipes.load(name_or_path, overrides)
+    return str(caught.value)
+
+
+# The shipped recipes
+
+
+@pytest.mark.parametrize("row", local_rows(), ids=recipe_name)
+def test_each_published_figure_has_its_recipe(row: Row) -> None:
+    recipe = recipes.load(recipe_name(row))
+    mean, std = MEAN_STD[DATASETS[row["dataset"]]]
+    assert recipe.name == recipe_name(row)
+    assert recipe.seed == 0
+    assert recipe.data == schema.Data(
+        name=DATASETS[row["dataset"]],
+        augmentation=row["augmentation"],
+        cutout_length=int(row["cutout_length"]),
+        classes_per_batch=int(row["classes_per_batch"]),
+        mean=mean,
+        std=std,
+    )
+    assert recipe.model.model_dump() == {
+        "network": row["model"],
+        "feature_multiplier": float(row["feature_multiplier"]),
+        "hidden_layers": int(row["hidden_layers"]),
+        "hidden_width": int(row["hidden_width"]),
+        "dropout": float(row["dropout"]),
+        "activation": row["activation"],
+    }
+    assert recipe.loss.model_dump() == {
+        "name": row["loss"],
+        "beta": float(row["beta"] or 0.99),
+        "pred_pool_target": int(row["pred_pool_target"] or 2048),
+    }
+    assert recipe.training.model_dump() == {
+        "epochs": int(row["epochs"]),
+        "batch_size": 128,
+        "learning_rate": float(row["learning_rate"]),
+        "milestones": PUBLISHED[int(row["epochs"])],
+        "lr_decay": 0.25,
+        "patience": 0,
+        "precision": "auto",
+    }
+    assert recipe.paper is not None
+    assert recipe.paper.table == int(row["table"])
+    assert recipe.paper.test_error_percent == float(row["test_error_percent"])
+
+
+def test_names_are_the_published_figures_and_the_demo() -> None:
+    assert recipes.names() == sorted([*map(recipe_name, local_rows()), "demo"])
+
+
+def test_description_is_plain_data() -> None:
+    rows = json.loads(json.dumps(recipes.describe()))
+    assert [row["name"] for row in rows] == recipes.names()
+    by_name = {row["name"]: row for row in rows}
+    assert by_name["cifar10/vgg11b-3x-predsim-cutout"] == {
+        "name": "cifar10/vgg11b-3x-predsim-cutout",
+        "table": 4,
+        "dataset": "cifar10",
+        "network": "vgg11b-3x",
+        "loss": "predsim",
+        "paper_test_error_percent": 3.6,
+    }
+    assert by_name["demo"]["network"] == "vgg8b-0.25x"
+    assert by_name["demo"]["table"] is None
+    assert by_name["demo"]["paper_test_error_percent"] is None
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_toml_round_trip(name: str, tmp_path: Path) -> None:
+    recipe = recipes.load(name)
+    path = tmp_path / "run.toml"
+    path.write_text(recipes.to_toml(recipe))
+    assert recipes.load(path) == recipe
+    assert recipes.from_document(tomllib.loads(recipes.to_toml(recipe))) == recipe
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 2**63 - 1),
+    epochs=st.integers(1, 1000) | st.lists(st.integers(1, 1000), min_size=1, max_size=4),
+    learning_rate=st.floats(1e-12, 10),
+    dropout=st.floats(0, 1, exclude_max=True),
+    budget=st.none() | st.sampled_from(["0B", "4GiB", "1.5 TB"]),
+)
+def test_toml_round_trip_of_any_values(
+    seed: int,
+    epochs: milestones.Epochs,
+    learning_rate: float,
+    dropout: float,
+    budget: str | None,
+) -> None:
+    recipe = recipes.from_document(
+        {
+            "extends": "demo",
+            "name": 'a "name" \\ with = signs',
+            "seed": seed,
+            "model": {"dropout": dropout},
+            "training": {"epochs": epochs, "learning_rate": learning_rate},
+            "store": {"ram_budget": budget},
+        }
+    )
+    assert recipes.from_document(tomllib.loads(recipes.to_toml(recipe))) == recipe
+
+
+# Milestones
+
+
+@pytest.mark.parametrize(
+    ("epochs", "expected"),
+    [
+        *PUBLISHED.items(),
+        (1, []),
+        (2, [1]),
+        (5, [3, 4]),
+        (16, [8, 12, 14, 15]),
+        (50, [25, 38, 44, 47]),
+        ([400, 20], [[200, 300, 350, 375], [10, 15, 18, 19]]),
+    ],
+)
+def test_milestones_by_default(epochs: int | list[int], expected: list[int]) -> None:
+    recipe = recipes.load("cifar10/vgg8b-predsim", [f"training.epochs={epochs}"])
+    assert recipe.training.milestones == expected
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["training.epochs=40"], [5, 10, 30]),
+        (["training.epochs=10"], [1, 3, 8]),  # 1.25, 2.5 and 7.5
+        (["training.epochs=4"], [1, 3]),  # 0.5, 1 and 3
+        (["training.epochs=[40, 20]"], [[5, 10, 30], [3, 5, 15]]),
+        (["training.epochs=40", "training.milestones=[39]"], [39]),
+        (["training.milestones=[]"], []),
+        (["training.milestones=[[1], [2, 3]]"], [[1], [2, 3]]),
+        (["training.learning_rate=0.1"], [10, 20, 60]),
+    ],
+)
+def test_milestones_follow_changed_epochs(
+    overrides: list[str], expected: list[int], write: Write
+) -> None:
+    path = write(
+        "long.toml", 'extends = "demo"\n[training]\nepochs = 80\nmilestones = [10, 20, 60]\n'
+    )
+    assert recipes.load(path, overrides).training.milestones == expected
+
+
+def test_milestones_follow_epochs_through_each_layer(write: Write) -> None:
+    write("a.toml", 'extends = "demo"\n[training]\nepochs = 10\nmilestones = [5]\n')
+    write("b.toml", 'extends = "a.toml"\n[training]\nepochs = [20, 40]\n')
+    path = write("c.toml", 'extends = "b.toml"\n[training]\nepochs = [20, 20]\n')
+    assert recipes.load(path).training.milestones == [[10], [10]]
+    assert recipes.load(path, ["training.epochs=40"]).training.milestones == [[20], [20]]
+    assert "training.milestones must have one list" in message(path, "training.epochs=[1, 2, 3]")
+
+
+def test_a_resolved_recipe_keeps_its_milestones(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text(recipes.to_toml(recipes.load("mnist/mlp-pred")))
+    assert recipes.load(path, ["training.epochs=400"]).training.milestones == [200, 300, 356, 376]
+
+
+@settings(deadline=None)
+@given(epochs=st.integers(1, 2000))
+def test_default_milestones_lie_within_the_epochs(epochs: int) -> None:
+    assert_proper(milestones.default(epochs), epochs)
+
+
+@settings(deadline=None)
+@given(data=st.data(), old=st.integers(1, 500), new=st.integers(1, 500))
+def test_moved_milestones_lie_within_the_epochs(data: st.DataObject, old: int, new: int) -> None:
+    drops = sorted(data.draw(st.sets(st.integers(1, max(1, old - 1)), max_size=6)))
+    moved = [m for m in milestones.rescale(drops, old, new) if isinstance(m, int)]
+    assert_proper(moved, new)
+    exact = [m * new / old for m in drops]
+    assert all(any(abs(m - x) <= 0.5 for x in exact) for m in moved)
+    assert all(any(abs(m - x) <= 0.5 for m in [0, *moved, new]) for x in exact)
+
+
+def assert_proper(drops: list[int], epochs: int) -> None:
+    assert drops == sorted(set(drops))
+    assert all(0 < m < epochs for m in drops)
+
+
+# Inheritance
+
+
+def test_files_extend_shipped_recipes_and_files_beside_them(write: Write) -> None:
+    write("shared/wide.toml", 'extends = "cifar10/vgg8b"\n[model]\nfeature_multiplier = 2\n')
+    path = write(
+        "own/mine.toml",
+        'extends = "../shared/wide.toml"\nseed = 5\n'
+        '[loss]\nname = "sim"\n[data]\nmean = [0]\nstd = [1]\n',
+    )
+    recipe = recipes.load(str(path))
+    assert recipe.name == "mine"
+    assert recipe.seed == 5
+    assert recipe.model.feature_multiplier == 2
+    assert recipe.model.dropout == 0.2  # from cifar10/vgg8b
+    assert recipe.data.name == "cifar10"  # from cifar10/base
+    assert recipe.data.mean == [0.0]  # lists are replaced, not joined
+    assert recipe.paper is None
+
+
+def test_a_name_is_the_files_own(write: Write) -> None:
+    write("base.toml", 'extends = "demo"\nname = "base of all"\n')
+    assert recipes.load(write("leaf.toml", 'extends = "base.toml"\n')).name == "leaf"
+    assert recipes.load(write("leaf.toml", 'name = "x"\nextends = "base.toml"\n')).name == "x"
+
+
+def test_an_existing_file_is_a_path_whatever_its_name(
+    write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(write("saved", 'extends = "demo"\nseed = 9\n').parent)
+    assert recipes.load("saved").seed == 9
+
+
+def test_circles_of_extension_are_refused(write: Write) -> None:
+    write("a.toml", 'extends = "b.toml"\n')
+    path = write("b.toml", 'extends = "./a.toml"\n')
+    assert message(path) == "./a.toml: extends b.toml, which extends this recipe in turn"
+    path = write("self.toml", 'extends = "self.toml"\n')
+    assert message(path).endswith("extends self.toml, which extends this recipe in turn")
+
+
+def test_unknown_recipes_come_with_near_names(write: Write) -> None:
+    assert message("dmeo") == "there is no recipe dmeo; did you mean demo?"
+    assert "did you mean cifar10/vgg11b-3x-predsim or" in message("cifar10/vgg11-3x-predsim")
+    assert message("?") == "there is no recipe ?; `greedy recipes list` shows all"
+    path = write("own.toml", 'extends = "svhn/bases"\n')
+    assert message(path).startswith("there is no recipe svhn/bases; did you mean svhn/base or")
+    assert message(write("own.toml", "extends = 3\n")).endswith(
+        "own.toml: extends must be the name or path of one recipe"
+    )
+
+
+def test_shipped_names_do_not_lead_outside() -> None:
+    assert message("../recipes/demo").startswith("there is no recipe ../recipes/demo")
+
+
+def test_unreadable_files(tmp_path: Path, write: Write) -> None:
+    missing = tmp_path / "none.toml"
+    assert message(missing) == f"the recipe {missing} cannot be read: No such file or directory"
+    assert "is not valid TOML" in message(write("bad.toml", "seed = \n"))
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
+    assert "is not valid TOML" in message(tmp_path / "bytes.toml")
+
+
+# Overrides
+
+
+def test_overrides_are_toml_values_or_plain_strings() -> None:
+    recipe = recipes.load(
+        "demo",
+        [
+            "seed=3",
+            "model.network=mlp",
+            'data.name = "mnist"',
+            "data.augmentation=jitter2+hflip",
+            "training.learning_rate=[1e-3, 1]",
+            "training.epochs = 1_000",
+            "store.ram_budget=4GiB",
+            "store.views=1",
+            "store.views=2",
+        ],
+    )
+    assert recipe.name == "demo"
+    assert recipe.seed == 3
+    assert recipe.model.network == "mlp"
+    assert recipe.data.name == "mnist"
+    assert recipe.data.augmentation == "jitter2+hflip"
+    assert recipe.training.learning_rate == [0.001, 1.0]
+    assert recipe.training.epochs == 1000
+    assert recipe.store.ram_budget == "4GiB"
+    assert recipe.store.views == 2
+
+
+@pytest.mark.parametrize("override", ["", "training.epochs", "=3", "training.=3", "a.b.c=1"])
+def test_malformed_overrides(override: str) -> None:
+    expected = f'the override "{override}" must have the form section.field=value'
+    assert message("demo", override) == expected
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        (
+            "training.epoch=3",
+            "training.epoch is not a recipe field; did you mean training.epochs?",
+        ),
+        ("trainig.epochs=3", "trainig is not a recipe field; did you mean training?"),
+        ("epochs=3", "epochs is not a recipe field; did you mean training.epochs?"),
+        (
+            "training.dropout=0.3",
+            "training.dropout is not a recipe field; did you mean model.dropout?",
+        ),
+        ("loss.zzz=1", "loss.zzz is not a recipe field; loss has name, beta, pred_pool_target"),
+        (
+            "model.network=vgg11",
+            'model.network is "vgg11" but must be one of mlp, vgg8b, vgg11b, python; '
+            "did you mean vgg11b?",
+        ),
+        (
+            'training.batch_size="20"',
+            'training.batch_size is "20" but must be a whole number of at least 2',
+        ),
+        (
+            "training.epochs=true",
+            "training.epochs is true but must be a whole number of at least 1 "
+            "or a list of whole numbers of at least 1",
+        ),
+        ("model.dropout=1", "model.dropout is 1 but must be a number of at least 0 and below 1"),
+        ("loss.beta=1.5", "loss.beta is 1.5 but must be a number of at least 0 and at most 1"),
+        ("loss.beta=nan", "loss.beta is NaN but must be a number of at least 0 and at most 1"),
+        ("loss=3", "loss must be a section with name, beta, pred_pool_target"),
+        (
+            "training.milestones=[4, 9]",
+            "demo: training.milestones is [4, 9] but must rise without repeats, "
+            "from at least 1 to less than 5",
+        ),
+        (
+            "data.augmentation=hflip+hflip",
+            'demo: data.augmentation is "hflip+hflip" but must be none, or some of '
+            "jitter2, crop4, hflip joined by +",
+        ),
+        (
+            "data.mean=[0, 0, 0]",
+            "demo: data.std is [0.353] but must have one entry for each entry of data.mean",
+        ),
+        (
+            "store.ram_budget=lots",
+            'demo: store.ram_budget is "lots" but must be a size such as 4GiB or 512MiB',
+        ),
+    ],
+)
+def test_a_mistake_is_one_sentence(override: str, expected: str) -> None:
+    assert message("demo", override) == expected
+
+
+def test_several_mistakes_are_counted_by_field() -> None:
+    text = message("demo", 'training.epochs="20"', "loss.beta=2", "data.cutout_length=-1")
+    assert text.startswith("data.cutout_length is -1 but must be")
+    assert text.endswith("(and 2 more)")
+
+
+def test_a_mistake_names_its_file(write: Write) -> None:
+    write("base.toml", 'extends = "demo"\n[store]\nview = 3\n')
+    path = write("leaf.toml", 'extends = "base.toml"\n')
+    assert message(path) == (
+        "base.toml: store.view is not a recipe field; did you mean store.views?"
+    )
+
+
+def test_shared_files_are_no_recipes() -> None:
+    expected = "cifar10/vgg8b: loss.name is not set but must be one of pred, sim, predsim, python"
+    assert message("cifar10/vgg8b") == expected
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["training.epochs=[1, 2]", "training.learning_rate=[1, 2, 3]"],
+        ["training.epochs=[10, 20]", "training.milestones=[[1]]"],
+        ["training.epochs=0"],
+        ["training.epochs=[]"],
+        ["training.epochs=2.0"],
+        ["training.learning_rate=0"],
+        ["training.milestones=[3, 3]"],
+        ["training.milestones=[0, 3]"],
+        ["model.feature_multiplier=0"],
+        ["data.std=[0]"],
+        ["data.holdout=0"],
+        ["data.augmentation=none+hflip"],
+        ['data.augmentation=""'],
+        ["store.views=0"],
+        ["seed=-1"],
+        ["seed=1.0"],
+    ],
+    ids=" ".join,
+)
+def test_values_out_of_range(overrides: list[str]) -> None:
+    assert overrides[0].partition("=")[0].partition(".")[0] in message("demo", *overrides)
+
+
+# The schema
+
+
+def test_every_field_is_described_and_its_values_can_be_told() -> None:
+    for section, model in schema.SECTIONS.items():
+        for field, info in model.model_fields.items():
+            assert info.description, f"{section}.{field}"
+            assert explain.allowed(f"{section}.{field}")
+    assert set(schema.SECTIONS) | {"name", "seed"} == set(schema.Recipe.model_fields)
+
+
+def test_recipes_are_frozen() -> None:
+    recipe = recipes.load("demo")
+    with pytest.raises(ValidationError):
+        recipe.training.epochs = 3
+
+
+def test_result_fields_leave_out_what_the_machine_decides() -> None:
+    fields = recipes.result_fields(recipes.load("demo"))
+    assert fields["seed"] == 0
+    assert fields["training.milestones"] == [3, 4]
+    sections = {key.partition(".")[0] for key in fields}
+    assert sections == {"seed", "data", "model", "loss", "training", "store"}
+    assert {key for key in fields if key.startswith("store")} == {"store.views", "store.encoding"}
+
+
+def test_differences_are_those_of_the_result() -> None:
+    demo = recipes.load("demo")
+    machine = recipes.load("demo", ["store.compressor=none", "store.ram_budget=1GB", "name=x"])
+    assert recipes.differences(demo, machine) == []
+    other = recipes.load("demo", ["seed=2", "training.epochs=8", "store.views=1"])
+    assert recipes.differences(demo, other) == [
+        ("seed", 0, 2),
+        ("training.epochs", 5, 8),
+        ("training.milestones", [3, 4], [4, 6, 7]),
+        ("store.views", 4, 1),
+    ]
