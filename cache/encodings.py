@@ -64,7 +64,9 @@ class Encoding:
         if self.scale is not None and self.zero_point is not None:
             channels = (self.row_shape[0],)
             if self.scale.shape != channels or self.zero_point.shape != channels:
-                raise StoreError(f"scale and zero point must have one entry for {channels[0]} rows")
+                raise StoreError(
+                    f"scale and zero point must have {channels[0]} entries, one a channel"
+                )
             if not (np.isfinite(self.scale) & (self.scale > 0)).all():
                 raise StoreError("every channel's scale must be finite and above zero")
             if (self.zero_point > _TOP[self.name]).any():
@@ -157,7 +159,8 @@ class Encoding:
             name = document["name"]
             if "scale" not in document:
                 return cls(name, row_shape)
-            scale = np.array(document["scale"], dtype=np.float32)
+            with np.errstate(over="ignore"):  # what becomes infinite is refused below
+                scale = np.array(document["scale"], dtype=np.float64).astype(np.float32)
             zero_point = np.array(document["zero_point"])
             if (
                 zero_point.dtype.kind not in "iu"

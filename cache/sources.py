@@ -115,6 +115,8 @@ def open_source(location: "Location") -> Source:
     if isinstance(location, str | Path):
         return LocalSource(Path(location))
     # Imported only here: local stores, the usual ones, do without zarr-python.
+    from zarr.core.sync import sync  # noqa: PLC0415
     from zarr.storage import StorePath  # noqa: PLC0415
 
-    return ZarrSource(location if isinstance(location, StorePath) else StorePath(location))
+    inside = location if isinstance(location, StorePath) else StorePath(location)
+    return ZarrSource(sync(StorePath.open(inside.store, inside.path)))

@@ -1,12 +1,16 @@
 """Train deep classifiers one layer at a time, from disk, on a GPU that is too small for them."""
 
-from greedy import cache, data, losses, models, recipes
-from greedy.errors import TrainingError, UserError
-from greedy.evaluation import Evaluation, evaluate
-from greedy.manifest import StageRecord
-from greedy.reporting import EpochReport, Reporter
-from greedy.runs import RunDirectory
-from greedy.trainer import GreedyTrainer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from greedy import cache, data, losses, models, recipes
+    from greedy.errors import TrainingError, UserError
+    from greedy.evaluation import Evaluation, evaluate
+    from greedy.manifest import StageRecord
+    from greedy.reporting import EpochReport, Reporter
+    from greedy.runs import RunDirectory
+    from greedy.trainer import GreedyTrainer
 
 __all__ = [
     "GreedyTrainer",
@@ -24,3 +28,24 @@ __all__ = [
     "models",
     "recipes",
 ]
+
+_HOME = {
+    "GreedyTrainer": "trainer",
+    "RunDirectory": "runs",
+    "StageRecord": "manifest",
+    "Reporter": "reporting",
+    "EpochReport": "reporting",
+    "Evaluation": "evaluation",
+    "evaluate": "evaluation",
+    "UserError": "errors",
+    "TrainingError": "errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports on first use, so that the command line answers before torch has loaded."""
+    if name not in __all__:
+        raise AttributeError(f"module 'greedy' has no attribute {name!r}")
+    if name in _HOME:
+        return getattr(import_module(f"greedy.{_HOME[name]}"), name)
+    return import_module(f"greedy.{name}")

@@ -4,11 +4,15 @@ import json
 import subprocess
 import sys
 import threading
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import zarr
+from zarr.buffer.cpu import Buffer
 
 from greedy.cache import (
     COMPRESSORS,
@@ -43,7 +47,7 @@ def write(
     compressor: str = "lz4",
     threads: int = 2,
     step: int = 5,
-    **options: object,
+    **options: Any,
 ) -> StoreSummary:
     with StoreWriter(
         path,
@@ -164,6 +168,173 @@ def test_any_zarr_store_gives_the_same(tmp_path: Path, compressor: str) -> None:
     values = activations((3, 5, 5))
     write(tmp_path / "s", values, fit_encoding("uint8", values[0]), compressor)
     local = Store(tmp_path / "s")
-    with zarr.storage.ZipStore(tmp_path / "s.zip", mode="w") as archive:
+    with zipfile.ZipFile(tmp_path / "s.zip", "w") as archive:
         for name, data in files(tmp_path / "s").items():
-            archive._zf.writestr(f"train/{name}", data) if archive._is_open else None
+            archive.writestr(f"train/{name}", data)
+    buffers = {name: Buffer.from_bytes(data) for name, data in files(tmp_path / "s").items()}
+    zipped = zarr.storage.ZipStore(tmp_path / "s.zip", mode="r")
+    for location in (zarr.storage.MemoryStore(buffers), zarr.storage.StorePath(zipped, "train")):
+        other = Store(location)
+        np.testing.assert_array_equal(other.load(), local.load())
+        np.testing.assert_array_equal(other.read_rows(1, 3, 30), local.read_rows(1, 3, 30))
+        np.testing.assert_array_equal(other.labels, local.labels)
+        assert other.disk_bytes == local.disk_bytes
+    zipped.close()
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_bytes_do_not_depend_on_threads_or_calls(tmp_path: Path, name: str) -> None:
+    values = activations((3, 5, 5))
+    encoding = fit_encoding(name, values[0])
+    written = []
+    for threads, step in [(1, 1), (2, 7), (4, 1000)]:
+        path = tmp_path / f"{threads}"
+        summary = write(path, values, encoding, "zstd", threads=threads, step=step)
+        written.append((summary, files(path)))
+    assert written[0] == written[1] == written[2]
+    values[1, 36] += 1
+    assert write(tmp_path / "other", values, encoding).digest != written[0][0].digest
+
+
+def test_shards_are_few_and_whole_when_large(tmp_path: Path) -> None:
+    encoding = Encoding("float32", (512, 32, 32))
+    layout = Layout.fit(views=4, rows=50_000, encoding=encoding)
+    assert layout.chunk_rows == 2
+    assert layout.shard_rows == 96
+    assert Layout.fit(4, 50_000, fit_encoding("uint8", np.ones((1, 512, 32, 32), "f4"))) == Layout(
+        4, 50_000, chunk_rows=2, shard_rows=384
+    )
+    assert Layout.fit(1, 10, encoding).shard_rows == 10
+    assert Layout.fit(1, 5000, Encoding("float32", (10,))).chunk_rows == 1024
+    assert Layout.fit(1, 5000, Encoding("float32", (2**21,))).chunk_rows == 1
+
+
+def test_non_finite_value_stops_the_write(tmp_path: Path) -> None:
+    values = activations((3, 5, 5))
+    values[0, 21, 2, 1, 1] = np.nan
+    with pytest.raises(NonFiniteActivation, match="channel 2"):
+        write(tmp_path / "s", values, fit_encoding("uint8", values[1]), step=1)
+    # The chunk lies in the second shard: the first is whole, of the second nothing is left.
+    assert list(files(tmp_path / "s")) == ["activations/c.0.0.0.0.0"]
+    with pytest.raises(StoreError, match="not a finished"):
+        Store(tmp_path / "s")
+
+
+def test_a_failed_chunk_cannot_be_survived(tmp_path: Path) -> None:
+    broken = np.full((ROWS, 7), np.inf, np.float32)
+    with pytest.raises(StoreError, match="came"), writer_of(tmp_path / "s") as writer:
+        writer.append(broken)
+        with pytest.raises(NonFiniteActivation):
+            writer.finish()
+        writer.append(np.zeros_like(broken))
+
+
+def test_interrupted_write_leaves_no_store(tmp_path: Path) -> None:
+    values = activations((7,))
+    with pytest.raises(KeyboardInterrupt), writer_of(tmp_path / "s") as writer:
+        writer.append(values[0, :30])
+        raise KeyboardInterrupt
+    assert not any(name.endswith((".part", ".json")) for name in files(tmp_path / "s"))
+    assert not any(thread.name.startswith("greedy-cache") for thread in threading.enumerate())
+
+
+def writer_of(path: Path, **changes: Any) -> StoreWriter:
+    arguments = {
+        "rows": ROWS,
+        "views": VIEWS,
+        "encoding": Encoding("float32", (7,)),
+        "compressor": "lz4",
+        "labels": LABELS,
+        "index": INDEX,
+    }
+    return StoreWriter(path, **arguments | changes)
+
+
+def test_rows_must_all_come_and_fit(tmp_path: Path) -> None:
+    values = activations((7,))
+    with pytest.raises(StoreError, match="36 rows came"), writer_of(tmp_path / "a") as writer:
+        writer.append(values[0, :36])
+    with pytest.raises(StoreError, match="more were appended"), writer_of(tmp_path / "b") as writer:
+        writer.append(values[0])
+        writer.append(values[1])
+        writer.append(values[1, :1])
+    with pytest.raises(StoreError, match="must be float32"), writer_of(tmp_path / "c") as writer:
+        writer.append(values[0].astype(np.float64))
+    with pytest.raises(StoreError, match="must be float32"), writer_of(tmp_path / "d") as writer:
+        writer.append(values[0][:, :6])
+
+
+def test_arguments_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    for changes in (
+        {"compressor": "gzip"},
+        {"rows": 36},
+        {"rows": 0, "labels": LABELS[:0], "index": INDEX[:0]},
+        {"views": 0},
+        {"index": INDEX[1:]},
+    ):
+        with pytest.raises(StoreError):
+            writer_of(tmp_path / "s", **changes)
+    write(tmp_path / "s", activations((7,)), Encoding("float32", (7,)))
+    with pytest.raises(StoreError, match="already holds files"):
+        writer_of(tmp_path / "s")
+
+
+Change = Callable[[dict[str, Any]], object]
+
+
+def edit(path: Path, change: Change) -> None:
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def sharding(document: dict) -> dict:
+    return document["codecs"][0]["configuration"]
+
+
+@pytest.mark.parametrize(("file", "change"), [
+    ("zarr.json", lambda d: d.update(attributes={})),
+    ("zarr.json", lambda d: d.update(attributes=[])),
+    ("zarr.json", lambda d: d["attributes"]["greedy"].update(format=2)),
+    ("zarr.json", lambda d: d["attributes"]["greedy"].update(compressor="none")),
+    ("zarr.json", lambda d: d["attributes"]["greedy"].update(compressor="rm")),
+    ("zarr.json", lambda d: d["attributes"]["greedy"].update(row_shape=[8])),
+    ("zarr.json", lambda d: d["attributes"]["greedy"].update(row_shape=[])),
+    ("zarr.json", lambda d: d["attributes"]["greedy"].update(row_shape=[2**31])),
+    ("zarr.json", lambda d: d["attributes"]["greedy"].update(row_shape=["7"])),
+    ("zarr.json", lambda d: d["attributes"]["greedy"].pop("encoding")),
+    ("zarr.json", lambda d: d["attributes"]["greedy"]["encoding"].update(name="float16")),
+    ("activations/zarr.json", lambda d: d.update(shape=[VIEWS, 2**50, 7])),
+    ("activations/zarr.json", lambda d: d.update(shape=[VIEWS, 2**39, 7])),
+    ("activations/zarr.json", lambda d: d.update(shape=[VIEWS, -1, 7])),
+    ("activations/zarr.json", lambda d: d.update(shape=[VIEWS])),
+    ("activations/zarr.json", lambda d: d.update(data_type="int32")),
+    ("activations/zarr.json", lambda d: d.update(fill_value=1.0)),
+    ("activations/zarr.json", lambda d: d.update(codecs=[])),
+    ("activations/zarr.json", lambda d: d.update(codecs=sharding(d)["codecs"])),
+    ("activations/zarr.json", lambda d: sharding(d).update(index_location="start")),
+    ("activations/zarr.json", lambda d: sharding(d).update(chunk_shape=[1, 5, 7])),
+    ("activations/zarr.json", lambda d: sharding(d).update(chunk_shape=[1, 0, 7])),
+    ("activations/zarr.json", lambda d: sharding(d)["codecs"].pop()),
+    ("activations/zarr.json", lambda d: sharding(d)["codecs"].insert(0, {"name": "transpose"})),
+])  # fmt: skip
+def test_stranger_s_metadata_is_refused(tmp_path: Path, file: str, change: Change) -> None:
+    write(tmp_path / "s", activations((7,)), Encoding("float32", (7,)))
+    edit(tmp_path / "s" / file, change)
+    with pytest.raises(StoreError):
+        Store(tmp_path / "s")
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000, "\x00"])
+def test_metadata_that_is_not_json_is_refused(tmp_path: Path, text: str) -> None:
+    write(tmp_path / "s", activations((7,)), Encoding("float32", (7,)))
+    (tmp_path / "s/activations/zarr.json").write_text(text)
+    with pytest.raises(StoreError, match="JSON"):
+        Store(tmp_path / "s")
+
+
+def test_absent_store_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="not a finished activation store"):
+        Store(tmp_path / "nothing")
+    with pytest.raises(StoreError, match="not a finished activation store"):
+        Store(zarr.storage.MemoryStore())

@@ -1,7 +1,7 @@
 """The local losses: which heads a stage gets, and what they are trained to do."""
 
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -27,10 +27,11 @@ class LocalHeads(nn.Module):
         self.prediction = prediction
 
     def forward(self, h: Tensor) -> Features:
-        return Features(
-            z=self.similarity and self.similarity(h),
-            p=self.prediction and self.prediction(h),
-        )
+        return Features(z=_of(self.similarity, h), p=_of(self.prediction, h))
+
+
+def _of(head: nn.Module | None, h: Tensor) -> Any:
+    return None if head is None else head(h)
 
 
 class LocalLoss(Protocol):

@@ -1,0 +1,44 @@
+# Everything happens inside .venv; nothing is installed anywhere else.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint types wheel clean
+
+# Train the small network of recipe `demo`, from nothing to its test error.
+demo: $(VENV)/.installed
+	$(BIN)/greedy train --recipe demo
+
+# Lint, type check and test, all against the wheel that a user would install.
+test: lint types
+	PYTHONSAFEPATH=1 $(BIN)/python -m pytest $(PYTEST_OPTIONS)
+
+lint: $(VENV)/.wheel
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The installed package, from outside the checkout: there `cache/` is `greedy.cache`.
+types: $(VENV)/.wheel
+	cd $(VENV) && bin/mypy --config-file ../pyproject.toml --cache-dir .mypy_cache -p greedy
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+SOURCES := pyproject.toml $(shell find greedy cache cli -name '*.py' -o -name '*.toml' -o -name '*.gz')
+
+$(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/python -m pip install .
+	touch $@
+
+$(VENV)/.wheel: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/python -m pip install ".[dev]"
+	rm -rf dist build
+	$(BIN)/python -m build --wheel --outdir dist
+	$(BIN)/python -m pip install --force-reinstall --no-deps dist/*.whl
+	touch $@ $(VENV)/.installed
+
+wheel: $(VENV)/.wheel
+
+clean:
+	rm -rf build dist *.egg-info

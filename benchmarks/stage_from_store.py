@@ -1,0 +1,133 @@
+"""What training from a store costs, against training from the same activations in memory.
+
+Prints the ratio of the time of one epoch from a uint8 store on disk, read window by window, to
+one from a float32 tensor: for stage 2 of VGG8B at half width on CIFAR-10 shapes, and for stage 2
+of the 3x1024 MLP. Medians of interleaved pairs.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from greedy.cache import Store, StoreWriter, fit_encoding
+from greedy.losses import PredSim
+from greedy.models import Shape, cut, mlp, seeded, shapes, vgg8b
+from greedy.reporting import Reporter
+from greedy.source import Source
+from greedy.training.loop import Epochs
+from greedy.training.schedule import Milestones
+from greedy.training.step import Learner
+
+BATCH = 128
+CLASSES = 10
+CPU = torch.device("cpu")
+
+
+class InMemory(Source):
+    """A source whose epochs come from a float32 tensor."""
+
+    def __init__(self, values: Tensor, labels: Tensor) -> None:
+        self.values, self.classes, self.held_out, self.seed = values, labels, 0, 0
+
+    def epoch(
+        self, stage: int, epoch: int, batch_size: int, classes_per_batch: int = 0
+    ) -> "InMemoryEpoch":
+        return InMemoryEpoch(self.values, self.classes)
+
+
+class InMemoryEpoch:
+    """Its rows, permuted."""
+
+    def __init__(self, values: Tensor, labels: Tensor) -> None:
+        self.values, self.labels, self.rows = values, labels, len(labels)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for rows in torch.randperm(self.rows).split(BATCH):
+            yield self.values[rows], self.labels[rows]
+
+
+def activations(rows: int, shape: Shape) -> np.ndarray:
+    """Like those of a trained stage: leaky ReLU of normal numbers."""
+    values = np.random.default_rng(0).standard_normal((rows, *shape), dtype=np.float32)
+    return np.where(values > 0, values, 0.01 * values)
+
+
+def write(path: Path, values: np.ndarray, labels: np.ndarray) -> Store:
+    """The activations as a uint8 store."""
+    encoding = fit_encoding("uint8", values[:2048])
+    with StoreWriter(
+        path,
+        rows=len(values),
+        views=1,
+        encoding=encoding,
+        compressor="lz4",
+        labels=labels,
+        index=np.arange(len(values)),
+    ) as writer:
+        writer.append(values)
+    return Store(path)
+
+
+def learner(network: nn.Sequential, image: Shape) -> Learner:
+    """Stage 2 of a network, ready to train."""
+    stages = cut(network)
+    stage, shape = stages[1], shapes(stages, image)[1]
+    loss = PredSim()
+    with seeded(0, "benchmark"):
+        heads = loss.heads(shape.hidden, CLASSES)
+    learner = Learner(stage, heads, loss, CLASSES, "float32")
+    learner.optimizer = torch.optim.Adam(learner.parameters(), lr=5e-4, fused=True)
+    return learner
+
+
+def ratio(network: nn.Sequential, image: Shape, rows: int, pairs: int, directory: Path) -> float:
+    """The median over pairs of epochs of time from the store over time from memory."""
+    learning = learner(network, image)
+    shape = shapes(cut(network), image)[1].input
+    values, labels = activations(rows, shape), np.random.default_rng(1).integers(0, CLASSES, rows)
+    store = write(directory / "store", values, labels)
+    memory = InMemory(torch.from_numpy(values), torch.from_numpy(labels))
+    disk = Source({"train": store}, CPU, seed=0)
+
+    def seconds(source: Source) -> float:
+        epochs = Epochs(learning, source, Milestones(5e-4, 0.25, []), 1, BATCH, 0, 0, Reporter())
+        start = time.perf_counter()
+        list(epochs)
+        return time.perf_counter() - start
+
+    seconds(disk), seconds(memory)
+    return statistics.median(seconds(disk) / seconds(memory) for _ in range(pairs))
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--pairs", default=5, show_default=True, help="Interleaved pairs of epochs.")
+def main(as_json: bool, pairs: int) -> None:
+    """Prints the cost of training from a store, relative to training from memory."""
+    cases: dict[str, Callable[[Path], float]] = {
+        "conv": lambda d: ratio(
+            vgg8b(3, 32, CLASSES, feature_multiplier=0.5, dropout=0.2), (3, 32, 32), 1024, pairs, d
+        ),
+        "mlp": lambda d: ratio(mlp(dropout=0.025), (1, 28, 28), 30_000, pairs, d),
+    }
+    found = {}
+    for name, case in cases.items():
+        with tempfile.TemporaryDirectory() as directory:
+            found[name] = round(case(Path(directory)), 4)
+    if as_json:
+        click.echo(json.dumps(found))
+    else:
+        for name, value in found.items():
+            click.echo(f"{name}: {value:.3f} times the time of training from memory")
+
+
+if __name__ == "__main__":
+    main()
