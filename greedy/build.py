@@ -7,6 +7,7 @@ from torch import nn
 
 from greedy import models
 from greedy.errors import UserError
+from greedy.functions import call_function
 from greedy.losses import LocalLoss, Pred, PredSim, Sim
 from greedy.models import Shape
 from greedy.recipes import Loss, Model
@@ -44,6 +45,19 @@ def build_network(model: Model, row_shape: Shape, num_classes: int) -> nn.Sequen
             activation=model.activation,
             **({} if model.network == "mlp" else convolutional),
         )
+
+
+def load_network(model: Model, function: str | None) -> nn.Sequential | None:
+    """The network that ``module:function`` returns, for a run whose network was built in Python;
+    ``None`` without a function. Raises ``UserError`` for one that is not wanted or of no use."""
+    if function is None:
+        return None
+    if model.network != "python":
+        raise UserError(f"this run's network is {model.network}: leave out --model {function}")
+    network = call_function(function)
+    if not isinstance(network, nn.Sequential):
+        raise UserError(f"{function} must return an nn.Sequential, not a {type(network).__name__}")
+    return network
 
 
 def loss_settings(loss: LocalLoss) -> dict[str, str | float | int]:

@@ -1,6 +1,8 @@
 """The trained network, put together again from its stages."""
 
 from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -8,7 +10,7 @@ from torch import nn
 
 from greedy.build import build_network
 from greedy.errors import UserError
-from greedy.losses import LocalLoss
+from greedy.losses import LocalLoss, PredictionHead
 from greedy.manifest import ENCODER, HEADS, StageRecord
 from greedy.models import Stage, cut, shapes
 from greedy.recipes import Recipe
@@ -16,24 +18,18 @@ from greedy.runs import RunDirectory
 
 
 def stages_of(recipe: Recipe, data: StageRecord, model: nn.Sequential | None) -> list[Stage]:
-    """The run's stages without their trained weights: of ``model``, or where there is none of
-    the recipe's network on the meta device."""
+    """The run's stages without their trained weights: of a copy of ``model``, or where there is
+    none of the recipe's network on the meta device."""
     if model is None:
         model = build_network(recipe.model, data.row_shape, len(data.class_names))
-    return cut(model)
+    return cut(deepcopy(model))
 
 
 def load_stage(run: RunDirectory, stage: Stage, device: torch.device) -> None:
     """Gives a stage its frozen weights from the run, checked against their digest."""
     directory = run.stage(stage.number)
     path = run.complete(stage.number).check_file(directory, ENCODER)
-    try:
-        stage.load_state_dict(safetensors.torch.load_file(path), assign=True)
-    except RuntimeError as error:
-        raise UserError(
-            f"{path} does not fit stage {stage.number} of this network: "
-            f"give the network (--model) that the run was trained with"
-        ) from error
+    _load(stage, path, f"stage {stage.number} of this network: give the network (--model)")
     stage.to(device).eval().requires_grad_(False)
 
 
@@ -89,6 +85,13 @@ def _local_classifier(
             f"early exit after it: leave out --until-stage"
         )
     path = run.complete(number).check_file(run.stage(number), HEADS)
-    heads.load_state_dict(safetensors.torch.load_file(path))
+    _load(heads, path, "the heads of this local loss: give the loss")
     head = heads.prediction
-    return list(head) if isinstance(head, nn.Sequential) else [head]
+    return list(head) if isinstance(head, PredictionHead) else [head]
+
+
+def _load(module: nn.Module, path: Path, what: str) -> None:
+    try:
+        module.load_state_dict(safetensors.torch.load_file(path), assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit {what} that the run was trained with") from error

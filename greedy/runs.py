@@ -33,7 +33,7 @@ class RunDirectory:
         if not (path / "run.toml").is_file():
             raise UserError(
                 f"{path} is not a run directory (it has no run.toml): give the --run of a "
-                f"`greedy train`"
+                f"`greedy train`, or begin one with --recipe"
             )
         run = cls(path, load(path / "run.toml"))
         run._finish_exchanges()
@@ -43,7 +43,7 @@ class RunDirectory:
     def create(cls, path: Path, recipe: Recipe) -> "RunDirectory":
         """The run of this recipe at ``path``: a new one where nothing is, or the one that is
         there if its results are the same recipe's. Raises ``UserError`` with the differences
-        otherwise."""
+        otherwise. A new one is on disk only after ``begin``."""
         if (path / "run.toml").is_file():
             run = cls.open(path)
             run._require_same_results(recipe)
@@ -56,9 +56,13 @@ class RunDirectory:
                 f"{path} is not empty and not a run directory: choose another --run, "
                 f"nothing in it has been touched"
             )
-        path.mkdir(parents=True, exist_ok=True)
-        write_whole(path / "run.toml", to_toml(recipe).encode())
         return cls(path, recipe)
+
+    def begin(self) -> None:
+        """Writes ``run.toml`` where it is not yet: what is refused before leaves no trace."""
+        if not (self.path / "run.toml").is_file():
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_whole(self.path / "run.toml", to_toml(self.recipe).encode())
 
     def _require_same_results(self, recipe: Recipe) -> None:
         if changed := differences(self.recipe, recipe):
@@ -100,8 +104,8 @@ class RunDirectory:
         if state == "stale":
             raise UserError(
                 f"stage {number} in {self.path} is stale (an earlier stage was trained again "
-                f"after it): train it again with `greedy train --run {self.path} "
-                f"--retrain {number}`"
+                f"after it, or it is of another run): train it again with "
+                f"`greedy train --run {self.path} --retrain {number}`"
             )
         if record is None:
             raise UserError(

@@ -52,6 +52,7 @@ def write_stage0(run: RunDirectory, dataset: Dataset, network: list[str]) -> Sta
     started = time.perf_counter()
     moments = Moments()
     written, labels = {}, {}
+    run.begin()
     with new_stage(run.stage(0)) as directory:
         for name in SPLITS:
             split: Split = getattr(dataset, name)

@@ -1,10 +1,10 @@
 """Training a network stage by stage."""
 
 from collections.abc import Sequence
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 
@@ -15,7 +15,7 @@ from greedy.devices import pick_device
 from greedy.errors import UserError, unknown
 from greedy.losses import LocalLoss, Output, PredSim
 from greedy.manifest import StageRecord
-from greedy.models import Stage, cut, shapes
+from greedy.models import Shape, Stage, StageShapes, cut, shapes
 from greedy.network import assemble, load_stage, stages_of
 from greedy.recipes import Recipe, from_document
 from greedy.recipes.schema import SECTIONS
@@ -103,19 +103,21 @@ class GreedyTrainer:
         return self.train()
 
     def prepare(self, dataset: Dataset) -> StageRecord:
-        """Writes stage 0."""
-        shape, classes = dataset.train.shape, len(dataset.class_names or "??")
-        stages = cut(self._model or build_network(self.recipe.model, shape, classes))
-        shapes(stages, shape)  # what does not fit is refused before anything is written
-        self._check_lists(len(stages))
+        """Writes stage 0. What cannot be trained is refused before anything is written."""
+        shape, classes = dataset.train.shape, len(dataset.class_names or "")
+        stages = cut(self._model or build_network(self.recipe.model, shape, classes or 2))
+        self._checked_shapes(stages, shape, classes)
         names = [stage.name for stage in stages[:-1]]
         return write_stage0(self.run, dataset, [*names, "output"])
 
     def train(self, retrain_from: int | None = None) -> list[StageRecord]:
         """Trains every stage that is not complete; from ``retrain_from`` on, also those that
         are. Returns the records of all stages."""
+        count = len(self.run.complete(0).network)
+        if retrain_from is not None:
+            _require_stage(retrain_from, count)
         records = []
-        for number in range(1, len(self.run.complete(0).network) + 1):
+        for number in range(1, count + 1):
             again = retrain_from is not None and number >= retrain_from
             records.append(self.train_stage(number, again=again))
         return records
@@ -132,9 +134,9 @@ class GreedyTrainer:
         into ``to``, by default its place in the run. A complete stage is only trained
         ``again`` if asked to, and stays until the new one is whole."""
         data = self.run.complete(0)
-        count = len(data.network)
-        if not 1 <= number <= count:
-            raise UserError(f"there is no stage {number}: this network has stages 1 to {count}")
+        _require_stage(number, len(data.network))
+        if to is not None and to.resolve() == self.run.stage(number).resolve():
+            to = None
         directory = to or self.run.stage(number)
         if not again and to is None and self.run.record(number) is not None:
             record = self.run.complete(number)
@@ -142,6 +144,11 @@ class GreedyTrainer:
             return record
         if to is not None and to.exists():
             raise UserError(f"{to} exists already: give a --to that does not")
+        if to is not None and (to.parent / "run.toml").is_file():
+            raise UserError(
+                f"{to} would stand for another stage, or in another run: give a --to outside of "
+                f"{to.parent}"
+            )
         source = number - 1 if source is None else source
         if not 0 <= source < number:
             raise UserError(f"stage {number} cannot train from stage {source}: give an earlier one")
@@ -155,9 +162,8 @@ class GreedyTrainer:
     def _stage_training(
         self, number: int, source_number: int, data: StageRecord, parent: StageRecord
     ) -> StageTraining:
-        stages = stages_of(self.recipe, data, deepcopy(self._model))
-        self._check_lists(len(stages))
-        shape = shapes(stages, data.row_shape)[number - 1]
+        stages = stages_of(self.recipe, data, self._model)
+        shape = self._checked_shapes(stages, data.row_shape, len(data.class_names))[number - 1]
         is_output = number == len(stages)
         source = self._source(source_number, stages[source_number : number - 1], data)
         resolved = resolve(self.recipe, source.stores["train"], shape, self.device)
@@ -180,7 +186,7 @@ class GreedyTrainer:
         )
 
     def _source(self, number: int, replayed: Sequence[Stage], data: StageRecord) -> Source:
-        self.run.complete(number)
+        stores = self._stores(number)
         for stage in replayed:
             load_stage(self.run, stage, self.device)
         settings = self.recipe.data
@@ -189,7 +195,6 @@ class GreedyTrainer:
             settings.std or data.resolved["std"],
             Augmentation.parse(settings.augmentation, settings.cutout_length),
         )
-        stores = {split: Store(self.run.store(number) / split) for split in SPLITS}
         patient = self.recipe.training.patience > 0
         return Source(
             stores,
@@ -200,18 +205,59 @@ class GreedyTrainer:
             held_out=round(settings.holdout * data.rows["train"]) if patient else 0,
         )
 
-    def _check_lists(self, count: int) -> None:
+    def _stores(self, number: int) -> dict[str, Store]:
+        """Both splits of a stage's store, whose rows are the samples that stage 0 says."""
+        self.run.complete(number)
+        path = self.run.store(number)
+        if not path.is_dir():
+            raise UserError(
+                f"{path} is missing: train stage {number} again with --retrain, or give the "
+                f"store of an earlier stage"
+            )
+        stores = {split: Store(path / split) for split in SPLITS}
+        for split, store in stores.items():
+            expected = Store(self.run.store(0) / split).index
+            if not np.array_equal(store.index, expected):
+                raise UserError(
+                    f"{path / split} is a store of another run (its rows are other samples): "
+                    f"train stage {number} again with --retrain"
+                )
+        return stores
+
+    def _checked_shapes(
+        self, stages: Sequence[Stage], row_shape: Shape, classes: int
+    ) -> list[StageShapes]:
+        """The shapes along the stages, of a network that fits the data (0 classes: not known
+        yet) and the recipe's lists."""
+        found = shapes(stages, row_shape)
+        if classes and found[-1].output != (classes,):
+            raise UserError(
+                f"the network ends in {'x'.join(map(str, found[-1].output))} values and the data "
+                f"have {classes} classes: let its last layer give one logit a class"
+            )
+        mean = self.recipe.data.mean
+        if mean is not None and len(mean) != row_shape[0]:
+            raise UserError(
+                f"data.mean has {len(mean)} entries and the images {row_shape[0]} channels: "
+                f"give data.mean and data.std one a channel, or leave them out to be measured"
+            )
         for field in ("epochs", "learning_rate"):
             value = getattr(self.recipe.training, field)
-            if isinstance(value, list) and len(value) != count:
+            if isinstance(value, list) and len(value) != len(stages):
                 raise UserError(
-                    f"training.{field} has {len(value)} entries and the network {count} stages: "
-                    f"give one number, or one a stage"
+                    f"training.{field} has {len(value)} entries and the network {len(stages)} "
+                    f"stages: give one number, or one a stage"
                 )
+        return found
 
     def assemble(self, until_stage: int | None = None) -> nn.Sequential:
         """The trained network, see :func:`greedy.network.assemble`."""
         return assemble(self.run, self.loss, self._model, until_stage=until_stage)
+
+
+def _require_stage(number: int, count: int) -> None:
+    if not 1 <= number <= count:
+        raise UserError(f"there is no stage {number}: this network has stages 1 to {count}")
 
 
 def _document(settings: dict[str, Any], loss: LocalLoss) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """From the name of a data set to the data set."""
 
-import re
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -11,6 +10,7 @@ from greedy.data.mapstyle import load_function
 from greedy.data.splits import Dataset
 from greedy.data.vision import is_present, load_vision
 from greedy.errors import UserError, unknown
+from greedy.functions import is_function_name
 
 NAMES = [entry.name for entry in DATASETS]
 FOLDER = "folder:"
@@ -36,7 +36,7 @@ def load_dataset(
         raise UserError(f"data.image_size is for folder:PATH alone: remove it for {name}")
     if name in NAMES:
         return load_vision(name, _root(data_dir), download)
-    if not re.fullmatch(r"\w+(\.\w+)*:\w+", name):
+    if not is_function_name(name):
         raise unknown("data set", name, [*NAMES, "folder:PATH", "module:function"])
     if not allow_function:
         raise UserError(

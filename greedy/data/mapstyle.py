@@ -1,8 +1,5 @@
 """Map-style data sets: anything with a length and ``[index]`` giving (image, label)."""
 
-import importlib
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +9,7 @@ from PIL import Image
 
 from greedy.data.splits import Dataset, Images, Labels, Rows, Shape
 from greedy.errors import UserError
+from greedy.functions import call_function
 
 PIL_MODES = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGB", "CMYK": "RGB"}
 
@@ -38,18 +36,7 @@ def load_function(name: str) -> Dataset:
     The current directory is importable. Raises UserError where there is no such function, or it
     does not return a pair.
     """
-    module_name, _, function_name = name.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"cannot import the module of {name}: {error}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise UserError(f"{name} is not a function: define {function_name} in {module.__file__}")
-    sets = function()
+    sets = call_function(name)
     if not (isinstance(sets, tuple) and len(sets) == 2):
         raise UserError(f"{name} must return two map-style data sets, (train, test)")
     return dataset_from_torch(*sets, name=name)

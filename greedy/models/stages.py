@@ -108,7 +108,7 @@ def cut(network: nn.Sequential) -> list[Stage]:
     leading: list[nn.Module] = []
     for child in network:
         if any(isinstance(m, ENCODERS) for m in child.modules()):
-            groups.append(list(child) if isinstance(child, nn.Sequential) else [child])
+            groups.append(list(child) if type(child) is nn.Sequential else [child])
         else:
             (groups[-1] if groups else leading).append(child)
     if not groups:

@@ -1,6 +1,14 @@
 """Recipes: what a run is, in one TOML file."""
 
-from greedy.recipes.loader import describe, from_document, load, names, network_label, to_toml
+from greedy.recipes.loader import (
+    departures,
+    describe,
+    from_document,
+    load,
+    names,
+    network_label,
+    to_toml,
+)
 from greedy.recipes.schema import (
     Data,
     Loss,
@@ -26,6 +34,7 @@ __all__ = [
     "to_toml",
     "names",
     "describe",
+    "departures",
     "network_label",
     "result_fields",
     "differences",

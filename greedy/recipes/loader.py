@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from greedy.errors import UserError
 from greedy.recipes import explain, milestones
-from greedy.recipes.schema import Model, Recipe
+from greedy.recipes.schema import Model, Recipe, differences
 
 SHIPPED: Final = Path(__file__).parent
 REQUIRED: Final = ("data", "model", "loss", "training")
@@ -76,6 +76,18 @@ def describe() -> list[dict[str, Any]]:
         }
         for recipe in recipes
     ]
+
+
+def departures(recipe: Recipe) -> list[str]:
+    """The fields in which a recipe with a published figure differs from the shipped recipe that
+    the figure belongs to. Seed and store do not count: the paper has neither."""
+    shipped = [load(name) for name in names()]
+    found = [
+        [key for key, _, _ in differences(each, recipe) if not key.startswith(("seed", "store."))]
+        for each in shipped
+        if each.paper == recipe.paper
+    ]
+    return min(found, key=len, default=["paper"])
 
 
 def network_label(model: Model) -> str:

@@ -1,0 +1,66 @@
+"""``greedy data``: the data sets known by name."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from greedy.cli import options
+from greedy.cli.failures import Group
+from greedy.cli.tables import print_json, print_table
+
+
+@click.group(cls=Group, epilog="Example: greedy data list")
+def data() -> None:
+    """List the data sets and prepare one."""
+
+
+@data.command("list", epilog="Example: greedy data list --data-dir ~/datasets")
+@options.data_dir
+@options.as_json
+@options.debug
+def list_data(data_dir: Path | None, as_json: bool) -> None:
+    """List the data sets and whether they are here."""
+    from greedy.data import DATASETS, is_available  # noqa: PLC0415
+
+    here = {entry.name: is_available(entry.name, data_dir) for entry in DATASETS}
+    if as_json:
+        print_json([asdict(entry) | {"available": here[entry.name]} for entry in DATASETS])
+        return
+    print_table(
+        ("name", "here", "image", "classes", "train", "test"),
+        (
+            (
+                entry.name,
+                "yes" if here[entry.name] else "no",
+                _shape(entry.shape),
+                str(entry.classes),
+                f"{entry.train:,}",
+                f"{entry.test:,}",
+            )
+            for entry in DATASETS
+        ),
+        left=2,
+    )
+    click.echo("Besides these: folder:PATH with train/ and test/, and module:function.")
+
+
+@data.command(epilog="Example: greedy data prepare cifar10 --download")
+@click.argument("name")
+@options.data_dir
+@options.download
+@options.debug
+def prepare(name: str, data_dir: Path | None, download: bool) -> None:
+    """Check that a data set is here, and fetch it if that is allowed."""
+    from greedy.data import load_dataset  # noqa: PLC0415
+
+    dataset = load_dataset(name, data_dir, download, allow_function=True)
+    train, test = dataset.train, dataset.test
+    click.echo(
+        f"{name} is ready: {len(train):,} training and {len(test):,} test images "
+        f"of {_shape(train.shape)}"
+    )
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

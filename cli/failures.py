@@ -1,0 +1,90 @@
+"""Every failure as one sentence on standard error and an exit code."""
+
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from greedy.errors import TrainingError, UserError, unknown
+
+DEBUG = "greedy.debug"  # the key of the context's `meta` under which --debug is kept
+
+
+class Failure(click.ClickException):
+    """What cannot go on, as a sentence."""
+
+    exit_code = 1
+
+
+class Mistake(Failure):
+    """What was asked for wrongly."""
+
+    exit_code = 2
+
+
+class Interrupted(Failure):
+    """Ctrl-C."""
+
+    exit_code = 130
+
+
+class Group(click.Group):
+    """Commands whose failures are sentences, with near names for unknown ones."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, args or ["--help"])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if self.get_command(ctx, name) is None and not name.startswith("-"):
+            raise unknown("command", name, self.list_commands(ctx))
+        return super().resolve_command(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            if ctx.meta.get(DEBUG):
+                traceback.print_exc()
+            raise _failure(error) from error
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        try:
+            code = super().main(*args, **{**extra, "standalone_mode": False})
+        except click.ClickException as error:
+            click.echo(f"Error: {_sentence(error)}", err=True)
+            code = error.exit_code
+        sys.exit(code)
+
+
+def _failure(error: BaseException) -> Failure:
+    # Here and not above: the store brings in numpy, zarr and torch.
+    from greedy.cache import DamagedStore, StoreError  # noqa: PLC0415
+
+    sentence = " ".join(str(error).split())
+    match error:
+        case KeyboardInterrupt():
+            return Interrupted("interrupted; finished stages are kept")
+        case TrainingError() | DamagedStore():
+            return Failure(sentence)
+        case UserError() | StoreError():
+            return Mistake(sentence)
+        case OSError(strerror=str(reason), filename=path):
+            return Failure(f"{path}: {reason}" if path else reason)
+    return Failure(f"{type(error).__name__}: {sentence} (--debug shows where it comes from)")
+
+
+def _sentence(error: click.ClickException) -> str:
+    sentence = error.format_message()
+    if isinstance(error, click.NoSuchOption):
+        sentence = f"there is no option {error.option_name}"
+        if error.possibilities:
+            sentence += f"; did you mean {error.possibilities[0]}?"
+    if isinstance(error, click.UsageError) and error.ctx is not None:
+        return f"{sentence.rstrip('.')} (see `{error.ctx.command_path} --help`)"
+    return sentence

@@ -1,0 +1,34 @@
+"""The command ``greedy``."""
+
+import click
+
+from greedy.cli import options
+from greedy.cli.data import data
+from greedy.cli.failures import Group
+from greedy.cli.recipes import recipes
+from greedy.cli.results import evaluate, export, status
+from greedy.cli.train import train, train_stage
+
+
+@click.group(
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Example: greedy train --recipe demo",
+)
+@click.version_option(package_name="greedy")
+@options.debug
+def cli() -> None:
+    """Train deep classifiers one layer at a time, from disk."""
+
+
+for command in (train, train_stage, status, evaluate, export, recipes, data):
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Runs the command line of this process."""
+    cli(prog_name="greedy")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Options that several commands share."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from greedy.cli.failures import DEBUG
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+SHORTHANDS = {
+    "data": "data.name",
+    "seed": "seed",
+    "views": "store.views",
+    "encoding": "store.encoding",
+    "precision": "training.precision",
+    "patience": "training.patience",
+}
+
+PATH = click.Path(path_type=Path)
+
+run = click.option("--run", required=True, metavar="DIR", type=PATH, help="The run directory.")
+device = click.option(
+    "--device",
+    metavar="auto|cpu|cuda|mps",
+    default="auto",
+    show_default=True,
+    help="Where to compute.",
+)
+model = click.option(
+    "--model",
+    metavar="MODULE:FUNCTION",
+    help="The function that returns the network, for runs whose network was built in Python.",
+)
+data_dir = click.option(
+    "--data-dir",
+    metavar="DIR",
+    type=PATH,
+    help="Where data sets are kept  [default: the user's cache directory].",
+)
+download = click.option("--download", is_flag=True, help="Fetch the data set if it is missing.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+
+
+def debug(command: F) -> F:
+    """Adds --debug."""
+    return click.option(
+        "--debug",
+        is_flag=True,
+        is_eager=True,
+        expose_value=False,
+        callback=_keep_debug,
+        help="Show a traceback when something fails.",
+    )(command)
+
+
+def _keep_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    ctx.meta[DEBUG] = value or ctx.meta.get(DEBUG, False)
+
+
+def settings(command: F) -> F:
+    """Adds --set and its shorthands."""
+    for option in (
+        click.option("--patience", metavar="N", help="Shorthand of --set training.patience=N."),
+        click.option("--precision", metavar="NAME", help="Shorthand of --set training.precision."),
+        click.option("--encoding", metavar="NAME", help="Shorthand of --set store.encoding."),
+        click.option("--views", metavar="N", help="Shorthand of --set store.views=N."),
+        click.option("--seed", metavar="N", help="Shorthand of --set seed=N."),
+        click.option("--data", metavar="NAME", help="Shorthand of --set data.name=NAME."),
+        click.option(
+            "--set",
+            "settings",
+            metavar="KEY=VALUE",
+            multiple=True,
+            help="Change a field of the recipe, e.g. training.epochs=10; can be repeated.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def overrides(settings: Sequence[str], shorthands: Mapping[str, str | None]) -> list[str]:
+    """All of them as --set would say it."""
+    given = {SHORTHANDS[name]: value for name, value in shorthands.items() if value is not None}
+    return [*settings, *(f"{key}={value}" for key, value in given.items())]
+
+
+def names_data(overrides: Sequence[str]) -> bool:
+    """Whether the data set was named on this command line."""
+    return any(each.partition("=")[0].strip() == "data.name" for each in overrides)

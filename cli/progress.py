@@ -1,0 +1,154 @@
+"""A run's progress: a live bar on a terminal, plain lines elsewhere."""
+
+from typing import Any, Self
+
+import click
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from greedy.cli.tables import percent
+from greedy.manifest import StageRecord
+from greedy.reporting import EpochReport, Reporter
+from greedy.sizes import format_size
+
+
+def reporter(console: Console, stages: int) -> "Lines":
+    """What suits the console, for a network of so many stages. Use it in a ``with``."""
+    return Bar(console, stages) if console.is_terminal else Lines(stages)
+
+
+class Lines(Reporter):
+    """A line for each stage, epoch and store.
+
+    Attributes:
+        skipped: whether the last stage was complete already.
+    """
+
+    def __init__(self, stages: int) -> None:
+        self._stages = stages
+        self.skipped = False
+        self._title = ""
+        self._epochs = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def _print(self, line: str) -> None:
+        click.echo(line)
+
+    def _named(self, number: int, name: str) -> str:
+        return f"stage {number}/{self._stages} {name}"
+
+    def stage_started(self, number: int, name: str, epochs: int, resolved: dict[str, Any]) -> None:
+        self._title, self._epochs = self._named(number, name), epochs
+        unit = "epoch" if epochs == 1 else "epochs"
+        self._print(f"{self._title}: training, {epochs} {unit} in {resolved['precision']}")
+
+    def epoch_finished(self, report: EpochReport) -> None:
+        self._print(
+            f"{self._title}: epoch {report.epoch}/{self._epochs}, {_measures(report)}, "
+            f"{report.images_per_second:,.0f} images/s"
+        )
+
+    def writing_started(self, number: int, split: str, rows: int) -> None:
+        self._print(f"{self._title}: writing {split} store, {rows:,} rows")
+
+    def stage_finished(self, record: StageRecord) -> None:
+        self._print(self._finished(record))
+
+    def stage_skipped(self, record: StageRecord) -> None:
+        self.skipped = True
+        self._print(f"{self._named(record.stage, record.name)}: complete already")
+
+    def _finished(self, record: StageRecord) -> str:
+        parts = [
+            f"train error {percent(record.metrics.train_error_percent)}",
+            f"test error {percent(record.metrics.test_error_percent)}",
+        ]
+        if record.store:
+            parts.append(f"store {format_size(record.store.bytes)}")
+        title = self._named(record.stage, record.name)
+        return f"{title}: complete, {', '.join(parts)}, {record.seconds:,.1f} s"
+
+
+class Bar(Lines):
+    """A line for each finished stage, and below them the running one, live."""
+
+    def __init__(self, console: Console, stages: int) -> None:
+        super().__init__(stages)
+        self._display = _Display(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[measures]}"),
+            TextColumn("{task.fields[rate]}", justify="right"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+            expand=True,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self._display.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._display.stop()
+
+    def _print(self, line: str) -> None:
+        self._display.console.print(line, highlight=False, soft_wrap=True)
+
+    def stage_started(self, number: int, name: str, epochs: int, resolved: dict[str, Any]) -> None:
+        self._title, self._epochs = self._named(number, name), epochs
+        self._display.heading = self._title
+        self._begin("", None)
+
+    def epoch_started(self, epoch: int, rows: int) -> None:
+        assert self._task is not None
+        self._display.update(
+            self._task, description=f"epoch {epoch}/{self._epochs}", total=self._epochs * rows
+        )
+
+    def batch_finished(self, rows: int) -> None:
+        assert self._task is not None
+        self._display.advance(self._task, rows)
+        if speed := self._display.tasks[0].speed:
+            self._display.update(self._task, rate=f"{speed:,.0f} images/s")
+
+    def epoch_finished(self, report: EpochReport) -> None:
+        assert self._task is not None
+        self._display.update(self._task, measures=_measures(report))
+
+    def writing_started(self, number: int, split: str, rows: int) -> None:
+        self._begin(f"writing {split} store", rows)
+
+    def stage_finished(self, record: StageRecord) -> None:
+        self._clear()
+        super().stage_finished(record)
+
+    def _begin(self, description: str, total: int | None) -> None:
+        self._clear()
+        self._task = self._display.add_task(description, total=total, measures="", rate="")
+
+    def _clear(self) -> None:
+        if self._task is not None:
+            self._display.remove_task(self._task)
+        self._task = None
+
+
+class _Display(Progress):
+    """A progress bar below a heading."""
+
+    heading = ""
+
+    def get_renderables(self) -> Any:
+        if self.tasks:
+            heading: RenderableType = self.heading
+            yield heading
+        yield self.make_tasks_table(self.tasks)
+
+
+def _measures(report: EpochReport) -> str:
+    return f"loss {report.loss:.4g}, error {percent(report.train_error_percent)}"

@@ -1,0 +1,52 @@
+"""``greedy recipes``: the recipes that ship."""
+
+import click
+
+from greedy import recipes as shipped
+from greedy.cli import options
+from greedy.cli.failures import Group
+from greedy.cli.tables import percent, print_json, print_table
+from greedy.errors import UserError
+
+
+@click.group(cls=Group, epilog="Example: greedy recipes list --table 2")
+def recipes() -> None:
+    """List the recipes and show one."""
+
+
+@recipes.command("list", epilog="Example: greedy recipes list --table 2")
+@click.option("--table", "number", type=int, metavar="N", help="Only those of the paper's table N.")
+@options.as_json
+@options.debug
+def list_recipes(number: int | None, as_json: bool) -> None:
+    """List the recipes with the paper's test errors."""
+    every = shipped.describe()
+    tables = sorted({row["table"] for row in every if row["table"]})
+    if number is not None and number not in tables:
+        known = ", ".join(map(str, tables))
+        raise UserError(f"there are no recipes of a table {number}: choose from {known}")
+    rows = [row for row in every if number in (None, row["table"])]
+    if as_json:
+        print_json(rows)
+        return
+    print_table(
+        ("name", "loss", "table", "paper's test error"),
+        (
+            (
+                row["name"],
+                row["loss"],
+                str(row["table"] or "-"),
+                percent(row["paper_test_error_percent"]),
+            )
+            for row in rows
+        ),
+        left=2,
+    )
+
+
+@recipes.command(epilog="Example: greedy recipes show cifar10/vgg11b-3x-predsim")
+@click.argument("name")
+@options.debug
+def show(name: str) -> None:
+    """Print a recipe in full, as TOML."""
+    click.echo(shipped.to_toml(shipped.load(name)), nl=False)

@@ -1,0 +1,113 @@
+"""``greedy status``, ``evaluate`` and ``export``: what has become of a run."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from greedy.cli import options
+from greedy.cli.tables import percent, print_json, print_table, size
+
+
+@click.command(epilog="Example: greedy status --run runs/demo")
+@options.run
+@options.as_json
+@options.debug
+def status(run: Path, as_json: bool) -> None:
+    """Show the stages of a run: state, errors, store and time."""
+    from greedy.runs import RunDirectory  # noqa: PLC0415
+    from greedy.status import status  # noqa: PLC0415
+
+    directory = RunDirectory.open(run)
+    stages = status(directory)
+    if as_json:
+        print_json({"recipe": directory.recipe.name, "stages": [asdict(each) for each in stages]})
+        return
+    click.echo(f"{directory.recipe.name} in {run}")
+    if not stages:
+        click.echo(f"stage 0, the data set, is not written: `greedy train --run {run}` does it")
+        return
+    print_table(
+        ("stage", "name", "state", "train err", "test err", "store", "B/value", "seconds"),
+        (
+            (
+                str(each.stage),
+                each.name,
+                each.state,
+                percent(each.train_error_percent),
+                percent(each.test_error_percent),
+                size(each.store_bytes),
+                "-" if each.bytes_per_value is None else f"{each.bytes_per_value:.2f}",
+                "-" if each.seconds is None else f"{each.seconds:,.0f}",
+            )
+            for each in stages
+        ),
+        left=3,
+    )
+
+
+@click.command(epilog="Example: greedy evaluate --run runs/demo --split test")
+@options.run
+@click.option(
+    "--split",
+    metavar="test|train",
+    default="test",
+    show_default=True,
+    help="The images to evaluate on, as they are.",
+)
+@options.device
+@options.model
+@options.as_json
+@options.debug
+def evaluate(run: Path, split: str, device: str, model: str | None, as_json: bool) -> None:
+    """Evaluate the trained network on raw images, in float32."""
+    from greedy.build import build_loss, load_network  # noqa: PLC0415
+    from greedy.devices import pick_device  # noqa: PLC0415
+    from greedy.evaluation import evaluate  # noqa: PLC0415
+    from greedy.network import assemble  # noqa: PLC0415
+    from greedy.runs import RunDirectory  # noqa: PLC0415
+
+    directory = RunDirectory.open(run)
+    recipe = directory.recipe
+    network = assemble(directory, build_loss(recipe.loss), load_network(recipe.model, model))
+    result = evaluate(directory, network, split, pick_device(device))
+    if as_json:
+        print_json(asdict(result))
+        return
+    click.echo(
+        f"{split} error {percent(result.error_percent)}, loss {result.loss:.4f} "
+        f"on {result.samples:,} images"
+    )
+
+
+@click.command(epilog="Example: greedy export --run runs/demo --to demo.onnx")
+@options.run
+@click.option("--to", required=True, metavar="FILE", type=options.PATH, help="The file to write.")
+@click.option(
+    "--format",
+    metavar="safetensors|torch-export|onnx",
+    help="The file's format  [default: by its suffix: .safetensors, .pt2 or .onnx].",
+)
+@click.option(
+    "--until-stage",
+    type=int,
+    metavar="N",
+    help="Stop after stage N and use its local classifier: an early exit.",
+)
+@click.option("--force", is_flag=True, help="Overwrite FILE if it exists.")
+@options.model
+@options.debug
+def export(
+    run: Path, to: Path, format: str | None, until_stage: int | None, force: bool, model: str | None
+) -> None:
+    """Write the trained network as one file, with its normalisation inside."""
+    from greedy.build import build_loss, load_network  # noqa: PLC0415
+    from greedy.export import export, format_of  # noqa: PLC0415
+    from greedy.runs import RunDirectory  # noqa: PLC0415
+
+    format = format or format_of(to)
+    directory = RunDirectory.open(run)
+    recipe = directory.recipe
+    network, loss = load_network(recipe.model, model), build_loss(recipe.loss)
+    export(directory, loss, network, to, format, until_stage, overwrite=force)
+    click.echo(f"wrote {to} ({format}, {size(to.stat().st_size)})")

@@ -1,0 +1,36 @@
+"""Results for people, in tables of at most 80 columns, and for programs, as JSON."""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from greedy.sizes import format_size
+
+
+def percent(value: float | None) -> str:
+    """An error in percent, or a dash where there is none."""
+    return "-" if value is None else f"{value:.2f} %"
+
+
+def size(size_bytes: int | None) -> str:
+    """A size on disk, or a dash where there is none."""
+    return "-" if size_bytes is None else format_size(size_bytes)
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> None:
+    """Prints a table whose first ``left`` columns are texts and the others numbers."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i < left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(highlight=False).print(table)
+
+
+def print_json(document: Any) -> None:
+    """Prints one JSON document."""
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False))

@@ -1,0 +1,169 @@
+"""``greedy train`` and ``greedy train-stage``."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from greedy.cli import options
+from greedy.cli.tables import percent, print_table, size
+
+if TYPE_CHECKING:
+    from greedy.recipes import Recipe
+    from greedy.trainer import GreedyTrainer
+
+
+@click.command(
+    epilog="Example: greedy train --recipe demo --set training.epochs=2 --run runs/short"
+)
+@click.option("--recipe", metavar="R", help="A name from `greedy recipes list`, or a TOML file.")
+@click.option(
+    "--run",
+    metavar="DIR",
+    type=options.PATH,
+    help="The run directory  [default: runs/R]; alone, the run there goes on.",
+)
+@options.settings
+@options.data_dir
+@options.download
+@options.device
+@click.option(
+    "--retrain",
+    metavar="[STAGE]",
+    type=int,
+    is_flag=False,
+    flag_value=1,
+    help="Train again from this stage on, by default from stage 1.",
+)
+@options.model
+@options.debug
+def train(
+    recipe: str | None,
+    run: Path | None,
+    settings: tuple[str, ...],
+    data_dir: Path | None,
+    download: bool,
+    device: str,
+    retrain: int | None,
+    model: str | None,
+    **shorthands: str | None,
+) -> None:
+    """Train every stage of a recipe in turn; the same command resumes."""
+    from rich.console import Console  # noqa: PLC0415
+
+    from greedy.build import load_network  # noqa: PLC0415
+    from greedy.cli.progress import reporter  # noqa: PLC0415
+    from greedy.data import load_dataset  # noqa: PLC0415
+    from greedy.trainer import GreedyTrainer  # noqa: PLC0415
+
+    overrides = options.overrides(settings, shorthands)
+    wanted, directory = _recipe_and_run(recipe, run, overrides)
+    network = load_network(wanted.model, model)
+    trainer = GreedyTrainer.from_recipe(wanted, directory, device=device, model=network)
+    click.echo(f"{wanted.name} in {directory} on {trainer.device}")
+    if trainer.run.state(0) != "complete":
+        dataset = load_dataset(
+            wanted.data.name,
+            data_dir,
+            download,
+            wanted.data.image_size,
+            allow_function=options.names_data(overrides),
+        )
+        click.echo(f"stage 0: writing {dataset.name}")
+        trainer.prepare(dataset)
+    progress = reporter(Console(), len(trainer.run.complete(0).network))
+    trainer.reporter = progress
+    with progress:
+        trainer.train(retrain)
+    _print_results(trainer)
+
+
+@click.command(
+    "train-stage", epilog="Example: greedy train-stage --stage 3 --from-cache cache/stage2"
+)
+@click.option("--stage", "number", required=True, type=int, metavar="N", help="The stage.")
+@click.option(
+    "--from-cache",
+    "source",
+    required=True,
+    metavar="DIR",
+    type=options.PATH,
+    help="The stage directory to train from: of the stage before, or of an earlier one.",
+)
+@click.option(
+    "--to",
+    metavar="DIR",
+    type=options.PATH,
+    help="The stage directory to write  [default: stageN beside the source].",
+)
+@click.option("--retrain", is_flag=True, help="Train the stage again if it is complete.")
+@options.device
+@options.model
+@options.debug
+def train_stage(
+    number: int, source: Path, to: Path | None, retrain: bool, device: str, model: str | None
+) -> None:
+    """Train one stage from the store of an earlier one."""
+    from rich.console import Console  # noqa: PLC0415
+
+    from greedy.build import load_network  # noqa: PLC0415
+    from greedy.cli.progress import reporter  # noqa: PLC0415
+    from greedy.runs import run_of_stage  # noqa: PLC0415
+    from greedy.trainer import GreedyTrainer  # noqa: PLC0415
+
+    run, source_number = run_of_stage(source)
+    trainer = GreedyTrainer.from_recipe(
+        run.recipe, run.path, device=device, model=load_network(run.recipe.model, model)
+    )
+    progress = reporter(Console(), len(trainer.run.complete(0).network))
+    trainer.reporter = progress
+    with progress:
+        trainer.train_stage(number, source=source_number, again=retrain, to=to)
+    written = to or source.with_name(f"stage{number}")
+    if progress.skipped:
+        click.echo(f"{written} is as it was: --retrain trains it again")
+    else:
+        click.echo(f"wrote {written}, trained from {source}")
+
+
+def _recipe_and_run(
+    name: str | None, run: Path | None, overrides: list[str]
+) -> tuple["Recipe", Path]:
+    """The recipe and the run directory that --recipe and --run stand for."""
+    from greedy.recipes import load, names  # noqa: PLC0415
+    from greedy.runs import RunDirectory  # noqa: PLC0415
+
+    if name is not None:
+        label = name if name in names() else Path(name).stem
+        return load(name, overrides), run or Path("runs") / label
+    if run is None:
+        raise click.UsageError("give --recipe to begin a run, or --run to go on with one")
+    return load(RunDirectory.open(run).path / "run.toml", overrides), run
+
+
+def _print_results(trainer: "GreedyTrainer") -> None:
+    from greedy.evaluation import evaluate  # noqa: PLC0415
+    from greedy.recipes import departures  # noqa: PLC0415
+    from greedy.status import status  # noqa: PLC0415
+
+    print_table(
+        ("stage", "name", "train error", "test error", "store", "seconds"),
+        (
+            (
+                str(each.stage),
+                each.name,
+                percent(each.train_error_percent),
+                percent(each.test_error_percent),
+                size(each.store_bytes),
+                f"{each.seconds:,.1f}",
+            )
+            for each in status(trainer.run)
+        ),
+        left=2,
+    )
+    result = evaluate(trainer.run, trainer.assemble(), "test", trainer.device)
+    click.echo(f"test error {percent(result.error_percent)} on {result.samples:,} images")
+    if paper := trainer.recipe.paper:
+        changed = departures(trainer.recipe)
+        note = f"; not the same experiment: {', '.join(changed)} differ" if changed else ""
+        click.echo(f"the paper: {percent(paper.test_error_percent)} (table {paper.table}){note}")

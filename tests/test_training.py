@@ -1,0 +1,341 @@
+"""Training stages, through the Python API."""
+
+import json
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from greedy import GreedyTrainer, TrainingError, UserError, evaluate
+from greedy.cache import Store
+from greedy.losses import LocalHeads, Pred, PredSim, Sim
+from greedy.models import mlp, vgg8b
+
+SIDE, CLASSES = 8, 3
+
+
+def samples(rows: int, seed: int, channels: int = 1) -> TensorDataset:
+    """Images whose class is the third that is brighter, under noise."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, CLASSES, rows)
+    images = random.integers(0, 150, (rows, channels, SIDE, SIDE))
+    for i, label in enumerate(labels):
+        images[i, :, :, 3 * label : 3 * label + 2] += 80
+    return TensorDataset(torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels))
+
+
+TRAIN, TEST = samples(400, 0), samples(100, 1)
+
+
+def network(dropout: float = 0.1) -> nn.Sequential:
+    torch.manual_seed(0)
+    return mlp(1, SIDE, CLASSES, hidden_layers=2, hidden_width=16, dropout=dropout)
+
+
+def trainer(run: Path, model: nn.Sequential | None = None, **settings) -> GreedyTrainer:
+    defaults = {"epochs": 2, "learning_rate": 0.01, "batch_size": 32, "views": 2, "device": "cpu"}
+    return GreedyTrainer(model or network(), run_dir=run, **(defaults | settings))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "run"
+    trainer(run).fit(TRAIN, TEST)
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def weights(run: Path, stage: int) -> dict[str, torch.Tensor]:
+    return load_file(run / f"stage{stage}/encoder.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
+    }
+
+
+def test_every_stage_learns(tmp_path: Path) -> None:
+    records = trainer(tmp_path / "run", epochs=6).fit(TRAIN, TEST)
+    assert [r.name for r in records] == ["linear16", "linear16", "output"]
+    for record in records:
+        assert record.metrics.test_error_percent < 20  # chance is 67
+        lines = (tmp_path / f"run/stage{record.stage}/history.jsonl").read_text().splitlines()
+        assert [json.loads(line)["epoch"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_same_seed_gives_the_same_bytes(finished: Path, tmp_path: Path) -> None:
+    trainer(tmp_path / "again").fit(TRAIN, TEST)
+    trainer(tmp_path / "other", seed=1).fit(TRAIN, TEST)
+    for stage in (1, 2, 3):
+        assert same(weights(finished, stage), weights(tmp_path / "again", stage))
+        assert not same(weights(finished, stage), weights(tmp_path / "other", stage))
+    for stage in (0, 1, 2):
+        name = f"stage{stage}/activations.zarr"
+        assert files(finished / name) == files(tmp_path / "again" / name)
+
+
+def test_the_users_network_is_not_changed(finished: Path, run: Path) -> None:
+    model = network()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    mine = trainer(run, model)
+    mine.train(retrain_from=1)
+    mine.assemble()
+    assert same(before, model.state_dict())
+    assert model.training
+
+
+def test_a_finished_stage_is_trained_again_only_when_asked(run: Path) -> None:
+    before = files(run)
+    trainer(run).fit(TRAIN, TEST)
+    assert files(run) == before
+    trainer(run).train(retrain_from=3)
+    after = files(run)
+    assert after["stage3/encoder.safetensors"] == before["stage3/encoder.safetensors"]
+    assert after["stage3/stage.json"] != before["stage3/stage.json"]  # it took its own time
+    assert after["stage2/stage.json"] == before["stage2/stage.json"]
+
+
+def test_a_retraining_that_fails_leaves_the_old_stage(run: Path) -> None:
+    before = files(run / "stage2")
+    mine = trainer(run)
+    mine.loss = NotANumber()
+    with pytest.raises(TrainingError, match="stage 2 is not finite in epoch 1"):
+        mine.train_stage(2, again=True)
+    left = files(run / "stage2")
+    assert {k: v for k, v in left.items() if not k.startswith("training/")} == before
+    assert trainer(run).run.state(2) == "complete"
+
+
+def test_stages_after_a_retrained_one_are_stale(run: Path, tmp_path: Path) -> None:
+    mine = trainer(run)
+    first = mine.run.path / "stage1"
+    other = tmp_path / "other"
+    trainer(other, seed=1).fit(TRAIN, TEST)
+    shutil.rmtree(first)
+    shutil.copytree(other / "stage1", first)  # not what stage 2 was trained from
+    assert [mine.run.state(n) for n in (1, 2, 3)] == ["stale", "stale", "stale"]
+    with pytest.raises(UserError, match="stage 1 .* is stale .*--retrain 1"):
+        mine.train()
+    mine.train(retrain_from=1)
+    assert [mine.run.state(n) for n in (1, 2, 3)] == ["complete"] * 3
+
+
+def test_a_crash_while_exchanging_stages_is_mended(run: Path) -> None:
+    before = files(run / "stage1")
+    (run / "stage1").rename(run / ".stage1.new")  # between the two renames
+    trainer(run)
+    assert files(run / "stage1") == before
+    shutil.copytree(run / "stage1", run / ".stage1.old")  # after the second
+    trainer(run)
+    assert files(run / "stage1") == before
+    assert not list(run.glob(".stage*"))
+
+
+def test_any_ancestor_is_a_source(tmp_path: Path) -> None:
+    mine = trainer(tmp_path / "run", encoding="float32")
+    mine.fit(TRAIN, TEST)
+    replayed = mine.train_stage(3, source=1, to=tmp_path / "replayed")
+    assert replayed.source == 1
+    a, b = weights(tmp_path / "run", 3), load_file(tmp_path / "replayed/encoder.safetensors")
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match="cannot train from stage 3"):
+        mine.train_stage(2, source=3, again=True)
+
+
+def test_views_are_the_stage_applied_to_augmented_images(tmp_path: Path) -> None:
+    mine = trainer(tmp_path / "run", augmentation="hflip", encoding="float32", views=3)
+    mine.fit(TRAIN, TEST)
+    images, store = (Store(tmp_path / f"run/stage{n}/activations.zarr/train") for n in (0, 1))
+    assert store.views == 3
+    raw = torch.from_numpy(images.load()[0]).float() / 255
+    first_stage = mine.assemble()[:4]  # normalisation, flatten, linear, norm
+    plain, flipped = (
+        nn.functional.leaky_relu(first_stage(x), 0.01).numpy() for x in (raw, raw.flip(3))
+    )
+    views = store.load()
+    is_plain = np.isclose(views, plain, rtol=1e-4, atol=1e-4).all(axis=2)
+    is_flipped = np.isclose(views, flipped, rtol=1e-4, atol=1e-4).all(axis=2)
+    assert (is_plain | is_flipped).all()
+    assert 0.4 < is_plain.mean() < 0.6
+    assert (is_plain[0] != is_plain[1]).any()
+    test_rows = Store(tmp_path / "run/stage1/activations.zarr/test").load()
+    assert test_rows.shape[0] == 1
+
+
+def test_rows_are_the_same_samples_in_every_store(finished: Path) -> None:
+    for split in ("train", "test"):
+        stores = [Store(finished / f"stage{n}/activations.zarr/{split}") for n in (0, 1, 2)]
+        for store in stores[1:]:
+            np.testing.assert_array_equal(store.labels, stores[0].labels)
+            np.testing.assert_array_equal(store.index, stores[0].index)
+    store = Store(finished / "stage0/activations.zarr/train")
+    original = TRAIN.tensors[0].numpy()[store.index]
+    np.testing.assert_array_equal(store.load()[0], original)
+    assert (store.index != np.arange(store.rows)).any()
+
+
+def test_settings_may_be_lists_with_an_entry_a_stage(tmp_path: Path) -> None:
+    trainer(tmp_path / "run", epochs=[1, 3, 2], learning_rate=[0.01, 0.02, 0.03]).fit(TRAIN, TEST)
+    for stage, (epochs, rate) in enumerate([(1, 0.01), (3, 0.02), (2, 0.03)], start=1):
+        history = (tmp_path / f"run/stage{stage}/history.jsonl").read_text().splitlines()
+        assert len(history) == epochs
+        assert json.loads(history[0])["learning_rate"] == rate
+    with pytest.raises(UserError, match=r"training.epochs has 2 entries and the network 3 stages"):
+        trainer(tmp_path / "other", epochs=[1, 2]).fit(TRAIN, TEST)
+
+
+def test_patience_drops_the_rate_and_ends_the_stage(tmp_path: Path) -> None:
+    settings = {"patience": 1, "epochs": 60, "learning_rate": 0.01}
+    mine = trainer(tmp_path / "run", **settings)
+    mine.fit(TRAIN, TEST)
+    history = [
+        json.loads(line)
+        for line in (tmp_path / "run/stage1/history.jsonl").read_text().splitlines()
+    ]
+    rates = [line["learning_rate"] for line in history]
+    assert len(history) < 60
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] == pytest.approx(0.01 * 0.25**3)  # the fourth drop ends the stage
+    best = float("inf")
+    for line, following in pairwise(history):
+        improved = line["holdout_loss"] < best * 0.999
+        best = line["holdout_loss"] if improved else best
+        assert (following["learning_rate"] == line["learning_rate"]) == improved
+
+
+def test_held_out_rows_are_never_trained_on(tmp_path: Path) -> None:
+    settings = {"patience": 9, "epochs": 1, "mean": [0.4], "std": [0.2]}
+    trainer(tmp_path / "plain", **settings).fit(TRAIN, TEST)
+    index = Store(tmp_path / "plain/stage0/activations.zarr/train").index
+    images, labels = (t.clone() for t in TRAIN.tensors)
+    images[index[-40:]] = 0  # the last tenth of the rows as stored
+    trainer(tmp_path / "spoilt", **settings).fit(TensorDataset(images, labels), TEST)
+    assert same(weights(tmp_path / "plain", 1), weights(tmp_path / "spoilt", 1))
+    images[index[-41]] = 0
+    trainer(tmp_path / "more", **settings).fit(TensorDataset(images, labels), TEST)
+    assert not same(weights(tmp_path / "plain", 1), weights(tmp_path / "more", 1))
+
+
+class NotANumber(Pred):
+    def __call__(self, features, y):
+        return super().__call__(features, y) * float("nan")
+
+
+class Quarrel:
+    """A local loss of the user's own: the mean square of what a linear head makes of h."""
+
+    output_scale = 1.0
+
+    def heads(self, shape, num_classes):
+        return LocalHeads(prediction=nn.Linear(shape[0], num_classes))
+
+    def __call__(self, features, y):
+        return (features.p - y).square().mean()
+
+
+def test_loss_and_optimiser_may_be_ones_own(tmp_path: Path) -> None:
+    mine = trainer(
+        tmp_path / "run",
+        loss=Quarrel(),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0, momentum=0.9),
+        learning_rate=0.1,
+        epochs=5,
+    )
+    records = mine.fit(TRAIN, TEST)
+    assert records[0].metrics.test_error_percent < 20
+    assert mine.assemble(until_stage=1)(torch.rand(2, 1, SIDE, SIDE)).shape == (2, CLASSES)
+
+
+def test_a_sim_stage_has_no_local_error_and_no_early_exit(tmp_path: Path) -> None:
+    mine = trainer(tmp_path / "run", loss=Sim(), epochs=4)
+    first, _, last = mine.fit(TRAIN, TEST)
+    assert first.metrics.train_error_percent is None
+    assert first.metrics.test_error_percent is None
+    assert last.metrics.test_error_percent < 20
+    with pytest.raises(UserError, match="stage 1 has no local classifier"):
+        mine.assemble(until_stage=1)
+
+
+def test_convolutional_stages_with_large_maps_and_odd_batches(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    images = torch.randint(0, 255, (65, 3, 32, 32), dtype=torch.uint8)  # 64 + 1 in a batch
+    data = TensorDataset(images, torch.arange(65) % CLASSES)
+    model = vgg8b(3, 32, CLASSES, feature_multiplier=0.05, hidden_width=8, dropout=0.1)
+    mine = trainer(tmp_path / "run", model, epochs=1, batch_size=64, augmentation="crop4+hflip")
+    records = mine.fit(data, data)
+    assert [r.row_shape for r in records[:2]] == [(6, 32, 32), (12, 16, 16)]
+    result = evaluate(mine.run, mine.assemble(), "test", torch.device("cpu"))
+    assert result.samples == 65
+    assert np.isfinite(result.loss)
+
+
+def test_vectors_are_data_too(tmp_path: Path) -> None:
+    images, labels = samples(300, 2).tensors
+    vectors = TensorDataset(images.flatten(1).float() * 3 - 100, labels)
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, CLASSES)
+    )
+    mine = trainer(tmp_path / "run", model, loss=PredSim(), epochs=5)
+    records = mine.fit(vectors, vectors)
+    assert records[-1].metrics.test_error_percent < 20
+    assert evaluate(mine.run, mine.assemble(), "test", torch.device("cpu")).error_percent < 20
+
+
+def test_an_assembled_network_is_torch_alone(finished: Path) -> None:
+    net = trainer(finished).assemble()
+    assert type(net) is nn.Sequential
+    assert all(type(m).__module__.startswith("torch.nn") for m in net.modules())
+    assert not net.training
+    exit_ = trainer(finished).assemble(until_stage=1)
+    assert len(exit_) < len(net)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epoch": 3}, "unknown setting 'epoch': did you mean 'epochs'"),
+        ({"views": 0}, "store.views"),
+        (
+            {"mean": [0.5] * 3, "std": [0.5] * 3},
+            "data.mean has 3 entries and the images 1 channels",
+        ),
+        ({"device": "gpu"}, "'gpu' is not a device"),
+        ({"model": mlp(1, SIDE, 7)}, "ends in 7 values and the data have 3 classes"),
+        ({"model": mlp(1, 9, CLASSES)}, r"stage 1 \(linear1024\) cannot take an input of shape"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(tmp_path: Path, change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path / "run", **change).fit(TRAIN, TEST)
+    assert not (tmp_path / "run/stage1/stage.json").exists()
+
+
+def test_other_settings_are_refused_in_a_run(run: Path) -> None:
+    with pytest.raises(UserError, match=r"training.epochs is 2 there, 5 here"):
+        trainer(run, epochs=5)
+    trainer(run, ram_budget="1GiB")  # a machine field
+
+
+def test_a_damaged_weight_file_is_named(run: Path) -> None:
+    path = run / "stage1/encoder.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="stage1/encoder.safetensors is not the file"):
+        trainer(run).assemble()
