@@ -188,14 +188,13 @@ class Store:
 
     def _decode(self, view: int, chunk: int, out: NDArray[Any]) -> None:
         key, where, offset, size = self._span(view, chunk)
-        if self.compressor == "none":
-            body, crc = out.reshape(-1).view(np.uint8), np.empty(shards.CRC_BYTES, np.uint8)
-        else:
-            body, crc = np.split(np.empty(size, np.uint8), [-shards.CRC_BYTES])
-        if not self._source.fill(key, offset, (body, crc)):
+        data = self._source.part(key, offset, size)
+        if data is None:
             raise DamagedStore(f"{where} lies beyond the end of its shard; write the store again")
-        shards.check_crc(body, crc, where)
-        if self.compressor != "none":
+        body = shards.without_crc(data, where)
+        if self.compressor == "none":
+            out.reshape(-1).view(np.uint8)[:] = body
+        else:
             shards.decompress(body, out, where)
 
     def _span(self, view: int, chunk: int) -> tuple[str, str, int, int]:
@@ -218,7 +217,7 @@ class Store:
         data = self._source.whole(f"{name}/c.0")
         if data is None:
             raise DamagedStore(f"{where} is missing; write the store again")
-        values = np.frombuffer(shards.without_crc(data, where), np.uint8)
+        values = shards.without_crc(np.frombuffer(data, np.uint8), where)
         if values.nbytes != 8 * self.rows:
             raise DamagedStore(f"{where} does not have {self.rows} rows; write the store again")
         return values.view("<i8").astype(np.int64)

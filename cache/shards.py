@@ -63,26 +63,16 @@ def with_crc(body: bytes) -> bytes:
     return body + google_crc32c.value(body).to_bytes(CRC_BYTES, "little")
 
 
-def without_crc(data: bytes, where: str) -> NDArray[np.uint8]:
+def without_crc(data: NDArray[np.uint8], where: str) -> NDArray[np.uint8]:
     """The inverse of `with_crc`.
 
     Raises:
         DamagedStore: the checksum does not match; begins with `where`.
     """
-    whole = np.frombuffer(data, np.uint8)
-    body, crc = whole[:-CRC_BYTES], whole[-CRC_BYTES:]
-    check_crc(body, crc, where)
-    return body
-
-
-def check_crc(body: NDArray[np.uint8], crc: NDArray[np.uint8], where: str) -> None:
-    """Compare the CRC32C of `body` with the 4 bytes stored after it.
-
-    Raises:
-        DamagedStore: they differ; begins with `where`.
-    """
+    body, crc = data[:-CRC_BYTES], data[-CRC_BYTES:]
     if google_crc32c.value(body) != int.from_bytes(crc.tobytes(), "little"):
         raise DamagedStore(f"{where} does not match its checksum; {_ADVICE}")
+    return body
 
 
 def index_bytes(chunks: int) -> int:
@@ -98,7 +88,7 @@ def parse_index(data: bytes, chunks: int, where: str) -> NDArray[np.uint64]:
     """
     if len(data) != index_bytes(chunks):
         raise DamagedStore(f"{where} is in a shard too short for its index; {_ADVICE}")
-    body = without_crc(data, f"{where} is in a shard whose index")
+    body = without_crc(np.frombuffer(data, np.uint8), f"{where} is in a shard whose index")
     return body.view("<u8").reshape(chunks, 2)
 
 
@@ -160,7 +150,7 @@ class ShardWriter:
 
 
 def _check_blosc_header(body: NDArray[np.uint8], out: NDArray[Any], where: str) -> None:
-    _, _, _, typesize, nbytes, blocksize, cbytes = _BLOSC_HEADER.unpack_from(body.data)
+    _, _, _, typesize, nbytes, blocksize, cbytes = _BLOSC_HEADER.unpack_from(body)
     as_expected = (
         typesize == out.itemsize
         and nbytes == out.nbytes

@@ -1,7 +1,7 @@
 """Where a store's bytes come from: a local directory, or any store of zarr-python."""
 
+import mmap
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     Location = str | Path | ZarrStore | StorePath
 
 
+# A mapped file holds a descriptor, of which a process may have as few as 256.
+_MAX_MAPPED = 128
+
+
 class Source(Protocol):
     """Reads the files of one store by key."""
 
@@ -25,18 +29,23 @@ class Source(Protocol):
     def tail(self, key: str, size: int) -> bytes | None:
         """The last `size` bytes, fewer if there are no more; None where the file is absent."""
 
-    def fill(self, key: str, offset: int, buffers: Sequence[NDArray[np.uint8]]) -> bool:
-        """Fill buffers one after the other from `offset`; whether the file had enough bytes."""
+    def part(self, key: str, offset: int, size: int) -> NDArray[np.uint8] | None:
+        """`size` bytes from `offset`, not to be written to; None where the file has fewer."""
 
     def total_bytes(self) -> int:
         """Size of all files."""
 
 
 class LocalSource:
-    """A directory."""
+    """A directory.
+
+    Parts are views of mapped files: chunks are decoded from the page cache without a copy
+    between. Files must not be shortened in place; they may be replaced or removed.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._mapped: dict[str, mmap.mmap] = {}
 
     def __str__(self) -> str:
         return str(self._root)
@@ -56,16 +65,28 @@ class LocalSource:
         except FileNotFoundError:
             return None
 
-    def fill(self, key: str, offset: int, buffers: Sequence[NDArray[np.uint8]]) -> bool:
-        try:
-            with (self._root / key).open("rb", buffering=0) as file:
-                file.seek(offset)
-                return all(file.readinto(buffer.data) == buffer.nbytes for buffer in buffers)
-        except FileNotFoundError:
-            return False
+    def part(self, key: str, offset: int, size: int) -> NDArray[np.uint8] | None:
+        mapped = self._mapped.get(key) or self._map(key)
+        if mapped is None or offset + size > len(mapped):
+            return None
+        # Without advice a cold chunk is read in small pieces, each awaited.
+        page = offset - offset % mmap.PAGESIZE
+        mapped.madvise(mmap.MADV_WILLNEED, page, offset + size - page)
+        return np.frombuffer(mapped, np.uint8, size, offset)
 
     def total_bytes(self) -> int:
         return sum(file.stat().st_size for file in self._root.rglob("*") if file.is_file())
+
+    def _map(self, key: str) -> mmap.mmap | None:
+        try:
+            with (self._root / key).open("rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (FileNotFoundError, ValueError):  # absent, or empty
+            return None
+        if len(self._mapped) >= _MAX_MAPPED:
+            self._mapped.clear()
+        self._mapped[key] = mapped
+        return mapped
 
 
 class ZarrSource:
@@ -85,18 +106,13 @@ class ZarrSource:
 
         return self._get(key, SuffixByteRequest(size))
 
-    def fill(self, key: str, offset: int, buffers: Sequence[NDArray[np.uint8]]) -> bool:
+    def part(self, key: str, offset: int, size: int) -> NDArray[np.uint8] | None:
         from zarr.abc.store import RangeByteRequest  # noqa: PLC0415
 
-        size = sum(buffer.nbytes for buffer in buffers)
         found = self._get(key, RangeByteRequest(offset, offset + size))
         if found is None or len(found) != size:
-            return False
-        start = 0
-        for buffer in buffers:
-            buffer[:] = np.frombuffer(found, np.uint8)[start : start + buffer.nbytes]
-            start += buffer.nbytes
-        return True
+            return None
+        return np.frombuffer(found, np.uint8)
 
     def total_bytes(self) -> int:
         from zarr.core.sync import sync  # noqa: PLC0415

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from greedy.cache import StoreSummary
 from greedy.cache.files import write_whole
 from greedy.errors import UserError
 from greedy.files import canonical, digest, file_digest
@@ -26,14 +27,52 @@ class Parent(_Document):
 
 
 class StoreRecord(_Document):
-    """One stage's activation store, both splits together."""
+    """One stage's activation store, both splits together.
+
+    ``generation`` counts the writings of the training split, ``bytes_written`` is what all of
+    them wrote; ``digests`` are those of each split's contents.
+    """
 
     encoding: str
     compressor: str
     views: int
     values: int
-    bytes: int
-    digest: str
+    split_bytes: dict[str, int]
+    digests: dict[str, str]
+    generation: int = 0
+    bytes_written: int
+
+    @property
+    def bytes(self) -> int:
+        """Both splits on disk."""
+        return sum(self.split_bytes.values())
+
+    @classmethod
+    def of(
+        cls, written: dict[str, StoreSummary], encoding: str, compressor: str, views: int
+    ) -> Self:
+        """A new store, both splits written."""
+        split_bytes = {split: summary.disk_bytes for split, summary in written.items()}
+        return cls(
+            encoding=encoding,
+            compressor=compressor,
+            views=views,
+            values=sum(summary.values for summary in written.values()),
+            split_bytes=split_bytes,
+            digests={split: summary.digest for split, summary in written.items()},
+            bytes_written=sum(split_bytes.values()),
+        )
+
+    def rewritten(self, generation: int, train: StoreSummary) -> Self:
+        """The store after its training split was written again."""
+        return self.model_copy(
+            update={
+                "generation": generation,
+                "split_bytes": self.split_bytes | {"train": train.disk_bytes},
+                "digests": self.digests | {"train": train.digest},
+                "bytes_written": self.bytes_written + train.disk_bytes,
+            }
+        )
 
 
 class Metrics(_Document):

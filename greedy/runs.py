@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +15,8 @@ from greedy.recipes import Recipe, differences, load, to_toml
 State = Literal["complete", "training", "pending", "stale"]
 SPLITS = ("train", "test")
 
-# A stage is made in `stageN/training/`, whole, and takes its place by renaming; these two
-# names exist only for the moment of the exchange.
+# What is made takes its place whole, by renaming; these two endings exist only for the moment
+# of the exchange.
 NEW, OLD = ".new", ".old"
 
 
@@ -115,20 +115,26 @@ class RunDirectory:
         return record
 
     def _finish_exchanges(self) -> None:
-        for leftover in (*self.path.glob(f".stage*{NEW}"), *self.path.glob(f".stage*{OLD}")):
-            _exchange(self.path / leftover.stem.removeprefix("."))
+        for suffix in (NEW, OLD):
+            for pattern in (f".stage*{suffix}", f"stage*/activations.zarr/.train{suffix}"):
+                for leftover in self.path.glob(pattern):
+                    _exchange(leftover.with_name(leftover.stem.removeprefix(".")))
+
+
+def new_stage(directory: Path) -> AbstractContextManager[Path]:
+    """A place in which to make a stage that then becomes ``directory``, see ``replacing``."""
+    return replacing(directory, directory / "training")
 
 
 @contextmanager
-def new_stage(directory: Path) -> Iterator[Path]:
-    """A directory in which to make a stage. On clean exit it becomes ``directory``, and only
-    then does a stage that was there before go."""
-    training = directory / "training"
-    if training.exists():
-        shutil.rmtree(training)
-    training.mkdir(parents=True)
-    yield training
-    training.rename(_beside(directory, NEW))
+def replacing(directory: Path, workshop: Path) -> Iterator[Path]:
+    """An empty directory ``workshop`` in which to make something. On clean exit it becomes
+    ``directory``, and only then does what was there before go."""
+    if workshop.exists():
+        shutil.rmtree(workshop)
+    workshop.mkdir(parents=True)
+    yield workshop
+    workshop.rename(_beside(directory, NEW))
     _exchange(directory)
 
 
@@ -137,7 +143,7 @@ def _beside(directory: Path, suffix: str) -> Path:
 
 
 def _exchange(directory: Path) -> None:
-    """Puts a finished new stage into its place. Can be repeated after a crash at any point."""
+    """Puts something finished into its place. Can be repeated after a crash at any point."""
     new, old = _beside(directory, NEW), _beside(directory, OLD)
     if new.is_dir():
         if directory.exists():

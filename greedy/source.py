@@ -1,7 +1,8 @@
 """What a stage trains from."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,27 +48,41 @@ class Source:
     """The store a stage trains from, and the frozen stages between the two.
 
     Attributes:
-        stores: of each split.
+        number: of the stage whose store it is.
+        path: of the store.
+        stores: its splits.
         images: for stage 0 alone, whose rows are augmented anew in every epoch; other stores
             hold views.
         replayed: frozen stages after the store's, computed on the fly.
         held_out: how many of the training rows, the last ones, take no part in an epoch.
+        refresh: where views are refreshed, writes those of an epoch and says whether it had to.
         precision: of the replayed stages.
         resident: the training split in memory (views, rows, ...), if it is held there.
     """
 
+    number: int
+    path: Path
     stores: dict[str, Store]
     device: torch.device
     seed: int
     images: Images | None = None
     replayed: Sequence[Stage] = ()
     held_out: int = 0
+    refresh: Callable[[int], bool] | None = None
     precision: str = "float32"
     resident: np.ndarray | None = field(default=None, repr=False)
 
     def hold_in_memory(self) -> None:
         """Loads the training split, so that its rows can be shuffled one by one."""
         self.resident = self.stores["train"].load()
+
+    def at_epoch(self, epoch: int) -> None:
+        """Makes sure that the store holds the views this epoch trains on."""
+        if self.refresh is not None and self.refresh(epoch):
+            self.stores["train"] = Store(self.path / "train")
+            if self.resident is not None:
+                self.resident = None  # let go of the old views before taking memory for the new
+                self.hold_in_memory()
 
     def epoch(self, stage: int, epoch: int, batch_size: int, classes_per_batch: int = 0) -> "Epoch":
         """The shuffled batches of one epoch of a stage's training, of at most
@@ -101,13 +116,22 @@ class Source:
         return Epoch(self, loader, draws)
 
     def view(
-        self, split: str, view: int, batch_size: int, start: int = 0, stop: int | None = None
+        self,
+        split: str,
+        view: int,
+        batch_size: int,
+        *,
+        generation: int = 0,
+        start: int = 0,
+        stop: int | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """A view's rows in order. Views of stage 0 are drawn; the test split is not augmented."""
+        """A view's rows in order, inputs and labels. Views of stage 0 are drawn, anew for each
+        generation; the test split is not augmented."""
         store = self.stores[split]
         draws = None
         if self.images and split == "train":
-            draws, view = self.images.draw(store, self.seed, "generation", 0, "view", view), 0
+            draws = self.images.draw(store, self.seed, "generation", generation, "view", view)
+            view = 0
         row = start
         for values in store.batches(view, batch_size, start, stop):
             rows = np.arange(row, row + len(values))
@@ -117,7 +141,7 @@ class Source:
     def held_out_rows(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The held-out training rows, of view 0."""
         rows = self.stores["train"].rows
-        return self.view("train", 0, batch_size, rows - self.held_out, rows)
+        return self.view("train", 0, batch_size, start=rows - self.held_out, stop=rows)
 
     def inputs(self, values: np.ndarray, draws: Draws | None) -> Tensor:
         """Stored rows (B, *stored_shape) as the stage's input (B, *shape), float32."""

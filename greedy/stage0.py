@@ -10,10 +10,9 @@ from greedy.cache import Encoding, StoreWriter, pixels
 from greedy.data import Dataset, Split
 from greedy.errors import UserError
 from greedy.files import canonical, digest
-from greedy.manifest import StageRecord
+from greedy.manifest import StageRecord, StoreRecord
 from greedy.runs import SPLITS, RunDirectory, new_stage
 from greedy.seeds import numpy_generator
-from greedy.training.stage import store_record
 from greedy.versions import versions
 
 READ_ROWS = 1024  # rows decoded at a time
@@ -76,12 +75,12 @@ def write_stage0(run: RunDirectory, dataset: Dataset, network: list[str]) -> Sta
         class_names = dataset.class_names or _numbered(labels)
         _check_labels(dataset.name, labels, len(class_names))
         encoding = _encoding(dataset.train).name
-        store = store_record(written, encoding, COMPRESSOR, views=1)
+        store = StoreRecord.of(written, encoding, COMPRESSOR, views=1)
         seed = run.recipe.seed
         return StageRecord(
             stage=0,
             name=dataset.name,
-            lineage=digest(canonical({"data": store.digest, "seed": seed})),
+            lineage=digest(canonical({"data": store.digests, "seed": seed})),
             row_shape=dataset.train.shape,
             class_names=class_names,
             network=network,

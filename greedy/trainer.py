@@ -4,24 +4,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 
 from greedy.build import build_loss, build_network, loss_settings
-from greedy.cache import Store
-from greedy.data import Augmentation, Dataset, dataset_from_torch
+from greedy.data import Dataset, dataset_from_torch
 from greedy.devices import pick_device
 from greedy.errors import UserError, unknown
 from greedy.losses import LocalLoss, Output, PredSim
 from greedy.manifest import StageRecord
 from greedy.models import Shape, Stage, StageShapes, cut, shapes
-from greedy.network import assemble, load_stage, stages_of
+from greedy.network import assemble, stages_of
 from greedy.recipes import Recipe, from_document
 from greedy.recipes.schema import SECTIONS
 from greedy.reporting import Reporter
-from greedy.runs import SPLITS, RunDirectory, new_stage
-from greedy.source import Images, Source
+from greedy.runs import RunDirectory, new_stage
+from greedy.sourcing import Sources
 from greedy.stage0 import write_stage0
 from greedy.training.resolve import resolve
 from greedy.training.stage import OptimizerFactory, StageTraining
@@ -152,20 +150,19 @@ class GreedyTrainer:
         source = number - 1 if source is None else source
         if not 0 <= source < number:
             raise UserError(f"stage {number} cannot train from stage {source}: give an earlier one")
-        parent = self.run.complete(number - 1)
-        training = self._stage_training(number, source, data, parent)
+        training = self._stage_training(number, source, data)
         with new_stage(directory) as place:
             record = training.train(place)
         self.reporter.stage_finished(record)
         return record
 
-    def _stage_training(
-        self, number: int, source_number: int, data: StageRecord, parent: StageRecord
-    ) -> StageTraining:
+    def _stage_training(self, number: int, wanted: int, data: StageRecord) -> StageTraining:
+        parent = self.run.complete(number - 1)
         stages = stages_of(self.recipe, data, self._model)
         shape = self._checked_shapes(stages, data.row_shape, len(data.class_names))[number - 1]
         is_output = number == len(stages)
-        source = self._source(source_number, stages[source_number : number - 1], data)
+        sources = Sources(self.run, stages, data, self.device, self.reporter)
+        source = sources.for_training(number, wanted)
         resolved = resolve(self.recipe, source.stores["train"], shape, self.device)
         source.precision = resolved["precision"]
         if resolved["shuffle"] == "rows":
@@ -176,53 +173,14 @@ class GreedyTrainer:
             loss=Output(self.loss.output_scale) if is_output else self.loss,
             recipe=self.recipe,
             source=source,
+            sources=sources,
             resolved=resolved,
             parent=parent,
-            source_number=source_number,
             is_output=is_output,
             device=self.device,
             reporter=self.reporter,
             optimizer=self.optimizer,
         )
-
-    def _source(self, number: int, replayed: Sequence[Stage], data: StageRecord) -> Source:
-        stores = self._stores(number)
-        for stage in replayed:
-            load_stage(self.run, stage, self.device)
-        settings = self.recipe.data
-        images = Images(
-            settings.mean or data.resolved["mean"],
-            settings.std or data.resolved["std"],
-            Augmentation.parse(settings.augmentation, settings.cutout_length),
-        )
-        patient = self.recipe.training.patience > 0
-        return Source(
-            stores,
-            self.device,
-            self.recipe.seed,
-            images=images if number == 0 else None,
-            replayed=replayed,
-            held_out=round(settings.holdout * data.rows["train"]) if patient else 0,
-        )
-
-    def _stores(self, number: int) -> dict[str, Store]:
-        """Both splits of a stage's store, whose rows are the samples that stage 0 says."""
-        self.run.complete(number)
-        path = self.run.store(number)
-        if not path.is_dir():
-            raise UserError(
-                f"{path} is missing: train stage {number} again with --retrain, or give the "
-                f"store of an earlier stage"
-            )
-        stores = {split: Store(path / split) for split in SPLITS}
-        for split, store in stores.items():
-            expected = Store(self.run.store(0) / split).index
-            if not np.array_equal(store.index, expected):
-                raise UserError(
-                    f"{path / split} is a store of another run (its rows are other samples): "
-                    f"train stage {number} again with --retrain"
-                )
-        return stores
 
     def _checked_shapes(
         self, stages: Sequence[Stage], row_shape: Shape, classes: int

@@ -178,6 +178,49 @@ def test_views_are_the_stage_applied_to_augmented_images(tmp_path: Path) -> None
     assert test_rows.shape[0] == 1
 
 
+def test_live_views_write_no_store_and_are_new_in_every_epoch(tmp_path: Path) -> None:
+    mine = trainer(tmp_path / "run", views="live", augmentation="hflip", epochs=4)
+    records = mine.fit(TRAIN, TEST)
+    assert [r.source for r in records] == [0, 0, 0]
+    assert [r.store for r in records] == [None] * 3
+    assert not list((tmp_path / "run").glob("stage[123]/activations.zarr"))
+    assert records[-1].metrics.test_error_percent < 50  # a flip makes one class the other
+    before = weights(tmp_path / "run", 3)
+    mine.train_stage(3, source=2, again=True)
+    assert same(before, weights(tmp_path / "run", 3))
+
+
+def test_live_and_stored_views_agree_without_augmentation(tmp_path: Path) -> None:
+    """What is replayed is what was stored: only the order of summation may differ."""
+    for name, views in (("live", "live"), ("stored", 1)):
+        trainer(tmp_path / name, views=views, encoding="float32").fit(TRAIN, TEST)
+    for stage in (1, 2, 3):
+        live, stored = weights(tmp_path / "live", stage), weights(tmp_path / "stored", stage)
+        for key, value in stored.items():
+            torch.testing.assert_close(live[key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_views_are_refreshed(tmp_path: Path) -> None:
+    settings = {"augmentation": "hflip", "refresh_every": 2, "epochs": 5, "views": 1}
+    mine = trainer(tmp_path / "run", **settings)
+    first, second, _ = mine.fit(TRAIN, TEST)
+    store = tmp_path / "run/stage1/activations.zarr"
+    record = mine.run.record(1).store
+    assert (first.store.generation, record.generation) == (0, 2)
+    assert record.bytes_written > 2 * record.bytes > 0
+    assert record.digests["train"] != first.store.digests["train"]
+    assert record.digests["test"] == first.store.digests["test"]
+    last = Store(store / "train").load()
+
+    before = weights(tmp_path / "run", 2), files(tmp_path / "run/stage2/activations.zarr")
+    again = mine.train_stage(2, again=True)  # starts from generation 0 again
+    assert again.lineage == second.lineage
+    after = weights(tmp_path / "run", 2), files(tmp_path / "run/stage2/activations.zarr")
+    assert same(before[0], after[0])
+    assert (Store(store / "train").load() == last).all()
+    assert mine.run.state(1) == "complete"
+
+
 def test_rows_are_the_same_samples_in_every_store(finished: Path) -> None:
     for split in ("train", "test"):
         stores = [Store(finished / f"stage{n}/activations.zarr/{split}") for n in (0, 1, 2)]

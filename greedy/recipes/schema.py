@@ -155,8 +155,13 @@ class Training(_Section):
 class Store(_Section):
     """The activation stores."""
 
-    views: Count = Field(
-        default=4, description="Augmented copies of the training rows a store holds."
+    views: Count | Literal["live"] = Field(
+        default=4,
+        description="Augmented copies of the training rows a store holds; live: no stores, the "
+        "frozen stages are computed anew in every epoch.",
+    )
+    refresh_every: int = Field(
+        default=0, ge=0, description="Epochs after which views are drawn anew, 0: never."
     )
     encoding: Literal["auto", "float32", "float16", "bfloat16", "uint8", "uint4"] = Field(
         default="auto", description="How activations become stored numbers."
@@ -167,6 +172,13 @@ class Store(_Section):
     ram_budget: str | None = Field(
         default=None, description="Most memory for holding a store, e.g. 4GiB; absent: automatic."
     )
+
+    @field_validator("refresh_every")
+    @classmethod
+    def _live_views_are_always_new(cls, value: int, info: ValidationInfo) -> int:
+        if value and info.data.get("views") == "live":
+            raise ValueError("be 0 where store.views is live")
+        return value
 
     @field_validator("ram_budget")
     @classmethod
@@ -217,7 +229,10 @@ def result_fields(recipe: Recipe) -> dict[str, Any]:
         for section in ("data", "model", "loss", "training")
         for field, value in document[section].items()
     }
-    store = {f"store.{field}": document["store"][field] for field in ("views", "encoding")}
+    store = {
+        f"store.{field}": document["store"][field]
+        for field in ("views", "refresh_every", "encoding")
+    }
     return {"seed": recipe.seed, **whole, **store}
 
 

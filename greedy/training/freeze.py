@@ -1,22 +1,18 @@
 """Writing a frozen stage's output for the whole data set."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from greedy.cache import NonFiniteActivation, StoreSummary, StoreWriter, fit_encoding
+from greedy.cache import Encoding, NonFiniteActivation, StoreSummary, StoreWriter, fit_encoding
 from greedy.errors import TrainingError
 from greedy.models import Shape
 from greedy.reporting import Reporter
-from greedy.runs import SPLITS
 from greedy.seeds import torch_generator
 from greedy.source import Source
-from greedy.training.step import Learner
 
 SAMPLE_ROWS = 2048  # rows of view 0 from which an integer encoding takes its ranges
 SAMPLE_POSITIONS = 64  # of a large feature map, enough for 131,072 values a channel
@@ -30,75 +26,60 @@ def write_batch(hidden: Shape) -> int:
     return min(1024, 1 << max(rows.bit_length() - 1, 4))
 
 
-def write_store(
+def write_split(
     path: Path,
-    learner: Learner,
     source: Source,
+    split: str,
     *,
-    row_shape: Shape,
     views: int,
-    encoding: str,
+    generation: int,
+    encoding: Encoding,
     compressor: str,
     batch: int,
-    seed: int,
     reporter: Reporter,
-) -> dict[str, StoreSummary]:
-    """Writes both splits of the stage's store: ``views`` views of the training rows, one of the
-    test rows, in batches of ``batch`` rows. Raises ``TrainingError`` for a value that is not
-    finite, naming stage and channel."""
-    learner.eval()
-    written = {}
-    number = learner.stage.number
+    stage: int,
+) -> StoreSummary:
+    """Writes views of a split, the source's outputs, in batches of ``batch`` rows. Raises
+    ``TrainingError`` for a value that the encoding cannot hold, naming stage and channel."""
+    store = source.stores[split]
+    reporter.writing_started(stage, split, views * store.rows)
     try:
-        fitted = fit_encoding(encoding, _sample(learner, source, batch, seed))
-        fitted = replace(fitted, row_shape=row_shape)
-        for split in SPLITS:
-            count = views if split == "train" else 1
-            store = source.stores[split]
-            reporter.writing_started(number, split, count * store.rows)
-            with StoreWriter(
-                path / split,
-                rows=store.rows,
-                views=count,
-                encoding=fitted,
-                compressor=compressor,
-                labels=store.labels,
-                index=store.index,
-            ) as writer:
-                for view in range(count):
-                    for out in _outputs(learner, source, split, view, batch):
-                        writer.append(out.cpu().numpy())
-                        reporter.batch_finished(len(out))
-            written[split] = writer.summary
+        with StoreWriter(
+            path,
+            rows=store.rows,
+            views=views,
+            encoding=encoding,
+            compressor=compressor,
+            labels=store.labels,
+            index=store.index,
+        ) as writer:
+            for view in range(views):
+                for outputs, _ in source.view(split, view, batch, generation=generation):
+                    writer.append(outputs.cpu().numpy())
+                    reporter.batch_finished(len(outputs))
+        return writer.summary
     except NonFiniteActivation as error:
-        raise TrainingError(f"stage {number}: {error}") from error
-    return written
+        raise TrainingError(f"stage {stage}: {error}") from error
 
 
-@torch.no_grad()
-def _outputs(
-    learner: Learner, source: Source, split: str, view: int, batch: int
-) -> Iterator[Tensor]:
-    """The frozen stage's output for a view of its source, batch by batch, in float32."""
-    for x, _ in source.view(split, view, batch):
-        with learner.autocast():
-            out = learner.stage(x)
-        yield out.float()
-
-
-def _sample(learner: Learner, source: Source, batch: int, seed: int) -> np.ndarray:
-    """Outputs of the first rows of view 0 (rows are in random order), at all positions of small
-    feature maps and some of large ones, drawn anew for each batch."""
+def fit(name: str, source: Source, row_shape: Shape, batch: int, seed: int, stage: int) -> Encoding:
+    """The encoding for a source's outputs, its ranges taken from the first rows of view 0 (rows
+    are in random order): at all positions of small feature maps and some of large ones, drawn
+    anew for each batch."""
     parts: list[np.ndarray] = []
     rows = 0
-    for out in _outputs(learner, source, "train", 0, batch):
-        sample = out.cpu()
+    for outputs, _ in source.view("train", 0, batch):
+        sample = outputs.cpu()
         if sample.dim() == 4 and sample[0, 0].numel() > SAMPLE_POSITIONS:
-            generator = torch_generator(seed, "sample", learner.stage.number, rows)
+            generator = torch_generator(seed, "sample", stage, rows)
             positions = torch.randperm(sample[0, 0].numel(), generator=generator)
             sample = sample.flatten(2)[:, :, positions[:SAMPLE_POSITIONS], None]
         parts.append(sample.numpy())
-        rows += len(out)
+        rows += len(sample)
         if rows >= SAMPLE_ROWS:
             break
-    return np.concatenate(parts)[:SAMPLE_ROWS]
+    try:
+        fitted = fit_encoding(name, np.concatenate(parts)[:SAMPLE_ROWS])
+    except NonFiniteActivation as error:
+        raise TrainingError(f"stage {stage}: {error}") from error
+    return replace(fitted, row_shape=row_shape)

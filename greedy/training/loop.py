@@ -68,6 +68,7 @@ class Epochs:
         assert self.learner.optimizer is not None
         for group in self.learner.optimizer.param_groups:
             group["lr"] = rate
+        self.source.at_epoch(epoch)
         limited = self.classes_per_batch if self.schedule.drops(epoch) == 0 else 0
         batches = self.source.epoch(
             self.learner.stage.number, epoch, self.batch_size, classes_per_batch=limited

@@ -25,6 +25,7 @@ def resolve(
     allowed = parse_size(budget) if budget else int(available_memory() * RESIDENT_SHARE)
     return {
         "precision": pick_precision(recipe.training.precision, device),
+        "views": recipe.store.views,
         "encoding": AUTO_ENCODING if encoding == "auto" else encoding,
         "shuffle": "rows" if store.stored_bytes <= allowed else "window",
         "chunk_rows": store.chunk_rows,

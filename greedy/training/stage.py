@@ -11,7 +11,6 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from greedy.cache import StoreSummary
 from greedy.devices import describe, peak_memory
 from greedy.files import canonical, digest, file_digest
 from greedy.losses import LocalLoss
@@ -19,8 +18,10 @@ from greedy.manifest import ENCODER, HEADS, HISTORY, Metrics, Parent, StageRecor
 from greedy.models import Stage, StageShapes, initialise, seeded
 from greedy.recipes import Recipe
 from greedy.reporting import EpochReport, Reporter
+from greedy.runs import SPLITS
 from greedy.source import Source
-from greedy.training.freeze import write_store
+from greedy.sourcing import Sources
+from greedy.training.freeze import fit, write_split
 from greedy.training.loop import Epochs, measure
 from greedy.training.resolve import for_stage
 from greedy.training.schedule import Milestones, Patience, Schedule
@@ -39,9 +40,9 @@ class StageTraining:
     loss: LocalLoss
     recipe: Recipe
     source: Source
+    sources: Sources
     resolved: dict[str, Any]
     parent: StageRecord
-    source_number: int
     is_output: bool
     device: torch.device
     reporter: Reporter
@@ -56,14 +57,14 @@ class StageTraining:
         reports = self._run_epochs(learner, directory)
         self._save(learner, directory)
         test = measure(learner, self.source.view("test", 0, self._batch))
-        store = None if self.is_output else self._write_store(learner, directory)
+        store = self._write_store(learner, directory)
         last = reports[-1]
         record = StageRecord(
             stage=self.stage.number,
             name="output" if self.is_output else self.stage.name,
             lineage=self._lineage(directory),
             parent=Parent(stage=self.parent.stage, lineage=self.parent.lineage),
-            source=self.source_number,
+            source=self.source.number,
             row_shape=self.shapes.output,
             class_names=self.parent.class_names,
             network=self.parent.network,
@@ -142,21 +143,34 @@ class StageTraining:
             tensors = {k: v.contiguous().cpu() for k, v in module.state_dict().items()}
             safetensors.torch.save_file(tensors, directory / name)
 
-    def _write_store(self, learner: Learner, directory: Path) -> StoreRecord:
-        store = self.recipe.store
-        written = write_store(
-            directory / "activations.zarr",
-            learner,
-            self.source,
-            row_shape=self.shapes.output,
-            views=store.views,
-            encoding=self.resolved["encoding"],
-            compressor=store.compressor,
-            batch=self._batch,
-            seed=self.recipe.seed,
-            reporter=self.reporter,
+    def _write_store(self, learner: Learner, directory: Path) -> StoreRecord | None:
+        views = self.resolved["views"]
+        if self.is_output or views == "live":
+            return None
+        learner.eval()
+        source = self.sources.for_writing(learner.stage, views)
+        source.precision = self.resolved["precision"]
+        number, seed = learner.stage.number, self.recipe.seed
+        fitted = fit(
+            self.resolved["encoding"], source, self.shapes.output, self._batch, seed, number
         )
-        return store_record(written, self.resolved["encoding"], store.compressor, store.views)
+        compressor = self.recipe.store.compressor
+        written = {
+            split: write_split(
+                directory / "activations.zarr" / split,
+                source,
+                split,
+                views=views if split == "train" else 1,
+                generation=0,
+                encoding=fitted,
+                compressor=compressor,
+                batch=self._batch,
+                reporter=self.reporter,
+                stage=number,
+            )
+            for split in SPLITS
+        }
+        return StoreRecord.of(written, self.resolved["encoding"], compressor, views)
 
     def _lineage(self, directory: Path) -> str:
         """Names everything the result follows from."""
@@ -165,24 +179,11 @@ class StageTraining:
                 {
                     "weights": file_digest(directory / ENCODER),
                     "parent": self.parent.lineage,
-                    "source": self.source_number,
+                    "source": self.source.number,
                     "seed": self.recipe.seed,
-                    "views": self.recipe.store.views,
+                    "views": self.resolved["views"],
+                    "refresh_every": self.recipe.store.refresh_every,
                     "encoding": self.resolved["encoding"],
                 }
             )
         )
-
-
-def store_record(
-    written: dict[str, StoreSummary], encoding: str, compressor: str, views: int
-) -> StoreRecord:
-    """The record of a store, both splits together."""
-    return StoreRecord(
-        encoding=encoding,
-        compressor=compressor,
-        views=views,
-        values=sum(s.values for s in written.values()),
-        bytes=sum(s.disk_bytes for s in written.values()),
-        digest=digest(canonical({split: s.digest for split, s in written.items()})),
-    )

@@ -1,0 +1,106 @@
+"""Finding what a stage trains from, and what its store is written from."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from greedy.cache import Store
+from greedy.data import Augmentation
+from greedy.errors import UserError
+from greedy.manifest import StageRecord
+from greedy.models import Stage
+from greedy.network import load_stage
+from greedy.reporting import Reporter
+from greedy.runs import SPLITS, RunDirectory
+from greedy.source import Images, Source
+from greedy.training.refresh import Refresh
+
+
+@dataclass
+class Sources:
+    """The stores of a run and what can be computed from them.
+
+    Attributes:
+        stages: all of the network's; frozen ones get their weights when they are needed.
+        data: the record of stage 0.
+    """
+
+    run: RunDirectory
+    stages: Sequence[Stage]
+    data: StageRecord
+    device: torch.device
+    reporter: Reporter
+    _frozen: dict[int, Stage] = field(default_factory=dict, repr=False)
+
+    def for_training(self, number: int, wanted: int) -> Source:
+        """What stage ``number`` trains from: the last store up to stage ``wanted``, its views
+        refreshed where the recipe says so."""
+        stored = self._last(wanted, views=1)
+        source = self._open(stored, number - 1)
+        if self.run.recipe.training.patience:
+            source.held_out = round(self.run.recipe.data.holdout * self.data.rows["train"])
+        if every := stored and self.run.recipe.store.refresh_every:
+            source.refresh = Refresh(self.run, stored, every, self._open(0, stored), self.reporter)
+        return source
+
+    def for_writing(self, stage: Stage, views: int) -> Source:
+        """What a trained stage's store is written from: its views are the source's outputs.
+
+        The last store with enough views serves, unless views are refreshed: generations are
+        drawn where the images are.
+        """
+        stored = 0 if self.run.recipe.store.refresh_every else self._last(stage.number - 1, views)
+        source = self._open(stored, stage.number - 1)
+        source.replayed = [*source.replayed, stage]
+        return source
+
+    def _last(self, number: int, views: float) -> int:
+        """The last stage up to ``number`` that can give so many views."""
+        return next(n for n in range(number, -1, -1) if self._views(n) >= views)
+
+    def _views(self, number: int) -> float:
+        """Any number for stage 0, whose images are augmented on reading."""
+        if number == 0:
+            return math.inf
+        store = self.run.complete(number).store
+        return store.views if store and self.run.store(number).is_dir() else 0
+
+    def _open(self, stored: int, last: int) -> Source:
+        """The store of stage ``stored``, and stages up to ``last`` replayed."""
+        settings = self.run.recipe.data
+        images = Images(
+            settings.mean or self.data.resolved["mean"],
+            settings.std or self.data.resolved["std"],
+            Augmentation.parse(settings.augmentation, settings.cutout_length),
+        )
+        return Source(
+            stored,
+            self.run.store(stored),
+            self._stores(stored),
+            self.device,
+            self.run.recipe.seed,
+            images=images if stored == 0 else None,
+            replayed=[self._load(n) for n in range(stored + 1, last + 1)],
+        )
+
+    def _load(self, number: int) -> Stage:
+        if number not in self._frozen:
+            load_stage(self.run, self.stages[number - 1], self.device)
+            self._frozen[number] = self.stages[number - 1]
+        return self._frozen[number]
+
+    def _stores(self, number: int) -> dict[str, Store]:
+        """Both splits of a stage's store, whose rows are the samples that stage 0 says."""
+        path = self.run.store(number)
+        stores = {split: Store(path / split) for split in SPLITS}
+        for split, store in stores.items():
+            expected = Store(self.run.store(0) / split).index
+            if not np.array_equal(store.index, expected):
+                raise UserError(
+                    f"{path / split} is a store of another run (its rows are other samples): "
+                    f"train stage {number} again with --retrain"
+                )
+        return stores
