@@ -59,24 +59,34 @@ class Group(click.Group):
         except click.ClickException as error:
             click.echo(f"Error: {_sentence(error)}", err=True)
             code = error.exit_code
+        except click.Abort:
+            code = Interrupted.exit_code
         sys.exit(code)
 
 
 def _failure(error: BaseException) -> Failure:
-    # Here and not above: the store brings in numpy, zarr and torch.
-    from greedy.cache import DamagedStore, StoreError  # noqa: PLC0415
-
     sentence = " ".join(str(error).split())
     match error:
         case KeyboardInterrupt():
             return Interrupted("interrupted; finished stages are kept")
-        case TrainingError() | DamagedStore():
-            return Failure(sentence)
-        case UserError() | StoreError():
-            return Mistake(sentence)
         case OSError(strerror=str(reason), filename=path):
             return Failure(f"{path}: {reason}" if path else reason)
+    if kind := _kind(error):
+        return kind(sentence)
     return Failure(f"{type(error).__name__}: {sentence} (--debug shows where it comes from)")
+
+
+def _kind(error: BaseException) -> type[Failure] | None:
+    """Whose fault one of our own errors is; ``None`` for any other."""
+    if isinstance(error, UserError | TrainingError):
+        return Mistake if isinstance(error, UserError) else Failure
+
+    # Here and not above: the store takes seconds to import.
+    from greedy.cache import DamagedStore, StoreError  # noqa: PLC0415
+
+    if isinstance(error, StoreError):
+        return Failure if isinstance(error, DamagedStore) else Mistake
+    return None
 
 
 def _sentence(error: click.ClickException) -> str:

@@ -11,6 +11,7 @@ from greedy.cli.train import train, train_stage
 
 
 @click.group(
+    "greedy",
     cls=Group,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Example: greedy train --recipe demo",

@@ -14,6 +14,7 @@ SHORTHANDS = {
     "data": "data.name",
     "seed": "seed",
     "views": "store.views",
+    "refresh_every": "store.refresh_every",
     "encoding": "store.encoding",
     "precision": "training.precision",
     "patience": "training.patience",
@@ -66,6 +67,9 @@ def settings(command: F) -> F:
         click.option("--patience", metavar="N", help="Shorthand of --set training.patience=N."),
         click.option("--precision", metavar="NAME", help="Shorthand of --set training.precision."),
         click.option("--encoding", metavar="NAME", help="Shorthand of --set store.encoding."),
+        click.option(
+            "--refresh-every", metavar="K", help="Shorthand of --set store.refresh_every=K."
+        ),
         click.option("--views", metavar="N", help="Shorthand of --set store.views=N."),
         click.option("--seed", metavar="N", help="Shorthand of --set seed=N."),
         click.option("--data", metavar="NAME", help="Shorthand of --set data.name=NAME."),

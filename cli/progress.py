@@ -54,7 +54,7 @@ class Lines(Reporter):
         )
 
     def writing_started(self, number: int, split: str, rows: int) -> None:
-        self._print(f"{self._title}: writing {split} store, {rows:,} rows")
+        self._print(f"{self._title}: writing stage {number}'s {split} store, {rows:,} rows")
 
     def stage_finished(self, record: StageRecord) -> None:
         self._print(self._finished(record))
@@ -64,14 +64,14 @@ class Lines(Reporter):
         self._print(f"{self._named(record.stage, record.name)}: complete already")
 
     def _finished(self, record: StageRecord) -> str:
+        metrics = record.metrics
         parts = [
-            f"train error {percent(record.metrics.train_error_percent)}",
-            f"test error {percent(record.metrics.test_error_percent)}",
+            f"train error {percent(metrics.train_error_percent)}",
+            f"test {percent(metrics.test_error_percent)}",
+            *([format_size(record.store.bytes)] if record.store else []),
+            f"{record.seconds:,.1f} s",
         ]
-        if record.store:
-            parts.append(f"store {format_size(record.store.bytes)}")
-        title = self._named(record.stage, record.name)
-        return f"{title}: complete, {', '.join(parts)}, {record.seconds:,.1f} s"
+        return f"{self._named(record.stage, record.name)}: {', '.join(parts)}"
 
 
 class Bar(Lines):
@@ -88,7 +88,8 @@ class Bar(Lines):
             console=console,
             expand=True,
         )
-        self._task: TaskID | None = None
+        self._training: TaskID | None = None
+        self._writing: TaskID | None = None
 
     def __enter__(self) -> Self:
         self._display.start()
@@ -103,39 +104,44 @@ class Bar(Lines):
     def stage_started(self, number: int, name: str, epochs: int, resolved: dict[str, Any]) -> None:
         self._title, self._epochs = self._named(number, name), epochs
         self._display.heading = self._title
-        self._begin("", None)
+        self._training = self._begin("training", None)
 
     def epoch_started(self, epoch: int, rows: int) -> None:
-        assert self._task is not None
-        self._display.update(
-            self._task, description=f"epoch {epoch}/{self._epochs}", total=self._epochs * rows
-        )
+        self._stop_writing()
+        assert self._training is not None
+        total = self._epochs * rows
+        described = f"epoch {epoch}/{self._epochs}"
+        self._display.update(self._training, description=described, total=total)
 
     def batch_finished(self, rows: int) -> None:
-        assert self._task is not None
-        self._display.advance(self._task, rows)
-        if speed := self._display.tasks[0].speed:
-            self._display.update(self._task, rate=f"{speed:,.0f} images/s")
+        running = self._training if self._writing is None else self._writing
+        assert running is not None
+        self._display.advance(running, rows)
+        task = next(each for each in self._display.tasks if each.id == running)
+        if task.speed:
+            self._display.update(running, rate=f"{task.speed:,.0f} images/s")
 
     def epoch_finished(self, report: EpochReport) -> None:
-        assert self._task is not None
-        self._display.update(self._task, measures=_measures(report))
+        assert self._training is not None
+        self._display.update(self._training, measures=_measures(report))
 
     def writing_started(self, number: int, split: str, rows: int) -> None:
-        self._begin(f"writing {split} store", rows)
+        self._stop_writing()
+        self._writing = self._begin("writing", rows, f"stage {number}'s {split} store")
 
     def stage_finished(self, record: StageRecord) -> None:
-        self._clear()
+        self._stop_writing()
+        assert self._training is not None
+        self._display.remove_task(self._training)
         super().stage_finished(record)
 
-    def _begin(self, description: str, total: int | None) -> None:
-        self._clear()
-        self._task = self._display.add_task(description, total=total, measures="", rate="")
+    def _begin(self, description: str, total: int | None, measures: str = "") -> TaskID:
+        return self._display.add_task(description, total=total, measures=measures, rate="")
 
-    def _clear(self) -> None:
-        if self._task is not None:
-            self._display.remove_task(self._task)
-        self._task = None
+    def _stop_writing(self) -> None:
+        if self._writing is not None:
+            self._display.remove_task(self._writing)
+        self._writing = None
 
 
 class _Display(Progress):

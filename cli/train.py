@@ -9,6 +9,7 @@ from greedy.cli import options
 from greedy.cli.tables import percent, print_table, size
 
 if TYPE_CHECKING:
+    from greedy.manifest import StageRecord
     from greedy.recipes import Recipe
     from greedy.trainer import GreedyTrainer
 
@@ -69,7 +70,8 @@ def train(
             wanted.data.image_size,
             allow_function=options.names_data(overrides),
         )
-        click.echo(f"stage 0: writing {dataset.name}")
+        rows = f"{len(dataset.train):,} training and {len(dataset.test):,} test images"
+        click.echo(f"stage 0: {rows} of {dataset.name}")
         trainer.prepare(dataset)
     progress = reporter(Console(), len(trainer.run.complete(0).network))
     trainer.reporter = progress
@@ -118,12 +120,12 @@ def train_stage(
     progress = reporter(Console(), len(trainer.run.complete(0).network))
     trainer.reporter = progress
     with progress:
-        trainer.train_stage(number, source=source_number, again=retrain, to=to)
-    written = to or source.with_name(f"stage{number}")
+        record = trainer.train_stage(number, source=source_number, again=retrain, to=to)
+    written = to or run.stage(number)
     if progress.skipped:
         click.echo(f"{written} is as it was: --retrain trains it again")
     else:
-        click.echo(f"wrote {written}, trained from {source}")
+        click.echo(f"wrote {written}, trained from {_origin(record)}")
 
 
 def _recipe_and_run(
@@ -139,6 +141,14 @@ def _recipe_and_run(
     if run is None:
         raise click.UsageError("give --recipe to begin a run, or --run to go on with one")
     return load(RunDirectory.open(run).path / "run.toml", overrides), run
+
+
+def _origin(record: "StageRecord") -> str:
+    """The store that a stage was trained from, and what lies between the two."""
+    source = record.source or 0
+    between = range(source + 1, record.stage)
+    replayed = f" with {', '.join(f'stage {n}' for n in between)} replayed" if between else ""
+    return f"stage {source}'s store{replayed}"
 
 
 def _print_results(trainer: "GreedyTrainer") -> None:
@@ -165,5 +175,5 @@ def _print_results(trainer: "GreedyTrainer") -> None:
     click.echo(f"test error {percent(result.error_percent)} on {result.samples:,} images")
     if paper := trainer.recipe.paper:
         changed = departures(trainer.recipe)
-        note = f"; not the same experiment: {', '.join(changed)} differ" if changed else ""
+        note = f", but with other {', '.join(changed)}" if changed else ""
         click.echo(f"the paper: {percent(paper.test_error_percent)} (table {paper.table}){note}")

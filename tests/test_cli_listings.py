@@ -1,0 +1,111 @@
+"""Help, `greedy recipes` and `greedy data`."""
+
+import json
+import subprocess
+import sys
+import tomllib
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from greedy.cli.main import cli
+from greedy.recipes import load, names
+
+
+def greedy(*arguments):
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def commands(group=cli, path=()):
+    """The words of every command, groups included."""
+    yield path
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name)
+
+
+@pytest.mark.parametrize("path", list(commands()), ids=" ".join)
+def test_every_help_has_an_example_of_the_command_itself(path):
+    output = greedy(*path, "--help")
+    assert f"Example: greedy {' '.join(path)}".strip() in output
+    assert max(map(len, output.splitlines())) <= 80
+    assert greedy(*path, "-h") == output
+
+
+def test_a_group_alone_shows_its_help():
+    assert greedy() == greedy("--help")
+    assert greedy("recipes") == greedy("recipes", "--help")
+
+
+def test_version():
+    output = greedy("--version")
+    assert output.startswith("greedy") and output.strip()[-1].isdigit()
+
+
+@pytest.mark.parametrize(
+    "line", ["--help", "train --help", "recipes list", "recipes show demo", "--version"]
+)
+def test_answers_without_loading_torch(line):
+    code = (
+        "import sys; from greedy.cli.main import cli\n"
+        f"try: cli({line.split()})\n"
+        "except SystemExit as end: assert not end.code\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_recipes_list_as_json():
+    rows = json.loads(greedy("recipes", "list", "--json"))
+    fields = {"name", "table", "dataset", "network", "loss", "paper_test_error_percent"}
+    assert all(row.keys() == fields for row in rows)
+    assert [row["name"] for row in rows] == names()
+    assert {
+        "name": "cifar10/vgg11b-3x-predsim-cutout",
+        "table": 4,
+        "dataset": "cifar10",
+        "network": "vgg11b-3x",
+        "loss": "predsim",
+        "paper_test_error_percent": 3.6,
+    } in rows
+    assert json.loads(greedy("recipes", "list", "--table", "4", "--json")) == [
+        row for row in rows if row["table"] == 4
+    ]
+
+
+def test_recipes_list_as_a_table():
+    lines = greedy("recipes", "list").splitlines()
+    assert max(map(len, lines)) <= 80
+    (line,) = (each for each in lines if each.startswith("cifar10/vgg11b-3x-predsim-cutout "))
+    assert line.split()[1:] == ["predsim", "4", "3.60", "%"]
+
+
+def test_recipes_show_gives_the_recipe_in_full():
+    shown = tomllib.loads(greedy("recipes", "show", "fashion-mnist/mlp-predsim"))
+    recipe = load("fashion-mnist/mlp-predsim")
+    assert shown == recipe.model_dump(exclude_none=True)
+    assert shown["loss"]["beta"] == 0.99
+
+
+def test_data_list(tmp_path):
+    rows = json.loads(greedy("data", "list", "--json", "--data-dir", str(tmp_path)))
+    here = {row["name"]: row["available"] for row in rows}
+    assert here["fashion-mnist-sample"] and not here["cifar10"]
+    (cifar,) = (row for row in rows if row["name"] == "cifar10")
+    assert (cifar["shape"], cifar["classes"], cifar["train"]) == ([3, 32, 32], 10, 50_000)
+    lines = greedy("data", "list", "--data-dir", str(tmp_path)).splitlines()
+    assert "cifar10               no    3x32x32       10   50,000  10,000" in lines
+    assert max(map(len, lines)) <= 80
+
+
+def test_data_prepare():
+    output = greedy("data", "prepare", "fashion-mnist-sample")
+    assert output == (
+        "fashion-mnist-sample is ready: 5,000 training and 1,000 test images of 1x28x28\n"
+    )

@@ -1,0 +1,153 @@
+"""What is asked for wrongly gets one sentence and exit code 2, and leaves no trace."""
+
+import subprocess
+import sys
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from greedy.cli.main import cli
+
+RECIPE = """
+[data]
+name = "fashion-mnist-sample"
+[model]
+network = "mlp"
+hidden_width = 8
+[loss]
+name = "pred"
+[training]
+epochs = 1
+batch_size = 512
+learning_rate = 0.001
+"""
+
+
+def greedy(*arguments):
+    return CliRunner().invoke(cli, [str(each) for each in arguments])
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current directory, with a recipe in it."""
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+TINY = "train --recipe tiny.toml --run new"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("train", "give --recipe to begin a run, or --run to go on with one"),
+        ("train --recipe dmo", "there is no recipe dmo; did you mean demo"),
+        ("train --recipe cifar10/vgg11b-3-predsim", "did you mean cifar10/vgg11b-3x-predsim"),
+        ("train --recipe absent.toml", "absent.toml cannot be read: No such file"),
+        (f"{TINY} --set training.epoch=3", "did you mean training.epochs?"),
+        (f"{TINY} --set epochs=3", "did you mean training.epochs?"),
+        (f"{TINY} --set training.epochs", "must have the form section.field=value"),
+        (f"{TINY} --set training.epochs=many", "must be a whole number of at least 1"),
+        (f"{TINY} --set training.batch_size=1", "must be a whole number of at least 2"),
+        (f"{TINY} --set training.epochs=[1,2,3]", "training.epochs has 3 entries"),
+        (f"{TINY} --seed x", 'seed is "x" but must be a whole number'),
+        (f"{TINY} --encoding unit8", "did you mean uint8?"),
+        (f"{TINY} --precision float", "training.precision"),
+        (f"{TINY} --patience -1", "training.patience"),
+        (f"{TINY} --data cifar", "did you mean 'cifar10'"),
+        (f"{TINY} --data mnist --data-dir .", "mnist is not in .: allow the download"),
+        (f"{TINY} --data folder:absent", "absent/train is missing"),
+        (f"{TINY} --data absent_module:sets", "cannot import the module"),
+        (f"{TINY} --device gpu", "'gpu' is not a device: use one of auto, cpu, cuda, mps"),
+        (f"{TINY} --model m:f", "leave out --model"),
+        (f"{TINY} --retrain x", "'x' is not a valid integer"),
+        ("train --run .", ". is not a run directory"),
+        ("train --run absent", "absent is not a run directory"),
+        ("status --run .", ". is not a run directory (it has no run.toml)"),
+        ("evaluate --run .", ". is not a run directory"),
+        ("export --run . --to net.pt2", ". is not a run directory"),
+        ("train-stage --stage 1 --from-cache absent/stage0", "absent/stage0 does not exist"),
+        ("status", "Missing option '--run'"),
+        ("trian", "unknown command 'trian': did you mean 'train'?"),
+        ("recipes lst", "unknown command 'lst': did you mean 'list'?"),
+        ("recipes show dmo", "did you mean demo"),
+        ("recipes list --table 99", "there are no recipes of a table 99: choose from "),
+        ("train --recpie demo", "there is no option --recpie; did you mean --recipe?"),
+        ("data prepare mnits", "did you mean 'mnist'"),
+        ("data prepare mnist --data-dir .", "allow the download with --download"),
+    ],
+)
+def test_a_mistake_gets_a_sentence_and_leaves_no_trace(folder, line, message):
+    result = greedy(*line.split())
+    assert result.exit_code == 2
+    assert message in result.output
+    complaint = result.output.splitlines()[-1]
+    assert complaint.startswith("Error: ") and "Traceback" not in result.output
+    assert [path.name for path in folder.iterdir()] == ["tiny.toml"]
+
+
+def test_a_stage_to_retrain_must_exist(folder):
+    assert greedy(*TINY.split()).exit_code == 0
+    for stage in ("0", "3"):
+        result = greedy("train", "--run", "new", "--retrain", stage)
+        assert result.exit_code == 2
+        assert f"there is no stage {stage}: this network has stages 1 to 2" in result.output
+
+
+def test_a_network_too_deep_for_the_images_is_refused_before_anything_is_written(folder):
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (folder / "images" / split / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(folder / "images" / split / name / "1.png")
+    deep = ["--set", "model.network=vgg8b", "--data", "folder:images"]
+    result = greedy(*TINY.split(), *deep)
+    assert result.exit_code == 2
+    assert "images of side 8 are too small for this network's 4 poolings" in result.output
+    assert not (folder / "new").exists()
+
+
+def test_nothing_of_the_users_is_touched(folder):
+    (folder / "mine").mkdir()
+    (folder / "mine/thesis.tex").write_text("mine")
+    (folder / "file").write_text("mine")
+    for place in ("mine", "file"):
+        result = greedy("train", "--recipe", "tiny.toml", "--run", place)
+        assert result.exit_code == 2
+        assert "choose another --run" in result.output
+    assert [path.name for path in (folder / "mine").iterdir()] == ["thesis.tex"]
+    assert (folder / "mine/thesis.tex").read_text() == (folder / "file").read_text() == "mine"
+
+
+def test_an_empty_directory_becomes_a_run(folder):
+    (folder / "new").mkdir()
+    assert greedy(*TINY.split()).exit_code == 0
+    assert (folder / "new/run.toml").is_file()
+
+
+def test_failures_that_are_nobodys_mistake_exit_with_1(folder):
+    diverging = ["--set", "training.learning_rate=1e30"]
+    result = greedy(*TINY.split(), *diverging)
+    assert result.exit_code == 1
+    assert "Error: the loss of stage 1 is not finite in epoch 1" in result.output
+    blocked = greedy("train", "--recipe", "tiny.toml", "--run", "tiny.toml/new")
+    assert blocked.exit_code == 1
+    assert blocked.output.endswith("tiny.toml/new: Not a directory\n")
+
+
+def test_debug_shows_a_traceback(folder):
+    for debug in (["--debug", "status"], ["status", "--debug"]):
+        result = greedy(*debug, "--run", "absent")
+        assert result.exit_code == 2
+        assert "Traceback (most recent call last)" in result.output
+        assert result.output.splitlines()[-1].startswith("Error: absent is not a run directory")
+
+
+def test_the_sentence_goes_to_standard_error(folder):
+    command = [sys.executable, "-m", "greedy.cli.main", "recipes", "list", "--json"]
+    command += ["--table", "99"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert len(result.stderr.splitlines()) == 1

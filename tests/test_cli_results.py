@@ -1,0 +1,194 @@
+"""`greedy status`, `evaluate` and `export`: what a run has become."""
+
+import json
+import shutil
+
+import pytest
+import safetensors.torch
+import torch
+from click.testing import CliRunner
+
+from greedy.cli.main import cli
+
+RECIPE = """
+[data]
+name = "fashion-mnist-sample"
+[model]
+network = "mlp"
+hidden_layers = 1
+hidden_width = 16
+[loss]
+name = "predsim"
+[training]
+epochs = 1
+batch_size = 256
+learning_rate = 0.002
+[store]
+views = 2
+encoding = "float16"
+"""
+
+
+def greedy(*arguments):
+    return CliRunner().invoke(cli, [str(each) for each in arguments])
+
+
+def answer(*arguments):
+    result = greedy(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.output)
+
+
+def trained(folder, *settings):
+    (folder / "tiny.toml").write_text(RECIPE)
+    result = greedy("train", "--recipe", folder / "tiny.toml", "--run", folder / "run", *settings)
+    assert result.exit_code == 0, result.output
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("finished"))
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def states(run):
+    return [each["state"] for each in answer("status", "--run", run)["stages"]]
+
+
+def test_status_of_a_finished_run(run):
+    document = answer("status", "--run", run)
+    assert document.keys() == {"recipe", "stages"}
+    assert document["recipe"] == "tiny"
+    first, last = document["stages"]
+    fields = "stage name state train_error_percent test_error_percent store_bytes"
+    assert list(first) == [*fields.split(), "bytes_per_value", "seconds"] == list(last)
+    assert (first["stage"], first["name"], first["state"]) == (1, "linear16", "complete")
+    assert (last["stage"], last["name"], last["state"]) == (2, "output", "complete")
+    history = (run / "stage1/history.jsonl").read_text().splitlines()
+    assert first["train_error_percent"] == json.loads(history[-1])["train_error_percent"]
+    assert 0 < first["test_error_percent"] < 100
+    files = (path for path in (run / "stage1/activations.zarr").rglob("*") if path.is_file())
+    on_disk = sum(path.stat().st_size for path in files)
+    assert first["store_bytes"] == pytest.approx(on_disk, rel=0.02)
+    values = 16 * (2 * 5000 + 1000)
+    assert first["bytes_per_value"] == pytest.approx(first["store_bytes"] / values)
+    assert first["seconds"] > 0
+    assert last["store_bytes"] is None and last["bytes_per_value"] is None
+
+
+def test_status_without_json_is_a_table_of_at_most_80_columns(run):
+    lines = greedy("status", "--run", run).output.splitlines()
+    assert lines[1].split("  ")[0] == "stage" and lines[2].startswith("1      linear16  complete")
+    assert max(map(len, lines[1:])) <= 80
+
+
+def test_status_tells_what_is_still_to_do(run):
+    shutil.rmtree(run / "stage2")
+    assert states(run) == ["complete", "pending"]
+    (run / "stage2/training").mkdir(parents=True)
+    assert states(run) == ["complete", "training"]
+    last = answer("status", "--run", run)["stages"][1]
+    assert last["test_error_percent"] is None and last["seconds"] is None
+
+
+def test_status_of_a_run_without_its_data(run):
+    for stage in run.glob("stage*"):
+        shutil.rmtree(stage)
+    assert answer("status", "--run", run) == {"recipe": "tiny", "stages": []}
+    assert f"`greedy train --run {run}`" in greedy("status", "--run", run).output
+
+
+def test_what_follows_a_changed_stage_is_stale_and_refused(run, tmp_path):
+    (tmp_path / "other").mkdir()
+    other = trained(tmp_path / "other", "--set", "training.learning_rate=0.01")
+    shutil.rmtree(run / "stage1")
+    shutil.copytree(other / "stage1", run / "stage1")
+    assert states(run) == ["complete", "stale"]
+    for command in ("evaluate", "train"):
+        refused = greedy(command, "--run", run)
+        assert refused.exit_code == 2
+        assert f"`greedy train --run {run} --retrain 2`" in refused.output
+    assert greedy("train", "--run", run, "--retrain", "2").exit_code == 0
+    assert states(run) == ["complete", "complete"]
+
+
+def test_evaluate_says_how_the_assembled_network_does(run):
+    result = answer("evaluate", "--run", run)
+    assert result.keys() == {"split", "samples", "error_percent", "loss"}
+    assert (result["split"], result["samples"]) == ("test", 1000)
+    assert result["error_percent"] == pytest.approx(
+        answer("status", "--run", run)["stages"][1]["test_error_percent"], abs=1
+    )
+    assert 0 < result["loss"] < 2.4
+    training = answer("evaluate", "--run", run, "--split", "train")
+    assert (training["split"], training["samples"]) == ("train", 5000)
+    assert training["error_percent"] != result["error_percent"]
+
+
+def test_evaluate_needs_no_activation_stores(run, finished):
+    shutil.rmtree(run / "stage1/activations.zarr")
+    assert answer("evaluate", "--run", run) == answer("evaluate", "--run", finished)
+    first = answer("status", "--run", run)["stages"][0]
+    assert first["state"] == "complete" and first["store_bytes"] is None
+
+
+def test_a_run_can_be_moved(run, finished, tmp_path):
+    moved = tmp_path / "elsewhere" / "moved"
+    moved.parent.mkdir()
+    run.rename(moved)
+    assert answer("evaluate", "--run", moved) == answer("evaluate", "--run", finished)
+    assert answer("status", "--run", moved) == answer("status", "--run", finished)
+    shutil.rmtree(moved / "stage2")
+    assert greedy("train", "--run", moved).exit_code == 0
+
+
+def test_an_unfinished_or_damaged_run_is_not_evaluated(run):
+    weights = run / "stage1/encoder.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    damaged = greedy("evaluate", "--run", run)
+    assert damaged.exit_code == 2
+    assert str(weights) in damaged.output
+    shutil.rmtree(run / "stage2")
+    assert greedy("evaluate", "--run", run).exit_code == 2
+
+
+def test_export_takes_the_format_from_the_suffix_or_from_format(run, tmp_path):
+    by_suffix = greedy("export", "--run", run, "--to", tmp_path / "net.safetensors")
+    assert by_suffix.exit_code == 0, by_suffix.output
+    assert "(safetensors, " in by_suffix.output
+    by_name = greedy("export", "--run", run, "--to", tmp_path / "n.bin", "--format", "safetensors")
+    assert by_name.exit_code == 0, by_name.output
+    load = safetensors.torch.load_file
+    assert load(tmp_path / "n.bin").keys() == load(tmp_path / "net.safetensors").keys()
+    refused = greedy("export", "--run", run, "--to", tmp_path / "net.bin")
+    assert refused.exit_code == 2
+    assert "--format" in refused.output and not (tmp_path / "net.bin").exists()
+
+
+def test_export_until_a_stage(run, tmp_path):
+    exit_file = tmp_path / "exit.safetensors"
+    result = greedy("export", "--run", run, "--to", exit_file, "--until-stage", "1")
+    assert result.exit_code == 0, result.output
+    heads = safetensors.torch.load_file(run / "stage1/heads.safetensors").values()
+    tensors = list(safetensors.torch.load_file(exit_file).values())
+    classifier = next(each for each in heads if each.shape == (10, 16))
+    assert any(each.shape == (10, 16) and torch.equal(each, classifier) for each in tensors)
+    for stage in ("0", "3"):
+        refused = greedy("export", "--run", run, "--to", tmp_path / "x.pt2", "--until-stage", stage)
+        assert refused.exit_code == 2 and f"there is no stage {stage}" in refused.output
+
+
+def test_export_overwrites_only_when_forced(run, tmp_path):
+    mine = tmp_path / "net.safetensors"
+    mine.write_text("mine")
+    refused = greedy("export", "--run", run, "--to", mine)
+    assert refused.exit_code == 2
+    assert "choose another --to, or add --force" in refused.output
+    assert mine.read_text() == "mine"
+    assert greedy("export", "--run", run, "--to", mine, "--force").exit_code == 0
+    assert safetensors.torch.load_file(mine)
