@@ -40,7 +40,8 @@ class LocalSource:
     """A directory.
 
     Parts are views of mapped files: chunks are decoded from the page cache without a copy
-    between. Files must not be shortened in place; they may be replaced or removed.
+    between. Files may be replaced or removed, but shortening one in place, or a disk that can
+    no longer read it, ends a process that touches the missing bytes (SIGBUS).
     """
 
     def __init__(self, root: Path) -> None:
@@ -69,9 +70,6 @@ class LocalSource:
         mapped = self._mapped.get(key) or self._map(key)
         if mapped is None or offset + size > len(mapped):
             return None
-        # Without advice a cold chunk is read in small pieces, each awaited.
-        page = offset - offset % mmap.PAGESIZE
-        mapped.madvise(mmap.MADV_WILLNEED, page, offset + size - page)
         return np.frombuffer(mapped, np.uint8, size, offset)
 
     def total_bytes(self) -> int:
@@ -83,6 +81,8 @@ class LocalSource:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (FileNotFoundError, ValueError):  # absent, or empty
             return None
+        # Unadvised, a chunk that is not in memory comes in small pieces, each awaited.
+        mapped.madvise(mmap.MADV_SEQUENTIAL)
         if len(self._mapped) >= _MAX_MAPPED:
             self._mapped.clear()
         self._mapped[key] = mapped
