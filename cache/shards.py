@@ -150,7 +150,7 @@ class ShardWriter:
 
 
 def _check_blosc_header(body: NDArray[np.uint8], out: NDArray[Any], where: str) -> None:
-    _, _, _, typesize, nbytes, blocksize, cbytes = _BLOSC_HEADER.unpack_from(body)
+    _, _, _, typesize, nbytes, blocksize, cbytes = _BLOSC_HEADER.unpack_from(body.data)
     as_expected = (
         typesize == out.itemsize
         and nbytes == out.nbytes
