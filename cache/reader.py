@@ -191,11 +191,7 @@ class Store:
         data = self._source.part(key, offset, size)
         if data is None:
             raise DamagedStore(f"{where} lies beyond the end of its shard; write the store again")
-        body = shards.without_crc(data, where)
-        if self.compressor == "none":
-            out.reshape(-1).view(np.uint8)[:] = body
-        else:
-            shards.decompress(body, out, where)
+        shards.decode_chunk(data, self.compressor, out, where)
 
     def _span(self, view: int, chunk: int) -> tuple[str, str, int, int]:
         """File, description, offset and size of a chunk."""
