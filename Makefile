@@ -28,6 +28,7 @@ $(VENV)/bin/python:
 SOURCES := pyproject.toml $(shell find greedy cache cli -name '*.py' -o -name '*.toml' -o -name '*.gz')
 
 $(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
+	rm -rf build
 	$(BIN)/python -m pip install .
 	touch $@
 

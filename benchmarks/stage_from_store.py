@@ -95,7 +95,7 @@ def ratio(network: nn.Sequential, image: Shape, rows: int, pairs: int, directory
     values, labels = activations(rows, shape), np.random.default_rng(1).integers(0, CLASSES, rows)
     store = write(directory / "store", values, labels)
     memory = InMemory(torch.from_numpy(values), torch.from_numpy(labels))
-    disk = Source({"train": store}, CPU, seed=0)
+    disk = Source(1, directory / "store", {"train": store}, CPU, 0)
 
     def seconds(source: Source) -> float:
         epochs = Epochs(learning, source, Milestones(5e-4, 0.25, []), 1, BATCH, 0, 0, Reporter())

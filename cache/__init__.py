@@ -6,6 +6,7 @@ Knows arrays, never networks. A store is a plain Zarr v3 group of `activations` 
 
 from .encodings import ENCODINGS, Encoding, fit_encoding, pixels
 from .errors import DamagedStore, NonFiniteActivation, StoreError
+from .inspection import StoreInfo, describe
 from .layout import Layout
 from .loader import Batch, BatchLoader
 from .order import (
@@ -19,6 +20,7 @@ from .order import (
 )
 from .reader import Store
 from .shards import COMPRESSORS
+from .verification import Damage, verify
 from .writer import StoreSummary, StoreWriter
 
 __all__ = [
@@ -40,6 +42,10 @@ __all__ = [
     "limit_classes",
     "Batch",
     "BatchLoader",
+    "StoreInfo",
+    "describe",
+    "Damage",
+    "verify",
     "StoreError",
     "DamagedStore",
     "NonFiniteActivation",

@@ -124,7 +124,7 @@ class Encoding:
             pairs = torch.stack((stored & 15, stored >> 4), dim=-1)
             levels = pairs.flatten(1)[:, : self.row_size].unflatten(1, self.row_shape)
         scale, zero_point = self._tables_on(stored.device)
-        return (levels.float() - zero_point) * scale
+        return levels.float().sub_(zero_point).mul_(scale)
 
     def decode_array(self, stored: NDArray[Any]) -> NDArray[np.float32]:
         """`decode` for NumPy arrays; the same numbers, bit for bit."""

@@ -14,7 +14,7 @@ from .order import EpochOrder, Positions, WindowOrder
 from .reader import Store
 from .threads import background
 
-_BATCHES_AHEAD = 4
+_BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True, eq=False)

@@ -105,7 +105,9 @@ def parse(group: bytes, activations: bytes, where: str) -> Description:
     if not sane or any(array.get(key) != value for key, value in expected.items()):
         raise StoreError(f"{where}/activations is not laid out as its attributes say")
     if ours != _attributes(description):
-        raise DamagedStore(f"{where} has metadata that do not match their checksum; write the store again")
+        raise DamagedStore(
+            f"{where} has metadata that do not match their checksum; write the store again"
+        )
     return description
 
 

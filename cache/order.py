@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 
 WINDOW_CHUNKS = 16
 WINDOW_ROWS = 4096
+# Chunks are of at most 4 MiB in float32, and two windows are in memory: 512 MiB at most.
+MAX_WINDOW_CHUNKS = 64
 LIMITED_WINDOW_ROWS = 8192
 
 # Limited classes: a batch covers at least MIN_CLASSES, searched for among LOOKAHEAD samples.
@@ -72,8 +74,11 @@ class WindowOrder(EpochOrder):
         return batches
 
 
-def window_chunks(chunk_rows: int, rows: int = WINDOW_ROWS) -> int:
-    """Chunks a window: the larger of 16 and those of `rows` rows."""
+def window_chunks(chunk_rows: int, rows: int | None = None) -> int:
+    """Chunks a window: those of `rows` rows, by default of 4,096 but at most 64 chunks; and at
+    least 16. Large rows fill the memory long before they are 4,096."""
+    if rows is None:
+        return min(window_chunks(chunk_rows, WINDOW_ROWS), MAX_WINDOW_CHUNKS)
     return max(WINDOW_CHUNKS, -(-rows // chunk_rows))
 
 

@@ -36,7 +36,7 @@ class Store:
 
     Raises:
         StoreError: there is no store at `location`, or not one this version reads.
-        DamagedStore: its labels or index are missing or damaged.
+        DamagedStore: its labels or index are missing, or they or its metadata damaged.
     """
 
     layout: Layout

@@ -44,9 +44,7 @@ def encode_chunk(stored: NDArray[Any], compressor: str) -> bytes:
     return with_crc(body)
 
 
-def decode_chunk(
-    data: NDArray[np.uint8], compressor: str, out: NDArray[Any], where: str
-) -> None:
+def decode_chunk(data: NDArray[np.uint8], compressor: str, out: NDArray[Any], where: str) -> None:
     """The inverse of `encode_chunk`, into a whole C-contiguous chunk.
 
     Raises:

@@ -49,13 +49,17 @@ def list_data(data_dir: Path | None, as_json: bool) -> None:
 @click.argument("name")
 @options.data_dir
 @options.download
+@options.as_json
 @options.debug
-def prepare(name: str, data_dir: Path | None, download: bool) -> None:
+def prepare(name: str, data_dir: Path | None, download: bool, as_json: bool) -> None:
     """Check that a data set is here, and fetch it if that is allowed."""
     from greedy.data import load_dataset  # noqa: PLC0415
 
     dataset = load_dataset(name, data_dir, download, allow_function=True)
     train, test = dataset.train, dataset.test
+    if as_json:
+        print_json({"name": name, "shape": train.shape, "train": len(train), "test": len(test)})
+        return
     click.echo(
         f"{name} is ready: {len(train):,} training and {len(test):,} test images "
         f"of {_shape(train.shape)}"

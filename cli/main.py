@@ -3,6 +3,7 @@
 import click
 
 from greedy.cli import options
+from greedy.cli.cache import cache
 from greedy.cli.data import data
 from greedy.cli.failures import Group
 from greedy.cli.recipes import recipes
@@ -22,7 +23,7 @@ def cli() -> None:
     """Train deep classifiers one layer at a time, from disk."""
 
 
-for command in (train, train_stage, status, evaluate, export, recipes, data):
+for command in (train, train_stage, status, evaluate, export, recipes, data, cache):
     cli.add_command(command)
 
 

@@ -16,6 +16,8 @@ SHORTHANDS = {
     "views": "store.views",
     "refresh_every": "store.refresh_every",
     "encoding": "store.encoding",
+    "disk_budget": "store.disk_budget",
+    "keep": "store.keep",
     "precision": "training.precision",
     "patience": "training.patience",
 }
@@ -66,6 +68,8 @@ def settings(command: F) -> F:
     for option in (
         click.option("--patience", metavar="N", help="Shorthand of --set training.patience=N."),
         click.option("--precision", metavar="NAME", help="Shorthand of --set training.precision."),
+        click.option("--keep", metavar="NAME", help="Shorthand of --set store.keep."),
+        click.option("--disk-budget", metavar="SIZE", help="Shorthand of --set store.disk_budget."),
         click.option("--encoding", metavar="NAME", help="Shorthand of --set store.encoding."),
         click.option(
             "--refresh-every", metavar="K", help="Shorthand of --set store.refresh_every=K."

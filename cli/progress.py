@@ -7,6 +7,7 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from greedy.cli.tables import percent
+from greedy.disk import Plan
 from greedy.manifest import StageRecord
 from greedy.reporting import EpochReport, Reporter
 from greedy.sizes import format_size
@@ -41,6 +42,10 @@ class Lines(Reporter):
 
     def _named(self, number: int, name: str) -> str:
         return f"stage {number}/{self._stages} {name}"
+
+    def disk_planned(self, plan: Plan) -> None:
+        for line in plan.explain():
+            self._print(line)
 
     def stage_started(self, number: int, name: str, epochs: int, resolved: dict[str, Any]) -> None:
         self._title, self._epochs = self._named(number, name), epochs

@@ -46,7 +46,12 @@ def list_recipes(number: int | None, as_json: bool) -> None:
 
 @recipes.command(epilog="Example: greedy recipes show cifar10/vgg11b-3x-predsim")
 @click.argument("name")
+@options.as_json
 @options.debug
-def show(name: str) -> None:
+def show(name: str, as_json: bool) -> None:
     """Print a recipe in full, as TOML."""
-    click.echo(shipped.to_toml(shipped.load(name)), nl=False)
+    recipe = shipped.load(name)
+    if as_json:
+        print_json(recipe.model_dump(exclude_none=True))
+        return
+    click.echo(shipped.to_toml(recipe), nl=False)

@@ -16,12 +16,13 @@ from greedy.cli.tables import percent, print_json, print_table, size
 def status(run: Path, as_json: bool) -> None:
     """Show the stages of a run: state, errors, store and time."""
     from greedy.runs import RunDirectory  # noqa: PLC0415
-    from greedy.status import status  # noqa: PLC0415
+    from greedy.status import disk_use, status  # noqa: PLC0415
 
     directory = RunDirectory.open(run)
-    stages = status(directory)
+    stages, disk = status(directory), disk_use(directory)
     if as_json:
-        print_json({"recipe": directory.recipe.name, "stages": [asdict(each) for each in stages]})
+        listed = [asdict(each) for each in stages]
+        print_json({"recipe": directory.recipe.name, "stages": listed, **asdict(disk)})
         return
     click.echo(f"{directory.recipe.name} in {run}")
     if not stages:
@@ -43,6 +44,10 @@ def status(run: Path, as_json: bool) -> None:
             for each in stages
         ),
         left=3,
+    )
+    click.echo(
+        f"stores, with the images: {size(disk.bytes_on_disk)} on disk, "
+        f"{size(disk.bytes_written)} written since the run began"
     )
 
 

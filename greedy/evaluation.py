@@ -37,6 +37,7 @@ def evaluate(
     store = Store(run.store(0) / split)
     network = network.to(device)
     loss, wrong = 0.0, 0
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32 here
     for start, images in zip(range(0, store.rows, BATCH), store.batches(0, BATCH), strict=True):
         labels = torch.from_numpy(store.labels[start : start + len(images)]).to(device)
         logits = network(raw_to_float(images, device))

@@ -1,4 +1,4 @@
-"""Digests of files and documents."""
+"""Digests of files and documents; sizes."""
 
 import hashlib
 import json
@@ -15,6 +15,11 @@ def file_digest(path: Path) -> str:
     """The digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def bytes_below(directory: Path) -> int:
+    """Bytes of all files in a directory and below; 0 where there is none."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
 
 def canonical(document: Any) -> bytes:

@@ -89,13 +89,18 @@ class StageRecord(_Document):
     ``lineage`` names everything the stage's result follows from and decides staleness; it
     outlives a deleted store. ``source`` is the stage whose store it was trained from.
     ``row_shape`` is the shape of its output, ``network`` the names of all stages of the run,
-    ``files`` the digests of the sibling files.
+    ``files`` the digests of the sibling files, ``written_before`` the bytes that went into the
+    stores that this training of the stage replaced. A store deleted later stays recorded.
+    ``layers`` are the kinds of module the stage consists of, ``recipe`` is the digest of the
+    settings that decide the run's results.
     """
 
     format: int = FORMAT
     stage: int
     name: str
     lineage: str
+    recipe: str
+    layers: list[str] = []
     parent: Parent | None = None
     source: int | None = None
     row_shape: tuple[int, ...]
@@ -104,12 +109,18 @@ class StageRecord(_Document):
     resolved: dict[str, Any] = {}
     metrics: Metrics = Metrics()
     store: StoreRecord | None = None
+    written_before: int = 0
     rows: dict[str, int] = {}
     seconds: float = 0.0
     peak_memory_bytes: int | None = None
     versions: dict[str, str] = {}
     device: str = ""
     files: dict[str, str] = {}
+
+    @property
+    def bytes_written(self) -> int:
+        """All that was ever written into stores of this stage."""
+        return self.written_before + (self.store.bytes_written if self.store else 0)
 
     def write(self, directory: Path) -> Self:
         """Writes ``stage.json`` with the digests of its siblings and, last, of itself; returns
@@ -138,7 +149,7 @@ class StageRecord(_Document):
         except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(
-                f"{path} is damaged ({reason}): train the stage again with --retrain"
+                f"{path} is damaged ({reason}): delete {directory} and go on with `greedy train`"
             ) from error
 
     def check_file(self, directory: Path, name: str) -> Path:

@@ -27,8 +27,13 @@ def stages_of(recipe: Recipe, data: StageRecord, model: nn.Sequential | None) ->
 
 def load_stage(run: RunDirectory, stage: Stage, device: torch.device) -> None:
     """Gives a stage its frozen weights from the run, checked against their digest."""
-    directory = run.stage(stage.number)
-    path = run.complete(stage.number).check_file(directory, ENCODER)
+    directory, record = run.stage(stage.number), run.complete(stage.number)
+    path = record.check_file(directory, ENCODER)
+    if record.layers != stage.kinds:
+        raise UserError(
+            f"{directory} holds other layers than stage {stage.number} of this network: give "
+            f"the network (--model) that the run was trained with"
+        )
     _load(stage, path, f"stage {stage.number} of this network: give the network (--model)")
     stage.to(device).eval().requires_grad_(False)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
+from greedy.disk import Plan
 from greedy.manifest import StageRecord
 
 
@@ -21,6 +22,9 @@ class EpochReport:
 
 class Reporter:
     """Hears of a run's progress and does nothing; override what you want to know."""
+
+    def disk_planned(self, plan: Plan) -> None:
+        """What the stages to be trained will keep on disk is settled."""
 
     def stage_started(self, number: int, name: str, epochs: int, resolved: dict[str, Any]) -> None:
         """Training of a stage begins."""

@@ -9,8 +9,9 @@ from typing import Literal
 
 from greedy.cache.files import rename, write_whole
 from greedy.errors import UserError
+from greedy.files import canonical, digest
 from greedy.manifest import StageRecord
-from greedy.recipes import Recipe, differences, load, to_toml
+from greedy.recipes import Recipe, differences, load, result_fields, to_toml
 
 State = Literal["complete", "training", "pending", "stale"]
 SPLITS = ("train", "test")
@@ -35,18 +36,19 @@ class RunDirectory:
                 f"{path} is not a run directory (it has no run.toml): give the --run of a "
                 f"`greedy train`, or begin one with --recipe"
             )
-        run = cls(path, load(path / "run.toml"))
-        run._finish_exchanges()
-        return run
+        return cls(path, load(path / "run.toml"))
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe) -> "RunDirectory":
-        """The run of this recipe at ``path``: a new one where nothing is, or the one that is
-        there if its results are the same recipe's. Raises ``UserError`` with the differences
-        otherwise. A new one is on disk only after ``begin``."""
+        """The run of this recipe at ``path``, to be trained: a new one where nothing is, or the
+        one that is there if its results are the same recipe's. Raises ``UserError`` with the
+        differences otherwise. A new one is on disk only after ``begin``. What a crash left half
+        exchanged is put right here, and not on opening: others may read while one trains."""
         if (path / "run.toml").is_file():
             run = cls.open(path)
-            run._require_same_results(recipe)
+            run._finish_exchanges()
+            if run.record(0) is not None:
+                run._require_same_results(recipe)
             run.recipe = recipe
             return run
         if path.exists() and not path.is_dir():
@@ -59,10 +61,10 @@ class RunDirectory:
         return cls(path, recipe)
 
     def begin(self) -> None:
-        """Writes ``run.toml`` where it is not yet: what is refused before leaves no trace."""
-        if not (self.path / "run.toml").is_file():
-            self.path.mkdir(parents=True, exist_ok=True)
-            write_whole(self.path / "run.toml", to_toml(self.recipe).encode())
+        """Writes ``run.toml``, when stage 0 is about to be: what is refused before leaves no
+        trace, and settings are those of a run only once it has data."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_whole(self.path / "run.toml", to_toml(self.recipe).encode())
 
     def _require_same_results(self, recipe: Recipe) -> None:
         if changed := differences(self.recipe, recipe):
@@ -71,6 +73,11 @@ class RunDirectory:
                 f"{self.path} belongs to a run with other settings ({listed}): choose another "
                 f"--run, or repeat the settings it began with"
             )
+
+    @property
+    def settings(self) -> str:
+        """The digest of the recipe's fields that decide results."""
+        return digest(canonical(result_fields(self.recipe)))
 
     def stage(self, number: int) -> Path:
         """The directory of a stage."""
@@ -86,10 +93,13 @@ class RunDirectory:
         return StageRecord.read(directory) if (directory / "stage.json").is_file() else None
 
     def state(self, number: int) -> State:
-        """A stage is stale when a stage it follows from is not the one it was trained from."""
+        """A stage is stale when it was trained with other settings, or a stage it follows from is
+        not the one it was trained from."""
         record = self.record(number)
         if record is None:
             return "training" if (self.stage(number) / "training").is_dir() else "pending"
+        if record.recipe != self.settings:
+            return "stale"
         parent = record.parent
         if parent is None:
             return "complete"
@@ -114,10 +124,18 @@ class RunDirectory:
             )
         return record
 
+    def drop_store(self, number: int) -> None:
+        """Deletes a stage's store, if it is there. The stage stays complete."""
+        store = self.store(number)
+        if store.is_dir():
+            rename(store, _beside(store, OLD))
+            _exchange(store)
+
     def _finish_exchanges(self) -> None:
+        places = (".stage*", "stage*/.activations.zarr", "stage*/activations.zarr/.train")
         for suffix in (NEW, OLD):
-            for pattern in (f".stage*{suffix}", f"stage*/activations.zarr/.train{suffix}"):
-                for leftover in self.path.glob(pattern):
+            for place in places:
+                for leftover in self.path.glob(place + suffix):
                     _exchange(leftover.with_name(leftover.stem.removeprefix(".")))
 
 

@@ -38,10 +38,10 @@ class Sources:
     def for_training(self, number: int, wanted: int) -> Source:
         """What stage ``number`` trains from: the last store up to stage ``wanted``, its views
         refreshed where the recipe says so."""
-        stored = self._last(wanted, views=1)
+        stored = self._last(wanted)
         source = self._open(stored, number - 1)
         if self.run.recipe.training.patience:
-            source.held_out = round(self.run.recipe.data.holdout * self.data.rows["train"])
+            source.held_out = max(1, round(self.run.recipe.data.holdout * self.data.rows["train"]))
         if every := stored and self.run.recipe.store.refresh_every:
             source.refresh = Refresh(self.run, stored, every, self._open(0, stored), self.reporter)
         return source
@@ -49,17 +49,20 @@ class Sources:
     def for_writing(self, stage: Stage, views: int) -> Source:
         """What a trained stage's store is written from: its views are the source's outputs.
 
-        The last store with enough views serves, unless views are refreshed: generations are
-        drawn where the images are.
+        The last store serves if it has enough views, unless views are refreshed: generations
+        are drawn where the images are. Stores before the last may be deleted, so that none of
+        them may decide what is written.
         """
-        stored = 0 if self.run.recipe.store.refresh_every else self._last(stage.number - 1, views)
+        stored = self._last(stage.number - 1)
+        if self.run.recipe.store.refresh_every or self._views(stored) < views:
+            stored = 0
         source = self._open(stored, stage.number - 1)
         source.replayed = [*source.replayed, stage]
         return source
 
-    def _last(self, number: int, views: float) -> int:
-        """The last stage up to ``number`` that can give so many views."""
-        return next(n for n in range(number, -1, -1) if self._views(n) >= views)
+    def _last(self, number: int) -> int:
+        """The last stage up to ``number`` whose store is there."""
+        return next(n for n in range(number, -1, -1) if self._views(n))
 
     def _views(self, number: int) -> float:
         """Any number for stage 0, whose images are augmented on reading."""

@@ -45,8 +45,9 @@ def write_stage0(run: RunDirectory, dataset: Dataset, network: list[str]) -> Sta
     """Writes both splits of a data set, rows permuted by the run's seed, and the record.
 
     ``network`` names the stages to come. The permutation is drawn once: row i is the same
-    sample in every later store. The training
-    rows' mean and deviation are measured on the way and kept under ``resolved``.
+    sample in every later store. The training rows' mean and deviation are measured on the way
+    and kept under ``resolved``. Raises ``UserError`` for a label that is no class, ``StoreError``
+    for a value that is not finite.
     """
     started = time.perf_counter()
     moments = Moments()
@@ -65,7 +66,7 @@ def write_stage0(run: RunDirectory, dataset: Dataset, network: list[str]) -> Sta
                 compressor=COMPRESSOR,
                 labels=labels[name],
                 index=index,
-                encoded=True,
+                encoded=split.dtype == np.uint8,
             ) as writer:
                 for images in _read(split, index, labels[name]):
                     writer.append(images)
@@ -81,6 +82,7 @@ def write_stage0(run: RunDirectory, dataset: Dataset, network: list[str]) -> Sta
             stage=0,
             name=dataset.name,
             lineage=digest(canonical({"data": store.digests, "seed": seed})),
+            recipe=run.settings,
             row_shape=dataset.train.shape,
             class_names=class_names,
             network=network,

@@ -21,6 +21,24 @@ class StageStatus:
     seconds: float | None = None
 
 
+@dataclass(frozen=True)
+class DiskUse:
+    """Bytes of a run's stores, that of the images included: those on disk, and all that were
+    written since the run began."""
+
+    bytes_on_disk: int
+    bytes_written: int
+
+
+def disk_use(run: RunDirectory) -> DiskUse:
+    """What a run's stores take, and took to write."""
+    data = run.record(0)
+    stages = range(len(data.network) + 1) if data else range(0)
+    records = [record for n in stages if (record := run.record(n))]
+    stores = [r.store.bytes for r in records if r.store and run.store(r.stage).is_dir()]
+    return DiskUse(sum(stores), sum(record.bytes_written for record in records))
+
+
 def status(run: RunDirectory) -> list[StageStatus]:
     """The trained stages of a run, from 1 on; none while stage 0 is not written."""
     data = run.record(0)

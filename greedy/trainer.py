@@ -1,6 +1,6 @@
 """Training a network stage by stage."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,15 +10,17 @@ from torch.utils.data import Dataset as TorchDataset
 from greedy.build import build_loss, build_network, loss_settings
 from greedy.data import Dataset, dataset_from_torch
 from greedy.devices import pick_device
+from greedy.disk import Plan, Views
 from greedy.errors import UserError, unknown
 from greedy.losses import LocalLoss, Output, PredSim
 from greedy.manifest import StageRecord
 from greedy.models import Shape, Stage, StageShapes, cut, shapes
 from greedy.network import assemble, stages_of
+from greedy.planning import former, plan_disk
 from greedy.recipes import Recipe, from_document
 from greedy.recipes.schema import SECTIONS
 from greedy.reporting import Reporter
-from greedy.runs import RunDirectory, new_stage
+from greedy.runs import SPLITS, RunDirectory, new_stage
 from greedy.sourcing import Sources
 from greedy.stage0 import write_stage0
 from greedy.training.resolve import resolve
@@ -96,8 +98,10 @@ class GreedyTrainer:
     def fit(self, train_set: TorchDataset, test_set: TorchDataset) -> list[StageRecord]:
         """Trains every stage on map-style data sets of (image, label): PIL images, uint8
         tensors (C, H, W), or float tensors. Returns the records of all stages."""
+        dataset = dataset_from_torch(train_set, test_set)
         if self.run.state(0) != "complete":
-            self.prepare(dataset_from_torch(train_set, test_set))
+            self.prepare(dataset)
+        self._require_data_of_run(dataset)
         return self.train()
 
     def prepare(self, dataset: Dataset) -> StageRecord:
@@ -108,17 +112,51 @@ class GreedyTrainer:
         names = [stage.name for stage in stages[:-1]]
         return write_stage0(self.run, dataset, [*names, "output"])
 
+    def _require_data_of_run(self, dataset: Dataset) -> None:
+        data = self.run.complete(0)
+        rows = {split: len(getattr(dataset, split)) for split in SPLITS}
+        if rows != data.rows or dataset.train.shape != data.row_shape:
+            raise UserError(
+                f"{self.run.path} was begun with other data ({data.rows['train']} + "
+                f"{data.rows['test']} rows of {'x'.join(map(str, data.row_shape))}): "
+                f"choose another run_dir"
+            )
+
     def train(self, retrain_from: int | None = None) -> list[StageRecord]:
         """Trains every stage that is not complete; from ``retrain_from`` on, also those that
-        are. Returns the records of all stages."""
+        are. Before the first of them it is settled which stores the disk has room for; a store
+        that has to go goes once the next one is written. Returns the records of all stages."""
         count = len(self.run.complete(0).network)
         if retrain_from is not None:
             _require_stage(retrain_from, count)
+        first = retrain_from or count + 1
+        numbers = range(1, count + 1)
+        todo = [n for n in numbers if n >= first or self.run.record(n) is None]
+        if not todo:
+            return [self._skip(number) for number in numbers]
+        plan = self._plan_disk(retrain_from)
+        self.reporter.disk_planned(plan)
         records = []
-        for number in range(1, count + 1):
-            again = retrain_from is not None and number >= retrain_from
-            records.append(self.train_stage(number, again=again))
+        for number in numbers:
+            if number == retrain_from:
+                self._drop_stores(plan.dropped_first)
+            if number in todo:
+                place = self.run.stage(number)
+                record = self._train_stage(number, number - 1, place, plan.views(number))
+            else:
+                record = self._skip(number)
+            records.append(record)
+            self._drop_stores(plan.dropped_after(number))
         return records
+
+    def _drop_stores(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            self.run.drop_store(number)
+
+    def _skip(self, number: int) -> StageRecord:
+        record = self.run.complete(number)
+        self.reporter.stage_skipped(record)
+        return record
 
     def train_stage(
         self,
@@ -130,40 +168,49 @@ class GreedyTrainer:
     ) -> StageRecord:
         """Trains one stage from the store of stage ``source``, by default the one before it,
         into ``to``, by default its place in the run. A complete stage is only trained
-        ``again`` if asked to, and stays until the new one is whole."""
-        data = self.run.complete(0)
-        _require_stage(number, len(data.network))
+        ``again`` if asked to, and stays until the new one is whole. No store is deleted, and
+        the stage gets the views it had, or else those that ``train`` would give it."""
+        _require_stage(number, len(self.run.complete(0).network))
         if to is not None and to.resolve() == self.run.stage(number).resolve():
             to = None
         directory = to or self.run.stage(number)
         if not again and to is None and self.run.record(number) is not None:
-            record = self.run.complete(number)
-            self.reporter.stage_skipped(record)
-            return record
+            return self._skip(number)
         if to is not None and to.exists():
             raise UserError(f"{to} exists already: give a --to that does not")
-        if to is not None and (to.parent / "run.toml").is_file():
-            raise UserError(
-                f"{to} would stand for another stage, or in another run: give a --to outside of "
-                f"{to.parent}"
-            )
+        for parent in to.absolute().parents if to is not None else ():
+            if (parent / "run.toml").is_file():
+                raise UserError(
+                    f"{to} would stand for another stage, or in another run: give a --to "
+                    f"outside of {parent}"
+                )
         source = number - 1 if source is None else source
         if not 0 <= source < number:
             raise UserError(f"stage {number} cannot train from stage {source}: give an earlier one")
-        training = self._stage_training(number, source, data)
+        self.run.complete(number - 1)
+        before = former(self.run, number)
+        views = before.resolved["views"] if before else self._plan_disk().views(number)
+        return self._train_stage(number, source, directory, views)
+
+    def _train_stage(self, number: int, source: int, directory: Path, views: Views) -> StageRecord:
+        training = self._stage_training(number, source, views)
+        if directory == self.run.stage(number) and (before := former(self.run, number)):
+            training.written_before = before.bytes_written
         with new_stage(directory) as place:
             record = training.train(place)
         self.reporter.stage_finished(record)
         return record
 
-    def _stage_training(self, number: int, wanted: int, data: StageRecord) -> StageTraining:
-        parent = self.run.complete(number - 1)
-        stages = stages_of(self.recipe, data, self._model)
-        shape = self._checked_shapes(stages, data.row_shape, len(data.class_names))[number - 1]
+    def _stage_training(self, number: int, wanted: int, views: Views) -> StageTraining:
+        data, parent = self.run.complete(0), self.run.complete(number - 1)
+        stages, shapes = self._stages(data)
+        shape = shapes[number - 1]
         is_output = number == len(stages)
         sources = Sources(self.run, stages, data, self.device, self.reporter)
         source = sources.for_training(number, wanted)
-        resolved = resolve(self.recipe, source.stores["train"], shape, self.device)
+        resolved = resolve(self.recipe, source.stores["train"], shape, views, self.device)
+        if (before := former(self.run, number)) and before.source == source.number:
+            resolved = before.resolved | {"views": views}  # decided once: memory may be less now
         source.precision = resolved["precision"]
         if resolved["shuffle"] == "rows":
             source.hold_in_memory()
@@ -181,6 +228,15 @@ class GreedyTrainer:
             reporter=self.reporter,
             optimizer=self.optimizer,
         )
+
+    def _plan_disk(self, retrain_from: int | None = None) -> Plan:
+        _, shapes = self._stages(self.run.complete(0))
+        return plan_disk(self.run, shapes, retrain_from)
+
+    def _stages(self, data: StageRecord) -> tuple[list[Stage], list[StageShapes]]:
+        """The network's stages without their trained weights, and their shapes."""
+        stages = stages_of(self.recipe, data, self._model)
+        return stages, self._checked_shapes(stages, data.row_shape, len(data.class_names))
 
     def _checked_shapes(
         self, stages: Sequence[Stage], row_shape: Shape, classes: int

@@ -90,8 +90,8 @@ def test_epochs_seeds_and_cycles_differ() -> None:
     assert len({tuple(views) for views in by_row}) == 8
 
 
-def test_window_is_the_larger_of_16_chunks_and_4096_rows() -> None:
-    assert [window_chunks(rows) for rows in (1, 100, 256, 512, 1024)] == [4096, 41, 16, 16, 16]
+def test_window_is_of_4096_rows_but_of_16_to_64_chunks() -> None:
+    assert [window_chunks(rows) for rows in (1, 100, 256, 512, 1024)] == [64, 41, 16, 16, 16]
     assert window_chunks(512, rows=8192) == 16
     assert window_chunks(128, rows=8192) == 64
 

@@ -91,6 +91,7 @@ def test_recipes_show_gives_the_recipe_in_full():
     recipe = load("fashion-mnist/mlp-predsim")
     assert shown == recipe.model_dump(exclude_none=True)
     assert shown["loss"]["beta"] == 0.99
+    assert json.loads(greedy("recipes", "show", "fashion-mnist/mlp-predsim", "--json")) == shown
 
 
 def test_data_list(tmp_path):
@@ -109,3 +110,9 @@ def test_data_prepare():
     assert output == (
         "fashion-mnist-sample is ready: 5,000 training and 1,000 test images of 1x28x28\n"
     )
+    assert json.loads(greedy("data", "prepare", "fashion-mnist-sample", "--json")) == {
+        "name": "fashion-mnist-sample",
+        "shape": [1, 28, 28],
+        "train": 5000,
+        "test": 1000,
+    }

@@ -10,6 +10,7 @@ from greedy.manifest import Metrics, StageRecord, StoreRecord
 from greedy.reporting import EpochReport
 
 RECORD = StageRecord(
+    recipe="",
     stage=10,
     name="conv1536",
     lineage="",

@@ -62,7 +62,7 @@ def states(run):
 
 def test_status_of_a_finished_run(run):
     document = answer("status", "--run", run)
-    assert document.keys() == {"recipe", "stages"}
+    assert document.keys() == {"recipe", "stages", "bytes_on_disk", "bytes_written"}
     assert document["recipe"] == "tiny"
     first, last = document["stages"]
     fields = "stage name state train_error_percent test_error_percent store_bytes"
@@ -99,21 +99,22 @@ def test_status_tells_what_is_still_to_do(run):
 def test_status_of_a_run_without_its_data(run):
     for stage in run.glob("stage*"):
         shutil.rmtree(stage)
-    assert answer("status", "--run", run) == {"recipe": "tiny", "stages": []}
+    nothing = {"recipe": "tiny", "stages": [], "bytes_on_disk": 0, "bytes_written": 0}
+    assert answer("status", "--run", run) == nothing
     assert f"`greedy train --run {run}`" in greedy("status", "--run", run).output
 
 
-def test_what_follows_a_changed_stage_is_stale_and_refused(run, tmp_path):
+def test_a_stage_of_other_settings_and_what_follows_are_stale_and_refused(run, tmp_path):
     (tmp_path / "other").mkdir()
     other = trained(tmp_path / "other", "--set", "training.learning_rate=0.01")
     shutil.rmtree(run / "stage1")
     shutil.copytree(other / "stage1", run / "stage1")
-    assert states(run) == ["complete", "stale"]
+    assert states(run) == ["stale", "stale"]
     for command in ("evaluate", "train"):
         refused = greedy(command, "--run", run)
         assert refused.exit_code == 2
-        assert f"`greedy train --run {run} --retrain 2`" in refused.output
-    assert greedy("train", "--run", run, "--retrain", "2").exit_code == 0
+        assert f"`greedy train --run {run} --retrain 1`" in refused.output
+    assert greedy("train", "--run", run, "--retrain", "1").exit_code == 0
     assert states(run) == ["complete", "complete"]
 
 

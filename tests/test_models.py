@@ -121,6 +121,7 @@ def test_initial_weights_depend_on_seed_and_stage_alone(is_output: bool) -> None
     ("network", "message"),
     [
         (lambda: vgg8b(3, 8, 10), "too small"),
+        (lambda: vgg8b(feature_multiplier=0.001), "convolution of 128 channels none"),
         (lambda: nn.Sequential(nn.ReLU()), "no convolution or linear layer"),
         (lambda: nn.Linear(3, 3), "must be an nn.Sequential"),
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)), "followed by Dropout"),

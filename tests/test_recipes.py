@@ -389,8 +389,8 @@ def test_malformed_overrides(override: str) -> None:
         ("loss=3", "loss must be a section with name, beta, pred_pool_target"),
         (
             "data.augmentation=hflip+hflip",
-            'demo: data.augmentation is "hflip+hflip" but must be none, or some of '
-            "jitter2, crop4, hflip joined by +",
+            'demo: data.augmentation is "hflip+hflip" but must be '
+            "none, or one of jitter2, crop4 and hflip joined by +",
         ),
         (
             "data.mean=[0, 0, 0]",
@@ -440,6 +440,7 @@ def test_shared_files_are_no_recipes() -> None:
         ["data.std=[0]"],
         ["data.holdout=0"],
         ["data.augmentation=none+hflip"],
+        ["data.augmentation=jitter2+crop4"],
         ['data.augmentation=""'],
         ["store.views=0"],
         ["seed=-1"],

@@ -4,6 +4,7 @@ import json
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, TrainingError, UserError, evaluate
-from greedy.cache import Store
+from greedy.cache import Store, StoreError
+from greedy.data import dataset_from_torch
 from greedy.losses import LocalHeads, Pred, PredSim, Sim
 from greedy.models import mlp, vgg8b
 
@@ -382,3 +384,71 @@ def test_a_damaged_weight_file_is_named(run: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(UserError, match="stage1/encoder.safetensors is not the file"):
         trainer(run).assemble()
+
+
+def test_layers_that_draw_numbers_draw_the_same_ones_again(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 8), nn.AlphaDropout(0.3), nn.SELU(), nn.Linear(8, CLASSES)
+    )
+    for name in ("one", "two"):
+        trainer(tmp_path / name, model, epochs=1).fit(TRAIN, TEST)  # torch's state differs
+    assert same(weights(tmp_path / "one", 1), weights(tmp_path / "two", 1))
+
+
+def test_precision_is_that_of_the_layer_alone(finished: Path, tmp_path: Path) -> None:
+    mine = trainer(tmp_path / "run", precision="bfloat16", epochs=6)
+    first, *_, last = mine.fit(TRAIN, TEST)
+    assert first.resolved["precision"] == "bfloat16"
+    assert last.metrics.test_error_percent < 20
+    assert {v.dtype for k, v in weights(tmp_path / "run", 1).items() if "weight" in k} == {
+        torch.float32
+    }
+    trainer(tmp_path / "short", precision="bfloat16").fit(TRAIN, TEST)
+    assert not same(weights(finished, 1), weights(tmp_path / "short", 1))
+
+
+def test_data_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    images = torch.rand(64, 2, SIDE, SIDE)
+    images[7, 1, 0, 0] = float("nan")
+    data = TensorDataset(images, torch.arange(64) % CLASSES)
+    with pytest.raises(StoreError, match="channel 1 holds nan"):
+        trainer(tmp_path / "run", mlp(2, SIDE, CLASSES, hidden_layers=1)).fit(data, data)
+
+
+class Watching(PredSim):
+    """Keeps the number of classes of every batch."""
+
+    seen: ClassVar[list[int]] = []
+
+    def __call__(self, features, y):
+        self.seen.append(int((y.sum(dim=0) > 0).sum()))
+        return super().__call__(features, y)
+
+
+@pytest.mark.parametrize("ram_budget", ["1GiB", "1B"], ids=["in memory", "from disk"])
+def test_classes_in_a_batch_are_limited_until_the_first_drop(
+    tmp_path: Path, ram_budget: str
+) -> None:
+    random = np.random.default_rng(0)
+    images = torch.from_numpy(random.integers(0, 255, (3000, 1, 4, 4)).astype(np.uint8))
+    data = TensorDataset(images, torch.from_numpy(random.integers(0, 60, 3000)))
+    few = TensorDataset(*(t[:60] for t in data.tensors))
+    Watching.seen.clear()
+    model = mlp(1, 4, 60, hidden_layers=1, hidden_width=8)
+    mine = trainer(
+        tmp_path / "run",
+        model,
+        loss=Watching(),
+        classes_per_batch=20,
+        batch_size=64,
+        epochs=2,
+        milestones=[1],
+        ram_budget=ram_budget,
+    )
+    mine.prepare(dataset_from_torch(data, few))
+    mine.train_stage(1)
+    batches = -(-3000 // 64)
+    limited, plain = Watching.seen[:batches], Watching.seen[batches : 2 * batches]
+    assert np.mean(limited) < 25
+    assert np.mean(plain) > 35

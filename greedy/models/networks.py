@@ -52,8 +52,8 @@ def vgg(
     """A VGG-like network: ``plan`` lists channels and pools in order.
 
     Takes images (B, in_channels, image_size, image_size), gives logits (B, num_classes).
-    ``feature_multiplier`` scales the convolutions' channels only. Raises ``UserError`` when
-    the pools leave nothing of the image.
+    ``feature_multiplier`` scales the convolutions' channels only. Raises ``UserError`` when it
+    leaves a convolution no channel, or the pools leave nothing of the image.
     """
     modules: list[nn.Module] = []
     channels, side = in_channels, image_size
@@ -63,6 +63,11 @@ def vgg(
             side //= 2
         else:
             out = int(int(entry) * feature_multiplier)
+            if out == 0:
+                raise UserError(
+                    f"a feature multiplier of {feature_multiplier:g} leaves a convolution of "
+                    f"{entry} channels none: give a larger one"
+                )
             large = not modules and image_size > LARGE_IMAGE
             modules += _conv_block(channels, out, large, dropout, activation)
             channels, side = out, (side + 1) // 2 if large else side

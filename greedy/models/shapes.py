@@ -5,18 +5,23 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from greedy.errors import UserError
 from greedy.models.stages import Shape, Stage
 
+ROWS = 2  # of the probe: batch norm takes no single one
+
 
 @dataclass(frozen=True)
 class StageShapes:
-    """Shapes of one row: the stage's input, its activation h, and its output as stored."""
+    """Shapes of one row: the stage's input, its activation h, and its output as stored;
+    ``operations`` are the multiply-adds from the first to the last."""
 
     input: Shape
     hidden: Shape
     output: Shape
+    operations: int
 
 
 class _Probe(nn.Module):
@@ -39,16 +44,17 @@ def shapes(stages: Sequence[Stage], input_shape: Shape) -> list[StageShapes]:
     for stage in stages:
         probe = _Probe(stage)
         weights = {k: v.to("meta") for k, v in probe.state_dict(keep_vars=True).items()}
+        rows = torch.empty((ROWS, *shape), device="meta")
         try:
-            h, out = torch.func.functional_call(
-                probe, weights, (torch.empty((2, *shape), device="meta"),)
-            )
+            with FlopCounterMode(display=False) as counter:
+                h, out = torch.func.functional_call(probe, weights, (rows,))
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"stage {stage.number} ({stage.name}) cannot take an input of shape "
                 f"{'x'.join(map(str, shape))}: change the layer or the image size "
                 f"(torch says: {str(error).splitlines()[0]})"
             ) from error
-        found.append(StageShapes(shape, tuple(h.shape[1:]), tuple(out.shape[1:])))
+        operations = counter.get_total_flops() // (2 * ROWS)
+        found.append(StageShapes(shape, tuple(h.shape[1:]), tuple(out.shape[1:]), operations))
         shape = found[-1].output
     return found

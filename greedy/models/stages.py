@@ -70,9 +70,10 @@ class Stage(nn.Module):
         )
 
     @property
-    def has_inner_dropout(self) -> bool:
-        """Whether the layer itself draws random numbers (a block of several layers may)."""
-        return any(isinstance(m, DROPOUTS) and m.p > 0 for m in self.layer.modules())
+    def kinds(self) -> list[str]:
+        """The classes of its modules in order, by which a stage is told from another that would
+        take the same weights."""
+        return [type(m).__name__ for m in (*self.layer.modules(), *self.pool.modules())]
 
     def hidden(self, x: Tensor) -> Tensor:
         """The activation h before pooling, of an input on which dropout has been applied."""

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from greedy.recipes import milestones as rule
 
-AUGMENTATIONS: Final = ("jitter2", "crop4", "hflip")
+CROPS: Final = {"jitter2", "crop4"}
 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0)]
@@ -58,8 +58,9 @@ class Data(_Section):
     @classmethod
     def _augmentation_is_a_sum(cls, value: str) -> str:
         parts = value.split("+")
-        if value != "none" and (set(parts) - set(AUGMENTATIONS) or len(set(parts)) < len(parts)):
-            raise ValueError(f"be none, or some of {', '.join(AUGMENTATIONS)} joined by +")
+        once = len(set(parts)) == len(parts) and not set(parts) >= CROPS
+        if value != "none" and (set(parts) - {*CROPS, "hflip"} or not once):
+            raise ValueError("be none, or one of jitter2, crop4 and hflip joined by +")
         return value
 
     @field_validator("std")
@@ -172,6 +173,14 @@ class Store(_Section):
     ram_budget: str | None = Field(
         default=None, description="Most memory for holding a store, e.g. 4GiB; absent: automatic."
     )
+    disk_budget: str = Field(
+        default="auto",
+        description="Most disk for the run, e.g. 40GiB; auto: 70 % of what is free without it.",
+    )
+    keep: Literal["auto", "all"] = Field(
+        default="auto",
+        description="Stores that stay; auto: all if they fit, else those worth it; all: or refuse.",
+    )
 
     @field_validator("refresh_every")
     @classmethod
@@ -183,9 +192,20 @@ class Store(_Section):
     @field_validator("ram_budget")
     @classmethod
     def _ram_budget_is_a_size(cls, value: str | None) -> str | None:
-        if value is not None and not re.fullmatch(r"\d+(\.\d+)? ?([KMGT]i?)?B", value):
+        if value is not None and not _is_size(value):
             raise ValueError("be a size such as 4GiB or 512MiB")
         return value
+
+    @field_validator("disk_budget")
+    @classmethod
+    def _disk_budget_is_a_size(cls, value: str) -> str:
+        if value != "auto" and not _is_size(value):
+            raise ValueError("be auto, or a size such as 40GiB")
+        return value
+
+
+def _is_size(text: str) -> bool:
+    return re.fullmatch(r"\d+(\.\d+)? ?([KMGT]i?)?B", text) is not None
 
 
 class Paper(_Section):
@@ -222,7 +242,7 @@ SECTIONS: Final[dict[str, type[BaseModel]]] = {
 
 def result_fields(recipe: Recipe) -> dict[str, Any]:
     """The fields that decide a run's result, as ``section.field`` -> value; the others (name,
-    paper, the store's compressor and RAM budget) may change at any time."""
+    paper, the store's compressor, budgets and ``keep``) may change at any time."""
     document = recipe.model_dump()
     whole = {
         f"{section}.{field}": value

@@ -9,7 +9,7 @@ import torch
 
 from greedy.cache import Encoding, NonFiniteActivation, StoreSummary, StoreWriter, fit_encoding
 from greedy.errors import TrainingError
-from greedy.models import Shape
+from greedy.models import Shape, StageShapes
 from greedy.reporting import Reporter
 from greedy.seeds import torch_generator
 from greedy.source import Source
@@ -19,10 +19,10 @@ SAMPLE_POSITIONS = 64  # of a large feature map, enough for 131,072 values a cha
 WRITE_BYTES = 32 * 2**20
 
 
-def write_batch(hidden: Shape) -> int:
+def write_batch(shapes: StageShapes) -> int:
     """Rows computed at a time while a store is written: fixed, since the last digit of an
-    activation may depend on it. From 16 to 1024, about 32 MiB of float32 activations."""
-    rows = WRITE_BYTES // (4 * math.prod(hidden))
+    activation may depend on it. From 16 to 1024, about 32 MiB of float32 on the larger side."""
+    rows = WRITE_BYTES // (4 * max(math.prod(shapes.input), math.prod(shapes.hidden)))
     return min(1024, 1 << max(rows.bit_length() - 1, 4))
 
 

@@ -17,7 +17,8 @@ from greedy.training.step import Learner, step
 
 @dataclass
 class Totals:
-    """Sums over rows, kept on the device so that no step waits for them."""
+    """Sums over rows, kept on the device so that no step waits for them. In float32: MPS has no
+    other."""
 
     rows: int = 0
     loss: Tensor | float = 0.0
@@ -26,7 +27,7 @@ class Totals:
     def add(self, loss: Tensor, logits: Tensor | None, labels: Tensor) -> None:
         """Takes in a batch's mean loss and its logits."""
         self.rows += len(labels)
-        self.loss = self.loss + loss.double() * len(labels)
+        self.loss = self.loss + loss.float() * len(labels)
         if logits is not None:
             wrong = (logits.argmax(dim=1) != labels).sum()
             self.wrong = wrong if self.wrong is None else self.wrong + wrong
@@ -77,6 +78,8 @@ class Epochs:
         self.learner.train()
         totals = Totals()
         for position, (x, labels) in enumerate(batches):
+            # For layers and losses that draw from torch's own generators.
+            torch.manual_seed(derive(self.seed, "step", self.learner.stage.number, epoch, position))
             loss, logits = step(self.learner, self._drop(x, epoch, position), labels)
             totals.add(loss, logits, labels)
             self.reporter.batch_finished(len(labels))
@@ -100,8 +103,6 @@ class Epochs:
     def _drop(self, x: Tensor, epoch: int, position: int) -> Tensor:
         """Dropout on the batch's input, its mask named by (seed, stage, step)."""
         stage = self.learner.stage
-        if stage.has_inner_dropout:  # such layers draw from torch's own generators
-            torch.manual_seed(derive(self.seed, "inner dropout", stage.number, epoch, position))
         if stage.dropout is None:
             return x
         generator = torch_generator(self.seed, "dropout", stage.number, epoch, position)

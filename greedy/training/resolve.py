@@ -7,6 +7,7 @@ import torch
 
 from greedy.cache import Store
 from greedy.devices import available_memory, pick_precision
+from greedy.disk import Views
 from greedy.models import StageShapes
 from greedy.recipes import Recipe
 from greedy.sizes import parse_size
@@ -17,21 +18,27 @@ RESIDENT_SHARE = 0.5  # of the memory that is free, for holding a store, unless 
 
 
 def resolve(
-    recipe: Recipe, store: Store, shapes: StageShapes, device: torch.device
+    recipe: Recipe, store: Store, shapes: StageShapes, views: Views, device: torch.device
 ) -> dict[str, Any]:
-    """The choices for a stage that trains from ``store``: JSON values by name."""
-    encoding = recipe.store.encoding
+    """The choices for a stage that trains from ``store``: JSON values by name. Its own store
+    gets as many ``views`` as the plan for the disk gives it."""
     budget = recipe.store.ram_budget
     allowed = parse_size(budget) if budget else int(available_memory() * RESIDENT_SHARE)
     return {
         "precision": pick_precision(recipe.training.precision, device),
-        "views": recipe.store.views,
-        "encoding": AUTO_ENCODING if encoding == "auto" else encoding,
+        "views": views,
+        "encoding": encoding(recipe),
         "shuffle": "rows" if store.stored_bytes <= allowed else "window",
         "chunk_rows": store.chunk_rows,
-        "write_batch": write_batch(shapes.hidden),
+        "write_batch": write_batch(shapes),
         "threads": torch.get_num_threads(),
     }
+
+
+def encoding(recipe: Recipe) -> str:
+    """The encoding of the run's stores."""
+    named = recipe.store.encoding
+    return AUTO_ENCODING if named == "auto" else named
 
 
 def for_stage(value: Any | Sequence[Any], number: int) -> Any:

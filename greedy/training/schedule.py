@@ -1,7 +1,7 @@
 """The learning rate over the epochs of a stage."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 IMPROVEMENT = 0.001  # a relative gain below this does not count
 LAST_DROP = 4  # after this many drops a patient stage ends
@@ -38,7 +38,7 @@ class Patience:
     epochs: int
     best: float = float("inf")
     waited: int = 0
-    dropped: int = field(default=0)
+    dropped: int = 0
 
     def rate_at(self, epoch: int) -> float:
         """The learning rate now."""

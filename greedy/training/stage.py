@@ -33,7 +33,10 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 @dataclass
 class StageTraining:
-    """All that training one stage takes. ``train`` makes the stage in a directory."""
+    """All that training one stage takes. ``train`` makes the stage in a directory.
+
+    ``written_before`` are bytes of the stores that this one replaces, for the record.
+    """
 
     stage: Stage
     shapes: StageShapes
@@ -47,10 +50,12 @@ class StageTraining:
     device: torch.device
     reporter: Reporter
     optimizer: OptimizerFactory | None = None
+    written_before: int = 0
 
     def train(self, directory: Path) -> StageRecord:
         """Trains, freezes and writes the stage into an empty directory."""
         started = time.perf_counter()
+        torch.set_num_threads(self.resolved["threads"])
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         learner = self._learner()
@@ -63,6 +68,8 @@ class StageTraining:
             stage=self.stage.number,
             name="output" if self.is_output else self.stage.name,
             lineage=self._lineage(directory),
+            recipe=self.parent.recipe,
+            layers=self.stage.kinds,
             parent=Parent(stage=self.parent.stage, lineage=self.parent.lineage),
             source=self.source.number,
             row_shape=self.shapes.output,
@@ -75,6 +82,7 @@ class StageTraining:
                 train_loss=last.loss,
             ),
             store=store,
+            written_before=self.written_before,
             rows=self.parent.rows,
             seconds=time.perf_counter() - started,
             peak_memory_bytes=peak_memory(self.device),

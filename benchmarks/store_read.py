@@ -1,0 +1,139 @@
+"""What reading a store costs, against a memory map, zarr-python, and the decoder alone.
+
+Chunks in random order are read into the slots of a window, as `BatchLoader` does: from the page
+cache, every checksum verified, on a few threads. Against it, on the same threads and chunks: a
+copy of the same stored bytes from an `np.memmap`, zarr-python on the same store, and Blosc
+decoding chunks that are in memory already. Values are leaky ReLU of normal numbers, rows those
+of a convolution. Prints how many times as fast as each of them the store is: medians of
+interleaved repetitions.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import click
+import numcodecs.blosc
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+from greedy.cache import COMPRESSORS, ENCODINGS, Store, StoreWriter, fit_encoding, window_chunks
+from greedy.cache.shards import CRC_BYTES, encode_chunk
+
+SHAPE = (64, 16, 16)
+ROWS = 8192
+PARTS = 4  # of the store's chunks; one measurement reads one part
+
+Read = Callable[[int, NDArray[Any]], object]
+
+
+def activations(rows: int) -> NDArray[np.float32]:
+    """Like those of a trained stage."""
+    values = np.random.default_rng(0).standard_normal((rows, *SHAPE), dtype=np.float32)
+    return np.maximum(values, 0.01 * values)
+
+
+def write(path: Path, encoding: str, compressor: str, values: NDArray[np.float32]) -> Store:
+    """A store that holds the values several times."""
+    with StoreWriter(
+        path,
+        rows=ROWS,
+        views=1,
+        encoding=fit_encoding(encoding, values),
+        compressor=compressor,
+        labels=np.zeros(ROWS),
+        index=np.arange(ROWS),
+    ) as writer:
+        for _ in range(ROWS // len(values)):
+            writer.append(values)
+    return Store(path)
+
+
+def readers(store: Store, path: Path, beside: Path, pool: Executor) -> dict[str, Read]:
+    """What reads a chunk into a slot, by name; the memory map's file is written to `beside`."""
+    stored = store.load()[0]
+    stored.tofile(beside)
+    mapped = np.memmap(beside, stored.dtype, "r", shape=stored.shape)
+    array = zarr.open_array(path / "activations", mode="r")
+    chunks = [slice(row, row + store.chunk_rows) for row in range(0, store.rows, store.chunk_rows)]
+    found: dict[str, Read] = {
+        "store": lambda chunk, slot: store.read_chunk(0, chunk, slot),
+        "memmap": lambda chunk, slot: np.copyto(slot, mapped[chunks[chunk]]),
+        "zarr": lambda chunk, slot: array[0, chunks[chunk]],
+    }
+    if store.compressor != "none":
+
+        def encode(rows: slice) -> bytes:
+            return encode_chunk(stored[rows], store.compressor)[:-CRC_BYTES]
+
+        encoded = list(pool.map(encode, chunks))
+        found["decode"] = lambda chunk, slot: numcodecs.blosc.decompress(encoded[chunk], slot)
+    return found
+
+
+def compare(store: Store, reads: dict[str, Read], repetitions: int, pool: Executor) -> list[dict]:
+    """For each repetition, the seconds that each reader took for one part of the store."""
+    encoding, window = store.encoding, window_chunks(store.chunk_rows)
+    slots = np.zeros((window, store.chunk_rows, *encoding.stored_shape), encoding.stored_dtype)
+    parts = np.split(np.random.default_rng(1).permutation(store.layout.chunks), PARTS)
+
+    def seconds(read: Read, chunks: list[int]) -> float:
+        targets = [slots[place % window] for place in range(len(chunks))]
+        start = time.perf_counter()
+        list(pool.map(read, chunks, targets))
+        return time.perf_counter() - start
+
+    for part in parts:  # warm
+        for read in reads.values():
+            seconds(read, part.tolist())
+    return [
+        {
+            # Never what the reader before it has just left in the processor's caches.
+            name: seconds(read, parts[(repetition + place) % PARTS].tolist())
+            for place, (name, read) in enumerate(reads.items())
+        }
+        for repetition in range(repetitions)
+    ]
+
+
+def row(encoding: str, compressor: str, repetitions: int, pool: Executor) -> dict[str, Any]:
+    """How many times as fast as each other reader the store is."""
+    with tempfile.TemporaryDirectory() as directory:
+        path, beside = Path(directory) / "store", Path(directory) / "values"
+        store = write(path, encoding, compressor, activations(1024))
+        reads = readers(store, path, beside, pool)
+        times = compare(store, reads, repetitions, pool)
+    ratios = {
+        f"ratio_{name}": round(statistics.median(t[name] / t["store"] for t in times), 3)
+        if name in reads
+        else None
+        for name in ("memmap", "zarr", "decode")
+    }
+    return {"encoding": encoding, "compressor": compressor, **ratios}
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--repetitions", default=24, show_default=True, help="Interleaved measurements.")
+@click.option("--threads", default=2, show_default=True, help="Threads that read chunks.")
+def main(as_json: bool, repetitions: int, threads: int) -> None:
+    """Prints the speed of reading a store, relative to other ways to get the same values."""
+    rows = []
+    with ThreadPoolExecutor(threads) as pool:
+        for encoding in ENCODINGS:
+            for compressor in COMPRESSORS:
+                rows.append(row(encoding, compressor, repetitions, pool))
+                if not as_json:
+                    click.echo(rows[-1])
+    if as_json:
+        click.echo(json.dumps({"rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

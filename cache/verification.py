@@ -1,0 +1,150 @@
+"""Looking for damage in every file of a store."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import shards
+from .errors import DamagedStore, StoreError
+from .metadata import SIDE_ARRAYS, Description, parse
+from .threads import background, in_order
+
+_ADVICE = "write the store again"
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing that is wrong with a store.
+
+    Attributes:
+        path: the file.
+        what: what is wrong with it, naming the chunk where it is one.
+    """
+
+    path: Path
+    what: str
+
+
+def verify(path: Path, threads: int = 2) -> list[Damage]:
+    """Everything wrong with the store in the directory `path`, in a fixed order; empty if whole.
+
+    Every byte is read: each chunk must match its checksum, have the Blosc header its layout asks
+    for, and decode; shard indexes, labels and index must match their checksums; metadata must
+    mean what was written. If the metadata cannot be read, where chunks lie is unknown, and only
+    labels and index are checked besides. Files are read, not mapped, so that a disk that cannot
+    read one is reported like other damage. Memory: a chunk a thread.
+    """
+    description, found = _description(path)
+    rows = description.layout.rows if description else None
+    jobs: list[Callable[[], list[Damage]]] = [
+        partial(_verify_side_array, path / name / "c.0", rows) for name in SIDE_ARRAYS
+    ]
+    if description:
+        jobs += [
+            partial(_verify_document, path / name, text)
+            for name, text in description.documents().items()
+        ]
+        jobs += [
+            partial(_verify_shard, path, description, view, shard)
+            for view in range(description.layout.views)
+            for shard in range(description.layout.shards)
+        ]
+    with background(threads) as pool:
+        for damages in in_order(pool, jobs, 2 * threads):
+            found += damages
+    return found
+
+
+def _description(path: Path) -> tuple[Description | None, list[Damage]]:
+    """What the metadata say, or what is wrong with them."""
+    texts, found = [], []
+    for file in (path / "zarr.json", path / "activations" / "zarr.json"):
+        try:
+            texts.append(file.read_bytes())
+            json.loads(texts[-1])
+        except OSError as error:
+            found.append(_unreadable(file, error))
+        except (ValueError, RecursionError):
+            found.append(Damage(file, f"is not JSON; {_ADVICE}"))
+    if found:
+        return None, found
+    try:
+        return parse(texts[0], texts[1], str(path)), []
+    except StoreError as error:
+        return None, [Damage(path / "zarr.json", f"does not fit activations/zarr.json: {error}")]
+
+
+def _verify_document(file: Path, written: bytes) -> list[Damage]:
+    try:
+        if json.loads(file.read_bytes()) == json.loads(written):
+            return []
+    except OSError as error:
+        return [_unreadable(file, error)]
+    except (ValueError, RecursionError):
+        pass
+    return [Damage(file, f"is not what was written; {_ADVICE}")]
+
+
+def _verify_side_array(file: Path, rows: int | None) -> list[Damage]:
+    try:
+        values = shards.without_crc(np.frombuffer(file.read_bytes(), np.uint8), "it")
+    except OSError as error:
+        return [_unreadable(file, error)]
+    except DamagedStore as error:
+        return [Damage(file, str(error))]
+    if rows is not None and values.nbytes != 8 * rows:
+        return [Damage(file, f"does not have {rows} rows; {_ADVICE}")]
+    return []
+
+
+def _verify_shard(root: Path, description: Description, view: int, shard: int) -> list[Damage]:
+    file, layout = root / description.shard_key(view, shard), description.layout
+    first, places = shard * layout.shard_chunks, layout.shard_chunks
+    try:
+        with file.open("rb") as opened:
+            length = opened.seek(0, os.SEEK_END)
+            opened.seek(max(length - shards.index_bytes(places), 0))
+            index = shards.parse_index(opened.read(), places, "every chunk")
+            found = []
+            for place in range(layout.chunks_in(shard)):
+                where = f"chunk {first + place} of view {view}"
+                what = _chunk_damage(opened, description, index, place, where)
+                if what is not None:
+                    found.append(Damage(file, what))
+            return found
+    except OSError as error:
+        return [_unreadable(file, error)]
+    except DamagedStore as error:
+        return [Damage(file, str(error))]
+
+
+def _chunk_damage(
+    shard: BinaryIO, description: Description, index: NDArray[np.uint64], place: int, where: str
+) -> str | None:
+    compressor = description.compressor
+    chunk = np.empty(description.chunk_shape, description.encoding.stored_dtype)
+    try:
+        offset, size = shards.chunk_span(index, place, chunk.nbytes, compressor, where)
+        shard.seek(offset)
+        data = np.frombuffer(shard.read(size), np.uint8)
+        if len(data) < size:
+            return f"{where} lies beyond the end of its shard; {_ADVICE}"
+        shards.decode_chunk(data, compressor, chunk, where)
+    except DamagedStore as error:
+        return str(error)
+    except OSError as error:
+        return f"{where} cannot be read: {error.strerror}"
+    return None
+
+
+def _unreadable(file: Path, error: OSError) -> Damage:
+    if isinstance(error, FileNotFoundError):
+        return Damage(file, f"is missing; {_ADVICE}")
+    return Damage(file, f"cannot be read: {error.strerror}")

@@ -1,0 +1,131 @@
+"""Commands that look after activation stores: info, verify, drop."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from greedy.cli import options
+from greedy.cli.failures import Group
+from greedy.cli.tables import print_json, print_table, size
+
+if TYPE_CHECKING:
+    from greedy.cache import StoreInfo
+    from greedy.runs import RunDirectory
+
+BAR = 40  # columns of the widest bar of a histogram
+
+
+@click.group(cls=Group, epilog="Example: greedy cache info runs/demo")
+def cache() -> None:
+    """Look after activation stores: info, verify, drop."""
+
+
+@cache.command(epilog="Example: greedy cache info runs/demo/stage2")
+@click.argument("path", type=options.PATH)
+@options.as_json
+@options.debug
+def info(path: Path, as_json: bool) -> None:
+    """Show what the stores of a run or a stage hold.
+
+    Values are those of a sample of the training rows.
+    """
+    from greedy.cache import Store, describe  # noqa: PLC0415
+
+    run, numbers = _stages(path)
+    found = {n: describe(Store(run.store(n) / "train")) for n in numbers if run.store(n).is_dir()}
+    if as_json:
+        print_json({"stores": [{"stage": n, **asdict(each)} for n, each in found.items()]})
+        return
+    print_table(
+        ("stage", "views", "row", "encoding", "size", "bytes/value", "range", "zeros", "below 0"),
+        (_line(number, each) for number, each in found.items()),
+        left=1,
+    )
+    if len(found) == 1:
+        _print_histogram(*found.values())
+
+
+@cache.command(epilog="Example: greedy cache verify runs/demo")
+@click.argument("path", type=options.PATH)
+@options.as_json
+@options.debug
+def verify(path: Path, as_json: bool) -> None:
+    """Check every file of a run or a stage: exit code 1 if any is damaged."""
+    from greedy.integrity import verify_run, verify_stage  # noqa: PLC0415
+
+    if (path / "run.toml").exists():
+        damages = verify_run(path)
+    else:
+        run, numbers = _stages(path)
+        damages = [damage for number in numbers for damage in verify_stage(run, number)]
+    if as_json:
+        print_json({"damaged": [{"path": str(d.path), "what": d.what} for d in damages]})
+    else:
+        for damage in damages:
+            click.echo(f"{damage.path}: {damage.what}")
+        click.echo(f"{len(damages)} damaged" if damages else "everything is as it was written")
+    if damages:
+        raise SystemExit(1)
+
+
+@cache.command(epilog="Example: greedy cache drop runs/demo/stage2")
+@click.argument("path", type=options.PATH)
+@options.debug
+def drop(path: Path) -> None:
+    """Delete the stores of a run or a stage. Weights and records stay."""
+    from greedy.errors import UserError  # noqa: PLC0415
+    from greedy.sizes import format_size  # noqa: PLC0415
+
+    run, numbers = _stages(path)
+    if numbers == [0]:
+        raise UserError("stage 0 holds the images that all else is computed from: drop another")
+    for number in filter(None, numbers):
+        record = run.record(number)
+        if record and record.store and run.store(number).is_dir():
+            run.drop_store(number)
+            freed = format_size(record.store.bytes)
+            click.echo(f"stage {number}: {freed} freed; {_rebuilding(run, number)}")
+
+
+def _rebuilding(run: "RunDirectory", number: int) -> str:
+    source = next(n for n in range(number - 1, -1, -1) if run.store(n).is_dir())
+    replayed = f"stage {number}" if source == number - 1 else f"stages {source + 1} to {number}"
+    return (
+        f"what trains after it replays {replayed} from stage {source}'s store, and "
+        f"`greedy train-stage --stage {number} --from-cache {run.stage(source)} --retrain` "
+        f"writes it again"
+    )
+
+
+def _stages(path: Path) -> tuple["RunDirectory", list[int]]:
+    """The run and the numbers of the stages that a run or stage directory stands for."""
+    from greedy.runs import RunDirectory, run_of_stage  # noqa: PLC0415
+
+    if path.name.startswith("stage") and not (path / "run.toml").exists():
+        run, number = run_of_stage(path)
+        return run, [number]
+    run = RunDirectory.open(path)
+    data = run.complete(0)
+    return run, list(range(len(data.network) + 1))
+
+
+def _line(number: int, found: "StoreInfo") -> tuple[str, ...]:
+    return (
+        str(number),
+        str(found.views),
+        "x".join(map(str, found.row_shape)),
+        f"{found.encoding} {found.compressor}",
+        size(found.disk_bytes),
+        f"{found.bytes_per_value:.2f}",
+        f"{found.minimum:.3g} to {found.maximum:.3g}",
+        f"{found.zeros:.1%}",
+        f"{found.negatives:.1%}",
+    )
+
+
+def _print_histogram(found: "StoreInfo") -> None:
+    most = max(found.histogram)
+    for share, left in zip(found.histogram, found.edges, strict=False):
+        click.echo(f"{left:10.3g} {'#' * round(BAR * share / most)}")

@@ -1,0 +1,48 @@
+"""Looking for damage in every file of a run."""
+
+from pathlib import Path
+
+from greedy.cache import Damage, verify
+from greedy.errors import UserError
+from greedy.manifest import StageRecord
+from greedy.runs import SPLITS, RunDirectory
+
+
+def verify_run(path: Path) -> list[Damage]:
+    """Everything wrong with a run: ``run.toml`` and all stages that are finished."""
+    try:
+        run = RunDirectory.open(path)
+    except UserError as error:
+        return [Damage(path / "run.toml", f"cannot be read: {error}")]
+    numbers = sorted(
+        int(directory.name.removeprefix("stage"))
+        for directory in path.glob("stage*")
+        if directory.name.removeprefix("stage").isdigit()
+    )
+    return [damage for number in numbers for damage in verify_stage(run, number)]
+
+
+def verify_stage(run: RunDirectory, number: int) -> list[Damage]:
+    """Everything wrong with one stage: its record, its weights and other files by their digests,
+    its store chunk by chunk. Nothing is wrong with a stage that is not finished, or with a store
+    that was dropped."""
+    directory = run.stage(number)
+    if not (directory / "stage.json").is_file():
+        return []
+    try:
+        record = StageRecord.read(directory)
+    except UserError as error:
+        return [Damage(directory / "stage.json", str(error))]
+    found = []
+    if record.recipe != run.settings:
+        what = f"does not say the settings that stage {number} was made with"
+        found.append(Damage(run.path / "run.toml", what))
+    for name in record.files:
+        try:
+            record.check_file(directory, name)
+        except UserError as error:
+            found.append(Damage(directory / name, str(error)))
+    if record.store and run.store(number).is_dir():
+        for split in SPLITS:
+            found += verify(run.store(number) / split)
+    return found

@@ -1,0 +1,134 @@
+"""`greedy cache info`, `verify` and `drop`."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from greedy.cli.main import cli
+
+RECIPE = """
+[data]
+name = "fashion-mnist-sample"
+[model]
+network = "mlp"
+hidden_layers = 2
+hidden_width = 16
+[loss]
+name = "predsim"
+[training]
+epochs = 1
+batch_size = 256
+learning_rate = 0.002
+[store]
+views = 2
+"""
+
+
+def greedy(*arguments):
+    return CliRunner().invoke(cli, [str(each) for each in arguments])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "tiny.toml").write_text(RECIPE)
+    result = greedy("train", "--recipe", folder / "tiny.toml", "--run", folder / "run")
+    assert result.exit_code == 0, result.output
+    return folder / "run"
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def test_info_of_a_run_and_of_a_stage(run):
+    document = json.loads(greedy("cache", "info", run, "--json").output)
+    images, first, _ = document["stores"]
+    assert (images["stage"], images["row_shape"], images["views"]) == (0, [1, 28, 28], 1)
+    assert (images["minimum"], images["maximum"]) == (0, pytest.approx(1))
+    assert (first["stage"], first["row_shape"], first["views"]) == (1, [16], 2)
+    assert (first["encoding"], first["compressor"]) == ("uint8", "lz4")
+    assert 0 < first["negatives"] < 1
+    assert sum(first["histogram"]) == pytest.approx(1)
+    alone = greedy("cache", "info", run / "stage1")
+    assert alone.exit_code == 0
+    assert "uint8 lz4" in alone.output
+    assert "####" in alone.output
+
+
+def test_what_was_written_is_whole(run):
+    result = greedy("cache", "verify", run)
+    assert (result.exit_code, result.output) == (0, "everything is as it was written\n")
+
+
+def flip(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8 % len(data)] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stage2/encoder.safetensors",
+        "stage2/heads.safetensors",
+        "stage2/history.jsonl",
+        "stage2/stage.json",
+        "stage1/activations.zarr/train/activations/c.0.0.0",
+        "stage1/activations.zarr/test/labels/c.0",
+        "stage0/activations.zarr/train/index/c.0",
+    ],
+)
+def test_every_flipped_bit_is_found_and_its_file_named(run, name):
+    flip(run / name, random.Random(name).getrandbits(40))
+    for path in (run, run / name.split("/")[0]):
+        result = greedy("cache", "verify", path)
+        assert result.exit_code == 1
+        assert str(run / name) in result.output
+
+
+def test_other_settings_in_run_toml_are_found(run):
+    path = run / "run.toml"
+    path.write_text(path.read_text().replace("batch_size = 256", "batch_size = 255"))
+    result = greedy("cache", "verify", run)
+    assert result.exit_code == 1
+    assert f"{path}: does not say the settings" in result.output
+    path.write_text("[[[")
+    assert greedy("cache", "verify", run).exit_code == 1
+
+
+def test_a_dropped_store_is_done_without(run):
+    before = (run / "stage3/encoder.safetensors").read_bytes()
+    result = greedy("cache", "drop", run / "stage2")
+    assert result.exit_code == 0
+    assert "replays stage 2 from stage 1's store" in result.output
+    assert "--stage 2 --from-cache" in result.output
+    assert not (run / "stage2/activations.zarr").exists()
+    states = json.loads(greedy("status", "--run", run, "--json").output)["stages"]
+    assert [each["state"] for each in states] == ["complete"] * 3
+    assert states[1]["store_bytes"] is None
+    assert greedy("cache", "verify", run).exit_code == 0
+    again = greedy("train", "--run", run, "--retrain", "3")
+    assert again.exit_code == 0, again.output
+    assert (run / "stage3/encoder.safetensors").read_bytes() != before  # never quantised
+
+
+def test_dropping_a_run_keeps_its_images(run):
+    assert greedy("cache", "drop", run).exit_code == 0
+    assert [p.parent.name for p in run.glob("stage*/activations.zarr")] == ["stage0"]
+    refused = greedy("cache", "drop", run / "stage0")
+    assert refused.exit_code == 2
+    assert "stage 0 holds the images" in refused.output
+    assert greedy("evaluate", "--run", run).exit_code == 0
+
+
+@pytest.mark.parametrize("command", ["info", "verify", "drop"])
+def test_what_is_no_run_is_refused(tmp_path, command):
+    result = greedy("cache", command, tmp_path)
+    assert result.exit_code == 2
+    assert "is not a run directory" in result.output
