@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from greedy import GreedyTrainer
 from greedy.cache import COMPRESSORS, ENCODINGS, Encoding, Store, StoreWriter, fit_encoding
+from greedy.cache.shards import CRC_BYTES
 from greedy.data import Dataset, Split, load_dataset
 from greedy.data.splits import ArraySplit
 from greedy.models import vgg8b
@@ -70,8 +71,7 @@ def train(name: str, directory: Path) -> Iterator[Activations]:
     train, test = sample(whole.train, ROWS), sample(whole.test, TEST_ROWS)
     data = Dataset(whole.name, train, test, whole.class_names)
     channels, side, _ = train.shape
-    classes = int(whole.class_names is None) * 10 or len(whole.class_names or ())
-    network = vgg8b(channels, side, classes, feature_multiplier=0.25)
+    network = vgg8b(channels, side, len(whole.class_names or ()), feature_multiplier=0.25)
     settings = {"epochs": EPOCHS, "batch_size": 64, "learning_rate": 5e-4, "views": 1}
     stored = {"encoding": "float32", "compressor": "none"}
     trainer = GreedyTrainer(network, run_dir=directory, device="cpu", **settings, **stored)
@@ -129,3 +129,137 @@ def measure(stage: int, values: Activations, directory: Path) -> Iterator[Row]:
             write_mb_s=round(values.nbytes / 1e6 / statistics.median(writes[pair])),
             read_mb_s=round(values.nbytes / 1e6 / statistics.median(reads[pair])),
         )
+
+
+def describe(number: int, values: Activations, directory: Path) -> Stage:
+    """A stage's activations and what its uint8 store holds beside them."""
+    store = Store(directory / f"{number}-uint8-none-0")
+    chunks = store.layout.chunks * (store.chunk_rows * store.encoding.stored_row_bytes + CRC_BYTES)
+    return Stage(
+        number,
+        values.shape[1:],
+        store.chunk_rows,
+        negative_percent=round(100 * float((values < 0).mean()), 1),
+        metadata_bytes_a_value=round((store.disk_bytes - chunks) / values.size, 4),
+    )
+
+
+def over_convolutions(rows: list[Row], values: dict[int, int], encoding: str, by: str) -> Row:
+    """The rows of one encoding and compressor taken together, each stage by its values."""
+    chosen = [
+        row
+        for row in rows
+        if (row.encoding, row.compressor) == (encoding, by) and row.stage <= CONVOLUTIONS
+    ]
+    counts = np.array([values[row.stage] for row in chosen])
+
+    def mean(name: str, power: int) -> float:
+        column = np.array([getattr(row, name) for row in chosen], float)
+        return float(np.average(column**power, weights=counts) ** (1 / power))
+
+    return Row(
+        0,
+        encoding,
+        by,
+        bytes_a_value=round(mean("bytes_a_value", 1), 4),
+        error_percent=round(mean("error_percent", 2), 4),
+        write_mb_s=round(mean("write_mb_s", -1)),
+        read_mb_s=round(mean("read_mb_s", -1)),
+    )
+
+
+def table(stages: list[Stage], rows: list[Row], together: list[Row]) -> str:
+    """Both tables in Markdown."""
+    lines = [
+        "| stage | row | rows a chunk | negative | of bytes a value: labels, index, metadata |",
+        "|---|---|---|---|---|",
+    ]
+    for stage in stages:
+        lines.append(
+            f"| {stage.stage} | {'x'.join(map(str, stage.row_shape))} | {stage.chunk_rows} "
+            f"| {stage.negative_percent:.0f} % | {stage.metadata_bytes_a_value:.4f} |"
+        )
+    numbers = [stage.stage for stage in stages]
+    lines += [
+        "",
+        f"| encoding | compressor | {' | '.join(f'stage {number}' for number in numbers)} "
+        "| convolutions | error, % | write, MB/s | read, MB/s |",
+        "|" + "---|" * (len(numbers) + 6),
+    ]
+    for whole in together:
+        sizes = [
+            f"{row.bytes_a_value:.3f}"
+            for row in rows
+            if (row.encoding, row.compressor) == (whole.encoding, whole.compressor)
+        ]
+        lines.append(
+            f"| {whole.encoding} | {whole.compressor} | {' | '.join(sizes)} "
+            f"| {whole.bytes_a_value:.3f} | {whole.error_percent:.3f} "
+            f"| {whole.write_mb_s} | {whole.read_mb_s} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(together: list[Row], path: Path) -> None:
+    """Bytes a value of the convolutions against the error and against the rate of reading."""
+    # Imported here: the table needs no plotting library.
+    import matplotlib as mpl  # noqa: PLC0415
+
+    mpl.use("svg")
+    from matplotlib import pyplot as plt  # noqa: PLC0415
+
+    mpl.rcParams.update({"svg.hashsalt": "greedy", "svg.fonttype": "none", "font.size": 9})
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    markers = dict(zip(COMPRESSORS, "os^", strict=True))
+    colours = {name: f"C{number}" for number, name in enumerate(ENCODINGS)}
+    for axis, column in zip(axes, ("error_percent", "read_mb_s"), strict=True):
+        for row in together:
+            axis.plot(
+                row.bytes_a_value,
+                getattr(row, column),
+                markers[row.compressor],
+                color=colours[row.encoding],
+            )
+        axis.set_xlabel("bytes a value on disk")
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.3)
+    axes[0].set_yscale("symlog", linthresh=0.01)
+    axes[0].set_ylim(bottom=0)
+    axes[0].set_ylabel("error, % of standard deviation")
+    axes[1].set_ylabel("read, MB of float32 a second")
+    axes[1].set_ylim(bottom=0)
+    handles = [
+        *(axes[1].plot([], [], "o", color=colour, label=n)[0] for n, colour in colours.items()),
+        *(axes[1].plot([], [], mark, color="grey", label=n)[0] for n, mark in markers.items()),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.savefig(path, metadata={"Date": None})
+
+
+@click.command()
+@click.option("--data", default="fashion-mnist-sample", show_default=True, help="Data set.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def main(data: str, as_json: bool) -> None:
+    """Prints size, error and speed of every encoding and compressor, and draws them."""
+    stages, rows, values = [], [], {}
+    with tempfile.TemporaryDirectory() as directory:
+        for number, found in enumerate(train(data, Path(directory) / "run"), start=1):
+            with tempfile.TemporaryDirectory(dir=directory) as beside:
+                rows += measure(number, found, Path(beside))
+                stages.append(describe(number, found, Path(beside)))
+            values[number] = found.size
+    together = [
+        over_convolutions(rows, values, name, compressor)
+        for name in ENCODINGS
+        for compressor in COMPRESSORS
+    ]
+    draw(together, PICTURE)
+    if as_json:
+        documents = {"stages": stages, "convolutions": together, "rows": rows}
+        click.echo(json.dumps({n: [asdict(entry) for entry in d] for n, d in documents.items()}))
+    else:
+        click.echo(table(stages, rows, together))
+
+
+if __name__ == "__main__":
+    main()

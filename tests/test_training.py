@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from greedy import GreedyTrainer, TrainingError, UserError, evaluate
+from greedy import GreedyTrainer, RunDirectory, TrainingError, UserError, evaluate
 from greedy.cache import Store, StoreError
 from greedy.data import dataset_from_torch
 from greedy.losses import LocalHeads, Pred, PredSim, Sim
@@ -375,6 +375,39 @@ def test_other_settings_are_refused_in_a_run(run: Path) -> None:
     with pytest.raises(UserError, match=r"training.epochs is 2 there, 5 here"):
         trainer(run, epochs=5)
     trainer(run, ram_budget="1GiB")  # a machine field
+
+
+def test_another_network_is_refused_in_a_run(run: Path) -> None:
+    model = network()
+    model[3] = nn.Tanh()
+    with pytest.raises(UserError, match="holds other layers than stage 1 of this network"):
+        trainer(run, model).assemble()
+
+
+def test_other_data_are_refused_in_a_run(run: Path) -> None:
+    with pytest.raises(UserError, match=r"begun with other data \(400 \+ 100 rows of 1x8x8\)"):
+        trainer(run).fit(samples(300, 0), TEST)
+
+
+def test_a_stage_is_not_written_into_a_run_from_outside(run: Path) -> None:
+    for place in (run / "mine", run / "stage2/mine"):
+        with pytest.raises(UserError, match="would stand for another stage"):
+            trainer(run).train_stage(1, to=place)
+        assert not place.exists()
+
+
+def test_settings_are_free_until_there_are_data(tmp_path: Path) -> None:
+    bad = TensorDataset(TRAIN.tensors[0], TRAIN.tensors[1] - 1)
+    with pytest.raises(UserError, match="a label must be an integer from 0"):
+        trainer(tmp_path / "run").fit(bad, TEST)
+    trainer(tmp_path / "run", epochs=1).fit(TRAIN, TEST)
+
+
+def test_reading_a_run_changes_nothing(run: Path) -> None:
+    (run / "stage2").rename(run / ".stage2.new")
+    before = files(run)
+    RunDirectory.open(run)
+    assert files(run) == before
 
 
 def test_a_damaged_weight_file_is_named(run: Path) -> None:
