@@ -18,6 +18,7 @@ SHORTHANDS = {
     "encoding": "store.encoding",
     "disk_budget": "store.disk_budget",
     "keep": "store.keep",
+    "ram_budget": "store.ram_budget",
     "precision": "training.precision",
     "patience": "training.patience",
 }
@@ -68,6 +69,7 @@ def settings(command: F) -> F:
     for option in (
         click.option("--patience", metavar="N", help="Shorthand of --set training.patience=N."),
         click.option("--precision", metavar="NAME", help="Shorthand of --set training.precision."),
+        click.option("--ram-budget", metavar="SIZE", help="Shorthand of --set store.ram_budget."),
         click.option("--keep", metavar="NAME", help="Shorthand of --set store.keep."),
         click.option("--disk-budget", metavar="SIZE", help="Shorthand of --set store.disk_budget."),
         click.option("--encoding", metavar="NAME", help="Shorthand of --set store.encoding."),
