@@ -21,7 +21,7 @@ from greedy.cache import Store, StoreWriter, fit_encoding
 from greedy.losses import PredSim
 from greedy.models import Shape, cut, mlp, seeded, shapes, vgg8b
 from greedy.reporting import Reporter
-from greedy.source import Source
+from greedy.source import Batch, Source
 from greedy.training.loop import Epochs
 from greedy.training.schedule import Milestones
 from greedy.training.step import Learner
@@ -49,9 +49,9 @@ class InMemoryEpoch:
     def __init__(self, values: Tensor, labels: Tensor) -> None:
         self.values, self.labels, self.rows = values, labels, len(labels)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         for rows in torch.randperm(self.rows).split(BATCH):
-            yield self.values[rows], self.labels[rows]
+            yield Batch(self.labels[rows], self.values[rows].__getitem__)
 
 
 def activations(rows: int, shape: Shape) -> np.ndarray:
@@ -98,7 +98,8 @@ def ratio(network: nn.Sequential, image: Shape, rows: int, pairs: int, directory
     disk = Source(1, directory / "store", {"train": store}, CPU, 0)
 
     def seconds(source: Source) -> float:
-        epochs = Epochs(learning, source, Milestones(5e-4, 0.25, []), 1, BATCH, 0, 0, Reporter())
+        schedule = Milestones(5e-4, 0.25, [])
+        epochs = Epochs(learning, source, shape, schedule, 1, BATCH, 0, 0, Reporter())
         start = time.perf_counter()
         list(epochs)
         return time.perf_counter() - start

@@ -5,6 +5,7 @@ from typing import Any
 
 from greedy.disk import Plan
 from greedy.manifest import StageRecord
+from greedy.training.modes import StepMemory
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class Reporter:
 
     def batch_finished(self, rows: int) -> None:
         """A step is done. Called often: be quick."""
+
+    def memory_reduced(self, number: int, memory: StepMemory) -> None:
+        """A step of a stage took too much memory; from it on a smaller mode is used."""
 
     def epoch_finished(self, report: EpochReport) -> None:
         """An epoch is over."""

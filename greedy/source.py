@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from greedy.cache import (
     window_chunks,
     window_order,
 )
+from greedy.cache import Batch as StoredBatch
 from greedy.data import Augmentation, Draws, prepare
 from greedy.devices import to_device
 from greedy.models import Stage
@@ -176,7 +178,30 @@ class Epoch:
         """How many rows take part."""
         return self.source.stores["train"].rows - self.source.held_out
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterator["Batch"]:
         for batch in self.loader:
-            draws = self.draws and self.draws[batch.rows]
-            yield self.source.inputs(batch.values, draws), self.source.labels(batch.labels)
+            yield Batch(self.source.labels(batch.labels), partial(self._read, batch))
+
+    def _read(self, batch: StoredBatch, rows: slice) -> Tensor:
+        draws = self.draws and self.draws[batch.rows[rows]]
+        return self.source.inputs(batch.values[rows], draws)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The rows of one step, whose inputs are computed when they are asked for.
+
+    Attributes:
+        labels: (B,), on the device.
+        read: rows of the batch to their inputs (rows, *shape) on the device, before dropout.
+        mask: of dropout, (B, ...), for rows of inputs to be multiplied with.
+    """
+
+    labels: Tensor
+    read: Callable[[slice], Tensor]
+    mask: Tensor | None = None
+
+    def inputs(self, rows: slice = slice(None)) -> Tensor:
+        """The stage's inputs (rows, *shape), dropout applied."""
+        x = self.read(rows)
+        return x if self.mask is None else x * self.mask[rows]

@@ -42,6 +42,7 @@ def network(dropout: float = 0.1) -> nn.Sequential:
 
 def trainer(run: Path, model: nn.Sequential | None = None, **settings) -> GreedyTrainer:
     defaults = {"epochs": 2, "learning_rate": 0.01, "batch_size": 32, "views": 2, "device": "cpu"}
+    defaults |= {"precision": "float32"}  # what auto takes depends on the machine
     return GreedyTrainer(model or network(), run_dir=run, **(defaults | settings))
 
 

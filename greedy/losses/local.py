@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from greedy.losses.prediction import PredictionHead, prediction_loss
 from greedy.losses.similarity import SimilarityHead, similarity_loss
 from greedy.models import Shape
+from greedy.precision import widened
 
 
 class Features(NamedTuple):
@@ -119,7 +120,7 @@ class Output:
 
 
 class Float(nn.Module):
-    """h itself, in float32 whatever the precision."""
+    """h itself, at least in float32 whatever the precision."""
 
     def forward(self, h: Tensor) -> Tensor:
-        return h.float()
+        return widened(h)

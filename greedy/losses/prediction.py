@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from greedy.models import Shape
+from greedy.precision import widened
 
 
 def prediction_loss(p: Tensor, y: Tensor) -> Tensor:
@@ -60,4 +61,4 @@ class PredictionHead(nn.Sequential):
         nn.init.zeros_(self.classifier.weight)
 
     def forward(self, h: Tensor) -> Tensor:
-        return super().forward(h).float()
+        return widened(super().forward(h))

@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from greedy.lean import lean
 from greedy.models import Shape
+from greedy.precision import widened
 
 
 def similarity_matrix(x: Tensor) -> Tensor:
@@ -27,12 +29,12 @@ def similarity_loss(z: Tensor, y: Tensor) -> Tensor:
 
 
 def feature_deviation(h: Tensor) -> Tensor:
-    """One number a feature map: its standard deviation over space, in float32.
+    """One number a feature map: its standard deviation over space, at least in float32.
 
     (B, C, H, W) to (B, C). Maps of at most 3 channels or of height 1 are only flattened, and
     vectors stay as they are. The gradient of a map without any deviation is zero.
     """
-    h = h.float()
+    h = widened(h)
     if h.dim() == 4 and h.shape[1] > 3 and h.shape[2] > 1:
         return h.flatten(2).std(dim=2)
     return h.flatten(1)
@@ -55,4 +57,4 @@ class SimilarityHead(nn.Module):
         )
 
     def forward(self, h: Tensor) -> Tensor:
-        return feature_deviation(self.transform(h))
+        return feature_deviation(lean(self.transform, h))

@@ -42,7 +42,7 @@ def shapes(stages: Sequence[Stage], input_shape: Shape) -> list[StageShapes]:
     found = []
     shape = input_shape
     for stage in stages:
-        probe = _Probe(stage)
+        probe = _Probe(stage).eval()  # batch statistics are not for the meta device
         weights = {k: v.to("meta") for k, v in probe.state_dict(keep_vars=True).items()}
         rows = torch.empty((ROWS, *shape), device="meta")
         try:

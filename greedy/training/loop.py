@@ -2,15 +2,17 @@
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from greedy.errors import TrainingError
+from greedy.losses import Features
+from greedy.models import Shape
 from greedy.reporting import EpochReport, Reporter
 from greedy.seeds import derive, torch_generator
-from greedy.source import Source
+from greedy.source import Batch, Source
 from greedy.training.schedule import Schedule
 from greedy.training.step import Learner, step
 
@@ -45,10 +47,12 @@ class Totals:
 
 @dataclass
 class Epochs:
-    """Trains a stage epoch by epoch; iterate over it for the reports."""
+    """Trains a stage epoch by epoch; iterate over it for the reports. ``input_shape`` is that of
+    a row the source gives."""
 
     learner: Learner
     source: Source
+    input_shape: Shape
     schedule: Schedule
     epochs: int
     batch_size: int
@@ -77,12 +81,12 @@ class Epochs:
         self.reporter.epoch_started(epoch + 1, batches.rows)
         self.learner.train()
         totals = Totals()
-        for position, (x, labels) in enumerate(batches):
+        for position, batch in enumerate(batches):
             # For layers and losses that draw from torch's own generators.
             torch.manual_seed(derive(self.seed, "step", self.learner.stage.number, epoch, position))
-            loss, logits = step(self.learner, self._drop(x, epoch, position), labels)
-            totals.add(loss, logits, labels)
-            self.reporter.batch_finished(len(labels))
+            loss, logits = self._step(replace(batch, mask=self._mask(batch, epoch, position)))
+            totals.add(loss, logits, batch.labels)
+            self.reporter.batch_finished(len(batch.labels))
         self._require_finite(totals, epoch, rate)
         seconds = time.perf_counter() - started
         return EpochReport(
@@ -100,14 +104,21 @@ class Epochs:
             return None
         return measure(self.learner, self.source.held_out_rows(self.batch_size)).mean_loss
 
-    def _drop(self, x: Tensor, epoch: int, position: int) -> Tensor:
-        """Dropout on the batch's input, its mask named by (seed, stage, step)."""
+    def _step(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        planned = self.learner.memory
+        done = step(self.learner, batch)
+        if self.learner.memory != planned:
+            self.reporter.memory_reduced(self.learner.stage.number, self.learner.memory)
+        return done
+
+    def _mask(self, batch: Batch, epoch: int, position: int) -> Tensor | None:
+        """Of dropout on the batch's input, named by (seed, stage, step)."""
         stage = self.learner.stage
         if stage.dropout is None:
-            return x
+            return None
         generator = torch_generator(self.seed, "dropout", stage.number, epoch, position)
-        mask = stage.dropout.mask(len(x), tuple(x.shape[1:]), generator)
-        return x * mask.to(x.device, non_blocking=True)
+        mask = stage.dropout.mask(len(batch.labels), self.input_shape, generator)
+        return mask.to(self.learner.device, non_blocking=True)
 
     def _require_finite(self, totals: Totals, epoch: int, rate: float) -> None:
         if not torch.isfinite(torch.as_tensor(totals.loss)):
@@ -124,6 +135,7 @@ def measure(learner: Learner, batches: Iterator[tuple[Tensor, Tensor]]) -> Total
     learner.eval()
     totals = Totals()
     for x, labels in batches:
-        features = learner.features(x)
+        parts = zip(*(learner.features(x[rows]) for rows in learner.slices(len(x))), strict=True)
+        features = Features(*(None if part[0] is None else torch.cat(part) for part in parts))
         totals.add(learner.loss(features, learner.one_hot(labels)), features.p, labels)
     return totals

@@ -133,6 +133,7 @@ class StageTraining:
             for report in Epochs(
                 learner,
                 self.source,
+                self.shapes.input,
                 self._schedule(),
                 epochs,
                 training.batch_size,

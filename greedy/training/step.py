@@ -1,6 +1,6 @@
 """One optimiser step of a stage on one batch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -8,11 +8,22 @@ from torch import Tensor, nn
 
 from greedy.losses import Features, LocalHeads, LocalLoss
 from greedy.models import Stage
+from greedy.source import Batch
+from greedy.training.exact import ExactStep, put
+from greedy.training.modes import Mode, StepMemory
+from greedy.training.parts import Parts, parts_of
 
 
 @dataclass
 class Learner:
-    """A stage with all that exists only while it trains."""
+    """A stage with all that exists only while it trains.
+
+    Attributes:
+        memory: how much of a batch a step keeps; becomes smaller where it does not fit.
+        host: where a mode that streams keeps its input.
+        rehearsed: only the first two and the last micro-batch are computed, which show what
+            memory a step takes.
+    """
 
     stage: Stage
     heads: LocalHeads
@@ -20,10 +31,18 @@ class Learner:
     num_classes: int
     precision: str
     optimizer: torch.optim.Optimizer | None = None
+    memory: StepMemory = field(default_factory=StepMemory)
+    host: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rehearsed: bool = False
 
     @property
     def device(self) -> torch.device:
         return next(self.stage.parameters()).device
+
+    @property
+    def parts(self) -> Parts | None:
+        """Encoder, batch norm and activation of a stage of the usual pattern."""
+        return parts_of(self.stage, self.heads)
 
     def parameters(self) -> list[nn.Parameter]:
         """The encoder's and the heads' parameters."""
@@ -52,19 +71,90 @@ class Learner:
 
     def one_hot(self, labels: Tensor) -> Tensor:
         """Y: (B,) to (B, classes)."""
-        return F.one_hot(labels, self.num_classes).float()
+        return F.one_hot(labels, self.num_classes).to(next(self.stage.parameters()).dtype)
+
+    def slices(self, rows: int) -> list[slice]:
+        """The micro-batches of a batch."""
+        size = rows if self.memory.mode is Mode.PLAIN else self.memory.micro_batch
+        found = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+        return found if not self.rehearsed or len(found) < 3 else [*found[:2], found[-1]]
 
 
-def step(learner: Learner, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Trains on one batch: inputs after dropout (B, *shape), labels (B,).
+def step(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """Trains on one batch.
 
     Returns the loss, a scalar, and the local classifier's logits (B, classes) or ``None``;
-    neither is waited for.
+    neither is waited for. Where memory runs out, nothing has been changed yet, and the step is
+    repeated in the next smaller mode; the smallest one's ``torch.OutOfMemoryError`` is raised.
     """
+    while (done := _try(learner, batch)) is None:
+        pass
+    return done
+
+
+def _try(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None] | None:
+    """A step, or ``None`` where it took too much memory and a smaller mode is to be tried."""
     assert learner.optimizer is not None
+    before = [buffer.clone() for buffer in learner.stage.buffers()]
+    try:
+        done = gradients(learner, batch)
+        learner.optimizer.step()
+        return done
+    except RuntimeError as error:
+        smaller = learner.memory.smaller(learner.device.type)
+        if not _is_out_of_memory(error) or smaller is None or learner.parts is None:
+            raise
+    learner.memory = smaller
     learner.optimizer.zero_grad(set_to_none=True)
+    for buffer, value in zip(learner.stage.buffers(), before, strict=True):
+        buffer.copy_(value)
+    if learner.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """CUDA's allocator has an error of its own, the CPU's says it in words."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def gradients(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    """Gives every parameter its gradient on a batch. Returns loss and logits like ``step``."""
+    y = learner.one_hot(batch.labels)
+    if learner.memory.mode is Mode.PLAIN:
+        return _plain_gradients(learner, batch.inputs(), y)
+    parts = learner.parts
+    assert parts is not None
+    slices = learner.slices(len(batch.labels))
+    exact = ExactStep(
+        parts, learner.loss, learner.memory.mode, slices, _x(learner, batch), learner.autocast()
+    )
+    return exact.gradients(y)
+
+
+def _plain_gradients(learner: Learner, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    for parameter in learner.parameters():
+        parameter.grad = None
     features = learner.features(x)
-    loss = learner.loss(features, learner.one_hot(labels))
+    loss = learner.loss(features, y)
     loss.backward()
-    learner.optimizer.step()
     return loss.detach(), None if features.p is None else features.p.detach()
+
+
+@torch.no_grad()
+def _x(learner: Learner, batch: Batch) -> Tensor:
+    """The stage's input, read a micro-batch at a time, in the precision of the encoder."""
+    x: Tensor | None = None
+    streams = learner.memory.mode.streams
+    for rows in learner.slices(len(batch.labels)):
+        part = batch.inputs(rows)
+        if learner.stage.flatten:
+            part = part.flatten(1)
+        if learner.precision == "bfloat16":
+            part = part.bfloat16()
+        if streams:
+            part = part.to(learner.host)
+        pinned = streams and learner.device.type == "cuda"
+        x = put(x, len(batch.labels), rows, part, pinned=pinned)
+    assert x is not None
+    return x

@@ -1,0 +1,103 @@
+"""Convolutions and linear layers that need no second tensor of their weight's size.
+
+Autograd makes a new weight gradient for every use of a layer and adds it to the old one, and
+autocast keeps a copy of the weight in lower precision. Here gradients are added up in place, and
+both are made a slice of output channels at a time.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+Layer = nn.Conv2d | nn.Linear
+
+SLICE_BYTES = 8 * 2**20  # of a weight's gradient that exist at a time
+
+
+def output_slices(weight: Tensor) -> list[slice]:
+    """A weight's output channels in slices of at most ``SLICE_BYTES``, or one channel."""
+    step = max(1, SLICE_BYTES // (weight[0].numel() * weight.element_size()))
+    return [slice(start, start + step) for start in range(0, len(weight), step)]
+
+
+def lean(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(x)`` of a convolution or linear layer without bias. Where the weight has a gradient
+    already, as in a micro-batched step, the backward pass adds to that in place."""
+    assert isinstance(layer, Layer) and layer.bias is None
+    if not torch.is_grad_enabled():
+        return forward(layer, x)
+    if layer.weight.grad is None:
+        return layer(x)
+    out: Tensor = _Lean.apply(x, layer.weight, layer)
+    return out
+
+
+def forward(layer: Layer, x: Tensor) -> Tensor:
+    """``layer(x)`` without gradient, in the precision that autocast asks for."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return _apply(layer, x, layer.weight, layer.bias)
+    dtype = torch.get_autocast_dtype(x.device.type)
+    x = x.to(dtype)
+    parts = [
+        _apply(layer, x, layer.weight[rows].to(dtype), _cast(layer.bias, rows, dtype))
+        for rows in output_slices(layer.weight)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def add_weight_gradient(layer: Layer, x: Tensor, g: Tensor, total: Tensor) -> None:
+    """Adds the gradient of a layer's weight to ``total``: of its input ``x`` (B, Cin, ...) and
+    the gradient ``g`` (B, Cout, ...) of its output. One output channel in ``g`` and ``total``
+    serves for all that are alike."""
+    for rows in output_slices(total):
+        if isinstance(layer, nn.Linear):
+            total[rows] += g[:, rows].T @ x
+        else:
+            total[rows] += conv2d_weight(x, total[rows].shape, g[:, rows], **_geometry(layer))
+
+
+def input_gradient(layer: Layer, x: Tensor, g: Tensor) -> Tensor:
+    """The gradient of a layer's input ``x`` from that of its output ``g``, in g's precision."""
+    if g.dtype == layer.weight.dtype:
+        return _input_gradient(layer, x, g, layer.weight)
+    total = torch.zeros_like(x, dtype=layer.weight.dtype)
+    for rows in output_slices(layer.weight):
+        total += _input_gradient(layer, x, g[:, rows], layer.weight[rows].to(g.dtype))
+    return total.to(x.dtype)
+
+
+class _Lean(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, layer: Layer) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return forward(layer, x)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
+        (x,) = ctx.saved_tensors
+        add_weight_gradient(ctx.layer, x.to(g.dtype), g, ctx.layer.weight.grad)
+        wanted = ctx.needs_input_grad[0]
+        return input_gradient(ctx.layer, x, g) if wanted else None, None, None
+
+
+def _apply(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if isinstance(layer, nn.Linear):
+        return F.linear(x, weight, bias)
+    return F.conv2d(x, weight, bias, **_geometry(layer))
+
+
+def _input_gradient(layer: Layer, x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
+    if isinstance(layer, nn.Linear):
+        return g @ weight
+    return conv2d_input(x.shape, weight, g, **_geometry(layer))
+
+
+def _geometry(layer: nn.Conv2d) -> dict[str, tuple[int, ...] | int]:
+    assert isinstance(layer.padding, tuple)
+    return {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
+
+
+def _cast(bias: Tensor | None, rows: slice, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias[rows].to(dtype)

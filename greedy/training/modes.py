@@ -1,0 +1,68 @@
+"""The memory modes of a step, from the fastest to the smallest."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Mode(StrEnum):
+    """How much of a batch is in the device's memory at once. The gradients are the same.
+
+    With c the encoder's output, x the stage's input and a micro-batch a few of the batch's rows:
+
+    - ``plain``: everything, as autograd does it;
+    - ``heads``: x, c and its gradient; the local heads see a micro-batch at a time;
+    - ``keep-c``: x and c;
+    - ``keep-c-stream-x``: c; x stays in host memory and comes a micro-batch at a time;
+    - ``keep-nothing``: x alone; c is computed again;
+    - ``stream-x``: a micro-batch alone.
+    """
+
+    PLAIN = "plain"
+    HEADS = "heads"
+    KEEP_C = "keep-c"
+    KEEP_C_STREAM_X = "keep-c-stream-x"
+    KEEP_NOTHING = "keep-nothing"
+    STREAM_X = "stream-x"
+
+    @property
+    def keeps_gradient(self) -> bool:
+        """Whether dL/dc of the whole batch is kept."""
+        return self is Mode.HEADS
+
+    @property
+    def keeps_c(self) -> bool:
+        """Whether c of the whole batch is kept."""
+        return self in {Mode.HEADS, Mode.KEEP_C, Mode.KEEP_C_STREAM_X}
+
+    @property
+    def streams(self) -> bool:
+        """Whether x stays in host memory."""
+        return self in {Mode.KEEP_C_STREAM_X, Mode.STREAM_X}
+
+
+def modes(device_type: str) -> list[Mode]:
+    """The modes that make a difference on a device: where its memory is the host's, streaming
+    does not."""
+    return [mode for mode in Mode if device_type != "cpu" or not mode.streams]
+
+
+DEFAULT_MICRO_BATCH = 16
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """A mode and the rows of its micro-batches, which ``plain`` does not look at."""
+
+    mode: Mode = Mode.PLAIN
+    micro_batch: int = DEFAULT_MICRO_BATCH
+
+    def smaller(self, device_type: str) -> "StepMemory | None":
+        """What to try when this does not fit: the next mode, and after the last one halves of
+        its micro-batch. ``None`` after a micro-batch of one row."""
+        following = modes(device_type)
+        following = following[following.index(self.mode) + 1 :]
+        if following:
+            return StepMemory(following[0], self.micro_batch)
+        if self.micro_batch > 1:
+            return StepMemory(self.mode, self.micro_batch // 2)
+        return None
