@@ -1,0 +1,112 @@
+"""What one step of a stage takes, counted on fake tensors."""
+
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from greedy.losses import LocalLoss
+from greedy.memory.counting import Counter
+from greedy.models import Stage, StageShapes
+from greedy.source import Batch
+from greedy.training.modes import StepMemory
+from greedy.training.step import Learner, gradients
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class StepDemand:
+    """A stage's step as memory sees it.
+
+    Attributes:
+        batch_size: rows of a batch.
+        precision: ``float32`` or ``bfloat16``.
+        optimizer: makes the stage's optimiser; ``None`` if its state is in host memory.
+        device_type: of the device; on ``cpu`` host memory is the device's.
+        stored_row_bytes: of a row as the source holds it.
+    """
+
+    stage: Stage
+    shapes: StageShapes
+    loss: LocalLoss
+    num_classes: int
+    batch_size: int
+    precision: str
+    optimizer: OptimizerFactory | None
+    device_type: str
+    stored_row_bytes: int
+
+    def peak(self, memory: StepMemory) -> int:
+        """Bytes on the device at most, in a step with this memory after the first one: weights,
+        gradients, optimiser state, the batch, and what is computed from it."""
+        stage = self._skeleton()
+        with FakeTensorMode(), Counter() as counter:
+            learner = self._learner(stage, memory)
+            counter.add([*learner.stage.state_dict().values(), *learner.heads.parameters()])
+            if self.optimizer is not None:
+                learner.optimizer = self.optimizer(learner.parameters())
+                _make_state(learner)
+            counter.reset_peak()
+            gradients(learner, self._batch(learner))
+        return counter.peak
+
+    def parameter_bytes(self) -> int:
+        """Bytes of weights, gradients and optimiser state."""
+        stage = self._skeleton()
+        with FakeTensorMode():
+            parameters = self._learner(stage, StepMemory()).parameters()
+        copies = 2 if self.optimizer is None else 4
+        return copies * sum(p.numel() * p.element_size() for p in parameters)
+
+    def _skeleton(self) -> Stage:
+        """The stage without its weights; real tensors and fake ones do not mix."""
+        return deepcopy(self.stage).to("meta")
+
+    def _learner(self, stage: Stage, memory: StepMemory) -> Learner:
+        state = stage.state_dict(keep_vars=True)
+        state = {k: torch.empty(v.shape, dtype=v.dtype) for k, v in state.items()}
+        stage.load_state_dict(state, assign=True)
+        heads = self.loss.heads(self.shapes.hidden, self.num_classes)
+        host = CPU if self.device_type == "cpu" else META
+        learner = Learner(
+            stage,
+            heads,
+            self.loss,
+            self.num_classes,
+            self.precision,
+            memory=memory,
+            host=host,
+            rehearsed=True,
+        )
+        learner.train()
+        return learner
+
+    def _batch(self, learner: Learner) -> Batch:
+        def read(rows: slice) -> torch.Tensor:
+            count = len(range(*rows.indices(self.batch_size)))
+            stored = torch.empty((count, self.stored_row_bytes), dtype=torch.uint8)
+            x = torch.empty((count, *self.shapes.input))
+            del stored
+            return x
+
+        mask = None
+        if learner.stage.dropout is not None:
+            generator = torch.Generator()
+            mask = learner.stage.dropout.mask(self.batch_size, self.shapes.input, generator)
+        return Batch(torch.zeros(self.batch_size, dtype=torch.long), read, mask)
+
+
+def _make_state(learner: Learner) -> None:
+    """Takes a step, after which the optimiser has its moments."""
+    assert learner.optimizer is not None
+    for parameter in learner.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    learner.optimizer.step()
+    for parameter in learner.parameters():
+        parameter.grad = None
