@@ -81,12 +81,13 @@ def drop(path: Path) -> None:
     run, numbers = _stages(path)
     if numbers == [0]:
         raise UserError("stage 0 holds the images that all else is computed from: drop another")
-    for number in filter(None, numbers):
-        record = run.record(number)
-        if record and record.store and run.store(number).is_dir():
-            run.drop_store(number)
-            freed = format_size(record.store.bytes)
-            click.echo(f"stage {number}: {freed} freed; {_rebuilding(run, number)}")
+    with run.writing():
+        for number in filter(None, numbers):
+            record = run.record(number)
+            if record and record.store and run.store(number).is_dir():
+                run.drop_store(number)
+                freed = format_size(record.store.bytes)
+                click.echo(f"stage {number}: {freed} freed; {_rebuilding(run, number)}")
 
 
 def _rebuilding(run: "RunDirectory", number: int) -> str:

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from greedy.errors import TrainingError
+from greedy.errors import Interrupted, TrainingError
+from greedy.interrupts import Postponed
 from greedy.reporting import EpochReport, Reporter
 from greedy.seeds import derive, torch_generator
 from greedy.source import Source
+from greedy.training.checkpoint import Checkpoints, Progress, Sums
 from greedy.training.schedule import Schedule
 from greedy.training.step import Learner, step
 
@@ -55,16 +57,31 @@ class Epochs:
     classes_per_batch: int
     seed: int
     reporter: Reporter
+    checkpoints: Checkpoints | None = None
 
     def __iter__(self) -> Iterator[EpochReport]:
-        for epoch in range(self.epochs):
-            report = self._epoch(epoch)
+        began = time.perf_counter()
+        done = self.checkpoints.load() if self.checkpoints else None
+        progress, sums = done or (Progress(), None)
+        before = progress.before + progress.seconds
+        yield from progress.reports
+        while not progress.finished:
+            report = self._epoch(progress, sums)
+            over = self.schedule.observe(report.holdout_loss)
+            progress = Progress(
+                epoch=report.epoch,
+                before=before + time.perf_counter() - began,
+                finished=over or report.epoch == self.epochs,
+                reports=[*progress.reports, report],
+            )
+            sums = None
+            if self.checkpoints:
+                self.checkpoints.save(progress)
             yield report
-            if self.schedule.observe(report.holdout_loss):
-                return
 
-    def _epoch(self, epoch: int) -> EpochReport:
-        started = time.perf_counter()
+    def _epoch(self, progress: Progress, sums: Sums | None) -> EpochReport:
+        started = time.perf_counter() - progress.seconds
+        epoch, first = progress.epoch, progress.position
         rate = self.schedule.rate_at(epoch)
         assert self.learner.optimizer is not None
         for group in self.learner.optimizer.param_groups:
@@ -72,17 +89,28 @@ class Epochs:
         self.source.at_epoch(epoch)
         limited = self.classes_per_batch if self.schedule.drops(epoch) == 0 else 0
         batches = self.source.epoch(
-            self.learner.stage.number, epoch, self.batch_size, classes_per_batch=limited
+            self.learner.stage.number,
+            epoch,
+            self.batch_size,
+            classes_per_batch=limited,
+            start_batch=first,
         )
         self.reporter.epoch_started(epoch + 1, batches.rows)
         self.learner.train()
-        totals = Totals()
-        for position, (x, labels) in enumerate(batches):
-            # For layers and losses that draw from torch's own generators.
-            torch.manual_seed(derive(self.seed, "step", self.learner.stage.number, epoch, position))
-            loss, logits = step(self.learner, self._drop(x, epoch, position), labels)
-            totals.add(loss, logits, labels)
-            self.reporter.batch_finished(len(labels))
+        totals = Totals(progress.rows, *sums) if sums else Totals()
+        self.reporter.batch_finished(totals.rows)
+        with Postponed() as stop:
+            for position, (x, labels) in enumerate(batches, start=first):
+                # For layers and losses that draw from torch's own generators.
+                number = self.learner.stage.number
+                torch.manual_seed(derive(self.seed, "step", number, epoch, position))
+                loss, logits = step(self.learner, self._drop(x, epoch, position), labels)
+                totals.add(loss, logits, labels)
+                self.reporter.batch_finished(len(labels))
+                if stop.requested is not None or (self.checkpoints and self.checkpoints.due):
+                    seconds = time.perf_counter() - started
+                    here = {"position": position + 1, "rows": totals.rows, "seconds": seconds}
+                    self._keep(progress.model_copy(update=here), totals, rate, stop.requested)
         self._require_finite(totals, epoch, rate)
         seconds = time.perf_counter() - started
         return EpochReport(
@@ -94,6 +122,18 @@ class Epochs:
             images_per_second=totals.rows / seconds,
             seconds=seconds,
         )
+
+    def _keep(self, progress: Progress, totals: Totals, rate: float, signal: int | None) -> None:
+        """A checkpoint within an epoch, and the end of the training where a signal asks for it."""
+        self._require_finite(totals, progress.epoch, rate)
+        if self.checkpoints:
+            self.checkpoints.save(progress, Sums(totals.loss, totals.wrong))
+        if signal is not None:
+            raise Interrupted(
+                signal,
+                f"interrupted in epoch {progress.epoch + 1} of stage {self.learner.stage.number} "
+                f"after step {progress.position}: the same command goes on from there",
+            )
 
     def _holdout_loss(self) -> float | None:
         if not self.source.held_out:

@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from greedy.cache.files import write_whole
 from greedy.devices import describe, peak_memory
 from greedy.files import canonical, digest, file_digest
 from greedy.losses import LocalLoss
@@ -21,6 +22,7 @@ from greedy.reporting import EpochReport, Reporter
 from greedy.runs import SPLITS
 from greedy.source import Source
 from greedy.sourcing import Sources
+from greedy.training.checkpoint import Checkpoints, Start
 from greedy.training.freeze import fit, write_split
 from greedy.training.loop import Epochs, measure
 from greedy.training.resolve import for_stage
@@ -44,7 +46,7 @@ class StageTraining:
     recipe: Recipe
     source: Source
     sources: Sources
-    resolved: dict[str, Any]
+    start: Start
     parent: StageRecord
     is_output: bool
     device: torch.device
@@ -52,14 +54,24 @@ class StageTraining:
     optimizer: OptimizerFactory | None = None
     written_before: int = 0
 
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """The choices made for it."""
+        return self.start.resolved
+
     def train(self, directory: Path) -> StageRecord:
-        """Trains, freezes and writes the stage into an empty directory."""
+        """Trains, freezes and writes the stage into a directory that is empty, or holds what an
+        interrupted training from the same start left."""
         started = time.perf_counter()
+        self.start.write(directory)
         torch.set_num_threads(self.resolved["threads"])
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         learner = self._learner()
-        reports = self._run_epochs(learner, directory)
+        checkpoints = Checkpoints(
+            directory, learner, self._schedule(), self.recipe.training.checkpoint_minutes
+        )
+        reports = self._run_epochs(learner, checkpoints)
         self._save(learner, directory)
         test = measure(learner, self.source.view("test", 0, self._batch))
         store = self._write_store(learner, directory)
@@ -84,7 +96,7 @@ class StageTraining:
             store=store,
             written_before=self.written_before,
             rows=self.parent.rows,
-            seconds=time.perf_counter() - started,
+            seconds=checkpoints.before + time.perf_counter() - started,
             peak_memory_bytes=peak_memory(self.device),
             versions=versions(),
             device=describe(self.device),
@@ -123,22 +135,25 @@ class StageTraining:
             milestones = milestones[number - 1]
         return Milestones(rate, training.lr_decay, milestones)
 
-    def _run_epochs(self, learner: Learner, directory: Path) -> list[EpochReport]:
+    def _run_epochs(self, learner: Learner, checkpoints: Checkpoints) -> list[EpochReport]:
         training = self.recipe.training
         epochs = for_stage(training.epochs, self.stage.number)
         name = "output" if self.is_output else self.stage.name
         self.reporter.stage_started(self.stage.number, name, epochs, self.resolved)
         reports = []
-        with (directory / HISTORY).open("w", encoding="utf-8") as history:
+        lines = checkpoints.training / HISTORY
+        lines.unlink(missing_ok=True)
+        with lines.open("x", encoding="utf-8") as history:
             for report in Epochs(
                 learner,
                 self.source,
-                self._schedule(),
+                checkpoints.schedule,
                 epochs,
                 training.batch_size,
                 self.recipe.data.classes_per_batch,
                 self.recipe.seed,
                 self.reporter,
+                checkpoints,
             ):
                 history.write(json.dumps(asdict(report)) + "\n")
                 history.flush()
@@ -149,7 +164,7 @@ class StageTraining:
     def _save(self, learner: Learner, directory: Path) -> None:
         for name, module in ((ENCODER, learner.stage), (HEADS, learner.heads)):
             tensors = {k: v.contiguous().cpu() for k, v in module.state_dict().items()}
-            safetensors.torch.save_file(tensors, directory / name)
+            write_whole(directory / name, safetensors.torch.save(tensors))
 
     def _write_store(self, learner: Learner, directory: Path) -> StoreRecord | None:
         views = self.resolved["views"]
