@@ -1,5 +1,6 @@
 """Training a network stage by stage."""
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +23,7 @@ from greedy.recipes.schema import SECTIONS
 from greedy.reporting import Reporter
 from greedy.runs import SPLITS, RunDirectory, is_unfinished, new_stage
 from greedy.sourcing import Sources
+from greedy.space import require_room, until_full
 from greedy.stage0 import write_stage0
 from greedy.training.checkpoint import Start
 from greedy.training.resolve import resolve
@@ -117,7 +119,11 @@ class GreedyTrainer:
         with self.run.writing():
             if self.run.state(0) == "complete":
                 return self.run.complete(0)
-            return write_stage0(self.run, dataset, [*names, "output"])
+            needed = sum(len(split) * math.prod(shape) for split in (dataset.train, dataset.test))
+            needed *= dataset.train.dtype.itemsize
+            require_room(self.run.path, "stage 0", needed)
+            with until_full(self.run.path, "stage 0", needed):
+                return write_stage0(self.run, dataset, [*names, "output"])
 
     def _require_data_of_run(self, dataset: Dataset) -> None:
         data = self.run.complete(0)
@@ -215,7 +221,10 @@ class GreedyTrainer:
         training = self._stage_training(number, source, views, begun)
         if directory == self.run.stage(number) and (before := former(self.run, number)):
             training.written_before = before.bytes_written
-        with new_stage(directory, go_on=training.start is begun) as place:
+        with (
+            until_full(self.run.path, f"stage {number}"),
+            new_stage(directory, go_on=training.start is begun) as place,
+        ):
             record = training.train(place)
         self.reporter.stage_finished(record)
         return record

@@ -56,7 +56,8 @@ def write_split(
             index=store.index,
             go_on=True,
         ) as writer:
-            reporter.batch_finished(writer.appended)
+            if writer.appended:
+                reporter.batch_finished(writer.appended)
             for view in range(writer.appended // store.rows, views):
                 start = writer.appended - view * store.rows
                 for outputs in outputs_from(source, split, view, start, batch, generation):

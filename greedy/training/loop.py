@@ -13,6 +13,7 @@ from greedy.reporting import EpochReport, Reporter
 from greedy.seeds import derive, torch_generator
 from greedy.source import Source
 from greedy.training.checkpoint import Checkpoints, Progress, Sums
+from greedy.training.guard import Guard
 from greedy.training.schedule import Schedule
 from greedy.training.step import Learner, step
 
@@ -98,20 +99,24 @@ class Epochs:
         self.reporter.epoch_started(epoch + 1, batches.rows)
         self.learner.train()
         totals = Totals(progress.rows, *sums) if sums else Totals()
-        self.reporter.batch_finished(totals.rows)
+        guard = Guard()
+        if totals.rows:
+            self.reporter.batch_finished(totals.rows)
         with Postponed() as stop:
             for position, (x, labels) in enumerate(batches, start=first):
                 # For layers and losses that draw from torch's own generators.
                 number = self.learner.stage.number
                 torch.manual_seed(derive(self.seed, "step", number, epoch, position))
-                loss, logits = step(self.learner, self._drop(x, epoch, position), labels)
+                dropped = self._drop(x, epoch, position)
+                loss, logits = step(self.learner, dropped, labels, guard, position)
                 totals.add(loss, logits, labels)
                 self.reporter.batch_finished(len(labels))
                 if stop.requested is not None or (self.checkpoints and self.checkpoints.due):
                     seconds = time.perf_counter() - started
                     here = {"position": position + 1, "rows": totals.rows, "seconds": seconds}
-                    self._keep(progress.model_copy(update=here), totals, rate, stop.requested)
-        self._require_finite(totals, epoch, rate)
+                    self._require_finite(guard, epoch, rate)
+                    self._keep(progress.model_copy(update=here), totals, stop.requested)
+        self._require_finite(guard, epoch, rate)
         seconds = time.perf_counter() - started
         return EpochReport(
             epoch=epoch + 1,
@@ -123,9 +128,8 @@ class Epochs:
             seconds=seconds,
         )
 
-    def _keep(self, progress: Progress, totals: Totals, rate: float, signal: int | None) -> None:
+    def _keep(self, progress: Progress, totals: Totals, signal: int | None) -> None:
         """A checkpoint within an epoch, and the end of the training where a signal asks for it."""
-        self._require_finite(totals, progress.epoch, rate)
         if self.checkpoints:
             self.checkpoints.save(progress, Sums(totals.loss, totals.wrong))
         if signal is not None:
@@ -149,13 +153,16 @@ class Epochs:
         mask = stage.dropout.mask(len(x), tuple(x.shape[1:]), generator)
         return x * mask.to(x.device, non_blocking=True)
 
-    def _require_finite(self, totals: Totals, epoch: int, rate: float) -> None:
-        if not torch.isfinite(torch.as_tensor(totals.loss)):
-            raise TrainingError(
-                f"the loss of stage {self.learner.stage.number} is not finite in epoch "
-                f"{epoch + 1} at a learning rate of {rate:g}: "
-                f"lower training.learning_rate and start the stage again"
-            )
+    def _require_finite(self, guard: Guard, epoch: int, rate: float) -> None:
+        if (number := guard.step) is None:
+            return
+        last = self.checkpoints.last if self.checkpoints else ""
+        kept = f"the last good checkpoint is of {last}" if last else "there is no checkpoint yet"
+        raise TrainingError(
+            f"the loss of stage {self.learner.stage.number} is not finite in epoch {epoch + 1}, "
+            f"step {number}, at a learning rate of {rate:g} ({kept}): lower "
+            f"training.learning_rate and begin another run"
+        )
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """One stage from its first weights to its finished directory."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -13,7 +14,8 @@ from torch import nn
 
 from greedy.cache.files import write_whole
 from greedy.devices import describe, peak_memory
-from greedy.files import canonical, digest, file_digest
+from greedy.disk import COMPRESSED, UNCOMPRESSED
+from greedy.files import bytes_below, canonical, digest, file_digest
 from greedy.losses import LocalLoss
 from greedy.manifest import ENCODER, HEADS, HISTORY, Metrics, Parent, StageRecord, StoreRecord
 from greedy.models import Stage, StageShapes, initialise, seeded
@@ -22,6 +24,7 @@ from greedy.reporting import EpochReport, Reporter
 from greedy.runs import SPLITS
 from greedy.source import Source
 from greedy.sourcing import Sources
+from greedy.space import require_room, until_full
 from greedy.training.checkpoint import Checkpoints, Start
 from greedy.training.freeze import fit, write_split
 from greedy.training.loop import Epochs, measure
@@ -68,6 +71,12 @@ class StageTraining:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         learner = self._learner()
+        needed = self._room(learner)
+        require_room(directory, f"stage {self.stage.number}", needed - bytes_below(directory))
+        with until_full(directory, f"stage {self.stage.number}", needed):
+            return self._train(learner, directory, started)
+
+    def _train(self, learner: Learner, directory: Path, started: float) -> StageRecord:
         checkpoints = Checkpoints(
             directory, learner, self._schedule(), self.recipe.training.checkpoint_minutes
         )
@@ -102,6 +111,21 @@ class StageTraining:
             device=describe(self.device),
         )
         return record.write(directory)
+
+    def _room(self, learner: Learner) -> int:
+        """Bytes on disk, at most: weights, two checkpoints with an optimiser's two numbers a
+        weight, and the store, or before it the views of the source drawn anew."""
+        weights = sum(4 * p.numel() for p in learner.parameters())
+        views, rows = self.resolved["views"], self.parent.rows
+        store = refreshed = 0
+        if not self.is_output and views != "live":
+            plain = self.recipe.store.compressor == "none"
+            size = (UNCOMPRESSED if plain else COMPRESSED)[self.resolved["encoding"]]
+            values = math.prod(self.shapes.output) * (rows["train"] * views + rows["test"])
+            store = math.ceil(size * values)
+        if self.source.refresh is not None:
+            refreshed = bytes_below(self.source.path / "train")
+        return 7 * weights + max(store, refreshed)
 
     @property
     def _batch(self) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from greedy.losses import Features, LocalHeads, LocalLoss
 from greedy.models import Stage
+from greedy.training.guard import Guard
 
 
 @dataclass
@@ -55,8 +56,11 @@ class Learner:
         return F.one_hot(labels, self.num_classes).float()
 
 
-def step(learner: Learner, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Trains on one batch: inputs after dropout (B, *shape), labels (B,).
+def step(
+    learner: Learner, x: Tensor, labels: Tensor, guard: Guard, position: int
+) -> tuple[Tensor, Tensor | None]:
+    """Trains on one batch, number ``position`` of its epoch: inputs after dropout (B, *shape),
+    labels (B,).
 
     Returns the loss, a scalar, and the local classifier's logits (B, classes) or ``None``;
     neither is waited for.
@@ -66,5 +70,5 @@ def step(learner: Learner, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor | 
     features = learner.features(x)
     loss = learner.loss(features, learner.one_hot(labels))
     loss.backward()
-    learner.optimizer.step()
+    guard.update(learner.optimizer, loss, position)
     return loss.detach(), None if features.p is None else features.p.detach()
