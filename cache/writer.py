@@ -206,11 +206,7 @@ class StoreWriter:
             self._pending.popleft().result()
 
     def _encode(self, values: NDArray[Any]) -> bytes:
-        stored = values if self._encoded else self._description.encoding.encode(values)
-        padding = self._layout.chunk_rows - len(stored)
-        if padding:
-            stored = np.pad(stored, [(0, padding)] + [(0, 0)] * (stored.ndim - 1))
-        return encode_chunk(stored, self._description.compressor)
+        return encode_rows(values, self._description, self._encoded)
 
     def _write(self, encoded: Future[bytes], view: int, chunk: int) -> None:
         if self._broken:  # nothing may follow a chunk that failed
@@ -247,3 +243,12 @@ class StoreWriter:
 
     def _expected(self) -> str:
         return f"{self._layout.views} views of {self._layout.rows} rows"
+
+
+def encode_rows(values: NDArray[Any], description: Description, encoded: bool = False) -> bytes:
+    """The bytes of a chunk of rows, float32 (n, *row_shape), or in stored form if `encoded`."""
+    stored = values if encoded else description.encoding.encode(values)
+    padding = description.layout.chunk_rows - len(stored)
+    if padding:
+        stored = np.pad(stored, [(0, padding)] + [(0, 0)] * (stored.ndim - 1))
+    return encode_chunk(stored, description.compressor)

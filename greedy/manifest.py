@@ -36,7 +36,8 @@ class StoreRecord(_Document):
     """One stage's activation store, both splits together.
 
     ``generation`` counts the writings of the training split, ``bytes_written`` is what all of
-    them wrote; ``digests`` are those of each split's contents.
+    them wrote; ``digests`` are those of each split's contents; ``source`` is the stage from whose
+    store it was written.
     """
 
     encoding: str
@@ -45,6 +46,7 @@ class StoreRecord(_Document):
     values: Size
     split_bytes: Splits
     digests: Annotated[dict[Literal["train", "test"], str], Field(min_length=2)]
+    source: Count = 0
     generation: Annotated[int, Field(ge=UNKNOWN)] = 0
     bytes_written: Count
 
@@ -55,7 +57,12 @@ class StoreRecord(_Document):
 
     @classmethod
     def of(
-        cls, written: dict[str, StoreSummary], encoding: str, compressor: str, views: int
+        cls,
+        written: dict[str, StoreSummary],
+        encoding: str,
+        compressor: str,
+        views: int,
+        source: int = 0,
     ) -> Self:
         """A new store, both splits written."""
         split_bytes = {split: summary.disk_bytes for split, summary in written.items()}
@@ -66,6 +73,7 @@ class StoreRecord(_Document):
             values=sum(summary.values for summary in written.values()),
             split_bytes=split_bytes,
             digests={split: summary.digest for split, summary in written.items()},
+            source=source,
             bytes_written=sum(split_bytes.values()),
         )
 
@@ -133,6 +141,8 @@ class StageRecord(_Document):
         earlier = [self.parent.stage] if self.parent else []
         if self.source is not None:
             earlier.append(self.source)
+        if self.stage and self.store:
+            earlier.append(self.store.source)
         if any(number >= self.stage for number in earlier):
             raise ValueError("it follows from a later stage")
         if self.stage and len(earlier) < 2:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 
 from greedy.build import build_loss, build_network, loss_settings
+from greedy.cache import Damage
 from greedy.data import Dataset, dataset_from_torch
 from greedy.devices import pick_device
 from greedy.disk import Plan, Views
@@ -20,6 +21,7 @@ from greedy.network import assemble, stages_of
 from greedy.planning import former, plan_disk
 from greedy.recipes import Recipe, from_document
 from greedy.recipes.schema import SECTIONS
+from greedy.repair import Mender, Repair
 from greedy.reporting import Reporter
 from greedy.runs import SPLITS, RunDirectory, is_unfinished, new_stage
 from greedy.sourcing import Sources
@@ -303,6 +305,15 @@ class GreedyTrainer:
                     f"stages: give one number, or one a stage"
                 )
         return found
+
+    def repair(self, numbers: Iterable[int]) -> tuple[list[Repair], list[Damage]]:
+        """Computes anew what is damaged in the stores of stages; returns what was done and what
+        is damaged still. See :class:`greedy.repair.Mender`."""
+        with self.run.writing():
+            stages, _ = self._stages(self.run.complete(0))
+            mender = Mender(self.run, stages, self.device)
+            found = [mender.repair(number) for number in numbers]
+        return [r for done, _ in found for r in done], [d for _, left in found for d in left]
 
     def assemble(self, until_stage: int | None = None) -> nn.Sequential:
         """The trained network, see :func:`greedy.network.assemble`."""

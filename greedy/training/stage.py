@@ -217,7 +217,7 @@ class StageTraining:
             )
             for split in SPLITS
         }
-        return StoreRecord.of(written, self.resolved["encoding"], compressor, views)
+        return StoreRecord.of(written, self.resolved["encoding"], compressor, views, source.number)
 
     def _lineage(self, directory: Path) -> str:
         """Names everything the result follows from."""
