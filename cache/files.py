@@ -2,23 +2,47 @@
 
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write `data` beside `path` and rename it into place."""
-    part = path.with_name(path.name + ".part")
-    with part.open("wb") as file:
+    part = part_of(path)
+    with new_file(part) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     rename(part, path)
 
 
+def part_of(path: Path) -> Path:
+    """Where a file is written before it is renamed to `path`."""
+    return path.with_name(path.name + ".part")
+
+
+def new_file(path: Path) -> BinaryIO:
+    """A file opened for writing in the place of whatever was there: never through a link."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")
+
+
 def rename(part: Path, path: Path) -> None:
     """Rename a file or directory so that the entry reaches the disk too."""
     part.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Let a file, or the entries of a directory, reach the disk."""
+    opened = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        os.fsync(opened)
     finally:
-        os.close(directory)
+        os.close(opened)
+
+
+def sync_below(directory: Path) -> None:
+    """Let a directory and all that is in it reach the disk."""
+    for path in directory.rglob("*"):
+        sync(path)
+    sync(directory)

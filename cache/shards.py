@@ -9,6 +9,7 @@ is decoded before the Blosc header says what the layout says.
 import hashlib
 import os
 import struct
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import DamagedStore
-from .files import rename
+from .files import new_file, part_of, rename
 
 COMPRESSORS = ("lz4", "zstd", "none")
 BLOSC_LEVEL = 3
@@ -115,13 +116,19 @@ def chunk_span(
     return offset, size
 
 
+def shard_digest(path: Path) -> bytes:
+    """What `ShardWriter.close` returned of a whole shard."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, hashlib.blake2b).digest()
+
+
 class ShardWriter:
     """Writes one shard beside its final name; `close` renames it into place."""
 
     def __init__(self, path: Path, chunks: int) -> None:
         self._path = path
-        self._part = path.with_name(path.name + ".part")
-        self._file = self._part.open("wb")
+        self._part = part_of(path)
+        self._file = new_file(self._part)
         self._digest = hashlib.blake2b()
         self._index = np.full((chunks, 2), _EMPTY, "<u8")
         self._offset = 0
@@ -144,7 +151,8 @@ class ShardWriter:
 
     def discard(self) -> None:
         """Remove what was written of an unfinished shard."""
-        self._file.close()
+        with suppress(OSError):  # of a full disk, on which the last bytes find no room
+            self._file.close()
         self._part.unlink(missing_ok=True)
 
     def _write(self, data: bytes) -> None:

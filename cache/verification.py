@@ -104,25 +104,37 @@ def _verify_side_array(file: Path, rows: int | None) -> list[Damage]:
     return []
 
 
-def _verify_shard(root: Path, description: Description, view: int, shard: int) -> list[Damage]:
-    file, layout = root / description.shard_key(view, shard), description.layout
+def shard_damage(
+    root: Path, description: Description, view: int, shard: int
+) -> dict[int, str] | str:
+    """What is wrong with the chunks of a shard, by their place in it, or with the shard as a
+    whole."""
+    path, layout = root / description.shard_key(view, shard), description.layout
     first, places = shard * layout.shard_chunks, layout.shard_chunks
     try:
-        with file.open("rb") as opened:
+        with path.open("rb") as opened:
             length = opened.seek(0, os.SEEK_END)
             opened.seek(max(length - shards.index_bytes(places), 0))
             index = shards.parse_index(opened.read(), places, "every chunk")
-            found = []
+            found = {}
             for place in range(layout.chunks_in(shard)):
                 where = f"chunk {first + place} of view {view}"
                 what = _chunk_damage(opened, description, index, place, where)
                 if what is not None:
-                    found.append(Damage(file, what))
+                    found[place] = what
             return found
     except OSError as error:
-        return [_unreadable(file, error)]
+        return _unreadable(path, error).what
     except DamagedStore as error:
-        return [Damage(file, str(error))]
+        return str(error)
+
+
+def _verify_shard(root: Path, description: Description, view: int, shard: int) -> list[Damage]:
+    file = root / description.shard_key(view, shard)
+    damage = shard_damage(root, description, view, shard)
+    if isinstance(damage, str):
+        return [Damage(file, damage)]
+    return [Damage(file, what) for what in damage.values()]
 
 
 def _chunk_damage(

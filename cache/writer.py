@@ -17,9 +17,10 @@ from .errors import StoreError
 from .files import write_whole
 from .layout import Layout
 from .metadata import SIDE_ARRAYS, Description
-from .shards import COMPRESSORS, ShardWriter, encode_chunk, with_crc
+from .shards import COMPRESSORS, ShardWriter, encode_chunk, shard_digest, with_crc
 from .sources import LocalSource
 from .threads import background
+from .verification import shard_damage
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,11 @@ class StoreWriter:
         encoded: whether `append` gets values already in stored form (raw images).
         threads: that encode and compress; one more writes.
         layout: instead of `Layout.fit`'s.
+        go_on: keep the whole shards that an interrupted writer of the same rows left.
 
     Attributes:
         summary: set when the store is finished.
+        appended: rows it has, over all views; with `go_on`, where to begin.
 
     Raises:
         StoreError: `path` holds files, or the arguments do not fit together.
@@ -79,6 +82,7 @@ class StoreWriter:
         encoded: bool = False,
         threads: int = 2,
         layout: Layout | None = None,
+        go_on: bool = False,
     ) -> None:
         if compressor not in COMPRESSORS:
             raise StoreError(
@@ -88,7 +92,7 @@ class StoreWriter:
             raise StoreError(f"a store needs rows and views, not {views} views of {rows} rows")
         if labels.shape != (rows,) or index.shape != (rows,):
             raise StoreError(f"labels and index must have one entry for each of {rows} rows")
-        if path.exists() and any(path.iterdir()):
+        if not go_on and path.exists() and any(path.iterdir()):
             raise StoreError(f"{path} already holds files; remove them first")
         self._path = path
         self._layout = layout or Layout.fit(views, rows, encoding)
@@ -100,7 +104,8 @@ class StoreWriter:
         self._dtype = encoding.stored_dtype if encoded else np.dtype(np.float32)
         self._row_shape = encoding.stored_shape if encoded else encoding.row_shape
         self._threads = threads
-        self._appended = 0
+        self.appended = 0
+        self._go_on = go_on
         self._chunk = np.empty(0)
         self._pending: deque[Future[None]] = deque()
         self._shard: ShardWriter | None = None
@@ -109,6 +114,8 @@ class StoreWriter:
 
     def __enter__(self) -> Self:
         (self._path / "activations").mkdir(parents=True, exist_ok=True)
+        if self._go_on:
+            self._keep_whole_shards()
         with ExitStack() as stack:
             stack.callback(self._discard)
             # One thread writes, in order; it ends after those it waits for.
@@ -144,17 +151,17 @@ class StoreWriter:
                 f"rows must be {self._dtype} {self._row_shape}, "
                 f"not {values.dtype} {values.shape[1:]}"
             )
-        if self._appended + len(values) > self._layout.views * self._layout.rows:
+        if self.appended + len(values) > self._layout.views * self._layout.rows:
             raise StoreError(f"the store takes {self._expected()}, more were appended")
         while len(values):
-            view, row = divmod(self._appended, self._layout.rows)
+            view, row = divmod(self.appended, self._layout.rows)
             chunk, filled = divmod(row, self._layout.chunk_rows)
             if not filled:
                 shape = (self._layout.rows_in(chunk), *self._row_shape)
                 self._chunk = np.empty(shape, self._dtype)
             taken = min(len(self._chunk) - filled, len(values))
             self._chunk[filled : filled + taken] = values[:taken]
-            self._appended += taken
+            self.appended += taken
             values = values[taken:]
             if filled + taken == len(self._chunk):
                 self._submit(view, chunk)
@@ -171,7 +178,7 @@ class StoreWriter:
         self._wait(0)
         layout = self._layout
         if len(self._digests) != layout.views * layout.shards:
-            raise StoreError(f"the store takes {self._expected()}, {self._appended} rows came")
+            raise StoreError(f"the store takes {self._expected()}, {self.appended} rows came")
         digest = hashlib.blake2b()
         for name, array in self._side_arrays.items():
             (self._path / name).mkdir(exist_ok=True)
@@ -199,11 +206,7 @@ class StoreWriter:
             self._pending.popleft().result()
 
     def _encode(self, values: NDArray[Any]) -> bytes:
-        stored = values if self._encoded else self._description.encoding.encode(values)
-        padding = self._layout.chunk_rows - len(stored)
-        if padding:
-            stored = np.pad(stored, [(0, padding)] + [(0, 0)] * (stored.ndim - 1))
-        return encode_chunk(stored, self._description.compressor)
+        return encode_rows(values, self._description, self._encoded)
 
     def _write(self, encoded: Future[bytes], view: int, chunk: int) -> None:
         if self._broken:  # nothing may follow a chunk that failed
@@ -222,9 +225,30 @@ class StoreWriter:
             self._broken = True
             raise
 
+    def _keep_whole_shards(self) -> None:
+        layout, description = self._layout, self._description
+        (self._path / "zarr.json").unlink(missing_ok=True)
+        for view in range(layout.views):
+            for shard in range(layout.shards):
+                if shard_damage(self._path, description, view, shard):
+                    return
+                path = self._path / description.shard_key(view, shard)
+                self._digests.append(shard_digest(path))
+                rows = min((shard + 1) * layout.shard_rows, layout.rows)
+                self.appended = view * layout.rows + rows
+
     def _discard(self) -> None:
         if self._shard is not None:
             self._shard.discard()
 
     def _expected(self) -> str:
         return f"{self._layout.views} views of {self._layout.rows} rows"
+
+
+def encode_rows(values: NDArray[Any], description: Description, encoded: bool = False) -> bytes:
+    """The bytes of a chunk of rows, float32 (n, *row_shape), or in stored form if `encoded`."""
+    stored = values if encoded else description.encoding.encode(values)
+    padding = description.layout.chunk_rows - len(stored)
+    if padding:
+        stored = np.pad(stored, [(0, padding)] + [(0, 0)] * (stored.ndim - 1))
+    return encode_chunk(stored, description.compressor)

@@ -1,4 +1,4 @@
-"""Commands that look after activation stores: info, verify, drop."""
+"""Commands that look after activation stores: info, verify, repair, drop."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +19,7 @@ BAR = 40  # columns of the widest bar of a histogram
 
 @click.group(cls=Group, epilog="Example: greedy cache info runs/demo")
 def cache() -> None:
-    """Look after activation stores: info, verify, drop."""
+    """Look after activation stores: info, verify, repair, drop."""
 
 
 @cache.command(epilog="Example: greedy cache info runs/demo/stage2")
@@ -70,6 +70,35 @@ def verify(path: Path, as_json: bool) -> None:
         raise SystemExit(1)
 
 
+@cache.command(epilog="Example: greedy cache repair runs/demo")
+@click.argument("path", type=options.PATH)
+@options.device
+@options.model
+@options.debug
+def repair(path: Path, device: str, model: str | None) -> None:
+    """Compute anew what is damaged in the stores of a run or a stage.
+
+    Only damaged chunks are written, and are what they were while what they were computed from
+    is there. Otherwise their views are computed anew. Exit code 1 if any damage is left.
+    """
+    from greedy.build import load_network  # noqa: PLC0415
+    from greedy.trainer import GreedyTrainer  # noqa: PLC0415
+
+    run, numbers = _stages(path)
+    network = load_network(run.recipe.model, model)
+    trainer = GreedyTrainer.from_recipe(run.recipe, run.path, device=device, model=network)
+    done, left = trainer.repair(numbers)
+    for each in done:
+        outcome = "as they were" if each.identical else "from another source: its content changed"
+        click.echo(f"stage {each.stage}, {each.split}: {each.chunks} chunks computed, {outcome}")
+    for damage in left:
+        click.echo(f"{damage.path}: {damage.what}")
+    if left:
+        raise SystemExit(1)
+    if not done:
+        click.echo("nothing is damaged")
+
+
 @cache.command(epilog="Example: greedy cache drop runs/demo/stage2")
 @click.argument("path", type=options.PATH)
 @options.debug
@@ -81,12 +110,13 @@ def drop(path: Path) -> None:
     run, numbers = _stages(path)
     if numbers == [0]:
         raise UserError("stage 0 holds the images that all else is computed from: drop another")
-    for number in filter(None, numbers):
-        record = run.record(number)
-        if record and record.store and run.store(number).is_dir():
-            run.drop_store(number)
-            freed = format_size(record.store.bytes)
-            click.echo(f"stage {number}: {freed} freed; {_rebuilding(run, number)}")
+    with run.writing():
+        for number in filter(None, numbers):
+            record = run.record(number)
+            if record and record.store and run.store(number).is_dir():
+                run.drop_store(number)
+                freed = format_size(record.store.bytes)
+                click.echo(f"stage {number}: {freed} freed; {_rebuilding(run, number)}")
 
 
 def _rebuilding(run: "RunDirectory", number: int) -> str:

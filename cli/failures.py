@@ -1,12 +1,15 @@
 """Every failure as one sentence on standard error and an exit code."""
 
+import signal
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import click
 
-from greedy.errors import TrainingError, UserError, unknown
+from greedy.errors import Interrupted, TrainingError, UserError, unknown
 
 DEBUG = "greedy.debug"  # the key of the context's `meta` under which --debug is kept
 
@@ -23,10 +26,12 @@ class Mistake(Failure):
     exit_code = 2
 
 
-class Interrupted(Failure):
-    """Ctrl-C."""
+class Stopped(Failure):
+    """A signal came."""
 
-    exit_code = 130
+    def __init__(self, sentence: str, number: int = signal.SIGINT) -> None:
+        super().__init__(sentence)
+        self.exit_code = 128 + number
 
 
 class Group(click.Group):
@@ -60,15 +65,29 @@ class Group(click.Group):
             click.echo(f"Error: {_sentence(error)}", err=True)
             code = error.exit_code
         except click.Abort:
-            code = Interrupted.exit_code
+            code = 128 + signal.SIGINT
         sys.exit(code)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Inside, SIGTERM stops a run as Ctrl-C does."""
+    from greedy.interrupts import stop  # noqa: PLC0415
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _failure(error: BaseException) -> Failure:
     sentence = " ".join(str(error).split())
     match error:
+        case Interrupted():
+            return Stopped(sentence, error.signal)
         case KeyboardInterrupt():
-            return Interrupted("interrupted; finished stages are kept")
+            return Stopped("interrupted: the same command goes on where this one stopped")
         case OSError(strerror=str(reason), filename=path):
             return Failure(f"{path}: {reason}" if path else reason)
     if kind := _kind(error):

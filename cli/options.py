@@ -21,6 +21,7 @@ SHORTHANDS = {
     "ram_budget": "store.ram_budget",
     "precision": "training.precision",
     "patience": "training.patience",
+    "checkpoint_minutes": "training.checkpoint_minutes",
 }
 
 PATH = click.Path(path_type=Path)
@@ -67,6 +68,11 @@ def _keep_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None
 def settings(command: F) -> F:
     """Adds --set and its shorthands."""
     for option in (
+        click.option(
+            "--checkpoint-minutes",
+            metavar="M",
+            help="Shorthand of --set training.checkpoint_minutes=M.",
+        ),
         click.option("--patience", metavar="N", help="Shorthand of --set training.patience=N."),
         click.option("--precision", metavar="NAME", help="Shorthand of --set training.precision."),
         click.option("--ram-budget", metavar="SIZE", help="Shorthand of --set store.ram_budget."),

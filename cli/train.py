@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import click
 
 from greedy.cli import options
+from greedy.cli.failures import terminable
 from greedy.cli.tables import percent, print_table, size
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ def train(
         trainer.prepare(dataset)
     progress = reporter(Console(), len(trainer.run.complete(0).network))
     trainer.reporter = progress
-    with progress:
+    with progress, terminable():
         trainer.train(retrain)
     _print_results(trainer)
 
@@ -119,7 +120,7 @@ def train_stage(
     )
     progress = reporter(Console(), len(trainer.run.complete(0).network))
     trainer.reporter = progress
-    with progress:
+    with progress, terminable():
         record = trainer.train_stage(number, source=source_number, again=retrain, to=to)
     written = to or run.stage(number)
     if progress.skipped:

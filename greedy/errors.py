@@ -12,6 +12,18 @@ class TrainingError(Exception):
     """A run that cannot go on, through nothing wrong in what was asked for; one sentence."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A run that was told to stop; one sentence that says how it goes on.
+
+    Attributes:
+        signal: that told it.
+    """
+
+    def __init__(self, signal: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.signal = signal
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     """The error that says ``name`` is no ``what``, with the nearest of the known names."""
     known = list(known)

@@ -1,9 +1,11 @@
-"""Digests of files and documents; sizes."""
+"""Digests of files and documents; sizes; documents whose claims are limited."""
 
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
+
+MAX_DOCUMENT_BYTES = 64 * 2**20
 
 
 def digest(data: bytes) -> str:
@@ -25,3 +27,42 @@ def bytes_below(directory: Path) -> int:
 def canonical(document: Any) -> bytes:
     """The one JSON text of a document that digests are taken of."""
     return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+
+
+def read_limited(path: Path) -> bytes:
+    """A small file's bytes. Raises ``ValueError`` for one that is too large to be one of ours."""
+    with path.open("rb") as file:
+        data = file.read(MAX_DOCUMENT_BYTES + 1)
+    if len(data) > MAX_DOCUMENT_BYTES:
+        raise ValueError("it is too large")
+    return data
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """A JSON object from a file that may be a stranger's. Raises ``ValueError`` saying what is
+    wrong with it."""
+    try:
+        document = json.loads(read_limited(path))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(document, dict):
+        raise ValueError("it is not a JSON object")
+    return document
+
+
+def signed(document: dict[str, Any]) -> bytes:
+    """A document as text with a digest of itself."""
+    whole = {**document, "digest": digest(canonical(document))}
+    return json.dumps(whole, indent=2).encode()
+
+
+def read_signed(path: Path) -> dict[str, Any]:
+    """The document of ``signed``. Raises ``ValueError`` saying what is wrong with it."""
+    document = read_document(path)
+    try:
+        intact = document.pop("digest", None) == digest(canonical(document))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not intact:
+        raise ValueError("its digest does not match")
+    return document

@@ -5,7 +5,7 @@ from pathlib import Path
 from greedy.cache import Damage, verify
 from greedy.errors import UserError
 from greedy.manifest import StageRecord
-from greedy.runs import SPLITS, RunDirectory
+from greedy.runs import SPLITS, RunDirectory, stage_numbers
 
 
 def verify_run(path: Path) -> list[Damage]:
@@ -14,12 +14,7 @@ def verify_run(path: Path) -> list[Damage]:
         run = RunDirectory.open(path)
     except UserError as error:
         return [Damage(path / "run.toml", f"cannot be read: {error}")]
-    numbers = sorted(
-        int(directory.name.removeprefix("stage"))
-        for directory in path.glob("stage*")
-        if directory.name.removeprefix("stage").isdigit()
-    )
-    return [damage for number in numbers for damage in verify_stage(run, number)]
+    return [damage for number in stage_numbers(path) for damage in verify_stage(run, number)]
 
 
 def verify_stage(run: RunDirectory, number: int) -> list[Damage]:

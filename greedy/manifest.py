@@ -1,18 +1,24 @@
 """What a finished stage says of itself: ``stage.json``."""
 
-import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from greedy.cache import StoreSummary
 from greedy.cache.files import write_whole
 from greedy.errors import UserError
-from greedy.files import canonical, digest, file_digest
+from greedy.files import file_digest, read_signed, signed
 
 FORMAT = 1
 ENCODER, HEADS, HISTORY = "encoder.safetensors", "heads.safetensors", "history.jsonl"
+UNKNOWN = -1  # the generation of a store whose views are just being exchanged
+
+# What a record may claim: it can come from a stranger, and others believe it.
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Size = Annotated[int, Field(ge=1, le=2**40)]
+Splits = Annotated[dict[Literal["train", "test"], Count], Field(min_length=2)]
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=255)]
 
 
 class _Document(BaseModel):
@@ -22,7 +28,7 @@ class _Document(BaseModel):
 class Parent(_Document):
     """The stage before a stage, as it was when the stage was trained."""
 
-    stage: int
+    stage: Count
     lineage: str
 
 
@@ -30,17 +36,19 @@ class StoreRecord(_Document):
     """One stage's activation store, both splits together.
 
     ``generation`` counts the writings of the training split, ``bytes_written`` is what all of
-    them wrote; ``digests`` are those of each split's contents.
+    them wrote; ``digests`` are those of each split's contents; ``source`` is the stage from whose
+    store it was written.
     """
 
     encoding: str
     compressor: str
-    views: int
-    values: int
-    split_bytes: dict[str, int]
-    digests: dict[str, str]
-    generation: int = 0
-    bytes_written: int
+    views: Size
+    values: Size
+    split_bytes: Splits
+    digests: Annotated[dict[Literal["train", "test"], str], Field(min_length=2)]
+    source: Count = 0
+    generation: Annotated[int, Field(ge=UNKNOWN)] = 0
+    bytes_written: Count
 
     @property
     def bytes(self) -> int:
@@ -49,7 +57,12 @@ class StoreRecord(_Document):
 
     @classmethod
     def of(
-        cls, written: dict[str, StoreSummary], encoding: str, compressor: str, views: int
+        cls,
+        written: dict[str, StoreSummary],
+        encoding: str,
+        compressor: str,
+        views: int,
+        source: int = 0,
     ) -> Self:
         """A new store, both splits written."""
         split_bytes = {split: summary.disk_bytes for split, summary in written.items()}
@@ -60,19 +73,25 @@ class StoreRecord(_Document):
             values=sum(summary.values for summary in written.values()),
             split_bytes=split_bytes,
             digests={split: summary.digest for split, summary in written.items()},
+            source=source,
             bytes_written=sum(split_bytes.values()),
         )
 
-    def rewritten(self, generation: int, train: StoreSummary) -> Self:
-        """The store after its training split was written again."""
-        return self.model_copy(
-            update={
-                "generation": generation,
-                "split_bytes": self.split_bytes | {"train": train.disk_bytes},
-                "digests": self.digests | {"train": train.digest},
-                "bytes_written": self.bytes_written + train.disk_bytes,
-            }
-        )
+
+class Choices(BaseModel):
+    """What ``resolved`` may hold, of which a stage has some."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    precision: Literal["float32", "bfloat16"] | None = None
+    views: Size | Literal["live"] | None = None
+    encoding: str | None = None
+    shuffle: Literal["rows", "window"] | None = None
+    chunk_rows: Size | None = None
+    write_batch: Size | None = None
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
 
 
 class Metrics(_Document):
@@ -95,27 +114,47 @@ class StageRecord(_Document):
     settings that decide the run's results.
     """
 
-    format: int = FORMAT
-    stage: int
+    format: Literal[1] = FORMAT
+    stage: Count
     name: str
     lineage: str
     recipe: str
     layers: list[str] = []
     parent: Parent | None = None
-    source: int | None = None
-    row_shape: tuple[int, ...]
+    source: Count | None = None
+    row_shape: Annotated[tuple[Size, ...], Field(min_length=1, max_length=3)]
     class_names: list[str]
     network: list[str]
     resolved: dict[str, Any] = {}
     metrics: Metrics = Metrics()
     store: StoreRecord | None = None
-    written_before: int = 0
-    rows: dict[str, int] = {}
+    written_before: Count = 0
+    rows: Annotated[dict[Literal["train", "test"], Size], Field(min_length=2)]
     seconds: float = 0.0
     peak_memory_bytes: int | None = None
     versions: dict[str, str] = {}
     device: str = ""
-    files: dict[str, str] = {}
+    files: dict[FileName, str] = {}
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> Self:
+        earlier = [self.parent.stage] if self.parent else []
+        if self.source is not None:
+            earlier.append(self.source)
+        if self.stage and self.store:
+            earlier.append(self.store.source)
+        if any(number >= self.stage for number in earlier):
+            raise ValueError("it follows from a later stage")
+        if self.stage and len(earlier) < 2:
+            raise ValueError("what it follows from is missing")
+        choices = Choices.model_validate(self.resolved)
+        needed = ("precision", "views", "shuffle", "write_batch", "threads")
+        if any(getattr(choices, key) is None for key in (needed if self.stage else ())):
+            raise ValueError("choices are missing")
+        moments = (choices.mean or (), choices.std or ())
+        if not self.stage and any(len(each) != self.row_shape[0] for each in moments):
+            raise ValueError("choices are missing")
+        return self
 
     @property
     def bytes_written(self) -> int:
@@ -131,9 +170,16 @@ class StageRecord(_Document):
             if path.is_file() and path.name != "stage.json"
         }
         record = self.model_copy(update={"files": files})
-        document = record.model_dump(mode="json")
-        document["digest"] = digest(canonical(document))
-        write_whole(directory / "stage.json", json.dumps(document, indent=2).encode())
+        write_whole(directory / "stage.json", signed(record.model_dump(mode="json")))
+        return record
+
+    def with_store(self, directory: Path, **changes: Any) -> Self:
+        """Writes ``stage.json`` with changes in its store's record. The siblings' digests stay:
+        those files are as they were, or damaged."""
+        assert self.store is not None
+        store = self.store.model_copy(update=changes)
+        record = self.model_copy(update={"store": store})
+        write_whole(directory / "stage.json", signed(record.model_dump(mode="json")))
         return record
 
     @classmethod
@@ -141,15 +187,14 @@ class StageRecord(_Document):
         """Reads and checks ``stage.json``. Raises ``UserError`` naming what is wrong with it."""
         path = directory / "stage.json"
         try:
-            document = json.loads(path.read_bytes())
-            claimed = document.pop("digest")
-            if digest(canonical(document)) != claimed:
-                raise ValueError("its digest does not match")
+            document = read_signed(path)
+            if document.get("format") != FORMAT:
+                raise ValueError(f"this version reads format {FORMAT}, not another")
             return cls.model_validate(document)
-        except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
-            reason = str(error).splitlines()[0]
+        except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{path} is damaged ({reason}): delete {directory} and go on with `greedy train`"
+                f"{path} is damaged ({_reason(error)}): delete {directory} and go on with "
+                f"`greedy train`"
             ) from error
 
     def check_file(self, directory: Path, name: str) -> Path:
@@ -163,3 +208,12 @@ class StageRecord(_Document):
                 f"train the stage again with --retrain"
             )
         return path
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with a document, in few words."""
+    if isinstance(error, ValidationError):
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        return f"{place}: {first['msg']}" if place else str(first["msg"])
+    return str(error).splitlines()[0]

@@ -1,15 +1,17 @@
 """A run directory: where things lie, and what state each stage is in."""
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Literal
 
-from greedy.cache.files import rename, write_whole
+from greedy.cache.files import part_of, rename, sync_below, write_whole
 from greedy.errors import UserError
 from greedy.files import canonical, digest
+from greedy.locking import HOLDER, LOCK, RunLock
 from greedy.manifest import StageRecord
 from greedy.recipes import Recipe, differences, load, result_fields, to_toml
 
@@ -19,6 +21,8 @@ SPLITS = ("train", "test")
 # What is made takes its place whole, by renaming; these two endings exist only for the moment
 # of the exchange.
 NEW, OLD = ".new", ".old"
+_STAGE = r"stage(0|[1-9][0-9]{0,8})"
+CHECKPOINT = "checkpoint"  # of a stage in the making: a finished one has none
 
 
 class RunDirectory:
@@ -27,6 +31,7 @@ class RunDirectory:
     def __init__(self, path: Path, recipe: Recipe) -> None:
         self.path = path
         self.recipe = recipe
+        self._lock = RunLock(path)
 
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
@@ -36,34 +41,44 @@ class RunDirectory:
                 f"{path} is not a run directory (it has no run.toml): give the --run of a "
                 f"`greedy train`, or begin one with --recipe"
             )
-        return cls(path, load(path / "run.toml"))
+        _require_own_files(path / "run.toml", *path.glob("stage*"), *path.glob(".stage*"))
+        return cls(path, load(path / "run.toml", inherits=False))
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe) -> "RunDirectory":
         """The run of this recipe at ``path``, to be trained: a new one where nothing is, or the
         one that is there if its results are the same recipe's. Raises ``UserError`` with the
-        differences otherwise. A new one is on disk only after ``begin``. What a crash left half
-        exchanged is put right here, and not on opening: others may read while one trains."""
+        differences otherwise. A new one is on disk only after ``begin``."""
         if (path / "run.toml").is_file():
             run = cls.open(path)
-            run._finish_exchanges()
             if run.record(0) is not None:
                 run._require_same_results(recipe)
             run.recipe = recipe
             return run
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file: choose another --run directory")
-        if path.is_dir() and any(path.iterdir()) and not _is_own_source(path):
+        if path.is_dir() and not (_is_unbegun(path) or _is_own_source(path)):
             raise UserError(
                 f"{path} is not empty and not a run directory: choose another --run, "
                 f"nothing in it has been touched"
             )
         return cls(path, recipe)
 
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Inside, no other process writes into the run. What a crash left half exchanged is put
+        right first, and not on opening: others may read while one trains."""
+        with self._lock.held() as first:
+            if first and (self.path / "run.toml").is_file():
+                there = RunDirectory.open(self.path)
+                there._finish_exchanges()
+                if there.record(0) is not None:
+                    there._require_same_results(self.recipe)
+            yield
+
     def begin(self) -> None:
         """Writes ``run.toml``, when stage 0 is about to be: what is refused before leaves no
         trace, and settings are those of a run only once it has data."""
-        self.path.mkdir(parents=True, exist_ok=True)
         write_whole(self.path / "run.toml", to_toml(self.recipe).encode())
 
     def _require_same_results(self, recipe: Recipe) -> None:
@@ -90,7 +105,15 @@ class RunDirectory:
     def record(self, number: int) -> StageRecord | None:
         """What a finished stage says of itself, or ``None`` while it is not finished."""
         directory = self.stage(number)
-        return StageRecord.read(directory) if (directory / "stage.json").is_file() else None
+        if not (directory / "stage.json").is_file():
+            return None
+        record = StageRecord.read(directory)
+        if record.stage != number:
+            raise UserError(
+                f"{directory} holds stage {record.stage}: put it into its place, or delete it and "
+                f"go on with `greedy train`"
+            )
+        return record
 
     def state(self, number: int) -> State:
         """A stage is stale when it was trained with other settings, or a stage it follows from is
@@ -139,20 +162,28 @@ class RunDirectory:
                     _exchange(leftover.with_name(leftover.stem.removeprefix(".")))
 
 
-def new_stage(directory: Path) -> AbstractContextManager[Path]:
+def new_stage(directory: Path, *, go_on: bool = False) -> AbstractContextManager[Path]:
     """A place in which to make a stage that then becomes ``directory``, see ``replacing``."""
-    return replacing(directory, directory / "training")
+    return replacing(directory, directory / "training", go_on=go_on)
+
+
+def is_unfinished(directory: Path) -> bool:
+    """Whether a directory holds a stage whose training was interrupted, and nothing else."""
+    _require_own_files(directory)
+    inside = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    return inside == ["training"] and (directory / "training" / CHECKPOINT).is_dir()
 
 
 @contextmanager
-def replacing(directory: Path, workshop: Path) -> Iterator[Path]:
-    """An empty directory ``workshop`` in which to make something. On clean exit it becomes
-    ``directory``, and only then does what was there before go."""
-    if workshop.exists():
+def replacing(directory: Path, workshop: Path, *, go_on: bool = False) -> Iterator[Path]:
+    """A directory ``workshop`` in which to make something: empty, or to ``go_on`` as it was left.
+    On clean exit it becomes ``directory``, and only then does what was there before go."""
+    if workshop.exists() and not go_on:
         shutil.rmtree(workshop)
-    workshop.mkdir(parents=True)
+    workshop.mkdir(parents=True, exist_ok=True)
     yield workshop
-    workshop.rename(_beside(directory, NEW))
+    sync_below(workshop)
+    rename(workshop, _beside(directory, NEW))
     _exchange(directory)
 
 
@@ -164,6 +195,8 @@ def _exchange(directory: Path) -> None:
     """Puts something finished into its place. Can be repeated after a crash at any point."""
     new, old = _beside(directory, NEW), _beside(directory, OLD)
     if new.is_dir():
+        if (new / CHECKPOINT).is_dir():
+            shutil.rmtree(new / CHECKPOINT)
         if directory.exists():
             if old.exists():
                 shutil.rmtree(old)
@@ -176,12 +209,40 @@ def _exchange(directory: Path) -> None:
 def run_of_stage(path: Path) -> tuple[RunDirectory, int]:
     """The run and the number that a stage directory such as ``cache/stage2`` belongs to."""
     path = Path(os.path.normpath(path.absolute()))
-    number = path.name.removeprefix("stage")
-    if not path.name.startswith("stage") or not number.isdigit():
+    number = re.fullmatch(_STAGE, path.name)
+    if number is None:
         raise UserError(f"{path} is not a stage directory: give one such as cache/stage2")
     if not path.is_dir():
-        raise UserError(f"{path} does not exist: train stage {number} first")
-    return RunDirectory.open(path.parent), int(number)
+        raise UserError(f"{path} does not exist: train stage {number[1]} first")
+    return RunDirectory.open(path.parent), int(number[1])
+
+
+def _require_own_files(*entries: Path) -> None:
+    """Refuses a run that reaches beyond its directory: what is written or deleted through a link
+    would be somebody else's."""
+    for entry in entries:
+        _require_no_link(entry)
+        for top, directories, files in os.walk(entry):
+            for name in (*directories, *files):
+                _require_no_link(Path(top, name))
+
+
+def _require_no_link(path: Path) -> None:
+    if path.is_symlink():
+        raise UserError(
+            f"{path} is a link, and a run's files are its own: put what it points to in its place"
+        )
+
+
+def stage_numbers(path: Path) -> list[int]:
+    """The stages that have a directory in a run."""
+    names = (re.fullmatch(_STAGE, each.name) for each in path.glob("stage*"))
+    return sorted(int(name[1]) for name in names if name)
+
+
+def _is_unbegun(path: Path) -> bool:
+    """Whether nothing is in a directory but what beginning a run leaves if it is cut short."""
+    return {each.name for each in path.iterdir()} <= {LOCK, HOLDER, part_of(Path("run.toml")).name}
 
 
 def _is_own_source(path: Path) -> bool:

@@ -86,9 +86,16 @@ class Source:
                 self.resident = None  # let go of the old views before taking memory for the new
                 self.hold_in_memory()
 
-    def epoch(self, stage: int, epoch: int, batch_size: int, classes_per_batch: int = 0) -> "Epoch":
+    def epoch(
+        self,
+        stage: int,
+        epoch: int,
+        batch_size: int,
+        classes_per_batch: int = 0,
+        start_batch: int = 0,
+    ) -> "Epoch":
         """The shuffled batches of one epoch of a stage's training, of at most
-        ``classes_per_batch`` classes or so unless that is 0."""
+        ``classes_per_batch`` classes or so unless that is 0, from the batch ``start_batch`` on."""
         store = self.stores["train"]
         known: dict[str, Any] = {
             "seed": derive(self.seed, "order", stage),
@@ -112,6 +119,7 @@ class Source:
             store.labels,
             order,
             batches,
+            start_batch=start_batch,
             pin_memory=self.device.type == "cuda",
         )
         draws = self.images.draw(store, self.seed, stage, epoch) if self.images else None

@@ -10,7 +10,7 @@ import torch
 from greedy.cache import Store
 from greedy.data import Augmentation
 from greedy.errors import UserError
-from greedy.manifest import StageRecord
+from greedy.manifest import StageRecord, StoreRecord
 from greedy.models import Stage
 from greedy.network import load_stage
 from greedy.reporting import Reporter
@@ -59,6 +59,12 @@ class Sources:
         source = self._open(stored, stage.number - 1)
         source.replayed = [*source.replayed, stage]
         return source
+
+    def of_store(self, number: int, store: StoreRecord) -> Source:
+        """What the store of a finished stage is computed from again: the store it was written
+        from, or if that is gone the images."""
+        there = store.source if self._views(store.source) >= store.views else 0
+        return self._open(there, number)
 
     def _last(self, number: int) -> int:
         """The last stage up to ``number`` whose store is there."""

@@ -1,5 +1,6 @@
 """Training a network stage by stage."""
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -8,6 +9,7 @@ from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 
 from greedy.build import build_loss, build_network, loss_settings
+from greedy.cache import Damage
 from greedy.data import Dataset, dataset_from_torch
 from greedy.devices import pick_device
 from greedy.disk import Plan, Views
@@ -19,10 +21,13 @@ from greedy.network import assemble, stages_of
 from greedy.planning import former, plan_disk
 from greedy.recipes import Recipe, from_document
 from greedy.recipes.schema import SECTIONS
+from greedy.repair import Mender, Repair
 from greedy.reporting import Reporter
-from greedy.runs import SPLITS, RunDirectory, new_stage
+from greedy.runs import SPLITS, RunDirectory, is_unfinished, new_stage
 from greedy.sourcing import Sources
+from greedy.space import require_room, until_full
 from greedy.stage0 import write_stage0
+from greedy.training.checkpoint import Start
 from greedy.training.resolve import resolve
 from greedy.training.stage import OptimizerFactory, StageTraining
 
@@ -101,16 +106,26 @@ class GreedyTrainer:
         dataset = dataset_from_torch(train_set, test_set)
         if self.run.state(0) != "complete":
             self.prepare(dataset)
-        self._require_data_of_run(dataset)
-        return self.train()
+        with self.run.writing():
+            self._require_data_of_run(dataset)
+            return self.train()
 
     def prepare(self, dataset: Dataset) -> StageRecord:
-        """Writes stage 0. What cannot be trained is refused before anything is written."""
+        """Writes stage 0, if it is not there. What cannot be trained is refused before anything
+        is written."""
         shape, classes = dataset.train.shape, len(dataset.class_names or "")
         stages = cut(self._model or build_network(self.recipe.model, shape, classes or 2))
         self._checked_shapes(stages, shape, classes)
         names = [stage.name for stage in stages[:-1]]
-        return write_stage0(self.run, dataset, [*names, "output"])
+        self.run.path.mkdir(parents=True, exist_ok=True)
+        with self.run.writing():
+            if self.run.state(0) == "complete":
+                return self.run.complete(0)
+            needed = sum(len(split) * math.prod(shape) for split in (dataset.train, dataset.test))
+            needed *= dataset.train.dtype.itemsize
+            require_room(self.run.path, "stage 0", needed)
+            with until_full(self.run.path, "stage 0", needed):
+                return write_stage0(self.run, dataset, [*names, "output"])
 
     def _require_data_of_run(self, dataset: Dataset) -> None:
         data = self.run.complete(0)
@@ -125,7 +140,12 @@ class GreedyTrainer:
     def train(self, retrain_from: int | None = None) -> list[StageRecord]:
         """Trains every stage that is not complete; from ``retrain_from`` on, also those that
         are. Before the first of them it is settled which stores the disk has room for; a store
-        that has to go goes once the next one is written. Returns the records of all stages."""
+        that has to go goes once the next one is written. Returns the records of all stages.
+        Where training was cut short it goes on, see ``training/checkpoint.py``."""
+        with self.run.writing():
+            return self._train(retrain_from)
+
+    def _train(self, retrain_from: int | None) -> list[StageRecord]:
         count = len(self.run.complete(0).network)
         if retrain_from is not None:
             _require_stage(retrain_from, count)
@@ -170,13 +190,19 @@ class GreedyTrainer:
         into ``to``, by default its place in the run. A complete stage is only trained
         ``again`` if asked to, and stays until the new one is whole. No store is deleted, and
         the stage gets the views it had, or else those that ``train`` would give it."""
+        with self.run.writing():
+            return self._train_alone(number, source, again, to)
+
+    def _train_alone(
+        self, number: int, source: int | None, again: bool, to: Path | None
+    ) -> StageRecord:
         _require_stage(number, len(self.run.complete(0).network))
         if to is not None and to.resolve() == self.run.stage(number).resolve():
             to = None
         directory = to or self.run.stage(number)
         if not again and to is None and self.run.record(number) is not None:
             return self._skip(number)
-        if to is not None and to.exists():
+        if to is not None and to.exists() and not is_unfinished(to):
             raise UserError(f"{to} exists already: give a --to that does not")
         for parent in to.absolute().parents if to is not None else ():
             if (parent / "run.toml").is_file():
@@ -193,15 +219,21 @@ class GreedyTrainer:
         return self._train_stage(number, source, directory, views)
 
     def _train_stage(self, number: int, source: int, directory: Path, views: Views) -> StageRecord:
-        training = self._stage_training(number, source, views)
+        begun = Start.read(directory / "training")
+        training = self._stage_training(number, source, views, begun)
         if directory == self.run.stage(number) and (before := former(self.run, number)):
             training.written_before = before.bytes_written
-        with new_stage(directory) as place:
+        with (
+            until_full(self.run.path, f"stage {number}"),
+            new_stage(directory, go_on=training.start is begun) as place,
+        ):
             record = training.train(place)
         self.reporter.stage_finished(record)
         return record
 
-    def _stage_training(self, number: int, wanted: int, views: Views) -> StageTraining:
+    def _stage_training(
+        self, number: int, wanted: int, views: Views, begun: Start | None = None
+    ) -> StageTraining:
         data, parent = self.run.complete(0), self.run.complete(number - 1)
         stages, shapes = self._stages(data)
         shape = shapes[number - 1]
@@ -211,6 +243,16 @@ class GreedyTrainer:
         resolved = resolve(self.recipe, source.stores["train"], shape, views, self.device)
         if (before := former(self.run, number)) and before.source == source.number:
             resolved = before.resolved | {"views": views}  # decided once: memory may be less now
+        start = Start(
+            stage=number,
+            recipe=parent.recipe,
+            parent=parent.lineage,
+            source=source.number,
+            layers=stages[number - 1].kinds,
+            resolved=resolved,
+        )
+        if begun is not None and begun.is_of(start):
+            start, resolved = begun, begun.resolved
         source.precision = resolved["precision"]
         if resolved["shuffle"] == "rows":
             source.hold_in_memory()
@@ -221,7 +263,7 @@ class GreedyTrainer:
             recipe=self.recipe,
             source=source,
             sources=sources,
-            resolved=resolved,
+            start=start,
             parent=parent,
             is_output=is_output,
             device=self.device,
@@ -263,6 +305,15 @@ class GreedyTrainer:
                     f"stages: give one number, or one a stage"
                 )
         return found
+
+    def repair(self, numbers: Iterable[int]) -> tuple[list[Repair], list[Damage]]:
+        """Computes anew what is damaged in the stores of stages; returns what was done and what
+        is damaged still. See :class:`greedy.repair.Mender`."""
+        with self.run.writing():
+            stages, _ = self._stages(self.run.complete(0))
+            mender = Mender(self.run, stages, self.device)
+            found = [mender.repair(number) for number in numbers]
+        return [r for done, _ in found for r in done], [d for _, left in found for d in left]
 
     def assemble(self, until_stage: int | None = None) -> nn.Sequential:
         """The trained network, see :func:`greedy.network.assemble`."""

@@ -6,7 +6,7 @@ import re
 from rich.console import Console
 
 from greedy.cli.progress import Bar, Lines, reporter
-from greedy.manifest import Metrics, StageRecord, StoreRecord
+from greedy.manifest import Metrics, Parent, StageRecord, StoreRecord
 from greedy.reporting import EpochReport
 
 RECORD = StageRecord(
@@ -24,9 +24,19 @@ RECORD = StageRecord(
         views=1,
         values=2,
         split_bytes={"train": 3 * 2**20, "test": 2**20},
-        digests={},
+        digests={"train": "", "test": ""},
         bytes_written=4 * 2**20,
     ),
+    parent=Parent(stage=9, lineage=""),
+    source=9,
+    resolved={
+        "precision": "float32",
+        "views": 1,
+        "shuffle": "rows",
+        "write_batch": 16,
+        "threads": 1,
+    },
+    rows={"train": 4, "test": 2},
     seconds=1234,
 )
 

@@ -109,6 +109,7 @@ def test_each_published_figure_has_its_recipe(row: Row) -> None:
         "milestones": PUBLISHED[int(row["epochs"])],
         "lr_decay": 0.25,
         "patience": 0,
+        "checkpoint_minutes": 10,
         "precision": "auto",
     }
     assert recipe.paper is not None

@@ -141,10 +141,10 @@ def test_stages_after_a_retrained_one_are_stale(run: Path, tmp_path: Path) -> No
 def test_a_crash_while_exchanging_stages_is_mended(run: Path) -> None:
     before = files(run / "stage1")
     (run / "stage1").rename(run / ".stage1.new")  # between the two renames
-    trainer(run)
+    trainer(run).train()
     assert files(run / "stage1") == before
     shutil.copytree(run / "stage1", run / ".stage1.old")  # after the second
-    trainer(run)
+    trainer(run).train()
     assert files(run / "stage1") == before
     assert not list(run.glob(".stage*"))
 

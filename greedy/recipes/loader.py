@@ -10,6 +10,7 @@ import tomli_w
 from pydantic import ValidationError
 
 from greedy.errors import UserError
+from greedy.files import read_limited
 from greedy.recipes import explain, milestones
 from greedy.recipes.schema import Model, Recipe, differences
 
@@ -27,15 +28,21 @@ class _Layer(NamedTuple):
         return UserError(f"{self.origin}: {message}" if self.origin else message)
 
 
-def load(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load(
+    name_or_path: str | Path, overrides: Sequence[str] = (), *, inherits: bool = True
+) -> Recipe:
     """The recipe of that name, or in that file if the argument ends in .toml or is a file, with
-    overrides such as ``training.epochs=10`` on top. Raises UserError for any mistake in it."""
+    overrides such as ``training.epochs=10`` on top. One that may not inherit is of that file
+    alone. Raises UserError for any mistake in it."""
     path, name = Path(name_or_path), str(name_or_path)
     if path.suffix == ".toml" or path.is_file():
         name = path.stem
     else:
         path = _shipped_path(name, names)
-    layers = _layers(_Layer(str(name_or_path), _read(path)), path)
+    layer = _Layer(str(name_or_path), _read(path))
+    if "extends" in layer.document and not inherits:
+        raise layer.error("extends another recipe, and a run's own stands alone")
+    layers = _layers(layer, path)
     if overrides:
         layers.append(_Layer("", _override_document(overrides)))
     return _resolved(layers, name)
@@ -114,10 +121,12 @@ def _shipped_path(name: str, candidates: Callable[[], Iterable[str]]) -> Path:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_limited(path).decode())
     except OSError as error:
         raise UserError(f"the recipe {path} cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise UserError(f"the recipe {path} is nested too deeply") from None
+    except ValueError as error:
         raise UserError(f"the recipe {path} is not valid TOML: {error}") from None
 
 

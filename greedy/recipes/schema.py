@@ -133,6 +133,10 @@ class Training(_Section):
         default="auto", description="Arithmetic of the encoder; losses are always in float32."
     )
 
+    checkpoint_minutes: float = Field(
+        default=10, ge=0, description="Minutes between checkpoints within an epoch."
+    )
+
     @field_validator("learning_rate")
     @classmethod
     def _one_rate_a_stage(
@@ -242,12 +246,13 @@ SECTIONS: Final[dict[str, type[BaseModel]]] = {
 
 def result_fields(recipe: Recipe) -> dict[str, Any]:
     """The fields that decide a run's result, as ``section.field`` -> value; the others (name,
-    paper, the store's compressor, budgets and ``keep``) may change at any time."""
+    paper, checkpoints, the store's compressor, budgets and ``keep``) may change at any time."""
     document = recipe.model_dump()
     whole = {
         f"{section}.{field}": value
         for section in ("data", "model", "loss", "training")
         for field, value in document[section].items()
+        if field != "checkpoint_minutes"
     }
     store = {
         f"store.{field}": document["store"][field]

@@ -1,6 +1,7 @@
 """Writing a frozen stage's output for the whole data set."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,7 +40,8 @@ def write_split(
     reporter: Reporter,
     stage: int,
 ) -> StoreSummary:
-    """Writes views of a split, the source's outputs, in batches of ``batch`` rows. Raises
+    """Writes views of a split, the source's outputs, in batches of ``batch`` rows. What is in
+    ``path`` already was begun for the same views: its whole shards stay. Raises
     ``TrainingError`` for a value that the encoding cannot hold, naming stage and channel."""
     store = source.stores[split]
     reporter.writing_started(stage, split, views * store.rows)
@@ -52,14 +54,30 @@ def write_split(
             compressor=compressor,
             labels=store.labels,
             index=store.index,
+            go_on=True,
         ) as writer:
-            for view in range(views):
-                for outputs, _ in source.view(split, view, batch, generation=generation):
-                    writer.append(outputs.cpu().numpy())
+            if writer.appended:
+                reporter.batch_finished(writer.appended)
+            for view in range(writer.appended // store.rows, views):
+                start = writer.appended - view * store.rows
+                for outputs in outputs_from(source, split, view, start, batch, generation):
+                    writer.append(outputs)
                     reporter.batch_finished(len(outputs))
         return writer.summary
     except NonFiniteActivation as error:
         raise TrainingError(f"stage {stage}: {error}") from error
+
+
+def outputs_from(
+    source: Source, split: str, view: int, start: int, batch: int, generation: int
+) -> Iterator[np.ndarray]:
+    """A source's outputs for a view's rows from ``start`` on, computed in the same batches as
+    from row 0: the last digit of an activation may depend on the batch it is in."""
+    skip = start % batch
+    aligned = source.view(split, view, batch, generation=generation, start=start - skip)
+    for outputs, _ in aligned:
+        yield outputs[skip:].cpu().numpy()
+        skip = 0
 
 
 def fit(name: str, source: Source, row_shape: Shape, batch: int, seed: int, stage: int) -> Encoding:

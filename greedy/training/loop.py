@@ -7,12 +7,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from greedy.errors import TrainingError
+from greedy.errors import Interrupted, TrainingError
+from greedy.interrupts import Postponed
 from greedy.losses import Features
 from greedy.models import Shape
 from greedy.reporting import EpochReport, Reporter
 from greedy.seeds import derive, torch_generator
 from greedy.source import Batch, Source
+from greedy.training.checkpoint import Checkpoints, Progress, Sums
+from greedy.training.guard import Guard
 from greedy.training.schedule import Schedule
 from greedy.training.step import Learner, step
 
@@ -59,16 +62,31 @@ class Epochs:
     classes_per_batch: int
     seed: int
     reporter: Reporter
+    checkpoints: Checkpoints | None = None
 
     def __iter__(self) -> Iterator[EpochReport]:
-        for epoch in range(self.epochs):
-            report = self._epoch(epoch)
+        began = time.perf_counter()
+        done = self.checkpoints.load() if self.checkpoints else None
+        progress, sums = done or (Progress(), None)
+        before = progress.before + progress.seconds
+        yield from progress.reports
+        while not progress.finished:
+            report = self._epoch(progress, sums)
+            over = self.schedule.observe(report.holdout_loss)
+            progress = Progress(
+                epoch=report.epoch,
+                before=before + time.perf_counter() - began,
+                finished=over or report.epoch == self.epochs,
+                reports=[*progress.reports, report],
+            )
+            sums = None
+            if self.checkpoints:
+                self.checkpoints.save(progress)
             yield report
-            if self.schedule.observe(report.holdout_loss):
-                return
 
-    def _epoch(self, epoch: int) -> EpochReport:
-        started = time.perf_counter()
+    def _epoch(self, progress: Progress, sums: Sums | None) -> EpochReport:
+        started = time.perf_counter() - progress.seconds
+        epoch, first = progress.epoch, progress.position
         rate = self.schedule.rate_at(epoch)
         assert self.learner.optimizer is not None
         for group in self.learner.optimizer.param_groups:
@@ -76,18 +94,33 @@ class Epochs:
         self.source.at_epoch(epoch)
         limited = self.classes_per_batch if self.schedule.drops(epoch) == 0 else 0
         batches = self.source.epoch(
-            self.learner.stage.number, epoch, self.batch_size, classes_per_batch=limited
+            self.learner.stage.number,
+            epoch,
+            self.batch_size,
+            classes_per_batch=limited,
+            start_batch=first,
         )
         self.reporter.epoch_started(epoch + 1, batches.rows)
         self.learner.train()
-        totals = Totals()
-        for position, batch in enumerate(batches):
-            # For layers and losses that draw from torch's own generators.
-            torch.manual_seed(derive(self.seed, "step", self.learner.stage.number, epoch, position))
-            loss, logits = self._step(replace(batch, mask=self._mask(batch, epoch, position)))
-            totals.add(loss, logits, batch.labels)
-            self.reporter.batch_finished(len(batch.labels))
-        self._require_finite(totals, epoch, rate)
+        totals = Totals(progress.rows, *sums) if sums else Totals()
+        guard = Guard()
+        if totals.rows:
+            self.reporter.batch_finished(totals.rows)
+        with Postponed() as stop:
+            for position, batch in enumerate(batches, start=first):
+                # For layers and losses that draw from torch's own generators.
+                number = self.learner.stage.number
+                torch.manual_seed(derive(self.seed, "step", number, epoch, position))
+                masked = replace(batch, mask=self._mask(batch, epoch, position))
+                loss, logits = self._step(masked, guard, position)
+                totals.add(loss, logits, batch.labels)
+                self.reporter.batch_finished(len(batch.labels))
+                if stop.requested is not None or (self.checkpoints and self.checkpoints.due):
+                    seconds = time.perf_counter() - started
+                    here = {"position": position + 1, "rows": totals.rows, "seconds": seconds}
+                    self._require_finite(guard, epoch, rate)
+                    self._keep(progress.model_copy(update=here), totals, stop.requested)
+        self._require_finite(guard, epoch, rate)
         seconds = time.perf_counter() - started
         return EpochReport(
             epoch=epoch + 1,
@@ -99,14 +132,25 @@ class Epochs:
             seconds=seconds,
         )
 
+    def _keep(self, progress: Progress, totals: Totals, signal: int | None) -> None:
+        """A checkpoint within an epoch, and the end of the training where a signal asks for it."""
+        if self.checkpoints:
+            self.checkpoints.save(progress, Sums(totals.loss, totals.wrong))
+        if signal is not None:
+            raise Interrupted(
+                signal,
+                f"interrupted in epoch {progress.epoch + 1} of stage {self.learner.stage.number} "
+                f"after step {progress.position}: the same command goes on from there",
+            )
+
     def _holdout_loss(self) -> float | None:
         if not self.source.held_out:
             return None
         return measure(self.learner, self.source.held_out_rows(self.batch_size)).mean_loss
 
-    def _step(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+    def _step(self, batch: Batch, guard: Guard, position: int) -> tuple[Tensor, Tensor | None]:
         planned = self.learner.memory
-        done = step(self.learner, batch)
+        done = step(self.learner, batch, guard, position)
         if self.learner.memory != planned:
             self.reporter.memory_reduced(self.learner.stage.number, self.learner.memory)
         return done
@@ -120,13 +164,16 @@ class Epochs:
         mask = stage.dropout.mask(len(batch.labels), self.input_shape, generator)
         return mask.to(self.learner.device, non_blocking=True)
 
-    def _require_finite(self, totals: Totals, epoch: int, rate: float) -> None:
-        if not torch.isfinite(torch.as_tensor(totals.loss)):
-            raise TrainingError(
-                f"the loss of stage {self.learner.stage.number} is not finite in epoch "
-                f"{epoch + 1} at a learning rate of {rate:g}: "
-                f"lower training.learning_rate and start the stage again"
-            )
+    def _require_finite(self, guard: Guard, epoch: int, rate: float) -> None:
+        if (number := guard.step) is None:
+            return
+        last = self.checkpoints.last if self.checkpoints else ""
+        kept = f"the last good checkpoint is of {last}" if last else "there is no checkpoint yet"
+        raise TrainingError(
+            f"the loss of stage {self.learner.stage.number} is not finite in epoch {epoch + 1}, "
+            f"step {number}, at a learning rate of {rate:g} ({kept}): lower "
+            f"training.learning_rate and begin another run"
+        )
 
 
 @torch.no_grad()

@@ -1,8 +1,12 @@
 """Views drawn and written anew while the stage after them trains."""
 
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 from greedy.cache import Store
+from greedy.files import canonical, digest
+from greedy.manifest import UNKNOWN, StageRecord
 from greedy.reporting import Reporter
 from greedy.runs import RunDirectory, replacing
 from greedy.source import Source
@@ -30,10 +34,11 @@ class Refresh:
         assert record.store is not None
         if record.store.generation == generation:
             return False
+        directory = self.run.stage(self.stored)
         path = self.run.store(self.stored) / "train"
         old = Store(path)
         self.source.precision = record.resolved["precision"]
-        with replacing(path, path.with_name(".train.part")) as place:
+        with replacing(path, _workshop(path, record, generation), go_on=True) as place:
             written = write_split(
                 place,
                 self.source,
@@ -46,6 +51,24 @@ class Refresh:
                 reporter=self.reporter,
                 stage=self.stored,
             )
-        store = record.store.rewritten(generation, written)
-        record.model_copy(update={"store": store}).write(self.run.stage(self.stored))
+            # Whatever happens between the exchange and the record, it does not say less.
+            record = record.with_store(directory, generation=UNKNOWN)
+        assert record.store is not None
+        record.with_store(
+            directory,
+            generation=generation,
+            split_bytes=record.store.split_bytes | {"train": written.disk_bytes},
+            digests=record.store.digests | {"train": written.digest},
+            bytes_written=record.store.bytes_written + written.disk_bytes,
+        )
         return True
+
+
+def _workshop(path: Path, record: StageRecord, generation: int) -> Path:
+    """Where the views of a generation are written: named by what they follow from, so that one
+    that was interrupted goes on and any other goes."""
+    place = path.with_name(f".train.{digest(canonical([record.lineage, generation]))}.part")
+    for other in path.parent.glob(".train.*.part"):
+        if other != place:
+            shutil.rmtree(other)
+    return place

@@ -1,6 +1,7 @@
 """One stage from its first weights to its finished directory."""
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -11,8 +12,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from greedy.cache.files import write_whole
 from greedy.devices import describe, peak_memory
-from greedy.files import canonical, digest, file_digest
+from greedy.disk import COMPRESSED, UNCOMPRESSED
+from greedy.files import bytes_below, canonical, digest, file_digest
 from greedy.losses import LocalLoss
 from greedy.manifest import ENCODER, HEADS, HISTORY, Metrics, Parent, StageRecord, StoreRecord
 from greedy.models import Stage, StageShapes, initialise, seeded
@@ -21,6 +24,8 @@ from greedy.reporting import EpochReport, Reporter
 from greedy.runs import SPLITS
 from greedy.source import Source
 from greedy.sourcing import Sources
+from greedy.space import require_room, until_full
+from greedy.training.checkpoint import Checkpoints, Start
 from greedy.training.freeze import fit, write_split
 from greedy.training.loop import Epochs, measure
 from greedy.training.resolve import for_stage
@@ -44,7 +49,7 @@ class StageTraining:
     recipe: Recipe
     source: Source
     sources: Sources
-    resolved: dict[str, Any]
+    start: Start
     parent: StageRecord
     is_output: bool
     device: torch.device
@@ -52,14 +57,30 @@ class StageTraining:
     optimizer: OptimizerFactory | None = None
     written_before: int = 0
 
+    @property
+    def resolved(self) -> dict[str, Any]:
+        """The choices made for it."""
+        return self.start.resolved
+
     def train(self, directory: Path) -> StageRecord:
-        """Trains, freezes and writes the stage into an empty directory."""
+        """Trains, freezes and writes the stage into a directory that is empty, or holds what an
+        interrupted training from the same start left."""
         started = time.perf_counter()
+        self.start.write(directory)
         torch.set_num_threads(self.resolved["threads"])
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         learner = self._learner()
-        reports = self._run_epochs(learner, directory)
+        needed = self._room(learner)
+        require_room(directory, f"stage {self.stage.number}", needed - bytes_below(directory))
+        with until_full(directory, f"stage {self.stage.number}", needed):
+            return self._train(learner, directory, started)
+
+    def _train(self, learner: Learner, directory: Path, started: float) -> StageRecord:
+        checkpoints = Checkpoints(
+            directory, learner, self._schedule(), self.recipe.training.checkpoint_minutes
+        )
+        reports = self._run_epochs(learner, checkpoints)
         self._save(learner, directory)
         test = measure(learner, self.source.view("test", 0, self._batch))
         store = self._write_store(learner, directory)
@@ -84,12 +105,27 @@ class StageTraining:
             store=store,
             written_before=self.written_before,
             rows=self.parent.rows,
-            seconds=time.perf_counter() - started,
+            seconds=checkpoints.before + time.perf_counter() - started,
             peak_memory_bytes=peak_memory(self.device),
             versions=versions(),
             device=describe(self.device),
         )
         return record.write(directory)
+
+    def _room(self, learner: Learner) -> int:
+        """Bytes on disk, at most: weights, two checkpoints with an optimiser's two numbers a
+        weight, and the store, or before it the views of the source drawn anew."""
+        weights = sum(4 * p.numel() for p in learner.parameters())
+        views, rows = self.resolved["views"], self.parent.rows
+        store = refreshed = 0
+        if not self.is_output and views != "live":
+            plain = self.recipe.store.compressor == "none"
+            size = (UNCOMPRESSED if plain else COMPRESSED)[self.resolved["encoding"]]
+            values = math.prod(self.shapes.output) * (rows["train"] * views + rows["test"])
+            store = math.ceil(size * values)
+        if self.source.refresh is not None:
+            refreshed = bytes_below(self.source.path / "train")
+        return 7 * weights + max(store, refreshed)
 
     @property
     def _batch(self) -> int:
@@ -123,23 +159,26 @@ class StageTraining:
             milestones = milestones[number - 1]
         return Milestones(rate, training.lr_decay, milestones)
 
-    def _run_epochs(self, learner: Learner, directory: Path) -> list[EpochReport]:
+    def _run_epochs(self, learner: Learner, checkpoints: Checkpoints) -> list[EpochReport]:
         training = self.recipe.training
         epochs = for_stage(training.epochs, self.stage.number)
         name = "output" if self.is_output else self.stage.name
         self.reporter.stage_started(self.stage.number, name, epochs, self.resolved)
         reports = []
-        with (directory / HISTORY).open("w", encoding="utf-8") as history:
+        lines = checkpoints.training / HISTORY
+        lines.unlink(missing_ok=True)
+        with lines.open("x", encoding="utf-8") as history:
             for report in Epochs(
                 learner,
                 self.source,
                 self.shapes.input,
-                self._schedule(),
+                checkpoints.schedule,
                 epochs,
                 training.batch_size,
                 self.recipe.data.classes_per_batch,
                 self.recipe.seed,
                 self.reporter,
+                checkpoints,
             ):
                 history.write(json.dumps(asdict(report)) + "\n")
                 history.flush()
@@ -150,7 +189,7 @@ class StageTraining:
     def _save(self, learner: Learner, directory: Path) -> None:
         for name, module in ((ENCODER, learner.stage), (HEADS, learner.heads)):
             tensors = {k: v.contiguous().cpu() for k, v in module.state_dict().items()}
-            safetensors.torch.save_file(tensors, directory / name)
+            write_whole(directory / name, safetensors.torch.save(tensors))
 
     def _write_store(self, learner: Learner, directory: Path) -> StoreRecord | None:
         views = self.resolved["views"]
@@ -179,7 +218,7 @@ class StageTraining:
             )
             for split in SPLITS
         }
-        return StoreRecord.of(written, self.resolved["encoding"], compressor, views)
+        return StoreRecord.of(written, self.resolved["encoding"], compressor, views, source.number)
 
     def _lineage(self, directory: Path) -> str:
         """Names everything the result follows from."""

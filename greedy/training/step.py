@@ -10,6 +10,7 @@ from greedy.losses import Features, LocalHeads, LocalLoss
 from greedy.models import Stage
 from greedy.source import Batch
 from greedy.training.exact import ExactStep, put
+from greedy.training.guard import Guard
 from greedy.training.modes import Mode, StepMemory
 from greedy.training.parts import Parts, parts_of
 
@@ -80,26 +81,30 @@ class Learner:
         return found if not self.rehearsed or len(found) < 3 else [*found[:2], found[-1]]
 
 
-def step(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """Trains on one batch.
+def step(
+    learner: Learner, batch: Batch, guard: Guard, position: int
+) -> tuple[Tensor, Tensor | None]:
+    """Trains on one batch, number ``position`` of its epoch, unless the loss is not finite.
 
     Returns the loss, a scalar, and the local classifier's logits (B, classes) or ``None``;
     neither is waited for. Where memory runs out, nothing has been changed yet, and the step is
     repeated in the next smaller mode; the smallest one's ``torch.OutOfMemoryError`` is raised.
     """
-    while (done := _try(learner, batch)) is None:
+    while (done := _try(learner, batch, guard, position)) is None:
         pass
     return done
 
 
-def _try(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None] | None:
+def _try(
+    learner: Learner, batch: Batch, guard: Guard, position: int
+) -> tuple[Tensor, Tensor | None] | None:
     """A step, or ``None`` where it took too much memory and a smaller mode is to be tried."""
     assert learner.optimizer is not None
     before = [buffer.clone() for buffer in learner.stage.buffers()]
     try:
-        done = gradients(learner, batch)
-        learner.optimizer.step()
-        return done
+        loss, logits = gradients(learner, batch)
+        guard.update(learner.optimizer, loss, position)
+        return loss, logits
     except RuntimeError as error:
         smaller = learner.memory.smaller(learner.device.type)
         if not _is_out_of_memory(error) or smaller is None or learner.parts is None:

@@ -1,0 +1,270 @@
+"""What small whole runs survive: kills, flipped bits, full disks; and what checkpoints cost.
+
+Every fault strikes a real process with real files. A run that ends is compared with one that
+nothing happened to: weights, stores, histories and records, but for what tells of time, memory
+and bytes written. Full disks are tmpfs in a mount namespace of our own (`unshare -Urm`).
+"""
+
+import contextlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+import torch
+
+from greedy import recipes
+from greedy.cli.main import cli
+from greedy.trainer import GreedyTrainer
+from greedy.training.checkpoint import Checkpoints
+
+RECIPE = """
+[data]
+name = "fashion-mnist-sample"
+augmentation = "jitter2"
+[model]
+network = "mlp"
+hidden_layers = 2
+hidden_width = 16
+dropout = 0.1
+[loss]
+name = "predsim"
+[training]
+epochs = 3
+batch_size = 128
+learning_rate = 0.002
+precision = "float32"
+checkpoint_minutes = 0.001
+[store]
+views = 2
+refresh_every = 2
+"""
+FORK = multiprocessing.get_context("fork")
+TMPFS_BYTES = 64 * 2**20
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    output: str
+
+
+def start(log: Path, *arguments: object) -> Any:
+    """A `greedy` command in a process of its own, its output going to a file."""
+    process = FORK.Process(target=_command, args=(log, [str(each) for each in arguments]))
+    process.start()
+    return process
+
+
+def run(log: Path, *arguments: object) -> Ended:
+    """The same, awaited."""
+    process = start(log, *arguments)
+    process.join()
+    return Ended(process.exitcode, log.read_text())
+
+
+def _command(log: Path, arguments: list[str]) -> None:
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.stdout = sys.stderr = file
+        torch.set_num_threads(1)
+        cli(arguments)
+
+
+def outcome(directory: Path) -> dict[str, Any]:
+    """What a run came to, by file."""
+    found: dict[str, Any] = {}
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        name = str(path.relative_to(directory))
+        if path.name == "stage.json":
+            document = json.loads(path.read_bytes())
+            free = ("seconds", "peak_memory_bytes", "digest", "written_before", "versions")
+            found[name] = {k: v for k, v in document.items() if k not in free}
+            found[name]["files"] = sorted(document["files"])
+            found[name]["store"] = {**(document["store"] or {}), "bytes_written": 0}
+        elif path.name == "history.jsonl":
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            free = ("seconds", "images_per_second")
+            found[name] = [{k: v for k, v in x.items() if k not in free} for x in lines]
+        elif name not in ("run.toml", ".lock", ".lock.json"):
+            found[name] = path.read_bytes()
+    return found
+
+
+def kills(count: int, folder: Path, recipe: Path, expected: dict, seconds: float) -> dict:
+    """Runs killed at a random moment, then given the same command again."""
+    choose, identical = random.Random(1), 0
+    for number in range(count):
+        place, log = folder / f"killed{number}", folder / "log"
+        command = ("train", "--recipe", recipe, "--run", place)
+        process = start(log, *command)
+        time.sleep(choose.uniform(0, seconds))
+        process.kill()
+        process.join()
+        ended = run(log, *command)
+        identical += ended.code == 0 and outcome(place) == expected
+        shutil.rmtree(place)
+    return {"kills": count, "identical": identical}
+
+
+def flips(count: int, folder: Path, recipe: Path, expected: dict) -> dict:
+    """Single bits flipped in files of a run whose last stage is half trained."""
+    choose, place, log = random.Random(2), folder / "half", folder / "log"
+    command = ("train", "--recipe", recipe, "--run", place)
+    process = start(log, *command)
+    while not (place / "stage3/training/checkpoint/progress.json").is_file():
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    found = {"detected": 0, "harmless": 0, "silent": 0}
+    for _ in range(count):
+        copy = folder / "flipped"
+        shutil.copytree(place, copy)
+        files = sorted(p for p in copy.rglob("*") if p.is_file() and p.stat().st_size)
+        path = choose.choice(files)
+        data = bytearray(path.read_bytes())
+        bit = choose.randrange(8 * len(data))
+        data[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(data)
+        looked = run(log, "cache", "verify", copy)
+        trained = run(log, "train", "--run", copy)
+        refused = trained.code in (1, 2) and "Error: " in trained.output
+        clean = "Traceback" not in looked.output + trained.output
+        if clean and (looked.code == 1 or refused):
+            kind = "detected"
+        elif clean and trained.code == 0 and outcome(copy) == expected:
+            kind = "harmless"
+        else:
+            kind = "silent"
+            where = f"{path.relative_to(copy)}, bit {bit}: {trained.output[-300:]}"
+            click.echo(f"not survived: {where}", err=True)
+        found[kind] += 1
+        shutil.rmtree(copy)
+    return {"flips": count, **found}
+
+
+def disk_full(count: int, folder: Path, recipe: Path, expected: dict) -> dict:
+    """Runs on a disk that is too small, or filled by another at a random moment, then given the
+    same command again with room enough."""
+    choose, disk, log = random.Random(3), folder / "disk", folder / "log"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "none", disk], check=True)
+    needed = sum(len(v) for v in expected.values() if isinstance(v, bytes))
+    clean = continued = 0
+    for number in range(count):
+        place, filler = disk / "run", disk / "filler"
+        small = number % 2 == 0
+        size = choose.randrange(needed) if small else TMPFS_BYTES
+        _resize(disk, max(size, 2**16))
+        command = ("train", "--recipe", recipe, "--run", place)
+        process = start(log, *command)
+        if not small:
+            _wait_for(place / f"stage{choose.randint(1, 3)}/training", process)
+            time.sleep(choose.uniform(0, 0.2))
+            with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
+                while process.is_alive():
+                    with contextlib.suppress(OSError):
+                        file.write(bytes(2**20))
+                        continue
+                    time.sleep(0.001)
+                    file.write(bytes(1))
+        process.join()
+        text = log.read_text()
+        last = text.splitlines()[-1] if text else ""
+        said = last.startswith("Error: ") and "free" in last and str(disk) in last
+        clean += process.exitcode == 1 and said and "Traceback" not in text
+        if not said:
+            click.echo(f"no clean stop: {process.exitcode} {text[-500:]}", err=True)
+        filler.unlink(missing_ok=True)
+        _resize(disk, TMPFS_BYTES)
+        continued += run(log, *command).code == 0 and outcome(place) == expected
+        shutil.rmtree(place, ignore_errors=True)
+    subprocess.run(["umount", disk], check=True)
+    return {"disk_full": count, "clean_stops": clean, "continued": continued}
+
+
+def _wait_for(path: Path, process: Any) -> None:
+    while not path.exists() and process.is_alive():
+        time.sleep(0.002)
+
+
+def _resize(disk: Path, size: int) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", disk], check=True)
+
+
+def checkpoint_overhead(folder: Path) -> float:
+    """The share of its time that a run of recipe `demo` with fewer epochs spends on checkpoints
+    at the default interval, those at the end of each epoch included."""
+    spent, save = [], Checkpoints.save
+
+    def timed(*arguments: Any) -> None:
+        began = time.perf_counter()
+        save(*arguments)
+        spent.append(time.perf_counter() - began)
+
+    changes = ["training.epochs=1", "training.precision=float32"]
+    trainer = GreedyTrainer.from_recipe(
+        recipes.load("demo", changes), folder / "demo", device="cpu"
+    )
+    from greedy.data import load_dataset  # noqa: PLC0415
+
+    trainer.prepare(load_dataset("fashion-mnist-sample", None, False, None))
+    Checkpoints.save = timed  # type: ignore[method-assign]
+    try:
+        records = trainer.train()
+    finally:
+        Checkpoints.save = save  # type: ignore[method-assign]
+    return sum(spent) / sum(record.seconds for record in records)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--kills", "killed", default=100, show_default=True, help="Runs to kill.")
+@click.option("--flips", "flipped", default=200, show_default=True, help="Bits to flip.")
+@click.option("--disk-full", "full", default=20, show_default=True, help="Disks to fill.")
+@click.option("--overhead/--no-overhead", default=True, help="Measure what checkpoints cost.")
+@click.option("--inside", is_flag=True, hidden=True)
+def main(as_json: bool, killed: int, flipped: int, full: int, overhead: bool, inside: bool) -> None:
+    """Strikes small runs and prints how many end as if nothing had happened."""
+    if full and not inside:
+        again = [sys.executable, *sys.argv, "--inside"]
+        os.execvp("unshare", ["unshare", "--user", "--map-root-user", "--mount", *again])
+    with tempfile.TemporaryDirectory() as directory:
+        folder = Path(directory)
+        recipe = folder / "small.toml"
+        recipe.write_text(RECIPE)
+        began = time.perf_counter()
+        ended = run(folder / "log", "train", "--recipe", recipe, "--run", folder / "whole")
+        seconds = time.perf_counter() - began
+        assert ended.code == 0, ended.output
+        expected = outcome(folder / "whole")
+        found: dict[str, Any] = {}
+        if killed:
+            found |= kills(killed, folder, recipe, expected, seconds)
+        if flipped:
+            found |= flips(flipped, folder, recipe, expected)
+        if full:
+            found |= disk_full(full, folder, recipe, expected)
+        if overhead:
+            found["checkpoint_overhead"] = round(checkpoint_overhead(folder), 4)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    for name, value in found.items():
+        click.echo(f"{name}: {value}")
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    main()

@@ -1,0 +1,212 @@
+"""A stage in the making, kept so that its training goes on after anything that ends a process.
+
+In the stage's ``training/checkpoint``: ``start.json``, what the training began with, by which
+another one is told from it; ``progress.json``, how far it is, which names the file of tensors
+that belongs to it by its digest and is renamed into place once that file is safe.
+"""
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, Self, TypeVar
+
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from greedy.cache.files import write_whole
+from greedy.errors import UserError
+from greedy.files import digest, file_digest, read_signed, signed
+from greedy.reporting import EpochReport
+from greedy.runs import CHECKPOINT
+from greedy.training.packing import pack, unpack
+from greedy.training.schedule import Patience, Schedule
+from greedy.training.step import Learner
+
+START, PROGRESS = "start.json", "progress.json"
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Document = TypeVar("Document", bound=BaseModel)
+
+
+class Start(BaseModel):
+    """What the training of a stage follows from, and the choices made for it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    stage: Count
+    recipe: str
+    parent: str
+    source: Count
+    layers: list[str]
+    resolved: dict[str, Any]
+
+    @classmethod
+    def read(cls, training: Path) -> Self | None:
+        """Of the stage in the directory ``training``, ``None`` where none was begun. Raises
+        ``UserError`` if it is damaged."""
+        return _read(training, START, cls)
+
+    def write(self, training: Path) -> None:
+        """The first thing to be written."""
+        (training / CHECKPOINT).mkdir(parents=True, exist_ok=True)
+        write_whole(training / CHECKPOINT / START, signed(self.model_dump(mode="json")))
+
+    def is_of(self, other: Self) -> bool:
+        """Whether the two trainings come to the same, whatever was chosen."""
+        return self.model_copy(update={"resolved": other.resolved}) == other
+
+
+class Progress(BaseModel):
+    """How far a stage is: ``epoch`` epochs and ``position`` batches of the next. ``rows`` and
+    ``seconds`` are those of that next one, ``before`` the seconds of the stage till then."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    epoch: Count = 0
+    position: Count = 0
+    rows: Count = 0
+    seconds: float = 0.0
+    before: float = 0.0
+    finished: bool = False
+    reports: list[EpochReport] = []
+
+
+class _Document(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    progress: Progress
+    schedule: dict[str, float]
+    optimizer: Any
+    tensors: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
+
+
+class Sums(NamedTuple):
+    """An epoch's running sums, on the device."""
+
+    loss: Tensor | float
+    wrong: Tensor | None
+
+
+@dataclass
+class Checkpoints:
+    """Keeps and finds a stage's progress in its directory ``training``, at most every
+    ``minutes`` within an epoch.
+
+    Attributes:
+        before: seconds that earlier processes trained.
+        last: what was kept last, in words.
+    """
+
+    training: Path
+    learner: Learner
+    schedule: Schedule
+    minutes: float
+    before: float = 0.0
+    last: str = ""
+    _saved: float = field(default_factory=time.monotonic)
+
+    @property
+    def due(self) -> bool:
+        """Whether the last one is old enough for the next."""
+        return time.monotonic() - self._saved >= 60 * self.minutes
+
+    def save(self, progress: Progress, sums: Sums | None = None) -> None:
+        """Keeps everything; what was kept before goes when this is on disk."""
+        assert self.learner.optimizer is not None
+        tensors = {f"stage.{k}": v for k, v in self.learner.stage.state_dict().items()}
+        tensors |= {f"heads.{k}": v for k, v in self.learner.heads.state_dict().items()}
+        for name, value in (sums or Sums(0.0, None))._asdict().items():
+            if isinstance(value, Tensor):
+                tensors[f"sums.{name}"] = value
+        optimizer = pack(self.learner.optimizer.state_dict(), "optimizer", tensors)
+        data = safetensors.torch.save(
+            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+        )
+        schedule = self.schedule
+        state = {k: getattr(schedule, k) for k in _PATIENCE if isinstance(schedule, Patience)}
+        document = _Document(
+            progress=progress, schedule=state, optimizer=optimizer, tensors=digest(data)
+        )
+        directory = self.training / CHECKPOINT
+        kept = directory / f"{document.tensors}.safetensors"
+        write_whole(kept, data)
+        write_whole(directory / PROGRESS, signed(document.model_dump(mode="json")))
+        for old in directory.glob("*.safetensors"):
+            if old != kept:
+                old.unlink()
+        self._saved, self.last = time.monotonic(), _described(progress)
+
+    def load(self) -> tuple[Progress, Sums | None] | None:
+        """Gives learner and schedule the state that was kept last; ``None`` where none was.
+        Raises ``UserError`` naming a file that is damaged."""
+        document = _read(self.training, PROGRESS, _Document)
+        if document is None:
+            return None
+        path = self.training / CHECKPOINT / f"{document.tensors}.safetensors"
+        if not path.is_file() or file_digest(path) != document.tensors:
+            raise _damaged(path, self.training, "it is not the file that was written")
+        try:
+            tensors = safetensors.torch.load_file(path)
+            self._restore(document, tensors)
+        except Exception as error:  # whatever torch makes of a stranger's numbers
+            raise _damaged(path, self.training, "it does not fit the stage") from error
+        device = self.learner.device
+        loss, wrong = tensors.get("sums.loss"), tensors.get("sums.wrong")
+        sums = None if loss is None else Sums(loss.to(device), _to(wrong, device))
+        progress = document.progress
+        self.last, self.before = _described(progress), progress.before + progress.seconds
+        return progress, sums
+
+    def _restore(self, document: _Document, tensors: dict[str, Tensor]) -> None:
+        optimizer = self.learner.optimizer
+        assert optimizer is not None
+        self.learner.stage.load_state_dict(_below("stage.", tensors))
+        self.learner.heads.load_state_dict(_below("heads.", tensors))
+        kept = unpack(document.optimizer, tensors)
+        if [g.keys() for g in kept["param_groups"]] != [g.keys() for g in optimizer.param_groups]:
+            raise ValueError("other settings of the optimiser")
+        optimizer.load_state_dict(kept)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                for value in optimizer.state[parameter].values():
+                    # A fused optimiser believes the shapes.
+                    if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+                        raise ValueError("a state of another shape")
+        if isinstance(self.schedule, Patience):
+            for name in _PATIENCE:
+                setattr(self.schedule, name, document.schedule[name])
+
+
+_PATIENCE = ("best", "waited", "dropped")
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+def _to(value: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if value is None else value.to(device)
+
+
+def _described(progress: Progress) -> str:
+    if progress.position:
+        return f"epoch {progress.epoch + 1}, step {progress.position}"
+    return f"the end of epoch {progress.epoch}"
+
+
+def _read(training: Path, name: str, kind: type[Document]) -> Document | None:
+    path = training / CHECKPOINT / name
+    if not path.is_file():
+        return None
+    try:
+        return kind.model_validate(read_signed(path))
+    except (ValueError, RecursionError) as error:
+        raise _damaged(path, training, str(error).splitlines()[0]) from error
+
+
+def _damaged(path: Path, training: Path, reason: str) -> UserError:
+    return UserError(
+        f"{path} is damaged ({reason}): delete {training} and give the same command again, which "
+        f"begins the stage anew"
+    )

@@ -1,0 +1,101 @@
+"""`greedy cache repair`: damaged stores are what they were, or say that they are not."""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from greedy.cli.main import cli
+
+RECIPE = """
+[data]
+name = "fashion-mnist-sample"
+augmentation = "jitter2"
+[model]
+network = "mlp"
+hidden_layers = 2
+hidden_width = 16
+[loss]
+name = "predsim"
+[training]
+epochs = 2
+batch_size = 256
+learning_rate = 0.002
+precision = "float32"
+[store]
+views = 2
+"""
+
+
+def greedy(*arguments):
+    return CliRunner().invoke(cli, [str(each) for each in arguments])
+
+
+@pytest.fixture(scope="module", params=[0, 1], ids=["stored", "refreshed"])
+def finished(tmp_path_factory, request):
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "tiny.toml").write_text(RECIPE + f"refresh_every = {request.param}\n")
+    result = greedy("train", "--recipe", folder / "tiny.toml", "--run", folder / "run")
+    assert result.exit_code == 0, result.output
+    return folder / "run"
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "run")
+
+
+def files(directory):
+    return {p: p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
+
+
+def flip(path: Path, place: float) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(place * (len(data) - 1))] ^= 16
+    path.write_bytes(data)
+
+
+def test_every_file_of_a_store_comes_back_as_it_was(run):
+    before, choose = files(run), random.Random(0)
+    stores = [p for p in before if "activations.zarr" in p.parts and "stage0" not in p.parts]
+    for path in stores:
+        if choose.random() < 0.3:
+            path.unlink()
+        else:
+            flip(path, choose.random())
+        damaged = greedy("cache", "verify", run).exit_code == 1
+        result = greedy("cache", "repair", run)
+        assert result.exit_code == 0, result.output
+        assert ("as they were" in result.output) == damaged
+        if damaged:
+            assert files(run) == before
+        path.write_bytes(before[path])
+
+
+def test_without_its_source_a_view_is_computed_anew_and_says_so(run):
+    record = (run / "stage2/stage.json").read_bytes()
+    shard = run / "stage2/activations.zarr/train/activations/c.1.0.0"
+    greedy("cache", "drop", run / "stage1")
+    flip(shard, 0.3)
+    result = greedy("cache", "repair", run / "stage2")
+    assert result.exit_code == 0, result.output
+    refreshed = "refresh_every = 1" in (run / "run.toml").read_text()  # from images, always
+    assert ("its content changed" in result.output) != refreshed
+    assert ((run / "stage2/stage.json").read_bytes() == record) == refreshed
+    assert greedy("cache", "verify", run).exit_code == 0
+    assert greedy("train", "--run", run).exit_code == 0
+
+
+def test_what_cannot_be_computed_is_named(run):
+    for path in (
+        run / "stage1/encoder.safetensors",
+        run / "stage0/activations.zarr/train/activations/c.0.0.0.0.0",
+    ):
+        before = path.read_bytes()
+        flip(path, 0.5)
+        result = greedy("cache", "repair", run)
+        assert result.exit_code == 1
+        assert str(path) in result.output
+        path.write_bytes(before)

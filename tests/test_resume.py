@@ -1,0 +1,198 @@
+"""A run that is cut short ends as one that was not."""
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from greedy import GreedyTrainer, Reporter, RunDirectory, TrainingError, UserError
+from greedy.errors import Interrupted
+from greedy.models import mlp
+
+SIDE, CLASSES = 8, 3
+
+
+def samples(rows: int, seed: int) -> TensorDataset:
+    random = np.random.default_rng(seed)
+    images = torch.from_numpy(random.integers(0, 255, (rows, 1, SIDE, SIDE)).astype(np.uint8))
+    return TensorDataset(images, torch.from_numpy(random.integers(0, CLASSES, rows)))
+
+
+TRAIN, TEST = samples(300, 0), samples(60, 1)
+REFRESHED = {"augmentation": "hflip", "refresh_every": 2, "views": 2, "epochs": 3}
+PATIENT = {"patience": 1, "epochs": 7, "views": "live", "augmentation": "crop4"}
+FROM_DISK = {"ram_budget": "1B", "views": 3}
+
+
+class KillAt(Reporter):
+    """Ends the process, or raises, when so many batches were heard of."""
+
+    def __init__(self, batches: int, how: Callable[[], None]) -> None:
+        self.left, self.how = batches, how
+
+    def batch_finished(self, rows: int) -> None:
+        self.left -= 1
+        if not self.left:
+            self.how()
+
+
+def trainer(run: Path, reporter: Reporter | None = None, **settings) -> GreedyTrainer:
+    torch.manual_seed(0)
+    model = mlp(1, SIDE, CLASSES, hidden_layers=2, hidden_width=12, dropout=0.1)
+    defaults = {"epochs": 2, "learning_rate": 0.01, "batch_size": 64, "views": 1}
+    defaults |= {"precision": "float32", "device": "cpu", "checkpoint_minutes": 0}
+    return GreedyTrainer(model, run_dir=run, reporter=reporter, **(defaults | settings))
+
+
+def outcome(run: Path) -> dict[str, object]:
+    """All files of a run but for what tells of time, memory and who wrote."""
+    found: dict[str, object] = {}
+    for path in sorted(path for path in run.rglob("*") if path.is_file()):
+        name = str(path.relative_to(run))
+        if name.endswith("stage.json"):
+            document = json.loads(path.read_bytes())
+            document["store"] = document["store"] and document["store"] | {"bytes_written": 0}
+            free = ("seconds", "peak_memory_bytes", "digest", "written_before")
+            kept = {k: v for k, v in document.items() if k not in free}
+            found[name] = kept | {"files": sorted(document["files"])}
+        elif name.endswith("history.jsonl"):
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            free = ("seconds", "images_per_second")
+            found[name] = [{k: v for k, v in x.items() if k not in free} for x in lines]
+        elif name not in (".lock", "run.toml"):
+            found[name] = path.read_bytes()
+    return found
+
+
+def fit_until_killed(run: Path, batches: int, settings: dict) -> None:
+    reporter = KillAt(batches, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    torch.set_num_threads(1)
+    trainer(run, reporter, **settings).fit(TRAIN, TEST)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, REFRESHED, PATIENT, FROM_DISK], ids=["plain", "refreshed", "patient", "disk"]
+)
+def test_killed_anywhere_it_ends_the_same(tmp_path: Path, settings: dict) -> None:
+    torch.set_num_threads(1)
+    trainer(tmp_path / "whole", **settings).fit(TRAIN, TEST)
+    expected = outcome(tmp_path / "whole")
+    fork = multiprocessing.get_context("fork")
+    for _ in range(40):
+        child = fork.Process(target=fit_until_killed, args=(tmp_path / "cut", 9, settings))
+        child.start()
+        child.join()
+        assert child.exitcode in (0, -signal.SIGKILL)
+        if child.exitcode == 0:
+            break
+    assert child.exitcode == 0
+    assert outcome(tmp_path / "cut") == expected
+
+
+def test_a_signal_finishes_the_batch_and_keeps_it(tmp_path: Path) -> None:
+    trainer(tmp_path / "whole").fit(TRAIN, TEST)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        reporter = KillAt(3, lambda number=number: os.kill(os.getpid(), number))
+        cut = trainer(tmp_path / "cut", reporter, checkpoint_minutes=60)
+        with pytest.raises(Interrupted, match="stage 1 after step .* goes on from there") as caught:
+            cut.fit(TRAIN, TEST)
+        assert caught.value.signal == number
+        progress = tmp_path / "cut/stage1/training/checkpoint/progress.json"
+        assert json.loads(progress.read_text())["progress"]["position"] > 0
+    trainer(tmp_path / "cut", checkpoint_minutes=60).fit(TRAIN, TEST)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+def test_a_crash_between_new_views_and_their_record_is_known(tmp_path: Path) -> None:
+    mine = trainer(tmp_path / "run", **REFRESHED)
+    mine.fit(TRAIN, TEST)
+    expected = outcome(tmp_path / "run")
+    record = mine.run.complete(1)
+    assert record.store.generation == 1
+    record.with_store(tmp_path / "run/stage1", generation=-1)  # as it is at the exchange
+    mine.train_stage(2, again=True)
+    found = outcome(tmp_path / "run")
+    trained = {name for name in expected if name.startswith("stage1/")}
+    trained |= {f"stage2/{name}" for name in ("encoder.safetensors", "history.jsonl")}
+    assert {name: found[name] for name in trained} == {name: expected[name] for name in trained}
+
+
+def test_a_stage_elsewhere_goes_on_too(tmp_path: Path) -> None:
+    trainer(tmp_path / "run").fit(TRAIN, TEST)
+    cut = trainer(tmp_path / "run", KillAt(3, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    with pytest.raises(Interrupted):
+        cut.train_stage(2, to=tmp_path / "there")
+    trainer(tmp_path / "run").train_stage(2, to=tmp_path / "there")
+    assert outcome(tmp_path / "there") == outcome(tmp_path / "run/stage2")
+    with pytest.raises(UserError, match="exists already"):
+        trainer(tmp_path / "run").train_stage(2, to=tmp_path / "there")
+
+
+@pytest.mark.parametrize("name", ["start.json", "progress.json", "*.safetensors"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str) -> None:
+    reporter = KillAt(3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted):
+        trainer(tmp_path / "run", reporter).fit(TRAIN, TEST)
+    (path,) = (tmp_path / "run/stage1/training/checkpoint").glob(name)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=f"{path.name} is damaged .*: delete .*training"):
+        trainer(tmp_path / "run").train()
+
+
+def test_optimisers_of_ones_own_go_on(tmp_path: Path) -> None:
+    def optimizer(parameters):
+        return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True)
+
+    def make(run, reporter=None):
+        mine = trainer(tmp_path / run, reporter)
+        mine.optimizer = optimizer
+        return mine
+
+    make("whole").fit(TRAIN, TEST)
+    with pytest.raises(Interrupted):
+        make("cut", KillAt(7, lambda: os.kill(os.getpid(), signal.SIGINT))).fit(TRAIN, TEST)
+    make("cut").fit(TRAIN, TEST)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+def test_a_loss_that_is_not_finite_changes_nothing_and_is_named(tmp_path: Path) -> None:
+    class Spoilt(nn.Module):
+        steps = 0
+
+        def forward(self, x):
+            learns = self.training and not x.is_meta
+            Spoilt.steps += learns
+            return x * float("nan") if learns and Spoilt.steps == 8 else x
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), Spoilt(), nn.Linear(8, 3))
+    settings = {"epochs": 4, "batch_size": 64, "learning_rate": 0.01, "precision": "float32"}
+    mine = GreedyTrainer(model, run_dir=tmp_path / "run", device="cpu", **settings)
+    text = r"stage 1 is not finite in epoch 2, step 3, at a learning rate of 0.01 \(the last good"
+    with pytest.raises(TrainingError, match=text + " checkpoint is of the end of epoch 1"):
+        mine.fit(TRAIN, TEST)
+    (kept,) = (tmp_path / "run/stage1/training/checkpoint").glob("*.safetensors")
+    assert all(torch.isfinite(v).all() for v in load_file(kept).values())
+
+
+def test_only_one_process_writes(tmp_path: Path) -> None:
+    mine = trainer(tmp_path / "run")
+    mine.fit(TRAIN, TEST)
+    with mine.run.writing():
+        other = trainer(tmp_path / "run")
+        for attempt in (other.train, lambda: other.train_stage(1), lambda: other.fit(TRAIN, TEST)):
+            with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on .* since"):
+                attempt()
+        assert RunDirectory.open(tmp_path / "run").state(3) == "complete"
+        other.assemble()
+    other.train()
