@@ -11,7 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from greedy.losses import Sim
 from greedy.memory.counting import Counter
 from greedy.models import cut, vgg8b
-from greedy.training.step import Learner, step
+from greedy.source import Batch
+from greedy.training.guard import Guard
+from greedy.training.step import Learner, gradients, step
 
 FLOAT = 4
 
@@ -155,12 +157,12 @@ def test_a_limit_is_an_allocator_s(precision: str) -> None:
 def test_a_step_that_fails_for_memory_leaves_none_behind(precision: str) -> None:
     # One head: of a backward pass that fails on a CPU, torch keeps the branches still waiting.
     with Counter() as counter:
-        trained, x, y = stage_step(precision)
-        step(trained, x, y)  # Adam has its moments from here on
+        trained, batch = stage_step(precision)
+        step(trained, batch, Guard(), 0)  # Adam has its moments from here on
         trained.optimizer.zero_grad()
         held, failures = counter.live, 0
         counter.limit = held
-        while step_fails(trained, x, y):
+        while step_fails(trained, batch):
             trained.optimizer.zero_grad()
             assert counter.live == held
             failures += 1
@@ -175,11 +177,12 @@ def test_fake_tensors_of_a_step_count_as_real_ones_do(precision: str) -> None:
     operations on real tensors."""
 
     def peak() -> int:
-        trained, x, y = stage_step(precision)
+        trained, batch = stage_step(precision)
         with Counter() as counter:
-            counter.add([*trained.parameters(), *trained.stage.buffers(), x, y])
+            counter.add([*trained.parameters(), *trained.stage.buffers(), batch.labels])
+            counter.add([batch.inputs()])
             for _ in range(2):
-                step(trained, x, y)
+                step(trained, batch, Guard(), 0)
         return counter.peak
 
     real = peak()
@@ -189,20 +192,20 @@ def test_fake_tensors_of_a_step_count_as_real_ones_do(precision: str) -> None:
     assert abs(fake - real) <= 2 * 16 * 16 * FLOAT
 
 
-def stage_step(precision: str) -> tuple[Learner, torch.Tensor, torch.Tensor]:
+def stage_step(precision: str) -> tuple[Learner, Batch]:
     """A stage of 8 channels with its heads, and a batch of 16 rows for it."""
     torch.manual_seed(0)
     stage, loss = cut(vgg8b(3, 16, 10, feature_multiplier=1 / 16))[0], Sim()
     heads = loss.heads((8, 16, 16), 10)
     found = Learner(stage, heads, loss, 10, precision)
     found.optimizer = torch.optim.Adam(found.parameters(), fused=True)
-    return found, torch.ones(16, 3, 16, 16), torch.arange(16) % 10
+    return found, Batch(torch.arange(16) % 10, torch.ones(16, 3, 16, 16).__getitem__)
 
 
-def step_fails(trained: Learner, x: torch.Tensor, y: torch.Tensor) -> bool:
+def step_fails(trained: Learner, batch: Batch) -> bool:
     """Whether it needs more than the limit; outside, no traceback holds its tensors."""
     try:
-        step(trained, x, y)
+        gradients(trained, batch)
     except torch.OutOfMemoryError:
         return True
     return False
