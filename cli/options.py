@@ -19,6 +19,8 @@ SHORTHANDS = {
     "disk_budget": "store.disk_budget",
     "keep": "store.keep",
     "ram_budget": "store.ram_budget",
+    "memory_budget": "memory.budget",
+    "optimizer_state": "memory.optimizer_state",
     "precision": "training.precision",
     "patience": "training.patience",
     "checkpoint_minutes": "training.checkpoint_minutes",
@@ -76,6 +78,10 @@ def settings(command: F) -> F:
         click.option("--patience", metavar="N", help="Shorthand of --set training.patience=N."),
         click.option("--precision", metavar="NAME", help="Shorthand of --set training.precision."),
         click.option("--ram-budget", metavar="SIZE", help="Shorthand of --set store.ram_budget."),
+        click.option(
+            "--optimizer-state", metavar="PLACE", help="Shorthand of --set memory.optimizer_state."
+        ),
+        click.option("--memory-budget", metavar="SIZE", help="Shorthand of --set memory.budget."),
         click.option("--keep", metavar="NAME", help="Shorthand of --set store.keep."),
         click.option("--disk-budget", metavar="SIZE", help="Shorthand of --set store.disk_budget."),
         click.option("--encoding", metavar="NAME", help="Shorthand of --set store.encoding."),

@@ -44,6 +44,14 @@ def available_memory() -> int:
     return psutil.virtual_memory().available
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be taken on a device now."""
+    if device.type != "cuda":
+        return available_memory()
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes: on CUDA the allocator's peak since it was last reset, else the process's highest
     resident memory so far."""

@@ -11,11 +11,12 @@ from torch.utils.data import Dataset as TorchDataset
 from greedy.build import build_loss, build_network, loss_settings
 from greedy.cache import Damage
 from greedy.data import Dataset, dataset_from_torch
-from greedy.devices import pick_device
+from greedy.devices import pick_device, pick_precision
 from greedy.disk import Plan, Views
 from greedy.errors import UserError, unknown
 from greedy.losses import LocalLoss, Output, PredSim
 from greedy.manifest import StageRecord
+from greedy.memory.choice import Choice, choose, fused_adam, memory_budget, stored_row_bytes
 from greedy.models import Shape, Stage, StageShapes, cut, shapes
 from greedy.network import assemble, stages_of
 from greedy.planning import former, plan_disk
@@ -45,8 +46,9 @@ class GreedyTrainer:
             The schedule sets its rate.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         reporter: is told of progress.
-        settings: fields of a recipe's ``data``, ``training`` and ``store`` sections, and
-            ``seed``, by their names; for instance ``epochs=20, views=4``.
+        settings: fields of a recipe's ``data``, ``training`` and ``store`` sections by their
+            names, ``seed``, ``memory_budget`` and ``optimizer_state``; for instance
+            ``epochs=20, views=4``.
 
     Raises:
         UserError: for anything that cannot be trained as asked.
@@ -154,6 +156,9 @@ class GreedyTrainer:
         todo = [n for n in numbers if n >= first or self.run.record(n) is None]
         if not todo:
             return [self._skip(number) for number in numbers]
+        stages, shapes = self._stages(self.run.complete(0))
+        for number in todo:  # what cannot be trained is refused before anything is
+            self._memory(number, shapes[number - 1], stages[number - 1])
         plan = self._plan_disk(retrain_from)
         self.reporter.disk_planned(plan)
         records = []
@@ -240,7 +245,8 @@ class GreedyTrainer:
         is_output = number == len(stages)
         sources = Sources(self.run, stages, data, self.device, self.reporter)
         source = sources.for_training(number, wanted)
-        resolved = resolve(self.recipe, source.stores["train"], shape, views, self.device)
+        memory = self._memory(number, shape, stages[number - 1], source.replayed)
+        resolved = resolve(self.recipe, source.stores["train"], views, memory, self.device)
         if (before := former(self.run, number)) and before.source == source.number:
             resolved = before.resolved | {"views": views}  # decided once: memory may be less now
         start = Start(
@@ -269,6 +275,27 @@ class GreedyTrainer:
             device=self.device,
             reporter=self.reporter,
             optimizer=self.optimizer,
+        )
+
+    def _memory(
+        self, number: int, shape: StageShapes, stage: Stage, replayed: Sequence[Stage] = ()
+    ) -> Choice:
+        """How a stage's step fits the memory budget that the weights of replayed stages leave.
+        Raises ``UserError`` where it does not."""
+        frozen = sum(p.numel() * p.element_size() for s in replayed for p in s.parameters())
+        is_output = number == len(self.run.complete(0).network)
+        return choose(
+            stage,
+            shape,
+            Output(self.loss.output_scale) if is_output else self.loss,
+            len(self.run.complete(0).class_names),
+            self.recipe.training.batch_size,
+            pick_precision(self.recipe.training.precision, self.device),
+            stored_row_bytes(number, shape, self.recipe),
+            memory_budget(self.recipe, self.device) - frozen,
+            self.recipe.memory.optimizer_state,
+            self.device.type,
+            self.optimizer or fused_adam,
         )
 
     def _plan_disk(self, retrain_from: int | None = None) -> Plan:
@@ -332,19 +359,23 @@ def _document(settings: dict[str, Any], loss: LocalLoss) -> dict[str, Any]:
         "model": {"network": "python"},
         "loss": loss_settings(loss),
         "training": {"epochs": 100, "learning_rate": 5e-4},
+        "memory": {},
         "store": {},
     }
-    section_of = {
-        field: section
+    place = {
+        field: (section, field)
         for section in ("data", "training", "store")
         for field in SECTIONS[section].model_fields
         if field != "name"
     }
+    place |= {"memory_budget": ("memory", "budget")}
+    place |= {"optimizer_state": ("memory", "optimizer_state")}
     for name, value in settings.items():
         if name == "seed":
             document["seed"] = value
-        elif name in section_of:
-            document[section_of[name]][name] = list(value) if isinstance(value, tuple) else value
+        elif name in place:
+            section, field = place[name]
+            document[section][field] = list(value) if isinstance(value, tuple) else value
         else:
-            raise unknown("setting", name, [*section_of, "seed"])
+            raise unknown("setting", name, [*place, "seed"])
     return document

@@ -1,14 +1,18 @@
 """Which memory mode and micro-batch a stage gets under a budget."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import torch
 
+from greedy.devices import free_memory
 from greedy.errors import UserError
 from greedy.losses import LocalLoss
 from greedy.memory.peaks import OptimizerFactory, StepDemand
 from greedy.models import Stage, StageShapes
-from greedy.sizes import format_size
+from greedy.recipes import Recipe
+from greedy.sizes import format_size, parse_size
+from greedy.training.freeze import write_batch
 from greedy.training.modes import Mode, StepMemory, modes
 from greedy.training.parts import parts_of
 
@@ -20,16 +24,26 @@ AUTO_SHARE = 0.85  # of the memory that is free on the device
 
 @dataclass(frozen=True)
 class Choice:
-    """A mode, the rows of its micro-batches, and the bytes that a step takes with them."""
+    """A mode, the rows of its micro-batches, and the bytes that a step takes with them;
+    ``write_batch`` are the rows computed at a time once the stage is frozen."""
 
     mode: str
     micro_batch: int
     peak_bytes: int
+    write_batch: int = 1
 
-    @property
-    def memory(self) -> StepMemory:
-        """As the step takes it."""
-        return StepMemory(Mode(self.mode), self.micro_batch)
+
+def memory_budget(recipe: Recipe, device: torch.device) -> int:
+    """Bytes on the device that a step may take."""
+    setting = recipe.memory.budget
+    return parse_size(setting) if setting != "auto" else int(AUTO_SHARE * free_memory(device))
+
+
+def stored_row_bytes(number: int, shapes: StageShapes, recipe: Recipe) -> int:
+    """Of a row that stage ``number`` reads: of raw images for the first."""
+    encoding = "uint8" if number == 1 else recipe.store.encoding
+    sizes = {"float32": 4, "float16": 2, "bfloat16": 2}
+    return math.prod(shapes.input) * sizes.get(encoding, 1)
 
 
 def fused_adam(parameters: object) -> torch.optim.Optimizer:
@@ -67,11 +81,20 @@ def choose(
         device_type,
         stored_row_bytes,
     )
-    tried = [_count(demand, Mode.PLAIN, batch_size)]
+    step = _fastest(demand, budget)
+    rows = write_batch(shapes)
+    while budget is not None and rows > 1 and demand.writing_peak(rows) > budget:
+        rows //= 2
+    return replace(step, write_batch=rows)
+
+
+def _fastest(demand: StepDemand, budget: int | None) -> Choice:
+    tried = [_count(demand, Mode.PLAIN, demand.batch_size)]
     if budget is None or tried[0].peak_bytes <= budget:
         return tried[0]
-    if parts_of(stage, loss.heads(shapes.hidden, num_classes)) is not None:
-        for mode in modes(device_type)[1:]:
+    heads = demand.loss.heads(demand.shapes.hidden, demand.num_classes)
+    if parts_of(demand.stage, heads) is not None:
+        for mode in modes(demand.device_type)[1:]:
             choice = _count(demand, mode, 1)
             tried.append(choice)
             if choice.peak_bytes <= budget:

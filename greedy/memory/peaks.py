@@ -2,15 +2,15 @@
 
 from collections.abc import Callable, Iterable
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from greedy.losses import LocalLoss
+from greedy.losses import Features, LocalHeads, LocalLoss
 from greedy.memory.counting import Counter
-from greedy.models import Stage, StageShapes
+from greedy.models import Shape, Stage, StageShapes
 from greedy.source import Batch
 from greedy.training.modes import StepMemory
 from greedy.training.step import Learner, gradients
@@ -45,6 +45,12 @@ class StepDemand:
     def peak(self, memory: StepMemory) -> int:
         """Bytes on the device at most, in a step with this memory after the first one: weights,
         gradients, optimiser state, the batch, and what is computed from it."""
+        try:
+            return self._peak(memory)
+        except DataDependentOutputException:  # a loss that looks at numbers; there are none
+            return replace(self, loss=_Unseen(self.loss))._peak(memory)
+
+    def _peak(self, memory: StepMemory) -> int:
         stage = self._skeleton()
         with FakeTensorMode(), Counter() as counter:
             learner = self._learner(stage, memory)
@@ -54,6 +60,21 @@ class StepDemand:
                 _make_state(learner)
             counter.reset_peak()
             gradients(learner, self._batch(learner))
+        return counter.peak
+
+    def writing_peak(self, rows: int) -> int:
+        """Bytes on the device at most, while the trained stage computes the outputs and the local
+        error of so many rows."""
+        stage = self._skeleton()
+        with FakeTensorMode(), Counter() as counter, torch.no_grad():
+            learner = self._learner(stage, StepMemory())
+            learner.eval()
+            counter.add([*learner.stage.state_dict().values(), *learner.heads.parameters()])
+            counter.reset_peak()
+            x = self._read(slice(0, rows))
+            learner.features(x)
+            with learner.autocast():
+                learner.stage(x).float()
         return counter.peak
 
     def parameter_bytes(self) -> int:
@@ -87,19 +108,36 @@ class StepDemand:
         learner.train()
         return learner
 
-    def _batch(self, learner: Learner) -> Batch:
-        def read(rows: slice) -> torch.Tensor:
-            count = len(range(*rows.indices(self.batch_size)))
-            stored = torch.empty((count, self.stored_row_bytes), dtype=torch.uint8)
-            x = torch.empty((count, *self.shapes.input))
-            del stored
-            return x
+    def _read(self, rows: slice) -> torch.Tensor:
+        count = (rows.stop or self.batch_size) - (rows.start or 0)
+        stored = torch.empty((count, self.stored_row_bytes), dtype=torch.uint8)
+        x = torch.empty((count, *self.shapes.input))
+        del stored  # it is let go of once x is there
+        return x
 
+    def _batch(self, learner: Learner) -> Batch:
         mask = None
         if learner.stage.dropout is not None:
             generator = torch.Generator()
             mask = learner.stage.dropout.mask(self.batch_size, self.shapes.input, generator)
-        return Batch(torch.zeros(self.batch_size, dtype=torch.long), read, mask)
+        return Batch(torch.zeros(self.batch_size, dtype=torch.long), self._read, mask)
+
+
+@dataclass(frozen=True)
+class _Unseen:
+    """Stands in for a loss, which is computed from small tensors, between its heads."""
+
+    loss: LocalLoss
+
+    @property
+    def output_scale(self) -> float:
+        return self.loss.output_scale
+
+    def heads(self, shape: Shape, num_classes: int) -> LocalHeads:
+        return self.loss.heads(shape, num_classes)
+
+    def __call__(self, features: Features, y: torch.Tensor) -> torch.Tensor:
+        return torch.stack([f.mean() for f in features if f is not None]).sum()
 
 
 def _make_state(learner: Learner) -> None:

@@ -157,6 +157,26 @@ class Training(_Section):
         return rule.explicit(value, info.data["epochs"])
 
 
+class Memory(_Section):
+    """The device's memory while a stage trains. Whatever it is, gradients are those of the whole
+    batch."""
+
+    budget: str = Field(
+        default="auto",
+        description="Most memory on the device, e.g. 768MiB; auto: 85 % of what is free.",
+    )
+    optimizer_state: Literal["device", "host"] = Field(
+        default="device", description="Where Adam's moments are."
+    )
+
+    @field_validator("budget")
+    @classmethod
+    def _budget_is_a_size(cls, value: str) -> str:
+        if value != "auto" and not _is_size(value):
+            raise ValueError("be auto, or a size such as 768MiB")
+        return value
+
+
 class Store(_Section):
     """The activation stores."""
 
@@ -230,6 +250,7 @@ class Recipe(_Section):
     model: Model
     loss: Loss
     training: Training
+    memory: Memory = Field(default_factory=Memory)
     store: Store = Field(default_factory=Store)
     paper: Paper | None = None
 
@@ -239,6 +260,7 @@ SECTIONS: Final[dict[str, type[BaseModel]]] = {
     "model": Model,
     "loss": Loss,
     "training": Training,
+    "memory": Memory,
     "store": Store,
     "paper": Paper,
 }

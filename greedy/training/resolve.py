@@ -8,20 +8,23 @@ import torch
 from greedy.cache import Store
 from greedy.devices import available_memory, pick_precision
 from greedy.disk import Views
-from greedy.models import StageShapes
+from greedy.memory.choice import Choice
 from greedy.recipes import Recipe
 from greedy.sizes import parse_size
-from greedy.training.freeze import write_batch
 
 AUTO_ENCODING = "uint8"  # docs/architecture.md, "Encodings", has the measurements
 RESIDENT_SHARE = 0.5  # of the memory that is free, for holding a store, unless told otherwise
 
 
 def resolve(
-    recipe: Recipe, store: Store, shapes: StageShapes, views: Views, device: torch.device
+    recipe: Recipe,
+    store: Store,
+    views: Views,
+    memory: Choice,
+    device: torch.device,
 ) -> dict[str, Any]:
     """The choices for a stage that trains from ``store``: JSON values by name. Its own store
-    gets as many ``views`` as the plan for the disk gives it."""
+    gets as many ``views`` as the plan for the disk gives it, its step this ``memory``."""
     budget = recipe.store.ram_budget
     allowed = parse_size(budget) if budget else int(available_memory() * RESIDENT_SHARE)
     return {
@@ -30,7 +33,10 @@ def resolve(
         "encoding": encoding(recipe),
         "shuffle": "rows" if store.stored_bytes <= allowed else "window",
         "chunk_rows": store.chunk_rows,
-        "write_batch": write_batch(shapes),
+        "memory_mode": memory.mode,
+        "micro_batch": memory.micro_batch,
+        "planned_peak_bytes": memory.peak_bytes,
+        "write_batch": memory.write_batch,
         "threads": torch.get_num_threads(),
     }
 

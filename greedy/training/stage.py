@@ -27,7 +27,9 @@ from greedy.sourcing import Sources
 from greedy.space import require_room, until_full
 from greedy.training.checkpoint import Checkpoints, Start
 from greedy.training.freeze import fit, write_split
+from greedy.training.host_adam import HostAdam
 from greedy.training.loop import Epochs, measure
+from greedy.training.modes import Mode, StepMemory
 from greedy.training.resolve import for_stage
 from greedy.training.schedule import Milestones, Patience, Schedule
 from greedy.training.step import Learner
@@ -81,6 +83,7 @@ class StageTraining:
             directory, learner, self._schedule(), self.recipe.training.checkpoint_minutes
         )
         reports = self._run_epochs(learner, checkpoints)
+        learner.release()
         self._save(learner, directory)
         test = measure(learner, self.source.view("test", 0, self._batch))
         store = self._write_store(learner, directory)
@@ -143,11 +146,18 @@ class StageTraining:
             self.loss,
             num_classes,
             self.resolved["precision"],
+            memory=StepMemory(Mode(self.resolved["memory_mode"]), self.resolved["micro_batch"]),
         )
-        rate = for_stage(self.recipe.training.learning_rate, number)
-        make = self.optimizer or (lambda p: torch.optim.Adam(p, lr=rate, fused=True))
-        learner.optimizer = make(learner.parameters())
+        learner.optimizer = self._make_optimizer(learner.parameters())
         return learner
+
+    def _make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        if self.optimizer is not None:
+            return self.optimizer(parameters)
+        rate = for_stage(self.recipe.training.learning_rate, self.stage.number)
+        if self.recipe.memory.optimizer_state == "host":
+            return HostAdam(parameters, lr=rate)
+        return torch.optim.Adam(parameters, lr=rate, fused=True)
 
     def _schedule(self) -> Schedule:
         training, number = self.recipe.training, self.stage.number

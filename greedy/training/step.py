@@ -59,6 +59,12 @@ class Learner:
         self.stage.eval()
         self.heads.eval()
 
+    def release(self) -> None:
+        """Lets go of what only training needs: gradients and the optimiser with its state."""
+        self.optimizer = None
+        for parameter in self.parameters():
+            parameter.grad = None
+
     def autocast(self) -> torch.autocast:
         """Lower precision for encoder and heads; features, losses and weights stay float32."""
         return torch.autocast(
@@ -110,7 +116,8 @@ def _try(
         if not _is_out_of_memory(error) or smaller is None or learner.parts is None:
             raise
     learner.memory = smaller
-    learner.optimizer.zero_grad(set_to_none=True)
+    for parameter in learner.parameters():
+        parameter.grad = None
     for buffer, value in zip(learner.stage.buffers(), before, strict=True):
         buffer.copy_(value)
     if learner.device.type == "cuda":
