@@ -23,6 +23,7 @@ name = "predsim"
 epochs = 1
 batch_size = 256
 learning_rate = 0.002
+precision = "float32"
 [store]
 views = 2
 """

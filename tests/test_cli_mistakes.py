@@ -21,6 +21,7 @@ name = "pred"
 epochs = 1
 batch_size = 512
 learning_rate = 0.001
+precision = "float32"
 """
 
 

@@ -29,6 +29,7 @@ name = "predsim"
 epochs = 2
 batch_size = 256
 learning_rate = 0.002
+precision = "float32"
 [store]
 views = 1
 """
