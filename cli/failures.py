@@ -27,11 +27,15 @@ class Mistake(Failure):
 
 
 class Stopped(Failure):
-    """A signal came."""
+    """Ctrl-C."""
 
-    def __init__(self, sentence: str, number: int = signal.SIGINT) -> None:
-        super().__init__(sentence)
-        self.exit_code = 128 + number
+    exit_code = 128 + signal.SIGINT
+
+
+class Terminated(Failure):
+    """SIGTERM."""
+
+    exit_code = 128 + signal.SIGTERM
 
 
 class Group(click.Group):
@@ -65,7 +69,7 @@ class Group(click.Group):
             click.echo(f"Error: {_sentence(error)}", err=True)
             code = error.exit_code
         except click.Abort:
-            code = 128 + signal.SIGINT
+            code = Stopped.exit_code
         sys.exit(code)
 
 
@@ -85,7 +89,7 @@ def _failure(error: BaseException) -> Failure:
     sentence = " ".join(str(error).split())
     match error:
         case Interrupted():
-            return Stopped(sentence, error.signal)
+            return Stopped(sentence) if error.signal == signal.SIGINT else Terminated(sentence)
         case KeyboardInterrupt():
             return Stopped("interrupted: the same command goes on where this one stopped")
         case OSError(strerror=str(reason), filename=path):

@@ -73,7 +73,8 @@ def train(
         )
         rows = f"{len(dataset.train):,} training and {len(dataset.test):,} test images"
         click.echo(f"stage 0: {rows} of {dataset.name}")
-        trainer.prepare(dataset)
+        with terminable():
+            trainer.prepare(dataset)
     progress = reporter(Console(), len(trainer.run.complete(0).network))
     trainer.reporter = progress
     with progress, terminable():

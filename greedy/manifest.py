@@ -17,7 +17,7 @@ UNKNOWN = -1  # the generation of a store whose views are just being exchanged
 # What a record may claim: it can come from a stranger, and others believe it.
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Size = Annotated[int, Field(ge=1, le=2**40)]
-Splits = Annotated[dict[Literal["train", "test"], Count], Field(min_length=2)]
+Split = Annotated[str, Field(pattern=r"^(train|test)$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=255)]
 
 
@@ -44,8 +44,8 @@ class StoreRecord(_Document):
     compressor: str
     views: Size
     values: Size
-    split_bytes: Splits
-    digests: Annotated[dict[Literal["train", "test"], str], Field(min_length=2)]
+    split_bytes: Annotated[dict[Split, Count], Field(min_length=2)]
+    digests: Annotated[dict[Split, str], Field(min_length=2)]
     source: Count = 0
     generation: Annotated[int, Field(ge=UNKNOWN)] = 0
     bytes_written: Count
@@ -114,7 +114,7 @@ class StageRecord(_Document):
     settings that decide the run's results.
     """
 
-    format: Literal[1] = FORMAT
+    format: int = FORMAT
     stage: Count
     name: str
     lineage: str
@@ -129,7 +129,7 @@ class StageRecord(_Document):
     metrics: Metrics = Metrics()
     store: StoreRecord | None = None
     written_before: Count = 0
-    rows: Annotated[dict[Literal["train", "test"], Size], Field(min_length=2)]
+    rows: Annotated[dict[Split, Size], Field(min_length=2)]
     seconds: float = 0.0
     peak_memory_bytes: int | None = None
     versions: dict[str, str] = {}

@@ -253,6 +253,6 @@ def test_ctrl_c_leaves_a_run_that_goes_on(run, tmp_path):
         process.stdout.read()
         complaint = process.stderr.read()
     assert process.returncode == 130
-    assert complaint.startswith("Error: interrupted in epoch ")
-    assert complaint.endswith("the same command goes on from there\n")
+    assert complaint.startswith("Error: interrupted")
+    assert "the same command goes on" in complaint
     assert '"state": "training"' in greedy("status", "--run", "new", "--json").output

@@ -107,7 +107,7 @@ def test_a_signal_finishes_the_batch_and_keeps_it(tmp_path: Path) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         reporter = KillAt(3, lambda number=number: os.kill(os.getpid(), number))
         cut = trainer(tmp_path / "cut", reporter, checkpoint_minutes=60)
-        with pytest.raises(Interrupted, match="stage 1 after step .* goes on from there") as caught:
+        with pytest.raises(Interrupted, match="in stage 1 after .* goes on from there") as caught:
             cut.fit(TRAIN, TEST)
         assert caught.value.signal == number
         progress = tmp_path / "cut/stage1/training/checkpoint/progress.json"
@@ -183,7 +183,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_named(tmp_path: Path) 
     settings = {"epochs": 4, "batch_size": 64, "learning_rate": 0.01, "precision": "float32"}
     mine = GreedyTrainer(model, run_dir=tmp_path / "run", device="cpu", **settings)
     text = r"stage 1 is not finite in epoch 2, step 3, at a learning rate of 0.01 \(the last good"
-    with pytest.raises(TrainingError, match=text + " checkpoint is of the end of epoch 1"):
+    with pytest.raises(TrainingError, match=text + " checkpoint is after epoch 1"):
         mine.fit(TRAIN, TEST)
     (kept,) = (tmp_path / "run/stage1/training/checkpoint").glob("*.safetensors")
     assert all(torch.isfinite(v).all() for v in load_file(kept).values())

@@ -71,6 +71,11 @@ class Progress(BaseModel):
     finished: bool = False
     reports: list[EpochReport] = []
 
+    def __str__(self) -> str:
+        if self.position:
+            return f"step {self.position} of epoch {self.epoch + 1}"
+        return f"epoch {self.epoch}"
+
 
 class _Document(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -135,7 +140,7 @@ class Checkpoints:
         for old in directory.glob("*.safetensors"):
             if old != kept:
                 old.unlink()
-        self._saved, self.last = time.monotonic(), _described(progress)
+        self._saved, self.last = time.monotonic(), str(progress)
 
     def load(self) -> tuple[Progress, Sums | None] | None:
         """Gives learner and schedule the state that was kept last; ``None`` where none was.
@@ -155,7 +160,7 @@ class Checkpoints:
         loss, wrong = tensors.get("sums.loss"), tensors.get("sums.wrong")
         sums = None if loss is None else Sums(loss.to(device), _to(wrong, device))
         progress = document.progress
-        self.last, self.before = _described(progress), progress.before + progress.seconds
+        self.last, self.before = str(progress), progress.before + progress.seconds
         return progress, sums
 
     def _restore(self, document: _Document, tensors: dict[str, Tensor]) -> None:
@@ -187,12 +192,6 @@ def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _to(value: Tensor | None, device: torch.device) -> Tensor | None:
     return None if value is None else value.to(device)
-
-
-def _described(progress: Progress) -> str:
-    if progress.position:
-        return f"epoch {progress.epoch + 1}, step {progress.position}"
-    return f"the end of epoch {progress.epoch}"
 
 
 def _read(training: Path, name: str, kind: type[Document]) -> Document | None:

@@ -71,27 +71,27 @@ class Epochs:
         before = progress.before + progress.seconds
         yield from progress.reports
         while not progress.finished:
-            report = self._epoch(progress, sums)
-            over = self.schedule.observe(report.holdout_loss)
-            progress = Progress(
-                epoch=report.epoch,
-                before=before + time.perf_counter() - began,
-                finished=over or report.epoch == self.epochs,
-                reports=[*progress.reports, report],
-            )
-            sums = None
-            if self.checkpoints:
-                self.checkpoints.save(progress)
+            self.source.at_epoch(progress.epoch)  # before signals wait: it may write for hours
+            with Postponed() as stop:
+                report = self._epoch(progress, sums, stop)
+                over = self.schedule.observe(report.holdout_loss)
+                progress = Progress(
+                    epoch=report.epoch,
+                    before=before + time.perf_counter() - began,
+                    finished=over or report.epoch == self.epochs,
+                    reports=[*progress.reports, report],
+                )
+                sums = None
+                self._keep(progress, None, stop)
             yield report
 
-    def _epoch(self, progress: Progress, sums: Sums | None) -> EpochReport:
+    def _epoch(self, progress: Progress, sums: Sums | None, stop: Postponed) -> EpochReport:
         started = time.perf_counter() - progress.seconds
         epoch, first = progress.epoch, progress.position
         rate = self.schedule.rate_at(epoch)
         assert self.learner.optimizer is not None
         for group in self.learner.optimizer.param_groups:
             group["lr"] = rate
-        self.source.at_epoch(epoch)
         limited = self.classes_per_batch if self.schedule.drops(epoch) == 0 else 0
         batches = self.source.epoch(
             self.learner.stage.number,
@@ -106,20 +106,19 @@ class Epochs:
         guard = Guard()
         if totals.rows:
             self.reporter.batch_finished(totals.rows)
-        with Postponed() as stop:
-            for position, batch in enumerate(batches, start=first):
-                # For layers and losses that draw from torch's own generators.
-                number = self.learner.stage.number
-                torch.manual_seed(derive(self.seed, "step", number, epoch, position))
-                masked = replace(batch, mask=self._mask(batch, epoch, position))
-                loss, logits = self._step(masked, guard, position)
-                totals.add(loss, logits, batch.labels)
-                self.reporter.batch_finished(len(batch.labels))
-                if stop.requested is not None or (self.checkpoints and self.checkpoints.due):
-                    seconds = time.perf_counter() - started
-                    here = {"position": position + 1, "rows": totals.rows, "seconds": seconds}
-                    self._require_finite(guard, epoch, rate)
-                    self._keep(progress.model_copy(update=here), totals, stop.requested)
+        for position, batch in enumerate(batches, start=first):
+            # For layers and losses that draw from torch's own generators.
+            number = self.learner.stage.number
+            torch.manual_seed(derive(self.seed, "step", number, epoch, position))
+            masked = replace(batch, mask=self._mask(batch, epoch, position))
+            loss, logits = self._step(masked, guard, position)
+            totals.add(loss, logits, batch.labels)
+            self.reporter.batch_finished(len(batch.labels))
+            if stop.requested is not None or (self.checkpoints and self.checkpoints.due):
+                seconds = time.perf_counter() - started
+                here = {"position": position + 1, "rows": totals.rows, "seconds": seconds}
+                self._require_finite(guard, epoch, rate)
+                self._keep(progress.model_copy(update=here), totals, stop)
         self._require_finite(guard, epoch, rate)
         seconds = time.perf_counter() - started
         return EpochReport(
@@ -132,15 +131,15 @@ class Epochs:
             seconds=seconds,
         )
 
-    def _keep(self, progress: Progress, totals: Totals, signal: int | None) -> None:
-        """A checkpoint within an epoch, and the end of the training where a signal asks for it."""
+    def _keep(self, progress: Progress, totals: Totals | None, stop: Postponed) -> None:
+        """A checkpoint, and the end of the training where a signal has asked for it."""
         if self.checkpoints:
-            self.checkpoints.save(progress, Sums(totals.loss, totals.wrong))
-        if signal is not None:
+            self.checkpoints.save(progress, totals and Sums(totals.loss, totals.wrong))
+        if stop.requested is not None:
             raise Interrupted(
-                signal,
-                f"interrupted in epoch {progress.epoch + 1} of stage {self.learner.stage.number} "
-                f"after step {progress.position}: the same command goes on from there",
+                stop.requested,
+                f"interrupted in stage {self.learner.stage.number} after {progress}: the same "
+                f"command goes on from there",
             )
 
     def _holdout_loss(self) -> float | None:
@@ -168,7 +167,7 @@ class Epochs:
         if (number := guard.step) is None:
             return
         last = self.checkpoints.last if self.checkpoints else ""
-        kept = f"the last good checkpoint is of {last}" if last else "there is no checkpoint yet"
+        kept = f"the last good checkpoint is after {last}" if last else "there is no checkpoint yet"
         raise TrainingError(
             f"the loss of stage {self.learner.stage.number} is not finite in epoch {epoch + 1}, "
             f"step {number}, at a learning rate of {rate:g} ({kept}): lower "

@@ -1,0 +1,79 @@
+"""A short form of `benchmarks/faults.py`: real processes, real files, real disks."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FAULTS = Path(__file__).parents[1] / "benchmarks/faults.py"
+NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
+
+
+def struck(**counts: int) -> dict[str, int]:
+    options = {"kills": 0, "flips": 0, "disk-full": 0} | counts
+    command = [sys.executable, str(FAULTS), "--json", "--no-overhead"]
+    command += [f"--{name}={count}" for name, count in options.items()]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    return json.loads(done.stdout)
+
+
+def test_killed_and_rotten_runs() -> None:
+    found = struck(kills=2, flips=2)
+    assert found["identical"] == 2
+    assert found["silent"] == 0
+    assert found["detected"] + found["harmless"] == 2
+
+
+@pytest.mark.skipif(
+    not shutil.which("unshare") or subprocess.run([*NAMESPACE, "true"], check=False).returncode,
+    reason="a small file system takes a mount namespace, which this system does not give",
+)
+def test_full_disks() -> None:
+    assert struck(**{"disk-full": 2}) == {"disk_full": 2, "clean_stops": 2, "continued": 2}
+
+
+RECIPE = """
+[data]
+name = "fashion-mnist-sample"
+[model]
+network = "mlp"
+hidden_width = 16
+[loss]
+name = "predsim"
+[training]
+epochs = 3000
+batch_size = 64
+learning_rate = 0.002
+precision = "float32"
+"""
+
+
+def test_sigterm_keeps_what_was_done_and_a_second_process_is_told(tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+    command = [sys.executable, "-m", "greedy.cli.main", "train", "--recipe", "tiny.toml"]
+    command += ["--run", "run"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    with subprocess.Popen(command, **pipes) as process:
+        for line in process.stdout:
+            if "epoch 1/" in line:
+                break
+        second = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+        drop = [*command[:3], "cache", "drop", "run"]
+        dropped = subprocess.run(drop, capture_output=True, text=True, check=False, cwd=tmp_path)
+        status = [*command[:3], "status", "--run", "run"]
+        subprocess.run(status, capture_output=True, check=True, cwd=tmp_path)
+        process.send_signal(signal.SIGTERM)
+        process.stdout.read()
+        complaint = process.stderr.read()
+    for refused in (second, dropped):
+        assert refused.returncode == 2
+        assert f"is in use by process {process.pid} on " in refused.stderr
+    assert process.returncode == 143
+    assert complaint.startswith("Error: interrupted")
+    assert (tmp_path / "run/stage1/training/checkpoint/progress.json").is_file()

@@ -1,0 +1,204 @@
+"""A run directory that a stranger made can at worst be refused."""
+
+import json
+import os
+import shutil
+import signal
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tomli_w
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.utils.data import TensorDataset
+
+from greedy import GreedyTrainer, Reporter, RunDirectory, TrainingError, UserError, evaluate
+from greedy.cache import StoreError
+from greedy.errors import Interrupted
+from greedy.files import canonical, digest
+from greedy.integrity import verify_run
+from greedy.models import mlp
+from greedy.status import disk_use, status
+
+SIDE, CLASSES = 6, 3
+REFUSED = (UserError, StoreError, TrainingError)
+
+
+class Stop(Reporter):
+    """Interrupts the training of stage 2."""
+
+    stage = 0
+
+    def stage_started(self, number: int, *rest: object) -> None:
+        self.stage = number
+
+    def batch_finished(self, rows: int) -> None:
+        if self.stage == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def trainer(run: Path, reporter: Reporter | None = None) -> GreedyTrainer:
+    torch.manual_seed(0)
+    model = mlp(1, SIDE, CLASSES, hidden_layers=2, hidden_width=8)
+    known = {"epochs": 1, "learning_rate": 0.01, "batch_size": 32, "views": 1}
+    known |= {"precision": "float32", "encoding": "uint8"}
+    return GreedyTrainer(model, run_dir=run, reporter=reporter, device="cpu", **known)
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory) -> Path:
+    """A run whose second stage is being trained."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    random = np.random.default_rng(0)
+    images = torch.from_numpy(random.integers(0, 255, (64, 1, SIDE, SIDE)).astype(np.uint8))
+    data = TensorDataset(images, torch.arange(64) % CLASSES)
+    with pytest.raises(Interrupted):
+        trainer(run, Stop()).fit(data, data)
+    return run
+
+
+def use(run: Path) -> None:
+    """All that people do with a run."""
+
+    def read() -> None:
+        directory = RunDirectory.open(run)
+        status(directory)
+        disk_use(directory)
+
+    def look() -> None:
+        mine = trainer(run)
+        evaluate(mine.run, mine.assemble(1), "test", torch.device("cpu"))
+
+    verify_run(run)
+    attempts = [read, look, lambda: trainer(run).train(), lambda: trainer(run).repair([0, 1, 2, 3])]
+    for attempt in attempts:
+        try:
+            attempt()
+        except REFUSED as error:
+            assert str(error)
+
+
+VALUES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.sampled_from([-1, 0, 1, 2, 3, 7, 2**31, 2**40, 2**63, 10**30]),
+    st.sampled_from(["", "live", "../../outside", "/etc/passwd", "x" * 300, "train", "uint4"]),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.lists(st.integers(-1, 2**33), max_size=4),
+    st.dictionaries(st.sampled_from(["train", "test", "a", ".."]), st.integers(-1, 9), max_size=3),
+)
+
+
+def places(document: object, path: tuple = ()) -> list[tuple]:
+    inside: list[tuple] = []
+    keys = document if isinstance(document, dict) else range(len(document))  # type: ignore[arg-type]
+    for key in list(keys)[:20]:
+        inside.append((*path, key))
+        if isinstance(document[key], dict | list):  # type: ignore[index]
+            inside += places(document[key], (*path, key))  # type: ignore[index]
+    return inside
+
+
+def mutate(path: Path, data: st.DataObject) -> None:
+    """Changes bytes anywhere, or a value of a document, whose digest is then right again."""
+    if path.suffix in (".json", ".toml") and data.draw(st.integers(0, 3)):
+        text = path.read_text()
+        document = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        signed = document.pop("digest", None)
+        *above, key = data.draw(st.sampled_from(places(document)))
+        holder = document
+        for each in above:
+            holder = holder[each]
+        value = data.draw(VALUES)
+        if value is None and isinstance(holder, dict):
+            del holder[key]
+        elif value is not None or path.suffix == ".json":
+            holder[key] = value
+        if path.suffix == ".toml":
+            path.write_text(tomli_w.dumps(document))
+            return
+        if signed is not None:
+            document["digest"] = digest(canonical(document))
+        path.write_text(json.dumps(document))
+        return
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        if content:
+            place = data.draw(st.integers(0, len(content) - 1))
+            content[place : place + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=3))
+    path.write_bytes(content[: data.draw(st.integers(0, 2 * len(content)))])
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(data=st.data())
+def test_mutated_files_are_refused_or_without_effect(
+    half: Path, tmp_path: Path, data: st.DataObject
+) -> None:
+    run = tmp_path / "run"
+    shutil.rmtree(run, ignore_errors=True)
+    shutil.copytree(half, run)
+    files = sorted(p for p in run.rglob("*") if p.is_file() and p.name != ".lock")
+    documents = [p for p in files if p.suffix in (".json", ".toml")]
+    mutate(data.draw(st.sampled_from(data.draw(st.sampled_from([files, documents])))), data)
+    use(run)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "stage1",
+        "stage1/activations.zarr",
+        "stage1/encoder.safetensors",
+        "stage2/training",
+        "stage2/training/checkpoint",
+        ".stage1.new",
+        ".stage1.old",
+        "run.toml",
+    ],
+)
+def test_links_lead_nowhere(half: Path, tmp_path: Path, name: str) -> None:
+    run, outside = shutil.copytree(half, tmp_path / "run"), tmp_path / "outside"
+    path = run / name
+    if path.exists():
+        path.rename(outside)
+    else:
+        outside.mkdir()
+        (outside / "precious").touch()
+    path.symlink_to(outside)
+    before = {p: p.is_file() and p.read_bytes() for p in sorted(outside.rglob("*"))}
+    for attempt in (lambda: RunDirectory.open(run), lambda: trainer(run).train()):
+        with pytest.raises(UserError, match=f"{path} is a link"):
+            attempt()
+    assert {p: p.is_file() and p.read_bytes() for p in sorted(outside.rglob("*"))} == before
+
+
+@pytest.mark.parametrize("name", ["run.toml.part", "stage1/stage.json.part", ".lock.json.part"])
+def test_nothing_is_written_through_a_link(half: Path, tmp_path: Path, name: str) -> None:
+    run, outside = shutil.copytree(half, tmp_path / "run"), tmp_path / "precious"
+    outside.write_text("mine")
+    (run / name).symlink_to(outside)
+    use(run)
+    assert outside.read_text() == "mine"
+
+
+def test_a_document_is_not_read_whatever_its_size(half: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(half, tmp_path / "run")
+    with (run / "stage1/stage.json").open("r+b") as file:
+        file.truncate(2**36)  # sparse
+    with pytest.raises(UserError, match="too large"):
+        trainer(run).train()
+
+
+def test_documents_nested_too_deeply_are_refused(half: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(half, tmp_path / "run")
+    (run / "stage1/stage.json").write_text("[" * 200_000)
+    with pytest.raises(UserError, match="stage.json is damaged"):
+        trainer(run).train()
