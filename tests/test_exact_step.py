@@ -7,10 +7,14 @@ import torch
 from torch import nn
 
 from greedy.losses import Pred, PredSim, Sim
+from greedy.memory.counting import Counter
 from greedy.models import Stage, cut, shapes
 from greedy.source import Batch
+from greedy.training.guard import Guard
+from greedy.training.host_adam import HostAdam
 from greedy.training.modes import Mode, StepMemory
-from greedy.training.step import Learner, gradients
+from greedy.training.parts import parts_of
+from greedy.training.step import Learner, gradients, step
 
 ROWS, CLASSES = 12, 4
 LOSSES = {"pred": Pred(pool_target=32), "sim": Sim(), "predsim": PredSim(0.9, pool_target=32)}
@@ -84,3 +88,105 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
     for name, value in expected.items():
         worst = float((found[name] - value).abs().max())
         assert worst <= 1e-10 * max(1.0, float(value.abs().max())), name
+
+
+@pytest.mark.parametrize("kind", ["conv", "linear"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_bfloat16_errs_no_more_than_twice_as_much_as_the_plain_step(kind: str, loss: str) -> None:
+    exact = make_learner(kind, LOSSES[loss])
+    rows = 64
+    batch = make_batch(kind, exact, rows)
+    truth = measured(exact, batch, StepMemory(Mode.PLAIN))
+    rough = make_learner(kind, LOSSES[loss], torch.float32, "bfloat16")
+    rough.stage.load_state_dict(exact.stage.state_dict())
+    rough.heads.load_state_dict(exact.heads.state_dict())
+    batch = make_batch(kind, rough, rows)
+
+    def errors(mode: Mode) -> dict[str, float]:
+        found = measured(rough, batch, StepMemory(mode, 16))
+        return {k: float((found[k] - v).norm()) for k, v in truth.items() if k.endswith("grad")}
+
+    plain = errors(Mode.PLAIN)
+    for mode in MICRO_MODES:
+        for name, error in errors(mode).items():
+            assert error <= 2 * plain[name] + 1e-6, (mode, name)
+
+
+def test_two_hundred_steps_stay_as_close_as_reordered_rows() -> None:
+    def losses(mode: Mode, order: torch.Tensor) -> torch.Tensor:
+        learner = make_learner("conv", LOSSES["predsim"], torch.float32)
+        learner.optimizer = torch.optim.Adam(learner.parameters(), lr=1e-3)
+        learner.memory = StepMemory(mode, 4)
+        batch = make_batch("conv", learner, 24)
+        x = batch.inputs()[order]
+        shuffled = Batch(batch.labels[order], x.__getitem__)
+        return torch.stack([step(learner, shuffled, Guard(), i)[0] for i in range(200)])
+
+    rows = torch.arange(24)
+    plain = losses(Mode.PLAIN, rows)
+    noise = (losses(Mode.PLAIN, rows.flip(0)) - plain).abs().max()
+    assert plain[-1] < plain[0] / 2
+    for mode in MICRO_MODES:
+        assert (losses(mode, rows) - plain).abs().max() <= 2 * noise, mode
+
+
+def test_a_step_that_runs_out_of_memory_is_repeated_in_a_smaller_mode() -> None:
+    def trained(limit_at: int) -> tuple[Learner, dict[str, torch.Tensor]]:
+        learner = make_learner("conv", LOSSES["sim"])
+        learner.optimizer = torch.optim.Adam(learner.parameters(), lr=1e-3)
+        learner.memory = StepMemory(micro_batch=4)
+        batch = make_batch("conv", learner, 64)
+        with Counter() as allocator:
+            for i in range(4):
+                if i == limit_at:  # what a step has taken is too much from here on
+                    allocator.limit = allocator.live + (allocator.peak - allocator.live) * 2 // 3
+                step(learner, batch, Guard(), i)
+        state = learner.stage.state_dict() | learner.heads.state_dict()
+        return learner, {k: v.detach() for k, v in state.items()}
+
+    untouched, expected = trained(limit_at=9)
+    assert untouched.memory.mode is Mode.PLAIN
+    learner, found = trained(limit_at=2)
+    assert learner.memory.mode is not Mode.PLAIN
+    assert_same(found, expected)
+
+
+def test_without_any_smaller_mode_the_failure_is_the_user_s() -> None:
+    learner = make_learner("linear", LOSSES["pred"])
+    learner.optimizer = torch.optim.Adam(learner.parameters(), lr=1e-3)
+    batch = make_batch("linear", learner)
+    with Counter() as allocator:
+        allocator.add(learner.parameters())
+        allocator.limit = allocator.live + 1024
+        with pytest.raises(torch.OutOfMemoryError):
+            step(learner, batch, Guard(), 0)
+    assert learner.memory == StepMemory(Mode.KEEP_NOTHING, 1)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        [nn.Conv2d(5, 5, 3, padding=1, groups=5), nn.BatchNorm2d(5), nn.ReLU()],
+        [nn.Conv2d(5, 5, 3, padding=1), nn.GroupNorm(1, 5), nn.ReLU()],
+        [nn.Conv2d(5, 5, 3, padding=1), nn.Softmax(dim=1)],
+    ],
+)
+def test_other_stages_are_told_apart(layers: list[nn.Module]) -> None:
+    stage = cut(nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, CLASSES)))[0]
+    assert parts_of(stage, LOSSES["sim"].heads((5, 7, 6), CLASSES)) is None
+
+
+def test_adam_in_host_memory_is_adam() -> None:
+    def trained(host: bool) -> dict[str, torch.Tensor]:
+        learner = make_learner("conv", LOSSES["predsim"], torch.float32)
+        parameters = learner.parameters()
+        learner.optimizer = (
+            HostAdam(parameters, 1e-2) if host else torch.optim.Adam(parameters, 1e-2, fused=True)
+        )
+        batch = make_batch("conv", learner)
+        for i in range(3):
+            step(learner, batch, Guard(), i)
+        return learner.stage.state_dict()
+
+    device, host = trained(False), trained(True)
+    assert all(torch.equal(device[k], host[k]) for k in device)

@@ -143,7 +143,9 @@ class ExactStep:
         encoder = self.parts.encoder
         assert encoder.weight.grad is not None
         add_weight_gradient(encoder, x, g.to(x.dtype), encoder.weight.grad)
-        if encoder.bias is not None and encoder.bias.grad is not None:
+        # Batch norm takes a bias away again: what would add up to its gradient is rounding.
+        if self.parts.norm is None and encoder.bias is not None:
+            assert encoder.bias.grad is not None
             encoder.bias.grad += g.sum(per_channel(g), dtype=encoder.bias.dtype)
 
 
@@ -151,7 +153,6 @@ class ExactStep:
 class Residue:
     """r = dL/dc - g, what reaches c through mu and v: a + b (c - mu), a number each a channel."""
 
-    count: int
     mean: Tensor
     a: Tensor
     b: Tensor
@@ -164,7 +165,7 @@ class Residue:
         d_mean = -norm.weight * norm.bias.grad * variance.rsqrt()
         d_variance = -norm.weight * norm.weight.grad / (2 * variance)
         n = statistics.count
-        return cls(n, statistics.mean, d_mean / n, 2 * d_variance / n)
+        return cls(statistics.mean, d_mean / n, 2 * d_variance / n)
 
     def __call__(self, c: Tensor) -> Tensor:
         """r of a micro-batch, in the precision of the parameters."""
@@ -191,12 +192,10 @@ class Moments:
 
     def close(self, encoder: Layer, residue: Residue) -> None:
         """Adds r's part to the encoder's gradients."""
-        weight, bias = encoder.weight, encoder.bias
+        weight = encoder.weight
         assert weight.grad is not None
         a, b = (v.reshape(-1, *[1] * (weight.dim() - 1)) for v in (residue.a, residue.b))
         weight.grad.addcmul_(self.ones, a).addcmul_(self.centred, b)
-        if bias is not None and bias.grad is not None:
-            bias.grad += residue.count * residue.a
 
 
 def differentiate(loss: LocalLoss, features: Features, y: Tensor) -> tuple[Tensor, Features]:
