@@ -1,6 +1,6 @@
 """From what a recipe says to modules and losses."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -9,8 +9,8 @@ from greedy import models
 from greedy.errors import UserError
 from greedy.functions import call_function
 from greedy.losses import LocalLoss, Pred, PredSim, Sim
-from greedy.models import Shape
-from greedy.recipes import Loss, Model
+from greedy.models import Shape, Stage, StageShapes
+from greedy.recipes import Loss, Model, Recipe
 
 NETWORKS: dict[str, Callable[..., nn.Sequential]] = {
     "mlp": models.mlp,
@@ -45,6 +45,33 @@ def build_network(model: Model, row_shape: Shape, num_classes: int) -> nn.Sequen
             activation=model.activation,
             **({} if model.network == "mlp" else convolutional),
         )
+
+
+def checked_shapes(
+    recipe: Recipe, stages: Sequence[Stage], row_shape: Shape, classes: int
+) -> list[StageShapes]:
+    """The shapes along the stages, of a network that fits the data (0 classes: not known
+    yet) and the recipe's lists."""
+    found = models.shapes(stages, row_shape)
+    if classes and found[-1].output != (classes,):
+        raise UserError(
+            f"the network ends in {'x'.join(map(str, found[-1].output))} values and the data "
+            f"have {classes} classes: let its last layer give one logit a class"
+        )
+    mean = recipe.data.mean
+    if mean is not None and len(mean) != row_shape[0]:
+        raise UserError(
+            f"data.mean has {len(mean)} entries and the images {row_shape[0]} channels: "
+            f"give data.mean and data.std one a channel, or leave them out to be measured"
+        )
+    for field in ("epochs", "learning_rate"):
+        value = getattr(recipe.training, field)
+        if isinstance(value, list) and len(value) != len(stages):
+            raise UserError(
+                f"training.{field} has {len(value)} entries and the network {len(stages)} "
+                f"stages: give one number, or one a stage"
+            )
+    return found
 
 
 def load_network(model: Model, function: str | None) -> nn.Sequential | None:

@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from greedy.disk import COMPRESSED, UNCOMPRESSED, Demand, Plan, StageDemand, Views, plan
 from greedy.errors import UserError
@@ -17,14 +17,18 @@ AUTO_SHARE = 0.7  # of the file system's free space, for a run that says nothing
 
 
 def plan_disk(
-    run: RunDirectory, shapes: Sequence[StageShapes], retrain_from: int | None = None
+    run: RunDirectory,
+    shapes: Sequence[StageShapes],
+    rows: Mapping[str, int],
+    images: int,
+    retrain_from: int | None = None,
 ) -> Plan:
-    """The plan for all stages that are not finished, or are to be trained again.
+    """The plan for all stages that are not finished, or are to be trained again. ``rows`` are
+    those of each split, ``images`` the bytes of stage 0; the run may be yet to begin.
 
     Raises ``UserError`` where they do not fit.
     """
-    data, recipe = run.complete(0), run.recipe
-    assert data.store is not None
+    recipe = run.recipe
     sizes = UNCOMPRESSED if recipe.store.compressor == "none" else COMPRESSED
     stages = []
     for number, shape in enumerate(shapes, start=1):
@@ -40,10 +44,10 @@ def plan_disk(
         )
     demand = Demand(
         tuple(stages),
-        data.rows,
+        rows,
         recipe.store.views,
         sizes[encoding(recipe)],
-        data.store.bytes,
+        images,
         refreshed=recipe.store.refresh_every > 0,
     )
     return plan(demand, disk_budget(run), recipe.store.keep)
@@ -54,7 +58,9 @@ def disk_budget(run: RunDirectory) -> int:
     setting = run.recipe.store.disk_budget
     if setting != "auto":
         return parse_size(setting)
-    return int(AUTO_SHARE * (shutil.disk_usage(run.path).free + bytes_below(run.path)))
+    path = run.path.absolute()
+    standing = next(place for place in (path, *path.parents) if place.exists())
+    return int(AUTO_SHARE * (shutil.disk_usage(standing).free + bytes_below(path)))
 
 
 def former(run: RunDirectory, number: int) -> StageRecord | None:

@@ -8,7 +8,7 @@ from typing import Any, Self
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 
-from greedy.build import build_loss, build_network, loss_settings
+from greedy.build import build_loss, build_network, checked_shapes, loss_settings
 from greedy.cache import Damage
 from greedy.data import Dataset, dataset_from_torch
 from greedy.devices import pick_device, pick_precision
@@ -17,7 +17,7 @@ from greedy.errors import UserError, unknown
 from greedy.losses import LocalLoss, Output, PredSim
 from greedy.manifest import StageRecord
 from greedy.memory.choice import Choice, choose, fused_adam, memory_budget, stored_row_bytes
-from greedy.models import Shape, Stage, StageShapes, cut, shapes
+from greedy.models import Stage, StageShapes, cut
 from greedy.network import assemble, stages_of
 from greedy.planning import former, plan_disk
 from greedy.recipes import Recipe, from_document
@@ -117,7 +117,7 @@ class GreedyTrainer:
         is written."""
         shape, classes = dataset.train.shape, len(dataset.class_names or "")
         stages = cut(self._model or build_network(self.recipe.model, shape, classes or 2))
-        self._checked_shapes(stages, shape, classes)
+        checked_shapes(self.recipe, stages, shape, classes)
         names = [stage.name for stage in stages[:-1]]
         self.run.path.mkdir(parents=True, exist_ok=True)
         with self.run.writing():
@@ -299,39 +299,15 @@ class GreedyTrainer:
         )
 
     def _plan_disk(self, retrain_from: int | None = None) -> Plan:
-        _, shapes = self._stages(self.run.complete(0))
-        return plan_disk(self.run, shapes, retrain_from)
+        data = self.run.complete(0)
+        assert data.store is not None
+        _, shapes = self._stages(data)
+        return plan_disk(self.run, shapes, data.rows, data.store.bytes, retrain_from)
 
     def _stages(self, data: StageRecord) -> tuple[list[Stage], list[StageShapes]]:
         """The network's stages without their trained weights, and their shapes."""
         stages = stages_of(self.recipe, data, self._model)
-        return stages, self._checked_shapes(stages, data.row_shape, len(data.class_names))
-
-    def _checked_shapes(
-        self, stages: Sequence[Stage], row_shape: Shape, classes: int
-    ) -> list[StageShapes]:
-        """The shapes along the stages, of a network that fits the data (0 classes: not known
-        yet) and the recipe's lists."""
-        found = shapes(stages, row_shape)
-        if classes and found[-1].output != (classes,):
-            raise UserError(
-                f"the network ends in {'x'.join(map(str, found[-1].output))} values and the data "
-                f"have {classes} classes: let its last layer give one logit a class"
-            )
-        mean = self.recipe.data.mean
-        if mean is not None and len(mean) != row_shape[0]:
-            raise UserError(
-                f"data.mean has {len(mean)} entries and the images {row_shape[0]} channels: "
-                f"give data.mean and data.std one a channel, or leave them out to be measured"
-            )
-        for field in ("epochs", "learning_rate"):
-            value = getattr(self.recipe.training, field)
-            if isinstance(value, list) and len(value) != len(stages):
-                raise UserError(
-                    f"training.{field} has {len(value)} entries and the network {len(stages)} "
-                    f"stages: give one number, or one a stage"
-                )
-        return found
+        return stages, checked_shapes(self.recipe, stages, data.row_shape, len(data.class_names))
 
     def repair(self, numbers: Iterable[int]) -> tuple[list[Repair], list[Damage]]:
         """Computes anew what is damaged in the stores of stages; returns what was done and what
