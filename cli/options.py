@@ -28,6 +28,15 @@ SHORTHANDS = {
 
 PATH = click.Path(path_type=Path)
 
+recipe = click.option(
+    "--recipe", metavar="R", help="A name from `greedy recipes list`, or a TOML file."
+)
+run_or_new = click.option(
+    "--run",
+    metavar="DIR",
+    type=PATH,
+    help="The run directory  [default: runs/R]; alone, the run there goes on.",
+)
 run = click.option("--run", required=True, metavar="DIR", type=PATH, help="The run directory.")
 device = click.option(
     "--device",

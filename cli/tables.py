@@ -21,6 +21,16 @@ def size(size_bytes: int | None) -> str:
     return "-" if size_bytes is None else format_size(size_bytes)
 
 
+def count(number: int) -> str:
+    """A large number of things, shortened: ``42.5 M``."""
+    value = float(number)
+    for unit in ("", "K", "M", "G", "T", "P"):
+        if value < 1000:
+            return f"{value:.1f} {unit}" if unit else str(number)
+        value /= 1000
+    return f"{value:.1f} E"
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> None:
     """Prints a table whose first ``left`` columns are texts and the others numbers."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")

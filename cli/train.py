@@ -18,13 +18,8 @@ if TYPE_CHECKING:
 @click.command(
     epilog="Example: greedy train --recipe demo --set training.epochs=2 --run runs/short"
 )
-@click.option("--recipe", metavar="R", help="A name from `greedy recipes list`, or a TOML file.")
-@click.option(
-    "--run",
-    metavar="DIR",
-    type=options.PATH,
-    help="The run directory  [default: runs/R]; alone, the run there goes on.",
-)
+@options.recipe
+@options.run_or_new
 @options.settings
 @options.data_dir
 @options.download
@@ -59,7 +54,7 @@ def train(
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
 
     overrides = options.overrides(settings, shorthands)
-    wanted, directory = _recipe_and_run(recipe, run, overrides)
+    wanted, directory = recipe_and_run(recipe, run, overrides)
     network = load_network(wanted.model, model)
     trainer = GreedyTrainer.from_recipe(wanted, directory, device=device, model=network)
     click.echo(f"{wanted.name} in {directory} on {trainer.device}")
@@ -130,7 +125,7 @@ def train_stage(
         click.echo(f"wrote {written}, trained from {_origin(record)}")
 
 
-def _recipe_and_run(
+def recipe_and_run(
     name: str | None, run: Path | None, overrides: list[str]
 ) -> tuple["Recipe", Path]:
     """The recipe and the run directory that --recipe and --run stand for."""

@@ -302,7 +302,7 @@ class GreedyTrainer:
         data = self.run.complete(0)
         assert data.store is not None
         _, shapes = self._stages(data)
-        return plan_disk(self.run, shapes, data.rows, data.store.bytes, retrain_from)
+        return plan_disk(self.run, shapes, dict(data.rows.items()), data.store.bytes, retrain_from)
 
     def _stages(self, data: StageRecord) -> tuple[list[Stage], list[StageShapes]]:
         """The network's stages without their trained weights, and their shapes."""

@@ -111,13 +111,16 @@ def _count(demand: StepDemand, mode: Mode, micro_batch: int) -> Choice:
 
 
 def _enlarged(demand: StepDemand, choice: Choice, budget: int) -> Choice:
-    """The largest power of two that fits, the rows of a micro-batch growing from one."""
+    """The largest power of two that fits, where a micro-batch of one row does."""
     largest = min(LARGEST_MICRO_BATCH, demand.batch_size // 2)
-    while choice.micro_batch * 2 <= largest:
-        larger = _count(demand, Mode(choice.mode), choice.micro_batch * 2)
-        if larger.peak_bytes > budget:
-            break
-        choice = larger
+    sizes = [1 << power for power in range(1, largest.bit_length())]
+    while sizes:
+        middle = len(sizes) // 2
+        larger = _count(demand, Mode(choice.mode), sizes[middle])
+        if larger.peak_bytes <= budget:
+            choice, sizes = larger, sizes[middle + 1 :]
+        else:
+            sizes = sizes[:middle]
     return choice
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from greedy.losses import Features, LocalHeads, LocalLoss
 from greedy.memory.counting import Counter
@@ -76,6 +77,14 @@ class StepDemand:
             with learner.autocast():
                 learner.stage(x).float()
         return counter.peak
+
+    def flops(self) -> int:
+        """Floating-point operations of the plain step, a multiply-add counting 2."""
+        stage = self._skeleton()
+        with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+            learner = self._learner(stage, StepMemory())
+            gradients(learner, self._batch(learner))
+        return counter.get_total_flops()
 
     def parameter_bytes(self) -> int:
         """Bytes of weights, gradients and optimiser state."""

@@ -1,0 +1,147 @@
+"""``greedy plan``: what a run will take, before anything runs."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from greedy.cli import options
+from greedy.cli.tables import count, print_json, print_table, size
+from greedy.cli.train import recipe_and_run
+
+if TYPE_CHECKING:
+    from greedy.forecast import DataFacts, Forecast, Machine
+    from greedy.recipes import Recipe
+
+BASELINES = {
+    "backprop": "back-propagation, float32",
+    "backprop_bfloat16": "back-propagation, bfloat16",
+    "backprop_checkpointed": "back-propagation, checkpointed by stage",
+    "backprop_accumulated": "back-propagation, micro-batches of 8 (batch norm not exact)",
+    "joint": "local training of all stages at once",
+}
+
+
+@click.command(
+    epilog="Example: greedy plan --recipe cifar10/vgg11b-3x-predsim --memory-budget 768MiB"
+)
+@options.recipe
+@options.run_or_new
+@options.settings
+@options.device
+@options.model
+@options.as_json
+@options.debug
+def plan(
+    recipe: str | None,
+    run: Path | None,
+    settings: tuple[str, ...],
+    device: str,
+    model: str | None,
+    as_json: bool,
+    **shorthands: str | None,
+) -> None:
+    """Tell what a run will take of memory, disk and operations, a stage a line.
+
+    Peaks of memory are counted on tensors without contents; neither data nor GPU are touched and
+    nothing is written. A named data set need not be there, nor a GPU for --device cuda. Operations
+    are those of the plain step over all epochs, a multiply-add counting 2.
+    """
+    from greedy.build import load_network  # noqa: PLC0415
+    from greedy.forecast import data_facts, forecast, machine  # noqa: PLC0415
+    from greedy.runs import RunDirectory  # noqa: PLC0415
+
+    overrides = options.overrides(settings, shorthands)
+    wanted, directory = recipe_and_run(recipe, run, overrides)
+    network = load_network(wanted.model, model)
+    planned = RunDirectory.create(directory, wanted)
+    data = data_facts(planned, options.names_data(overrides))
+    computer = machine(wanted, device)
+    found = forecast(planned, data, computer, network)
+    if as_json:
+        print_json(_document(wanted, computer, found))
+    else:
+        _print(wanted, data, computer, found)
+
+
+def _document(recipe: "Recipe", machine: "Machine", found: "Forecast") -> dict[str, object]:
+    return {
+        "recipe": recipe.name,
+        **asdict(machine),
+        "batch_size": recipe.training.batch_size,
+        "stages": [asdict(stage) for stage in found.stages],
+        "peak_memory_bytes": found.peak_memory_bytes,
+        "parameters": sum(stage.parameters for stage in found.stages),
+        "flops": sum(stage.flops for stage in found.stages),
+        "replay_flops": sum(stage.replay_flops for stage in found.stages),
+        "seconds": None,
+        "disk": {
+            "peak_bytes": found.disk.peak,
+            "needed_bytes": found.disk.needed,
+            "budget_bytes": found.disk.budget,
+            "plan": found.disk.explain(),
+        },
+        "baselines": dict(found.baselines),
+    }
+
+
+def _print(recipe: "Recipe", data: "DataFacts", machine: "Machine", found: "Forecast") -> None:
+    shape = "x".join(map(str, data.shape))
+    click.echo(
+        f"{recipe.name}: {data.rows['train']:,} training and {data.rows['test']:,} test images "
+        f"of {shape}"
+    )
+    budget = (
+        "any memory"
+        if machine.memory_budget_bytes is None
+        else f"{size(machine.memory_budget_bytes)} of memory"
+    )
+    click.echo(
+        f"on {machine.device} in {machine.precision}, batches of {recipe.training.batch_size}, "
+        f"a budget of {budget}"
+    )
+    print_table(
+        ("stage", "name", "mode", "rows", "memory", "params", "store", "flop"),
+        (
+            (
+                str(each.stage),
+                each.name,
+                each.mode,
+                str(each.micro_batch),
+                size(each.peak_memory_bytes),
+                count(each.parameters),
+                size(each.store_bytes or None),
+                count(each.flops),
+            )
+            for each in found.stages
+        ),
+        left=3,
+    )
+    for each in found.stages:
+        if not each.usual:
+            click.echo(
+                f"stage {each.stage} is outside the usual pattern, so it has no mode but plain"
+            )
+    _print_totals(found)
+    click.echo("one step of the whole network with the same batch would take:")
+    print_table(
+        ("by", "memory"),
+        ((text, size(found.baselines[name])) for name, text in BASELINES.items()),
+        left=1,
+    )
+
+
+def _print_totals(found: "Forecast") -> None:
+    click.echo(
+        f"in all: {size(found.peak_memory_bytes)} of memory at most, "
+        f"{count(sum(each.parameters for each in found.stages))} parameters, "
+        f"{count(sum(each.flops for each in found.stages))} flop"
+    )
+    if replayed := sum(each.replay_flops for each in found.stages):
+        click.echo(f"besides, frozen stages without a store are replayed: {count(replayed)} flop")
+    if not found.disk.needed:
+        click.echo("disk: every stage is trained, nothing more is written")
+        return
+    for line in found.disk.explain():
+        click.echo(line)

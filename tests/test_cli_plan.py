@@ -1,0 +1,248 @@
+"""`greedy plan`: what a run will take, told before anything runs."""
+
+import json
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from greedy.cli.main import cli
+
+MLP = """
+[data]
+name = "fashion-mnist-sample"
+[model]
+network = "mlp"
+hidden_layers = 2
+hidden_width = 16
+[loss]
+name = "predsim"
+[training]
+epochs = 2
+batch_size = 256
+learning_rate = 0.002
+precision = "float32"
+[store]
+views = 2
+encoding = "float16"
+compressor = "none"
+"""
+OWN = """
+import numpy as np
+from torch import nn
+
+
+class Digits(list):
+    classes = ["0", "1"]
+
+
+def sets():
+    rows = Digits((np.zeros((1, 8, 8), np.uint8), i % 2) for i in range(6))
+    return rows, rows
+
+
+def nameless():
+    return list(sets()[0]), list(sets()[1])
+
+
+def unusual():
+    return nn.Sequential(
+        nn.Conv2d(1, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 2)
+    )
+
+
+def convolutional():
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.AvgPool2d(16),
+        nn.Flatten(), nn.Linear(128, 10),
+    )
+"""
+KEYS = {"stage", "mode", "micro_batch", "peak_memory_bytes", "store_bytes", "flops", "seconds"}
+BASELINES = {
+    "backprop",
+    "backprop_bfloat16",
+    "backprop_checkpointed",
+    "backprop_accumulated",
+    "joint",
+}
+CONVOLUTIONAL = ("--recipe", "python.toml", "--data", "cifar10", "--model", "own:convolutional")
+MIB = 2**20
+
+
+def greedy(*arguments):
+    return CliRunner().invoke(cli, [str(each) for each in arguments])
+
+
+def answer(*arguments):
+    result = greedy("plan", *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.output)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current directory, with two recipes and what one of them needs."""
+    (tmp_path / "mlp.toml").write_text(MLP)
+    (tmp_path / "python.toml").write_text(MLP.replace('"mlp"', '"python"'))
+    (tmp_path / "own.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def contents(folder):
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_plan_needs_neither_data_nor_device_and_writes_nothing(folder):
+    before = contents(folder)
+    settings = ("--data", "cifar100", "--device", "cuda", "--memory-budget", "1GiB")
+    found = answer("--recipe", "mlp.toml", *settings)
+    assert contents(folder) == before
+    assert [stage["stage"] for stage in found["stages"]] == [1, 2, 3]
+    assert found["stages"][2]["parameters"] == 17 * 100
+    assert all(stage.keys() >= KEYS for stage in found["stages"])
+    assert all(stage["seconds"] is None for stage in found["stages"])
+    assert found["peak_memory_bytes"] == max(s["peak_memory_bytes"] for s in found["stages"])
+    assert found["baselines"].keys() == BASELINES
+    assert found["device"] == "cuda"
+    assert found["memory_budget_bytes"] == 1024 * MIB
+
+
+def test_every_stage_keeps_within_the_budget_in_the_fastest_mode_that_does(folder):
+    plan = (*CONVOLUTIONAL, "--device", "cpu")
+    ample = answer(*plan, "--memory-budget", "1GiB")
+    assert {stage["mode"] for stage in ample["stages"]} == {"plain"}
+    assert {stage["micro_batch"] for stage in ample["stages"]} == {256}
+    tight = answer(*plan, "--memory-budget", "40MiB")
+    for stage, plain in zip(tight["stages"], ample["stages"], strict=True):
+        assert stage["peak_memory_bytes"] <= 40 * MIB
+        fits = plain["peak_memory_bytes"] <= 40 * MIB
+        assert (stage["mode"] == "plain") is fits
+        assert stage["flops"] == plain["flops"]
+    assert len({stage["mode"] for stage in tight["stages"]}) > 1
+    assert tight["baselines"] == ample["baselines"]
+    assert tight["baselines"]["backprop"] > 2 * tight["peak_memory_bytes"]
+
+
+def test_a_budget_that_nothing_meets_is_refused_with_what_it_would_take(folder):
+    result = greedy("plan", *CONVOLUTIONAL, "--memory-budget", "1MiB", "--device", "cpu")
+    assert result.exit_code == 2
+    message = result.output.replace("\n", " ")
+    assert "stage 1 (conv32) takes at least" in message
+    assert "for weights, gradients and Adam's moments" in message
+    assert "--memory-budget" in message
+
+
+def test_the_figures_of_a_small_network(folder):
+    """Known without a computer: an output layer's forward pass and weight gradient are two
+    products of 16 x 10 a row; a float16 value takes two bytes."""
+    plan = ("--recipe", "mlp.toml", "--device", "cpu", "--set", "training.batch_size=32")
+    hidden, _, output = answer(*plan)["stages"]
+    assert output["parameters"] == 16 * 10 + 10
+    assert output["flops"] == 2 * 2 * 16 * 10 * 5000 * 2
+    assert output["store_bytes"] == 0
+    norm, heads = 2 * 16, 16 * 16 + 16 * 10 + 10
+    assert hidden["parameters"] == 784 * 16 + 16 + norm + heads
+    assert hidden["store_bytes"] == (2 * 5000 + 1000) * 16 * 2
+    state = 4 * 4 * hidden["parameters"]
+    batch = 32 * 784 * 4
+    assert state + batch < hidden["peak_memory_bytes"] < 1.5 * (state + batch)
+
+
+def test_settings_are_those_of_train(folder):
+    plan = ("--recipe", "mlp.toml", "--device", "cpu")
+    usual = answer(*plan)
+    longer = answer(*plan, "--set", "training.epochs=6", "--views", "4")
+    for stage, before in zip(longer["stages"], usual["stages"], strict=True):
+        assert stage["flops"] == 3 * before["flops"]
+        assert stage["store_bytes"] >= before["store_bytes"]
+    live = answer(*plan, "--views", "live")
+    assert {stage["store_bytes"] for stage in live["stages"]} == {0}
+    assert live["stages"][2]["replay_flops"] == 2 * (784 * 16 + 16 * 16) * 5000 * 2
+    assert usual["replay_flops"] == 0
+    held_out = answer(*plan, "--patience", "1")["stages"][2]
+    assert held_out["flops"] == 0.9 * usual["stages"][2]["flops"]
+    result = greedy("plan", *plan, "--encoding", "unit8")
+    assert result.exit_code == 2
+    assert "did you mean uint8?" in result.output
+
+
+def test_moments_in_host_memory_leave_the_device(folder):
+    plan = ("--recipe", "mlp.toml", "--device", "cuda", "--memory-budget", "1GiB")
+    here, there = answer(*plan), answer(*plan, "--optimizer-state", "host")
+    for a, b in zip(here["stages"], there["stages"], strict=True):
+        assert a["peak_memory_bytes"] > b["peak_memory_bytes"]
+
+
+def test_a_run_is_planned_from_what_it_has(folder):
+    """And its plan for the disk is the one that `train` prints."""
+    wide = ("--recipe", "mlp.toml", "--set", "model.hidden_width=256", "--encoding", "float32")
+    settings = ("--disk-budget", "22MiB", "--device", "cpu", "--memory-budget", "64MiB")
+    before = greedy("plan", *wide, "--run", "run", *settings)
+    assert not (folder / "run").exists()
+    trained = greedy("train", *wide, "--run", "run", *settings)
+    assert trained.exit_code == 0, trained.output
+    assert disk_plan(trained) == disk_plan(before)
+    assert len(disk_plan(before)) == 2
+    standing = contents(folder)
+    assert "nothing more is written" in greedy("plan", "--run", "run", *settings).output
+    found = answer("--run", "run", *settings)
+    assert contents(folder) == standing
+    figures = [stage["peak_memory_bytes"] for stage in answer(*wide, *settings)["stages"]]
+    assert [stage["peak_memory_bytes"] for stage in found["stages"]] == figures
+    result = greedy("plan", "--recipe", "mlp.toml", "--run", "run", "--seed", "5")
+    assert result.exit_code == 2
+    assert "belongs to a run with other settings" in result.output.replace("\n", " ")
+
+
+def disk_plan(result):
+    lines = result.output.splitlines()
+    (start,) = (i for i, line in enumerate(lines) if line.startswith("disk: all stores"))
+    return [line for line in lines[start:] if line.startswith("stage ") and "view" in line]
+
+
+def test_an_image_folder_is_listed_and_one_header_read(folder):
+    for split, images in (("train", 3), ("test", 2)):
+        for name in ("cats", "dogs"):
+            place = folder / "images" / split / name
+            place.mkdir(parents=True)
+            for number in range(images):
+                Image.new("RGB", (20, 20)).save(place / f"{number}.png")
+    broken = folder / "images" / "train" / "dogs" / "2.png"
+    broken.write_bytes(b"no image")
+    found = answer("--recipe", "mlp.toml", "--data", "folder:images", "--device", "cpu")
+    output = found["stages"][-1]
+    assert output["parameters"] == 16 * 2 + 2
+    assert output["flops"] == 2 * 2 * 16 * 2 * 6 * 2
+
+
+def test_a_function_is_called_only_if_it_is_named_here(folder):
+    named = MLP.replace("fashion-mnist-sample", "own:sets").replace('"mlp"', '"python"')
+    (folder / "own.toml").write_text(named)
+    plan = ("plan", "--recipe", "own.toml", "--device", "cpu")
+    result = greedy(*plan, "--model", "own:unusual")
+    assert result.exit_code == 2
+    assert "add --data own:sets" in result.output.replace("\n", " ")
+    result = greedy(*plan, "--data", "own:sets")
+    assert result.exit_code == 2
+    assert "--model module:function" in result.output.replace("\n", " ")
+    result = greedy(*plan, "--data", "own:nameless", "--model", "own:unusual")
+    assert result.exit_code == 2
+    assert "classes" in result.output
+    result = greedy(*plan, "--data", "own:sets", "--model", "own:unusual")
+    assert result.exit_code == 0, result.output
+    assert "stage 1 is outside the usual pattern" in result.output
+
+
+def test_the_table_fits_a_terminal(folder):
+    """That of the largest published network, whose whole step must not get away unnoticed."""
+    arguments = ("plan", "--recipe", "cifar10/vgg11b-3x-predsim", "--device", "cuda")
+    result = greedy(*arguments, "--precision", "float32", "--memory-budget", "4GiB")
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert max(map(len, lines)) <= 80
+    figures = {line.rsplit("  ", 1)[0].strip(): line.rsplit("  ", 1)[1] for line in lines[-5:]}
+    assert figures["back-propagation, float32"] == "5.6 GiB"
+    assert figures["back-propagation, checkpointed by stage"] == "3.7 GiB"
+    assert figures["local training of all stages at once"] == "5.2 GiB"
