@@ -24,7 +24,6 @@ epochs = 2
 batch_size = 256
 learning_rate = 0.002
 precision = "float32"
-precision = "float32"
 [store]
 views = 2
 """

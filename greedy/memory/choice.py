@@ -17,6 +17,7 @@ from greedy.training.modes import Mode, StepMemory, modes
 from greedy.training.parts import parts_of
 
 LARGEST_MICRO_BATCH = 32  # beyond it a step gains nothing
+POSITIONS = 1024  # of a feature map, over a micro-batch, that are worth a weight's reading
 WORKSPACE = 16 * 2**20  # of convolutions on CUDA
 FRAGMENTATION = 1.05  # what CUDA's allocator reserves beyond what is asked of it
 AUTO_SHARE = 0.85  # of the memory that is free on the device
@@ -93,14 +94,25 @@ def _fastest(demand: StepDemand, budget: int | None) -> Choice:
     if budget is None or tried[0].peak_bytes <= budget:
         return tried[0]
     heads = demand.loss.heads(demand.shapes.hidden, demand.num_classes)
+    fitting = []
     if parts_of(demand.stage, heads) is not None:
         for mode in modes(demand.device_type)[1:]:
-            choice = _count(demand, mode, 1)
-            tried.append(choice)
-            if choice.peak_bytes <= budget:
-                return _enlarged(demand, choice, budget)
+            tried.append(_count(demand, mode, 1))
+            if tried[-1].peak_bytes <= budget:
+                fitting.append(_enlarged(demand, tried[-1], budget))
+                if fitting[-1].micro_batch >= _worthwhile(demand):
+                    return fitting[-1]
+    if fitting:
+        return max(fitting, key=lambda choice: choice.micro_batch)
     least = min(tried, key=lambda choice: choice.peak_bytes)
     raise UserError(_refusal(demand, least, budget))
+
+
+def _worthwhile(demand: StepDemand) -> int:
+    """Rows of a micro-batch below which reading the weights takes longer than using them, so
+    that a mode which computes more is the faster one."""
+    positions = math.prod(demand.shapes.hidden[1:])
+    return min(LARGEST_MICRO_BATCH, demand.batch_size // 2, math.ceil(POSITIONS / positions))
 
 
 def _count(demand: StepDemand, mode: Mode, micro_batch: int) -> Choice:
