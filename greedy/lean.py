@@ -5,6 +5,8 @@ autocast keeps a copy of the weight in lower precision. Here gradients are added
 both are made a slice of output channels at a time.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -94,7 +96,7 @@ def _input_gradient(layer: Layer, x: Tensor, g: Tensor, weight: Tensor) -> Tenso
     return conv2d_input(x.shape, weight, g, **_geometry(layer))
 
 
-def _geometry(layer: nn.Conv2d) -> dict[str, tuple[int, ...] | int]:
+def _geometry(layer: nn.Conv2d) -> dict[str, Any]:
     assert isinstance(layer.padding, tuple)
     return {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
 

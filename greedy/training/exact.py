@@ -8,6 +8,7 @@ batch, h the activation of normalised c; g is dL/dc with mu and v held fixed.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,14 +86,14 @@ class ExactStep:
 
     def _features(self, statistics: Statistics | None) -> Features:
         """Second pass: z and p of the whole batch, without gradient."""
-        whole: list[Tensor | None] = [None, None]
+        whole: list[Any] = [None, None]
         for rows in self.slices:
             features = self.parts.heads(self.parts.hidden(self._encoded(rows), statistics))
             whole = [
                 None if part is None else put(place, len(self.x), rows, part)
                 for place, part in zip(whole, features, strict=True)
             ]
-        return Features(*whole)  # type: ignore[arg-type]
+        return Features(*whole)
 
     def _backward(self, statistics: Statistics | None, slopes: Features) -> "Moments | None":
         """Third pass: the gradients of heads and batch norm; and g, which is kept, or else adds
@@ -204,7 +205,8 @@ def differentiate(loss: LocalLoss, features: Features, y: Tensor) -> tuple[Tenso
         leaves = Features(*(f if f is None else f.requires_grad_() for f in features))
         value = loss(leaves, y)
     value.backward()
-    return value.detach(), Features(*(None if f is None else f.grad for f in leaves))
+    slopes: Any = [f if f is None else f.grad for f in leaves]
+    return value.detach(), Features(*slopes)
 
 
 def clear_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,7 +135,8 @@ class Epochs:
     def _keep(self, progress: Progress, totals: Totals | None, stop: Postponed) -> None:
         """A checkpoint, and the end of the training where a signal has asked for it."""
         if self.checkpoints:
-            self.checkpoints.save(progress, totals and Sums(totals.loss, totals.wrong))
+            sums = None if totals is None else Sums(totals.loss, totals.wrong)
+            self.checkpoints.save(progress, sums)
         if stop.requested is not None:
             raise Interrupted(
                 stop.requested,
@@ -182,6 +184,7 @@ def measure(learner: Learner, batches: Iterator[tuple[Tensor, Tensor]]) -> Total
     totals = Totals()
     for x, labels in batches:
         parts = zip(*(learner.features(x[rows]) for rows in learner.slices(len(x))), strict=True)
-        features = Features(*(None if part[0] is None else torch.cat(part) for part in parts))
+        whole: Any = [None if part[0] is None else torch.cat(part) for part in parts]
+        features = Features(*whole)
         totals.add(learner.loss(features, learner.one_hot(labels)), features.p, labels)
     return totals

@@ -12,6 +12,7 @@ from greedy.models import Stage
 from greedy.training.statistics import Statistics
 
 ELEMENTWISE = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Identity)
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 # In a head they would couple samples, or draw other masks each time a row passes.
 COUPLED = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
@@ -21,7 +22,7 @@ class Parts:
     """An encoder, batch norm or none, an elementwise activation, and the local heads."""
 
     encoder: Layer
-    norm: nn.BatchNorm1d | nn.BatchNorm2d | None
+    norm: BatchNorm | None
     activation: nn.Sequential
     heads: LocalHeads
 
@@ -51,25 +52,23 @@ def parts_of(stage: Stage, heads: LocalHeads) -> Parts | None:
     """The parts of a stage, or ``None`` for one that is not of the pattern and can therefore only
     be trained in the plain mode."""
     encoder, *others = stage.layer
-    norm = None
-    if others and isinstance(others[0], nn.BatchNorm1d | nn.BatchNorm2d):
-        norm, *others = others
-    elementwise = all(type(each) in ELEMENTWISE for each in others)
-    if norm is None:
-        elementwise = elementwise and not any(getattr(m, "inplace", False) for m in others)
-    else:
-        elementwise = elementwise and norm.affine and norm.track_running_stats
-    if not elementwise or any(isinstance(each, COUPLED) for each in heads.modules()):
+    norm = others[0] if others and isinstance(others[0], BatchNorm) else None
+    activation = others[1:] if norm else others
+    if not isinstance(encoder, Layer) or not _is_plain(encoder):
         return None
-    if not isinstance(encoder, nn.Linear) and not _is_plain_convolution(encoder):
+    if norm is not None and not (norm.affine and norm.track_running_stats):
         return None
-    return Parts(encoder, norm, nn.Sequential(*others), heads)
+    if not all(type(each) in ELEMENTWISE for each in activation):
+        return None
+    if norm is None and any(getattr(each, "inplace", False) for each in activation):
+        return None
+    if any(isinstance(each, COUPLED) for each in heads.modules()):
+        return None
+    return Parts(encoder, norm, nn.Sequential(*activation), heads)
 
 
-def _is_plain_convolution(module: nn.Module) -> bool:
-    return (
-        type(module) is nn.Conv2d
-        and module.groups == 1
-        and module.padding_mode == "zeros"
-        and isinstance(module.padding, tuple)
-    )
+def _is_plain(encoder: Layer) -> bool:
+    if isinstance(encoder, nn.Linear):
+        return True
+    zeros = encoder.padding_mode == "zeros" and isinstance(encoder.padding, tuple)
+    return encoder.groups == 1 and zeros
