@@ -3,12 +3,13 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from greedy.cache import StoreSummary
 from greedy.cache.files import write_whole
 from greedy.errors import UserError
 from greedy.files import file_digest, read_signed, signed
+from greedy.training.modes import Mode
 
 FORMAT = 1
 ENCODER, HEADS, HISTORY = "encoder.safetensors", "heads.safetensors", "history.jsonl"
@@ -78,20 +79,30 @@ class StoreRecord(_Document):
         )
 
 
+class DataChoices(BaseModel):
+    """What ``resolved`` holds of stage 0: mean and deviation of each channel."""
+
+    model_config = ConfigDict(strict=True)
+
+    mean: list[float]
+    std: list[float]
+
+
 class Choices(BaseModel):
-    """What ``resolved`` may hold, of which a stage has some."""
+    """What ``resolved`` holds of a stage that trains, see ``training/resolve.py``."""
 
-    model_config = ConfigDict(extra="allow", strict=True)
+    model_config = ConfigDict(strict=True)
 
-    precision: Literal["float32", "bfloat16"] | None = None
-    views: Size | Literal["live"] | None = None
-    encoding: str | None = None
-    shuffle: Literal["rows", "window"] | None = None
-    chunk_rows: Size | None = None
-    write_batch: Size | None = None
-    threads: Annotated[int, Field(ge=1, le=4096)] | None = None
-    mean: list[float] | None = None
-    std: list[float] | None = None
+    precision: Literal["float32", "bfloat16"]
+    views: Size | Literal["live"]
+    encoding: Literal["float32", "float16", "bfloat16", "uint8", "uint4"]
+    shuffle: Literal["rows", "window"]
+    chunk_rows: Size
+    memory_mode: Annotated[str, AfterValidator(Mode)]
+    micro_batch: Size
+    planned_peak_bytes: Count | None
+    write_batch: Size
+    threads: Annotated[int, Field(ge=1, le=4096)]
 
 
 class Metrics(_Document):
@@ -147,13 +158,12 @@ class StageRecord(_Document):
             raise ValueError("it follows from a later stage")
         if self.stage and len(earlier) < 2:
             raise ValueError("what it follows from is missing")
-        choices = Choices.model_validate(self.resolved)
-        needed = ("precision", "views", "shuffle", "write_batch", "threads")
-        if any(getattr(choices, key) is None for key in (needed if self.stage else ())):
-            raise ValueError("choices are missing")
-        moments = (choices.mean or (), choices.std or ())
-        if not self.stage and any(len(each) != self.row_shape[0] for each in moments):
-            raise ValueError("choices are missing")
+        if self.stage:
+            Choices.model_validate(self.resolved)
+        else:
+            moments = DataChoices.model_validate(self.resolved)
+            if {len(moments.mean), len(moments.std)} != {self.row_shape[0]}:
+                raise ValueError("its moments are of other channels")
         return self
 
     @property

@@ -32,7 +32,12 @@ RECORD = StageRecord(
     resolved={
         "precision": "float32",
         "views": 1,
+        "encoding": "uint8",
         "shuffle": "rows",
+        "chunk_rows": 16,
+        "memory_mode": "plain",
+        "micro_batch": 16,
+        "planned_peak_bytes": None,
         "write_batch": 16,
         "threads": 1,
     },

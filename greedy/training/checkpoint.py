@@ -12,12 +12,13 @@ from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from greedy.cache.files import write_whole
 from greedy.errors import UserError
 from greedy.files import digest, file_digest, read_signed, signed
+from greedy.manifest import Choices
 from greedy.reporting import EpochReport
 from greedy.runs import CHECKPOINT
 from greedy.training.packing import pack, unpack
@@ -40,6 +41,12 @@ class Start(BaseModel):
     source: Count
     layers: list[str]
     resolved: dict[str, Any]
+
+    @field_validator("resolved")
+    @classmethod
+    def _is_complete(cls, value: dict[str, Any]) -> dict[str, Any]:
+        Choices.model_validate(value)
+        return value
 
     @classmethod
     def read(cls, training: Path) -> Self | None:
