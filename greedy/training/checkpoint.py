@@ -176,21 +176,41 @@ class Checkpoints:
         self.learner.stage.load_state_dict(_below("stage.", tensors))
         self.learner.heads.load_state_dict(_below("heads.", tensors))
         kept = unpack(document.optimizer, tensors)
-        if [g.keys() for g in kept["param_groups"]] != [g.keys() for g in optimizer.param_groups]:
-            raise ValueError("other settings of the optimiser")
+        _require_same_settings(optimizer, kept["param_groups"])
         optimizer.load_state_dict(kept)
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                for value in optimizer.state[parameter].values():
-                    # A fused optimiser believes the shapes.
-                    if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
-                        raise ValueError("a state of another shape")
+        _require_same_shapes(optimizer)
         if isinstance(self.schedule, Patience):
             for name in _PATIENCE:
                 setattr(self.schedule, name, document.schedule[name])
 
 
 _PATIENCE = ("best", "waited", "dropped")
+
+
+def _require_same_settings(optimizer: torch.optim.Optimizer, kept: list[dict[str, Any]]) -> None:
+    """An optimiser's settings are not the checkpoint's to change: Adam's are those it was made
+    with, but for the rate, which the schedule sets; those of others may be numbers that move."""
+    free = {"params", "lr"}
+    for group, other in zip(optimizer.param_groups, kept, strict=True):
+        if group.keys() != other.keys():
+            raise ValueError("other settings of the optimiser")
+        for name in group.keys() - free:
+            mine, theirs = group[name], other[name]
+            moves = type(mine) is type(theirs) in (int, float)
+            fixed = isinstance(optimizer, torch.optim.Adam) or not moves
+            if fixed and not (isinstance(mine, Tensor) or mine == theirs):
+                raise ValueError("other settings of the optimiser")
+
+
+def _require_same_shapes(optimizer: torch.optim.Optimizer) -> None:
+    """A fused Adam believes what it finds; others look."""
+    if not isinstance(optimizer, torch.optim.Adam):
+        return
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        state, scalar = optimizer.state[parameter], torch.Size()
+        expected = {"step": scalar, "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+        if any(name not in state or state[name].shape != expected[name] for name in expected):
+            raise ValueError("moments of other parameters")
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
