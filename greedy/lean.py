@@ -53,10 +53,11 @@ def add_weight_gradient(layer: Layer, x: Tensor, g: Tensor, total: Tensor) -> No
     the gradient ``g`` (B, Cout, ...) of its output. One output channel in ``g`` and ``total``
     serves for all that are alike."""
     for rows in output_slices(total):
+        part = total[rows]
         if isinstance(layer, nn.Linear):
-            total[rows] += g[:, rows].T @ x
+            part += g[:, rows].T @ x
         else:
-            total[rows] += conv2d_weight(x, total[rows].shape, g[:, rows], **_geometry(layer))
+            part += conv2d_weight(x, part.shape, g[:, rows], **_geometry(layer))
 
 
 def input_gradient(layer: Layer, x: Tensor, g: Tensor) -> Tensor:

@@ -93,7 +93,8 @@ def _fastest(demand: StepDemand, budget: int | None) -> Choice:
     tried = [_count(demand, Mode.PLAIN, demand.batch_size)]
     if budget is None or tried[0].peak_bytes <= budget:
         return tried[0]
-    heads = demand.loss.heads(demand.shapes.hidden, demand.num_classes)
+    with torch.device("meta"):
+        heads = demand.loss.heads(demand.shapes.hidden, demand.num_classes)
     fitting = []
     if parts_of(demand.stage, heads) is not None:
         for mode in modes(demand.device_type)[1:]:

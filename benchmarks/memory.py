@@ -1,0 +1,168 @@
+"""What training VGG11B(3x) takes of a GPU's memory, against what is asked of this project.
+
+CIFAR-10 shapes, a batch of 128 rows, as in recipe `cifar10/vgg11b-3x-predsim`. For each stage: the
+memory mode chosen under a budget, its counted peak, and the peak planned for CUDA's allocator (5 %
+and the convolutions' workspace more), which has to keep within the budget. Counting takes neither
+memory nor a GPU; where there is one, a step with this mode is also run and measured. Beside them
+the counted peaks of whole networks.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import torch
+
+from greedy.build import build_loss, build_network
+from greedy.losses import LocalLoss, Output
+from greedy.memory.baselines import baselines
+from greedy.memory.choice import Choice, choose, fused_adam, stored_row_bytes
+from greedy.memory.peaks import StepDemand
+from greedy.models import Stage, StageShapes, cut, initialise, shapes
+from greedy.recipes import load
+from greedy.sizes import format_size
+from greedy.source import Batch
+from greedy.training.guard import Guard
+from greedy.training.host_adam import HostAdam
+from greedy.training.modes import Mode, StepMemory
+from greedy.training.step import Learner, step
+
+RECIPE = load("cifar10/vgg11b-3x-predsim")
+IMAGES, CLASSES, BATCH = (3, 32, 32), 10, RECIPE.training.batch_size
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is asked of some stages, 0 standing for all of them."""
+
+    precision: str
+    optimizer_state: str
+    budget: int
+    stage: int = 0
+
+
+TARGETS = (
+    Target("float32", "device", 768 * MIB),
+    Target("bfloat16", "device", 768 * MIB),
+    Target("bfloat16", "device", 400 * MIB, stage=4),
+    Target("float32", "host", 512 * MIB),
+    Target("bfloat16", "host", 512 * MIB),
+)
+
+
+def network() -> tuple[list[Stage], list[StageShapes], LocalLoss]:
+    """The stages on the meta device, their shapes, and the local loss."""
+    stages = cut(build_network(RECIPE.model, IMAGES, CLASSES))
+    return stages, shapes(stages, IMAGES), build_loss(RECIPE.loss)
+
+
+def rows(target: Target) -> Iterator[dict[str, Any]]:
+    """The stages that a target is about."""
+    stages, found, loss = network()
+    for stage, shape in zip(stages, found, strict=True):
+        if target.stage in {0, stage.number}:
+            is_output = stage is stages[-1]
+            local = Output(loss.output_scale) if is_output else loss
+            yield row(target, stage, shape, local, "output" if is_output else stage.name)
+
+
+def row(
+    target: Target, stage: Stage, shape: StageShapes, loss: LocalLoss, name: str
+) -> dict[str, Any]:
+    """One stage under a target's budget."""
+    row_bytes = stored_row_bytes(stage.number, shape, RECIPE)
+    what = (stage, shape, loss, CLASSES, BATCH, target.precision)
+    choice = choose(*what, row_bytes, target.budget, target.optimizer_state, "cuda")
+    memory = StepMemory(Mode(choice.mode), choice.micro_batch)
+    adam = fused_adam if target.optimizer_state == "device" else None
+    measured = None
+    if torch.cuda.is_available():
+        measured = reserved(target, stage, shape, loss, memory)
+    return {
+        "stage": stage.number,
+        "name": name,
+        "mode": choice.mode,
+        "micro_batch": choice.micro_batch,
+        "counted_peak_bytes": StepDemand(*what, adam, "cuda", row_bytes).peak(memory),
+        "planned_peak_bytes": choice.peak_bytes,
+        "measured_peak_bytes": measured,
+        "target_bytes": target.budget,
+        "met": _met(choice, measured, target),
+    }
+
+
+def _met(choice: Choice, measured: int | None, target: Target) -> bool:
+    return choice.peak_bytes <= target.budget and (measured or 0) <= target.budget
+
+
+def reserved(
+    target: Target, stage: Stage, shape: StageShapes, loss: LocalLoss, memory: StepMemory
+) -> int:
+    """Bytes that CUDA's allocator reserves at most in three real steps."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    initialise(stage, seed=0, is_output=False)
+    heads = loss.heads(shape.hidden, CLASSES).cuda()
+    learner = Learner(stage.cuda(), heads, loss, CLASSES, target.precision, memory=memory)
+    make = HostAdam if target.optimizer_state == "host" else torch.optim.Adam
+    learner.optimizer = make(learner.parameters(), lr=1e-4)
+    learner.train()
+    stored = torch.randint(256, (BATCH, *shape.input), dtype=torch.uint8)
+    mask = None
+    if stage.dropout is not None:
+        mask = stage.dropout.mask(BATCH, shape.input, torch.Generator()).cuda()
+    labels = torch.arange(BATCH, device="cuda") % CLASSES
+    batch = Batch(labels, lambda part: stored[part].cuda().float() / 255, mask)
+    for position in range(3):
+        step(learner, batch, Guard(), position)
+    assert learner.memory == memory, "the step has not fitted"
+    stage.to("meta")
+    return torch.cuda.max_memory_reserved()
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def main(as_json: bool) -> None:
+    """Count what every stage takes under the budgets asked for."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    found: dict[str, Any] = {"recipe": RECIPE.name, "batch_size": BATCH, "device": device}
+    tables = []
+    for target in TARGETS:
+        heading = f"{target.precision}, Adam's moments on the {target.optimizer_state}"
+        if not as_json:
+            click.echo(f"{heading}, {format_size(target.budget)}")
+        stages = []
+        for each in rows(target):
+            stages.append(each)
+            if not as_json:
+                click.echo(_line(each))
+        settings = {"precision": target.precision, "optimizer_state": target.optimizer_state}
+        met = all(each["met"] for each in stages)
+        tables.append({**settings, "target_bytes": target.budget, "met": met, "stages": stages})
+    stages, along, loss = network()
+    others = baselines(stages, along, loss, CLASSES, BATCH)
+    found |= {"budgets": tables, "baselines": others}
+    if as_json:
+        click.echo(json.dumps(found, indent=2))
+        return
+    click.echo("the whole network")
+    for name, size in others.items():
+        click.echo(f"  {name}: {format_size(size)}")
+
+
+def _line(each: dict[str, Any]) -> str:
+    planned, counted = (format_size(each[f"{n}_peak_bytes"]) for n in ("planned", "counted"))
+    measured = each["measured_peak_bytes"]
+    real = "" if measured is None else f", {format_size(measured)} measured"
+    verdict = "" if each["met"] else ": MISSED"
+    return (
+        f"  {each['stage']} {each['name']}: {each['mode']} {each['micro_batch']}, "
+        f"{counted} counted, {planned} planned{real}{verdict}"
+    )
+
+
+if __name__ == "__main__":
+    main()
