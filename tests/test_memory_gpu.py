@@ -1,0 +1,48 @@
+"""What a step takes on a GPU, against what was planned."""
+
+import pytest
+import torch
+
+from greedy.losses import PredSim
+from greedy.memory.choice import choose
+from greedy.models import cut, initialise, shapes, vgg8b
+from greedy.source import Batch
+from greedy.training.guard import Guard
+from greedy.training.modes import Mode, StepMemory
+from greedy.training.step import Learner, step
+
+MIB = 2**20
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("share", [1.0, 0.6, 0.4])
+def test_what_is_reserved_is_what_was_planned(precision: str, share: float) -> None:
+    """Within 10 % or 48 MiB, for a stage whose activations are most of what it takes."""
+    with torch.device("meta"):
+        stages = cut(vgg8b(3, 32, 10, dropout=0.2))
+    stage, shape, loss = stages[1], shapes(stages, (3, 32, 32))[1], PredSim()
+    what = (stage, shape, loss, 10, 256, precision, 128 * 32 * 32)
+    budget = int(share * choose(*what, None, "device", "cuda").peak_bytes)
+    choice = choose(*what, budget, "device", "cuda")
+    memory = StepMemory(Mode(choice.mode), choice.micro_batch)
+
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    initialise(stage, seed=0, is_output=False)
+    learner = Learner(
+        stage.cuda(), loss.heads(shape.hidden, 10).cuda(), loss, 10, precision, memory=memory
+    )
+    learner.optimizer = torch.optim.Adam(learner.parameters(), fused=True)
+    learner.train()
+    stored = torch.randint(256, (256, *shape.input), dtype=torch.uint8)
+    mask = stage.dropout.mask(256, shape.input, torch.Generator()).cuda()
+    labels = torch.arange(256, device="cuda") % 10
+    batch = Batch(labels, lambda rows: stored[rows].cuda().float() / 255, mask)
+    for position in range(3):
+        step(learner, batch, Guard(), position)
+    assert learner.memory == memory
+    reserved = torch.cuda.max_memory_reserved()
+    assert reserved == pytest.approx(choice.peak_bytes, rel=0.1, abs=48 * MIB)
+    assert reserved <= budget
