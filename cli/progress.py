@@ -11,6 +11,7 @@ from greedy.disk import Plan
 from greedy.manifest import StageRecord
 from greedy.reporting import EpochReport, Reporter
 from greedy.sizes import format_size
+from greedy.training.modes import StepMemory
 
 
 def reporter(console: Console, stages: int) -> "Lines":
@@ -51,6 +52,12 @@ class Lines(Reporter):
         self._title, self._epochs = self._named(number, name), epochs
         unit = "epoch" if epochs == 1 else "epochs"
         self._print(f"{self._title}: training, {epochs} {unit} in {resolved['precision']}")
+
+    def memory_reduced(self, number: int, memory: StepMemory) -> None:
+        self._print(
+            f"{self._title}: out of memory, goes on in mode {memory.mode} with micro-batches of "
+            f"{memory.micro_batch}"
+        )
 
     def epoch_finished(self, report: EpochReport) -> None:
         self._print(

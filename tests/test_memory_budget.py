@@ -9,11 +9,12 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from greedy import GreedyTrainer, UserError
+from greedy import GreedyTrainer, Reporter, UserError
 from greedy.losses import PredSim
 from greedy.memory.choice import choose
+from greedy.memory.counting import Counter
 from greedy.models import cut, shapes, vgg11b
-from greedy.training.modes import Mode
+from greedy.training.modes import Mode, StepMemory
 
 CLASSES, SIDE = 4, 12
 RUNS = ("plain", "small")
@@ -79,3 +80,25 @@ def test_vgg11b_3x_fits_small_gpus(number: int, precision: str, state: str, budg
     stage, row = stages[number - 1], shape.input[0] * shape.input[1] * shape.input[2]
     found = choose(stage, shape, PredSim(), 10, 128, precision, row, budget * 2**20, state, "meta")
     assert found.peak_bytes <= budget * 2**20
+
+
+def test_a_stage_that_runs_out_of_memory_says_how_it_went_on(tmp_path: Path) -> None:
+    class Told(Reporter):
+        reduced: StepMemory | None = None
+
+        def epoch_started(self, epoch: int, rows: int) -> None:
+            allocator.reset_peak()
+
+        def batch_finished(self, rows: int) -> None:
+            if allocator.limit is None:  # what a step has taken is too much from here on
+                allocator.limit = allocator.live + (allocator.peak - allocator.live) // 2
+
+        def memory_reduced(self, number: int, memory: StepMemory) -> None:
+            self.reduced, allocator.limit = memory, 2**40
+
+    told = Told()
+    with Counter() as allocator:
+        first, *_ = fit(tmp_path / "run", reporter=told)
+    assert told.reduced is not None
+    assert first.resolved["memory_mode"] == told.reduced.mode != Mode.PLAIN
+    assert first.resolved["micro_batch"] == told.reduced.micro_batch

@@ -21,6 +21,7 @@ from greedy.files import digest, file_digest, read_signed, signed
 from greedy.manifest import Choices
 from greedy.reporting import EpochReport
 from greedy.runs import CHECKPOINT
+from greedy.training.modes import StepMemory
 from greedy.training.packing import pack, unpack
 from greedy.training.schedule import Patience, Schedule
 from greedy.training.step import Learner
@@ -114,6 +115,7 @@ class Checkpoints:
     learner: Learner
     schedule: Schedule
     minutes: float
+    start: Start
     before: float = 0.0
     last: str = ""
     _saved: float = field(default_factory=time.monotonic)
@@ -122,6 +124,11 @@ class Checkpoints:
     def due(self) -> bool:
         """Whether the last one is old enough for the next."""
         return time.monotonic() - self._saved >= 60 * self.minutes
+
+    def reduced(self, memory: StepMemory) -> None:
+        """Notes that steps take less memory from here on."""
+        self.start.resolved.update(memory_mode=str(memory.mode), micro_batch=memory.micro_batch)
+        self.start.write(self.training)
 
     def save(self, progress: Progress, sums: Sums | None = None) -> None:
         """Keeps everything; what was kept before goes when this is on disk."""

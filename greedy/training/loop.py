@@ -154,6 +154,8 @@ class Epochs:
         done = step(self.learner, batch, guard, position)
         if self.learner.memory != planned:
             self.reporter.memory_reduced(self.learner.stage.number, self.learner.memory)
+            if self.checkpoints:
+                self.checkpoints.reduced(self.learner.memory)
         return done
 
     def _mask(self, batch: Batch, epoch: int, position: int) -> Tensor | None:

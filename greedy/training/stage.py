@@ -80,7 +80,11 @@ class StageTraining:
 
     def _train(self, learner: Learner, directory: Path, started: float) -> StageRecord:
         checkpoints = Checkpoints(
-            directory, learner, self._schedule(), self.recipe.training.checkpoint_minutes
+            directory,
+            learner,
+            self._schedule(),
+            self.recipe.training.checkpoint_minutes,
+            self.start,
         )
         reports = self._run_epochs(learner, checkpoints)
         learner.release()
