@@ -101,6 +101,7 @@ class GreedyTrainer:
         self.loss = loss
         self.optimizer = optimizer
         self._model = model
+        self._choices: dict[tuple[int, int], Choice] = {}  # by stage, bytes of replayed weights
 
     def fit(self, train_set: TorchDataset, test_set: TorchDataset) -> list[StageRecord]:
         """Trains every stage on map-style data sets of (image, label): PIL images, uint8
@@ -283,6 +284,11 @@ class GreedyTrainer:
         """How a stage's step fits the memory budget that the weights of replayed stages leave.
         Raises ``UserError`` where it does not."""
         frozen = sum(p.numel() * p.element_size() for s in replayed for p in s.parameters())
+        if (number, frozen) not in self._choices:
+            self._choices[number, frozen] = self._choose(number, shape, stage, frozen)
+        return self._choices[number, frozen]
+
+    def _choose(self, number: int, shape: StageShapes, stage: Stage, frozen: int) -> Choice:
         is_output = number == len(self.run.complete(0).network)
         return choose(
             stage,

@@ -1,9 +1,11 @@
 """Which memory mode and micro-batch a stage gets under a budget."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
+from torch import nn
 
 from greedy.devices import free_memory
 from greedy.errors import UserError
@@ -47,9 +49,9 @@ def stored_row_bytes(number: int, shapes: StageShapes, recipe: Recipe) -> int:
     return math.prod(shapes.input) * sizes.get(encoding, 1)
 
 
-def fused_adam(parameters: object) -> torch.optim.Optimizer:
+def fused_adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """Adam as stages are trained with it; the rate is the schedule's."""
-    return torch.optim.Adam(parameters, fused=True)  # type: ignore[arg-type]
+    return torch.optim.Adam(parameters, fused=True)
 
 
 def choose(

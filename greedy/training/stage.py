@@ -3,7 +3,6 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from greedy.disk import COMPRESSED, UNCOMPRESSED
 from greedy.files import bytes_below, canonical, digest, file_digest
 from greedy.losses import LocalLoss
 from greedy.manifest import ENCODER, HEADS, HISTORY, Metrics, Parent, StageRecord, StoreRecord
+from greedy.memory.peaks import OptimizerFactory
 from greedy.models import Stage, StageShapes, initialise, seeded
 from greedy.recipes import Recipe
 from greedy.reporting import EpochReport, Reporter
@@ -34,8 +34,6 @@ from greedy.training.resolve import for_stage
 from greedy.training.schedule import Milestones, Patience, Schedule
 from greedy.training.step import Learner
 from greedy.versions import versions
-
-OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass
