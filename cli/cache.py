@@ -65,7 +65,9 @@ def verify(path: Path, as_json: bool) -> None:
     else:
         for damage in damages:
             click.echo(f"{damage.path}: {damage.what}")
-        click.echo(f"{len(damages)} damaged" if damages else "everything is as it was written")
+        way_out = f"`greedy cache repair {path}` computes anew what it can of stores"
+        found = f"{len(damages)} damaged: {way_out}"
+        click.echo(found if damages else "everything is as it was written")
     if damages:
         raise SystemExit(1)
 
@@ -90,13 +92,17 @@ def repair(path: Path, device: str, model: str | None) -> None:
     done, left = trainer.repair(numbers)
     for each in done:
         outcome = "as they were" if each.identical else "from another source: its content changed"
-        click.echo(f"stage {each.stage}, {each.split}: {each.chunks} chunks computed, {outcome}")
+        click.echo(f"stage {each.stage}, {each.split}: {_counted(each.chunks)} computed, {outcome}")
     for damage in left:
         click.echo(f"{damage.path}: {damage.what}")
     if left:
         raise SystemExit(1)
     if not done:
         click.echo("nothing is damaged")
+
+
+def _counted(chunks: int) -> str:
+    return "1 chunk" if chunks == 1 else f"{chunks} chunks"
 
 
 @cache.command(epilog="Example: greedy cache drop runs/demo/stage2")
