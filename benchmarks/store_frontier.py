@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -202,7 +203,6 @@ def table(stages: list[Stage], rows: list[Row], together: list[Row]) -> str:
 
 def draw(together: list[Row], path: Path) -> None:
     """Bytes a value of the convolutions against the error and against the rate of reading."""
-    # Imported here: the table needs no plotting library.
     import matplotlib as mpl  # noqa: PLC0415
 
     mpl.use("svg")
@@ -241,6 +241,8 @@ def draw(together: list[Row], path: Path) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(data: str, as_json: bool) -> None:
     """Prints size, error and speed of every encoding and compressor, and draws them."""
+    if find_spec("matplotlib") is None:
+        raise click.UsageError('the picture needs matplotlib: pip install "greedy[plot]"')
     stages, rows, values = [], [], {}
     with tempfile.TemporaryDirectory() as directory:
         for number, found in enumerate(train(data, Path(directory) / "run"), start=1):
