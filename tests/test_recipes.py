@@ -96,19 +96,25 @@ def test_each_published_figure_has_its_recipe(row: Row) -> None:
         "hidden_width": int(row["hidden_width"]),
         "dropout": float(row["dropout"]),
         "activation": row["activation"],
+        "stage_layers": 1,
     }
     assert recipe.loss.model_dump() == {
         "name": row["loss"],
         "beta": float(row["beta"] or 0.99),
         "pred_pool_target": int(row["pred_pool_target"] or 2048),
+        "pred_hidden_layers": 0,
+        "target_projection": 128,
     }
     assert recipe.training.model_dump() == {
+        "strategy": "greedy",
+        "accumulate": 1,
         "epochs": int(row["epochs"]),
         "batch_size": 128,
         "learning_rate": float(row["learning_rate"]),
         "milestones": PUBLISHED[int(row["epochs"])],
         "lr_decay": 0.25,
         "patience": 0,
+        "test_every": 1,
         "checkpoint_minutes": 10,
         "precision": "auto",
     }

@@ -92,13 +92,19 @@ class Model(_Section):
     activation: Literal["relu", "leaky_relu"] = Field(
         default="leaky_relu", description="Activation; leaky_relu has slope 0.01."
     )
+    stage_layers: Count = Field(
+        default=1, description="Layers of a stage; the output layer is a stage of its own."
+    )
 
 
 class Loss(_Section):
     """The local loss."""
 
-    name: Literal["pred", "sim", "predsim", "python"] = Field(
-        description="Local loss; python: a loss given in Python."
+    name: Literal[
+        "pred", "sim", "predsim", "pred-bio", "sim-bio", "predsim-bio", "glob", "python"
+    ] = Field(
+        description="Local loss; glob: none, the network is trained from its end; python: a loss "
+        "given in Python."
     )
     beta: float = Field(
         default=0.99, ge=0, le=1, description="Weight of sim in predsim; pred has weight 1 - beta."
@@ -106,11 +112,27 @@ class Loss(_Section):
     pred_pool_target: Count = Field(
         default=2048, description="Most features the prediction head pools a feature map down to."
     )
+    pred_hidden_layers: int = Field(
+        default=0, ge=0, description="Hidden layers of the prediction head."
+    )
+    target_projection: Count = Field(
+        default=128, description="Width of the projected labels that the bio losses aim at."
+    )
 
 
 class Training(_Section):
-    """How each stage is trained."""
+    """How the stages are trained."""
 
+    strategy: Literal["greedy", "joint", "backprop", "glob+sim"] = Field(
+        default="greedy",
+        description="One stage after the other; or all at once, each by its local loss; by "
+        "back-propagation from the end; or by that and every layer's sim loss.",
+    )
+    accumulate: Count = Field(
+        default=1,
+        description="Micro-batches over which back-propagation adds up a step's gradients; batch "
+        "norm then sees one at a time.",
+    )
     epochs: Count | Counts = Field(description="Epochs of every stage, or a list with one a stage.")
     batch_size: int = Field(default=128, ge=2, description="Rows in a batch.")
     learning_rate: Rate | Rates = Field(
@@ -132,7 +154,9 @@ class Training(_Section):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Arithmetic of the encoder; losses are always in float32."
     )
-
+    test_every: int = Field(
+        default=1, ge=0, description="Epochs between looks at the test split, 0: at the end alone."
+    )
     checkpoint_minutes: float = Field(
         default=10, ge=0, description="Minutes between checkpoints within an epoch."
     )
@@ -164,6 +188,9 @@ class Memory(_Section):
     budget: str = Field(
         default="auto",
         description="Most memory on the device, e.g. 768MiB; auto: 85 % of what is free.",
+    )
+    micro_batch: Count | None = Field(
+        default=None, description="Rows of a micro-batch; absent: as many as the budget allows."
     )
     optimizer_state: Literal["device", "host"] = Field(
         default="device", description="Where Adam's moments are."
@@ -274,7 +301,7 @@ def result_fields(recipe: Recipe) -> dict[str, Any]:
         f"{section}.{field}": value
         for section in ("data", "model", "loss", "training")
         for field, value in document[section].items()
-        if field != "checkpoint_minutes"
+        if field not in ("test_every", "checkpoint_minutes")
     }
     store = {
         f"store.{field}": document["store"][field]
