@@ -375,7 +375,11 @@ def test_malformed_overrides(override: str) -> None:
             "training.dropout=0.3",
             "training.dropout is not a recipe field; did you mean model.dropout?",
         ),
-        ("loss.zzz=1", "loss.zzz is not a recipe field; loss has name, beta, pred_pool_target"),
+        (
+            "loss.zzz=1",
+            "loss.zzz is not a recipe field; loss has name, beta, pred_pool_target, "
+            "pred_hidden_layers, target_projection",
+        ),
         (
             "model.network=vgg11",
             'model.network is "vgg11" but must be one of mlp, vgg8b, vgg11b, python; '
@@ -393,7 +397,11 @@ def test_malformed_overrides(override: str) -> None:
         ("model.dropout=1", "model.dropout is 1 but must be a number of at least 0 and below 1"),
         ("loss.beta=1.5", "loss.beta is 1.5 but must be a number of at least 0 and at most 1"),
         ("loss.beta=nan", "loss.beta is NaN but must be a number of at least 0 and at most 1"),
-        ("loss=3", "loss must be a section with name, beta, pred_pool_target"),
+        (
+            "loss=3",
+            "loss must be a section with name, beta, pred_pool_target, pred_hidden_layers, "
+            "target_projection",
+        ),
         (
             "data.augmentation=hflip+hflip",
             'demo: data.augmentation is "hflip+hflip" but must be '
@@ -428,7 +436,10 @@ def test_a_mistake_names_its_file(write: Write) -> None:
 
 
 def test_shared_files_are_no_recipes() -> None:
-    expected = "cifar10/vgg8b: loss.name is not set but must be one of pred, sim, predsim, python"
+    expected = (
+        "cifar10/vgg8b: loss.name is not set but must be one of pred, sim, predsim, pred-bio, "
+        "sim-bio, predsim-bio, glob, python"
+    )
     assert message("cifar10/vgg8b") == expected
 
 
