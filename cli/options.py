@@ -23,6 +23,8 @@ SHORTHANDS = {
     "optimizer_state": "memory.optimizer_state",
     "precision": "training.precision",
     "patience": "training.patience",
+    "strategy": "training.strategy",
+    "accumulate": "training.accumulate",
     "checkpoint_minutes": "training.checkpoint_minutes",
 }
 
@@ -83,6 +85,12 @@ def settings(command: F) -> F:
             "--checkpoint-minutes",
             metavar="M",
             help="Shorthand of --set training.checkpoint_minutes=M.",
+        ),
+        click.option("--accumulate", metavar="M", help="Shorthand of --set training.accumulate=M."),
+        click.option(
+            "--strategy",
+            metavar="NAME",
+            help="Shorthand of --set training.strategy: greedy, joint, backprop or glob+sim.",
         ),
         click.option("--patience", metavar="N", help="Shorthand of --set training.patience=N."),
         click.option("--precision", metavar="NAME", help="Shorthand of --set training.precision."),

@@ -50,8 +50,15 @@ class Lines(Reporter):
 
     def stage_started(self, number: int, name: str, epochs: int, resolved: dict[str, Any]) -> None:
         self._title, self._epochs = self._named(number, name), epochs
-        unit = "epoch" if epochs == 1 else "epochs"
-        self._print(f"{self._title}: training, {epochs} {unit} in {resolved['precision']}")
+        self._announce(resolved)
+
+    def network_started(self, strategy: str, epochs: int, resolved: dict[str, Any]) -> None:
+        self._title, self._epochs = f"{strategy}, {self._stages} stages", epochs
+        self._announce(resolved)
+
+    def _announce(self, resolved: dict[str, Any]) -> None:
+        unit = "epoch" if self._epochs == 1 else "epochs"
+        self._print(f"{self._title}: training, {self._epochs} {unit} in {resolved['precision']}")
 
     def memory_reduced(self, number: int, memory: StepMemory) -> None:
         self._print(
@@ -115,6 +122,9 @@ class Bar(Lines):
 
     def stage_started(self, number: int, name: str, epochs: int, resolved: dict[str, Any]) -> None:
         self._title, self._epochs = self._named(number, name), epochs
+        self._announce(resolved)
+
+    def _announce(self, resolved: dict[str, Any]) -> None:
         self._display.heading = self._title
         self._training = self._begin("training", None)
 
@@ -143,8 +153,9 @@ class Bar(Lines):
 
     def stage_finished(self, record: StageRecord) -> None:
         self._stop_writing()
-        assert self._training is not None
-        self._display.remove_task(self._training)
+        if self._training is not None:
+            self._display.remove_task(self._training)
+        self._training = None
         super().stage_finished(record)
 
     def _begin(self, description: str, total: int | None, measures: str = "") -> TaskID:

@@ -8,7 +8,7 @@ from torch import nn
 from greedy import models
 from greedy.errors import UserError
 from greedy.functions import call_function
-from greedy.losses import LocalLoss, Pred, PredSim, Sim
+from greedy.losses import Glob, LocalLoss, Pred, PredSim, Sim
 from greedy.models import Shape, Stage, StageShapes
 from greedy.recipes import Loss, Model, Recipe
 
@@ -64,6 +64,12 @@ def checked_shapes(
             f"data.mean has {len(mean)} entries and the images {row_shape[0]} channels: "
             f"give data.mean and data.std one a channel, or leave them out to be measured"
         )
+    strategy = recipe.training.strategy
+    if recipe.loss.name == "glob" and strategy in ("greedy", "joint"):
+        raise UserError(
+            f"glob is no local loss, and {strategy} training needs one: set loss.name, or give "
+            f"--strategy backprop"
+        )
     for field in ("epochs", "learning_rate"):
         value = getattr(recipe.training, field)
         if isinstance(value, list) and len(value) != len(stages):
@@ -100,6 +106,8 @@ def loss_settings(loss: LocalLoss) -> dict[str, str | float | int]:
                 "beta": loss.beta,
                 "pred_pool_target": loss.pool_target,
             }
+        case Glob():
+            return {"name": "glob"}
     return {"name": "python"}
 
 
@@ -112,6 +120,8 @@ def build_loss(loss: Loss) -> LocalLoss:
             return Sim()
         case "predsim":
             return PredSim(loss.beta, loss.pred_pool_target)
+        case "glob":
+            return Glob()
     raise UserError(
         "this run's local loss was written in Python: go on with it from Python, as it began"
     )

@@ -106,11 +106,13 @@ class Choices(BaseModel):
 
 
 class Metrics(_Document):
-    """Errors in percent; ``None`` where a stage has no local classifier."""
+    """Of the last epoch, errors in percent, ``None`` where a stage has no local classifier; and
+    the training rows a second over all epochs."""
 
     train_error_percent: float | None = None
     test_error_percent: float | None = None
     train_loss: float | None = None
+    images_per_second: float | None = None
 
 
 class StageRecord(_Document):

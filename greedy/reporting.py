@@ -10,7 +10,9 @@ from greedy.training.modes import StepMemory
 
 @dataclass(frozen=True)
 class EpochReport:
-    """One line of ``history.jsonl``. Errors in percent; ``None`` without a local classifier."""
+    """One line of ``history.jsonl``. Errors in percent; ``None`` without a local classifier, and
+    that of the test split also after epochs in which nobody looked at it. ``seconds`` are those of
+    training alone."""
 
     epoch: int
     learning_rate: float
@@ -19,6 +21,7 @@ class EpochReport:
     holdout_loss: float | None
     images_per_second: float
     seconds: float
+    test_error_percent: float | None = None
 
 
 class Reporter:
@@ -30,6 +33,9 @@ class Reporter:
     def stage_started(self, number: int, name: str, epochs: int, resolved: dict[str, Any]) -> None:
         """Training of a stage begins."""
 
+    def network_started(self, strategy: str, epochs: int, resolved: dict[str, Any]) -> None:
+        """Training of all stages at once begins."""
+
     def epoch_started(self, epoch: int, rows: int) -> None:
         """An epoch over so many rows begins, counted from 1."""
 
@@ -40,7 +46,7 @@ class Reporter:
         """A step of a stage took too much memory; from it on a smaller mode is used."""
 
     def epoch_finished(self, report: EpochReport) -> None:
-        """An epoch is over."""
+        """An epoch is over; where all stages train at once, the report is the last one's."""
 
     def writing_started(self, number: int, split: str, rows: int) -> None:
         """A split's store is being written, so many rows over all views; ``batch_finished``

@@ -41,7 +41,8 @@ class RunDirectory:
                 f"{path} is not a run directory (it has no run.toml): give the --run of a "
                 f"`greedy train`, or begin one with --recipe"
             )
-        _require_own_files(path / "run.toml", *path.glob("stage*"), *path.glob(".stage*"))
+        own = ("network", "stage*", ".stage*")
+        _require_own_files(path / "run.toml", *(each for name in own for each in path.glob(name)))
         return cls(path, load(path / "run.toml", inherits=False))
 
     @classmethod
@@ -98,6 +99,11 @@ class RunDirectory:
         """The directory of a stage."""
         return self.path / f"stage{number}"
 
+    @property
+    def network(self) -> Path:
+        """Where all stages are in the making while they train at once."""
+        return self.path / "network"
+
     def store(self, number: int) -> Path:
         """The activation store of a stage: a Zarr group with ``train`` and ``test``."""
         return self.stage(number) / "activations.zarr"
@@ -120,7 +126,8 @@ class RunDirectory:
         not the one it was trained from."""
         record = self.record(number)
         if record is None:
-            return "training" if (self.stage(number) / "training").is_dir() else "pending"
+            begun = self.network.is_dir() or (self.stage(number) / "training").is_dir()
+            return "training" if number and begun else "pending"
         if record.recipe != self.settings:
             return "stale"
         parent = record.parent

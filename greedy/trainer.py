@@ -29,6 +29,7 @@ from greedy.sourcing import Sources
 from greedy.space import require_room, until_full
 from greedy.stage0 import write_stage0
 from greedy.training.checkpoint import Start
+from greedy.training.network import NetworkTraining
 from greedy.training.resolve import resolve
 from greedy.training.stage import OptimizerFactory, StageTraining
 
@@ -152,6 +153,8 @@ class GreedyTrainer:
         count = len(self.run.complete(0).network)
         if retrain_from is not None:
             _require_stage(retrain_from, count)
+        if self.recipe.training.strategy != "greedy":
+            return self._train_network(count, retrain_from)
         first = retrain_from or count + 1
         numbers = range(1, count + 1)
         todo = [n for n in numbers if n >= first or self.run.record(n) is None]
@@ -174,6 +177,23 @@ class GreedyTrainer:
             records.append(record)
             self._drop_stores(plan.dropped_after(number))
         return records
+
+    def _train_network(self, count: int, retrain_from: int | None) -> list[StageRecord]:
+        """All stages at once."""
+        strategy = self.recipe.training.strategy
+        if retrain_from not in (None, 1):
+            raise UserError(
+                f"training by {strategy} trains all stages at once: give --retrain without a stage"
+            )
+        numbers = range(1, count + 1)
+        finished = all(self.run.record(n) for n in numbers) and not self.run.network.exists()
+        if finished and retrain_from is None:
+            return [self._skip(number) for number in numbers]
+        data = self.run.complete(0)
+        stages, shapes = self._stages(data)
+        source = Sources(self.run, stages, data, self.device, self.reporter).for_training(1, 0)
+        what = (self.run, stages, shapes, self.loss, source, data)
+        return NetworkTraining(*what, self.device, self.reporter, self.optimizer).train()
 
     def _drop_stores(self, numbers: Iterable[int]) -> None:
         for number in numbers:
@@ -203,6 +223,11 @@ class GreedyTrainer:
         self, number: int, source: int | None, again: bool, to: Path | None
     ) -> StageRecord:
         _require_stage(number, len(self.run.complete(0).network))
+        if (strategy := self.recipe.training.strategy) != "greedy":
+            raise UserError(
+                f"this run trains all stages at once, by {strategy}: use `greedy train --run "
+                f"{self.run.path}`"
+            )
         if to is not None and to.resolve() == self.run.stage(number).resolve():
             to = None
         directory = to or self.run.stage(number)

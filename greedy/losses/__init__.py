@@ -1,6 +1,6 @@
 """The local losses of the paper (section 3)."""
 
-from greedy.losses.local import Features, LocalHeads, LocalLoss, Output, Pred, PredSim, Sim
+from greedy.losses.local import Features, Glob, LocalHeads, LocalLoss, Output, Pred, PredSim, Sim
 from greedy.losses.prediction import PredictionHead, pooling_kernel, prediction_loss
 from greedy.losses.similarity import (
     SimilarityHead,
@@ -11,6 +11,7 @@ from greedy.losses.similarity import (
 
 __all__ = [
     "Features",
+    "Glob",
     "LocalHeads",
     "LocalLoss",
     "Output",

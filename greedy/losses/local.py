@@ -102,6 +102,19 @@ class PredSim:
 
 
 @dataclass(frozen=True)
+class Glob:
+    """No local loss: the network is trained from its end alone."""
+
+    output_scale: float = 1.0
+
+    def heads(self, shape: Shape, num_classes: int) -> LocalHeads:
+        return LocalHeads()
+
+    def __call__(self, features: Features, y: Tensor) -> Tensor:
+        return y.new_zeros(())
+
+
+@dataclass(frozen=True)
 class Output:
     """The output layer's loss: its activation is the prediction. A local loss like the others,
     so that the last stage trains as the others do."""

@@ -1,44 +1,32 @@
-"""What one training step of the whole network would take by other means.
+"""What one training step of the whole network takes, counted on fake tensors.
 
-Each function is one step on one batch as people would write it. Counted on fake tensors are the
-bytes of weights, gradients, both moments of Adam, the batch and all that comes between: a real
-step needs what its operators take while they compute besides.
+Counted are the bytes of weights, gradients, both moments of Adam, the batch and all that comes
+between: a real step needs what its operators take while they compute besides.
 """
 
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.optim import Adam, Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from greedy.losses import LocalLoss, Output
+from greedy.losses import LocalLoss
+from greedy.memory.choice import fused_adam
 from greedy.memory.counting import Counter
+from greedy.memory.peaks import OptimizerFactory, make_state
 from greedy.models import Stage, StageShapes
+from greedy.source import Batch
+from greedy.training.guard import Guard
+from greedy.training.step import Learner
+from greedy.training.strategies import Strategy, losses_of, together
 
 MICRO_BATCH = 8  # rows, of the accumulated step
-SHOWN = 2  # micro-batches that are counted: more do not raise the peak
 
-
-@dataclass(frozen=True)
-class Network:
-    """A network on fake tensors, with all that trains it.
-
-    Attributes:
-        stages: of the network, which is nothing but them.
-        heads: the local losses' heads and what they compute, one a stage; empty where the
-            network is trained from its end.
-        optimizers: one for all parameters, or one a stage with its heads.
-    """
-
-    stages: Sequence[Stage]
-    heads: Sequence[tuple[nn.Module, LocalLoss]]
-    optimizers: Sequence[Optimizer]
+Step = Callable[[Strategy, Batch, Sequence[Tensor | None]], None]
 
 
 def baselines(
@@ -48,132 +36,98 @@ def baselines(
     num_classes: int,
     batch_size: int,
 ) -> dict[str, int]:
-    """The peaks in bytes of every step below, by its name, for one network and batch size. In
+    """The peaks in bytes of steps by other means than ours, for one network and batch size, in
     float32 but for ``backprop_bfloat16``. The stages stay as they are."""
-    count = partial(_count, stages, shapes, num_classes, batch_size)
+    count = partial(network_peak, stages, shapes, loss, num_classes, batch_size)
     return {
-        "backprop": count(backprop),
-        "backprop_bfloat16": count(backprop_bfloat16),
-        "backprop_checkpointed": count(backprop_checkpointed),
-        "backprop_accumulated": count(backprop_accumulated),
-        "joint": count(joint, loss),
+        "backprop": count("backprop"),
+        "backprop_bfloat16": count("backprop", precision="bfloat16"),
+        "backprop_checkpointed": count("backprop", step=_checkpointed),
+        "backprop_accumulated": count("backprop", accumulate=-(-batch_size // MICRO_BATCH)),
+        "joint": count("joint"),
     }
 
 
-def backprop(network: Network, x: Tensor, y: Tensor) -> None:
-    """End to end: every activation is kept until the backward pass has used it."""
-    (optimizer,) = network.optimizers
-    optimizer.zero_grad()
-    F.cross_entropy(_forward(network, x), y).backward()
-    optimizer.step()
-
-
-def backprop_bfloat16(network: Network, x: Tensor, y: Tensor) -> None:
-    """End to end under autocast, the weights in float32."""
-    (optimizer,) = network.optimizers
-    optimizer.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16):
-        logits = _forward(network, x)
-    F.cross_entropy(logits.float(), y).backward()
-    optimizer.step()
-
-
-def backprop_checkpointed(network: Network, x: Tensor, y: Tensor) -> None:
-    """End to end; only the stages' outputs are kept, and what lies in a stage is computed again
-    in the backward pass."""
-    (optimizer,) = network.optimizers
-    optimizer.zero_grad()
-    for stage in network.stages:
-        x = checkpoint(stage, _dropped(stage, x), use_reentrant=False, preserve_rng_state=False)
-    F.cross_entropy(x, y).backward()
-    optimizer.step()
-
-
-def backprop_accumulated(network: Network, x: Tensor, y: Tensor) -> None:
-    """End to end, the gradients added up over micro-batches. Batch norm then sees a micro-batch
-    alone: these are not the batch's gradients."""
-    (optimizer,) = network.optimizers
-    optimizer.zero_grad()
-    parts = list(zip(x.split(MICRO_BATCH), y.split(MICRO_BATCH), strict=True))
-    for rows, labels in parts[:SHOWN]:
-        (F.cross_entropy(_forward(network, rows), labels) / len(parts)).backward()
-    optimizer.step()
-
-
-def joint(network: Network, x: Tensor, y: Tensor) -> None:
-    """Local training of all stages at once, as the authors published it: each stage steps on its
-    own loss before the next one is computed. Every stage has its heads, gradients and moments."""
-    for stage, (heads, loss), optimizer in zip(
-        network.stages, network.heads, network.optimizers, strict=True
-    ):
-        x = _local_step(stage, heads, loss, optimizer, _dropped(stage, x), y)
-
-
-def _local_step(
-    stage: Stage, heads: nn.Module, loss: LocalLoss, optimizer: Optimizer, x: Tensor, y: Tensor
-) -> Tensor:
-    h = stage.hidden(x)
-    loss(heads(h), y).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return stage.pool(h.detach())
-
-
-def _count(
+def network_peak(
     stages: Sequence[Stage],
     shapes: Sequence[StageShapes],
+    loss: LocalLoss,
     num_classes: int,
     batch_size: int,
-    step: Callable[[Network, Tensor, Tensor], None],
-    loss: LocalLoss | None = None,
+    strategy: str,
+    *,
+    precision: str = "float32",
+    accumulate: int = 1,
+    optimizer: OptimizerFactory | None = fused_adam,
+    step: Step | None = None,
 ) -> int:
-    """The peak in bytes of a step, with local losses if one is given."""
-    copies = [deepcopy(stage).to("meta").train() for stage in stages]
+    """The peak in bytes of a step that trains all stages by a strategy of that name. Without an
+    ``optimizer`` its state is in host memory. The stages stay as they are."""
+    copies = [deepcopy(stage).to("meta") for stage in stages]
     with FakeTensorMode(), Counter() as counter:
-        network = _materialised(copies, shapes, num_classes, loss)
-        x = torch.zeros(batch_size, *shapes[0].input)
-        y = torch.zeros(batch_size, num_classes)  # one-hot
+        learners = [
+            _materialised(stage, shape, each, num_classes, precision)
+            for stage, shape, each in zip(
+                copies, shapes, losses_of(strategy, loss, len(stages)), strict=True
+            )
+        ]
+        trained = together(strategy, learners, accumulate, optimizer or _no_optimizer)
+        make_state([p for each in learners for p in each.parameters()], trained.optimizers)
+        batch, masks = _batch(learners, shapes, batch_size)
         counter.reset_peak()
-        step(network, x, y)
+        (step or _step)(trained, batch, masks)
     return counter.peak
 
 
+def _step(strategy: Strategy, batch: Batch, masks: Sequence[Tensor | None]) -> None:
+    strategy.step(batch, masks, Guard(), 0)
+
+
+def _checkpointed(strategy: Strategy, batch: Batch, masks: Sequence[Tensor | None]) -> None:
+    """Back-propagation that keeps the stages' outputs alone, and computes what lies in a stage
+    again in the backward pass."""
+    x = batch.inputs()
+    for learner, mask in zip(strategy.learners, masks, strict=True):
+        x = checkpoint(
+            learner.stage,
+            x if mask is None else x * mask,
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+    F.cross_entropy(x, strategy.learners[-1].one_hot(batch.labels)).backward()
+    strategy.optimizers[0].step()
+
+
 def _materialised(
-    stages: list[Stage], shapes: Sequence[StageShapes], num_classes: int, loss: LocalLoss | None
-) -> Network:
-    """The network with weights on the device and Adam's moments."""
-    heads: list[tuple[nn.Module, LocalLoss]] = []
-    for stage, shape in zip(stages, shapes, strict=True):
-        state = stage.state_dict(keep_vars=True)
-        state = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in state.items()}
-        stage.load_state_dict(state, assign=True)
-        if loss is not None:
-            local = Output(loss.output_scale) if stage is stages[-1] else loss
-            heads.append((local.heads(shape.hidden, num_classes), local))
-    if loss is None:
-        return Network(stages, heads, [_adam(nn.ModuleList(stages))])
-    trained = (nn.ModuleList((stage, head)) for stage, (head, _) in zip(stages, heads, strict=True))
-    return Network(stages, heads, [_adam(modules) for modules in trained])
+    stage: Stage, shape: StageShapes, loss: LocalLoss, num_classes: int, precision: str
+) -> Learner:
+    """A stage with weights and heads on the device, ready to train."""
+    state = stage.state_dict(keep_vars=True)
+    state = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in state.items()}
+    stage.load_state_dict(state, assign=True)
+    heads = loss.heads(shape.hidden, num_classes)
+    learner = Learner(stage, heads, loss, num_classes, precision, rehearsed=True)
+    learner.train()
+    return learner
 
 
-def _adam(module: nn.Module) -> Optimizer:
-    """Adam, its moments made."""
-    optimizer = Adam(module.parameters(), fused=True)
-    for parameter in module.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
-    return optimizer
+def _batch(
+    learners: Sequence[Learner], shapes: Sequence[StageShapes], batch_size: int
+) -> tuple[Batch, list[Tensor | None]]:
+    def read(rows: slice) -> Tensor:
+        start, stop, _ = rows.indices(batch_size)
+        return torch.zeros((stop - start, *shapes[0].input))
+
+    generator = torch.Generator()
+    masks = [
+        None
+        if (drop := each.stage.dropout) is None
+        else drop.mask(batch_size, shape.input, generator)
+        for each, shape in zip(learners, shapes, strict=True)
+    ]
+    return Batch(torch.zeros(batch_size, dtype=torch.long), read), masks
 
 
-def _forward(network: Network, x: Tensor) -> Tensor:
-    for stage in network.stages:
-        x = stage(_dropped(stage, x))
-    return x
-
-
-def _dropped(stage: Stage, x: Tensor) -> Tensor:
-    if stage.dropout is None:
-        return x
-    drop = F.dropout2d if stage.dropout.channels else F.dropout
-    return drop(x, stage.dropout.rate)
+def _no_optimizer(parameters: object) -> torch.optim.Optimizer:
+    """Stands for one whose state is not on the device."""
+    return torch.optim.SGD([torch.zeros(1, requires_grad=True)])

@@ -120,9 +120,12 @@ def _worthwhile(demand: StepDemand) -> int:
 
 def _count(demand: StepDemand, mode: Mode, micro_batch: int) -> Choice:
     peak = demand.peak(StepMemory(mode, micro_batch))
-    if demand.device_type == "cuda":
-        peak = int(peak * FRAGMENTATION) + WORKSPACE
-    return Choice(mode, micro_batch, peak)
+    return Choice(mode, micro_batch, reserved(peak, demand.device_type))
+
+
+def reserved(peak: int, device_type: str) -> int:
+    """What a device's allocator takes for tensors of so many bytes."""
+    return int(peak * FRAGMENTATION) + WORKSPACE if device_type == "cuda" else peak
 
 
 def _enlarged(demand: StepDemand, choice: Choice, budget: int) -> Choice:

@@ -1,6 +1,6 @@
 """What one step of a stage takes, counted on fake tensors."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
@@ -58,7 +58,7 @@ class StepDemand:
             counter.add([*learner.stage.state_dict().values(), *learner.heads.parameters()])
             if self.optimizer is not None:
                 learner.optimizer = self.optimizer(learner.parameters())
-                _make_state(learner)
+                make_state(learner.parameters(), [learner.optimizer])
             counter.reset_peak()
             gradients(learner, self._batch(learner))
         return counter.peak
@@ -149,11 +149,13 @@ class _Unseen:
         return torch.stack([f.mean() for f in features if f is not None]).sum()
 
 
-def _make_state(learner: Learner) -> None:
-    """Takes a step, after which the optimiser has its moments."""
-    assert learner.optimizer is not None
-    for parameter in learner.parameters():
+def make_state(
+    parameters: Sequence[nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]
+) -> None:
+    """Takes a step, after which the optimisers have their moments."""
+    for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
-    learner.optimizer.step()
-    for parameter in learner.parameters():
+    for optimizer in optimizers:
+        optimizer.step()
+    for parameter in parameters:
         parameter.grad = None

@@ -19,12 +19,12 @@ def seeded(seed: int, *keys: int | str) -> Iterator[None]:
         yield
 
 
-def initialise(stage: Stage, seed: int, *, is_output: bool) -> None:
+def initialise(stage: Stage, seed: int, *, zero: bool) -> None:
     """Gives a stage built on the meta device its first weights: PyTorch's defaults, drawn from
     a stream of its own. A stage that has weights keeps them.
 
-    The output layer's weight starts at zero, its bias at the default, as published. One stage
-    is materialised at a time, so no network is ever whole in memory.
+    ``zero`` is for the output layer, whose weight starts there and its bias at the default, as
+    published for all training but plain back-propagation.
     """
     if not any(p.is_meta for p in stage.parameters()):
         return
@@ -33,7 +33,7 @@ def initialise(stage: Stage, seed: int, *, is_output: bool) -> None:
         for module in stage.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()
-    if is_output:
+    if zero:
         for module in stage.layer:
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.weight)

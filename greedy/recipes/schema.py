@@ -161,6 +161,22 @@ class Training(_Section):
         default=10, ge=0, description="Minutes between checkpoints within an epoch."
     )
 
+    @field_validator("accumulate")
+    @classmethod
+    def _graphs_that_are_cut_need_no_accumulation(cls, value: int, info: ValidationInfo) -> int:
+        strategy = info.data.get("strategy")
+        if value > 1 and strategy in ("greedy", "joint"):
+            raise ValueError(f"be 1 where training.strategy is {strategy}")
+        return value
+
+    @field_validator("epochs", "learning_rate")
+    @classmethod
+    def _all_stages_have_one_where_they_train_at_once(cls, value: Any, info: ValidationInfo) -> Any:
+        strategy = info.data.get("strategy")
+        if isinstance(value, list) and strategy != "greedy":
+            raise ValueError(f"be one number where training.strategy is {strategy}")
+        return value
+
     @field_validator("learning_rate")
     @classmethod
     def _one_rate_a_stage(

@@ -6,6 +6,7 @@ that belongs to it by its digest and is renamed into place once that file is saf
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self, TypeVar
@@ -13,7 +14,7 @@ from typing import Annotated, Any, NamedTuple, Self, TypeVar
 import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from greedy.cache.files import write_whole
 from greedy.errors import UserError
@@ -24,7 +25,7 @@ from greedy.runs import CHECKPOINT
 from greedy.training.modes import StepMemory
 from greedy.training.packing import pack, unpack
 from greedy.training.schedule import Patience, Schedule
-from greedy.training.step import Learner
+from greedy.training.strategies import Strategy
 
 START, PROGRESS = "start.json", "progress.json"
 Count = Annotated[int, Field(ge=0, le=2**62)]
@@ -77,7 +78,7 @@ class Progress(BaseModel):
     seconds: float = 0.0
     before: float = 0.0
     finished: bool = False
-    reports: list[EpochReport] = []
+    reports: list[list[EpochReport]] = []
 
     def __str__(self) -> str:
         if self.position:
@@ -90,12 +91,12 @@ class _Document(BaseModel):
 
     progress: Progress
     schedule: dict[str, float]
-    optimizer: Any
+    optimizers: list[Any]
     tensors: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
 class Sums(NamedTuple):
-    """An epoch's running sums, on the device."""
+    """A stage's running sums over an epoch, on the device."""
 
     loss: Tensor | float
     wrong: Tensor | None
@@ -103,7 +104,7 @@ class Sums(NamedTuple):
 
 @dataclass
 class Checkpoints:
-    """Keeps and finds a stage's progress in its directory ``training``, at most every
+    """Keeps and finds the progress of what trains in its directory ``training``, at most every
     ``minutes`` within an epoch.
 
     Attributes:
@@ -112,7 +113,7 @@ class Checkpoints:
     """
 
     training: Path
-    learner: Learner
+    strategy: Strategy
     schedule: Schedule
     minutes: float
     start: Start
@@ -130,22 +131,28 @@ class Checkpoints:
         self.start.resolved.update(memory_mode=str(memory.mode), micro_batch=memory.micro_batch)
         self.start.write(self.training)
 
-    def save(self, progress: Progress, sums: Sums | None = None) -> None:
+    def save(self, progress: Progress, sums: Sequence[Sums] = ()) -> None:
         """Keeps everything; what was kept before goes when this is on disk."""
-        assert self.learner.optimizer is not None
-        tensors = {f"stage.{k}": v for k, v in self.learner.stage.state_dict().items()}
-        tensors |= {f"heads.{k}": v for k, v in self.learner.heads.state_dict().items()}
-        for name, value in (sums or Sums(0.0, None))._asdict().items():
-            if isinstance(value, Tensor):
-                tensors[f"sums.{name}"] = value
-        optimizer = pack(self.learner.optimizer.state_dict(), "optimizer", tensors)
+        tensors = {
+            f"{name}.{key}": value
+            for name, module in self._modules().items()
+            for key, value in module.state_dict().items()
+        }
+        for index, each in enumerate(sums):
+            for name, value in each._asdict().items():
+                if isinstance(value, Tensor):
+                    tensors[f"{index}.sums.{name}"] = value
+        optimizers = [
+            pack(optimizer.state_dict(), f"optimizer.{index}", tensors)
+            for index, optimizer in enumerate(self.strategy.optimizers)
+        ]
         data = safetensors.torch.save(
             {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
         )
         schedule = self.schedule
         state = {k: getattr(schedule, k) for k in _PATIENCE if isinstance(schedule, Patience)}
         document = _Document(
-            progress=progress, schedule=state, optimizer=optimizer, tensors=digest(data)
+            progress=progress, schedule=state, optimizers=optimizers, tensors=digest(data)
         )
         directory = self.training / CHECKPOINT
         kept = directory / f"{document.tensors}.safetensors"
@@ -156,8 +163,8 @@ class Checkpoints:
                 old.unlink()
         self._saved, self.last = time.monotonic(), str(progress)
 
-    def load(self) -> tuple[Progress, Sums | None] | None:
-        """Gives learner and schedule the state that was kept last; ``None`` where none was.
+    def load(self) -> tuple[Progress, list[Sums]] | None:
+        """Gives strategy and schedule the state that was kept last; ``None`` where none was.
         Raises ``UserError`` naming a file that is damaged."""
         document = _read(self.training, PROGRESS, _Document)
         if document is None:
@@ -170,25 +177,38 @@ class Checkpoints:
             self._restore(document, tensors)
         except Exception as error:  # whatever torch makes of a stranger's numbers
             raise _damaged(path, self.training, "it does not fit the stage") from error
-        device = self.learner.device
-        loss, wrong = tensors.get("sums.loss"), tensors.get("sums.wrong")
-        sums = None if loss is None else Sums(loss.to(device), _to(wrong, device))
         progress = document.progress
         self.last, self.before = str(progress), progress.before + progress.seconds
-        return progress, sums
+        return progress, self._sums(tensors)
+
+    def _modules(self) -> dict[str, nn.Module]:
+        """All whose state is kept, by the names under which it is."""
+        return {
+            f"{index}.{name}": module
+            for index, learner in enumerate(self.strategy.learners)
+            for name, module in (("stage", learner.stage), ("heads", learner.heads))
+        }
 
     def _restore(self, document: _Document, tensors: dict[str, Tensor]) -> None:
-        optimizer = self.learner.optimizer
-        assert optimizer is not None
-        self.learner.stage.load_state_dict(_below("stage.", tensors))
-        self.learner.heads.load_state_dict(_below("heads.", tensors))
-        kept = unpack(document.optimizer, tensors)
-        _require_same_settings(optimizer, kept["param_groups"])
-        optimizer.load_state_dict(kept)
-        _require_same_shapes(optimizer)
+        for name, module in self._modules().items():
+            module.load_state_dict(_below(f"{name}.", tensors))
+        for optimizer, packed in zip(self.strategy.optimizers, document.optimizers, strict=True):
+            kept = unpack(packed, tensors)
+            _require_same_settings(optimizer, kept["param_groups"])
+            optimizer.load_state_dict(kept)
+            _require_same_shapes(optimizer)
         if isinstance(self.schedule, Patience):
             for name in _PATIENCE:
                 setattr(self.schedule, name, document.schedule[name])
+
+    def _sums(self, tensors: dict[str, Tensor]) -> list[Sums]:
+        """Of an epoch that was kept unfinished; else none."""
+        found = []
+        for index, learner in enumerate(self.strategy.learners):
+            kept = {k: v.to(learner.device) for k, v in _below(f"{index}.sums.", tensors).items()}
+            if "loss" in kept:
+                found.append(Sums(kept["loss"], kept.get("wrong")))
+        return found
 
 
 _PATIENCE = ("best", "waited", "dropped")
@@ -222,10 +242,6 @@ def _require_same_shapes(optimizer: torch.optim.Optimizer) -> None:
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _to(value: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if value is None else value.to(device)
 
 
 def _read(training: Path, name: str, kind: type[Document]) -> Document | None:

@@ -1,7 +1,7 @@
 """The epochs of one stage."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,7 +18,8 @@ from greedy.source import Batch, Source
 from greedy.training.checkpoint import Checkpoints, Progress, Sums
 from greedy.training.guard import Guard
 from greedy.training.schedule import Schedule
-from greedy.training.step import Learner, step
+from greedy.training.step import Learner
+from greedy.training.strategies import Outcome, Strategy
 
 
 @dataclass
@@ -51,12 +52,13 @@ class Totals:
 
 @dataclass
 class Epochs:
-    """Trains a stage epoch by epoch; iterate over it for the reports. ``input_shape`` is that of
-    a row the source gives."""
+    """Trains stages epoch by epoch; iterate over it for the reports of each epoch, one a stage.
+    ``input_shapes`` are those of a row that each stage gets. The test split is looked at after
+    every ``test_every`` epochs and after the last, in batches of ``test_batch``."""
 
-    learner: Learner
+    strategy: Strategy
     source: Source
-    input_shape: Shape
+    input_shapes: Sequence[Shape]
     schedule: Schedule
     epochs: int
     batch_size: int
@@ -64,108 +66,136 @@ class Epochs:
     seed: int
     reporter: Reporter
     checkpoints: Checkpoints | None = None
+    test_every: int = 0
+    test_batch: int = 256
 
-    def __iter__(self) -> Iterator[EpochReport]:
+    @property
+    def number(self) -> int:
+        """Names the streams of random numbers: of the first stage that trains."""
+        return self.strategy.learners[0].stage.number
+
+    def __iter__(self) -> Iterator[list[EpochReport]]:
         began = time.perf_counter()
         done = self.checkpoints.load() if self.checkpoints else None
-        progress, sums = done or (Progress(), None)
+        progress, sums = done or (Progress(), [])
         before = progress.before + progress.seconds
         yield from progress.reports
         while not progress.finished:
             self.source.at_epoch(progress.epoch)  # before signals wait: it may write for hours
             with Postponed() as stop:
-                report = self._epoch(progress, sums, stop)
-                over = self.schedule.observe(report.holdout_loss)
+                reports = self._epoch(progress, sums, stop)
+                epoch = progress.epoch + 1
+                over = self.schedule.observe(_sum(r.holdout_loss for r in reports))
+                over = over or epoch == self.epochs
+                if over or (self.test_every and epoch % self.test_every == 0):
+                    reports = self._tested(reports)
                 progress = Progress(
-                    epoch=report.epoch,
+                    epoch=epoch,
                     before=before + time.perf_counter() - began,
-                    finished=over or report.epoch == self.epochs,
-                    reports=[*progress.reports, report],
+                    finished=over,
+                    reports=[*progress.reports, reports],
                 )
-                sums = None
-                self._keep(progress, None, stop)
-            yield report
+                sums = []
+                self._keep(progress, [], stop)
+            yield reports
 
-    def _epoch(self, progress: Progress, sums: Sums | None, stop: Postponed) -> EpochReport:
+    def _epoch(
+        self, progress: Progress, sums: Sequence[Sums], stop: Postponed
+    ) -> list[EpochReport]:
         started = time.perf_counter() - progress.seconds
         epoch, first = progress.epoch, progress.position
         rate = self.schedule.rate_at(epoch)
-        assert self.learner.optimizer is not None
-        for group in self.learner.optimizer.param_groups:
-            group["lr"] = rate
+        for optimizer in self.strategy.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         limited = self.classes_per_batch if self.schedule.drops(epoch) == 0 else 0
         batches = self.source.epoch(
-            self.learner.stage.number,
-            epoch,
-            self.batch_size,
-            classes_per_batch=limited,
-            start_batch=first,
+            self.number, epoch, self.batch_size, classes_per_batch=limited, start_batch=first
         )
         self.reporter.epoch_started(epoch + 1, batches.rows)
-        self.learner.train()
-        totals = Totals(progress.rows, *sums) if sums else Totals()
+        for learner in self.strategy.learners:
+            learner.train()
+        known = sums or [Sums(0.0, None) for _ in self.strategy.learners]
+        totals = [Totals(progress.rows, *each) for each in known]
         guard = Guard()
-        if totals.rows:
-            self.reporter.batch_finished(totals.rows)
+        if progress.rows:
+            self.reporter.batch_finished(progress.rows)
         for position, batch in enumerate(batches, start=first):
             # For layers and losses that draw from torch's own generators.
-            number = self.learner.stage.number
-            torch.manual_seed(derive(self.seed, "step", number, epoch, position))
-            masked = replace(batch, mask=self._mask(batch, epoch, position))
-            loss, logits = self._step(masked, guard, position)
-            totals.add(loss, logits, batch.labels)
+            torch.manual_seed(derive(self.seed, "step", self.number, epoch, position))
+            outcomes = self._step(batch, epoch, position, guard)
+            for total, outcome in zip(totals, outcomes, strict=True):
+                total.add(*outcome, batch.labels)
             self.reporter.batch_finished(len(batch.labels))
             if stop.requested is not None or (self.checkpoints and self.checkpoints.due):
                 seconds = time.perf_counter() - started
-                here = {"position": position + 1, "rows": totals.rows, "seconds": seconds}
+                here = {"position": position + 1, "rows": totals[0].rows, "seconds": seconds}
                 self._require_finite(guard, epoch, rate)
                 self._keep(progress.model_copy(update=here), totals, stop)
         self._require_finite(guard, epoch, rate)
         seconds = time.perf_counter() - started
-        return EpochReport(
-            epoch=epoch + 1,
-            learning_rate=rate,
-            loss=totals.mean_loss,
-            train_error_percent=totals.error_percent,
-            holdout_loss=self._holdout_loss(),
-            images_per_second=totals.rows / seconds,
-            seconds=seconds,
-        )
+        return [
+            EpochReport(
+                epoch=epoch + 1,
+                learning_rate=rate,
+                loss=total.mean_loss,
+                train_error_percent=total.error_percent,
+                holdout_loss=None if held_out is None else held_out.mean_loss,
+                images_per_second=total.rows / seconds,
+                seconds=seconds,
+            )
+            for total, held_out in zip(totals, self._held_out(), strict=True)
+        ]
 
-    def _keep(self, progress: Progress, totals: Totals | None, stop: Postponed) -> None:
+    def _keep(self, progress: Progress, totals: Sequence[Totals], stop: Postponed) -> None:
         """A checkpoint, and the end of the training where a signal has asked for it."""
         if self.checkpoints:
-            sums = None if totals is None else Sums(totals.loss, totals.wrong)
-            self.checkpoints.save(progress, sums)
+            self.checkpoints.save(progress, [Sums(each.loss, each.wrong) for each in totals])
         if stop.requested is not None:
             raise Interrupted(
                 stop.requested,
-                f"interrupted in stage {self.learner.stage.number} after {progress}: the same "
-                f"command goes on from there",
+                f"interrupted in {self.strategy.title} after {progress}: the same command goes "
+                f"on from there",
             )
 
-    def _holdout_loss(self) -> float | None:
+    def _held_out(self) -> Sequence[Totals | None]:
+        learners = self.strategy.learners
         if not self.source.held_out:
-            return None
-        return measure(self.learner, self.source.held_out_rows(self.batch_size)).mean_loss
+            return [None] * len(learners)
+        return measure(learners, self.source.held_out_rows(self.batch_size))
 
-    def _step(self, batch: Batch, guard: Guard, position: int) -> tuple[Tensor, Tensor | None]:
-        planned = self.learner.memory
-        done = step(self.learner, batch, guard, position)
-        if self.learner.memory != planned:
-            self.reporter.memory_reduced(self.learner.stage.number, self.learner.memory)
-            if self.checkpoints:
-                self.checkpoints.reduced(self.learner.memory)
-        return done
+    def _tested(self, reports: Sequence[EpochReport]) -> list[EpochReport]:
+        found = measure(self.strategy.learners, self.source.view("test", 0, self.test_batch))
+        return [
+            replace(report, test_error_percent=total.error_percent)
+            for report, total in zip(reports, found, strict=True)
+        ]
 
-    def _mask(self, batch: Batch, epoch: int, position: int) -> Tensor | None:
-        """Of dropout on the batch's input, named by (seed, stage, step)."""
-        stage = self.learner.stage
+    def _step(self, batch: Batch, epoch: int, position: int, guard: Guard) -> list[Outcome]:
+        learners = self.strategy.learners
+        planned = [learner.memory for learner in learners]
+        masks = [
+            self._mask(learner, shape, len(batch.labels), epoch, position)
+            for learner, shape in zip(learners, self.input_shapes, strict=True)
+        ]
+        outcomes = self.strategy.step(batch, masks, guard, position)
+        for learner, memory in zip(learners, planned, strict=True):
+            if learner.memory != memory:
+                self.reporter.memory_reduced(learner.stage.number, learner.memory)
+                if self.checkpoints:
+                    self.checkpoints.reduced(learner.memory)
+        return outcomes
+
+    def _mask(
+        self, learner: Learner, shape: Shape, rows: int, epoch: int, position: int
+    ) -> Tensor | None:
+        """Of dropout on a stage's input, named by (seed, stage, step)."""
+        stage = learner.stage
         if stage.dropout is None:
             return None
         generator = torch_generator(self.seed, "dropout", stage.number, epoch, position)
-        mask = stage.dropout.mask(len(batch.labels), self.input_shape, generator)
-        return mask.to(self.learner.device, non_blocking=True)
+        mask = stage.dropout.mask(rows, shape, generator)
+        return mask.to(learner.device, non_blocking=True)
 
     def _require_finite(self, guard: Guard, epoch: int, rate: float) -> None:
         if (number := guard.step) is None:
@@ -173,20 +203,39 @@ class Epochs:
         last = self.checkpoints.last if self.checkpoints else ""
         kept = f"the last good checkpoint is after {last}" if last else "there is no checkpoint yet"
         raise TrainingError(
-            f"the loss of stage {self.learner.stage.number} is not finite in epoch {epoch + 1}, "
+            f"the loss of {self.strategy.title} is not finite in epoch {epoch + 1}, "
             f"step {number}, at a learning rate of {rate:g} ({kept}): lower "
             f"training.learning_rate and begin another run"
         )
 
 
+def _sum(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
 @torch.no_grad()
-def measure(learner: Learner, batches: Iterator[tuple[Tensor, Tensor]]) -> Totals:
-    """Loss and errors in evaluation mode: running statistics, no dropout."""
-    learner.eval()
-    totals = Totals()
-    for x, labels in batches:
-        parts = zip(*(learner.features(x[rows]) for rows in learner.slices(len(x))), strict=True)
-        whole: Any = [None if part[0] is None else torch.cat(part) for part in parts]
-        features = Features(*whole)
-        totals.add(learner.loss(features, learner.one_hot(labels)), features.p, labels)
+def measure(learners: Sequence[Learner], batches: Iterator[tuple[Tensor, Tensor]]) -> list[Totals]:
+    """Loss and errors of stages one after the other, given inputs of the first, in evaluation
+    mode: running statistics, no dropout."""
+    for learner in learners:
+        learner.eval()
+    totals = [Totals() for _ in learners]
+    for inputs, labels in batches:
+        x = inputs
+        for learner, total in zip(learners, totals, strict=True):
+            features, x = _passed(learner, x, onward=learner is not learners[-1])
+            total.add(learner.loss(features, learner.one_hot(labels)), features.p, labels)
     return totals
+
+
+def _passed(learner: Learner, x: Tensor, *, onward: bool) -> tuple[Features, Tensor]:
+    """A whole batch's features, computed a micro-batch at a time, and its output if it goes on."""
+    parts, outputs = [], []
+    for rows in learner.slices(len(x)):
+        h = learner.hidden(x[rows])
+        parts.append(learner.local(h))
+        if onward:
+            outputs.append(learner.stage.pool(h))
+    whole: Any = [None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)]
+    return Features(*whole), torch.cat(outputs) if onward else x

@@ -1,24 +1,19 @@
 """One stage from its first weights to its finished directory."""
 
-import json
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
-from torch import nn
 
-from greedy.cache.files import write_whole
-from greedy.devices import describe, peak_memory
 from greedy.disk import COMPRESSED, UNCOMPRESSED
-from greedy.files import bytes_below, canonical, digest, file_digest
+from greedy.files import bytes_below
 from greedy.losses import LocalLoss
-from greedy.manifest import ENCODER, HEADS, HISTORY, Metrics, Parent, StageRecord, StoreRecord
+from greedy.manifest import HISTORY, StageRecord, StoreRecord
 from greedy.memory.peaks import OptimizerFactory
-from greedy.models import Stage, StageShapes, initialise, seeded
+from greedy.models import Stage, StageShapes
 from greedy.recipes import Recipe
 from greedy.reporting import EpochReport, Reporter
 from greedy.runs import SPLITS
@@ -26,14 +21,13 @@ from greedy.source import Source
 from greedy.sourcing import Sources
 from greedy.space import require_room, until_full
 from greedy.training.checkpoint import Checkpoints, Start
+from greedy.training.finished import history_line, save_weights, write_record
 from greedy.training.freeze import fit, write_split
-from greedy.training.host_adam import HostAdam
-from greedy.training.loop import Epochs, measure
-from greedy.training.modes import Mode, StepMemory
+from greedy.training.learners import new_learner, new_optimizer, new_schedule
+from greedy.training.loop import Epochs
 from greedy.training.resolve import for_stage
-from greedy.training.schedule import Milestones, Patience, Schedule
 from greedy.training.step import Learner
-from greedy.versions import versions
+from greedy.training.strategies import Greedy
 
 
 @dataclass
@@ -79,43 +73,28 @@ class StageTraining:
     def _train(self, learner: Learner, directory: Path, started: float) -> StageRecord:
         checkpoints = Checkpoints(
             directory,
-            learner,
-            self._schedule(),
+            Greedy(learner),
+            new_schedule(self.recipe, self.stage.number),
             self.recipe.training.checkpoint_minutes,
             self.start,
         )
-        reports = self._run_epochs(learner, checkpoints)
+        reports = self._run_epochs(checkpoints)
         learner.release()
-        self._save(learner, directory)
-        test = measure(learner, self.source.view("test", 0, self._batch))
-        store = self._write_store(learner, directory)
-        last = reports[-1]
-        record = StageRecord(
-            stage=self.stage.number,
-            name="output" if self.is_output else self.stage.name,
-            lineage=self._lineage(directory),
-            recipe=self.parent.recipe,
-            layers=self.stage.kinds,
-            parent=Parent(stage=self.parent.stage, lineage=self.parent.lineage),
+        save_weights(learner, directory)
+        return write_record(
+            directory,
+            learner,
+            self.shapes,
+            reports,
+            self.recipe,
+            self.resolved,
+            self.parent,
             source=self.source.number,
-            row_shape=self.shapes.output,
-            class_names=self.parent.class_names,
-            network=self.parent.network,
-            resolved=self.resolved,
-            metrics=Metrics(
-                train_error_percent=last.train_error_percent,
-                test_error_percent=test.error_percent,
-                train_loss=last.loss,
-            ),
-            store=store,
+            is_output=self.is_output,
+            store=self._write_store(learner, directory),
             written_before=self.written_before,
-            rows=self.parent.rows,
             seconds=checkpoints.before + time.perf_counter() - started,
-            peak_memory_bytes=peak_memory(self.device),
-            versions=versions(),
-            device=describe(self.device),
         )
-        return record.write(directory)
 
     def _room(self, learner: Learner) -> int:
         """Bytes on disk, at most: weights, two checkpoints with an optimiser's two numbers a
@@ -137,41 +116,22 @@ class StageTraining:
         return self.resolved["write_batch"]
 
     def _learner(self) -> Learner:
-        number, seed = self.stage.number, self.recipe.seed
-        num_classes = len(self.parent.class_names)
-        initialise(self.stage, seed, is_output=self.is_output)
-        with seeded(seed, number, "heads"):
-            heads = self.loss.heads(self.shapes.hidden, num_classes)
-        learner = Learner(
-            self.stage.to(self.device),
-            heads.to(self.device),
+        learner = new_learner(
+            self.stage,
+            self.shapes,
             self.loss,
-            num_classes,
-            self.resolved["precision"],
-            memory=StepMemory(Mode(self.resolved["memory_mode"]), self.resolved["micro_batch"]),
+            len(self.parent.class_names),
+            self.recipe,
+            self.resolved,
+            self.device,
+            zero=self.is_output,
         )
-        learner.optimizer = self._make_optimizer(learner.parameters())
+        learner.optimizer = new_optimizer(
+            learner.parameters(), self.recipe, self.stage.number, self.optimizer
+        )
         return learner
 
-    def _make_optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        if self.optimizer is not None:
-            return self.optimizer(parameters)
-        rate = for_stage(self.recipe.training.learning_rate, self.stage.number)
-        if self.recipe.memory.optimizer_state == "host":
-            return HostAdam(parameters, lr=rate)
-        return torch.optim.Adam(parameters, lr=rate, fused=True)
-
-    def _schedule(self) -> Schedule:
-        training, number = self.recipe.training, self.stage.number
-        rate = for_stage(training.learning_rate, number)
-        if training.patience:
-            return Patience(rate, training.lr_decay, training.patience)
-        milestones = training.milestones or []
-        if milestones and isinstance(milestones[0], list):
-            milestones = milestones[number - 1]
-        return Milestones(rate, training.lr_decay, milestones)
-
-    def _run_epochs(self, learner: Learner, checkpoints: Checkpoints) -> list[EpochReport]:
+    def _run_epochs(self, checkpoints: Checkpoints) -> list[EpochReport]:
         training = self.recipe.training
         epochs = for_stage(training.epochs, self.stage.number)
         name = "output" if self.is_output else self.stage.name
@@ -180,10 +140,10 @@ class StageTraining:
         lines = checkpoints.training / HISTORY
         lines.unlink(missing_ok=True)
         with lines.open("x", encoding="utf-8") as history:
-            for report in Epochs(
-                learner,
+            for (report,) in Epochs(
+                checkpoints.strategy,
                 self.source,
-                self.shapes.input,
+                [self.shapes.input],
                 checkpoints.schedule,
                 epochs,
                 training.batch_size,
@@ -191,17 +151,14 @@ class StageTraining:
                 self.recipe.seed,
                 self.reporter,
                 checkpoints,
+                training.test_every,
+                self._batch,
             ):
-                history.write(json.dumps(asdict(report)) + "\n")
+                history.write(history_line(report))
                 history.flush()
                 self.reporter.epoch_finished(report)
                 reports.append(report)
         return reports
-
-    def _save(self, learner: Learner, directory: Path) -> None:
-        for name, module in ((ENCODER, learner.stage), (HEADS, learner.heads)):
-            tensors = {k: v.contiguous().cpu() for k, v in module.state_dict().items()}
-            write_whole(directory / name, safetensors.torch.save(tensors))
 
     def _write_store(self, learner: Learner, directory: Path) -> StoreRecord | None:
         views = self.resolved["views"]
@@ -231,19 +188,3 @@ class StageTraining:
             for split in SPLITS
         }
         return StoreRecord.of(written, self.resolved["encoding"], compressor, views, source.number)
-
-    def _lineage(self, directory: Path) -> str:
-        """Names everything the result follows from."""
-        return digest(
-            canonical(
-                {
-                    "weights": file_digest(directory / ENCODER),
-                    "parent": self.parent.lineage,
-                    "source": self.source.number,
-                    "seed": self.recipe.seed,
-                    "views": self.resolved["views"],
-                    "refresh_every": self.recipe.store.refresh_every,
-                    "encoding": self.resolved["encoding"],
-                }
-            )
-        )

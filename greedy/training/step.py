@@ -71,10 +71,19 @@ class Learner:
             self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"
         )
 
+    def hidden(self, x: Tensor) -> Tensor:
+        """h of inputs (B, *shape) on which dropout has been applied."""
+        with self.autocast():
+            return self.stage.hidden(x)
+
+    def local(self, h: Tensor) -> Features:
+        """What the local heads make of h."""
+        with self.autocast():
+            return self.heads(h)
+
     def features(self, x: Tensor) -> Features:
         """Features of inputs (B, *shape) on which dropout has been applied."""
-        with self.autocast():
-            return self.heads(self.stage.hidden(x))
+        return self.local(self.hidden(x))
 
     def one_hot(self, labels: Tensor) -> Tensor:
         """Y: (B,) to (B, classes)."""

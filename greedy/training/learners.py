@@ -1,0 +1,66 @@
+"""What a stage begins its training with: first weights, local heads, optimiser, schedule."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from greedy.losses import LocalLoss
+from greedy.memory.peaks import OptimizerFactory
+from greedy.models import Stage, StageShapes, initialise, seeded
+from greedy.recipes import Recipe
+from greedy.training.host_adam import HostAdam
+from greedy.training.modes import Mode, StepMemory
+from greedy.training.resolve import for_stage
+from greedy.training.schedule import Milestones, Patience, Schedule
+from greedy.training.step import Learner
+
+
+def new_learner(
+    stage: Stage,
+    shapes: StageShapes,
+    loss: LocalLoss,
+    num_classes: int,
+    recipe: Recipe,
+    resolved: dict[str, Any],
+    device: torch.device,
+    *,
+    zero: bool,
+) -> Learner:
+    """A stage on a device with its first weights and its heads, both drawn from streams of their
+    own. ``zero`` for an output layer whose weight starts there."""
+    initialise(stage, recipe.seed, zero=zero)
+    with seeded(recipe.seed, stage.number, "heads"):
+        heads = loss.heads(shapes.hidden, num_classes)
+    return Learner(
+        stage.to(device),
+        heads.to(device),
+        loss,
+        num_classes,
+        resolved["precision"],
+        memory=StepMemory(Mode(resolved["memory_mode"]), resolved["micro_batch"]),
+    )
+
+
+def new_optimizer(
+    parameters: list[nn.Parameter], recipe: Recipe, number: int, factory: OptimizerFactory | None
+) -> torch.optim.Optimizer:
+    """The optimiser of stage ``number``: by a factory if there is one, else Adam."""
+    if factory is not None:
+        return factory(parameters)
+    rate = for_stage(recipe.training.learning_rate, number)
+    if recipe.memory.optimizer_state == "host":
+        return HostAdam(parameters, lr=rate)
+    return torch.optim.Adam(parameters, lr=rate, fused=True)
+
+
+def new_schedule(recipe: Recipe, number: int) -> Schedule:
+    """The learning rate of stage ``number``."""
+    training = recipe.training
+    rate = for_stage(training.learning_rate, number)
+    if training.patience:
+        return Patience(rate, training.lr_decay, training.patience)
+    milestones = training.milestones or []
+    if milestones and isinstance(milestones[0], list):
+        milestones = milestones[number - 1]
+    return Milestones(rate, training.lr_decay, milestones)

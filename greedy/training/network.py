@@ -1,0 +1,219 @@
+"""All stages of a network trained at once, from the images."""
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from greedy.devices import pick_precision
+from greedy.errors import UserError
+from greedy.losses import LocalLoss
+from greedy.manifest import HISTORY, StageRecord
+from greedy.memory.baselines import network_peak
+from greedy.memory.choice import Choice, fused_adam, memory_budget, reserved
+from greedy.memory.peaks import OptimizerFactory
+from greedy.models import Stage, StageShapes
+from greedy.recipes import Recipe
+from greedy.reporting import EpochReport, Reporter
+from greedy.runs import RunDirectory, new_stage
+from greedy.sizes import format_size
+from greedy.source import Source
+from greedy.space import require_room, until_full
+from greedy.training.checkpoint import Checkpoints, Start
+from greedy.training.finished import history_line, save_weights, write_record
+from greedy.training.freeze import write_batch
+from greedy.training.learners import new_learner, new_optimizer, new_schedule
+from greedy.training.loop import Epochs
+from greedy.training.modes import Mode
+from greedy.training.resolve import resolve
+from greedy.training.strategies import Strategy, losses_of, together
+
+
+@dataclass
+class NetworkTraining:
+    """All that training a network at once takes. ``data`` is stage 0's record, ``source`` its
+    images, ``loss`` the recipe's local loss."""
+
+    run: RunDirectory
+    stages: Sequence[Stage]
+    shapes: Sequence[StageShapes]
+    loss: LocalLoss
+    source: Source
+    data: StageRecord
+    device: torch.device
+    reporter: Reporter
+    optimizer: OptimizerFactory | None = None
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of the run."""
+        return self.run.recipe
+
+    def train(self) -> list[StageRecord]:
+        """Trains all stages in the run's ``network`` directory, then puts each in its place. What
+        an interrupted training left is gone on with."""
+        began = time.perf_counter()
+        place = self.run.network / "training"
+        start = self._start(place)
+        torch.set_num_threads(start.resolved["threads"])
+        if start.resolved["shuffle"] == "rows":
+            self.source.hold_in_memory()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        strategy = self._strategy(start.resolved)
+        needed = 7 * 4 * sum(p.numel() for each in strategy.learners for p in each.parameters())
+        require_room(place, "the network", needed)
+        with until_full(self.run.path, "the network", needed):
+            checkpoints = Checkpoints(
+                place,
+                strategy,
+                new_schedule(self.recipe, 1),
+                self.recipe.training.checkpoint_minutes,
+                start,
+            )
+            histories = self._run_epochs(checkpoints)
+            seconds = checkpoints.before + time.perf_counter() - began
+            records = self._write(strategy, histories, start.resolved, seconds)
+        shutil.rmtree(self.run.network)
+        return records
+
+    def _start(self, place: Path) -> Start:
+        """What an interrupted training began with if it was this one, else a new start."""
+        start = Start(
+            stage=0,
+            recipe=self.data.recipe,
+            parent=self.data.lineage,
+            source=0,
+            layers=[kind for stage in self.stages for kind in stage.kinds],
+            resolved=self._resolved(),
+        )
+        begun = Start.read(place)
+        if begun is not None and begun.is_of(start):
+            return begun
+        if place.exists():
+            shutil.rmtree(place)
+        place.mkdir(parents=True)
+        start.write(place)
+        return start
+
+    def _resolved(self) -> dict[str, Any]:
+        memory = Choice(
+            Mode.PLAIN,
+            -(-self.recipe.training.batch_size // self.recipe.training.accumulate),
+            self._peak(),
+            min(write_batch(shape) for shape in self.shapes),
+        )
+        return resolve(self.recipe, self.source.stores["train"], "live", memory, self.device)
+
+    def _peak(self) -> int:
+        """Bytes that a step takes, which must be within the budget."""
+        training, budget = self.recipe.training, memory_budget(self.recipe, self.device)
+        adam = None if self.recipe.memory.optimizer_state == "host" else fused_adam
+        peak = network_peak(
+            self.stages,
+            self.shapes,
+            self.loss,
+            len(self.data.class_names),
+            training.batch_size,
+            training.strategy,
+            precision=pick_precision(training.precision, self.device),
+            accumulate=training.accumulate,
+            optimizer=self.optimizer or adam,
+        )
+        peak = reserved(peak, self.device.type)
+        if peak > budget:
+            raise UserError(
+                f"a step of the whole network takes {format_size(peak)} and the memory budget is "
+                f"{format_size(budget)}: train one stage at a time (--strategy greedy), lower "
+                f"training.batch_size, or raise --memory-budget"
+            )
+        return peak
+
+    def _strategy(self, resolved: dict[str, Any]) -> Strategy:
+        training, count = self.recipe.training, len(self.stages)
+        learners = [
+            new_learner(
+                stage,
+                shape,
+                loss,
+                len(self.data.class_names),
+                self.recipe,
+                resolved,
+                self.device,
+                zero=stage.number == count and training.strategy != "backprop",
+            )
+            for stage, shape, loss in zip(
+                self.stages,
+                self.shapes,
+                losses_of(training.strategy, self.loss, count),
+                strict=True,
+            )
+        ]
+        return together(
+            training.strategy,
+            learners,
+            training.accumulate,
+            lambda parameters: new_optimizer(parameters, self.recipe, 1, self.optimizer),
+        )
+
+    def _run_epochs(self, checkpoints: Checkpoints) -> list[list[EpochReport]]:
+        """The reports of every stage."""
+        training, resolved = self.recipe.training, checkpoints.start.resolved
+        epochs = training.epochs
+        assert isinstance(epochs, int)
+        self.reporter.network_started(training.strategy, epochs, resolved)
+        histories: list[list[EpochReport]] = [[] for _ in self.stages]
+        for reports in Epochs(
+            checkpoints.strategy,
+            self.source,
+            [shape.input for shape in self.shapes],
+            checkpoints.schedule,
+            epochs,
+            training.batch_size,
+            self.recipe.data.classes_per_batch,
+            self.recipe.seed,
+            self.reporter,
+            checkpoints,
+            training.test_every,
+            resolved["write_batch"],
+        ):
+            for history, report in zip(histories, reports, strict=True):
+                history.append(report)
+            self.reporter.epoch_finished(reports[-1])
+        return histories
+
+    def _write(
+        self,
+        strategy: Strategy,
+        histories: Sequence[Sequence[EpochReport]],
+        resolved: dict[str, Any],
+        seconds: float,
+    ) -> list[StageRecord]:
+        """Every stage as if it had been trained alone, but for its record's times and memory,
+        which are those of the network."""
+        records = [self.data]
+        for learner, shape, reports in zip(strategy.learners, self.shapes, histories, strict=True):
+            learner.release()
+            with new_stage(self.run.stage(learner.stage.number)) as directory:
+                save_weights(learner, directory)
+                lines = "".join(map(history_line, reports))
+                (directory / HISTORY).write_text(lines, encoding="utf-8")
+                record = write_record(
+                    directory,
+                    learner,
+                    shape,
+                    reports,
+                    self.recipe,
+                    resolved,
+                    records[-1],
+                    source=0,
+                    is_output=learner is strategy.learners[-1],
+                    seconds=seconds,
+                )
+            records.append(record)
+            self.reporter.stage_finished(record)
+        return records[1:]
