@@ -92,6 +92,7 @@ def outcome(directory: Path) -> dict[str, Any]:
             free = ("seconds", "peak_memory_bytes", "digest", "written_before", "versions")
             found[name] = {k: v for k, v in document.items() if k not in free}
             found[name]["files"] = sorted(document["files"])
+            found[name]["metrics"] = {**document["metrics"], "images_per_second": None}
             found[name]["store"] = {**(document["store"] or {}), "bytes_written": 0}
         elif path.name == "history.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]

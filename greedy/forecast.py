@@ -17,8 +17,8 @@ from greedy.data import DATASETS, load_dataset
 from greedy.devices import pick_device, pick_precision
 from greedy.disk import Plan
 from greedy.errors import UserError
-from greedy.losses import LocalLoss, Output
-from greedy.memory.baselines import baselines
+from greedy.losses import Glob, LocalLoss, Output
+from greedy.memory.baselines import baselines, choose_network
 from greedy.memory.choice import Choice, choose, fused_adam, memory_budget, stored_row_bytes
 from greedy.memory.peaks import StepDemand
 from greedy.models import Shape, Stage, StageShapes, cut
@@ -27,6 +27,7 @@ from greedy.recipes import Recipe
 from greedy.runs import SPLITS, RunDirectory
 from greedy.training.parts import parts_of
 from greedy.training.resolve import for_stage
+from greedy.training.strategies import losses_of
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,12 @@ def forecast(
     disk = plan_disk(run, shapes, data.rows, data.stored_bytes)
     loss = build_loss(recipe.loss)
     planned = _Planned(recipe, data, machine, stages, shapes, disk, loss)
-    found = [planned.forecast(number) for number in range(1, len(stages) + 1)]
+    numbers = range(1, len(stages) + 1)
+    if recipe.training.strategy == "greedy":
+        found = [planned.forecast(number) for number in numbers]
+    else:
+        choice = planned.network()
+        found = [planned.share(number, choice) for number in numbers]
     others = baselines(stages, shapes, loss, data.classes, recipe.training.batch_size)
     return Forecast(found, disk, others)
 
@@ -207,6 +213,47 @@ class _Planned:
             store_bytes=0 if is_output else self.disk.stages[number - 1].bytes,
             flops=flops * rows // self.recipe.training.batch_size,
             replay_flops=2 * replayed * rows,
+        )
+
+    def network(self) -> Choice:
+        """The choice for a step of all stages at once."""
+        machine = self.machine
+        return choose_network(
+            self.stages,
+            self.shapes,
+            self.loss,
+            self.data.classes,
+            self.recipe.training,
+            machine.precision,
+            machine.memory_budget_bytes,
+            machine.device,
+            fused_adam if machine.optimizer_state == "device" else None,
+        )
+
+    def share(self, number: int, choice: Choice) -> StageForecast:
+        """A stage's share of training all at once; the memory is that of the whole."""
+        stage, shape = self.stages[number - 1], self.shapes[number - 1]
+        training, count = self.recipe.training, len(self.stages)
+        loss = losses_of(training.strategy, self.loss, count)[number - 1]
+        with torch.device("meta"):
+            heads = loss.heads(shape.hidden, self.data.classes)
+        flops = 4 * training.batch_size * shape.operations
+        if not isinstance(loss, Glob):
+            _, flops = self._counted(stage, shape, loss, None)
+        if training.strategy != "joint" and number > 1:  # the gradient of the stage's input
+            flops += 2 * training.batch_size * shape.operations
+        rows = self._rows_trained() * for_stage(training.epochs, number)
+        return StageForecast(
+            stage=number,
+            name="output" if number == count else stage.name,
+            mode=choice.mode,
+            micro_batch=choice.micro_batch,
+            usual=True,
+            peak_memory_bytes=choice.peak_bytes,
+            parameters=sum(p.numel() for p in (*stage.parameters(), *heads.parameters())),
+            store_bytes=0,
+            flops=flops * rows // training.batch_size,
+            replay_flops=0,
         )
 
     def _source(self, number: int) -> int:

@@ -42,10 +42,11 @@ def plan_disk(
                 replaced=bytes_below(run.store(number)) if again else 0,
             )
         )
+    one_by_one = recipe.training.strategy == "greedy"
     demand = Demand(
         tuple(stages),
         rows,
-        recipe.store.views,
+        recipe.store.views if one_by_one else "live",
         sizes[encoding(recipe)],
         images,
         refreshed=recipe.store.refresh_every > 0,

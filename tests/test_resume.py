@@ -32,6 +32,9 @@ TRAIN, TEST = samples(300, 0), samples(60, 1)
 REFRESHED = {"augmentation": "hflip", "refresh_every": 2, "views": 2, "epochs": 3}
 PATIENT = {"patience": 1, "epochs": 5, "views": "live", "augmentation": "crop4"}
 FROM_DISK = {"ram_budget": "1B", "views": 3}
+JOINT = {"strategy": "joint", "augmentation": "crop4"}
+PATIENT_JOINT = JOINT | {"patience": 1, "epochs": 5}
+BACKPROP = {"strategy": "backprop", "accumulate": 3}
 
 
 class KillAt(Reporter):
@@ -64,6 +67,7 @@ def outcome(run: Path) -> dict[str, object]:
             document["store"] = document["store"] and document["store"] | {"bytes_written": 0}
             free = ("seconds", "peak_memory_bytes", "digest", "written_before")
             kept = {k: v for k, v in document.items() if k not in free}
+            kept["metrics"] = kept["metrics"] | {"images_per_second": None}
             found[name] = kept | {"files": sorted(document["files"])}
         elif name.endswith("history.jsonl"):
             lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -81,7 +85,9 @@ def fit_until_killed(run: Path, batches: int, settings: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, REFRESHED, PATIENT, FROM_DISK], ids=["plain", "refreshed", "patient", "disk"]
+    "settings",
+    [{}, REFRESHED, PATIENT, FROM_DISK, JOINT, PATIENT_JOINT, BACKPROP],
+    ids=["plain", "refreshed", "patient", "disk", "joint", "patient-joint", "backprop"],
 )
 def test_killed_anywhere_it_ends_the_same(tmp_path: Path, settings: dict) -> None:
     torch.set_num_threads(1)

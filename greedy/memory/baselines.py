@@ -14,13 +14,18 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from greedy.errors import UserError
 from greedy.losses import LocalLoss
-from greedy.memory.choice import fused_adam
+from greedy.memory.choice import Choice, fused_adam, reserved
 from greedy.memory.counting import Counter
 from greedy.memory.peaks import OptimizerFactory, make_state
 from greedy.models import Stage, StageShapes
+from greedy.recipes import Training
+from greedy.sizes import format_size
 from greedy.source import Batch
+from greedy.training.freeze import write_batch
 from greedy.training.guard import Guard
+from greedy.training.modes import Mode
 from greedy.training.step import Learner
 from greedy.training.strategies import Strategy, losses_of, together
 
@@ -46,6 +51,42 @@ def baselines(
         "backprop_accumulated": count("backprop", accumulate=-(-batch_size // MICRO_BATCH)),
         "joint": count("joint"),
     }
+
+
+def choose_network(
+    stages: Sequence[Stage],
+    shapes: Sequence[StageShapes],
+    loss: LocalLoss,
+    num_classes: int,
+    training: Training,
+    precision: str,
+    budget: int | None,
+    device_type: str,
+    optimizer: OptimizerFactory | None = fused_adam,
+) -> Choice:
+    """How a step that trains all stages at once fits a budget of bytes: in its plain mode, the
+    only one it has. Raises ``UserError`` where it does not. Without an ``optimizer`` its state is
+    in host memory."""
+    peak = network_peak(
+        stages,
+        shapes,
+        loss,
+        num_classes,
+        training.batch_size,
+        training.strategy,
+        precision=precision,
+        accumulate=training.accumulate,
+        optimizer=optimizer,
+    )
+    peak = reserved(peak, device_type)
+    if budget is not None and peak > budget:
+        raise UserError(
+            f"a step of the whole network takes {format_size(peak)} and the memory budget is "
+            f"{format_size(budget)}: train one stage at a time (--strategy greedy), lower "
+            f"training.batch_size, or raise --memory-budget"
+        )
+    rows = -(-training.batch_size // training.accumulate)
+    return Choice(Mode.PLAIN, rows, peak, min(map(write_batch, shapes)))
 
 
 def network_peak(

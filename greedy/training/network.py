@@ -10,25 +10,21 @@ from typing import Any
 import torch
 
 from greedy.devices import pick_precision
-from greedy.errors import UserError
 from greedy.losses import LocalLoss
 from greedy.manifest import HISTORY, StageRecord
-from greedy.memory.baselines import network_peak
-from greedy.memory.choice import Choice, fused_adam, memory_budget, reserved
+from greedy.memory.baselines import choose_network
+from greedy.memory.choice import fused_adam, memory_budget
 from greedy.memory.peaks import OptimizerFactory
 from greedy.models import Stage, StageShapes
 from greedy.recipes import Recipe
 from greedy.reporting import EpochReport, Reporter
 from greedy.runs import RunDirectory, new_stage
-from greedy.sizes import format_size
 from greedy.source import Source
 from greedy.space import require_room, until_full
 from greedy.training.checkpoint import Checkpoints, Start
 from greedy.training.finished import history_line, save_weights, write_record
-from greedy.training.freeze import write_batch
 from greedy.training.learners import new_learner, new_optimizer, new_schedule
 from greedy.training.loop import Epochs
-from greedy.training.modes import Mode
 from greedy.training.resolve import resolve
 from greedy.training.strategies import Strategy, losses_of, together
 
@@ -101,37 +97,19 @@ class NetworkTraining:
         return start
 
     def _resolved(self) -> dict[str, Any]:
-        memory = Choice(
-            Mode.PLAIN,
-            -(-self.recipe.training.batch_size // self.recipe.training.accumulate),
-            self._peak(),
-            min(write_batch(shape) for shape in self.shapes),
-        )
-        return resolve(self.recipe, self.source.stores["train"], "live", memory, self.device)
-
-    def _peak(self) -> int:
-        """Bytes that a step takes, which must be within the budget."""
-        training, budget = self.recipe.training, memory_budget(self.recipe, self.device)
         adam = None if self.recipe.memory.optimizer_state == "host" else fused_adam
-        peak = network_peak(
+        memory = choose_network(
             self.stages,
             self.shapes,
             self.loss,
             len(self.data.class_names),
-            training.batch_size,
-            training.strategy,
-            precision=pick_precision(training.precision, self.device),
-            accumulate=training.accumulate,
-            optimizer=self.optimizer or adam,
+            self.recipe.training,
+            pick_precision(self.recipe.training.precision, self.device),
+            memory_budget(self.recipe, self.device),
+            self.device.type,
+            self.optimizer or adam,
         )
-        peak = reserved(peak, self.device.type)
-        if peak > budget:
-            raise UserError(
-                f"a step of the whole network takes {format_size(peak)} and the memory budget is "
-                f"{format_size(budget)}: train one stage at a time (--strategy greedy), lower "
-                f"training.batch_size, or raise --memory-budget"
-            )
-        return peak
+        return resolve(self.recipe, self.source.stores["train"], "live", memory, self.device)
 
     def _strategy(self, resolved: dict[str, Any]) -> Strategy:
         training, count = self.recipe.training, len(self.stages)

@@ -1,0 +1,208 @@
+"""Who holds the graph and the optimiser: joint training, back-propagation, and both."""
+
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from greedy import GreedyTrainer, UserError
+from greedy.losses import Pred, PredSim, Sim
+from greedy.models import Stage, cut, shapes, vgg8b
+from greedy.source import Batch
+from greedy.training.guard import Guard
+from greedy.training.step import Learner
+from greedy.training.strategies import Greedy, losses_of, together
+
+CLASSES, ROWS, SIDE = 4, 12, 16
+SGD = partial(torch.optim.SGD, lr=0.1)
+
+
+def narrow() -> list[Stage]:
+    return cut(vgg8b(3, SIDE, CLASSES, feature_multiplier=1 / 16, hidden_width=6, dropout=0.2))
+
+
+SHAPES = shapes(narrow(), (3, SIDE, SIDE))
+
+
+def learners(strategy: str, loss=None) -> list[Learner]:
+    """The stages of a narrow VGG8B in float64, with heads that are not zero."""
+    torch.manual_seed(0)
+    stages = narrow()
+    losses = losses_of(strategy, loss or PredSim(pool_target=32), len(stages))
+    found = []
+    for stage, shape, each in zip(stages, SHAPES, losses, strict=True):
+        heads = each.heads(shape.hidden, CLASSES).double()
+        for parameter in heads.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        found.append(Learner(stage.double(), heads, each, CLASSES, "float32"))
+        found[-1].train()
+    return found
+
+
+def batch_and_masks(trained: list[Learner]) -> tuple[Batch, list]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(ROWS, 3, SIDE, SIDE, generator=generator).double()
+    labels = torch.randint(CLASSES, (ROWS,), generator=generator)
+    masks = [
+        each.stage.dropout and each.stage.dropout.mask(ROWS, shape.input, generator).double()
+        for each, shape in zip(trained, SHAPES, strict=True)
+    ]
+    return Batch(labels, x.__getitem__), masks
+
+
+def state(trained: list[Learner]) -> dict[str, torch.Tensor]:
+    modules = nn.ModuleList(nn.ModuleList((each.stage, each.heads)) for each in trained)
+    return modules.state_dict()
+
+
+def assert_close(a: list[Learner], b: list[Learner]) -> None:
+    for name, value in state(a).items():
+        torch.testing.assert_close(value, state(b)[name], rtol=1e-10, atol=1e-12, msg=name)
+
+
+def test_joint_is_each_stage_alone_on_what_the_one_before_gave_before_its_step() -> None:
+    together_, alone = learners("joint"), learners("joint")
+    batch, masks = batch_and_masks(together_)
+    together("joint", together_, 1, SGD).step(batch, masks, Guard(), 0)
+
+    x = batch.inputs()
+    for learner, mask in zip(alone, masks, strict=True):
+        given = x
+        twin = deepcopy(learner.stage)  # running statistics learn once
+        with torch.no_grad():
+            x = twin(given if mask is None else given * mask)
+        learner.optimizer = SGD(learner.parameters())
+        here = Batch(batch.labels, given.__getitem__)
+        Greedy(learner).step(here, [mask], Guard(), 0)
+    assert_close(together_, alone)
+
+
+@pytest.mark.parametrize("strategy", ["backprop", "glob+sim"])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_backprop_is_autograd_through_the_whole_network(strategy: str, accumulate: int) -> None:
+    mine, theirs = learners(strategy), learners(strategy)
+    batch, masks = batch_and_masks(mine)
+    outcomes = together(strategy, mine, accumulate, SGD).step(batch, masks, Guard(), 0)
+
+    parameters = [p for each in theirs for p in each.parameters()]
+    total = 0.0
+    for rows in np.split(np.arange(ROWS), accumulate):
+        x, loss = batch.inputs()[rows], 0.0
+        y = F.one_hot(batch.labels[rows], CLASSES).double()
+        for learner, mask in zip(theirs, masks, strict=True):
+            h = learner.stage.hidden(x if mask is None else x * mask[rows])
+            if strategy == "glob+sim" and learner is not theirs[-1]:
+                loss = loss + Sim()(learner.heads(h), y)  # unweighted
+            x = learner.stage.pool(h)
+        total = total + (loss + F.cross_entropy(x, y)) / accumulate
+    total.backward()
+    SGD(parameters).step()
+    assert_close(mine, theirs)
+    assert float(sum(each.loss for each in outcomes)) == pytest.approx(total.item())
+    assert outcomes[-1].logits.shape == (ROWS, CLASSES)
+
+
+def test_losses_of_a_strategy() -> None:
+    joint = learners("joint", Pred(32))
+    assert [type(each.loss).__name__ for each in joint] == ["Pred"] * 7 + ["Output"]
+    alone = learners("backprop", Pred(32))
+    assert all(not list(each.heads.parameters()) for each in alone)
+    both = learners("glob+sim", Pred(32))
+    assert [type(each.loss).__name__ for each in both] == ["Sim"] * 7 + ["Output"]
+    assert both[-1].loss.scale == 1.0
+
+
+# Whole runs
+
+
+def samples(rows: int, seed: int) -> TensorDataset:
+    random = np.random.default_rng(seed)
+    images = torch.from_numpy(random.integers(0, 255, (rows, 3, SIDE, SIDE)).astype(np.uint8))
+    return TensorDataset(images, torch.arange(rows) % CLASSES)
+
+
+def network(activation: str = "leaky_relu") -> nn.Sequential:
+    with torch.device("meta"):
+        return vgg8b(
+            3, SIDE, CLASSES, feature_multiplier=1 / 16, hidden_width=6, activation=activation
+        )
+
+
+def run_of(path: Path, **settings) -> GreedyTrainer:
+    trainer = GreedyTrainer(
+        network(), run_dir=path, epochs=1, batch_size=32, precision="float32", **settings
+    )
+    trainer.fit(samples(96, 0), samples(40, 1))
+    return trainer
+
+
+def test_first_weights_do_not_depend_on_the_strategy_but_for_the_output_layer(tmp_path) -> None:
+    """The weights before the first step, at a rate too small to change any of them."""
+    tiny = {"learning_rate": 1e-30}
+    encoders = {}
+    for strategy in ("joint", "backprop", "glob+sim", "greedy"):
+        run_of(tmp_path / strategy, strategy=strategy, **tiny)
+        encoders[strategy] = [
+            load_file(tmp_path / strategy / f"stage{n}/encoder.safetensors") for n in range(1, 9)
+        ]
+    for strategy, found in encoders.items():
+        for mine, theirs in zip(found[:-1], encoders["greedy"][:-1], strict=True):
+            assert torch.equal(mine["layer.0.weight"], theirs["layer.0.weight"])
+        last = found[-1]["layer.0.weight"]
+        assert bool(last.abs().max() > 1e-20) == (strategy == "backprop")
+
+
+@pytest.mark.parametrize("strategy", ["joint", "backprop", "glob+sim"])
+def test_a_run_is_a_run_whatever_the_strategy(tmp_path, strategy) -> None:
+    trainer = run_of(tmp_path / "run", strategy=strategy)
+    run = trainer.run
+    assert [run.state(n) for n in range(9)] == ["complete"] * 9
+    assert not run.network.exists()
+    records = [run.complete(n) for n in range(1, 9)]
+    errors = [record.metrics.test_error_percent for record in records]
+    assert errors[-1] is not None
+    assert [error is None for error in errors[:-1]] == [strategy != "joint"] * 7
+    assert all(record.metrics.images_per_second > 0 for record in records)
+    assert all(record.resolved["planned_peak_bytes"] > 0 for record in records)
+    net = trainer.assemble()
+    images, labels = samples(40, 1).tensors
+    wrong = int((net(images.float() / 255).argmax(dim=1) != labels).sum())
+    assert 100 * wrong / 40 == errors[-1]
+    before = [record.lineage for record in records]
+    assert [record.lineage for record in trainer.train()] == before  # nothing is done again
+    assert [record.lineage for record in trainer.train(retrain_from=1)] == before
+
+
+def test_what_trains_all_stages_at_once_trains_none_alone(tmp_path) -> None:
+    trainer = run_of(tmp_path / "run", strategy="joint")
+    with pytest.raises(UserError, match="trains all stages at once, by joint: use `greedy train"):
+        trainer.train_stage(2, again=True)
+    with pytest.raises(UserError, match="give --retrain without a stage"):
+        trainer.train(retrain_from=3)
+
+
+def test_a_budget_that_the_whole_network_breaks_is_refused(tmp_path) -> None:
+    with pytest.raises(UserError, match="a step of the whole network takes .* is 100.0 KiB: train"):
+        run_of(tmp_path / "run", strategy="joint", memory_budget="100KiB")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"strategy": "joint", "epochs": [1] * 8}, "must be one number where .* is joint"),
+        ({"strategy": "backprop", "learning_rate": [0.1] * 8}, "must be one number where"),
+        ({"strategy": "joint", "accumulate": 2}, "must be 1 where training.strategy is joint"),
+        ({"accumulate": 2}, "must be 1 where training.strategy is greedy"),
+        ({"strategy": "gready"}, "did you mean greedy"),
+    ],
+)
+def test_settings_that_do_not_go_together(tmp_path, settings, message) -> None:
+    with pytest.raises(UserError, match=message):
+        GreedyTrainer(network(), run_dir=tmp_path / "run", **settings)
