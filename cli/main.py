@@ -6,6 +6,7 @@ from greedy.cli import options
 from greedy.cli.cache import cache
 from greedy.cli.data import data
 from greedy.cli.failures import Group
+from greedy.cli.finetune import finetune
 from greedy.cli.plan import plan
 from greedy.cli.recipes import recipes
 from greedy.cli.results import evaluate, export, status
@@ -24,7 +25,7 @@ def cli() -> None:
     """Train deep classifiers one layer at a time, from disk."""
 
 
-for command in (train, train_stage, plan, status, evaluate, export, recipes, data, cache):
+for command in (train, train_stage, finetune, plan, status, evaluate, export, recipes, data, cache):
     cli.add_command(command)
 
 

@@ -46,10 +46,7 @@ def train(
     **shorthands: str | None,
 ) -> None:
     """Train every stage of a recipe in turn; the same command resumes."""
-    from rich.console import Console  # noqa: PLC0415
-
     from greedy.build import load_network  # noqa: PLC0415
-    from greedy.cli.progress import reporter  # noqa: PLC0415
     from greedy.data import load_dataset  # noqa: PLC0415
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
 
@@ -70,11 +67,7 @@ def train(
         click.echo(f"stage 0: {rows} of {dataset.name}")
         with terminable():
             trainer.prepare(dataset)
-    progress = reporter(Console(), len(trainer.run.complete(0).network))
-    trainer.reporter = progress
-    with progress, terminable():
-        trainer.train(retrain)
-    _print_results(trainer)
+    train_and_show(trainer, retrain)
 
 
 @click.command(
@@ -125,6 +118,19 @@ def train_stage(
         click.echo(f"wrote {written}, trained from {_origin(record)}")
 
 
+def train_and_show(trainer: "GreedyTrainer", retrain: int | None = None) -> None:
+    """Trains what is to be trained of a run that has its images, and prints what came of it."""
+    from rich.console import Console  # noqa: PLC0415
+
+    from greedy.cli.progress import reporter  # noqa: PLC0415
+
+    progress = reporter(Console(), len(trainer.run.complete(0).network))
+    trainer.reporter = progress
+    with progress, terminable():
+        trainer.train(retrain)
+    _print_results(trainer)
+
+
 def recipe_and_run(
     name: str | None, run: Path | None, overrides: list[str]
 ) -> tuple["Recipe", Path]:
@@ -154,7 +160,7 @@ def _print_results(trainer: "GreedyTrainer") -> None:
     from greedy.status import status  # noqa: PLC0415
 
     print_table(
-        ("stage", "name", "train error", "test error", "store", "seconds"),
+        ("stage", "name", "train err", "test err", "store", "memory", "images/s", "seconds"),
         (
             (
                 str(each.stage),
@@ -162,6 +168,8 @@ def _print_results(trainer: "GreedyTrainer") -> None:
                 percent(each.train_error_percent),
                 percent(each.test_error_percent),
                 size(each.store_bytes),
+                size(each.step_memory_bytes),
+                f"{each.images_per_second:,.0f}",
                 f"{each.seconds:,.1f}",
             )
             for each in status(trainer.run)

@@ -9,7 +9,9 @@ from greedy.runs import RunDirectory, State
 class StageStatus:
     """One stage. Errors in percent, sizes in bytes, time in seconds; ``None`` where there is
     nothing to tell: a stage that is not finished, a loss without a local classifier, a store
-    that is not there."""
+    that is not there. ``step_memory_bytes`` are those counted for a step, ``peak_memory_bytes``
+    those measured (on a CPU of the whole process); where all stages train at once, both and the
+    time are the network's."""
 
     stage: int
     name: str
@@ -19,6 +21,9 @@ class StageStatus:
     store_bytes: int | None = None
     bytes_per_value: float | None = None
     seconds: float | None = None
+    images_per_second: float | None = None
+    step_memory_bytes: int | None = None
+    peak_memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -60,4 +65,7 @@ def _stage(run: RunDirectory, number: int, name: str) -> StageStatus:
         store_bytes=store.bytes if store else None,
         bytes_per_value=store.bytes / store.values if store else None,
         seconds=record.seconds,
+        images_per_second=record.metrics.images_per_second,
+        step_memory_bytes=record.resolved["planned_peak_bytes"],
+        peak_memory_bytes=record.peak_memory_bytes,
     )

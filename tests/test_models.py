@@ -105,7 +105,7 @@ def test_initial_weights_depend_on_seed_and_stage_alone(is_output: bool) -> None
     def first_weights(seed: int) -> torch.Tensor:
         with torch.device("meta"):
             stages = cut(mlp(hidden_width=8))
-        initialise(stages[3], seed, is_output=is_output)
+        initialise(stages[3], seed, zero=is_output)
         return torch.cat([p.detach().flatten() for p in stages[3].parameters()])
 
     torch.manual_seed(7)

@@ -96,6 +96,7 @@ def test_each_published_figure_has_its_recipe(row: Row) -> None:
         "hidden_width": int(row["hidden_width"]),
         "dropout": float(row["dropout"]),
         "activation": row["activation"],
+        "initial_weights": None,
         "stage_layers": 1,
     }
     assert recipe.loss.model_dump() == {

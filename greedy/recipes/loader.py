@@ -48,10 +48,16 @@ def load(
     return _resolved(layers, name)
 
 
-def from_document(document: Mapping[str, Any], name: str = "unnamed") -> Recipe:
+def from_document(
+    document: Mapping[str, Any], name: str = "unnamed", overrides: Sequence[str] = ()
+) -> Recipe:
     """The recipe in a parsed TOML document, which may extend others, with paths relative to the
-    current directory; `name` counts where the document has none. Raises UserError."""
-    return _resolved(_layers(_Layer("", dict(document)), None), name)
+    current directory, and overrides on top; `name` counts where the document has none. Raises
+    UserError."""
+    layers = _layers(_Layer("", dict(document)), None)
+    if overrides:
+        layers.append(_Layer("", _override_document(overrides)))
+    return _resolved(layers, name)
 
 
 def to_toml(recipe: Recipe) -> str:

@@ -92,6 +92,10 @@ class Model(_Section):
     activation: Literal["relu", "leaky_relu"] = Field(
         default="leaky_relu", description="Activation; leaky_relu has slope 0.01."
     )
+    initial_weights: str | None = Field(
+        default=None,
+        description="Digest of the weights that a run begins with; `greedy finetune` sets it.",
+    )
     stage_layers: Count = Field(
         default=1, description="Layers of a stage; the output layer is a stage of its own."
     )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from greedy.devices import pick_precision
+from greedy.finetuning import load_initial
 from greedy.losses import LocalLoss
 from greedy.manifest import HISTORY, StageRecord
 from greedy.memory.baselines import choose_network
@@ -113,6 +114,7 @@ class NetworkTraining:
 
     def _strategy(self, resolved: dict[str, Any]) -> Strategy:
         training, count = self.recipe.training, len(self.stages)
+        load_initial(self.run, self.stages)
         learners = [
             new_learner(
                 stage,

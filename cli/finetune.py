@@ -1,0 +1,49 @@
+"""``greedy finetune``."""
+
+from pathlib import Path
+
+import click
+
+from greedy.cli import options
+from greedy.cli.failures import terminable
+from greedy.cli.train import train_and_show
+
+
+@click.command(epilog="Example: greedy finetune --run runs/demo --set training.epochs=5")
+@options.run
+@click.option(
+    "--to",
+    metavar="DIR",
+    type=options.PATH,
+    help="The run directory to write  [default: DIR-finetuned beside --run].",
+)
+@options.settings
+@options.device
+@options.model
+@options.debug
+def finetune(
+    run: Path,
+    to: Path | None,
+    settings: tuple[str, ...],
+    device: str,
+    model: str | None,
+    **shorthands: str | None,
+) -> None:
+    """Train a finished run's network end to end, from its weights; the same command resumes.
+
+    The result is a run of its own, trained for 10 epochs by back-propagation at a tenth of the
+    learning rate unless the settings say otherwise. The run it comes from stays as it is.
+    """
+    from greedy.build import load_network  # noqa: PLC0415
+    from greedy.finetuning import begin_finetuning  # noqa: PLC0415
+    from greedy.runs import RunDirectory  # noqa: PLC0415
+    from greedy.trainer import GreedyTrainer  # noqa: PLC0415
+
+    source = RunDirectory.open(run)
+    to = to or run.with_name(f"{run.name}-finetuned")
+    with terminable():
+        tuned = begin_finetuning(source, to, options.overrides(settings, shorthands))
+    network = load_network(tuned.recipe.model, model)
+    trainer = GreedyTrainer.from_recipe(tuned.recipe, to, device=device, model=network)
+    click.echo(f"{tuned.recipe.name}, from the weights of {run}, in {to} on {trainer.device}")
+    train_and_show(trainer)

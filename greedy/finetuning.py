@@ -1,0 +1,83 @@
+"""End-to-end fine-tuning: a run that begins with the weights of another."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import safetensors.torch
+
+from greedy.cache.files import write_whole
+from greedy.errors import UserError
+from greedy.files import digest, file_digest
+from greedy.manifest import ENCODER
+from greedy.models import Stage
+from greedy.recipes import Recipe, from_document
+from greedy.runs import RunDirectory, new_stage
+
+INITIAL = "initial.safetensors"
+EPOCHS = 10
+RATE = 0.1  # of the rate that the stages were trained with
+
+
+def begin_finetuning(source: RunDirectory, to: Path, overrides: Sequence[str] = ()) -> RunDirectory:
+    """The run at ``to`` that goes on from a finished one by back-propagation: with its recipe,
+    for 10 epochs at a tenth of its learning rate unless overridden. A new one gets a copy of the
+    images and the weights; one that is there is gone on with if it is this.
+
+    Raises ``UserError`` if a stage is not finished, or what is at ``to`` is something else.
+    """
+    data = source.complete(0)
+    weights = safetensors.torch.save(
+        {
+            f"{number}.{name}": tensor
+            for number in range(1, len(data.network) + 1)
+            for name, tensor in safetensors.torch.load_file(
+                source.complete(number).check_file(source.stage(number), ENCODER)
+            ).items()
+        }
+    )
+    run = RunDirectory.create(to, _recipe(source.recipe, digest(weights), overrides))
+    run.path.mkdir(parents=True, exist_ok=True)
+    with run.writing():
+        if run.record(0) is None:
+            write_whole(run.path / INITIAL, weights)
+            run.begin()
+            with new_stage(run.stage(0)) as directory:
+                shutil.copytree(source.store(0), directory / source.store(0).name)
+                data.model_copy(update={"recipe": run.settings}).write(directory)
+    return run
+
+
+def load_initial(run: RunDirectory, stages: Sequence[Stage]) -> None:
+    """Gives stages the weights that the run begins with, if it is one that goes on from another."""
+    expected = run.recipe.model.initial_weights
+    if expected is None:
+        return
+    path = run.path / INITIAL
+    if not path.is_file() or file_digest(path) != expected:
+        raise UserError(
+            f"{path} is not the file that was written: delete {run.path} and give `greedy "
+            f"finetune` again"
+        )
+    tensors = safetensors.torch.load_file(path)
+    for stage in stages:
+        prefix = f"{stage.number}."
+        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        stage.load_state_dict(own, assign=True)
+
+
+def _recipe(recipe: Recipe, weights: str, overrides: Sequence[str]) -> Recipe:
+    document = recipe.model_dump(exclude_none=True)
+    training = document["training"]
+    rate = training["learning_rate"]
+    del training["milestones"]
+    training |= {"strategy": "backprop", "epochs": EPOCHS}
+    training["learning_rate"] = RATE * (rate[0] if isinstance(rate, list) else rate)
+    document["model"]["initial_weights"] = weights
+    found = from_document(document, overrides=overrides)
+    if found.training.strategy == "greedy":
+        raise UserError(
+            "fine-tuning trains all stages at once: leave out --strategy greedy, or use `greedy "
+            "train`"
+        )
+    return found

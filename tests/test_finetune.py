@@ -1,0 +1,153 @@
+"""`greedy finetune`: end to end, from the weights of a finished run; and other strategies."""
+
+import json
+import re
+import shutil
+
+import pytest
+from click.testing import CliRunner
+from safetensors.torch import load_file
+
+from greedy.cli.main import cli
+
+RECIPE = """
+[data]
+name = "fashion-mnist-sample"
+[model]
+network = "mlp"
+hidden_layers = 2
+hidden_width = 32
+[loss]
+name = "predsim"
+[training]
+epochs = [1, 1, 1]
+batch_size = 128
+learning_rate = 0.002
+precision = "float32"
+"""
+
+
+def greedy(*arguments):
+    return CliRunner().invoke(cli, [str(each) for each in arguments])
+
+
+def said(*arguments):
+    result = greedy(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "tiny.toml").write_text(RECIPE)
+    said("train", "--recipe", folder / "tiny.toml", "--run", folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def weights(run, number):
+    return load_file(run / f"stage{number}/encoder.safetensors")["layer.0.weight"]
+
+
+def error(run):
+    return json.loads(said("evaluate", "--run", run, "--json"))["error_percent"]
+
+
+def test_it_begins_with_the_weights_and_leaves_their_run_alone(run, tmp_path):
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
+    settings = ("--set", "training.epochs=1", "--set", "training.learning_rate=1e-30")
+    said("finetune", "--run", run, "--to", tmp_path / "still", *settings)
+    for number in (1, 2, 3):
+        assert (weights(run, number) - weights(tmp_path / "still", number)).abs().max() < 1e-20
+    assert before == {p: p.read_bytes() for p in before}
+
+
+def test_it_trains_end_to_end_and_is_a_run_of_its_own(run):
+    said("finetune", "--run", run, "--set", "training.epochs=3")
+    tuned = run.with_name("run-finetuned")
+    assert error(tuned) < error(run) - 1
+    assert "error" not in said("cache", "verify", tuned)
+    stages = json.loads(said("status", "--run", tuned, "--json"))["stages"]
+    assert [each["state"] for each in stages] == ["complete"] * 3
+    assert "complete already" in said("finetune", "--run", run, "--set", "training.epochs=3")
+    moved = shutil.move(tuned, run.with_name("moved"))
+    shutil.rmtree(run)
+    assert "complete already" in said("train", "--run", moved)
+    said("train", "--run", moved, "--retrain")
+
+
+@pytest.mark.parametrize(
+    ("prepare", "arguments", "message"),
+    [
+        (lambda run: None, ["--strategy", "greedy"], "fine-tuning trains all stages at once"),
+        (lambda run: shutil.rmtree(run / "stage2"), [], "stage 2 in .* is not finished"),
+        (lambda run: None, ["--to", "{run}"], "belongs to a run with other settings"),
+    ],
+    ids=["greedy", "unfinished", "itself"],
+)
+def test_a_mistake_is_one_sentence(run, prepare, arguments, message):
+    prepare(run)
+    result = greedy("finetune", "--run", run, *(each.format(run=run) for each in arguments))
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert re.search(message, line)
+
+
+def test_weights_that_were_changed_are_not_begun_with(run, tmp_path):
+    settings = ("--set", "training.epochs=1")
+    said("finetune", "--run", run, "--to", tmp_path / "tuned", *settings)
+    path = tmp_path / "tuned/initial.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    result = greedy("train", "--run", tmp_path / "tuned", "--retrain")
+    assert result.exit_code == 2 and "is not the file that was written" in result.stderr
+
+
+# The other strategies, as they are typed
+
+
+def test_one_option_trains_all_stages_at_once(run, tmp_path):
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(RECIPE.replace("[1, 1, 1]", "1"))
+    printed = said("train", "--recipe", recipe, "--run", tmp_path / "joint", "--strategy", "joint")
+    assert "joint, 3 stages: epoch 1/1" in printed
+    assert "stage 3/3 output: train error" in printed
+    table = next(line for line in printed.splitlines() if line.startswith("stage  name"))
+    assert table.split()[-3:] == ["memory", "images/s", "seconds"]
+    arguments = ("--run", tmp_path / "glob", "--strategy", "backprop", "--accumulate", 2)
+    said("train", "--recipe", recipe, *arguments)
+    status = json.loads(said("status", "--run", tmp_path / "glob", "--json"))["stages"]
+    assert status[0]["train_error_percent"] is None
+    assert status[0]["step_memory_bytes"] == status[2]["step_memory_bytes"] > 0
+
+
+def test_plan_knows_what_all_stages_take_at_once(tmp_path):
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(RECIPE.replace("[1, 1, 1]", "1"))
+
+    def planned(*arguments):
+        return json.loads(said("plan", "--recipe", recipe, "--json", *arguments))
+
+    joint = planned("--strategy", "joint")
+    assert joint["peak_memory_bytes"] == joint["baselines"]["joint"]
+    assert {each["store_bytes"] for each in joint["stages"]} == {0}
+    greedy_ = planned()
+    assert [s["flops"] for s in greedy_["stages"]] == [s["flops"] for s in joint["stages"]]
+    backprop = planned("--strategy", "backprop")
+    assert backprop["peak_memory_bytes"] == backprop["baselines"]["backprop"]
+    assert backprop["flops"] < joint["flops"]
+
+
+def test_glob_trains_nothing_locally(tmp_path):
+    recipe = tmp_path / "tiny.toml"
+    recipe.write_text(RECIPE.replace("predsim", "glob"))
+    result = greedy("train", "--recipe", recipe, "--run", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "glob is no local loss, and greedy training needs one" in result.stderr
+    assert not (tmp_path / "run/stage0").exists()
