@@ -3,7 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types wheel clean
+# Where experiments keep their runs: outside the checkout, on a disk with room.
+EXPERIMENTS ?= ../greedy-experiments
+
+.PHONY: demo test lint types wheel experiments clean
 
 # Train the small network of recipe `demo`, from nothing to its test error.
 demo: $(VENV)/.installed
@@ -40,6 +43,10 @@ $(VENV)/.wheel: $(VENV)/bin/python $(SOURCES)
 	touch $@ $(VENV)/.installed
 
 wheel: $(VENV)/.wheel
+
+# Whatever docs/experiments.toml has pending; days, and the same command goes on.
+experiments: $(VENV)/.installed
+	PYTHONSAFEPATH=1 $(BIN)/python benchmarks/experiments.py --to $(EXPERIMENTS)
 
 clean:
 	rm -rf build dist *.egg-info
