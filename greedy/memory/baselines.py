@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Adam, Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from greedy.losses import LocalLoss, Output
+from greedy.losses import LocalHeads, LocalLoss, Output
 from greedy.memory.counting import Counter
 from greedy.models import Stage, StageShapes
 
@@ -37,7 +37,7 @@ class Network:
     """
 
     stages: Sequence[Stage]
-    heads: Sequence[tuple[nn.Module, LocalLoss]]
+    heads: Sequence[tuple[LocalHeads, LocalLoss]]
     optimizers: Sequence[Optimizer]
 
 
@@ -110,10 +110,10 @@ def joint(network: Network, x: Tensor, y: Tensor) -> None:
 
 
 def _local_step(
-    stage: Stage, heads: nn.Module, loss: LocalLoss, optimizer: Optimizer, x: Tensor, y: Tensor
+    stage: Stage, heads: LocalHeads, loss: LocalLoss, optimizer: Optimizer, x: Tensor, y: Tensor
 ) -> Tensor:
     h = stage.hidden(x)
-    loss(heads(h), y).backward()
+    loss(heads(h), heads.targets(y)).backward()
     optimizer.step()
     optimizer.zero_grad()
     return stage.pool(h.detach())
@@ -142,7 +142,7 @@ def _materialised(
     stages: list[Stage], shapes: Sequence[StageShapes], num_classes: int, loss: LocalLoss | None
 ) -> Network:
     """The network with weights on the device and Adam's moments."""
-    heads: list[tuple[nn.Module, LocalLoss]] = []
+    heads: list[tuple[LocalHeads, LocalLoss]] = []
     for stage, shape in zip(stages, shapes, strict=True):
         state = stage.state_dict(keep_vars=True)
         state = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in state.items()}

@@ -188,5 +188,6 @@ def measure(learner: Learner, batches: Iterator[tuple[Tensor, Tensor]]) -> Total
         parts = zip(*(learner.features(x[rows]) for rows in learner.slices(len(x))), strict=True)
         whole: Any = [None if part[0] is None else torch.cat(part) for part in parts]
         features = Features(*whole)
-        totals.add(learner.loss(features, learner.one_hot(labels)), features.p, labels)
+        loss = learner.loss(features, learner.targets(labels))
+        totals.add(loss, learner.heads.logits(features), labels)
     return totals
