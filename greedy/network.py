@@ -22,7 +22,7 @@ def stages_of(recipe: Recipe, data: StageRecord, model: nn.Sequential | None) ->
     none of the recipe's network on the meta device."""
     if model is None:
         model = build_network(recipe.model, data.row_shape, len(data.class_names))
-    return cut(deepcopy(model))
+    return cut(deepcopy(model), recipe.model.stage_layers)
 
 
 def load_stage(run: RunDirectory, stage: Stage, device: torch.device) -> None:

@@ -170,6 +170,7 @@ def test_predsim_bio_has_a_beta_of_its_own_and_no_hidden_layers() -> None:
     assert recipes.load("demo", ["loss.name=predsim-bio"]).loss.beta == 0.01
     assert recipes.load("demo", ["loss.name=predsim-bio", "loss.beta=0.5"]).loss.beta == 0.5
     assert recipes.load("demo", ["loss.name=predsim"]).loss.beta == 0.99
+    assert [PredSimBio().output_scale, PredSimBio(0.3).output_scale] == [0.99, 0.7]
     with pytest.raises(UserError, match="pred_hidden_layers is 1 but must be 0 where loss.name is"):
         recipes.load("demo", ["loss.name=pred-bio", "loss.pred_hidden_layers=1"])
 
@@ -251,8 +252,10 @@ def test_a_run_learns_and_is_stopped_resumed_and_evaluated(tmp_path: Path, loss:
             with pytest.raises(UserError, match=f"stage {number} has no local classifier"):
                 mine.assemble(number)
         else:
-            exit_ = evaluate(mine.run, mine.assemble(number), "test", torch.device("cpu"))
-            assert exit_.error_percent == pytest.approx(errors[number - 1])
+            network = mine.assemble(number)
+            assert all(type(module) is getattr(nn, type(module).__name__) for module in network)
+            figures = evaluate(mine.run, network, "test", torch.device("cpu"))
+            assert figures.error_percent == pytest.approx(errors[number - 1])
             assert errors[number - 1] < 15
 
 
