@@ -17,8 +17,11 @@ from greedy.build import build_loss, loss_settings
 from greedy.errors import Interrupted
 from greedy.evaluation import evaluate
 from greedy.losses import LocalLoss, Pred, PredBio, PredSim, PredSimBio, Sim, SimBio
-from greedy.models import mlp, vgg8b
+from greedy.memory.choice import fused_adam
+from greedy.memory.peaks import StepDemand
+from greedy.models import cut, mlp, shapes, vgg8b
 from greedy.recipes import Loss
+from greedy.training.modes import StepMemory
 
 GOLDEN = np.load(Path(__file__).parent / "data/local_loss_blocks.npz")
 LOSSES = {
@@ -149,6 +152,19 @@ def test_features_are_float32_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         features = heads(torch.randn(5, 8, 4, 4))
     assert features.z.dtype == features.p.dtype == torch.float32
+
+
+def test_the_projection_counts_as_memory() -> None:
+    (stage, _), rows = cut(mlp(1, 4, CLASSES, hidden_layers=1, hidden_width=20)), 8
+
+    def demand(width: int) -> StepDemand:
+        what = (stage, shapes([stage], (1, 4, 4))[0], SimBio(target_projection=width), CLASSES)
+        return StepDemand(*what, rows, "float32", fused_adam, "cpu", stored_row_bytes=16)
+
+    wide, narrow = demand(50_000), demand(10_000)
+    more = 4 * 40_000 * CLASSES
+    assert wide.writing_peak(rows) - narrow.writing_peak(rows) == more
+    assert wide.peak(StepMemory()) - narrow.peak(StepMemory()) >= more + 4 * 40_000 * rows
 
 
 @pytest.mark.parametrize(
