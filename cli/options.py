@@ -13,6 +13,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 SHORTHANDS = {
     "data": "data.name",
     "seed": "seed",
+    "stage_layers": "model.stage_layers",
     "views": "store.views",
     "refresh_every": "store.refresh_every",
     "encoding": "store.encoding",
@@ -106,6 +107,9 @@ def settings(command: F) -> F:
             "--refresh-every", metavar="K", help="Shorthand of --set store.refresh_every=K."
         ),
         click.option("--views", metavar="N", help="Shorthand of --set store.views=N."),
+        click.option(
+            "--stage-layers", metavar="N", help="Shorthand of --set model.stage_layers=N."
+        ),
         click.option("--seed", metavar="N", help="Shorthand of --set seed=N."),
         click.option("--data", metavar="NAME", help="Shorthand of --set data.name=NAME."),
         click.option(

@@ -8,7 +8,7 @@ from torch import nn
 from greedy import models
 from greedy.errors import UserError
 from greedy.functions import call_function
-from greedy.losses import Glob, LocalLoss, Pred, PredSim, Sim
+from greedy.losses import Glob, LocalLoss, Pred, PredBio, PredSim, PredSimBio, Sim, SimBio
 from greedy.models import Shape, Stage, StageShapes
 from greedy.recipes import Loss, Model, Recipe
 
@@ -97,7 +97,11 @@ def loss_settings(loss: LocalLoss) -> dict[str, str | float | int]:
     """The recipe's ``loss`` section for a loss given in Python."""
     match loss:
         case Pred():
-            return {"name": "pred", "pred_pool_target": loss.pool_target}
+            return {
+                "name": "pred",
+                "pred_pool_target": loss.pool_target,
+                "pred_hidden_layers": loss.hidden_layers,
+            }
         case Sim():
             return {"name": "sim"}
         case PredSim():
@@ -105,6 +109,20 @@ def loss_settings(loss: LocalLoss) -> dict[str, str | float | int]:
                 "name": "predsim",
                 "beta": loss.beta,
                 "pred_pool_target": loss.pool_target,
+                "pred_hidden_layers": loss.hidden_layers,
+            }
+        case PredBio() | SimBio():
+            return {
+                "name": "pred-bio" if isinstance(loss, PredBio) else "sim-bio",
+                "pred_pool_target": loss.pool_target,
+                "target_projection": loss.target_projection,
+            }
+        case PredSimBio():
+            return {
+                "name": "predsim-bio",
+                "beta": loss.beta,
+                "pred_pool_target": loss.pool_target,
+                "target_projection": loss.target_projection,
             }
         case Glob():
             return {"name": "glob"}
@@ -115,11 +133,17 @@ def build_loss(loss: Loss) -> LocalLoss:
     """The recipe's local loss."""
     match loss.name:
         case "pred":
-            return Pred(loss.pred_pool_target)
+            return Pred(loss.pred_pool_target, loss.pred_hidden_layers)
         case "sim":
             return Sim()
         case "predsim":
-            return PredSim(loss.beta, loss.pred_pool_target)
+            return PredSim(loss.beta, loss.pred_pool_target, loss.pred_hidden_layers)
+        case "pred-bio":
+            return PredBio(loss.pred_pool_target, loss.target_projection)
+        case "sim-bio":
+            return SimBio(loss.pred_pool_target, loss.target_projection)
+        case "predsim-bio":
+            return PredSimBio(loss.beta, loss.pred_pool_target, loss.target_projection)
         case "glob":
             return Glob()
     raise UserError(

@@ -164,7 +164,8 @@ def forecast(
     cannot meet.
     """
     recipe = run.recipe
-    stages = cut(model or build_network(recipe.model, data.shape, data.classes))
+    network = model or build_network(recipe.model, data.shape, data.classes)
+    stages = cut(network, recipe.model.stage_layers)
     shapes = checked_shapes(recipe, stages, data.shape, data.classes)
     disk = plan_disk(run, shapes, data.rows, data.stored_bytes)
     loss = build_loss(recipe.loss)

@@ -10,7 +10,7 @@ from torch import nn
 
 from greedy.build import build_network
 from greedy.errors import UserError
-from greedy.losses import LocalLoss, PredictionHead
+from greedy.losses import LocalLoss
 from greedy.manifest import ENCODER, HEADS, StageRecord
 from greedy.models import Stage, cut, shapes
 from greedy.recipes import Recipe
@@ -22,7 +22,7 @@ def stages_of(recipe: Recipe, data: StageRecord, model: nn.Sequential | None) ->
     none of the recipe's network on the meta device."""
     if model is None:
         model = build_network(recipe.model, data.row_shape, len(data.class_names))
-    return cut(deepcopy(model))
+    return cut(deepcopy(model), recipe.model.stage_layers)
 
 
 def load_stage(run: RunDirectory, stage: Stage, device: torch.device) -> None:
@@ -84,15 +84,14 @@ def _local_classifier(
 ) -> list[nn.Module]:
     hidden = shapes(stages[:number], data.row_shape)[-1].hidden
     heads = loss.heads(hidden, len(data.class_names))
-    if heads.prediction is None:
+    if not heads.modules_for_inference():
         raise UserError(
             f"stage {number} has no local classifier (its loss trains none), so there is no "
             f"early exit after it: leave out --until-stage"
         )
     path = run.complete(number).check_file(run.stage(number), HEADS)
     _load(heads, path, "the heads of this local loss: give the loss")
-    head = heads.prediction
-    return list(head) if isinstance(head, PredictionHead) else [head]
+    return heads.modules_for_inference()
 
 
 def _load(module: nn.Module, path: Path, what: str) -> None:

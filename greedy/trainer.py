@@ -39,8 +39,8 @@ class GreedyTrainer:
 
     Args:
         model: an ``nn.Sequential``, flat (it is cut before each convolution or linear layer)
-            or staged (a Sequential of Sequentials, each of them a stage). Its weights are the
-            first weights; it is not changed.
+            or staged (a Sequential of Sequentials, each of them a stage), see
+            :func:`greedy.models.cut`. Its weights are the first weights; it is not changed.
         run_dir: the run directory; training goes on where it stopped.
         loss: the local loss of every stage but the output layer.
         optimizer: from parameters to an optimiser; by default Adam at ``learning_rate``.
@@ -48,8 +48,8 @@ class GreedyTrainer:
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         reporter: is told of progress.
         settings: fields of a recipe's ``data``, ``training`` and ``store`` sections by their
-            names, ``seed``, ``memory_budget`` and ``optimizer_state``; for instance
-            ``epochs=20, views=4``.
+            names, ``seed``, ``stage_layers``, ``memory_budget`` and ``optimizer_state``; for
+            instance ``epochs=20, views=4``.
 
     Raises:
         UserError: for anything that cannot be trained as asked.
@@ -118,7 +118,8 @@ class GreedyTrainer:
         """Writes stage 0, if it is not there. What cannot be trained is refused before anything
         is written."""
         shape, classes = dataset.train.shape, len(dataset.class_names or "")
-        stages = cut(self._model or build_network(self.recipe.model, shape, classes or 2))
+        network = self._model or build_network(self.recipe.model, shape, classes or 2)
+        stages = cut(network, self.recipe.model.stage_layers)
         checked_shapes(self.recipe, stages, shape, classes)
         names = [stage.name for stage in stages[:-1]]
         self.run.path.mkdir(parents=True, exist_ok=True)
@@ -377,6 +378,7 @@ def _document(settings: dict[str, Any], loss: LocalLoss) -> dict[str, Any]:
     }
     place |= {"memory_budget": ("memory", "budget")}
     place |= {"optimizer_state": ("memory", "optimizer_state")}
+    place |= {"stage_layers": ("model", "stage_layers")}
     for name, value in settings.items():
         if name == "seed":
             document["seed"] = value

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from greedy.losses import Pred, PredSim, Sim
+from greedy.losses import Pred, PredBio, PredSim, PredSimBio, Sim, SimBio
 from greedy.memory.counting import Counter
 from greedy.models import Stage, cut, shapes
 from greedy.source import Batch
@@ -17,7 +17,15 @@ from greedy.training.parts import parts_of
 from greedy.training.step import Learner, gradients, step
 
 ROWS, CLASSES = 12, 4
-LOSSES = {"pred": Pred(pool_target=32), "sim": Sim(), "predsim": PredSim(0.9, pool_target=32)}
+LOSSES = {
+    "pred": Pred(pool_target=32),
+    "sim": Sim(),
+    "predsim": PredSim(0.9, pool_target=32),
+    "deep-predsim": PredSim(0.9, pool_target=32, hidden_layers=2),
+    "pred-bio": PredBio(pool_target=32, target_projection=7),
+    "sim-bio": SimBio(pool_target=32, target_projection=7),
+    "predsim-bio": PredSimBio(0.5, pool_target=32, target_projection=7),
+}
 INPUTS = {"conv": (5, 7, 6), "strided": (5, 7, 6), "linear": (9,), "flattened": (3, 2, 2)}
 MICRO_MODES = [mode for mode in Mode if mode is not Mode.PLAIN]
 

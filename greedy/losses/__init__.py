@@ -1,5 +1,14 @@
 """The local losses of the paper (section 3)."""
 
+from greedy.losses.bio import (
+    FeedbackHead,
+    PooledDeviation,
+    PredBio,
+    PredSimBio,
+    ProjectedHeads,
+    SimBio,
+    projected_prediction_loss,
+)
 from greedy.losses.local import Features, Glob, LocalHeads, LocalLoss, Output, Pred, PredSim, Sim
 from greedy.losses.prediction import PredictionHead, pooling_kernel, prediction_loss
 from greedy.losses.similarity import (
@@ -11,18 +20,25 @@ from greedy.losses.similarity import (
 
 __all__ = [
     "Features",
+    "FeedbackHead",
     "Glob",
     "LocalHeads",
     "LocalLoss",
     "Output",
+    "PooledDeviation",
     "Pred",
+    "PredBio",
     "PredSim",
+    "PredSimBio",
     "PredictionHead",
+    "ProjectedHeads",
     "Sim",
+    "SimBio",
     "SimilarityHead",
     "feature_deviation",
     "pooling_kernel",
     "prediction_loss",
+    "projected_prediction_loss",
     "similarity_loss",
     "similarity_matrix",
 ]

@@ -16,7 +16,7 @@ class Features(NamedTuple):
     ``None`` stands where a head is absent."""
 
     z: Tensor  # similarity features (B, F)
-    p: Tensor  # logits of the local classifier (B, classes)
+    p: Tensor  # logits (B, classes), or of what else the prediction head predicts
 
 
 class LocalHeads(nn.Module):
@@ -29,6 +29,22 @@ class LocalHeads(nn.Module):
 
     def forward(self, h: Tensor) -> Features:
         return Features(z=_of(self.similarity, h), p=_of(self.prediction, h))
+
+    def targets(self, y: Tensor) -> Tensor:
+        """What the loss aims at for one-hot labels ``y`` (B, classes): here the labels."""
+        return y
+
+    def logits(self, features: Features) -> Tensor | None:
+        """The local classifier's logits (B, classes) without gradient; ``None`` without one."""
+        return None if features.p is None else features.p.detach()
+
+    def modules_for_inference(self) -> list[nn.Module]:
+        """The local classifier, from h to logits, in order; empty without one. Of plain torch
+        modules if the prediction head is ours."""
+        if self.prediction is None:
+            return []
+        is_ours = isinstance(self.prediction, PredictionHead)
+        return list(self.prediction.children()) if is_ours else [self.prediction]
 
 
 def _of(head: nn.Module | None, h: Tensor) -> Any:
@@ -46,19 +62,23 @@ class LocalLoss(Protocol):
         """New heads for a stage whose activation h has this shape a row."""
 
     def __call__(self, features: Features, y: Tensor) -> Tensor:
-        """The loss, a scalar, of a batch with one-hot labels ``y`` (B, classes)."""
+        """The loss, a scalar, of a batch with one-hot labels ``y`` (B, classes), or what the
+        heads' ``targets`` makes of them."""
 
 
 @dataclass(frozen=True)
 class Pred:
     """The prediction loss, equation (6). ``pool_target``: the largest width of the local
-    classifier's input after average pooling."""
+    classifier's input after average pooling; ``hidden_layers``: of the prediction head, before
+    that pooling."""
 
     pool_target: int = 2048
+    hidden_layers: int = 0
     output_scale: float = 1.0
 
     def heads(self, shape: Shape, num_classes: int) -> LocalHeads:
-        return LocalHeads(prediction=PredictionHead(shape, num_classes, self.pool_target))
+        head = PredictionHead(shape, num_classes, self.pool_target, self.hidden_layers)
+        return LocalHeads(prediction=head)
 
     def __call__(self, features: Features, y: Tensor) -> Tensor:
         return prediction_loss(features.p, y)
@@ -84,6 +104,7 @@ class PredSim:
 
     beta: float = 0.99
     pool_target: int = 2048
+    hidden_layers: int = 0
 
     @property
     def output_scale(self) -> float:
@@ -92,7 +113,7 @@ class PredSim:
     def heads(self, shape: Shape, num_classes: int) -> LocalHeads:
         return LocalHeads(
             similarity=SimilarityHead(shape),
-            prediction=PredictionHead(shape, num_classes, self.pool_target),
+            prediction=PredictionHead(shape, num_classes, self.pool_target, self.hidden_layers),
         )
 
     def __call__(self, features: Features, y: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ import math
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from greedy.lean import Layer, lean
+from greedy.losses.layers import same_width
 from greedy.models import Shape
 from greedy.precision import widened
 
@@ -47,10 +49,20 @@ class PredictionHead(nn.Sequential):
     """The local classifier W of equation (6), with average pooling before it for feature maps.
 
     Takes h (B, *shape), gives logits p (B, classes) in float32. Its weight starts at zero.
+
+    ``hidden_layers`` as wide as h, 3x3 convolutions or linear layers followed by ReLU, may come
+    first, after Belilovsky et al., "Greedy layerwise learning can scale to ImageNet" (2019). Here
+    they have no batch norm: a row's logits follow from that row alone, so that every memory mode
+    gives the same gradients.
     """
 
-    def __init__(self, shape: Shape, num_classes: int, pool_target: int) -> None:
+    def __init__(
+        self, shape: Shape, num_classes: int, pool_target: int, hidden_layers: int = 0
+    ) -> None:
         super().__init__()
+        for number in range(1, hidden_layers + 1):
+            self.add_module(f"hidden{number}", same_width(shape))
+            self.add_module(f"activation{number}", nn.ReLU(inplace=True))
         width = shape[0]
         if len(shape) == 3:
             height, breadth = pooling_kernel(shape, pool_target)
@@ -61,4 +73,7 @@ class PredictionHead(nn.Sequential):
         nn.init.zeros_(self.classifier.weight)
 
     def forward(self, h: Tensor) -> Tensor:
-        return widened(super().forward(h))
+        for module in self:
+            is_hidden = isinstance(module, Layer) and module.bias is None
+            h = lean(module, h) if is_hidden else module(h)
+        return widened(h)

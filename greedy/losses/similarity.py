@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from greedy.lean import lean
+from greedy.losses.layers import same_width
 from greedy.models import Shape
 from greedy.precision import widened
 
@@ -49,12 +50,7 @@ class SimilarityHead(nn.Module):
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
-        width = shape[0]
-        self.transform: nn.Module = (
-            nn.Linear(width, width, bias=False)
-            if len(shape) == 1
-            else nn.Conv2d(width, width, kernel_size=3, padding=1, bias=False)
-        )
+        self.transform = same_width(shape)
 
     def forward(self, h: Tensor) -> Tensor:
         return feature_deviation(lean(self.transform, h))

@@ -55,7 +55,7 @@ class StepDemand:
         stage = self._skeleton()
         with FakeTensorMode(), Counter() as counter:
             learner = self._learner(stage, memory)
-            counter.add([*learner.stage.state_dict().values(), *learner.heads.parameters()])
+            counter.add(_held(learner))
             if self.optimizer is not None:
                 learner.optimizer = self.optimizer(learner.parameters())
                 make_state(learner.parameters(), [learner.optimizer])
@@ -70,7 +70,7 @@ class StepDemand:
         with FakeTensorMode(), Counter() as counter, torch.no_grad():
             learner = self._learner(stage, StepMemory())
             learner.eval()
-            counter.add([*learner.stage.state_dict().values(), *learner.heads.parameters()])
+            counter.add(_held(learner))
             counter.reset_peak()
             x = self._read(slice(0, rows))
             learner.features(x)
@@ -147,6 +147,11 @@ class _Unseen:
 
     def __call__(self, features: Features, y: torch.Tensor) -> torch.Tensor:
         return torch.stack([f.mean() for f in features if f is not None]).sum()
+
+
+def _held(learner: Learner) -> list[torch.Tensor]:
+    """The stage's and its heads' weights, and what else they hold."""
+    return [*learner.stage.state_dict().values(), *learner.heads.state_dict().values()]
 
 
 def make_state(

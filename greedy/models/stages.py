@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -36,12 +37,12 @@ class InputDropout:
 
 
 class Stage(nn.Module):
-    """One trainable layer and what belongs to it.
+    """One trainable layer, or a block of several, and what belongs to it.
 
-    ``layer`` (encoder, batch norm, activation) gives the activation h that the local loss
-    sees; ``pool`` reduces it to the stage's output. ``dropout`` applies to the stage's input,
-    in training only and by the training step, which owns the masks. ``flatten`` says that
-    feature maps are flattened on the way in.
+    ``layer`` (encoder, batch norm, activation; of a block one after the other, with what stands
+    between them) gives the activation h that the local loss sees; ``pool`` reduces it to the
+    stage's output. ``dropout`` applies to the stage's input, in training only and by the training
+    step, which owns the masks. ``flatten`` says that feature maps are flattened on the way in.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Stage(nn.Module):
 
     @property
     def name(self) -> str:
-        """What the stage is called in tables: ``conv128``, ``linear1024``."""
+        """What the stage is called in tables: ``conv128``, ``linear1024``, ``conv128+conv256``."""
         encoders = [m for m in self.layer.modules() if isinstance(m, ENCODERS)]
         return "+".join(
             f"linear{m.out_features}" if isinstance(m, nn.Linear) else f"conv{m.out_channels}"
@@ -91,14 +92,17 @@ class Stage(nn.Module):
         yield from self.pool
 
 
-def cut(network: nn.Sequential) -> list[Stage]:
-    """Cuts a network into stages.
+def cut(network: nn.Sequential, layers: int = 1) -> list[Stage]:
+    """Cuts a network into stages of ``layers`` layers each, and the output layer.
 
     A stage begins at each child that is, or contains, a convolution or linear layer; what
     follows joins it. A flat network is so cut into single layers, a staged one (a Sequential
     of Sequentials) along its children. Dropout and flattening at the end of a stage move to
     the input of the next, pooling is the stage's last act; dropping whole channels or
     flattening commute with it.
+
+    With more than one of ``layers``, so many of these stages become one, trained as a block; the
+    last before the output layer may have fewer. What stands between a block's layers stays there.
     """
     if not isinstance(network, nn.Sequential):
         raise UserError(
@@ -115,7 +119,7 @@ def cut(network: nn.Sequential) -> list[Stage]:
     if not groups:
         raise UserError("the network has no convolution or linear layer, so there is no stage")
     stages = []
-    for number, group in enumerate(groups, start=1):
+    for number, group in enumerate(_blocks(groups, layers), start=1):
         stage, leading = _stage(number, leading + group)
         stages.append(stage)
     if leading:
@@ -124,6 +128,14 @@ def cut(network: nn.Sequential) -> list[Stage]:
             f"end the network with the linear layer that gives the logits"
         )
     return stages
+
+
+def _blocks(groups: list[list[nn.Module]], layers: int) -> Iterator[list[nn.Module]]:
+    """The modules of each block of layers, and of the output layer."""
+    *hidden, output = groups
+    for start in range(0, len(hidden), layers):
+        yield list(chain(*hidden[start : start + layers]))
+    yield output
 
 
 def _stage(number: int, modules: list[nn.Module]) -> tuple[Stage, list[nn.Module]]:

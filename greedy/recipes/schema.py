@@ -3,7 +3,14 @@
 import re
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from greedy.recipes import milestones as rule
 
@@ -111,7 +118,11 @@ class Loss(_Section):
         "given in Python."
     )
     beta: float = Field(
-        default=0.99, ge=0, le=1, description="Weight of sim in predsim; pred has weight 1 - beta."
+        default=0.99,
+        ge=0,
+        le=1,
+        description="Weight of sim in predsim; pred has weight 1 - beta. Absent in predsim-bio: "
+        "0.01.",
     )
     pred_pool_target: Count = Field(
         default=2048, description="Most features the prediction head pools a feature map down to."
@@ -122,6 +133,20 @@ class Loss(_Section):
     target_projection: Count = Field(
         default=128, description="Width of the projected labels that the bio losses aim at."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _predsim_bio_has_a_beta_of_its_own(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("name") == "predsim-bio":
+            return {"beta": 0.01, **values}
+        return values
+
+    @field_validator("pred_hidden_layers")
+    @classmethod
+    def _feedback_goes_through_one_layer(cls, value: int, info: ValidationInfo) -> int:
+        if value and info.data.get("name") in ("pred-bio", "predsim-bio"):
+            raise ValueError(f"be 0 where loss.name is {info.data['name']}")
+        return value
 
 
 class Training(_Section):

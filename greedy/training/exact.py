@@ -46,8 +46,8 @@ class ExactStep:
 
     @torch.no_grad()
     def gradients(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Puts the gradients of the batch's loss into every parameter's ``grad``, given one-hot
-        labels (B, classes). Returns the loss, and the logits (B, classes) or ``None``."""
+        """Puts the gradients of the batch's loss into every parameter's ``grad``, given its
+        targets, a row a sample. Returns the loss, and the logits (B, classes) or ``None``."""
         clear_gradients(self.parts.parameters())
         with self.autocast:
             statistics = self._statistics()
@@ -56,7 +56,7 @@ class ExactStep:
         with self.autocast:
             moments = self._backward(statistics, slopes)
             self._close(statistics, moments)
-        return loss, None if features.p is None else features.p.detach()
+        return loss, self.parts.heads.logits(features)
 
     def _input(self, rows: slice) -> Tensor:
         x = self.x[rows]

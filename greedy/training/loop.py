@@ -225,7 +225,8 @@ def measure(learners: Sequence[Learner], batches: Iterator[tuple[Tensor, Tensor]
         x = inputs
         for learner, total in zip(learners, totals, strict=True):
             features, x = _passed(learner, x, onward=learner is not learners[-1])
-            total.add(learner.loss(features, learner.one_hot(labels)), features.p, labels)
+            loss = learner.loss(features, learner.targets(labels))
+            total.add(loss, learner.heads.logits(features), labels)
     return totals
 
 

@@ -89,6 +89,10 @@ class Learner:
         """Y: (B,) to (B, classes)."""
         return F.one_hot(labels, self.num_classes).to(next(self.stage.parameters()).dtype)
 
+    def targets(self, labels: Tensor) -> Tensor:
+        """What the loss aims at: Y, or what the heads make of it."""
+        return self.heads.targets(self.one_hot(labels))
+
     def slices(self, rows: int) -> list[slice]:
         """The micro-batches of a batch."""
         size = rows if self.memory.mode is Mode.PLAIN else self.memory.micro_batch
@@ -141,7 +145,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def gradients(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None]:
     """Gives every parameter its gradient on a batch. Returns loss and logits like ``step``."""
-    y = learner.one_hot(batch.labels)
+    y = learner.targets(batch.labels)
     if learner.memory.mode is Mode.PLAIN:
         return _plain_gradients(learner, batch.inputs(), y)
     parts = learner.parts
@@ -159,7 +163,7 @@ def _plain_gradients(learner: Learner, x: Tensor, y: Tensor) -> tuple[Tensor, Te
     features = learner.features(x)
     loss = learner.loss(features, y)
     loss.backward()
-    return loss.detach(), None if features.p is None else features.p.detach()
+    return loss.detach(), learner.heads.logits(features)
 
 
 @torch.no_grad()

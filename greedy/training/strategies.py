@@ -193,12 +193,11 @@ def _dropped(x: Tensor, mask: Tensor | None) -> Tensor:
 
 def _outcome(learner: Learner, h: Tensor, labels: Tensor) -> Outcome:
     features = learner.local(h)
-    return Outcome(learner.loss(features, learner.one_hot(labels)), features.p)
+    return Outcome(learner.loss(features, learner.targets(labels)), learner.heads.logits(features))
 
 
 def _detached(outcome: Outcome) -> Outcome:
-    loss, logits = outcome
-    return Outcome(loss.detach(), None if logits is None else logits.detach())
+    return Outcome(outcome.loss.detach(), outcome.logits)
 
 
 def _sum(outcomes: Sequence[Outcome]) -> Tensor:

@@ -1,0 +1,208 @@
+"""Blocks of several layers trained as one stage."""
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from greedy import GreedyTrainer, Reporter, UserError, evaluate
+from greedy.cli.main import cli
+from greedy.errors import Interrupted
+from greedy.models import cut, mlp, shapes, vgg8b
+
+CPU = torch.device("cpu")
+SIDE, CLASSES = 8, 3
+
+
+def small_vgg8b() -> nn.Sequential:
+    torch.manual_seed(0)
+    return vgg8b(3, 32, 10, feature_multiplier=0.1, hidden_width=20, dropout=0.2)
+
+
+@pytest.mark.parametrize(
+    ("layers", "names"),
+    [
+        (1, ["conv12", "conv25", "conv25", "conv51", "conv51", "conv51", "linear20"]),
+        (2, ["conv12+conv25", "conv25+conv51", "conv51+conv51", "linear20"]),
+        (4, ["conv12+conv25+conv25+conv51", "conv51+conv51+linear20"]),
+        (100, ["conv12+conv25+conv25+conv51+conv51+conv51+linear20"]),
+    ],
+)
+def test_a_network_in_blocks_is_the_network(layers: int, names: list[str]) -> None:
+    network = small_vgg8b().eval()
+    blocks = cut(network, layers)
+    assert [stage.name for stage in blocks] == [*names, "linear10"]
+    assert [stage.number for stage in blocks] == list(range(1, len(names) + 2))
+    x = torch.randn(3, 3, 32, 32)
+    single, y = cut(network), x
+    for block in blocks:
+        expected = y
+        for stage in single[: len(block.name.split("+"))]:
+            expected = stage(expected)
+        y = block(y)
+        assert torch.equal(y, expected)
+        single = single[len(block.name.split("+")) :]
+    assert torch.equal(y, network(x))
+
+
+def test_dropout_and_pooling_stay_between_the_layers_of_a_block() -> None:
+    blocks = cut(small_vgg8b(), 3)
+    kinds = [[type(module).__name__ for module in block.layer] for block in blocks]
+    layer = ["Conv2d", "BatchNorm2d", "LeakyReLU"]
+    assert kinds[0] == [*layer, "Dropout2d", *layer, "Dropout2d", "MaxPool2d", *layer]
+    assert kinds[2:] == [["Linear", "BatchNorm1d", "LeakyReLU"], ["Linear"]]
+    assert [len(block.pool) for block in blocks] == [0, 1, 0, 0]
+    rates = [block.dropout.rate if block.dropout else None for block in blocks]
+    assert rates == [None, 0.2, 0.2, 0.2]
+    assert [block.flatten for block in blocks] == [False, False, True, False]
+    found = shapes(blocks, (3, 32, 32))
+    assert [shape.output for shape in found] == [(25, 16, 16), (51, 2, 2), (20,), (10,)]
+    assert found[1].hidden == (51, 4, 4)
+
+
+def test_stages_of_a_staged_network_are_merged_too() -> None:
+    def part(width: int) -> nn.Sequential:
+        return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 4), nn.ReLU())
+
+    network = nn.Sequential(part(2), part(3), part(5), nn.Linear(4, 2))
+    names = [stage.name for stage in cut(network, 2)]
+    assert names == ["linear2+linear4+linear3+linear4", "linear5+linear4", "linear2"]
+
+
+# A run
+
+
+def samples(rows: int, seed: int) -> TensorDataset:
+    """Images whose class is the third that is brighter, under noise."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, CLASSES, rows)
+    images = random.integers(0, 150, (rows, 1, SIDE, SIDE))
+    for image, label in zip(images, labels, strict=True):
+        image[:, :, 2 * label : 2 * label + 2] += 80
+    return TensorDataset(torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels))
+
+
+TRAIN, TEST = samples(300, 0), samples(100, 1)
+
+
+class StopAfter(Reporter):
+    """Asks the process to stop when so many batches were heard of."""
+
+    def __init__(self, batches: int) -> None:
+        self.left = batches
+
+    def batch_finished(self, rows: int) -> None:
+        self.left -= 1
+        if not self.left:
+            signal.raise_signal(signal.SIGINT)
+
+
+def trainer(
+    run: Path, reporter: Reporter | None = None, *, dropout: float = 0.1, **settings
+) -> GreedyTrainer:
+    torch.manual_seed(0)
+    model = mlp(1, SIDE, CLASSES, hidden_layers=3, hidden_width=16, dropout=dropout)
+    defaults = {"epochs": 5, "batch_size": 32, "learning_rate": 0.01, "views": 1}
+    defaults |= {"precision": "float32", "encoding": "float32", "device": "cpu"}
+    return GreedyTrainer(model, run_dir=run, reporter=reporter, **(defaults | settings))
+
+
+def test_a_block_learns_and_is_stopped_resumed_and_left_early(tmp_path: Path) -> None:
+    whole, cut_short = tmp_path / "whole", tmp_path / "cut"
+    records = trainer(whole, stage_layers=2).fit(TRAIN, TEST)
+    assert [record.name for record in records] == ["linear16+linear16", "linear16", "output"]
+    for record in records:
+        assert record.metrics.test_error_percent < 20  # chance is 67
+    with pytest.raises(Interrupted, match="in stage 1 after step"):
+        trainer(cut_short, StopAfter(17), stage_layers=2).fit(TRAIN, TEST)
+    mine = trainer(cut_short, stage_layers=2)
+    mine.fit(TRAIN, TEST)
+    for record in records:
+        place = f"stage{record.stage}/encoder.safetensors"
+        one, other = load_file(whole / place), load_file(cut_short / place)
+        assert all(torch.equal(one[key], other[key]) for key in one)  # dropout within included
+        until = record.stage if record.stage < len(records) else None
+        figures = evaluate(mine.run, mine.assemble(until), "test", CPU)
+        assert figures.error_percent == pytest.approx(record.metrics.test_error_percent)
+
+
+def test_dropout_within_a_block_acts_in_training_alone(tmp_path: Path) -> None:
+    def first_weights(rate: float) -> torch.Tensor:
+        mine = trainer(tmp_path / str(rate), stage_layers=2, epochs=1, dropout=rate)
+        mine.fit(TRAIN, TEST)
+        network, images = mine.assemble(), TEST.tensors[0].float() / 255
+        assert any(isinstance(module, nn.Dropout) for module in network) == (rate > 0)
+        assert torch.equal(network(images), network(images))
+        return load_file(mine.run.stage(1) / "encoder.safetensors")["layer.0.weight"]
+
+    assert not torch.equal(first_weights(0.5), first_weights(0.0))
+
+
+def test_a_run_keeps_its_blocks(tmp_path: Path) -> None:
+    trainer(tmp_path / "run", stage_layers=2, epochs=1).fit(TRAIN, TEST)
+    with pytest.raises(UserError, match=r"model\.stage_layers is 2 there, 1 here"):
+        trainer(tmp_path / "run", epochs=1)
+    with pytest.raises(
+        UserError, match=r"stage_layers is 0 but must be a whole number of at least"
+    ):
+        trainer(tmp_path / "other", stage_layers=0)
+
+
+RECIPE = """
+[data]
+name = "fashion-mnist-sample"
+mean = [0.286]
+std = [0.353]
+[model]
+network = "mlp"
+hidden_layers = 3
+hidden_width = 16
+dropout = 0.1
+[loss]
+name = "predsim"
+[training]
+epochs = 1
+batch_size = 256
+learning_rate = 0.002
+precision = "float32"
+[store]
+views = 1
+"""
+
+
+def greedy(*arguments: object) -> Result:
+    result = CliRunner().invoke(cli, [str(each) for each in arguments])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_the_command_line_plans_trains_and_hands_on_blocks(tmp_path: Path) -> None:
+    recipe, run = tmp_path / "tiny.toml", tmp_path / "run"
+    recipe.write_text(RECIPE)
+    names = ["linear16+linear16", "linear16", "output"]
+    given = ("--recipe", recipe, "--stage-layers", 2, "--run", run)
+
+    plan = json.loads(greedy("plan", *given, "--json").output)
+    assert [stage["name"] for stage in plan["stages"]] == names
+    assert [stage["usual"] for stage in plan["stages"]] == [False, True, True]
+    assert "stage 1 is outside the usual pattern" in greedy("plan", *given).output
+
+    shown = greedy("train", *given).output
+    assert "stage 1/3 linear16+linear16: training, 1 epoch in float32" in shown
+    status = json.loads(greedy("status", "--run", run, "--json").output)
+    stages = [stage for stage in status["stages"] if stage["stage"]]
+    assert [(stage["name"], stage["state"]) for stage in stages] == [(n, "complete") for n in names]
+    assert "stage 1/3 linear16+linear16: complete" in greedy("train", "--run", run).output
+
+    figures = json.loads(greedy("evaluate", "--run", run, "--json").output)
+    assert figures["error_percent"] == pytest.approx(stages[-1]["test_error_percent"])
+    greedy("export", "--run", run, "--to", tmp_path / "early.pt2", "--until-stage", 1)
+    exported = torch.export.load(tmp_path / "early.pt2").module()
+    assert exported(torch.rand(2, 1, 28, 28)).shape == (2, 10)

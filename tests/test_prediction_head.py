@@ -1,0 +1,128 @@
+"""Hidden layers of the prediction head."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import safetensors
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import TensorDataset
+
+from greedy import GreedyTrainer
+from greedy.cache import Store
+from greedy.evaluation import evaluate, raw_to_float
+from greedy.export import export, format_of
+from greedy.losses import Pred, PredictionHead, PredSim
+
+CPU = torch.device("cpu")
+CLASSES = 3
+
+
+def samples(rows: int, seed: int) -> TensorDataset:
+    """Images whose class is the third that is brighter, under noise."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, CLASSES, rows)
+    images = random.integers(0, 150, (rows, 1, 8, 8))
+    for image, label in zip(images, labels, strict=True):
+        image[:, :, 2 * label : 2 * label + 2] += 80
+    return TensorDataset(torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> GreedyTrainer:
+    """A convolution with pooling and a linear layer, before the output layer."""
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.LeakyReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(96, 16),
+        nn.BatchNorm1d(16),
+        nn.ReLU(),
+        nn.Linear(16, CLASSES),
+    )
+    trainer = GreedyTrainer(
+        network,
+        run_dir=tmp_path_factory.mktemp("runs") / "run",
+        loss=PredSim(0.5, pool_target=60, hidden_layers=2),
+        device="cpu",
+        epochs=6,
+        batch_size=32,
+        learning_rate=0.01,
+        views=1,
+        precision="float32",
+        encoding="float32",
+    )
+    trainer.fit(samples(300, 0), samples(100, 1))
+    return trainer
+
+
+@pytest.mark.parametrize("shape", [(6, 7, 5), (9,)])
+def test_hidden_layers_keep_the_width_and_see_a_row_at_a_time(shape: tuple[int, ...]) -> None:
+    head = PredictionHead(shape, CLASSES, pool_target=40, hidden_layers=2)
+    layer = nn.Conv2d if len(shape) == 3 else nn.Linear
+    kinds = [type(module) for module in head][:4]
+    assert kinds == [layer, nn.ReLU, layer, nn.ReLU]
+    hidden = nn.Sequential(*list(head)[:4])
+    h = torch.randn(4, *shape)
+    before = h.clone()
+    assert hidden(h).shape == h.shape
+    assert torch.equal(h, before)
+    nn.init.normal_(head.classifier.weight)
+    torch.testing.assert_close(torch.cat([head(row) for row in h.split(1)]), head(h))
+    assert not any("norm" in type(module).__name__.lower() for module in head.modules())
+
+
+def test_without_hidden_layers_the_head_is_what_it_was() -> None:
+    shallow = ["prediction.classifier.weight", "prediction.classifier.bias"]
+    assert list(Pred().heads((6, 7, 5), CLASSES).state_dict()) == shallow
+    deep = Pred(hidden_layers=1).heads((6, 7, 5), CLASSES)
+    assert list(deep.state_dict()) == ["prediction.hidden1.weight", *shallow]
+
+
+def test_hidden_layers_learn_and_are_kept(trained: GreedyTrainer) -> None:
+    for number, shape in ((1, (6, 6, 3, 3)), (2, (16, 16))):
+        record = trained.run.complete(number)
+        assert record.metrics.test_error_percent < 20  # chance is 67
+        heads = load_file(trained.run.stage(number) / "heads.safetensors")
+        assert heads["prediction.hidden1.weight"].shape == shape
+        assert heads["prediction.hidden2.weight"].shape == shape
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_early_exit_does_as_well_as_the_stage_did(trained: GreedyTrainer, number: int) -> None:
+    figures = evaluate(trained.run, trained.assemble(number), "test", CPU)
+    expected = trained.run.complete(number).metrics.test_error_percent
+    assert figures.error_percent == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt2", ".onnx"])
+def test_early_exit_is_exported(trained: GreedyTrainer, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"network{suffix}"
+    export(trained.run, trained.loss, trained._model, path, format_of(path), until_stage=1)
+    store = Store(trained.run.store(0) / "test")
+    images = raw_to_float(next(store.batches(0, 8)), CPU)
+    with torch.no_grad():
+        found = loaded(path, images)
+        torch.testing.assert_close(found, trained.assemble(1)(images), atol=1e-4, rtol=0)
+    assert found.std(dim=0).min() > 1e-3  # it has learned something to compare
+
+
+def loaded(path: Path, images: Tensor) -> Tensor:
+    """The logits of an exported network, as a stranger has them."""
+    if path.suffix == ".onnx":
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+    if path.suffix == ".pt2":
+        return torch.export.load(path).module()(images)
+    with safetensors.safe_open(path, "pt") as file:
+        modules = json.loads(file.metadata()["modules"])
+    network = nn.Sequential(*(getattr(nn, name)(**arguments) for name, arguments in modules))
+    network.load_state_dict(load_file(path))
+    return network.eval()(images)
