@@ -96,14 +96,14 @@ def similarity_by_stage(
 
     x = normalisation(run.recipe, data)(raw_to_float(images, CPU))
     found = [compared(0, "images", "pixels", x.flatten(1))]
-    for stage, name in zip(stages_of(run.recipe, data, model), data.network, strict=True):
+    for stage in stages_of(run.recipe, data, model):
         if run.state(stage.number) != "complete":
             break
         load_stage(run, stage, CPU)
         h = stage.hidden(x)
         is_output = stage.number == len(data.network)
         features, z = ("logits", h) if is_output else _features(run, stage, loss, h)
-        found.append(compared(stage.number, name, features, z))
+        found.append(compared(stage.number, data.network[stage.number - 1], features, z))
         x = stage.pool(h)
         stage.to("meta")  # one stage in memory at a time
     return BatchSimilarity(chosen, labels, data.class_names, target.numpy(), found)

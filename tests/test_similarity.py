@@ -181,5 +181,8 @@ def test_of_many_classes_a_batch_has_ten(tmp_path):
 
 
 def test_the_network_is_asked_for(sim):
+    other = nn.Sequential(*network(), nn.ReLU(), nn.Linear(CLASSES, CLASSES))
     with pytest.raises(UserError, match="--model"):
         similarity_by_stage(sim.trainer.run)
+    with pytest.raises(UserError, match="holds other layers than stage 3 .*--model"):
+        similarity_by_stage(sim.trainer.run, model=other)
