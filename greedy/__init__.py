@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from greedy import cache, data, losses, models, recipes
+    from greedy import cache, curves, data, figures, losses, models, recipes, similarity
     from greedy.errors import TrainingError, UserError
     from greedy.evaluation import Evaluation, evaluate
     from greedy.manifest import StageRecord
@@ -23,10 +23,13 @@ __all__ = [
     "UserError",
     "TrainingError",
     "cache",
+    "curves",
     "data",
+    "figures",
     "losses",
     "models",
     "recipes",
+    "similarity",
 ]
 
 _HOME = {

@@ -1,5 +1,6 @@
 """From what a recipe says to modules and losses."""
 
+import inspect
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,6 +17,22 @@ NETWORKS: dict[str, Callable[..., nn.Sequential]] = {
     "mlp": models.mlp,
     "vgg8b": models.vgg8b,
     "vgg11b": models.vgg11b,
+}
+
+LOSSES: dict[str, type[LocalLoss]] = {
+    "pred": Pred,
+    "sim": Sim,
+    "predsim": PredSim,
+    "pred-bio": PredBio,
+    "sim-bio": SimBio,
+    "predsim-bio": PredSimBio,
+    "glob": Glob,
+}
+LOSS_FIELDS = {  # of a recipe, and what the losses call them
+    "beta": "beta",
+    "pred_pool_target": "pool_target",
+    "pred_hidden_layers": "hidden_layers",
+    "target_projection": "target_projection",
 }
 
 
@@ -95,57 +112,24 @@ def load_network(model: Model, function: str | None) -> nn.Sequential | None:
 
 def loss_settings(loss: LocalLoss) -> dict[str, str | float | int]:
     """The recipe's ``loss`` section for a loss given in Python."""
-    match loss:
-        case Pred():
-            return {
-                "name": "pred",
-                "pred_pool_target": loss.pool_target,
-                "pred_hidden_layers": loss.hidden_layers,
-            }
-        case Sim():
-            return {"name": "sim"}
-        case PredSim():
-            return {
-                "name": "predsim",
-                "beta": loss.beta,
-                "pred_pool_target": loss.pool_target,
-                "pred_hidden_layers": loss.hidden_layers,
-            }
-        case PredBio() | SimBio():
-            return {
-                "name": "pred-bio" if isinstance(loss, PredBio) else "sim-bio",
-                "pred_pool_target": loss.pool_target,
-                "target_projection": loss.target_projection,
-            }
-        case PredSimBio():
-            return {
-                "name": "predsim-bio",
-                "beta": loss.beta,
-                "pred_pool_target": loss.pool_target,
-                "target_projection": loss.target_projection,
-            }
-        case Glob():
-            return {"name": "glob"}
-    return {"name": "python"}
+    names = [name for name, kind in LOSSES.items() if type(loss) is kind]
+    if not names:
+        return {"name": "python"}
+    found = {f: getattr(loss, argument) for f, argument in _arguments(type(loss)).items()}
+    return {"name": names[0], **found}
 
 
 def build_loss(loss: Loss) -> LocalLoss:
     """The recipe's local loss."""
-    match loss.name:
-        case "pred":
-            return Pred(loss.pred_pool_target, loss.pred_hidden_layers)
-        case "sim":
-            return Sim()
-        case "predsim":
-            return PredSim(loss.beta, loss.pred_pool_target, loss.pred_hidden_layers)
-        case "pred-bio":
-            return PredBio(loss.pred_pool_target, loss.target_projection)
-        case "sim-bio":
-            return SimBio(loss.pred_pool_target, loss.target_projection)
-        case "predsim-bio":
-            return PredSimBio(loss.beta, loss.pred_pool_target, loss.target_projection)
-        case "glob":
-            return Glob()
-    raise UserError(
-        "this run's local loss was written in Python: go on with it from Python, as it began"
-    )
+    if loss.name == "python":
+        raise UserError(
+            "this run's local loss was written in Python: go on with it from Python, as it began"
+        )
+    kind = LOSSES[loss.name]
+    return kind(**{argument: getattr(loss, f) for f, argument in _arguments(kind).items()})
+
+
+def _arguments(kind: type[LocalLoss]) -> dict[str, str]:
+    """A loss's arguments by the fields of a recipe that set them."""
+    taken = inspect.signature(kind).parameters
+    return {field: argument for field, argument in LOSS_FIELDS.items() if argument in taken}

@@ -16,6 +16,7 @@ from torch import nn
 
 from greedy.cache.files import write_whole
 from greedy.errors import UserError, unknown
+from greedy.files import require_new
 from greedy.losses import LocalLoss
 from greedy.manifest import StageRecord
 from greedy.models import Shape
@@ -68,12 +69,7 @@ def export(
         raise unknown("format", format, FORMATS)
     if format == "onnx":
         _require_onnx()
-    if to.is_dir():
-        raise UserError(f"{to} is a folder: give the name of a file in it as --to")
-    if to.exists() and not overwrite:
-        raise UserError(f"{to} exists already: choose another --to, or add --force")
-    if not to.parent.is_dir():
-        raise UserError(f"the folder {to.parent} does not exist: create it first")
+    require_new(to, overwrite)
     network = assemble(run, loss, model, until_stage=until_stage)
     data = run.complete(0)
     metadata = _metadata(data)

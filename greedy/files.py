@@ -1,9 +1,12 @@
-"""Digests of files and documents; sizes; documents whose claims are limited."""
+"""Digests of files and documents; sizes; documents whose claims are limited; files that may be
+written."""
 
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
+
+from greedy.errors import UserError
 
 MAX_DOCUMENT_BYTES = 64 * 2**20
 
@@ -17,6 +20,17 @@ def file_digest(path: Path) -> str:
     """The digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def require_new(to: Path, overwrite: bool) -> None:
+    """Refuses to write a file that exists, unless it is to be overwritten, or that has no folder
+    to be in."""
+    if to.is_dir():
+        raise UserError(f"{to} is a folder: give the name of a file in it as --to")
+    if to.exists() and not overwrite:
+        raise UserError(f"{to} exists already: choose another --to, or add --force")
+    if not to.parent.is_dir():
+        raise UserError(f"the folder {to.parent} does not exist: create it first")
 
 
 def bytes_below(directory: Path) -> int:

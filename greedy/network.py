@@ -10,9 +10,9 @@ from torch import nn
 
 from greedy.build import build_network
 from greedy.errors import UserError
-from greedy.losses import LocalLoss
+from greedy.losses import LocalHeads, LocalLoss
 from greedy.manifest import ENCODER, HEADS, StageRecord
-from greedy.models import Stage, cut, shapes
+from greedy.models import Shape, Stage, cut, shapes
 from greedy.recipes import Recipe
 from greedy.runs import RunDirectory
 
@@ -38,6 +38,16 @@ def load_stage(run: RunDirectory, stage: Stage, device: torch.device) -> None:
     stage.to(device).eval().requires_grad_(False)
 
 
+def load_heads(run: RunDirectory, loss: LocalLoss, number: int, hidden: Shape) -> LocalHeads:
+    """A stage's local heads with their trained weights from the run, checked against their
+    digest; ``hidden`` is the shape of a row of its activation h."""
+    record = run.complete(number)
+    heads = loss.heads(hidden, len(record.class_names))
+    path = record.check_file(run.stage(number), HEADS)
+    _load(heads, path, "the heads of this local loss: give the loss")
+    return heads.eval().requires_grad_(False)
+
+
 def assemble(
     run: RunDirectory,
     loss: LocalLoss,
@@ -61,7 +71,7 @@ def assemble(
     last = len(stages) if until_stage is None else until_stage
     if not 1 <= last <= len(stages):
         raise UserError(f"there is no stage {last}: this network has stages 1 to {len(stages)}")
-    modules = [_normalisation(run.recipe, data)]
+    modules = [normalisation(run.recipe, data)]
     for stage in stages[:last]:
         load_stage(run, stage, torch.device("cpu"))
         modules += stage.modules_for_inference()
@@ -71,26 +81,24 @@ def assemble(
     return nn.Sequential(*modules).eval().requires_grad_(False)
 
 
-def _normalisation(recipe: Recipe, data: StageRecord) -> nn.Module:
+def normalisation(recipe: Recipe, data: StageRecord) -> nn.Module:
+    """The data set's normalisation of images (B, C, H, W), as the stages were trained on."""
     mean = torch.tensor(recipe.data.mean or data.resolved["mean"])
     std = torch.tensor(recipe.data.std or data.resolved["std"])
     module = nn.BatchNorm2d(len(mean), eps=0.0, affine=False)
     module.running_mean, module.running_var = mean, std.square()
-    return module
+    return module.eval()
 
 
 def _local_classifier(
     run: RunDirectory, loss: LocalLoss, stages: Sequence[Stage], number: int, data: StageRecord
 ) -> list[nn.Module]:
-    hidden = shapes(stages[:number], data.row_shape)[-1].hidden
-    heads = loss.heads(hidden, len(data.class_names))
+    heads = load_heads(run, loss, number, shapes(stages[:number], data.row_shape)[-1].hidden)
     if not heads.modules_for_inference():
         raise UserError(
             f"stage {number} has no local classifier (its loss trains none), so there is no "
             f"early exit after it: leave out --until-stage"
         )
-    path = run.complete(number).check_file(run.stage(number), HEADS)
-    _load(heads, path, "the heads of this local loss: give the loss")
     return heads.modules_for_inference()
 
 

@@ -1,0 +1,63 @@
+"""``greedy plot``: curves of runs, and what a run's stages make of one batch."""
+
+from pathlib import Path
+
+import click
+
+from greedy.cli import options
+from greedy.cli.tables import size
+from greedy.errors import UserError
+
+
+@click.command(epilog="Example: greedy plot runs/pred runs/predsim --to curves.svg")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=options.PATH)
+@click.option(
+    "--to",
+    required=True,
+    metavar="FILE",
+    type=options.PATH,
+    help="The picture to write, its format by its suffix: .svg, .png or .pdf.",
+)
+@click.option(
+    "--similarity",
+    is_flag=True,
+    help="Draw the similarity matrices of one run instead.",
+)
+@click.option("--force", is_flag=True, help="Overwrite FILE if it exists.")
+@options.model
+@options.debug
+def plot(
+    runs: tuple[Path, ...], to: Path, similarity: bool, force: bool, model: str | None
+) -> None:
+    """Draw errors over epochs, or what a run's stages find alike.
+
+    Training and test errors: of one run those of its stages, of several those of their networks in
+    one picture. With --similarity: the similarity matrix of a batch of test images after each stage
+    of one run, and the target it is trained towards.
+    """
+    from greedy.build import load_network  # noqa: PLC0415
+    from greedy.curves import run_curves, run_names, stage_curves  # noqa: PLC0415
+    from greedy.figures import (  # noqa: PLC0415
+        curves_figure,
+        require_picture,
+        save,
+        similarity_figure,
+    )
+    from greedy.runs import RunDirectory  # noqa: PLC0415
+    from greedy.similarity import similarity_by_stage  # noqa: PLC0415
+
+    require_picture(to, force)
+    directories = [RunDirectory.open(run) for run in runs]
+    first, *others = directories
+    name = run_names([first])[0]
+    if similarity and others:
+        raise UserError(f"--similarity draws one run, not {len(runs)}: call it once for each")
+    if similarity:
+        network = load_network(first.recipe.model, model)
+        figure = similarity_figure(similarity_by_stage(first, model=network), name)
+    elif others:
+        figure = curves_figure(run_curves(directories))
+    else:
+        figure = curves_figure(stage_curves(first), name, by_depth=True)
+    save(figure, to, overwrite=force)
+    click.echo(f"wrote {to} ({size(to.stat().st_size)})")
