@@ -89,10 +89,10 @@ def outcome(directory: Path) -> dict[str, Any]:
         name = str(path.relative_to(directory))
         if path.name == "stage.json":
             document = json.loads(path.read_bytes())
-            free = ("seconds", "peak_memory_bytes", "digest", "written_before", "versions")
+            free = ("seconds", "images_per_second", "peak_memory_bytes", "digest")
+            free += ("written_before", "versions")
             found[name] = {k: v for k, v in document.items() if k not in free}
             found[name]["files"] = sorted(document["files"])
-            found[name]["metrics"] = {**document["metrics"], "images_per_second": None}
             found[name]["store"] = {**(document["store"] or {}), "bytes_written": 0}
         elif path.name == "history.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]

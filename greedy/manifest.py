@@ -106,13 +106,11 @@ class Choices(BaseModel):
 
 
 class Metrics(_Document):
-    """Of the last epoch, errors in percent, ``None`` where a stage has no local classifier; and
-    the training rows a second over all epochs."""
+    """Errors in percent; ``None`` where a stage has no local classifier."""
 
     train_error_percent: float | None = None
     test_error_percent: float | None = None
     train_loss: float | None = None
-    images_per_second: float | None = None
 
 
 class StageRecord(_Document):
@@ -124,7 +122,8 @@ class StageRecord(_Document):
     ``files`` the digests of the sibling files, ``written_before`` the bytes that went into the
     stores that this training of the stage replaced. A store deleted later stays recorded.
     ``layers`` are the kinds of module the stage consists of, ``recipe`` is the digest of the
-    settings that decide the run's results.
+    settings that decide the run's results; ``images_per_second`` counts training rows over all
+    epochs.
     """
 
     format: int = FORMAT
@@ -144,6 +143,7 @@ class StageRecord(_Document):
     written_before: Count = 0
     rows: Annotated[dict[Split, Size], Field(min_length=2)]
     seconds: float = 0.0
+    images_per_second: float | None = None
     peak_memory_bytes: int | None = None
     versions: dict[str, str] = {}
     device: str = ""

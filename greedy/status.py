@@ -65,7 +65,7 @@ def _stage(run: RunDirectory, number: int, name: str) -> StageStatus:
         store_bytes=store.bytes if store else None,
         bytes_per_value=store.bytes / store.values if store else None,
         seconds=record.seconds,
-        images_per_second=record.metrics.images_per_second,
+        images_per_second=record.images_per_second,
         step_memory_bytes=record.resolved["planned_peak_bytes"],
         peak_memory_bytes=record.peak_memory_bytes,
     )

@@ -1,6 +1,5 @@
 """`greedy plot`: pictures of real runs."""
 
-import json
 import re
 import shutil
 import sys
@@ -13,7 +12,6 @@ from PIL import Image
 from greedy.cli.main import cli
 from greedy.curves import Curve
 from greedy.figures import curves_figure, render
-from greedy.manifest import StageRecord
 
 RECIPE = """
 [data]

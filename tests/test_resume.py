@@ -65,9 +65,9 @@ def outcome(run: Path) -> dict[str, object]:
         if name.endswith("stage.json"):
             document = json.loads(path.read_bytes())
             document["store"] = document["store"] and document["store"] | {"bytes_written": 0}
-            free = ("seconds", "peak_memory_bytes", "digest", "written_before")
+            free = ("seconds", "images_per_second", "peak_memory_bytes", "digest")
+            free += ("written_before",)
             kept = {k: v for k, v in document.items() if k not in free}
-            kept["metrics"] = kept["metrics"] | {"images_per_second": None}
             found[name] = kept | {"files": sorted(document["files"])}
         elif name.endswith("history.jsonl"):
             lines = [json.loads(line) for line in path.read_text().splitlines()]

@@ -169,7 +169,7 @@ def test_a_run_is_a_run_whatever_the_strategy(tmp_path, strategy) -> None:
     errors = [record.metrics.test_error_percent for record in records]
     assert errors[-1] is not None
     assert [error is None for error in errors[:-1]] == [strategy != "joint"] * 7
-    assert all(record.metrics.images_per_second > 0 for record in records)
+    assert all(record.images_per_second > 0 for record in records)
     assert all(record.resolved["planned_peak_bytes"] > 0 for record in records)
     net = trainer.assemble()
     images, labels = samples(40, 1).tensors
