@@ -106,6 +106,7 @@ def test_one_run_is_shown_by_its_stages(runs, tmp_path):
     svg = (tmp_path / "stages.svg").read_text()
     assert drawn(svg, "curve").keys() == {
         "curve1-training",
+        "curve1-test",
         "curve2-training",
         "curve2-test",
         "curve2-paper",
