@@ -1,10 +1,8 @@
-"""A run's progress: a live bar on a terminal, plain lines elsewhere."""
+"""A run's progress in plain lines, for log files."""
 
 from typing import Any, Self
 
 import click
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from greedy.cli.tables import percent
 from greedy.disk import Plan
@@ -12,11 +10,6 @@ from greedy.manifest import StageRecord
 from greedy.reporting import EpochReport, Reporter
 from greedy.sizes import format_size
 from greedy.training.modes import StepMemory
-
-
-def reporter(console: Console, stages: int) -> "Lines":
-    """What suits the console, for a network of so many stages. Use it in a ``with``."""
-    return Bar(console, stages) if console.is_terminal else Lines(stages)
 
 
 class Lines(Reporter):
@@ -91,92 +84,6 @@ class Lines(Reporter):
             f"{record.seconds:,.1f} s",
         ]
         return f"{self._named(record.stage, record.name)}: {', '.join(parts)}"
-
-
-class Bar(Lines):
-    """A line for each finished stage, and below them the running one, live."""
-
-    def __init__(self, console: Console, stages: int) -> None:
-        super().__init__(stages)
-        self._display = _Display(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[measures]}"),
-            TextColumn("{task.fields[rate]}", justify="right"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-            expand=True,
-        )
-        self._training: TaskID | None = None
-        self._writing: TaskID | None = None
-
-    def __enter__(self) -> Self:
-        self._display.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._display.stop()
-
-    def _print(self, line: str) -> None:
-        self._display.console.print(line, highlight=False, soft_wrap=True)
-
-    def stage_started(self, number: int, name: str, epochs: int, resolved: dict[str, Any]) -> None:
-        self._title, self._epochs = self._named(number, name), epochs
-        self._announce(resolved)
-
-    def _announce(self, resolved: dict[str, Any]) -> None:
-        self._display.heading = self._title
-        self._training = self._begin("training", None)
-
-    def epoch_started(self, epoch: int, rows: int) -> None:
-        self._stop_writing()
-        assert self._training is not None
-        total = self._epochs * rows
-        described = f"epoch {epoch}/{self._epochs}"
-        self._display.update(self._training, description=described, total=total)
-
-    def batch_finished(self, rows: int) -> None:
-        running = self._training if self._writing is None else self._writing
-        assert running is not None
-        self._display.advance(running, rows)
-        task = next(each for each in self._display.tasks if each.id == running)
-        if task.speed:
-            self._display.update(running, rate=f"{task.speed:,.0f} images/s")
-
-    def epoch_finished(self, report: EpochReport) -> None:
-        assert self._training is not None
-        self._display.update(self._training, measures=_measures(report))
-
-    def writing_started(self, number: int, split: str, rows: int) -> None:
-        self._stop_writing()
-        self._writing = self._begin("writing", rows, f"stage {number}'s {split} store")
-
-    def stage_finished(self, record: StageRecord) -> None:
-        self._stop_writing()
-        if self._training is not None:
-            self._display.remove_task(self._training)
-        self._training = None
-        super().stage_finished(record)
-
-    def _begin(self, description: str, total: int | None, measures: str = "") -> TaskID:
-        return self._display.add_task(description, total=total, measures=measures, rate="")
-
-    def _stop_writing(self) -> None:
-        if self._writing is not None:
-            self._display.remove_task(self._writing)
-        self._writing = None
-
-
-class _Display(Progress):
-    """A progress bar below a heading."""
-
-    heading = ""
-
-    def get_renderables(self) -> Any:
-        if self.tasks:
-            heading: RenderableType = self.heading
-            yield heading
-        yield self.make_tasks_table(self.tasks)
 
 
 def _measures(report: EpochReport) -> str:

@@ -99,7 +99,7 @@ def train_stage(
     from rich.console import Console  # noqa: PLC0415
 
     from greedy.build import load_network  # noqa: PLC0415
-    from greedy.cli.progress import reporter  # noqa: PLC0415
+    from greedy.cli.dashboard import reporter  # noqa: PLC0415
     from greedy.runs import run_of_stage  # noqa: PLC0415
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
 
@@ -107,7 +107,7 @@ def train_stage(
     trainer = GreedyTrainer.from_recipe(
         run.recipe, run.path, device=device, model=load_network(run.recipe.model, model)
     )
-    progress = reporter(Console(), len(trainer.run.complete(0).network))
+    progress = reporter(Console(), trainer.run.complete(0).network)
     trainer.reporter = progress
     with progress, terminable():
         record = trainer.train_stage(number, source=source_number, again=retrain, to=to)
@@ -122,9 +122,9 @@ def train_and_show(trainer: "GreedyTrainer", retrain: int | None = None) -> None
     """Trains what is to be trained of a run that has its images, and prints what came of it."""
     from rich.console import Console  # noqa: PLC0415
 
-    from greedy.cli.progress import reporter  # noqa: PLC0415
+    from greedy.cli.dashboard import reporter  # noqa: PLC0415
 
-    progress = reporter(Console(), len(trainer.run.complete(0).network))
+    progress = reporter(Console(), trainer.run.complete(0).network)
     trainer.reporter = progress
     with progress, terminable():
         trainer.train(retrain)

@@ -1,5 +1,6 @@
 """What happens in a run, told to whoever shows it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +25,27 @@ class EpochReport:
     test_error_percent: float | None = None
 
 
+@dataclass(frozen=True)
+class RunOutline:
+    """What is ahead when a run begins or goes on.
+
+    Attributes:
+        operations: multiply-adds over all epochs of each stage that is to be trained, by number;
+            of the stages' forward passes, to compare them with one another.
+        images: bytes of stage 0 on disk.
+        memory_budget: bytes that a step may take on the device.
+    """
+
+    operations: Mapping[int, int]
+    images: int
+    memory_budget: int
+
+
 class Reporter:
     """Hears of a run's progress and does nothing; override what you want to know."""
+
+    def run_started(self, outline: RunOutline) -> None:
+        """Stages are about to be trained."""
 
     def disk_planned(self, plan: Plan) -> None:
         """What the stages to be trained will keep on disk is settled."""

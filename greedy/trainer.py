@@ -8,29 +8,29 @@ from typing import Any, Self
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 
-from greedy.build import build_loss, build_network, checked_shapes, loss_settings
+from greedy.build import build_loss, build_network, checked_shapes
 from greedy.cache import Damage
 from greedy.data import Dataset, dataset_from_torch
 from greedy.devices import pick_device, pick_precision
 from greedy.disk import Plan, Views
-from greedy.errors import UserError, unknown
+from greedy.errors import UserError
 from greedy.losses import LocalLoss, Output, PredSim
 from greedy.manifest import StageRecord
 from greedy.memory.choice import Choice, choose, fused_adam, memory_budget, stored_row_bytes
 from greedy.models import Stage, StageShapes, cut
 from greedy.network import assemble, stages_of
 from greedy.planning import former, plan_disk
-from greedy.recipes import Recipe, from_document
-from greedy.recipes.schema import SECTIONS
+from greedy.recipes import Recipe
 from greedy.repair import Mender, Repair
-from greedy.reporting import Reporter
+from greedy.reporting import Reporter, RunOutline
 from greedy.runs import SPLITS, RunDirectory, is_unfinished, new_stage
+from greedy.settings import python_recipe
 from greedy.sourcing import Sources
 from greedy.space import require_room, until_full
 from greedy.stage0 import write_stage0
 from greedy.training.checkpoint import Start
 from greedy.training.network import NetworkTraining
-from greedy.training.resolve import resolve
+from greedy.training.resolve import for_stage, resolve
 from greedy.training.stage import OptimizerFactory, StageTraining
 
 
@@ -67,8 +67,9 @@ class GreedyTrainer:
         **settings: Any,
     ) -> None:
         loss = loss or PredSim()
-        recipe = from_document(_document(settings, loss), name="python")
-        self._set_up(recipe, run_dir, device, reporter, model, loss, optimizer)
+        self._set_up(
+            python_recipe(settings, loss), run_dir, device, reporter, model, loss, optimizer
+        )
 
     @classmethod
     def from_recipe(
@@ -165,6 +166,7 @@ class GreedyTrainer:
         for number in todo:  # what cannot be trained is refused before anything is
             self._memory(number, shapes[number - 1], stages[number - 1])
         plan = self._plan_disk(retrain_from)
+        self._announce(shapes, todo)
         self.reporter.disk_planned(plan)
         records = []
         for number in numbers:
@@ -192,9 +194,18 @@ class GreedyTrainer:
             return [self._skip(number) for number in numbers]
         data = self.run.complete(0)
         stages, shapes = self._stages(data)
+        self._announce(shapes, numbers)
         source = Sources(self.run, stages, data, self.device, self.reporter).for_training(1, 0)
         what = (self.run, stages, shapes, self.loss, source, data)
         return NetworkTraining(*what, self.device, self.reporter, self.optimizer).train()
+
+    def _announce(self, shapes: Sequence[StageShapes], numbers: Iterable[int]) -> None:
+        data, epochs = self.run.complete(0), self.recipe.training.epochs
+        each = {n: shapes[n - 1].operations * data.rows["train"] for n in numbers}
+        operations = {n: operations * for_stage(epochs, n) for n, operations in each.items()}
+        assert data.store is not None
+        budget = memory_budget(self.recipe, self.device)
+        self.reporter.run_started(RunOutline(operations, data.store.bytes, budget))
 
     def _drop_stores(self, numbers: Iterable[int]) -> None:
         for number in numbers:
@@ -358,33 +369,3 @@ class GreedyTrainer:
 def _require_stage(number: int, count: int) -> None:
     if not 1 <= number <= count:
         raise UserError(f"there is no stage {number}: this network has stages 1 to {count}")
-
-
-def _document(settings: dict[str, Any], loss: LocalLoss) -> dict[str, Any]:
-    """The recipe of a network and a loss given in Python, with settings by their bare names."""
-    document: dict[str, Any] = {
-        "data": {"name": "python"},
-        "model": {"network": "python"},
-        "loss": loss_settings(loss),
-        "training": {"epochs": 100, "learning_rate": 5e-4},
-        "memory": {},
-        "store": {},
-    }
-    place = {
-        field: (section, field)
-        for section in ("data", "training", "store")
-        for field in SECTIONS[section].model_fields
-        if field != "name"
-    }
-    place |= {"memory_budget": ("memory", "budget")}
-    place |= {"optimizer_state": ("memory", "optimizer_state")}
-    place |= {"stage_layers": ("model", "stage_layers")}
-    for name, value in settings.items():
-        if name == "seed":
-            document["seed"] = value
-        elif name in place:
-            section, field = place[name]
-            document[section][field] = list(value) if isinstance(value, tuple) else value
-        else:
-            raise unknown("setting", name, [*place, "seed"])
-    return document

@@ -2,12 +2,16 @@
 
 import io
 import re
+from itertools import pairwise
 
+from hypothesis import given
+from hypothesis import strategies as st
 from rich.console import Console
 
-from greedy.cli.progress import Bar, Lines, reporter
+from greedy.cli.dashboard import Dashboard, reporter, sparkline
+from greedy.cli.progress import Lines
 from greedy.manifest import Metrics, Parent, StageRecord, StoreRecord
-from greedy.reporting import EpochReport
+from greedy.reporting import EpochReport, RunOutline
 
 RECORD = StageRecord(
     recipe="",
@@ -62,26 +66,98 @@ def a_stage(shown):
 FINISHED = "stage 10/11 conv1536: train error 12.34 %, test -, 4.0 MiB, 1,234.0 s"
 
 
+NAMES = [*["conv384"] * 9, "conv1536", "output"]
+
+
+def frames(console):
+    """What was drawn, a list of lines for each time."""
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
+    drawn = text.split("stage  name")[1:]
+    return [[line.rstrip() for line in re.split(r"[\r\n]+", each)] for each in drawn]
+
+
+def rows(frame):
+    """The words of each line."""
+    return [line.split() for line in frame]
+
+
+def shown_by(height=40):
+    """A dashboard of 80 columns that draws only when it is told to, and its console."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, height=height)
+    shown = reporter(console, NAMES)
+    assert isinstance(shown, Dashboard)
+    return shown, console
+
+
 def test_a_terminal_of_80_columns_shows_all_of_it():
-    console = Console(file=io.StringIO(), force_terminal=True, width=80)
-    shown = reporter(console, 11)
-    assert isinstance(shown, Bar)
-    with shown:
-        a_stage(shown)
-    frames = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
-    lines = [line.rstrip() for line in re.split(r"[\r\n]+", frames)]
-    assert max(map(len, lines)) <= 80
-    assert "stage 10/11 conv1536" in lines and FINISHED in lines
-    measured = re.compile(
-        r"epoch 124/400 .*━ loss 0\.01235, error 12\.34 % [\d,]+ images/s [-:\d]+"
+    shown, console = shown_by()
+    shown.run_started(RunOutline({10: 1000, 11: 500}, 2**20, 2**30))
+    shown.stage_skipped(RECORD.model_copy(update={"stage": 9, "name": "conv384"}))
+    console.print(shown)
+    shown.stage_started(10, "conv1536", 400, {"planned_peak_bytes": 3 * 2**20})
+    for epoch in (123, 124):
+        shown.epoch_started(epoch, 50_000)
+        shown.batch_finished(128)
+        loss, error = 1 / epoch, 136.4 - epoch
+        shown.epoch_finished(EpochReport(epoch, 1e-3, loss, error, None, 12345.6, 4.0))
+    console.print(shown)
+    shown.writing_started(9, "train", 200_000)  # its views are refreshed
+    shown.batch_finished(100_000)
+    console.print(shown)
+    shown.stage_finished(RECORD)
+    console.print(shown)
+    before, training, writing, after = (
+        each for each in frames(console) if any("conv1536" in line for line in each)
     )
-    assert any(measured.fullmatch(line) for line in lines)
-    writing = re.compile(r"writing +━+ stage 9's train store .*[-:\d]+")
-    assert any(writing.fullmatch(line) for line in lines)
+    assert max(len(line) for each in frames(console) for line in each) <= 80
+    done = ["9", "conv384", "done", "-", "-", "4.0", "MiB", "20:34"]
+    for frame in (before, training, writing, after):
+        assert done in rows(frame)
+    assert ["10", "conv1536", "waiting", "-", "-", "-", "-"] in rows(before)
+    assert ["10", "conv1536", "running", "12.40", "%", "3.0", "MiB", "-", "-"] in rows(training)
+    assert ["10", "conv1536", "done", "-", "-", "4.0", "MiB", "20:34"] in rows(after)
+    assert ["11", "output", "waiting", "-", "-", "-", "-"] in rows(after)
+    text = "\n".join(training)
+    assert re.search(r"stage 10/11 conv1536: epoch 124/400, [\d,]+ images/s, [\d:]+ left", text)
+    assert re.search(r"^━+", text, re.M)
+    assert "loss 0.008065  █▁" in training
+    assert "error 12.40 % █▁  (train 12.40 %)" in training
+    assert re.search(r"memory 3.0 MiB of 1.0 GiB, run [\d:]+ left", text)
+    assert any(line.startswith("stage 10/11 conv1536: writing stage 9's train") for line in writing)
+
+
+def test_a_low_terminal_shows_the_stages_around_the_running_one():
+    shown, console = shown_by(height=14)
+    shown.stage_started(6, "conv384", 4, {})
+    console.print(shown)
+    (frame,) = frames(console)
+    assert [line.split()[0] for line in frame[1:6]] == ["4", "5", "6", "7", "8"]
+
+
+def test_all_stages_run_where_they_train_at_once():
+    shown, console = shown_by()
+    shown.network_started("joint", 2, {"planned_peak_bytes": 2**20})
+    shown.epoch_started(1, 100)
+    shown.batch_finished(100)
+    shown.epoch_finished(EpochReport(1, 1e-3, 0.5, 12.0, None, 1.0, 1.0, 11.0))
+    console.print(shown)
+    (frame,) = frames(console)
+    assert sum("running" in line for line in frame) == 11
+    assert ["11", "output", "running", "11.00", "%", "1.0", "MiB", "-", "-"] in rows(frame)
+    assert any(line.startswith("joint, 11 stages: epoch 1/2") for line in frame)
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=40))
+def test_a_sparkline_has_a_bar_a_value_and_rises_with_them(values):
+    bars = sparkline(values)
+    recent = values[-16:]
+    assert len(bars) == len(recent)
+    for (a, x), (b, y) in pairwise(sorted(zip(recent, bars, strict=True))):
+        assert x <= y and (a < b or x == y)
 
 
 def test_without_a_terminal_there_are_plain_lines(capsys):
-    shown = reporter(Console(file=io.StringIO()), 11)
+    shown = reporter(Console(file=io.StringIO()), NAMES)
     assert type(shown) is Lines
     with shown:
         a_stage(shown)

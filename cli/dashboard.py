@@ -1,0 +1,272 @@
+"""A run on a terminal, live: its stages at a glance, and the one that trains."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from greedy.cli.progress import Lines
+from greedy.cli.tables import percent, size
+from greedy.disk import Plan
+from greedy.manifest import StageRecord
+from greedy.reporting import EpochReport, RunOutline
+from greedy.sizes import format_size
+from greedy.training.modes import StepMemory
+
+TICKS = "▁▂▃▄▅▆▇█"
+SPARKS = 16  # epochs that a sparkline shows
+OTHER_LINES = 9  # of the display, beside those of stages
+
+
+def reporter(console: Console, stages: Sequence[str]) -> Lines:
+    """What suits the console, for a network with stages of these names. Use it in a ``with``."""
+    live = console.is_terminal or console.is_jupyter
+    return Dashboard(console, stages) if live else Lines(len(stages))
+
+
+@dataclass
+class _Row:
+    """A stage in the table."""
+
+    name: str
+    state: str = "waiting"
+    error: float | None = None
+    memory: int | None = None
+    disk: int | None = None
+    seconds: float | None = None
+
+
+@dataclass
+class _Work:
+    """Rows done of rows to do, and since when."""
+
+    total: int
+    done: int = 0
+    ahead: int = 0  # done by an earlier process
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def rate(self) -> float | None:
+        """Rows a second in this process."""
+        here, seconds = self.done - self.ahead, time.monotonic() - self.began
+        return here / seconds if here and seconds else None
+
+    @property
+    def left(self) -> float | None:
+        """Seconds, at this rate."""
+        return (self.total - self.done) / self.rate if self.rate else None
+
+
+class Dashboard(Lines):
+    """Shows a run until the ``with`` ends, then leaves the screen to its results; if it ends by
+    an error, what was shown last stays."""
+
+    def __init__(self, console: Console, stages: Sequence[str]) -> None:
+        super().__init__(len(stages))
+        self._console = console
+        self._rows = [_Row(name) for name in stages]
+        self._live = Live(
+            self, console=console, refresh_per_second=4, transient=True, redirect_stdout=False
+        )
+        self._outline: RunOutline | None = None
+        self._plan: Plan | None = None
+        self._running: range = range(0)
+        self._resolved: dict[str, Any] = {}
+        self._reports: list[EpochReport] = []
+        self._epoch, self._epoch_rows = 0, 0
+        self._training: _Work | None = None
+        self._writing: tuple[str, _Work] | None = None
+        self._spent = 0.0  # seconds of finished stages, for their share of the work
+
+    def __enter__(self) -> "Dashboard":
+        self._live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._live.transient = error[0] is None
+        self._live.stop()
+
+    def _print(self, line: str) -> None:
+        self._console.print(line, highlight=False, soft_wrap=True)
+
+    # What is told
+
+    def run_started(self, outline: RunOutline) -> None:
+        self._outline = outline
+
+    def disk_planned(self, plan: Plan) -> None:
+        self._plan = plan
+        super().disk_planned(plan)
+
+    def stage_started(self, number: int, name: str, epochs: int, resolved: dict[str, Any]) -> None:
+        self._begin(range(number, number + 1), self._named(number, name), epochs, resolved)
+
+    def network_started(self, strategy: str, epochs: int, resolved: dict[str, Any]) -> None:
+        numbers = range(1, len(self._rows) + 1)
+        self._begin(numbers, f"{strategy}, {self._stages} stages", epochs, resolved)
+
+    def _begin(self, numbers: range, title: str, epochs: int, resolved: dict[str, Any]) -> None:
+        self._running, self._title, self._epochs = numbers, title, epochs
+        self._resolved, self._reports, self._training = resolved, [], None
+        for number in numbers:
+            row = self._rows[number - 1]
+            row.state, row.memory = "running", resolved.get("planned_peak_bytes")
+
+    def epoch_started(self, epoch: int, rows: int) -> None:
+        self._writing = None
+        self._epoch, self._epoch_rows = epoch, rows
+        if self._training is None:
+            before = (epoch - 1) * rows
+            self._training = _Work(self._epochs * rows, before, before)
+
+    def batch_finished(self, rows: int) -> None:
+        work = self._writing[1] if self._writing else self._training
+        assert work is not None
+        work.done += rows
+
+    def memory_reduced(self, number: int, memory: StepMemory) -> None:
+        self._print(
+            f"{self._title}: out of memory, goes on in mode {memory.mode} with micro-batches of "
+            f"{memory.micro_batch}"
+        )
+
+    def epoch_finished(self, report: EpochReport) -> None:
+        self._reports.append(report)
+        self._rows[self._running[-1] - 1].error = _error(report)
+
+    def writing_started(self, number: int, split: str, rows: int) -> None:
+        self._writing = (f"writing stage {number}'s {split} store", _Work(rows))
+
+    def stage_finished(self, record: StageRecord) -> None:
+        self._writing = None
+        self._fill(record)
+        self._spent += record.seconds
+        self._running = range(max(self._running.start, record.stage + 1), self._running.stop)
+        self._training = self._training if self._running else None
+
+    def stage_skipped(self, record: StageRecord) -> None:
+        self.skipped = True
+        self._fill(record)
+
+    def _fill(self, record: StageRecord) -> None:
+        self._rows[record.stage - 1] = _Row(
+            record.name,
+            "done",
+            record.metrics.test_error_percent,
+            record.resolved.get("planned_peak_bytes"),
+            record.store.bytes if record.store else None,
+            record.seconds,
+        )
+
+    # What is shown
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self._table(console.height)
+        if self._training is not None or self._writing is not None:
+            yield self._now(options.max_width)
+
+    def _table(self, height: int) -> Table:
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for name in ("stage", "name", "state"):
+            table.add_column(name, no_wrap=True)
+        for name in ("test err", "memory", "disk", "time"):
+            table.add_column(name, justify="right", no_wrap=True, min_width=9)
+        shown = self._shown(max(3, height - OTHER_LINES))
+        for number in shown:
+            row = self._rows[number - 1]
+            table.add_row(
+                str(number),
+                row.name,
+                row.state,
+                percent(row.error),
+                size(row.memory),
+                size(row.disk),
+                _clock(row.seconds),
+                style="bold" if row.state == "running" else None,
+            )
+        return table
+
+    def _shown(self, most: int) -> range:
+        """The stages around the running one that there is room for."""
+        count = len(self._rows)
+        first = (self._running.start if self._running else count) - most // 2
+        first = max(1, min(first, count - most + 1))
+        return range(first, min(first + most, count + 1))
+
+    def _now(self, width: int) -> Table:
+        work, what = self._training, f"epoch {self._epoch}/{self._epochs}"
+        if self._writing is not None:
+            what, work = self._writing
+        assert work is not None
+        rate = f", {work.rate:,.0f} images/s" if work.rate else ""
+        lines = Table.grid()
+        lines.add_row(f"{self._title}: {what}{rate}, {_clock(work.left)} left")
+        lines.add_row(ProgressBar(total=work.total, completed=work.done, width=width))
+        for line in (*self._measures(), self._limits()):
+            lines.add_row(line)
+        return lines
+
+    def _measures(self) -> list[str]:
+        if not self._reports:
+            return []
+        last = self._reports[-1]
+        errors = [e for each in self._reports if (e := _error(each)) is not None]
+        lines = [f"loss {last.loss:<9.4g} {sparkline([each.loss for each in self._reports])}"]
+        if errors:
+            train = percent(last.train_error_percent)
+            lines.append(f"error {errors[-1]:.2f} % {sparkline(errors)}  (train {train})")
+        return lines
+
+    def _limits(self) -> str:
+        """Memory and disk against their budgets, and what is left of the run."""
+        parts = []
+        outline = self._outline
+        if outline and (memory := self._resolved.get("planned_peak_bytes")):
+            parts.append(f"memory {size(memory)} of {size(outline.memory_budget)}")
+        if self._plan is not None:
+            used = sum(row.disk or 0 for row in self._rows) + (outline.images if outline else 0)
+            parts.append(f"disk {format_size(used)} of {format_size(self._plan.budget)}")
+        parts.append(f"run {_clock(self._run_left())} left")
+        return ", ".join(parts)
+
+    def _run_left(self) -> float | None:
+        """Seconds: the running stage at its rate, the waiting ones at the same operations a
+        second."""
+        if self._outline is None or self._training is None or self._training.rate is None:
+            return None
+        work = self._outline.operations
+        now = sum(work.get(number, 0) for number in self._running) / self._training.total
+        waiting = sum(
+            operations
+            for number, operations in work.items()
+            if number not in self._running and self._rows[number - 1].state == "waiting"
+        )
+        left = self._training.left or 0.0
+        return left + waiting / (now * self._training.rate) if now else None
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """The last of some numbers as a line of bars, the lowest and the highest at its bounds."""
+    recent = values[-SPARKS:]
+    low, high = min(recent), max(recent)
+    steps = (len(TICKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(TICKS[round((value - low) * steps)] for value in recent)
+
+
+def _error(report: EpochReport) -> float | None:
+    """Of the test split where somebody looked, else of the training rows."""
+    tested = report.test_error_percent
+    return report.train_error_percent if tested is None else tested
+
+
+def _clock(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
