@@ -71,7 +71,7 @@ def test_prints_a_line_for_each_epoch_store_and_stage_and_the_final_test_error(f
         "stage 1/2 linear16: writing stage 1's train store, 5,000 rows",
         "stage 1/2 linear16: writing stage 1's test store, 1,000 rows",
         "stage 2/2 output: train error ",
-        "stage  name      train error  test error ",
+        "stage  name      train err  test err ",
     ):
         assert f"\n{line}" in output
     shown = output.splitlines()[-1]
