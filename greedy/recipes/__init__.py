@@ -5,8 +5,10 @@ from greedy.recipes.loader import (
     describe,
     from_document,
     load,
+    loss_label,
     names,
     network_label,
+    of_table,
     to_toml,
 )
 from greedy.recipes.schema import (
@@ -35,7 +37,9 @@ __all__ = [
     "names",
     "describe",
     "departures",
+    "of_table",
     "network_label",
+    "loss_label",
     "result_fields",
     "differences",
 ]
