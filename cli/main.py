@@ -8,6 +8,7 @@ from greedy.cli.data import data
 from greedy.cli.failures import Group
 from greedy.cli.plan import plan
 from greedy.cli.recipes import recipes
+from greedy.cli.reproduce import reproduce
 from greedy.cli.results import evaluate, export, status
 from greedy.cli.train import train, train_stage
 
@@ -24,7 +25,18 @@ def cli() -> None:
     """Train deep classifiers one layer at a time, from disk."""
 
 
-for command in (train, train_stage, plan, status, evaluate, export, recipes, data, cache):
+for command in (
+    train,
+    train_stage,
+    plan,
+    status,
+    evaluate,
+    export,
+    recipes,
+    reproduce,
+    data,
+    cache,
+):
     cli.add_command(command)
 
 

@@ -9,6 +9,7 @@ from greedy.recipes.loader import (
     names,
     network_label,
     of_table,
+    summary,
     to_toml,
 )
 from greedy.recipes.schema import (
@@ -36,6 +37,7 @@ __all__ = [
     "to_toml",
     "names",
     "describe",
+    "summary",
     "departures",
     "of_table",
     "network_label",

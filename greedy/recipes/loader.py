@@ -86,19 +86,21 @@ def of_table(number: int) -> list[str]:
 
 
 def describe() -> list[dict[str, Any]]:
-    """One row for each shipped recipe: name, table, dataset, network, loss and
-    paper_test_error_percent; table and error are None where nothing was published."""
-    return [
-        {
-            "name": recipe.name,
-            "table": recipe.paper and recipe.paper.table,
-            "dataset": recipe.data.name,
-            "network": network_label(recipe.model),
-            "loss": loss_label(recipe),
-            "paper_test_error_percent": recipe.paper and recipe.paper.test_error_percent,
-        }
-        for recipe in _recipes()
-    ]
+    """The summary of each shipped recipe."""
+    return [summary(recipe) for recipe in _recipes()]
+
+
+def summary(recipe: Recipe) -> dict[str, Any]:
+    """A recipe in a row: name, table, dataset, network, loss and paper_test_error_percent; table
+    and error are None where nothing was published."""
+    return {
+        "name": recipe.name,
+        "table": recipe.paper and recipe.paper.table,
+        "dataset": recipe.data.name,
+        "network": network_label(recipe.model),
+        "loss": loss_label(recipe),
+        "paper_test_error_percent": recipe.paper and recipe.paper.test_error_percent,
+    }
 
 
 def departures(recipe: Recipe) -> list[str]:
