@@ -58,9 +58,7 @@ class Group(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except (Exception, KeyboardInterrupt) as error:
-            if ctx.meta.get(DEBUG):
-                traceback.print_exc()
-            raise _failure(error) from error
+            raise failure_of(error) from error
 
     def main(self, *args: Any, **extra: Any) -> Any:
         try:
@@ -85,7 +83,10 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _failure(error: BaseException) -> Failure:
+def failure_of(error: BaseException) -> Failure:
+    """An error that was caught, with its traceback printed where --debug asks for it."""
+    if click.get_current_context().meta.get(DEBUG):
+        traceback.print_exc()
     sentence = " ".join(str(error).split())
     match error:
         case Interrupted():

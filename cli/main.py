@@ -10,6 +10,7 @@ from greedy.cli.finetune import finetune
 from greedy.cli.plan import plan
 from greedy.cli.plot import plot
 from greedy.cli.recipes import recipes
+from greedy.cli.reproduce import reproduce
 from greedy.cli.results import evaluate, export, status
 from greedy.cli.train import train, train_stage
 
@@ -35,6 +36,7 @@ COMMANDS = (
     evaluate,
     export,
     plot,
+    reproduce,
     recipes,
     data,
     cache,

@@ -6,7 +6,6 @@ from greedy import recipes as shipped
 from greedy.cli import options
 from greedy.cli.failures import Group
 from greedy.cli.tables import percent, print_json, print_table
-from greedy.errors import UserError
 
 
 @click.group(cls=Group, epilog="Example: greedy recipes list --table 2")
@@ -20,12 +19,8 @@ def recipes() -> None:
 @options.debug
 def list_recipes(number: int | None, as_json: bool) -> None:
     """List the recipes with the paper's test errors."""
-    every = shipped.describe()
-    tables = sorted({row["table"] for row in every if row["table"]})
-    if number is not None and number not in tables:
-        known = ", ".join(map(str, tables))
-        raise UserError(f"there are no recipes of a table {number}: choose from {known}")
-    rows = [row for row in every if number in (None, row["table"])]
+    wanted = shipped.names() if number is None else shipped.of_table(number)
+    rows = [row for row in shipped.describe() if row["name"] in wanted]
     if as_json:
         print_json(rows)
         return

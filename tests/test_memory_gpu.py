@@ -30,7 +30,7 @@ def test_what_is_reserved_is_what_was_planned(precision: str, share: float) -> N
 
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    initialise(stage, seed=0, is_output=False)
+    initialise(stage, seed=0, zero=False)
     learner = Learner(
         stage.cuda(), loss.heads(shape.hidden, 10).cuda(), loss, 10, precision, memory=memory
     )

@@ -33,6 +33,7 @@ MEAN_STD = {
     "svhn": ([0.431, 0.430, 0.446], [0.197, 0.198, 0.199]),
     "stl10": ([0.447, 0.440, 0.407], [0.260, 0.257, 0.271]),
 }
+STRATEGIES = {"glob": "backprop", "glob+sim": "glob+sim"}
 PUBLISHED = {
     400: [200, 300, 350, 375],
     200: [100, 150, 175, 188],
@@ -43,16 +44,17 @@ Row = dict[str, str]
 Write = Callable[[str, str], Path]
 
 
-def local_rows() -> list[Row]:
+def published() -> list[Row]:
     path = Path(__file__).parent / "data" / "experiments.csv"
     with path.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if row["loss"] in ("pred", "sim", "predsim")]
+        return list(csv.DictReader(file))
 
 
 def recipe_name(row: Row) -> str:
     factor = "" if row["feature_multiplier"] == "1" else f"-{row['feature_multiplier']}x"
     cutout = "" if row["cutout_length"] == "0" else "-cutout"
-    return f"{DATASETS[row['dataset']]}/{row['model']}{factor}-{row['loss']}{cutout}"
+    loss = row["loss"].replace("+", "-")
+    return f"{DATASETS[row['dataset']]}/{row['model']}{factor}-{loss}{cutout}"
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ def message(name_or_path: str | Path, *overrides: str) -> str:
 # The shipped recipes
 
 
-@pytest.mark.parametrize("row", local_rows(), ids=recipe_name)
+@pytest.mark.parametrize("row", published(), ids=recipe_name)
 def test_each_published_figure_has_its_recipe(row: Row) -> None:
     recipe = recipes.load(recipe_name(row))
     mean, std = MEAN_STD[DATASETS[row["dataset"]]]
@@ -99,15 +101,16 @@ def test_each_published_figure_has_its_recipe(row: Row) -> None:
         "initial_weights": None,
         "stage_layers": 1,
     }
+    assert recipes.loss_label(recipe) == row["loss"]
     assert recipe.loss.model_dump() == {
-        "name": row["loss"],
+        "name": row["loss"].removeprefix("glob+"),
         "beta": float(row["beta"] or 0.99),
         "pred_pool_target": int(row["pred_pool_target"] or 2048),
         "pred_hidden_layers": 0,
         "target_projection": 128,
     }
     assert recipe.training.model_dump() == {
-        "strategy": "greedy",
+        "strategy": STRATEGIES.get(row["loss"], "greedy"),
         "accumulate": 1,
         "epochs": int(row["epochs"]),
         "batch_size": 128,
@@ -125,7 +128,16 @@ def test_each_published_figure_has_its_recipe(row: Row) -> None:
 
 
 def test_names_are_the_published_figures_and_the_demo() -> None:
-    assert recipes.names() == sorted([*map(recipe_name, local_rows()), "demo"])
+    assert len(published()) == 93
+    assert recipes.names() == sorted([*map(recipe_name, published()), "demo"])
+
+
+def test_every_table_has_its_recipes() -> None:
+    for number in range(1, 10):
+        rows = [row for row in published() if row["table"] == str(number)]
+        assert recipes.of_table(number) == sorted(map(recipe_name, rows))
+    with pytest.raises(UserError, match="no recipes of a table 10: choose from 1, 2, 3"):
+        recipes.of_table(10)
 
 
 def test_description_is_plain_data() -> None:
@@ -140,6 +152,7 @@ def test_description_is_plain_data() -> None:
         "loss": "predsim",
         "paper_test_error_percent": 3.6,
     }
+    assert by_name["cifar100/vgg11b-glob-sim"]["loss"] == "glob+sim"
     assert by_name["demo"]["network"] == "vgg8b-0.25x"
     assert by_name["demo"]["table"] is None
     assert by_name["demo"]["paper_test_error_percent"] is None
@@ -231,6 +244,31 @@ def test_milestones_follow_epochs_through_each_layer(write: Write) -> None:
     assert recipes.load(path).training.milestones == [[10], [10]]
     assert recipes.load(path, ["training.epochs=40"]).training.milestones == [[20], [20]]
     assert "training.milestones must have one list" in message(path, "training.epochs=[1, 2, 3]")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "scale", "epochs", "drops"),
+    [
+        ([], 1, 400, [200, 300, 350, 375]),
+        ([], 0.1, 40, [20, 30, 35, 38]),
+        ([], 0.001, 1, []),
+        ([], 2, 800, [400, 600, 700, 750]),
+        (["training.epochs=10"], 0.25, 3, [2]),
+        (["training.epochs=10", "training.milestones=[4, 8]"], 0.5, 5, [2, 4]),
+        (["training.epochs=[10, 4]"], 0.5, [5, 2], [[3, 4], [1]]),
+    ],
+)
+def test_scaled_epochs_are_changed_epochs(
+    overrides: list[str], scale: float, epochs: milestones.Epochs, drops: milestones.Milestones
+) -> None:
+    recipe = recipes.load("cifar10/vgg8b-predsim", overrides, epochs_scale=scale)
+    assert (recipe.training.epochs, recipe.training.milestones) == (epochs, drops)
+
+
+@pytest.mark.parametrize("scale", [0, -0.1, float("nan"), float("inf")])
+def test_epochs_are_scaled_by_a_positive_number(scale: float) -> None:
+    with pytest.raises(UserError, match=f"epochs cannot be multiplied by {scale:g}"):
+        recipes.load("demo", epochs_scale=scale)
 
 
 def test_a_resolved_recipe_keeps_its_milestones(tmp_path: Path) -> None:
@@ -522,3 +560,24 @@ def test_differences_are_those_of_the_result() -> None:
         ("training.milestones", [3, 4], [4, 6, 7]),
         ("store.views", 2, 1),
     ]
+
+
+# The paper's figure beside another
+
+
+def test_departures_from_the_figures_own_recipe() -> None:
+    """Two figures of table 6 occur twice: the recipe's name says which one is meant."""
+    for name, factor in (("cifar100/vgg11b-2x-sim", 3), ("cifar100/vgg11b-3x-sim", 2)):
+        other = recipes.load(name, [f"model.feature_multiplier={factor}"])
+        assert recipes.departures(other) == ["model.feature_multiplier"]
+
+
+def test_departures_of_a_file_are_from_the_nearest_with_its_figure(write: Write) -> None:
+    path = write("own.toml", 'extends = "cifar100/vgg11b-3x-sim"\n[training]\nbatch_size = 64\n')
+    assert recipes.departures(recipes.load(path)) == ["training.batch_size"]
+
+
+def test_training_jointly_is_how_local_losses_were_published() -> None:
+    joint = ["training.strategy=joint"]
+    assert recipes.departures(recipes.load("mnist/mlp-pred", joint)) == []
+    assert recipes.departures(recipes.load("mnist/mlp-glob", joint)) == ["training.strategy"]

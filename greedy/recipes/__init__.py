@@ -5,8 +5,11 @@ from greedy.recipes.loader import (
     describe,
     from_document,
     load,
+    loss_label,
     names,
     network_label,
+    of_table,
+    summary,
     to_toml,
 )
 from greedy.recipes.schema import (
@@ -34,8 +37,11 @@ __all__ = [
     "to_toml",
     "names",
     "describe",
+    "summary",
     "departures",
+    "of_table",
     "network_label",
+    "loss_label",
     "result_fields",
     "differences",
 ]

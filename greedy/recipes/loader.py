@@ -1,5 +1,6 @@
 """Recipes from TOML files: inheritance, overrides, and back to TOML."""
 
+import math
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
@@ -16,6 +17,7 @@ from greedy.recipes.schema import Model, Recipe, differences
 
 SHIPPED: Final = Path(__file__).parent
 REQUIRED: Final = ("data", "model", "loss", "training")
+JOINT: Final = ("training.strategy", "greedy", "joint")
 
 
 class _Layer(NamedTuple):
@@ -29,11 +31,15 @@ class _Layer(NamedTuple):
 
 
 def load(
-    name_or_path: str | Path, overrides: Sequence[str] = (), *, inherits: bool = True
+    name_or_path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    inherits: bool = True,
+    epochs_scale: float = 1,
 ) -> Recipe:
     """The recipe of that name, or in that file if the argument ends in .toml or is a file, with
-    overrides such as ``training.epochs=10`` on top. One that may not inherit is of that file
-    alone. Raises UserError for any mistake in it."""
+    overrides such as ``training.epochs=10`` on top, and epochs, at least 1, multiplied last. One
+    that may not inherit is of that file alone. Raises UserError for any mistake in it."""
     path, name = Path(name_or_path), str(name_or_path)
     if path.suffix == ".toml" or path.is_file():
         name = path.stem
@@ -45,6 +51,8 @@ def load(
     layers = _layers(layer, path)
     if overrides:
         layers.append(_Layer("", _override_document(overrides)))
+    if epochs_scale != 1:
+        layers.append(_scaled(_resolved(layers, name), epochs_scale))
     return _resolved(layers, name)
 
 
@@ -74,38 +82,41 @@ def names() -> list[str]:
     )
 
 
+def of_table(number: int) -> list[str]:
+    """The recipes of the paper's table of that number. Raises UserError if there are none."""
+    tables = {recipe.name: recipe.paper.table for recipe in _recipes() if recipe.paper}
+    if number not in tables.values():
+        known = ", ".join(map(str, sorted(set(tables.values()))))
+        raise UserError(f"there are no recipes of a table {number}: choose from {known}")
+    return [name for name, table in tables.items() if table == number]
+
+
 def describe() -> list[dict[str, Any]]:
-    """One row for each shipped recipe: name, table, dataset, network, loss and
-    paper_test_error_percent; table and error are None where nothing was published."""
-    recipes = [load(name) for name in names()]
-    return [
-        {
-            "name": recipe.name,
-            "table": recipe.paper and recipe.paper.table,
-            "dataset": recipe.data.name,
-            "network": network_label(recipe.model),
-            "loss": recipe.loss.name,
-            "paper_test_error_percent": recipe.paper and recipe.paper.test_error_percent,
-        }
-        for recipe in recipes
-    ]
+    """The summary of each shipped recipe."""
+    return [summary(recipe) for recipe in _recipes()]
+
+
+def summary(recipe: Recipe) -> dict[str, Any]:
+    """A recipe in a row: name, table, dataset, network, loss and paper_test_error_percent; table
+    and error are None where nothing was published."""
+    return {
+        "name": recipe.name,
+        "table": recipe.paper and recipe.paper.table,
+        "dataset": recipe.data.name,
+        "network": network_label(recipe.model),
+        "loss": loss_label(recipe),
+        "paper_test_error_percent": recipe.paper and recipe.paper.test_error_percent,
+    }
 
 
 def departures(recipe: Recipe) -> list[str]:
     """The fields in which a recipe with a published figure differs from the shipped recipe that
-    the figure belongs to. Seed and store do not count: the paper has neither. Nor does joint
-    training of local losses: that is how the figures were made."""
-    shipped = [load(name) for name in names()]
-    found = [
-        [
-            key
-            for key, there, here in differences(each, recipe)
-            if not key.startswith(("seed", "store."))
-            and (key, there, here) != ("training.strategy", "greedy", "joint")
-        ]
-        for each in shipped
-        if each.paper == recipe.paper
-    ]
+    the figure belongs to: the one of its name, or else, of those with this figure, the nearest.
+    Seed and store do not count: the paper has neither. Nor does training jointly: the paper's
+    local losses were."""
+    same_figure = [each for each in _recipes() if each.paper == recipe.paper]
+    found = [_departures(each, recipe) for each in same_figure if each.name == recipe.name]
+    found = found or [_departures(each, recipe) for each in same_figure]
     return min(found, key=len, default=["paper"])
 
 
@@ -113,6 +124,25 @@ def network_label(model: Model) -> str:
     """The network as the paper writes it, for instance ``vgg11b-3x``."""
     factor = model.feature_multiplier
     return model.network if factor == 1 else f"{model.network}-{factor:g}x"
+
+
+def loss_label(recipe: Recipe) -> str:
+    """The loss as the paper writes it: ``glob+sim`` is every layer's ``sim`` beside ``glob``."""
+    strategy = recipe.training.strategy
+    return strategy if strategy == "glob+sim" else recipe.loss.name
+
+
+def _departures(published: Recipe, recipe: Recipe) -> list[str]:
+    return [
+        key
+        for key, old, new in differences(published, recipe)
+        if not key.startswith(("seed", "store.")) and (key, old, new) != JOINT
+    ]
+
+
+@cache
+def _recipes() -> list[Recipe]:
+    return [load(name) for name in names()]
 
 
 @cache
@@ -206,6 +236,19 @@ def _check_alone(layer: _Layer) -> None:
         mistakes = [e for e in error.errors() if e["type"] not in ("missing", "value_error")]
         if mistakes:
             raise layer.error(explain.sentence(mistakes, layer.document)) from None
+
+
+def _scaled(recipe: Recipe, scale: float) -> _Layer:
+    """The layer that changes the epochs of a recipe so far, alone: milestones move along."""
+    if not 0 < scale < math.inf:
+        raise UserError(f"epochs cannot be multiplied by {scale:g}: give a number above 0")
+    epochs = recipe.training.epochs
+
+    def scaled(number: int) -> int:
+        return max(1, math.floor(number * scale + 0.5))
+
+    new = list(map(scaled, epochs)) if isinstance(epochs, list) else scaled(epochs)
+    return _Layer("", {"training": {"epochs": new}})
 
 
 def _with_milestones(layer: _Layer, below: Mapping[str, Any]) -> dict[str, Any]:

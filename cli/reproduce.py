@@ -1,0 +1,193 @@
+"""``greedy reproduce``: the paper's tables with our own figures beside the published ones."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from greedy.cli import options
+from greedy.cli.failures import failure_of, terminable
+from greedy.cli.tables import percent, print_json, print_table
+
+if TYPE_CHECKING:
+    from greedy.reproduction import Row
+
+Failures = dict[Path, str]  # why a run is not finished, by its directory
+
+
+@click.command(epilog="Example: greedy reproduce 5 --epochs-scale 0.1 --seeds 3")
+@click.argument("wanted", metavar="TABLE|RECIPE...", nargs=-1, required=True)
+@click.option(
+    "--epochs-scale",
+    metavar="X",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Multiply the epochs of all rows, and their milestones.",
+)
+@click.option(
+    "--seeds",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Train every row with N seeds, from --seed on.",
+)
+@click.option(
+    "--to",
+    metavar="DIR",
+    type=options.PATH,
+    default=Path("runs/reproduce"),
+    show_default=True,
+    help="Where the runs are.",
+)
+@options.settings
+@options.data_dir
+@options.download
+@options.device
+@options.as_json
+@options.debug
+def reproduce(
+    wanted: tuple[str, ...],
+    epochs_scale: float,
+    seeds: int,
+    to: Path,
+    settings: tuple[str, ...],
+    data_dir: Path | None,
+    download: bool,
+    device: str,
+    as_json: bool,
+    **shorthands: str | None,
+) -> None:
+    """Train the paper's experiments and compare the test errors.
+
+    TABLE is the number of one of the paper's tables; RECIPE a name, a TOML file, or a pattern such
+    as 'fashion-mnist/mlp-*'. Settings are for all rows; a training.strategy is for those with a
+    local loss, as glob and glob+sim are strategies themselves.
+
+    The same command skips what is finished and goes on with what is not. Once a run's figure is
+    kept, its activation stores are deleted; images, weights and records stay.
+    """
+    from greedy.devices import pick_device  # noqa: PLC0415
+    from greedy.reproduction import rows  # noqa: PLC0415
+
+    overrides = options.overrides(settings, shorthands)
+    table = rows(wanted, overrides, epochs_scale=epochs_scale, seeds=seeds, to=to)
+    where = {"data_dir": data_dir, "download": download, "device": pick_device(device).type}
+    where["allow_function"] = options.names_data(overrides)
+    failures: Failures = {}
+    try:
+        with terminable(), redirect_stdout(sys.stderr) if as_json else nullcontext():
+            _finish(table, failures, where)
+    finally:
+        if as_json:
+            print_json({"rows": [_document(row, failures) for row in table]})
+        else:
+            _print(table, failures)
+    if failures:
+        raise SystemExit(1)
+
+
+def _finish(table: Sequence["Row"], failures: Failures, where: dict[str, Any]) -> None:
+    """All runs, one after the other; a failure ends its own alone."""
+    from rich.console import Console  # noqa: PLC0415
+
+    from greedy.cli.dashboard import reporter  # noqa: PLC0415
+
+    for number, row in enumerate(table, start=1):
+        for run in row.runs:
+            title = f"row {number}/{len(table)}, {row.name}, seed {run.recipe.seed}"
+            if run.figure is None:
+                click.echo(f"{title}: {run.path}")
+            try:
+                run.finish(**where, reporter=lambda stages: reporter(Console(), stages))
+            except Exception as error:
+                failures[run.path] = failure_of(error).message
+                click.echo(f"{title}: {failures[run.path]}")
+
+
+def _print(table: Sequence["Row"], failures: Failures) -> None:
+    click.echo("test errors in percent; ours: mean over seeds, range: largest less smallest")
+    print_table(
+        ("recipe", "network", "loss", "paper", "ours", "range", "seeds"), map(_line, table), left=3
+    )
+    for note in (*_departures(table), *_unfinished(table, failures)):
+        click.echo(note)
+
+
+def _line(row: "Row") -> tuple[str, ...]:
+    from greedy.recipes import summary  # noqa: PLC0415
+
+    about, figures = summary(row.recipe), row.figures
+    spread = max(figures) - min(figures) if len(figures) > 1 else None
+    return (
+        row.name,
+        about["network"],
+        about["loss"],
+        *map(_figure, (about["paper_test_error_percent"], row.mean, spread)),
+        f"{len(figures)}/{len(row.runs)}",
+    )
+
+
+def _figure(value: float | None) -> str:
+    return percent(value).removesuffix(" %")
+
+
+def _departures(table: Sequence["Row"]) -> Iterable[str]:
+    """What was not as published, a line for all rows that share it."""
+    groups: dict[str, list[str]] = {}
+    for row in table:
+        if changed := _changed(row):
+            groups.setdefault(", ".join(changed), []).append(row.name)
+    for fields, names in groups.items():
+        who = "all rows" if len(names) == len(table) else ", ".join(names)
+        yield f"{who}: not as published in {fields}"
+    if any(row.recipe.paper and row.recipe.training.strategy == "greedy" for row in table):
+        yield "the paper trained local losses jointly, as --strategy joint does"
+
+
+def _changed(row: "Row") -> list[str]:
+    from greedy.recipes import departures  # noqa: PLC0415
+
+    return departures(row.recipe) if row.recipe.paper else []
+
+
+def _unfinished(table: Iterable["Row"], failures: Failures) -> Iterable[str]:
+    """A line for each failure, and one for all rows that something is left to do for."""
+    waiting = []
+    for row in table:
+        seeds: dict[str | None, list[int]] = {}
+        for run in row.runs:
+            if run.figure is None:
+                seeds.setdefault(failures.get(run.path), []).append(run.recipe.seed)
+        if seeds.pop(None, []):
+            waiting.append(row.name)
+        for sentence, numbers in seeds.items():
+            yield f"unfinished: {row.name}, seed {', '.join(map(str, numbers))}: {sentence}"
+    if waiting:
+        yield f"unfinished: {', '.join(waiting)}"
+
+
+def _document(row: "Row", failures: Failures) -> dict[str, Any]:
+    from greedy.recipes import summary  # noqa: PLC0415
+
+    return {
+        **summary(row.recipe),
+        "name": row.name,
+        "strategy": row.recipe.training.strategy,
+        "test_error_percent": row.mean,
+        "departures": _changed(row),
+        "finished": row.finished,
+        "runs": [
+            {
+                "seed": run.recipe.seed,
+                "run": str(run.path),
+                "test_error_percent": run.figure,
+                "failure": failures.get(run.path),
+            }
+            for run in row.runs
+        ],
+    }
