@@ -21,6 +21,7 @@ SHORTHANDS = {
     "keep": "store.keep",
     "ram_budget": "store.ram_budget",
     "memory_budget": "memory.budget",
+    "micro_batch": "memory.micro_batch",
     "optimizer_state": "memory.optimizer_state",
     "precision": "training.precision",
     "patience": "training.patience",
@@ -99,6 +100,7 @@ def settings(command: F) -> F:
         click.option(
             "--optimizer-state", metavar="PLACE", help="Shorthand of --set memory.optimizer_state."
         ),
+        click.option("--micro-batch", metavar="N", help="Shorthand of --set memory.micro_batch=N."),
         click.option("--memory-budget", metavar="SIZE", help="Shorthand of --set memory.budget."),
         click.option("--keep", metavar="NAME", help="Shorthand of --set store.keep."),
         click.option("--disk-budget", metavar="SIZE", help="Shorthand of --set store.disk_budget."),

@@ -101,6 +101,8 @@ def _print(recipe: "Recipe", data: "DataFacts", machine: "Machine", found: "Fore
         f"on {machine.device} in {machine.precision}, batches of {recipe.training.batch_size}, "
         f"a budget of {budget}"
     )
+    if machine.device == "cuda":
+        click.echo("memory is what the allocator reserves; the driver's own context comes on top")
     print_table(
         ("stage", "name", "mode", "rows", "memory", "params", "store", "flop"),
         (

@@ -60,22 +60,36 @@ def status(run: Path, as_json: bool) -> None:
     show_default=True,
     help="The images to evaluate on, as they are.",
 )
+@click.option(
+    "--memory-budget",
+    metavar="SIZE",
+    help="Most memory on the device  [default: as the run was trained].",
+)
 @options.device
 @options.model
 @options.as_json
 @options.debug
-def evaluate(run: Path, split: str, device: str, model: str | None, as_json: bool) -> None:
+def evaluate(
+    run: Path,
+    split: str,
+    memory_budget: str | None,
+    device: str,
+    model: str | None,
+    as_json: bool,
+) -> None:
     """Evaluate the trained network on raw images, in float32."""
     from greedy.build import build_loss, load_network  # noqa: PLC0415
     from greedy.devices import pick_device  # noqa: PLC0415
     from greedy.evaluation import evaluate  # noqa: PLC0415
     from greedy.network import assemble  # noqa: PLC0415
     from greedy.runs import RunDirectory  # noqa: PLC0415
+    from greedy.sizes import parse_size  # noqa: PLC0415
 
     directory = RunDirectory.open(run)
     recipe = directory.recipe
     network = assemble(directory, build_loss(recipe.loss), load_network(recipe.model, model))
-    result = evaluate(directory, network, split, pick_device(device))
+    budget = parse_size(memory_budget) if memory_budget else None
+    result = evaluate(directory, network, split, pick_device(device), budget)
     if as_json:
         print_json(asdict(result))
         return

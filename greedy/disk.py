@@ -140,6 +140,11 @@ class Plan:
         """The views of a stage's store; ``live`` for the output layer."""
         return self.stages[number - 1].views if number <= len(self.stages) else "live"
 
+    def source(self, number: int) -> int:
+        """The stage whose store a stage trains from."""
+        earlier = self.stages[: number - 1]
+        return max((stage.number for stage in earlier if stage.views != "live"), default=0)
+
     def dropped_after(self, number: int) -> list[int]:
         """The stages whose stores go once stage ``number`` is finished."""
         return [stage.number for stage in self.stages if stage.dropped_after == number]

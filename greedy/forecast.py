@@ -6,8 +6,7 @@ fake tensors, those of the disk are the estimates that the run itself plans with
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -17,17 +16,15 @@ from greedy.data import DATASETS, load_dataset
 from greedy.devices import pick_device, pick_precision
 from greedy.disk import Plan
 from greedy.errors import UserError
-from greedy.losses import Glob, LocalLoss, Output
-from greedy.memory.baselines import baselines, choose_network
-from greedy.memory.choice import Choice, choose, fused_adam, memory_budget, stored_row_bytes
-from greedy.memory.peaks import StepDemand
-from greedy.models import Shape, Stage, StageShapes, cut
+from greedy.memory.baselines import baselines
+from greedy.memory.choice import Choice, memory_budget
+from greedy.memory.plan import MemoryPlan
+from greedy.models import Shape, cut
 from greedy.planning import plan_disk
 from greedy.recipes import Recipe
 from greedy.runs import SPLITS, RunDirectory
 from greedy.training.parts import parts_of
 from greedy.training.resolve import for_stage
-from greedy.training.strategies import losses_of
 
 
 @dataclass(frozen=True)
@@ -169,13 +166,19 @@ def forecast(
     shapes = checked_shapes(recipe, stages, data.shape, data.classes)
     disk = plan_disk(run, shapes, data.rows, data.stored_bytes)
     loss = build_loss(recipe.loss)
-    planned = _Planned(recipe, data, machine, stages, shapes, disk, loss)
-    numbers = range(1, len(stages) + 1)
-    if recipe.training.strategy == "greedy":
-        found = [planned.forecast(number) for number in numbers]
-    else:
-        choice = planned.network()
-        found = [planned.share(number, choice) for number in numbers]
+    memory = MemoryPlan(
+        recipe,
+        stages,
+        shapes,
+        loss,
+        data.classes,
+        machine.precision,
+        machine.memory_budget_bytes,
+        machine.device,
+    )
+    planned = _Planned(recipe, data, memory, disk)
+    at_once = None if recipe.training.strategy == "greedy" else memory.network()
+    found = [planned.forecast(number, at_once) for number in range(1, len(stages) + 1)]
     others = baselines(stages, shapes, loss, data.classes, recipe.training.batch_size)
     return Forecast(found, disk, others)
 
@@ -186,105 +189,33 @@ class _Planned:
 
     recipe: Recipe
     data: DataFacts
-    machine: Machine
-    stages: Sequence[Stage]
-    shapes: Sequence[StageShapes]
+    memory: MemoryPlan
     disk: Plan
-    loss: LocalLoss
-    counted: dict[Any, tuple[Choice, int]] = field(default_factory=dict)
 
-    def forecast(self, number: int) -> StageForecast:
-        stage, shape = self.stages[number - 1], self.shapes[number - 1]
-        is_output = number == len(self.stages)
-        loss = Output(self.loss.output_scale) if is_output else self.loss
-        source = self._source(number)
-        choice, flops = self._counted(stage, shape, loss, self._budget(source, number))
+    def forecast(self, number: int, at_once: Choice | None) -> StageForecast:
+        """Of a stage that trains alone, or of its share where all train at once by a choice that
+        is the network's."""
+        stage, shape = self.memory.stages[number - 1], self.memory.shapes[number - 1]
+        is_output = number == len(self.memory.stages)
+        source = number - 1 if at_once else self.disk.source(number)
+        choice = at_once or self.memory.stage(number, source)
         with torch.device("meta"):
-            heads = loss.heads(shape.hidden, self.data.classes)
+            heads = self.memory.loss_of(number).heads(shape.hidden, self.data.classes)
         rows = self._rows_trained() * for_stage(self.recipe.training.epochs, number)
-        replayed = sum(each.operations for each in self.shapes[source : number - 1])
+        replayed = sum(each.operations for each in self.memory.shapes[source : number - 1])
+        stored = at_once is None and not is_output
         return StageForecast(
             stage=number,
             name="output" if is_output else stage.name,
             mode=choice.mode,
             micro_batch=choice.micro_batch,
-            usual=parts_of(stage, heads) is not None,
+            usual=at_once is not None or parts_of(stage, heads) is not None,
             peak_memory_bytes=choice.peak_bytes,
             parameters=sum(p.numel() for p in (*stage.parameters(), *heads.parameters())),
-            store_bytes=0 if is_output else self.disk.stages[number - 1].bytes,
-            flops=flops * rows // self.recipe.training.batch_size,
+            store_bytes=self.disk.stages[number - 1].bytes if stored else 0,
+            flops=self.memory.flops(number) * rows // self.recipe.training.batch_size,
             replay_flops=2 * replayed * rows,
         )
-
-    def network(self) -> Choice:
-        """The choice for a step of all stages at once."""
-        machine = self.machine
-        return choose_network(
-            self.stages,
-            self.shapes,
-            self.loss,
-            self.data.classes,
-            self.recipe.training,
-            machine.precision,
-            machine.memory_budget_bytes,
-            machine.device,
-            fused_adam if machine.optimizer_state == "device" else None,
-        )
-
-    def share(self, number: int, choice: Choice) -> StageForecast:
-        """A stage's share of training all at once; the memory is that of the whole."""
-        stage, shape = self.stages[number - 1], self.shapes[number - 1]
-        training, count = self.recipe.training, len(self.stages)
-        loss = losses_of(training.strategy, self.loss, count)[number - 1]
-        with torch.device("meta"):
-            heads = loss.heads(shape.hidden, self.data.classes)
-        flops = 4 * training.batch_size * shape.operations
-        if not isinstance(loss, Glob):
-            _, flops = self._counted(stage, shape, loss, None)
-        if training.strategy != "joint" and number > 1:  # the gradient of the stage's input
-            flops += 2 * training.batch_size * shape.operations
-        rows = self._rows_trained() * for_stage(training.epochs, number)
-        return StageForecast(
-            stage=number,
-            name="output" if number == count else stage.name,
-            mode=choice.mode,
-            micro_batch=choice.micro_batch,
-            usual=True,
-            peak_memory_bytes=choice.peak_bytes,
-            parameters=sum(p.numel() for p in (*stage.parameters(), *heads.parameters())),
-            store_bytes=0,
-            flops=flops * rows // training.batch_size,
-            replay_flops=0,
-        )
-
-    def _source(self, number: int) -> int:
-        """The stage whose store a stage trains from."""
-        earlier = self.disk.stages[: number - 1]
-        return max((stage.number for stage in earlier if stage.views != "live"), default=0)
-
-    def _budget(self, source: int, number: int) -> int | None:
-        """What the frozen stages that are replayed leave of it."""
-        if self.machine.memory_budget_bytes is None:
-            return None
-        replayed = self.stages[source : number - 1]
-        weights = (p.numel() * p.element_size() for s in replayed for p in s.parameters())
-        return self.machine.memory_budget_bytes - sum(weights)
-
-    def _counted(
-        self, stage: Stage, shape: StageShapes, loss: LocalLoss, budget: int | None
-    ) -> tuple[Choice, int]:
-        """The choice for a stage and the operations of its plain step. Networks repeat
-        themselves, and of stages that are alike one is counted."""
-        row_bytes = stored_row_bytes(stage.number, shape, self.recipe)
-        sizes = tuple(p.shape for p in stage.parameters())
-        alike = (repr(stage), stage.flatten, stage.dropout, sizes, shape, loss, row_bytes, budget)
-        if alike not in self.counted:
-            batch_size, machine = self.recipe.training.batch_size, self.machine
-            what = (stage, shape, loss, self.data.classes, batch_size, machine.precision)
-            plain = StepDemand(*what, fused_adam, machine.device, row_bytes)
-            choice = choose(*what, row_bytes, budget, machine.optimizer_state, machine.device)
-            self.counted[alike] = choice, plain.flops()
-        return self.counted[alike]
 
     def _rows_trained(self) -> int:
         """Of the training rows those that take part in an epoch."""

@@ -10,6 +10,7 @@ from greedy.recipes.schema import SECTIONS
 
 ELSEWHERE = {
     "memory_budget": ("memory", "budget"),
+    "micro_batch": ("memory", "micro_batch"),
     "optimizer_state": ("memory", "optimizer_state"),
     "stage_layers": ("model", "stage_layers"),
 }

@@ -16,7 +16,8 @@ from greedy.disk import Plan, Views
 from greedy.errors import UserError
 from greedy.losses import LocalLoss, Output, PredSim
 from greedy.manifest import StageRecord
-from greedy.memory.choice import Choice, choose, fused_adam, memory_budget, stored_row_bytes
+from greedy.memory.choice import fused_adam, memory_budget
+from greedy.memory.plan import MemoryPlan
 from greedy.models import Stage, StageShapes, cut
 from greedy.network import assemble, stages_of
 from greedy.planning import former, plan_disk
@@ -103,7 +104,7 @@ class GreedyTrainer:
         self.loss = loss
         self.optimizer = optimizer
         self._model = model
-        self._choices: dict[tuple[int, int], Choice] = {}  # by stage, bytes of replayed weights
+        self._planned: MemoryPlan | None = None
 
     def fit(self, train_set: TorchDataset, test_set: TorchDataset) -> list[StageRecord]:
         """Trains every stage on map-style data sets of (image, label): PIL images, uint8
@@ -121,14 +122,17 @@ class GreedyTrainer:
         shape, classes = dataset.train.shape, len(dataset.class_names or "")
         network = self._model or build_network(self.recipe.model, shape, classes or 2)
         stages = cut(network, self.recipe.model.stage_layers)
-        checked_shapes(self.recipe, stages, shape, classes)
+        shapes = checked_shapes(self.recipe, stages, shape, classes)
         names = [stage.name for stage in stages[:-1]]
+        rows = {split: len(getattr(dataset, split)) for split in SPLITS}
+        needed = sum(rows.values()) * math.prod(shape) * dataset.train.dtype.itemsize
+        memory = self._memory_of(stages, shapes, shapes[-1].output[0])  # one logit a class
+        memory.require(range(1, len(stages) + 1), plan_disk(self.run, shapes, rows, needed))
+        self._planned = memory
         self.run.path.mkdir(parents=True, exist_ok=True)
         with self.run.writing():
             if self.run.state(0) == "complete":
                 return self.run.complete(0)
-            needed = sum(len(split) * math.prod(shape) for split in (dataset.train, dataset.test))
-            needed *= dataset.train.dtype.itemsize
             require_room(self.run.path, "stage 0", needed)
             with until_full(self.run.path, "stage 0", needed):
                 return write_stage0(self.run, dataset, [*names, "output"])
@@ -162,11 +166,9 @@ class GreedyTrainer:
         todo = [n for n in numbers if n >= first or self.run.record(n) is None]
         if not todo:
             return [self._skip(number) for number in numbers]
-        stages, shapes = self._stages(self.run.complete(0))
-        for number in todo:  # what cannot be trained is refused before anything is
-            self._memory(number, shapes[number - 1], stages[number - 1])
         plan = self._plan_disk(retrain_from)
-        self._announce(shapes, todo)
+        self._memory().require(todo, plan)  # what cannot be trained is refused before anything is
+        self._announce(todo)
         self.reporter.disk_planned(plan)
         records = []
         for number in numbers:
@@ -194,17 +196,18 @@ class GreedyTrainer:
             return [self._skip(number) for number in numbers]
         data = self.run.complete(0)
         stages, shapes = self._stages(data)
-        self._announce(shapes, numbers)
+        memory = self._memory().network()
+        self._announce(numbers)
         source = Sources(self.run, stages, data, self.device, self.reporter).for_training(1, 0)
-        what = (self.run, stages, shapes, self.loss, source, data)
+        what = (self.run, stages, shapes, self.loss, source, data, memory)
         return NetworkTraining(*what, self.device, self.reporter, self.optimizer).train()
 
-    def _announce(self, shapes: Sequence[StageShapes], numbers: Iterable[int]) -> None:
+    def _announce(self, numbers: Iterable[int]) -> None:
         data, epochs = self.run.complete(0), self.recipe.training.epochs
+        shapes, budget = self._memory().shapes, self._memory().budget
         each = {n: shapes[n - 1].operations * data.rows["train"] for n in numbers}
         operations = {n: operations * for_stage(epochs, n) for n, operations in each.items()}
-        assert data.store is not None
-        budget = memory_budget(self.recipe, self.device)
+        assert data.store is not None and budget is not None
         self.reporter.run_started(RunOutline(operations, data.store.bytes, budget))
 
     def _drop_stores(self, numbers: Iterable[int]) -> None:
@@ -283,7 +286,7 @@ class GreedyTrainer:
         is_output = number == len(stages)
         sources = Sources(self.run, stages, data, self.device, self.reporter)
         source = sources.for_training(number, wanted)
-        memory = self._memory(number, shape, stages[number - 1], source.replayed)
+        memory = self._memory().stage(number, source.number)
         resolved = resolve(self.recipe, source.stores["train"], views, memory, self.device)
         if (before := former(self.run, number)) and before.source == source.number:
             resolved = before.resolved | {"views": views}  # decided once: memory may be less now
@@ -315,28 +318,24 @@ class GreedyTrainer:
             optimizer=self.optimizer,
         )
 
-    def _memory(
-        self, number: int, shape: StageShapes, stage: Stage, replayed: Sequence[Stage] = ()
-    ) -> Choice:
-        """How a stage's step fits the memory budget that the weights of replayed stages leave.
-        Raises ``UserError`` where it does not."""
-        frozen = sum(p.numel() * p.element_size() for s in replayed for p in s.parameters())
-        if (number, frozen) not in self._choices:
-            self._choices[number, frozen] = self._choose(number, shape, stage, frozen)
-        return self._choices[number, frozen]
+    def _memory(self) -> MemoryPlan:
+        """How the steps of the run's stages fit the memory budget."""
+        if self._planned is None:
+            data = self.run.complete(0)
+            self._planned = self._memory_of(*self._stages(data), len(data.class_names))
+        return self._planned
 
-    def _choose(self, number: int, shape: StageShapes, stage: Stage, frozen: int) -> Choice:
-        is_output = number == len(self.run.complete(0).network)
-        return choose(
-            stage,
-            shape,
-            Output(self.loss.output_scale) if is_output else self.loss,
-            len(self.run.complete(0).class_names),
-            self.recipe.training.batch_size,
+    def _memory_of(
+        self, stages: Sequence[Stage], shapes: Sequence[StageShapes], num_classes: int
+    ) -> MemoryPlan:
+        return MemoryPlan(
+            self.recipe,
+            stages,
+            shapes,
+            self.loss,
+            num_classes,
             pick_precision(self.recipe.training.precision, self.device),
-            stored_row_bytes(number, shape, self.recipe),
-            memory_budget(self.recipe, self.device) - frozen,
-            self.recipe.memory.optimizer_state,
+            memory_budget(self.recipe, self.device),
             self.device.type,
             self.optimizer or fused_adam,
         )

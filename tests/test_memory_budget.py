@@ -9,11 +9,14 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from greedy import GreedyTrainer, Reporter, UserError
+from greedy import GreedyTrainer, Reporter, RunDirectory, UserError
+from greedy.evaluation import evaluate
 from greedy.losses import PredSim
 from greedy.memory.choice import choose
 from greedy.memory.counting import Counter
+from greedy.memory.forward import fit_forward
 from greedy.models import cut, shapes, vgg11b
+from greedy.network import assemble
 from greedy.training.modes import Mode, StepMemory
 
 CLASSES, SIDE = 4, 12
@@ -27,14 +30,17 @@ def data(rows: int) -> TensorDataset:
     return TensorDataset(images + (labels * 48).to(torch.uint8)[:, None, None, None], labels)
 
 
-def fit(run: Path, **settings) -> list:
+def network() -> nn.Sequential:
     torch.manual_seed(0)
     layers = [nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)]
     layers += [nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)]
-    network = nn.Sequential(*layers, nn.Flatten(), nn.Linear(144, CLASSES))
-    settings |= {"epochs": 1, "learning_rate": 0.01, "batch_size": 64, "views": 1}
-    settings |= {"device": "cpu", "precision": "float32"}
-    return GreedyTrainer(network, run_dir=run, **settings).fit(data(256), data(64))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(144, CLASSES))
+
+
+def fit(run: Path, **settings) -> list:
+    defaults = {"epochs": 1, "learning_rate": 0.01, "batch_size": 64, "views": 1}
+    defaults |= {"device": "cpu", "precision": "float32"}
+    return GreedyTrainer(network(), run_dir=run, **defaults | settings).fit(data(256), data(64))
 
 
 def test_a_budget_chooses_the_mode_and_not_the_result(tmp_path: Path) -> None:
@@ -54,7 +60,79 @@ def test_a_budget_chooses_the_mode_and_not_the_result(tmp_path: Path) -> None:
 def test_a_budget_that_nothing_meets_is_refused_before_anything_is_trained(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"stage 1 \(conv16\) takes at least .* KiB for weights"):
         fit(tmp_path / "run", memory_budget="150KiB")
-    assert not (tmp_path / "run/stage1").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_micro_batches_can_be_of_a_size_of_ones_own(tmp_path: Path) -> None:
+    first, *_ = fit(tmp_path / "four", memory_budget="2MiB", micro_batch=4)
+    assert first.resolved["micro_batch"] == 4
+    assert first.resolved["memory_mode"] != Mode.PLAIN
+    plain, *_ = fit(tmp_path / "plain", micro_batch=4)
+    assert plain.resolved["memory_mode"] == Mode.PLAIN
+    least = "at least .* in mode .* and micro-batches of 32.* or lower memory.micro_batch or"
+    with pytest.raises(UserError, match=least):
+        fit(tmp_path / "none", memory_budget="900KiB", micro_batch=32)
+
+
+class Peaks(Reporter):
+    """The most bytes that were counted in an epoch of each stage."""
+
+    def __init__(self, counter: Counter) -> None:
+        self.counter, self.stage, self.found = counter, 0, {}
+
+    def stage_started(self, number: int, *rest: object) -> None:
+        self.stage = number
+
+    def epoch_started(self, epoch: int, rows: int) -> None:
+        self.counter.reset_peak()
+
+    def epoch_finished(self, report: object) -> None:
+        self.found[self.stage] = self.counter.peak
+
+
+def test_replayed_stages_are_within_the_budget_too(tmp_path: Path) -> None:
+    """Their weights, and what is computed on the way to the stage that trains."""
+    with Counter() as counter:
+        peaks = Peaks(counter)
+        records = fit(tmp_path / "run", views="live", memory_budget="1200KiB", reporter=peaks)
+    planned = [record.resolved["planned_peak_bytes"] for record in records]
+    assert records[1].source == 0 and records[1].resolved["memory_mode"] != Mode.PLAIN
+    for peak, plan in zip(peaks.found.values(), planned, strict=True):
+        images = 2 * 64 * SIDE**2 * 4  # of a batch while they are normalised
+        assert plan <= 1200 * 1024
+        assert peak <= plan + images + 16 * 1024  # and the loop's own small tensors
+
+
+def test_evaluation_keeps_within_the_budget_and_finds_the_same(tmp_path: Path) -> None:
+    fit(tmp_path / "run")
+    run = RunDirectory.open(tmp_path / "run")
+    found, peaks = [], []
+    for budget in (2**30, 400 * 1024):
+        net = assemble(run, PredSim(), network())
+        found.append(evaluate(run, net, "test", torch.device("cpu"), budget))
+        forward = fit_forward(net, (1, SIDE, SIDE), budget, "cpu")
+        with Counter() as counter, torch.no_grad():
+            counter.add(net.state_dict().values())
+            forward(net, torch.zeros(forward.rows, 1, SIDE, SIDE))
+        peaks.append(counter.peak)
+    free, tight = found
+    assert tight.error_percent == free.error_percent
+    assert tight.loss == pytest.approx(free.loss, abs=1e-6)
+    assert peaks[1] < 400 * 1024 < peaks[0]
+    with pytest.raises(UserError, match="forward pass takes at least .* is 1.0 KiB: raise"):
+        evaluate(run, net, "test", torch.device("cpu"), 1024)
+
+
+def test_weights_that_do_not_fit_together_come_one_module_at_a_time() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), *(nn.Linear(256, 256) for _ in range(20))).eval()
+    weights = sum(p.numel() * p.element_size() for p in net.parameters())
+    budget = weights // 2 + 18 * 2**20  # and what is set aside on CUDA
+    forward = fit_forward(net, (1, 16, 16), budget, "cuda")
+    assert not forward.resident
+    assert fit_forward(net, (1, 16, 16), 2 * weights + 2**25, "cuda").resident
+    x = torch.rand(8, 1, 16, 16)
+    assert torch.equal(forward(net, x), net(x))
 
 
 def test_another_budget_goes_on_with_the_same_run(tmp_path: Path) -> None:

@@ -125,7 +125,7 @@ def normalise(
     def channelwise(values: Sequence[float] | Tensor) -> Tensor:
         return torch.as_tensor(values, dtype=images.dtype, device=images.device).view(-1, 1, 1)
 
-    return (images - channelwise(mean)) / channelwise(std)
+    return (images - channelwise(mean)).div_(channelwise(std))
 
 
 def prepare(
@@ -145,7 +145,7 @@ def prepare(
         raise ValueError("an augmentation and its draws belong together: give both or neither")
     if augmentation is not None and draws is not None:
         images = augmentation.apply(images, draws)
-    images = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+    images = images.float().div_(255) if images.dtype == torch.uint8 else images.float()
     images = normalise(images, mean, std)
     if augmentation is not None and draws is not None:
         images = augmentation.cutout(images, draws)

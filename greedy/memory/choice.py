@@ -10,7 +10,7 @@ from torch import nn
 from greedy.devices import free_memory
 from greedy.errors import UserError
 from greedy.losses import LocalLoss
-from greedy.memory.peaks import OptimizerFactory, StepDemand
+from greedy.memory.peaks import OptimizerFactory, Replay, StepDemand
 from greedy.models import Stage, StageShapes
 from greedy.recipes import Recipe
 from greedy.sizes import format_size, parse_size
@@ -42,9 +42,10 @@ def memory_budget(recipe: Recipe, device: torch.device) -> int:
     return parse_size(setting) if setting != "auto" else int(AUTO_SHARE * free_memory(device))
 
 
-def stored_row_bytes(number: int, shapes: StageShapes, recipe: Recipe) -> int:
-    """Of a row that stage ``number`` reads: of raw images for the first."""
-    encoding = "uint8" if number == 1 else recipe.store.encoding
+def stored_row_bytes(source: int, shapes: StageShapes, recipe: Recipe) -> int:
+    """Of a row of stage ``source``'s store, given the shapes of the stage after it: of raw images
+    for stage 0."""
+    encoding = "uint8" if source == 0 else recipe.store.encoding
     sizes = {"float32": 4, "float16": 2, "bfloat16": 2}
     return math.prod(shapes.input) * sizes.get(encoding, 1)
 
@@ -66,10 +67,13 @@ def choose(
     optimizer_state: str,
     device_type: str,
     optimizer: OptimizerFactory = fused_adam,
+    replay: Replay | None = None,
+    micro_batch: int | None = None,
 ) -> Choice:
-    """The fastest mode with the largest micro-batch whose step fits a budget of bytes; without
-    a budget the plain mode. On CUDA bytes are those that the allocator reserves, convolutions'
-    workspace included. ``optimizer_state`` is ``device`` or ``host``.
+    """The fastest mode with the largest micro-batch, or one of ``micro_batch`` rows, whose step
+    fits a budget of bytes; without a budget the plain mode. On CUDA bytes are those that the
+    allocator reserves, convolutions' workspace included. ``optimizer_state`` is ``device`` or
+    ``host``.
 
     Raises ``UserError`` where nothing fits, naming the stage and what its least consists of.
     """
@@ -83,15 +87,16 @@ def choose(
         optimizer if optimizer_state == "device" else None,
         device_type,
         stored_row_bytes,
+        replay,
     )
-    step = _fastest(demand, budget)
+    step = _fastest(demand, budget, micro_batch)
     rows = write_batch(shapes)
     while budget is not None and rows > 1 and demand.writing_peak(rows) > budget:
         rows //= 2
     return replace(step, write_batch=rows)
 
 
-def _fastest(demand: StepDemand, budget: int | None) -> Choice:
+def _fastest(demand: StepDemand, budget: int | None, micro_batch: int | None) -> Choice:
     tried = [_count(demand, Mode.PLAIN, demand.batch_size)]
     if budget is None or tried[0].peak_bytes <= budget:
         return tried[0]
@@ -100,15 +105,17 @@ def _fastest(demand: StepDemand, budget: int | None) -> Choice:
     fitting = []
     if parts_of(demand.stage, heads) is not None:
         for mode in modes(demand.device_type)[1:]:
-            tried.append(_count(demand, mode, 1))
+            tried.append(_count(demand, mode, micro_batch or 1))
             if tried[-1].peak_bytes <= budget:
+                if micro_batch:
+                    return tried[-1]
                 fitting.append(_enlarged(demand, tried[-1], budget))
                 if fitting[-1].micro_batch >= _worthwhile(demand):
                     return fitting[-1]
     if fitting:
         return max(fitting, key=lambda choice: choice.micro_batch)
     least = min(tried, key=lambda choice: choice.peak_bytes)
-    raise UserError(_refusal(demand, least, budget))
+    raise UserError(_refusal(demand, least, budget, micro_batch))
 
 
 def _worthwhile(demand: StepDemand) -> int:
@@ -142,8 +149,12 @@ def _enlarged(demand: StepDemand, choice: Choice, budget: int) -> Choice:
     return choice
 
 
-def _refusal(demand: StepDemand, least: Choice, budget: int) -> str:
+def _refusal(demand: StepDemand, least: Choice, budget: int, micro_batch: int | None) -> str:
     parameters = demand.parameter_bytes()
+    frozen = demand.frozen_bytes()
+    replayed = f", {format_size(frozen)} for frozen stages that are replayed" if frozen else ""
+    rows = f" and micro-batches of {micro_batch}" if micro_batch else ""
+    lower = "memory.micro_batch or " if micro_batch and micro_batch > 1 else ""
     adam = " and Adam's moments" if demand.optimizer else ""
     way_out = (
         ", keep Adam's moments in host memory with --optimizer-state host"
@@ -152,7 +163,8 @@ def _refusal(demand: StepDemand, least: Choice, budget: int) -> str:
     )
     return (
         f"stage {demand.stage.number} ({demand.stage.name}) takes at least "
-        f"{format_size(least.peak_bytes)} ({format_size(parameters)} for weights, gradients{adam}, "
-        f"the rest for activations in mode {least.mode}) and the memory budget is "
-        f"{format_size(budget)}: raise --memory-budget{way_out} or lower training.batch_size"
+        f"{format_size(least.peak_bytes)} ({format_size(parameters)} for weights, gradients{adam}"
+        f"{replayed}, the rest for activations in mode {least.mode}{rows}) and the memory budget "
+        f"is {format_size(budget)}: raise --memory-budget{way_out} or lower "
+        f"{lower}training.batch_size"
     )

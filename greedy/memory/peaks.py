@@ -22,6 +22,15 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
+class Replay:
+    """Frozen stages that are computed on the way from a store to the stage that trains; ``shape``
+    is that of a row of the store."""
+
+    stages: Sequence[Stage]
+    shape: Shape
+
+
+@dataclass(frozen=True)
 class StepDemand:
     """A stage's step as memory sees it.
 
@@ -31,6 +40,7 @@ class StepDemand:
         optimizer: makes the stage's optimiser; ``None`` if its state is in host memory.
         device_type: of the device; on ``cpu`` host memory is the device's.
         stored_row_bytes: of a row as the source holds it.
+        replay: what lies between the source and the stage.
     """
 
     stage: Stage
@@ -42,6 +52,7 @@ class StepDemand:
     optimizer: OptimizerFactory | None
     device_type: str
     stored_row_bytes: int
+    replay: Replay | None = None
 
     def peak(self, memory: StepMemory) -> int:
         """Bytes on the device at most, in a step with this memory after the first one: weights,
@@ -52,27 +63,29 @@ class StepDemand:
             return replace(self, loss=_Unseen(self.loss))._peak(memory)
 
     def _peak(self, memory: StepMemory) -> int:
-        stage = self._skeleton()
+        stage, *replayed = self._skeletons()
         with FakeTensorMode(), Counter() as counter:
             learner = self._learner(stage, memory)
             counter.add(_held(learner))
             if self.optimizer is not None:
                 learner.optimizer = self.optimizer(learner.parameters())
                 make_state(learner.parameters(), [learner.optimizer])
+            batch = self._batch(learner, replayed)
             counter.reset_peak()
-            gradients(learner, self._batch(learner))
+            gradients(learner, batch)
         return counter.peak
 
     def writing_peak(self, rows: int) -> int:
         """Bytes on the device at most, while the trained stage computes the outputs and the local
         error of so many rows."""
-        stage = self._skeleton()
+        stage, *replayed = self._skeletons()
         with FakeTensorMode(), Counter() as counter, torch.no_grad():
             learner = self._learner(stage, StepMemory())
             learner.eval()
             counter.add(_held(learner))
+            read = self._reader(learner, replayed)
             counter.reset_peak()
-            x = self._read(slice(0, rows))
+            x = read(slice(0, rows))
             learner.features(x)
             with learner.autocast():
                 learner.stage(x).float()
@@ -80,28 +93,33 @@ class StepDemand:
 
     def flops(self) -> int:
         """Floating-point operations of the plain step, a multiply-add counting 2."""
-        stage = self._skeleton()
+        stage, *_ = self._skeletons()
         with FakeTensorMode(), FlopCounterMode(display=False) as counter:
             learner = self._learner(stage, StepMemory())
-            gradients(learner, self._batch(learner))
+            gradients(learner, self._batch(learner, []))
         return counter.get_total_flops()
 
     def parameter_bytes(self) -> int:
         """Bytes of weights, gradients and optimiser state."""
-        stage = self._skeleton()
+        stage, *_ = self._skeletons()
         with FakeTensorMode():
             parameters = self._learner(stage, StepMemory()).parameters()
         copies = 2 if self.optimizer is None else 4
         return copies * sum(p.numel() * p.element_size() for p in parameters)
 
-    def _skeleton(self) -> Stage:
-        """The stage without its weights; real tensors and fake ones do not mix."""
-        return deepcopy(self.stage).to("meta")
+    def frozen_bytes(self) -> int:
+        """Bytes of the weights of replayed stages."""
+        replayed = self.replay.stages if self.replay else ()
+        return sum(p.numel() * p.element_size() for s in replayed for p in s.parameters())
+
+    def _skeletons(self) -> list[Stage]:
+        """The stage and those that are replayed, without their weights: real tensors and fake
+        ones do not mix."""
+        replayed = self.replay.stages if self.replay else ()
+        return [deepcopy(stage).to("meta") for stage in (self.stage, *replayed)]
 
     def _learner(self, stage: Stage, memory: StepMemory) -> Learner:
-        state = stage.state_dict(keep_vars=True)
-        state = {k: torch.empty(v.shape, dtype=v.dtype) for k, v in state.items()}
-        stage.load_state_dict(state, assign=True)
+        _materialised(stage)
         heads = self.loss.heads(self.shapes.hidden, self.num_classes)
         host = CPU if self.device_type == "cpu" else META
         learner = Learner(
@@ -117,19 +135,30 @@ class StepDemand:
         learner.train()
         return learner
 
-    def _read(self, rows: slice) -> torch.Tensor:
-        count = (rows.stop or self.batch_size) - (rows.start or 0)
-        stored = torch.empty((count, self.stored_row_bytes), dtype=torch.uint8)
-        x = torch.empty((count, *self.shapes.input))
-        del stored  # it is let go of once x is there
-        return x
+    def _reader(self, learner: Learner, frozen: Sequence[Stage]) -> Callable[[slice], torch.Tensor]:
+        """Rows of a batch to the stage's input, as ``Source.inputs`` computes it."""
+        shape = self.replay.shape if self.replay else self.shapes.input
+        replayed = [_materialised(stage).eval() for stage in frozen]
 
-    def _batch(self, learner: Learner) -> Batch:
+        def read(rows: slice) -> torch.Tensor:
+            count = (rows.stop or self.batch_size) - (rows.start or 0)
+            stored = torch.empty((count, self.stored_row_bytes), dtype=torch.uint8)
+            x = torch.empty((count, *shape))
+            del stored  # it is let go of once x is there
+            with torch.no_grad(), learner.autocast():
+                for stage in replayed:
+                    x = stage(x)
+            return x.float()
+
+        return read
+
+    def _batch(self, learner: Learner, frozen: Sequence[Stage]) -> Batch:
         mask = None
         if learner.stage.dropout is not None:
             generator = torch.Generator()
             mask = learner.stage.dropout.mask(self.batch_size, self.shapes.input, generator)
-        return Batch(torch.zeros(self.batch_size, dtype=torch.long), self._read, mask)
+        labels = torch.zeros(self.batch_size, dtype=torch.long)
+        return Batch(labels, self._reader(learner, frozen), mask)
 
 
 @dataclass(frozen=True)
@@ -147,6 +176,14 @@ class _Unseen:
 
     def __call__(self, features: Features, y: torch.Tensor) -> torch.Tensor:
         return torch.stack([f.mean() for f in features if f is not None]).sum()
+
+
+def _materialised(stage: Stage) -> Stage:
+    """A stage of the meta device with weights in memory."""
+    state = stage.state_dict(keep_vars=True)
+    state = {k: torch.empty(v.shape, dtype=v.dtype) for k, v in state.items()}
+    stage.load_state_dict(state, assign=True)
+    return stage
 
 
 def _held(learner: Learner) -> list[torch.Tensor]:

@@ -9,12 +9,10 @@ from typing import Any
 
 import torch
 
-from greedy.devices import pick_precision
 from greedy.finetuning import load_initial
 from greedy.losses import LocalLoss
 from greedy.manifest import HISTORY, StageRecord
-from greedy.memory.baselines import choose_network
-from greedy.memory.choice import fused_adam, memory_budget
+from greedy.memory.choice import Choice
 from greedy.memory.peaks import OptimizerFactory
 from greedy.models import Stage, StageShapes
 from greedy.recipes import Recipe
@@ -33,7 +31,7 @@ from greedy.training.strategies import Strategy, losses_of, together
 @dataclass
 class NetworkTraining:
     """All that training a network at once takes. ``data`` is stage 0's record, ``source`` its
-    images, ``loss`` the recipe's local loss."""
+    images, ``loss`` the recipe's local loss, ``memory`` what a step takes."""
 
     run: RunDirectory
     stages: Sequence[Stage]
@@ -41,6 +39,7 @@ class NetworkTraining:
     loss: LocalLoss
     source: Source
     data: StageRecord
+    memory: Choice
     device: torch.device
     reporter: Reporter
     optimizer: OptimizerFactory | None = None
@@ -86,7 +85,9 @@ class NetworkTraining:
             parent=self.data.lineage,
             source=0,
             layers=[kind for stage in self.stages for kind in stage.kinds],
-            resolved=self._resolved(),
+            resolved=resolve(
+                self.recipe, self.source.stores["train"], "live", self.memory, self.device
+            ),
         )
         begun = Start.read(place)
         if begun is not None and begun.is_of(start):
@@ -96,21 +97,6 @@ class NetworkTraining:
         place.mkdir(parents=True)
         start.write(place)
         return start
-
-    def _resolved(self) -> dict[str, Any]:
-        adam = None if self.recipe.memory.optimizer_state == "host" else fused_adam
-        memory = choose_network(
-            self.stages,
-            self.shapes,
-            self.loss,
-            len(self.data.class_names),
-            self.recipe.training,
-            pick_precision(self.recipe.training.precision, self.device),
-            memory_budget(self.recipe, self.device),
-            self.device.type,
-            self.optimizer or adam,
-        )
-        return resolve(self.recipe, self.source.stores["train"], "live", memory, self.device)
 
     def _strategy(self, resolved: dict[str, Any]) -> Strategy:
         training, count = self.recipe.training, len(self.stages)
