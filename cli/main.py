@@ -3,6 +3,7 @@
 import click
 
 from greedy.cli import options
+from greedy.cli.bench import bench
 from greedy.cli.cache import cache
 from greedy.cli.data import data
 from greedy.cli.failures import Group
@@ -24,7 +25,7 @@ def cli() -> None:
     """Train deep classifiers one layer at a time, from disk."""
 
 
-for command in (train, train_stage, plan, status, evaluate, export, recipes, data, cache):
+for command in (train, train_stage, plan, bench, status, evaluate, export, recipes, data, cache):
     cli.add_command(command)
 
 

@@ -6,16 +6,18 @@ fake tensors, those of the disk are the estimates that the run itself plans with
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from greedy.build import build_loss, build_network, checked_shapes
+from greedy.calibration import Calibration, Work
 from greedy.data import DATASETS, load_dataset
 from greedy.devices import pick_device, pick_precision
 from greedy.disk import Plan
+from greedy.duration import Durations
 from greedy.errors import UserError
 from greedy.losses import LocalLoss, Output
 from greedy.memory.baselines import baselines
@@ -76,7 +78,8 @@ class StageForecast:
         flops: floating-point operations of the plain step over all epochs, a multiply-add
             counting 2.
         replay_flops: of the frozen stages between its source and it, likewise.
-        seconds: ``None`` as long as nobody has measured how fast this machine is.
+        seconds: from its first step to its finished store, see ``greedy.duration``; ``None`` as
+            long as nobody has measured how fast this machine is.
     """
 
     stage: int
@@ -105,6 +108,12 @@ class Forecast:
         """Of the stage that takes most."""
         return max(stage.peak_memory_bytes for stage in self.stages)
 
+    @property
+    def seconds(self) -> float | None:
+        """Of all stages; ``None`` if that of one is not known."""
+        known = [stage.seconds for stage in self.stages if stage.seconds is not None]
+        return sum(known) if len(known) == len(self.stages) else None
+
 
 def data_facts(run: RunDirectory, allow_function: bool = False) -> DataFacts:
     """What is known of the run's data set without reading it: from stage 0 where that is written,
@@ -119,7 +128,12 @@ def data_facts(run: RunDirectory, allow_function: bool = False) -> DataFacts:
         return DataFacts(
             data.row_shape, len(data.class_names), dict(data.rows.items()), data.store.bytes
         )
-    name, image_size = run.recipe.data.name, run.recipe.data.image_size
+    return named_data_facts(run.recipe, allow_function)
+
+
+def named_data_facts(recipe: Recipe, allow_function: bool = False) -> DataFacts:
+    """The same of a data set that is known by its name alone."""
+    name, image_size = recipe.data.name, recipe.data.image_size
     entry = next((entry for entry in DATASETS if entry.name == name), None)
     if entry is not None and image_size is None:
         rows = {"train": entry.train, "test": entry.test}
@@ -154,10 +168,14 @@ def machine(recipe: Recipe, device: str) -> Machine:
 
 
 def forecast(
-    run: RunDirectory, data: DataFacts, machine: Machine, model: nn.Sequential | None = None
+    run: RunDirectory,
+    data: DataFacts,
+    machine: Machine,
+    model: nn.Sequential | None = None,
+    calibration: Calibration | None = None,
 ) -> Forecast:
     """What a run will take whose directory may be yet to be made. ``model`` only where the
-    recipe's network is ``python``.
+    recipe's network is ``python``; with a ``calibration`` of the machine also how long.
 
     Raises ``UserError`` for what could not be trained as asked, and for a budget that a stage
     cannot meet.
@@ -169,6 +187,8 @@ def forecast(
     loss = build_loss(recipe.loss)
     planned = _Planned(recipe, data, machine, stages, shapes, disk, loss)
     found = [planned.forecast(number) for number in range(1, len(stages) + 1)]
+    if calibration is not None and recipe.training.strategy == "greedy":
+        found = planned.timed(found, calibration)
     others = baselines(stages, shapes, loss, data.classes, recipe.training.batch_size)
     return Forecast(found, disk, others)
 
@@ -189,8 +209,7 @@ class _Planned:
     def forecast(self, number: int) -> StageForecast:
         stage, shape = self.stages[number - 1], self.shapes[number - 1]
         is_output = number == len(self.stages)
-        loss = Output(self.loss.output_scale) if is_output else self.loss
-        source = self._source(number)
+        loss, source = self._loss(number), self._source(number)
         choice, flops = self._counted(stage, shape, loss, self._budget(source, number))
         with torch.device("meta"):
             heads = loss.heads(shape.hidden, self.data.classes)
@@ -208,6 +227,27 @@ class _Planned:
             flops=flops * rows // self.recipe.training.batch_size,
             replay_flops=2 * replayed * rows,
         )
+
+    def timed(self, found: list[StageForecast], calibration: Calibration) -> list[StageForecast]:
+        """The forecasts with their seconds."""
+        held_out = self.data.rows["train"] - self._rows_trained()
+        work = [self._work(each.stage) for each in found]
+        durations = Durations(self.recipe, self.disk, self.data.rows, held_out, work)
+        return [
+            replace(each, seconds=durations.seconds(calibration, n, self._source(n)))
+            for n, each in enumerate(found, start=1)
+        ]
+
+    def _work(self, number: int) -> Work:
+        stage, shape = self.stages[number - 1], self.shapes[number - 1]
+        budget = self._budget(self._source(number), number)
+        choice, flops = self._counted(stage, shape, self._loss(number), budget)
+        batch_size = self.recipe.training.batch_size
+        return Work.of(stage, shape, self.machine.precision, choice, flops, batch_size)
+
+    def _loss(self, number: int) -> LocalLoss:
+        is_output = number == len(self.stages)
+        return Output(self.loss.output_scale) if is_output else self.loss
 
     def _source(self, number: int) -> int:
         """The stage whose store a stage trains from."""
