@@ -8,7 +8,6 @@ import torch
 
 from greedy.cache import Encoding, Layout, Store, StoreWriter, fit_encoding, pixels, window_chunks
 from greedy.data import Augmentation
-from greedy.memory.choice import stored_row_bytes
 from greedy.models import Shape, StageShapes
 from greedy.recipes import Recipe
 from greedy.seeds import numpy_generator
@@ -43,14 +42,13 @@ def random_source(
     images = number == 1
     block = _pixels(shapes.input) if images else _activations(number, shapes.input)
     form = pixels(shapes.input) if images else fit_encoding(encoding(recipe), block)
-    row_bytes = stored_row_bytes(number, shapes, recipe)
     views = 1 if images or recipe.store.views == "live" else recipe.store.views
-    held = shuffle(recipe, views * rows * row_bytes) == "rows"
+    held = shuffle(recipe, views * rows * form.stored_row_bytes) == "rows"
     count = _rows(form, recipe.training.batch_size, held)
-    what = f"measuring stage {number}"
-    require_room(place.parent, what, count * row_bytes)
+    what, needed = f"measuring stage {number}", count * form.stored_row_bytes
+    require_room(place.parent, what, needed)
     with (
-        until_full(place.parent, what, count * row_bytes),
+        until_full(place.parent, what, needed),
         StoreWriter(
             place / "train",
             rows=count,

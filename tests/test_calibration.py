@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -54,6 +54,7 @@ speeds = st.floats(1e-3, 1e9)
 measurements = st.builds(
     Measured, work=works, rows_per_second=speeds, frozen_rows_per_second=speeds
 )
+modest = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.fixture
@@ -80,6 +81,7 @@ def speed(work=WORK, rows_per_second=10.0, frozen_rows_per_second=100.0):
     )
 
 
+@modest
 @given(st.lists(measurements, min_size=1, max_size=6, unique_by=lambda each: each.work))
 def test_a_measured_stage_takes_what_it_took(measured):
     known = calibration(*measured)
@@ -89,6 +91,7 @@ def test_a_measured_stage_takes_what_it_took(measured):
         assert frozen == pytest.approx(1 / each.frozen_rows_per_second)
 
 
+@modest
 @given(st.lists(measurements, max_size=6), works)
 def test_only_stages_of_the_same_kind_and_precision_say_anything(measured, work):
     known = calibration(*measured)
@@ -252,7 +255,7 @@ def trained(path, **settings):
 
 
 @pytest.mark.parametrize(
-    "settings",
+    "changes",
     [
         {},
         {"views": "live"},
@@ -263,18 +266,18 @@ def trained(path, **settings):
     ],
     ids=str,
 )
-def test_the_rows_that_pass_frozen_stages_are_those_of_a_run(settings, tmp_path):
-    run, passed = trained(tmp_path / "run", **settings)
+def test_the_rows_that_pass_frozen_stages_are_those_of_a_run(changes, tmp_path):
+    run, passed = trained(tmp_path / "run", **changes)
     stages = [run.complete(number) for number in range(1, 5)]
     found = shapes(cut(network()), (1, 4, 4))
     unbegun = RunDirectory.create(tmp_path / "unbegun", run.recipe)
     data = run.complete(0)
     disk = plan_disk(unbegun, found, dict(data.rows), data.store.bytes)
-    held_out = 8 if "patience" in settings else 0
+    held_out = 8 if "patience" in changes else 0
     durations = Durations(run.recipe, disk, data.rows, held_out, [WORK] * 4)
     planned = [durations.frozen_rows(stage.stage, stage.source, epochs=3) for stage in stages]
     assert sum(planned, Counter()) == passed
-    if "disk_budget" in settings:
+    if "disk_budget" in changes:
         assert {stage.source for stage in stages} not in ({0}, {0, 1, 2, 3})
 
 

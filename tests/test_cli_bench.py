@@ -48,7 +48,7 @@ def convolutional():
     )
 """
 CONVOLUTIONAL = (
-    *("--recipe", "own.toml", "--data", "cifar10", "--model", "own:convolutional"),
+    *("--recipe", "mine.toml", "--data", "cifar10", "--model", "mine:convolutional"),
     *("--set", "training.batch_size=256", "--memory-budget", "40MiB", "--device", "cpu"),
 )
 PLAN = ("plan", "--recipe", "mlp.toml", "--device", "cpu", "--memory-budget", "1GiB")
@@ -86,8 +86,8 @@ def measured(tmp_path_factory):
     and what `bench` said."""
     folder = tmp_path_factory.mktemp("measured")
     (folder / "mlp.toml").write_text(MLP)
-    (folder / "own.toml").write_text(MLP.replace('"mlp"', '"python"'))
-    (folder / "own.py").write_text(OWN)
+    (folder / "mine.toml").write_text(MLP.replace('"mlp"', '"python"'))
+    (folder / "mine.py").write_text(OWN)
     (folder / "tmp").mkdir()
     with living_in(folder):
         before = greedy(*PLAN).output, answer(*PLAN, "--json")
