@@ -3,6 +3,7 @@
 import click
 
 from greedy.cli import options
+from greedy.cli.bench import bench
 from greedy.cli.cache import cache
 from greedy.cli.data import data
 from greedy.cli.failures import Group
@@ -32,6 +33,7 @@ COMMANDS = (
     train_stage,
     finetune,
     plan,
+    bench,
     status,
     evaluate,
     export,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from greedy.cli import options
-from greedy.cli.tables import count, print_json, print_table, size
+from greedy.cli.tables import count, duration, print_json, print_table, size
 from greedy.cli.train import recipe_and_run
 
 if TYPE_CHECKING:
@@ -21,6 +21,11 @@ BASELINES = {
     "backprop_accumulated": "back-propagation, micro-batches of 8 (batch norm not exact)",
     "joint": "local training of all stages at once",
 }
+UNLIKE = (
+    "times are unknown where no stage like it was measured: `greedy bench` with the same recipe "
+    "and settings does that"
+)
+NO_STAGES = "times are only known where stages are trained one at a time"
 
 
 @click.command(
@@ -42,13 +47,15 @@ def plan(
     as_json: bool,
     **shorthands: str | None,
 ) -> None:
-    """Tell what a run will take of memory, disk and operations, a stage a line.
+    """Tell what a run will take of memory, disk, operations and time, a stage a line.
 
     Peaks of memory are counted on tensors without contents; neither data nor GPU are touched and
     nothing is written. A named data set need not be there, nor a GPU for --device cuda. Operations
-    are those of the plain step over all epochs, a multiply-add counting 2.
+    are those of the plain step over all epochs, a multiply-add counting 2. Times are known once
+    `greedy bench` has measured this machine: of training a stage and writing its store.
     """
     from greedy.build import load_network  # noqa: PLC0415
+    from greedy.calibration import Calibration, NotCalibrated  # noqa: PLC0415
     from greedy.forecast import data_facts, forecast, machine  # noqa: PLC0415
     from greedy.runs import RunDirectory  # noqa: PLC0415
 
@@ -58,11 +65,16 @@ def plan(
     planned = RunDirectory.create(directory, wanted)
     data = data_facts(planned, options.names_data(overrides))
     computer = machine(wanted, device)
-    found = forecast(planned, data, computer, network)
+    calibration, unknown = None, UNLIKE if wanted.training.strategy == "greedy" else NO_STAGES
+    try:
+        calibration = Calibration.load(computer.device)
+    except NotCalibrated as reason:
+        unknown = str(reason)
+    found = forecast(planned, data, computer, network, calibration)
     if as_json:
         print_json(_document(wanted, computer, found))
     else:
-        _print(wanted, data, computer, found)
+        _print(wanted, data, computer, found, unknown)
 
 
 def _document(recipe: "Recipe", machine: "Machine", found: "Forecast") -> dict[str, object]:
@@ -75,7 +87,7 @@ def _document(recipe: "Recipe", machine: "Machine", found: "Forecast") -> dict[s
         "parameters": sum(stage.parameters for stage in found.stages),
         "flops": sum(stage.flops for stage in found.stages),
         "replay_flops": sum(stage.replay_flops for stage in found.stages),
-        "seconds": None,
+        "seconds": found.seconds,
         "disk": {
             "peak_bytes": found.disk.peak,
             "needed_bytes": found.disk.needed,
@@ -86,7 +98,9 @@ def _document(recipe: "Recipe", machine: "Machine", found: "Forecast") -> dict[s
     }
 
 
-def _print(recipe: "Recipe", data: "DataFacts", machine: "Machine", found: "Forecast") -> None:
+def _print(
+    recipe: "Recipe", data: "DataFacts", machine: "Machine", found: "Forecast", unknown: str
+) -> None:
     shape = "x".join(map(str, data.shape))
     click.echo(
         f"{recipe.name}: {data.rows['train']:,} training and {data.rows['test']:,} test images "
@@ -101,10 +115,11 @@ def _print(recipe: "Recipe", data: "DataFacts", machine: "Machine", found: "Fore
         f"on {machine.device} in {machine.precision}, batches of {recipe.training.batch_size}, "
         f"a budget of {budget}"
     )
+    timed = any(each.seconds is not None for each in found.stages)
     if machine.device == "cuda":
         click.echo("memory is what the allocator reserves; the driver's own context comes on top")
     print_table(
-        ("stage", "name", "mode", "rows", "memory", "params", "store", "flop"),
+        ("stage", "name", "mode", "rows", "memory", "params", "store", "time" if timed else "flop"),
         (
             (
                 str(each.stage),
@@ -114,7 +129,7 @@ def _print(recipe: "Recipe", data: "DataFacts", machine: "Machine", found: "Fore
                 size(each.peak_memory_bytes),
                 count(each.parameters),
                 size(each.store_bytes or None),
-                count(each.flops),
+                duration(each.seconds) if timed else count(each.flops),
             )
             for each in found.stages
         ),
@@ -125,7 +140,7 @@ def _print(recipe: "Recipe", data: "DataFacts", machine: "Machine", found: "Fore
             click.echo(
                 f"stage {each.stage} is outside the usual pattern, so it has no mode but plain"
             )
-    _print_totals(found)
+    _print_totals(found, unknown)
     click.echo("one step of the whole network with the same batch would take:")
     print_table(
         ("by", "memory"),
@@ -134,12 +149,15 @@ def _print(recipe: "Recipe", data: "DataFacts", machine: "Machine", found: "Fore
     )
 
 
-def _print_totals(found: "Forecast") -> None:
+def _print_totals(found: "Forecast", unknown: str) -> None:
     click.echo(
         f"in all: {size(found.peak_memory_bytes)} of memory at most, "
         f"{count(sum(each.parameters for each in found.stages))} parameters, "
         f"{count(sum(each.flops for each in found.stages))} flop"
+        + ("" if found.seconds is None else f", {duration(found.seconds)}")
     )
+    if found.seconds is None:
+        click.echo(unknown)
     if replayed := sum(each.replay_flops for each in found.stages):
         click.echo(f"besides, frozen stages without a store are replayed: {count(replayed)} flop")
     if not found.disk.needed:

@@ -31,6 +31,19 @@ def count(number: int) -> str:
     return f"{value:.1f} E"
 
 
+def duration(seconds: float | None) -> str:
+    """A time to wait, shortened: ``9.5 h``, ``38 min``; a dash where it is not known."""
+    if seconds is None:
+        return "-"
+    value, unit = seconds, "s"
+    for larger, factor in (("min", 60), ("h", 60), ("d", 24)):
+        if value >= factor:
+            value, unit = value / factor, larger
+        else:
+            break
+    return f"{value:.1f} {unit}" if value < 9.95 else f"{value:.0f} {unit}"
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> None:
     """Prints a table whose first ``left`` columns are texts and the others numbers."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")

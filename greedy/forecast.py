@@ -6,15 +6,17 @@ fake tensors, those of the disk are the estimates that the run itself plans with
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from greedy.build import build_loss, build_network, checked_shapes
+from greedy.calibration import Calibration, Work
 from greedy.data import DATASETS, load_dataset
 from greedy.devices import pick_device, pick_precision
 from greedy.disk import Plan
+from greedy.duration import Durations
 from greedy.errors import UserError
 from greedy.memory.baselines import baselines
 from greedy.memory.choice import Choice, memory_budget
@@ -74,7 +76,8 @@ class StageForecast:
         flops: floating-point operations of the plain step over all epochs, a multiply-add
             counting 2.
         replay_flops: of the frozen stages between its source and it, likewise.
-        seconds: ``None`` as long as nobody has measured how fast this machine is.
+        seconds: from its first step to its finished store, see ``greedy.duration``; ``None`` as
+            long as nobody has measured how fast this machine is.
     """
 
     stage: int
@@ -103,6 +106,12 @@ class Forecast:
         """Of the stage that takes most."""
         return max(stage.peak_memory_bytes for stage in self.stages)
 
+    @property
+    def seconds(self) -> float | None:
+        """Of all stages; ``None`` if that of one is not known."""
+        known = [stage.seconds for stage in self.stages if stage.seconds is not None]
+        return sum(known) if len(known) == len(self.stages) else None
+
 
 def data_facts(run: RunDirectory, allow_function: bool = False) -> DataFacts:
     """What is known of the run's data set without reading it: from stage 0 where that is written,
@@ -117,7 +126,12 @@ def data_facts(run: RunDirectory, allow_function: bool = False) -> DataFacts:
         return DataFacts(
             data.row_shape, len(data.class_names), dict(data.rows.items()), data.store.bytes
         )
-    name, image_size = run.recipe.data.name, run.recipe.data.image_size
+    return named_data_facts(run.recipe, allow_function)
+
+
+def named_data_facts(recipe: Recipe, allow_function: bool = False) -> DataFacts:
+    """The same of a data set that is known by its name alone."""
+    name, image_size = recipe.data.name, recipe.data.image_size
     entry = next((entry for entry in DATASETS if entry.name == name), None)
     if entry is not None and image_size is None:
         rows = {"train": entry.train, "test": entry.test}
@@ -152,10 +166,14 @@ def machine(recipe: Recipe, device: str) -> Machine:
 
 
 def forecast(
-    run: RunDirectory, data: DataFacts, machine: Machine, model: nn.Sequential | None = None
+    run: RunDirectory,
+    data: DataFacts,
+    machine: Machine,
+    model: nn.Sequential | None = None,
+    calibration: Calibration | None = None,
 ) -> Forecast:
     """What a run will take whose directory may be yet to be made. ``model`` only where the
-    recipe's network is ``python``.
+    recipe's network is ``python``; with a ``calibration`` of the machine also how long.
 
     Raises ``UserError`` for what could not be trained as asked, and for a budget that a stage
     cannot meet.
@@ -179,6 +197,8 @@ def forecast(
     planned = _Planned(recipe, data, memory, disk)
     at_once = None if recipe.training.strategy == "greedy" else memory.network()
     found = [planned.forecast(number, at_once) for number in range(1, len(stages) + 1)]
+    if calibration is not None and at_once is None:
+        found = planned.timed(found, calibration)
     others = baselines(stages, shapes, loss, data.classes, recipe.training.batch_size)
     return Forecast(found, disk, others)
 
@@ -215,6 +235,27 @@ class _Planned:
             store_bytes=self.disk.stages[number - 1].bytes if stored else 0,
             flops=self.memory.flops(number) * rows // self.recipe.training.batch_size,
             replay_flops=2 * replayed * rows,
+        )
+
+    def timed(self, found: list[StageForecast], calibration: Calibration) -> list[StageForecast]:
+        """The forecasts with their seconds."""
+        held_out = self.data.rows["train"] - self._rows_trained()
+        work = [self._work(each.stage) for each in found]
+        durations = Durations(self.recipe, self.disk, self.data.rows, held_out, work)
+        return [
+            replace(each, seconds=durations.seconds(calibration, n, self.disk.source(n)))
+            for n, each in enumerate(found, start=1)
+        ]
+
+    def _work(self, number: int) -> Work:
+        memory = self.memory
+        return Work.of(
+            memory.stages[number - 1],
+            memory.shapes[number - 1],
+            memory.precision,
+            memory.stage(number, self.disk.source(number)),
+            memory.flops(number),
+            self.recipe.training.batch_size,
         )
 
     def _rows_trained(self) -> int:

@@ -87,6 +87,7 @@ def folder(tmp_path, monkeypatch):
     (tmp_path / "python.toml").write_text(MLP.replace('"mlp"', '"python"'))
     (tmp_path / "own.py").write_text(OWN)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "nothing"))  # no calibration of this machine
     return tmp_path
 
 

@@ -25,13 +25,11 @@ def resolve(
 ) -> dict[str, Any]:
     """The choices for a stage that trains from ``store``: JSON values by name. Its own store
     gets as many ``views`` as the plan for the disk gives it, its step this ``memory``."""
-    budget = recipe.store.ram_budget
-    allowed = parse_size(budget) if budget else int(available_memory() * RESIDENT_SHARE)
     return {
         "precision": pick_precision(recipe.training.precision, device),
         "views": views,
         "encoding": encoding(recipe),
-        "shuffle": "rows" if store.stored_bytes <= allowed else "window",
+        "shuffle": shuffle(recipe, store.stored_bytes),
         "chunk_rows": store.chunk_rows,
         "memory_mode": memory.mode,
         "micro_batch": memory.micro_batch,
@@ -39,6 +37,13 @@ def resolve(
         "write_batch": memory.write_batch,
         "threads": torch.get_num_threads(),
     }
+
+
+def shuffle(recipe: Recipe, stored_bytes: int) -> str:
+    """``rows`` for a store of so many bytes that is held in memory, else ``window``."""
+    budget = recipe.store.ram_budget
+    allowed = parse_size(budget) if budget else int(available_memory() * RESIDENT_SHARE)
+    return "rows" if stored_bytes <= allowed else "window"
 
 
 def encoding(recipe: Recipe) -> str:

@@ -1,0 +1,79 @@
+"""How far the times that `greedy plan` tells are from those that training takes.
+
+Measures the machine as `greedy bench` does, plans a recipe, trains it in a temporary directory, and
+prints for each stage and in all the time that was planned over the time that was taken. Nothing is
+kept: what `greedy bench` has written stays as it is.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import click
+
+from greedy.bench import Bench, peak_flops
+from greedy.calibration import Calibration
+from greedy.data import load_dataset
+from greedy.forecast import data_facts, forecast, machine
+from greedy.recipes import load
+from greedy.runs import RunDirectory
+from greedy.trainer import GreedyTrainer
+
+
+def calibrated(bench: Bench, seconds: float) -> Calibration:
+    """Every stage measured, those of earlier days left out."""
+    known = Calibration.begin(bench.device, peak_flops(bench.device))
+    known = known.model_copy(update={"measured": []})
+    for number in range(1, len(bench.stages) + 1):
+        known = known.adding(bench.measure(number, seconds).measured)
+    return known
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--recipe", default="demo", show_default=True, help="To be planned and trained.")
+@click.option("--measured", help="The recipe to measure  [default: the same].")
+@click.option("--epochs", default=2, show_default=True, help="Of every stage.")
+@click.option("--seconds", default=3.0, show_default=True, help="Of measuring, a stage.")
+@click.option("--device", default="auto", show_default=True)
+@click.option("--set", "settings", multiple=True, help="As for `greedy train`.")
+def main(
+    as_json: bool,
+    recipe: str,
+    measured: str | None,
+    epochs: int,
+    seconds: float,
+    device: str,
+    settings: tuple[str, ...],
+) -> None:
+    """Print planned over taken time."""
+    wanted = load(recipe, [f"training.epochs={epochs}", *settings])
+    calibration = calibrated(Bench.of(load(measured, settings) if measured else wanted), seconds)
+    with tempfile.TemporaryDirectory() as directory:
+        run = RunDirectory.create(Path(directory) / "run", wanted)
+        planned = forecast(
+            run, data_facts(run), machine(wanted, device), calibration=calibration
+        ).stages
+        trainer = GreedyTrainer.from_recipe(wanted, run.path, device=device)
+        trainer.prepare(load_dataset(wanted.data.name))
+        taken = trainer.train()
+    rows = [
+        {"stage": plan.stage, "name": plan.name, "planned": plan.seconds, "taken": record.seconds}
+        for plan, record in zip(planned, taken, strict=True)
+    ]
+    assert all(row["planned"] is not None for row in rows)
+    whole = {key: sum(row[key] for row in rows) for key in ("planned", "taken")}
+    rows.append({"stage": None, "name": "in all", **whole})
+    rows = [row | {"ratio": round(row["planned"] / row["taken"], 3)} for row in rows]
+    if as_json:
+        click.echo(json.dumps({"recipe": wanted.name, "epochs": epochs, "rows": rows}))
+        return
+    for row in rows:
+        click.echo(
+            f"{row['stage'] or ''} {row['name']}: planned {row['planned']:.1f} s, taken "
+            f"{row['taken']:.1f} s, ratio {row['ratio']:.2f}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""What is kept of a machine's speed, and the times that follow from it."""
+
+import json
+import math
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from greedy import GreedyTrainer
+from greedy.calibration import Calibration, Measured, NotCalibrated, Work
+from greedy.duration import Durations
+from greedy.files import signed
+from greedy.losses import Sim
+from greedy.models import cut, shapes
+from greedy.planning import plan_disk
+from greedy.recipes import from_document
+from greedy.runs import RunDirectory
+from greedy.training.modes import Mode
+
+CPU = torch.device("cpu")
+WORK = Work(
+    kind="conv",
+    precision="float32",
+    mode="plain",
+    rows=64,
+    flops=8_000_000,
+    forward_flops=1_000_000,
+    values=10_000,
+)
+DOCUMENT = {
+    "data": {"name": "python"},
+    "model": {"network": "python"},
+    "loss": {"name": "sim"},
+    "training": {"epochs": 3, "batch_size": 16, "learning_rate": 1e-3, "test_every": 0},
+    "store": {"views": 2},
+}
+amounts = st.integers(1, 10**12)
+works = st.builds(
+    Work,
+    kind=st.sampled_from(["conv", "linear"]),
+    precision=st.sampled_from(["float32", "bfloat16"]),
+    mode=st.sampled_from([str(mode) for mode in Mode]),
+    rows=amounts,
+    flops=amounts,
+    forward_flops=amounts,
+    values=amounts,
+)
+speeds = st.floats(1e-3, 1e9)
+measurements = st.builds(
+    Measured, work=works, rows_per_second=speeds, frozen_rows_per_second=speeds
+)
+modest = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """Where calibrations are kept."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    return tmp_path
+
+
+def like(work=WORK, **changes):
+    return work.model_copy(update=changes)
+
+
+def calibration(*measured):
+    known = Calibration.begin(CPU, peak_flops=1e12)
+    for each in measured:
+        known = known.adding(each)
+    return known
+
+
+def speed(work=WORK, rows_per_second=10.0, frozen_rows_per_second=100.0):
+    return Measured(
+        work=work, rows_per_second=rows_per_second, frozen_rows_per_second=frozen_rows_per_second
+    )
+
+
+@modest
+@given(st.lists(measurements, min_size=1, max_size=6, unique_by=lambda each: each.work))
+def test_a_measured_stage_takes_what_it_took(measured):
+    known = calibration(*measured)
+    for each in measured:
+        assert known.seconds_a_row(each.work) == pytest.approx(1 / each.rows_per_second)
+        frozen = known.frozen_seconds_a_row(each.work)
+        assert frozen == pytest.approx(1 / each.frozen_rows_per_second)
+
+
+@modest
+@given(st.lists(measurements, max_size=6), works)
+def test_only_stages_of_the_same_kind_and_precision_say_anything(measured, work):
+    known = calibration(*measured)
+    alike = [
+        each
+        for each in known.measured
+        if each.work.kind == work.kind and each.work.precision == work.precision
+    ]
+    found = known.seconds_a_row(work)
+    assert (found is None) is (not alike)
+    assert found is None or (math.isfinite(found) and found > 0)
+    assert (known.frozen_seconds_a_row(work) is None) is (not alike)
+
+
+def test_a_stage_computes_as_fast_as_the_nearest_one():
+    large = like(flops=80_000_000, forward_flops=10_000_000, values=20_000)
+    known = calibration(speed(rows_per_second=10), speed(large, rows_per_second=2))
+    twice = like(flops=16_000_000, forward_flops=2_000_000, values=20_000)
+    assert known.seconds_a_row(twice) == pytest.approx(2 / 10)
+    assert known.frozen_seconds_a_row(twice) == pytest.approx(2 / 100)
+    half_of_large = like(flops=40_000_000, forward_flops=5_000_000, values=10_000)
+    assert known.seconds_a_row(half_of_large) == pytest.approx(1 / 2 / 2)
+
+
+def test_a_mode_costs_its_passes_until_it_is_measured():
+    """The encoder's pass is 1 and the heads' 2 of the plain step's 8 = 2 + 3 x 2, so s is 2 in
+    "plain 2 + 3s; heads 2 + 4s; c kept 3 + 4s; nothing kept 5 + 4s"."""
+    known = calibration(speed(rows_per_second=8))
+    costs = {"plain": 8, "heads": 10, "keep-c": 11, "keep-nothing": 13}
+    costs |= {"keep-c-stream-x": 11, "stream-x": 13}
+    for mode, passes in costs.items():
+        assert known.seconds_a_row(like(mode=mode)) == pytest.approx(passes / 8 / 8)
+    measured = known.adding(speed(like(mode="keep-c"), rows_per_second=7.5))
+    assert measured.seconds_a_row(like(mode="keep-c")) == pytest.approx(1 / 7.5)
+    assert measured.seconds_a_row(WORK) == pytest.approx(1 / 8)
+
+
+def test_a_stage_measured_again_replaces_itself():
+    known = calibration(speed(rows_per_second=8), speed(rows_per_second=4))
+    assert known.measured == [speed(rows_per_second=4)]
+
+
+def test_recomputation_is_no_gain():
+    assert speed(like(mode="keep-nothing"), 3).flops_per_second == 3 * WORK.flops
+
+
+def test_a_calibration_is_kept_for_this_machine(home):
+    path = Calibration.path("cpu")
+    assert home in path.parents
+    with pytest.raises(NotCalibrated, match="`greedy bench --device cpu`"):
+        Calibration.load("cpu")
+    calibration(speed()).write(path)
+    assert Calibration.load("cpu") == calibration(speed())
+    again = Calibration.begin(CPU, peak_flops=2e12)
+    assert again.peak_flops == 2e12
+    assert again.measured == [speed()]
+
+
+def test_another_number_of_threads_is_another_machine(home):
+    calibration(speed()).write(Calibration.path("cpu"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        with pytest.raises(
+            NotCalibrated, match=f"with {threads} threads.*`greedy bench --device cpu`"
+        ):
+            Calibration.load("cpu")
+        assert Calibration.begin(CPU, peak_flops=1e12).measured == []
+    finally:
+        torch.set_num_threads(threads)
+    Calibration.load("cpu")
+
+
+@pytest.mark.parametrize("change", [{"device": "cpu, 1000 cores"}, {"versions": {"torch": "1"}}])
+def test_what_was_measured_elsewhere_is_not_mixed_in(home, change):
+    known = calibration(speed()).model_copy(update=change)
+    known.write(Calibration.path("cpu"))
+    assert Calibration.begin(CPU, peak_flops=1e12).measured == []
+    if "device" in change:
+        with pytest.raises(NotCalibrated, match="1000 cores"):
+            Calibration.load("cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about a machine without CUDA")
+def test_a_device_that_is_not_here_is_not_known(home):
+    calibration(speed()).write(Calibration.path("cuda"))
+    with pytest.raises(NotCalibrated, match="where the cuda device is"):
+        Calibration.load("cuda")
+
+
+def cut_short(text):
+    return text[: len(text) // 2]
+
+
+def changed(text):
+    return text.replace("10.0", "99.0")
+
+
+def claims_too_much(text):
+    document = json.loads(text)
+    del document["digest"]
+    document["measured"][0]["rows_per_second"] = -1.0
+    return signed(document).decode()
+
+
+@pytest.mark.parametrize("damage", [cut_short, changed, claims_too_much, lambda text: "[" * 10**5])
+def test_a_damaged_calibration_says_so_in_a_sentence_and_is_written_anew(home, damage):
+    path = Calibration.path("cpu")
+    calibration(speed()).write(path)
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(NotCalibrated, match="is damaged") as raised:
+        Calibration.load("cpu")
+    assert "\n" not in str(raised.value)
+    assert "`greedy bench --device cpu`" in str(raised.value)
+    begun = Calibration.begin(CPU, peak_flops=1e12)
+    assert begun.measured == []
+    begun.write(path)
+    assert Calibration.load("cpu") == begun
+
+
+WIDTHS = (16, 11, 12, 13)  # inputs of the stages; the last is the output layer
+
+
+def network():
+    layers = [nn.Flatten()]
+    for inputs, outputs in pairwise(WIDTHS):
+        layers += [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(WIDTHS[-1], 2))
+
+
+class Images(list):
+    """Random ones."""
+
+    def __init__(self, rows):
+        generator = torch.Generator().manual_seed(rows)
+        images = torch.randint(256, (rows, 1, 4, 4), generator=generator, dtype=torch.uint8)
+        super().__init__((image, number % 2) for number, image in enumerate(images))
+
+
+def trained(path, **settings):
+    """A run of the network, and how many rows passed each stage while it was frozen: those that
+    its encoder saw in evaluation mode. Encoders have a bias, heads of the similarity loss none."""
+    known = {"views": 2, "epochs": 3, "batch_size": 16, "test_every": 0, "precision": "float32"}
+    trainer = GreedyTrainer(
+        network(), loss=Sim(), run_dir=path, device="cpu", compressor="none", **(known | settings)
+    )
+    passed = Counter()
+
+    def count(module, inputs, output):
+        computed = type(output) is torch.Tensor and not output.is_meta  # others are only planned
+        frozen = not module.training and getattr(module, "bias", None) is not None
+        if computed and frozen and isinstance(module, nn.Linear):
+            passed[1 + WIDTHS.index(module.in_features)] += len(output)
+
+    hook = nn.modules.module.register_module_forward_hook(count)
+    try:
+        trainer.fit(Images(80), Images(20))
+    finally:
+        hook.remove()
+    return trainer.run, passed
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"views": "live"},
+        {"refresh_every": 1},
+        {"refresh_every": 2, "views": 1},
+        {"patience": 5},
+        {"encoding": "float32", "disk_budget": "14KiB"},
+    ],
+    ids=str,
+)
+def test_the_rows_that_pass_frozen_stages_are_those_of_a_run(changes, tmp_path):
+    run, passed = trained(tmp_path / "run", **changes)
+    stages = [run.complete(number) for number in range(1, 5)]
+    found = shapes(cut(network()), (1, 4, 4))
+    unbegun = RunDirectory.create(tmp_path / "unbegun", run.recipe)
+    data = run.complete(0)
+    disk = plan_disk(unbegun, found, dict(data.rows), data.store.bytes)
+    held_out = 8 if "patience" in changes else 0
+    durations = Durations(run.recipe, disk, data.rows, held_out, [WORK] * 4)
+    planned = [durations.frozen_rows(stage.stage, stage.source, epochs=3) for stage in stages]
+    assert sum(planned, Counter()) == passed
+    if "disk_budget" in changes:
+        assert {stage.source for stage in stages} not in ({0}, {0, 1, 2, 3})
+
+
+def test_seconds_are_those_of_all_rows(tmp_path):
+    """Three epochs of 80 rows at 10 a second, and of the frozen stage, which nothing replays, 20
+    test rows, two views of 80, 20 more, and 80 for the encoding's ranges at 100 a second."""
+    run = RunDirectory.create(tmp_path / "run", from_document(DOCUMENT, name="unbegun"))
+    found = shapes(cut(network()), (1, 4, 4))
+    disk = plan_disk(run, found, {"train": 80, "test": 20}, 1)
+    durations = Durations(run.recipe, disk, {"train": 80, "test": 20}, 0, [WORK] * 4)
+    known = calibration(speed(rows_per_second=10, frozen_rows_per_second=100))
+    assert durations.seconds(known, 2, 1) == pytest.approx(240 / 10 + 280 / 100)
+    assert durations.seconds(known, 4, 3) == pytest.approx(240 / 10 + 20 / 100)
+    assert durations.seconds(calibration(), 2, 1) is None
