@@ -73,7 +73,7 @@ def row(
     target: Target, stage: Stage, shape: StageShapes, loss: LocalLoss, name: str
 ) -> dict[str, Any]:
     """One stage under a target's budget."""
-    row_bytes = stored_row_bytes(stage.number, shape, RECIPE)
+    row_bytes = stored_row_bytes(stage.number - 1, shape, RECIPE)
     what = (stage, shape, loss, CLASSES, BATCH, target.precision)
     choice = choose(*what, row_bytes, target.budget, target.optimizer_state, "cuda")
     memory = StepMemory(Mode(choice.mode), choice.micro_batch)
