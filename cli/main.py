@@ -8,6 +8,7 @@ from greedy.cli.data import data
 from greedy.cli.failures import Group
 from greedy.cli.finetune import finetune
 from greedy.cli.plan import plan
+from greedy.cli.predict import predict
 from greedy.cli.recipes import recipes
 from greedy.cli.results import evaluate, export, status
 from greedy.cli.train import train, train_stage
@@ -25,7 +26,20 @@ def cli() -> None:
     """Train deep classifiers one layer at a time, from disk."""
 
 
-for command in (train, train_stage, finetune, plan, status, evaluate, export, recipes, data, cache):
+COMMANDS = (
+    train,
+    train_stage,
+    finetune,
+    plan,
+    status,
+    evaluate,
+    predict,
+    export,
+    recipes,
+    data,
+    cache,
+)
+for command in COMMANDS:
     cli.add_command(command)
 
 

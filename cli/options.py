@@ -52,6 +52,12 @@ model = click.option(
     metavar="MODULE:FUNCTION",
     help="The function that returns the network, for runs whose network was built in Python.",
 )
+until_stage = click.option(
+    "--until-stage",
+    type=int,
+    metavar="N",
+    help="Stop after stage N and use its local classifier: an early exit.",
+)
 data_dir = click.option(
     "--data-dir",
     metavar="DIR",

@@ -93,12 +93,7 @@ def evaluate(run: Path, split: str, device: str, model: str | None, as_json: boo
     metavar="safetensors|torch-export|onnx",
     help="The file's format  [default: by its suffix: .safetensors, .pt2 or .onnx].",
 )
-@click.option(
-    "--until-stage",
-    type=int,
-    metavar="N",
-    help="Stop after stage N and use its local classifier: an early exit.",
-)
+@options.until_stage
 @click.option("--force", is_flag=True, help="Overwrite FILE if it exists.")
 @options.model
 @options.debug

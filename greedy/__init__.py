@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from greedy.errors import TrainingError, UserError
     from greedy.evaluation import Evaluation, evaluate
     from greedy.manifest import StageRecord
+    from greedy.prediction import Prediction, predict
     from greedy.reporting import EpochReport, Reporter
     from greedy.runs import RunDirectory
     from greedy.trainer import GreedyTrainer
@@ -20,6 +21,8 @@ __all__ = [
     "EpochReport",
     "Evaluation",
     "evaluate",
+    "Prediction",
+    "predict",
     "UserError",
     "TrainingError",
     "cache",
@@ -37,6 +40,8 @@ _HOME = {
     "EpochReport": "reporting",
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
+    "Prediction": "prediction",
+    "predict": "prediction",
     "UserError": "errors",
     "TrainingError": "errors",
 }
