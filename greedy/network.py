@@ -15,6 +15,11 @@ from greedy.manifest import ENCODER, HEADS, StageRecord
 from greedy.models import Stage, cut, shapes
 from greedy.recipes import Recipe
 from greedy.runs import RunDirectory
+from greedy.training.strategies import losses_of
+
+
+class NoLocalClassifier(UserError):
+    """There is no early exit after a stage."""
 
 
 def stages_of(recipe: Recipe, data: StageRecord, model: nn.Sequential | None) -> list[Stage]:
@@ -61,31 +66,38 @@ def assemble(
     last = len(stages) if until_stage is None else until_stage
     if not 1 <= last <= len(stages):
         raise UserError(f"there is no stage {last}: this network has stages 1 to {len(stages)}")
-    modules = [_normalisation(run.recipe, data)]
+    modules = [normalisation(run.recipe, data)]
     for stage in stages[:last]:
         load_stage(run, stage, torch.device("cpu"))
         modules += stage.modules_for_inference()
     if last < len(stages):
         modules = modules[: len(modules) - len(stages[last - 1].pool)]  # the head sees h
-        modules += _local_classifier(run, loss, stages, last, data)
+        modules += local_classifier(run, loss, stages, last, data)
     return nn.Sequential(*modules).eval().requires_grad_(False)
 
 
-def _normalisation(recipe: Recipe, data: StageRecord) -> nn.Module:
+def normalisation(recipe: Recipe, data: StageRecord) -> nn.Module:
+    """The data set's normalisation of images (B, C, H, W), as the stages were trained on."""
     mean = torch.tensor(recipe.data.mean or data.resolved["mean"])
     std = torch.tensor(recipe.data.std or data.resolved["std"])
     module = nn.BatchNorm2d(len(mean), eps=0.0, affine=False)
     module.running_mean, module.running_var = mean, std.square()
-    return module
+    return module.eval()
 
 
-def _local_classifier(
+def local_classifier(
     run: RunDirectory, loss: LocalLoss, stages: Sequence[Stage], number: int, data: StageRecord
 ) -> list[nn.Module]:
+    """What a stage's early exit does with its activation h, as modules in order: gives logits
+    (B, classes). ``loss`` is the run's local loss.
+
+    Raises ``NoLocalClassifier`` if the stage was trained without one.
+    """
+    loss = losses_of(run.recipe.training.strategy, loss, len(data.network))[number - 1]
     hidden = shapes(stages[:number], data.row_shape)[-1].hidden
     heads = loss.heads(hidden, len(data.class_names))
     if heads.prediction is None:
-        raise UserError(
+        raise NoLocalClassifier(
             f"stage {number} has no local classifier (its loss trains none), so there is no "
             f"early exit after it: leave out --until-stage"
         )
