@@ -58,6 +58,12 @@ until_stage = click.option(
     metavar="N",
     help="Stop after stage N and use its local classifier: an early exit.",
 )
+log = click.option(
+    "--log",
+    metavar="tensorboard",
+    type=click.Choice(["tensorboard"]),
+    help="Also write curves, images and the recipe into the run's logs/, for TensorBoard.",
+)
 data_dir = click.option(
     "--data-dir",
     metavar="DIR",

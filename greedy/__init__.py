@@ -9,8 +9,9 @@ if TYPE_CHECKING:
     from greedy.evaluation import Evaluation, evaluate
     from greedy.manifest import StageRecord
     from greedy.prediction import Prediction, predict
-    from greedy.reporting import EpochReport, Reporter
+    from greedy.reporting import EpochReport, Reporter, Reporters
     from greedy.runs import RunDirectory
+    from greedy.tensorboard import TensorBoard
     from greedy.trainer import GreedyTrainer
 
 __all__ = [
@@ -18,6 +19,8 @@ __all__ = [
     "RunDirectory",
     "StageRecord",
     "Reporter",
+    "Reporters",
+    "TensorBoard",
     "EpochReport",
     "Evaluation",
     "evaluate",
@@ -37,6 +40,8 @@ _HOME = {
     "RunDirectory": "runs",
     "StageRecord": "manifest",
     "Reporter": "reporting",
+    "Reporters": "reporting",
+    "TensorBoard": "tensorboard",
     "EpochReport": "reporting",
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
