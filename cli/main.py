@@ -5,6 +5,7 @@ import click
 from greedy.cli import options
 from greedy.cli.cache import cache
 from greedy.cli.data import data
+from greedy.cli.doctor import doctor
 from greedy.cli.failures import Group
 from greedy.cli.finetune import finetune
 from greedy.cli.plan import plan
@@ -38,6 +39,7 @@ COMMANDS = (
     recipes,
     data,
     cache,
+    doctor,
 )
 for command in COMMANDS:
     cli.add_command(command)
