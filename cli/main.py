@@ -14,12 +14,22 @@ from greedy.cli.recipes import recipes
 from greedy.cli.results import evaluate, export, status
 from greedy.cli.train import train, train_stage
 
+EPILOG = """Example: greedy train --recipe demo
+
+\b
+The shell completes commands and options with one of these lines in ~/.bashrc,
+~/.zshrc or ~/.config/fish/config.fish:
+  eval "$(_GREEDY_COMPLETE=bash_source greedy)"
+  eval "$(_GREEDY_COMPLETE=zsh_source greedy)"
+  _GREEDY_COMPLETE=fish_source greedy | source
+"""
+
 
 @click.group(
     "greedy",
     cls=Group,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Example: greedy train --recipe demo",
+    epilog=EPILOG,
 )
 @click.version_option(package_name="greedy")
 @options.debug
