@@ -48,7 +48,8 @@ class Group(click.Group):
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
-        if self.get_command(ctx, name) is None and not name.startswith("-"):
+        known = self.get_command(ctx, name) is not None or name.startswith("-")
+        if not known and not ctx.resilient_parsing:  # a shell that completes wants no complaint
             raise unknown("command", name, self.list_commands(ctx))
         return super().resolve_command(ctx, args)
 

@@ -6,7 +6,7 @@ import click
 
 from greedy.cli import options
 from greedy.cli.failures import terminable
-from greedy.cli.train import train_and_show
+from greedy.cli.train import tensorboard, train_and_show
 
 
 @click.command(epilog="Example: greedy finetune --run runs/demo --set training.epochs=5")
@@ -19,6 +19,7 @@ from greedy.cli.train import train_and_show
 )
 @options.settings
 @options.device
+@options.log
 @options.model
 @options.debug
 def finetune(
@@ -26,6 +27,7 @@ def finetune(
     to: Path | None,
     settings: tuple[str, ...],
     device: str,
+    log: str | None,
     model: str | None,
     **shorthands: str | None,
 ) -> None:
@@ -41,9 +43,10 @@ def finetune(
 
     source = RunDirectory.open(run)
     to = to or run.with_name(f"{run.name}-finetuned")
+    logger = tensorboard(to) if log else None
     with terminable():
         tuned = begin_finetuning(source, to, options.overrides(settings, shorthands))
     network = load_network(tuned.recipe.model, model)
     trainer = GreedyTrainer.from_recipe(tuned.recipe, to, device=device, model=network)
     click.echo(f"{tuned.recipe.name}, from the weights of {run}, in {to} on {trainer.device}")
-    train_and_show(trainer)
+    train_and_show(trainer, log=logger)

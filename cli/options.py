@@ -54,6 +54,18 @@ model = click.option(
     metavar="MODULE:FUNCTION",
     help="The function that returns the network, for runs whose network was built in Python.",
 )
+until_stage = click.option(
+    "--until-stage",
+    type=int,
+    metavar="N",
+    help="Stop after stage N and use its local classifier: an early exit.",
+)
+log = click.option(
+    "--log",
+    metavar="tensorboard",
+    type=click.Choice(["tensorboard"]),
+    help="Also write curves, images and the recipe into the run's logs/, for TensorBoard.",
+)
 data_dir = click.option(
     "--data-dir",
     metavar="DIR",

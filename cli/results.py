@@ -2,11 +2,17 @@
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from greedy.cli import options
-from greedy.cli.tables import percent, print_json, print_table, size
+from greedy.cli.tables import count, percent, print_json, print_table, size
+
+if TYPE_CHECKING:
+    from greedy.exits import Exits
+
+LOSE = 1.0  # points of error that an early exit may lose, unless told otherwise
 
 
 @click.command(epilog="Example: greedy status --run runs/demo")
@@ -65,6 +71,13 @@ def status(run: Path, as_json: bool) -> None:
     metavar="SIZE",
     help="Most memory on the device  [default: as the run was trained].",
 )
+@click.option("--by-stage", is_flag=True, help="Also every early exit: how error falls with depth.")
+@click.option(
+    "--lose",
+    metavar="X",
+    type=float,
+    help="With --by-stage: points of error that an early exit may lose  [default: 1.0].",
+)
 @options.device
 @options.model
 @options.as_json
@@ -73,29 +86,76 @@ def evaluate(
     run: Path,
     split: str,
     memory_budget: str | None,
+    by_stage: bool,
+    lose: float | None,
     device: str,
     model: str | None,
     as_json: bool,
 ) -> None:
-    """Evaluate the trained network on raw images, in float32."""
+    """Evaluate the trained network on raw images, in float32.
+
+    Operations are multiply-adds of convolutions and linear layers for one image.
+    """
     from greedy.build import build_loss, load_network  # noqa: PLC0415
     from greedy.devices import pick_device  # noqa: PLC0415
     from greedy.evaluation import evaluate  # noqa: PLC0415
+    from greedy.exits import evaluate_exits  # noqa: PLC0415
     from greedy.network import assemble  # noqa: PLC0415
     from greedy.runs import RunDirectory  # noqa: PLC0415
     from greedy.sizes import parse_size  # noqa: PLC0415
 
+    if lose is not None and not by_stage:
+        raise click.UsageError("--lose is about early exits: give --by-stage with it")
     directory = RunDirectory.open(run)
     recipe = directory.recipe
-    network = assemble(directory, build_loss(recipe.loss), load_network(recipe.model, model))
-    budget = parse_size(memory_budget) if memory_budget else None
-    result = evaluate(directory, network, split, pick_device(device), budget)
+    loss, network = build_loss(recipe.loss), load_network(recipe.model, model)
+    place, budget = pick_device(device), parse_size(memory_budget) if memory_budget else None
+    if by_stage:
+        exits = evaluate_exits(directory, loss, network, split, place, budget)
+        _show_exits(exits, LOSE if lose is None else lose, as_json)
+        return
+    result = evaluate(directory, assemble(directory, loss, network), split, place, budget)
     if as_json:
         print_json(asdict(result))
         return
     click.echo(
         f"{split} error {percent(result.error_percent)}, loss {result.loss:.4f} "
         f"on {result.samples:,} images"
+    )
+
+
+def _show_exits(exits: "Exits", lose: float, as_json: bool) -> None:
+    chosen = exits.cheapest(lose)
+    if as_json:
+        stage = None if chosen is None else chosen.stage
+        print_json({**asdict(exits), "lose_points": lose, "cheapest_stage": stage})
+        return
+    whole = exits.exits[-1]
+    print_table(
+        ("stage", "name", "error", "loss", "params", "operations", "of all"),
+        (
+            (
+                str(each.stage),
+                each.name,
+                percent(each.error_percent),
+                "-" if each.loss is None else f"{each.loss:.4f}",
+                count(each.parameters),
+                count(each.operations),
+                f"{each.operations / whole.operations:.0%}",
+            )
+            for each in exits.exits
+        ),
+        left=2,
+    )
+    click.echo(f"{exits.split} split, {exits.samples:,} images")
+    if chosen is None:
+        click.echo(f"no early exit loses less than {lose:g} points")
+        return
+    lost = exits.lost(chosen)
+    change = f"loses {lost:.2f}" if lost >= 0 else f"gains {-lost:.2f}"
+    click.echo(
+        f"stage {chosen.stage} {change} points and takes "
+        f"{100 * chosen.operations / whole.operations:.0f} % of the operations"
     )
 
 
@@ -107,12 +167,7 @@ def evaluate(
     metavar="safetensors|torch-export|onnx",
     help="The file's format  [default: by its suffix: .safetensors, .pt2 or .onnx].",
 )
-@click.option(
-    "--until-stage",
-    type=int,
-    metavar="N",
-    help="Stop after stage N and use its local classifier: an early exit.",
-)
+@options.until_stage
 @click.option("--force", is_flag=True, help="Overwrite FILE if it exists.")
 @options.model
 @options.debug

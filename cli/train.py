@@ -1,5 +1,7 @@
 """``greedy train`` and ``greedy train-stage``."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,8 +12,10 @@ from greedy.cli.failures import terminable
 from greedy.cli.tables import percent, print_table, size
 
 if TYPE_CHECKING:
+    from greedy.cli.progress import Lines
     from greedy.manifest import StageRecord
     from greedy.recipes import Recipe
+    from greedy.tensorboard import TensorBoard
     from greedy.trainer import GreedyTrainer
 
 
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
     flag_value=1,
     help="Train again from this stage on, by default from stage 1.",
 )
+@options.log
 @options.model
 @options.debug
 def train(
@@ -42,6 +47,7 @@ def train(
     download: bool,
     device: str,
     retrain: int | None,
+    log: str | None,
     model: str | None,
     **shorthands: str | None,
 ) -> None:
@@ -54,6 +60,7 @@ def train(
     wanted, directory = recipe_and_run(recipe, run, overrides)
     network = load_network(wanted.model, model)
     trainer = GreedyTrainer.from_recipe(wanted, directory, device=device, model=network)
+    logger = tensorboard(directory) if log else None
     click.echo(f"{wanted.name} in {directory} on {trainer.device}")
     if trainer.run.state(0) != "complete":
         dataset = load_dataset(
@@ -67,7 +74,7 @@ def train(
         click.echo(f"stage 0: {rows} of {dataset.name}")
         with terminable():
             trainer.prepare(dataset)
-    train_and_show(trainer, retrain)
+    train_and_show(trainer, retrain, logger)
 
 
 @click.command(
@@ -90,16 +97,20 @@ def train(
 )
 @click.option("--retrain", is_flag=True, help="Train the stage again if it is complete.")
 @options.device
+@options.log
 @options.model
 @options.debug
 def train_stage(
-    number: int, source: Path, to: Path | None, retrain: bool, device: str, model: str | None
+    number: int,
+    source: Path,
+    to: Path | None,
+    retrain: bool,
+    device: str,
+    log: str | None,
+    model: str | None,
 ) -> None:
     """Train one stage from the store of an earlier one."""
-    from rich.console import Console  # noqa: PLC0415
-
     from greedy.build import load_network  # noqa: PLC0415
-    from greedy.cli.dashboard import reporter  # noqa: PLC0415
     from greedy.runs import run_of_stage  # noqa: PLC0415
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
 
@@ -107,9 +118,7 @@ def train_stage(
     trainer = GreedyTrainer.from_recipe(
         run.recipe, run.path, device=device, model=load_network(run.recipe.model, model)
     )
-    progress = reporter(Console(), trainer.run.complete(0).network)
-    trainer.reporter = progress
-    with progress, terminable():
+    with reporting(trainer, tensorboard(run.path, to) if log else None) as progress:
         record = trainer.train_stage(number, source=source_number, again=retrain, to=to)
     written = to or run.stage(number)
     if progress.skipped:
@@ -118,17 +127,34 @@ def train_stage(
         click.echo(f"wrote {written}, trained from {_origin(record)}")
 
 
-def train_and_show(trainer: "GreedyTrainer", retrain: int | None = None) -> None:
+def train_and_show(
+    trainer: "GreedyTrainer", retrain: int | None = None, log: "TensorBoard | None" = None
+) -> None:
     """Trains what is to be trained of a run that has its images, and prints what came of it."""
+    with reporting(trainer, log):
+        trainer.train(retrain)
+    _print_results(trainer)
+
+
+def tensorboard(run: Path, to: Path | None = None) -> "TensorBoard":
+    """What writes a run's logs, refused before anything is trained."""
+    from greedy.tensorboard import TensorBoard  # noqa: PLC0415
+
+    return TensorBoard(run, to=to)
+
+
+@contextmanager
+def reporting(trainer: "GreedyTrainer", log: "TensorBoard | None") -> Iterator["Lines"]:
+    """Inside, what the trainer does is shown, and logged if there is a log; signals stop it."""
     from rich.console import Console  # noqa: PLC0415
 
     from greedy.cli.dashboard import reporter  # noqa: PLC0415
+    from greedy.reporting import Reporters  # noqa: PLC0415
 
     progress = reporter(Console(), trainer.run.complete(0).network)
-    trainer.reporter = progress
-    with progress, terminable():
-        trainer.train(retrain)
-    _print_results(trainer)
+    trainer.reporter = Reporters(progress, log) if log else progress
+    with progress, log or nullcontext(), terminable():
+        yield progress
 
 
 def recipe_and_run(

@@ -8,8 +8,10 @@ if TYPE_CHECKING:
     from greedy.errors import TrainingError, UserError
     from greedy.evaluation import Evaluation, evaluate
     from greedy.manifest import StageRecord
-    from greedy.reporting import EpochReport, Reporter
+    from greedy.prediction import Prediction, predict
+    from greedy.reporting import EpochReport, Reporter, Reporters
     from greedy.runs import RunDirectory
+    from greedy.tensorboard import TensorBoard
     from greedy.trainer import GreedyTrainer
 
 __all__ = [
@@ -17,9 +19,13 @@ __all__ = [
     "RunDirectory",
     "StageRecord",
     "Reporter",
+    "Reporters",
+    "TensorBoard",
     "EpochReport",
     "Evaluation",
     "evaluate",
+    "Prediction",
+    "predict",
     "UserError",
     "TrainingError",
     "cache",
@@ -37,9 +43,13 @@ _HOME = {
     "RunDirectory": "runs",
     "StageRecord": "manifest",
     "Reporter": "reporting",
+    "Reporters": "reporting",
+    "TensorBoard": "tensorboard",
     "EpochReport": "reporting",
     "Evaluation": "evaluation",
     "evaluate": "evaluation",
+    "Prediction": "prediction",
+    "predict": "prediction",
     "UserError": "errors",
     "TrainingError": "errors",
 }

@@ -15,6 +15,11 @@ from greedy.manifest import ENCODER, HEADS, StageRecord
 from greedy.models import Shape, Stage, cut, shapes
 from greedy.recipes import Recipe
 from greedy.runs import RunDirectory
+from greedy.training.strategies import losses_of
+
+
+class NoLocalClassifier(UserError):
+    """There is no early exit after a stage."""
 
 
 def stages_of(recipe: Recipe, data: StageRecord, model: nn.Sequential | None) -> list[Stage]:
@@ -77,7 +82,7 @@ def assemble(
         modules += stage.modules_for_inference()
     if last < len(stages):
         modules = modules[: len(modules) - len(stages[last - 1].pool)]  # the head sees h
-        modules += _local_classifier(run, loss, stages, last, data)
+        modules += local_classifier(run, loss, stages, last, data)
     return nn.Sequential(*modules).eval().requires_grad_(False)
 
 
@@ -90,12 +95,18 @@ def normalisation(recipe: Recipe, data: StageRecord) -> nn.Module:
     return module.eval()
 
 
-def _local_classifier(
+def local_classifier(
     run: RunDirectory, loss: LocalLoss, stages: Sequence[Stage], number: int, data: StageRecord
 ) -> list[nn.Module]:
+    """What a stage's early exit does with its activation h, as modules in order: gives logits
+    (B, classes). ``loss`` is the run's local loss.
+
+    Raises ``NoLocalClassifier`` if the stage was trained without one.
+    """
+    loss = losses_of(run.recipe.training.strategy, loss, len(data.network))[number - 1]
     heads = load_heads(run, loss, number, shapes(stages[:number], data.row_shape)[-1].hidden)
     if not heads.modules_for_inference():
-        raise UserError(
+        raise NoLocalClassifier(
             f"stage {number} has no local classifier (its loss trains none), so there is no "
             f"early exit after it: leave out --until-stage"
         )

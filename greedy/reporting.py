@@ -1,6 +1,6 @@
 """What happens in a run, told to whoever shows it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,9 @@ class Reporter:
     def epoch_finished(self, report: EpochReport) -> None:
         """An epoch is over; where all stages train at once, the report is the last one's."""
 
+    def network_epoch_finished(self, reports: Sequence[EpochReport]) -> None:
+        """An epoch of all stages at once is over: a report a stage, before ``epoch_finished``."""
+
     def writing_started(self, number: int, split: str, rows: int) -> None:
         """A split's store is being written, so many rows over all views; ``batch_finished``
         follows for each batch."""
@@ -77,3 +80,54 @@ class Reporter:
 
     def stage_skipped(self, record: StageRecord) -> None:
         """A stage was complete already."""
+
+
+class Reporters(Reporter):
+    """Passes on what it hears to several."""
+
+    def __init__(self, *reporters: Reporter) -> None:
+        self.reporters = reporters
+
+    def disk_planned(self, plan: Plan) -> None:
+        for each in self.reporters:
+            each.disk_planned(plan)
+
+    def stage_started(self, number: int, name: str, epochs: int, resolved: dict[str, Any]) -> None:
+        for each in self.reporters:
+            each.stage_started(number, name, epochs, resolved)
+
+    def network_started(self, strategy: str, epochs: int, resolved: dict[str, Any]) -> None:
+        for each in self.reporters:
+            each.network_started(strategy, epochs, resolved)
+
+    def epoch_started(self, epoch: int, rows: int) -> None:
+        for each in self.reporters:
+            each.epoch_started(epoch, rows)
+
+    def batch_finished(self, rows: int) -> None:
+        for each in self.reporters:
+            each.batch_finished(rows)
+
+    def memory_reduced(self, number: int, memory: StepMemory) -> None:
+        for each in self.reporters:
+            each.memory_reduced(number, memory)
+
+    def epoch_finished(self, report: EpochReport) -> None:
+        for each in self.reporters:
+            each.epoch_finished(report)
+
+    def network_epoch_finished(self, reports: Sequence[EpochReport]) -> None:
+        for each in self.reporters:
+            each.network_epoch_finished(reports)
+
+    def writing_started(self, number: int, split: str, rows: int) -> None:
+        for each in self.reporters:
+            each.writing_started(number, split, rows)
+
+    def stage_finished(self, record: StageRecord) -> None:
+        for each in self.reporters:
+            each.stage_finished(record)
+
+    def stage_skipped(self, record: StageRecord) -> None:
+        for each in self.reporters:
+            each.stage_skipped(record)

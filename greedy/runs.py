@@ -42,7 +42,7 @@ class RunDirectory:
                 f"`greedy train`, or begin one with --recipe"
             )
         own = ("network", "stage*", ".stage*")
-        _require_own_files(path / "run.toml", *(each for name in own for each in path.glob(name)))
+        require_own_files(path / "run.toml", *(each for name in own for each in path.glob(name)))
         return cls(path, load(path / "run.toml", inherits=False))
 
     @classmethod
@@ -176,7 +176,7 @@ def new_stage(directory: Path, *, go_on: bool = False) -> AbstractContextManager
 
 def is_unfinished(directory: Path) -> bool:
     """Whether a directory holds a stage whose training was interrupted, and nothing else."""
-    _require_own_files(directory)
+    require_own_files(directory)
     inside = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     return inside == ["training"] and (directory / "training" / CHECKPOINT).is_dir()
 
@@ -224,7 +224,7 @@ def run_of_stage(path: Path) -> tuple[RunDirectory, int]:
     return RunDirectory.open(path.parent), int(number[1])
 
 
-def _require_own_files(*entries: Path) -> None:
+def require_own_files(*entries: Path) -> None:
     """Refuses a run that reaches beyond its directory: what is written or deleted through a link
     would be somebody else's."""
     for entry in entries:

@@ -1,11 +1,10 @@
-"""Help, `greedy recipes` and `greedy data`."""
+"""`greedy recipes` and `greedy data`."""
 
 import json
 import subprocess
 import sys
 import tomllib
 
-import click
 import pytest
 from click.testing import CliRunner
 
@@ -17,29 +16,6 @@ def greedy(*arguments):
     result = CliRunner().invoke(cli, arguments)
     assert result.exit_code == 0, result.output
     return result.output
-
-
-def commands(group=cli, path=()):
-    """The words of every command, groups included."""
-    yield path
-    for name, command in group.commands.items():
-        if isinstance(command, click.Group):
-            yield from commands(command, (*path, name))
-        else:
-            yield (*path, name)
-
-
-@pytest.mark.parametrize("path", list(commands()), ids=" ".join)
-def test_every_help_has_an_example_of_the_command_itself(path):
-    output = greedy(*path, "--help")
-    assert f"Example: greedy {' '.join(path)}".strip() in output
-    assert max(map(len, output.splitlines())) <= 80
-    assert greedy(*path, "-h") == output
-
-
-def test_a_group_alone_shows_its_help():
-    assert greedy() == greedy("--help")
-    assert greedy("recipes") == greedy("recipes", "--help")
 
 
 def test_version():

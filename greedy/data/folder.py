@@ -1,15 +1,13 @@
 """Image folders: ``train/CLASS/IMAGE`` and ``test/CLASS/IMAGE``, decoded when they are read."""
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
+from greedy.data.images import fit, opened
 from greedy.data.splits import Dataset, Images, Labels, Rows, Shape
 from greedy.errors import UserError
 
@@ -55,7 +53,7 @@ class FolderSplit:
         self._files = [file for members in files for file in members]
         self._labels = np.repeat(np.arange(len(files)), [len(members) for members in files])
         self._first, self._image_size = first, image_size
-        with _opened(first) as image:
+        with opened(first) as image:
             width, height = (image_size, image_size) if image_size else image.size
         self.shape: Shape = (3, height, width)
 
@@ -72,7 +70,7 @@ class FolderSplit:
 
     def _decode(self, file: Path, out: npt.NDArray[np.uint8]) -> None:
         height, width = self.shape[1:]
-        with _opened(file) as image:
+        with opened(file) as image:
             if self._image_size is None and image.size != (width, height):
                 raise UserError(
                     f"{self._first} is {width}x{height} pixels and {file} "
@@ -81,7 +79,7 @@ class FolderSplit:
                 )
             pixels = image.convert("RGB")
         if self._image_size is not None:
-            pixels = _fit(pixels, self._image_size)
+            pixels = fit(pixels, height, width)
         out[:] = np.asarray(pixels).transpose(2, 0, 1)
 
 
@@ -103,22 +101,3 @@ def _image_files(folder: Path) -> list[Path]:
             "from train and test"
         )
     return files
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Image.Image]:
-    """The image with its header read; any failure inside to read more of it names the file."""
-    try:
-        with Image.open(file) as image:
-            yield image
-    # What Pillow raises for a damaged file depends on the format.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read the image {file} ({error}): replace or remove it") from error
-
-
-def _fit(image: Image.Image, size: int) -> Image.Image:
-    short = min(image.size)
-    width, height = (size * side // short for side in image.size)
-    left, top = round((width - size) / 2), round((height - size) / 2)
-    resized = image.resize((width, height), Image.Resampling.BILINEAR)
-    return resized.crop((left, top, left + size, top + size))

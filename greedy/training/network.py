@@ -149,6 +149,7 @@ class NetworkTraining:
         ):
             for history, report in zip(histories, reports, strict=True):
                 history.append(report)
+            self.reporter.network_epoch_finished(reports)
             self.reporter.epoch_finished(reports[-1])
         return histories
 

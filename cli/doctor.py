@@ -1,0 +1,89 @@
+"""``greedy doctor``."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from greedy.cli import options
+from greedy.cli.tables import print_json, print_table, size
+
+if TYPE_CHECKING:
+    from greedy.doctor import Disk, Examination
+
+PAGE_CACHE = {
+    "dropped": "from the disk (posix_fadvise dropped the page cache)",
+    "kept": "from memory: its file system keeps pages, so the disk is slower",
+    "unknown": "perhaps from memory: whether the page cache was dropped is not known",
+}
+
+
+@click.command(epilog="Example: greedy doctor --json")
+@options.as_json
+@options.debug
+def doctor(as_json: bool) -> None:
+    """Show what this machine has and what every `auto` would choose on it.
+
+    The disk is that of ./runs, or of the current directory: a temporary file of at most 256 MiB
+    is written to it and read.
+    """
+    from greedy.doctor import examine  # noqa: PLC0415
+
+    runs = Path("runs")
+    found = examine(runs if runs.is_dir() else Path.cwd())
+    if as_json:
+        print_json(asdict(found))
+    else:
+        _print(found)
+
+
+def _print(found: "Examination") -> None:
+    print_table(
+        ("package", "version"),
+        ((name, version or "not installed") for name, version in found.versions.items()),
+        left=2,
+    )
+    click.echo(f"\non {found.system}")
+    print_table(
+        ("device", "name", "memory", "free", "precisions"),
+        (
+            (
+                each.type,
+                each.name,
+                size(each.total_bytes),
+                size(each.free_bytes),
+                "float32, bfloat16" if each.fast_bfloat16 else "float32, bfloat16 slowly",
+            )
+            for each in found.devices
+        ),
+        left=2,
+    )
+    memory = size(found.memory_total_bytes)
+    click.echo(f"memory: {size(found.memory_free_bytes)} of {memory} free")
+    _print_disk(found.disk)
+    auto = found.automatic
+    click.echo("\nin a run that began now, auto would be")
+    print_table(
+        ("setting", "choice"),
+        (
+            ("--device", auto.device),
+            ("--precision", auto.precision),
+            ("--encoding", auto.encoding),
+            ("--memory-budget", f"{size(auto.memory_budget_bytes)} of {auto.device}'s memory"),
+            ("--disk-budget", size(auto.disk_budget_bytes)),
+            ("--ram-budget", f"{size(auto.ram_budget_bytes)} to hold a store in memory"),
+            ("threads", str(auto.threads)),
+        ),
+        left=2,
+    )
+
+
+def _print_disk(disk: "Disk") -> None:
+    click.echo(f"disk of {disk.path}: {size(disk.free_bytes)} of {size(disk.total_bytes)} free")
+    if disk.read_bytes_per_second is None:
+        click.echo("its rate could not be measured: no file can be written there")
+    else:
+        click.echo(
+            f"read at {size(int(disk.read_bytes_per_second))}/s {PAGE_CACHE[disk.page_cache]}"
+        )

@@ -1,0 +1,77 @@
+"""``greedy predict``."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from greedy.cli import options
+from greedy.cli.tables import percent, print_json, print_table
+
+if TYPE_CHECKING:
+    from greedy.prediction import Prediction
+
+
+@click.command(epilog="Example: greedy predict --run runs/demo shoe.png bag.jpg")
+@options.run
+@click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=options.PATH)
+@options.until_stage
+@click.option(
+    "--top", metavar="K", type=int, default=3, show_default=True, help="Show the K best classes."
+)
+@options.device
+@options.model
+@options.as_json
+@options.debug
+def predict(
+    run: Path,
+    images: tuple[Path, ...],
+    until_stage: int | None,
+    top: int,
+    device: str,
+    model: str | None,
+    as_json: bool,
+) -> None:
+    """Classify image files with the trained network.
+
+    An image is converted to the channels of the run's own, resized until it covers their size,
+    and cropped at the centre. Exit code 1 if one could not be read.
+    """
+    from greedy.build import build_loss, load_network  # noqa: PLC0415
+    from greedy.devices import pick_device  # noqa: PLC0415
+    from greedy.network import assemble  # noqa: PLC0415
+    from greedy.prediction import Prediction, Unreadable, predict  # noqa: PLC0415
+    from greedy.runs import RunDirectory  # noqa: PLC0415
+
+    directory = RunDirectory.open(run)
+    recipe = directory.recipe
+    loss, network = build_loss(recipe.loss), load_network(recipe.model, model)
+    assembled = assemble(directory, loss, network, until_stage=until_stage)
+    found = list(predict(directory, assembled, images, pick_device(device), top))
+    predictions = [each for each in found if isinstance(each, Prediction)]
+    unreadable = [each for each in found if isinstance(each, Unreadable)]
+    if as_json:
+        failures = [{"image": str(each.image), "error": each.error} for each in unreadable]
+        print_json({"predictions": [*map(_document, predictions)], "unreadable": failures})
+    elif predictions:
+        lines = (line for each in predictions for line in _lines(each))
+        print_table(("image", "class", "confidence"), lines, left=2)
+    for failure in unreadable:
+        click.echo(f"Error: {failure.error}", err=True)
+    if unreadable:
+        raise SystemExit(1)
+
+
+def _document(found: "Prediction") -> dict[str, object]:
+    ranked = zip(found.classes, found.confidences, strict=True)
+    classes = [{"class": name, "confidence": confidence} for name, confidence in ranked]
+    return {"image": str(found.image), "classes": classes}
+
+
+def _lines(found: "Prediction") -> Iterator[tuple[str, str, str]]:
+    """A line a class, the image named in the first."""
+    image = str(found.image)
+    for name, confidence in zip(found.classes, found.confidences, strict=True):
+        yield image, name, percent(100 * confidence)
+        image = ""

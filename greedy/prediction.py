@@ -1,0 +1,125 @@
+"""What a trained network takes images for."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from greedy.data.images import fit, opened
+from greedy.errors import UserError
+from greedy.evaluation import raw_to_float
+from greedy.manifest import StageRecord
+from greedy.models import Shape
+from greedy.runs import RunDirectory
+
+BATCH = 32  # images at a time: enough to be quick, and little memory beside the weights
+MODES = {1: "L", 3: "RGB"}  # of Pillow, by the channels of the network's images
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The classes that the network finds in an image, the most likely first, with its confidence
+    in each: softmax, from 0 to 1."""
+
+    image: Path
+    classes: Sequence[str]
+    confidences: Sequence[float]
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """An image that could not be read, and why in one sentence."""
+
+    image: Path
+    error: str
+
+
+def predict(
+    run: RunDirectory,
+    network: nn.Sequential,
+    images: Sequence[Path],
+    device: torch.device,
+    top: int = 3,
+) -> Iterator[Prediction | Unreadable]:
+    """Classifies image files with a network of :func:`greedy.network.assemble`, in float32: the
+    ``top`` classes of each, in the order given.
+
+    Images are converted to the run's channels, resized until they cover the size of its images,
+    and cropped at the centre.
+
+    Raises:
+        UserError: one of ``images`` is a folder, ``top`` is not positive, or the run was not
+            trained on images in bytes.
+    """
+    data = run.complete(0)
+    _require_images(run, data)
+    if top < 1:
+        raise UserError(f"the {top} most likely classes are none: ask for 1 or more")
+    for path in images:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: name the images in it, such as {path}/*.png")
+    network = network.to(device)
+    return (
+        each
+        for start in range(0, len(images), BATCH)
+        for each in _predicted(data, network, images[start : start + BATCH], device, top)
+    )
+
+
+def _require_images(run: RunDirectory, data: StageRecord) -> None:
+    channels = data.row_shape[0]
+    if channels not in MODES:
+        raise UserError(
+            f"image files have 1 or 3 channels and the images of {run.path} {channels}: give "
+            f"them to `greedy.network.assemble`'s network in Python"
+        )
+    if data.store is not None and data.store.encoding == "float32":
+        raise UserError(
+            f"{run.path} was trained on floats, and what they are of an image file is not known: "
+            f"give them to `greedy.network.assemble`'s network in Python"
+        )
+
+
+def _predicted(
+    data: StageRecord,
+    network: nn.Sequential,
+    images: Sequence[Path],
+    device: torch.device,
+    top: int,
+) -> Iterator[Prediction | Unreadable]:
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda image: _read(image, data.row_shape), images))
+    readable = [each for each in found if isinstance(each, np.ndarray)]
+    answers = iter(
+        _best(network, raw_to_float(np.stack(readable), device), top) if readable else ()
+    )
+    for image, each in zip(images, found, strict=True):
+        if isinstance(each, UserError):
+            yield Unreadable(image, str(each))
+        else:
+            numbers, confidences = next(answers)
+            yield Prediction(image, [data.class_names[n] for n in numbers], confidences)
+
+
+@torch.inference_mode()
+def _best(network: nn.Sequential, x: Tensor, top: int) -> list[tuple[list[int], list[float]]]:
+    """The most likely classes of each row by their numbers, and the confidence in each."""
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32 here
+    logits = network(x)
+    best = logits.softmax(dim=1).topk(min(top, logits.shape[1]))
+    return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+
+def _read(image: Path, shape: Shape) -> np.ndarray | UserError:
+    """An image file as the rows of the data set are, bytes (C, H, W)."""
+    channels, height, width = shape
+    try:
+        with opened(image) as file:
+            pixels = np.asarray(fit(file.convert(MODES[channels]), height, width))
+    except UserError as error:
+        return error
+    return pixels.reshape(height, width, channels).transpose(2, 0, 1)

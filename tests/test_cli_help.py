@@ -1,0 +1,118 @@
+"""Help of every command, near names for what is mistyped, and completion in the shell."""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from greedy.cli.main import EPILOG, cli
+
+GREEDY = Path(sys.executable).with_name("greedy")
+
+
+def greedy(*arguments):
+    result = CliRunner().invoke(cli, arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def commands(group=cli, path=()):
+    """The words of every command and the command, groups included."""
+    yield path, group
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+EVERY = pytest.mark.parametrize(
+    ("path", "command"),
+    [pytest.param(path, command, id=" ".join(("greedy", *path))) for path, command in commands()],
+)
+
+
+@EVERY
+def test_every_help_has_an_example_of_the_command_itself(path, command):
+    output = greedy(*path, "--help")
+    assert f"Example: greedy {' '.join(path)}".strip() in output
+    assert max(map(len, output.splitlines())) <= 80
+    assert greedy(*path, "-h") == output
+
+
+@EVERY
+def test_the_example_is_one_that_the_command_takes(path, command):
+    words = shlex.split(command.epilog.splitlines()[0].removeprefix("Example: greedy "))
+    found = cli
+    while isinstance(found, click.Group):
+        found = found.commands[words.pop(0)]
+    with found.make_context(found.name, words):
+        pass  # the words have been parsed, or this would have raised
+
+
+@EVERY
+def test_a_mistyped_option_gets_the_option_that_was_meant(path, command):
+    long = [each for p in command.params for each in p.opts if each.startswith("--")]
+    for option in (*long, "--help"):
+        twice = f"{option[:4]}{option[3:]}"  # the second letter
+        result = CliRunner().invoke(cli, [*path, twice])
+        assert result.exit_code == 2
+        assert f"there is no option {twice}; did you mean {option}?" in result.output
+        assert f"(see `greedy {' '.join(path)}".rstrip() in result.output
+
+
+def test_the_device_mistyped():
+    result = CliRunner().invoke(cli, ["train", "--recipe", "demo", "--devise", "cpu"])
+    assert result.exit_code == 2
+    expected = "there is no option --devise; did you mean --device? (see `greedy train --help`)"
+    assert result.output == f"Error: {expected}\n"
+
+
+def test_a_group_alone_shows_its_help():
+    assert greedy() == greedy("--help")
+    assert greedy("recipes") == greedy("recipes", "--help")
+
+
+def sourced(shell):
+    environment = os.environ | {"_GREEDY_COMPLETE": f"{shell}_source"}
+    return subprocess.run(GREEDY, env=environment, capture_output=True, text=True, check=True)
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_help_says_how_the_shell_completes(shell):
+    assert f"_GREEDY_COMPLETE={shell}_source greedy" in greedy("--help")
+    script = sourced(shell)
+    assert "_greedy_completion" in script.stdout and script.stderr == ""
+    checked = shutil.which(shell)
+    if checked:
+        subprocess.run([checked, "-n"], input=script.stdout, text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("greedy tra", "train train-stage"),
+        ("greedy cache ve", "verify"),
+        ("greedy train --dev", "--device"),
+        ("greedy train --log t", "tensorboard"),
+        ("greedy trian --dev", ""),
+    ],
+)
+def test_bash_completes_what_help_told_it_to(line, completed):
+    told = next(each.strip() for each in EPILOG.splitlines() if "bash_source" in each)
+    words = line.split()
+    script = (
+        f"{told}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; "
+        '_greedy_completion greedy; echo "${COMPREPLY[@]}"'
+    )
+    environment = os.environ | {"PATH": f"{GREEDY.parent}:{os.environ['PATH']}"}
+    result = subprocess.run(
+        ["bash", "-c", script], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (result.stdout.strip(), result.stderr) == (completed, "")

@@ -1,0 +1,107 @@
+"""`greedy doctor`: what the machine has, and what `auto` would come to."""
+
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from click.testing import CliRunner
+
+from greedy import doctor
+from greedy.cli.main import cli
+from greedy.doctor import examine
+
+RECIPE = """
+[data]
+name = "fashion-mnist-sample"
+[model]
+network = "mlp"
+hidden_layers = 1
+hidden_width = 8
+[loss]
+name = "pred"
+[training]
+epochs = 1
+batch_size = 512
+learning_rate = 0.001
+"""
+
+
+def greedy(*arguments):
+    result = CliRunner().invoke(cli, [str(each) for each in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_it_tells_what_is_here_and_leaves_nothing(here):
+    found = json.loads(greedy("doctor", "--json"))
+    assert found["versions"]["python"] == platform.python_version()
+    for name in ("greedy", "torch", "torchvision", "zarr", "numcodecs"):
+        assert found["versions"][name] == version(name)
+    assert found["memory_total_bytes"] == psutil.virtual_memory().total
+    assert 0 < found["memory_free_bytes"] <= found["memory_total_bytes"]
+    cpu = found["devices"][-1]
+    assert cpu["type"] == "cpu" and cpu["total_bytes"] == found["memory_total_bytes"]
+    gpus = [each for each in found["devices"] if each["type"] == "cuda"]
+    assert len(gpus) == torch.cuda.device_count()
+    disk = found["disk"]
+    assert disk["path"] == str(here)
+    assert disk["total_bytes"] == psutil.disk_usage(str(here)).total
+    assert disk["read_bytes_per_second"] > 0
+    assert not list(here.iterdir())
+
+
+def test_the_disk_is_that_of_the_runs(here):
+    (here / "runs").mkdir()
+    assert json.loads(greedy("doctor", "--json"))["disk"]["path"] == str(here / "runs")
+
+
+def test_the_choices_are_those_of_a_run_that_begins_now(here):
+    auto = json.loads(greedy("doctor", "--json"))["automatic"]
+    (here / "tiny.toml").write_text(RECIPE)
+    planned = json.loads(greedy("plan", "--recipe", "tiny.toml", "--json"))
+    assert (auto["device"], auto["precision"]) == (planned["device"], planned["precision"])
+    assert auto["memory_budget_bytes"] == pytest.approx(planned["memory_budget_bytes"], rel=0.3)
+    assert auto["disk_budget_bytes"] == pytest.approx(planned["disk"]["budget_bytes"], rel=0.1)
+    greedy("train", "--recipe", "tiny.toml")
+    record = json.loads((here / "runs/tiny/stage1/stage.json").read_bytes())
+    for choice in ("precision", "encoding", "threads"):
+        assert auto[choice] == record["resolved"][choice]
+    assert auto["ram_budget_bytes"] == pytest.approx(psutil.virtual_memory().available / 2, rel=0.3)
+
+
+def test_text_for_people(here):
+    lines = greedy("doctor").splitlines()
+    assert max(len(line) for line in lines if not line.startswith("disk of")) <= 80
+    told = {line.split()[0]: line for line in lines if line.strip()}
+    assert version("zarr") in told["zarr"]
+    assert told["--device"].split()[1] in ("cpu", "cuda", "mps")
+    assert "/s " in told["read"]
+
+
+def test_a_package_that_is_missing_has_no_version(here, monkeypatch):
+    monkeypatch.setattr(doctor, "OPTIONAL", ("no-such-package",))
+    assert json.loads(greedy("doctor", "--json"))["versions"]["no-such-package"] is None
+    (line,) = (each for each in greedy("doctor").splitlines() if each.startswith("no-such"))
+    assert line.split(maxsplit=1)[1].strip() == "not installed"
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="/proc is Linux's")
+def test_where_no_file_can_be_written_the_rest_is_told():
+    found = examine(Path("/proc"))
+    assert found.disk.read_bytes_per_second is None
+    assert found.versions["torch"] == version("torch")
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a file system in memory")
+def test_memory_is_not_passed_off_as_a_disk():
+    assert examine(Path("/dev/shm")).disk.page_cache != "dropped"

@@ -1,0 +1,182 @@
+"""`greedy evaluate --by-stage`: how error falls with depth."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from greedy import GreedyTrainer, RunDirectory, evaluate
+from greedy.cli.main import cli
+from greedy.exits import Exit, Exits, evaluate_exits
+from greedy.losses import LocalHeads, Pred
+
+RECIPE = """
+[data]
+name = "fashion-mnist-sample"
+[model]
+network = "vgg8b"
+feature_multiplier = 0.04
+hidden_width = 32
+[loss]
+name = "predsim"
+[training]
+epochs = 1
+batch_size = 128
+learning_rate = 0.002
+precision = "float32"
+"""
+CPU = torch.device("cpu")
+
+
+def greedy(*arguments):
+    return CliRunner().invoke(cli, [str(each) for each in arguments])
+
+
+def answer(*arguments):
+    result = greedy(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.output)
+
+
+def trained(folder, *settings):
+    (folder / "tiny.toml").write_text(RECIPE)
+    run = folder / "run"
+    result = greedy("train", "--recipe", folder / "tiny.toml", "--run", run, *settings)
+    assert result.exit_code == 0, result.output
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("trained"))
+
+
+def of_assembled(run, split, until_stage):
+    trainer = GreedyTrainer.from_recipe(RunDirectory.open(run).recipe, run, device="cpu")
+    network = trainer.assemble(until_stage=until_stage)
+    found = evaluate(trainer.run, network, split, CPU)
+    return found, sum(each.numel() for each in network.parameters())
+
+
+@pytest.mark.parametrize("split", ["test", "train"])
+def test_every_exit_is_the_network_assembled_until_there(run, split):
+    document = answer("evaluate", "--run", run, "--by-stage", "--split", split)
+    assert document["split"] == split
+    assert document["samples"] == {"test": 1000, "train": 5000}[split]
+    exits = document["exits"]
+    assert [each["stage"] for each in exits] == list(range(1, 9))
+    names = RunDirectory.open(run).complete(0).network
+    assert [each["name"] for each in exits] == names
+    for each in exits:
+        expected, parameters = of_assembled(run, split, each["stage"])
+        assert each["error_percent"] == expected.error_percent
+        assert each["loss"] == pytest.approx(expected.loss, rel=1e-6)
+        assert each["parameters"] == parameters
+
+
+def test_operations_are_multiply_adds_with_the_classifiers(run):
+    exits = answer("evaluate", "--run", run, "--by-stage")["exits"]
+    first = 28 * 28 * 9 * 5  # 5 channels of 3x3
+    classifier = 5 * 14 * 28 * 10  # after pooling to at most 2048 values
+    assert exits[0]["operations"] == first + classifier
+    second = 28 * 28 * 9 * 5 * 10
+    assert exits[1]["operations"] == first + second + 10 * 14 * 14 * 10
+    linear = exits[7]["operations"] - (exits[6]["operations"] - 32 * 10)
+    assert linear == 32 * 10
+
+
+def test_which_early_exit_loses_little(run):
+    document = answer("evaluate", "--run", run, "--by-stage", "--lose", 4)
+    *early, whole = document["exits"]
+    limit = whole["error_percent"] + 4
+    near = [each for each in early if each["error_percent"] < limit]
+    chosen = min(near, key=lambda each: each["operations"])
+    assert document["lose_points"] == 4
+    assert document["cheapest_stage"] == chosen["stage"]
+    lost = chosen["error_percent"] - whole["error_percent"]
+    share = 100 * chosen["operations"] / whole["operations"]
+    result = greedy("evaluate", "--run", run, "--by-stage", "--lose", 4)
+    change = f"loses {lost:.2f}" if lost >= 0 else f"gains {-lost:.2f}"
+    said = f"stage {chosen['stage']} {change} points and takes {share:.0f} % of the operations"
+    assert result.output.splitlines()[-1] == said
+    assert max(map(len, result.output.splitlines())) <= 80
+    none = greedy("evaluate", "--run", run, "--by-stage", "--lose", -100)
+    assert none.output.splitlines()[-1] == "no early exit loses less than -100 points"
+
+
+def test_the_cheapest_exit_is_the_one_of_fewest_operations():
+    rows = [(30.0, 5), (None, 9), (20.5, 40), (20.2, 35), (20.0, 50)]
+    exits = [Exit(n, "conv", error, error, 1, cost) for n, (error, cost) in enumerate(rows, 1)]
+    found = Exits("test", 10, exits)
+    cheapest = {lose: found.cheapest(lose) for lose in (0.1, 0.4, 1.0, 11.0)}
+    assert cheapest == {0.1: None, 0.4: exits[3], 1.0: exits[3], 11.0: exits[0]}
+    assert found.lost(exits[2]) == 0.5
+
+
+@pytest.mark.parametrize("settings", [("--set", "loss.name=sim"), ("--strategy", "backprop")])
+def test_stages_without_a_local_classifier_have_a_dash(tmp_path, settings):
+    small = ("--set", "model.network=mlp", "--set", "model.hidden_layers=2")
+    run = trained(tmp_path, *small, *settings)
+    first, second, whole = answer("evaluate", "--run", run, "--by-stage")["exits"]
+    for each in (first, second):
+        assert each["error_percent"] is None and each["loss"] is None
+        assert each["parameters"] > 0 and each["operations"] > 0
+    assert whole["error_percent"] == answer("evaluate", "--run", run)["error_percent"]
+    lines = greedy("evaluate", "--run", run, "--by-stage").output.splitlines()
+    assert lines[1].split()[2:4] == ["-", "-"]
+    assert lines[-1] == "no early exit loses less than 1 points"
+    refused = greedy("export", "--run", run, "--to", tmp_path / "x.pt2", "--until-stage", "1")
+    assert refused.exit_code == 2 and "stage 1 has no local classifier" in refused.output
+
+
+class Deep(Pred):
+    """The prediction loss with a classifier of its own."""
+
+    def heads(self, shape, num_classes):
+        width = shape[0] * (shape[1] * shape[2] if len(shape) == 3 else 1)
+        own = nn.Sequential(nn.Flatten(), nn.Linear(width, 8), nn.ReLU(), nn.Linear(8, num_classes))
+        return LocalHeads(prediction=own)
+
+
+def test_from_python_with_an_own_loss_and_network(tmp_path):
+    images = torch.randint(0, 256, (300, 1, 6, 6), dtype=torch.uint8)
+    samples = TensorDataset(images, torch.arange(300) % 3)
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 3)
+    )
+    loss = Deep()
+    trainer = GreedyTrainer(
+        model, run_dir=tmp_path / "run", loss=loss, epochs=1, batch_size=50, device="cpu"
+    )
+    trainer.fit(samples, samples)
+    found = evaluate_exits(trainer.run, loss, model, "test", CPU)
+    first, whole = found.exits
+    for each, until in ((first, 1), (whole, None)):
+        expected = evaluate(trainer.run, trainer.assemble(until_stage=until), "test", CPU)
+        assert each.error_percent == expected.error_percent
+    assert first.parameters == (4 * 9 + 4) + (64 * 8 + 8) + (8 * 3 + 3)
+    assert first.operations == 16 * 4 * 9 + 64 * 8 + 8 * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lose", "2"], "--lose is about early exits: give --by-stage with it"),
+        (["--by-stage", "--split", "validation"], "'validation' is not a split"),
+        (["--by-stage", "--lose", "few"], "'few' is not a valid float"),
+    ],
+)
+def test_mistakes(run, arguments, message):
+    result = greedy("evaluate", "--run", run, *arguments)
+    assert result.exit_code == 2 and message in result.output
+
+
+def test_a_damaged_stage_is_no_missing_classifier(tmp_path):
+    run = trained(tmp_path, "--set", "model.network=mlp", "--set", "model.hidden_layers=1")
+    heads = run / "stage1/heads.safetensors"
+    heads.write_bytes(heads.read_bytes()[:-1] + b"\x7f")
+    result = greedy("evaluate", "--run", run, "--by-stage")
+    assert result.exit_code == 2 and str(heads) in result.output
