@@ -1,6 +1,6 @@
 """What happens in a run, told to whoever shows it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,46 +88,14 @@ class Reporters(Reporter):
     def __init__(self, *reporters: Reporter) -> None:
         self.reporters = reporters
 
-    def disk_planned(self, plan: Plan) -> None:
-        for each in self.reporters:
-            each.disk_planned(plan)
 
-    def stage_started(self, number: int, name: str, epochs: int, resolved: dict[str, Any]) -> None:
+def _passing_on(event: str) -> Callable[..., None]:
+    def pass_on(self: Reporters, *what: Any) -> None:
         for each in self.reporters:
-            each.stage_started(number, name, epochs, resolved)
+            getattr(each, event)(*what)
 
-    def network_started(self, strategy: str, epochs: int, resolved: dict[str, Any]) -> None:
-        for each in self.reporters:
-            each.network_started(strategy, epochs, resolved)
+    return pass_on
 
-    def epoch_started(self, epoch: int, rows: int) -> None:
-        for each in self.reporters:
-            each.epoch_started(epoch, rows)
 
-    def batch_finished(self, rows: int) -> None:
-        for each in self.reporters:
-            each.batch_finished(rows)
-
-    def memory_reduced(self, number: int, memory: StepMemory) -> None:
-        for each in self.reporters:
-            each.memory_reduced(number, memory)
-
-    def epoch_finished(self, report: EpochReport) -> None:
-        for each in self.reporters:
-            each.epoch_finished(report)
-
-    def network_epoch_finished(self, reports: Sequence[EpochReport]) -> None:
-        for each in self.reporters:
-            each.network_epoch_finished(reports)
-
-    def writing_started(self, number: int, split: str, rows: int) -> None:
-        for each in self.reporters:
-            each.writing_started(number, split, rows)
-
-    def stage_finished(self, record: StageRecord) -> None:
-        for each in self.reporters:
-            each.stage_finished(record)
-
-    def stage_skipped(self, record: StageRecord) -> None:
-        for each in self.reporters:
-            each.stage_skipped(record)
+for _event in (name for name in vars(Reporter) if not name.startswith("_")):
+    setattr(Reporters, _event, _passing_on(_event))
