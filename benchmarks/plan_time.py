@@ -48,7 +48,8 @@ def main(
 ) -> None:
     """Print planned over taken time."""
     wanted = load(recipe, [f"training.epochs={epochs}", *settings])
-    calibration = calibrated(Bench.of(load(measured, settings) if measured else wanted), seconds)
+    benched = load(measured, settings) if measured else wanted
+    calibration = calibrated(Bench.of(benched, device), seconds)
     with tempfile.TemporaryDirectory() as directory:
         run = RunDirectory.create(Path(directory) / "run", wanted)
         planned = forecast(

@@ -161,7 +161,10 @@ class Calibration(_Document):
             new.threads,
             new.versions,
         )
-        return new.model_copy(update={"measured": known.measured}) if same else new
+        if not same:
+            return new
+        best = max(known.peak_flops, peak_flops)  # other work on the machine only lowers it
+        return known.model_copy(update={"peak_flops": best})
 
     @classmethod
     def load(cls, device_type: str) -> Self:
