@@ -59,7 +59,7 @@ class Work(_Document):
     """
 
     kind: Literal["conv", "linear"]
-    precision: Literal["float32", "bfloat16"]
+    precision: Literal["float32", "bfloat16", "float16"]
     mode: Annotated[str, AfterValidator(lambda name: str(Mode(name)))]
     rows: Amount
     flops: Amount

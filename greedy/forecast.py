@@ -52,7 +52,7 @@ class Machine:
 
     Attributes:
         device: ``cpu``, ``cuda`` or ``mps``.
-        precision: ``float32`` or ``bfloat16``.
+        precision: ``float32``, ``bfloat16`` or ``float16``.
         memory_budget_bytes: what a step may take on the device; ``None`` for anything.
         optimizer_state: ``device`` or ``host``, where Adam's moments are.
     """

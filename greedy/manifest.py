@@ -93,7 +93,7 @@ class Choices(BaseModel):
 
     model_config = ConfigDict(strict=True)
 
-    precision: Literal["float32", "bfloat16"]
+    precision: Literal["float32", "bfloat16", "float16"]
     views: Size | Literal["live"]
     encoding: Literal["float32", "float16", "bfloat16", "uint8", "uint4"]
     shuffle: Literal["rows", "window"]

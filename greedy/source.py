@@ -22,6 +22,7 @@ from greedy.cache import Batch as StoredBatch
 from greedy.data import Augmentation, Draws, prepare
 from greedy.devices import to_device
 from greedy.models import Stage
+from greedy.precision import autocast
 from greedy.seeds import derive, torch_generator
 
 
@@ -162,7 +163,7 @@ class Source:
             x = self.stores["train"].encoding.decode(stored)
         with (
             torch.no_grad(),
-            torch.autocast(x.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"),
+            autocast(x.device.type, self.precision),
         ):
             for stage in self.replayed:
                 x = stage(x)

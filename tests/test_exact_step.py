@@ -14,6 +14,7 @@ from greedy.training.guard import Guard
 from greedy.training.host_adam import HostAdam
 from greedy.training.modes import Mode, StepMemory
 from greedy.training.parts import parts_of
+from greedy.training.scaling import LossScale
 from greedy.training.step import Learner, gradients, step
 
 ROWS, CLASSES = 12, 4
@@ -73,6 +74,8 @@ def measured(learner: Learner, batch: Batch, memory: StepMemory) -> dict[str, to
     learner = deepcopy(learner)
     learner.memory = memory
     loss, logits = gradients(learner, batch)
+    if learner.scale is not None:
+        assert not learner.scale.unscale(learner.parameters())
     found = {"loss": loss} | ({} if logits is None else {"logits": logits})
     for name, module in (("stage", learner.stage), ("heads", learner.heads)):
         found |= {f"{name}.{k}.grad": p.grad for k, p in module.named_parameters()}
@@ -98,14 +101,18 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
         assert worst <= 1e-10 * max(1.0, float(value.abs().max())), name
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 @pytest.mark.parametrize("kind", ["conv", "linear"])
 @pytest.mark.parametrize("loss", LOSSES)
-def test_bfloat16_errs_no_more_than_twice_as_much_as_the_plain_step(kind: str, loss: str) -> None:
+def test_halves_err_no_more_than_twice_as_much_as_the_plain_step(
+    kind: str, loss: str, precision: str
+) -> None:
     exact = make_learner(kind, LOSSES[loss])
     rows = 64
     batch = make_batch(kind, exact, rows)
     truth = measured(exact, batch, StepMemory(Mode.PLAIN))
-    rough = make_learner(kind, LOSSES[loss], torch.float32, "bfloat16")
+    rough = make_learner(kind, LOSSES[loss], torch.float32, precision)
+    rough.scale = LossScale() if precision == "float16" else None
     rough.stage.load_state_dict(exact.stage.state_dict())
     rough.heads.load_state_dict(exact.heads.state_dict())
     batch = make_batch(kind, rough, rows)

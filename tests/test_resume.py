@@ -34,6 +34,7 @@ PATIENT = {"patience": 1, "epochs": 5, "views": "live", "augmentation": "crop4"}
 FROM_DISK = {"ram_budget": "1B", "views": 3}
 JOINT = {"strategy": "joint", "augmentation": "crop4"}
 PATIENT_JOINT = JOINT | {"patience": 1, "epochs": 5}
+HALF = {"precision": "float16"}
 BACKPROP = {"strategy": "backprop", "accumulate": 3}
 
 
@@ -86,8 +87,11 @@ def fit_until_killed(run: Path, batches: int, settings: dict) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, REFRESHED, PATIENT, FROM_DISK, JOINT, PATIENT_JOINT, BACKPROP],
-    ids=["plain", "refreshed", "patient", "disk", "joint", "patient-joint", "backprop"],
+    [{}, REFRESHED, PATIENT, FROM_DISK, JOINT, PATIENT_JOINT, BACKPROP, HALF, BACKPROP | HALF],
+    ids=[
+        *["plain", "refreshed", "patient", "disk", "joint", "patient-joint", "backprop"],
+        *["float16", "float16-backprop"],
+    ],
 )
 def test_killed_anywhere_it_ends_the_same(tmp_path: Path, settings: dict) -> None:
     torch.set_num_threads(1)
@@ -106,6 +110,15 @@ def test_killed_anywhere_it_ends_the_same(tmp_path: Path, settings: dict) -> Non
             break
     assert child.exitcode == 0
     assert outcome(tmp_path / "cut") == expected
+
+
+def test_the_scale_of_float16_s_loss_goes_on(tmp_path: Path) -> None:
+    for steps in (2, 4):  # the second process counts on from the first one's two
+        reporter = KillAt(2 if steps == 2 else 3, lambda: os.kill(os.getpid(), signal.SIGINT))
+        with pytest.raises(Interrupted):
+            trainer(tmp_path / "run", reporter, **HALF).fit(TRAIN, TEST)
+        (kept,) = (tmp_path / "run/stage1/training/checkpoint").glob("*.safetensors")
+        assert load_file(kept)["0.scale.steps"] == steps
 
 
 def test_a_signal_finishes_the_batch_and_keeps_it(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from greedy.lean import lean
+from greedy.losses.deviation import deviation
 from greedy.losses.layers import same_width
 from greedy.models import Shape
 from greedy.precision import widened
@@ -35,10 +36,9 @@ def feature_deviation(h: Tensor) -> Tensor:
     (B, C, H, W) to (B, C). Maps of at most 3 channels or of height 1 are only flattened, and
     vectors stay as they are. The gradient of a map without any deviation is zero.
     """
-    h = widened(h)
     if h.dim() == 4 and h.shape[1] > 3 and h.shape[2] > 1:
-        return h.flatten(2).std(dim=2)
-    return h.flatten(1)
+        return deviation(h)
+    return widened(h).flatten(1)
 
 
 class SimilarityHead(nn.Module):

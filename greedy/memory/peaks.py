@@ -36,7 +36,7 @@ class StepDemand:
 
     Attributes:
         batch_size: rows of a batch.
-        precision: ``float32`` or ``bfloat16``.
+        precision: ``float32``, ``bfloat16`` or ``float16``.
         optimizer: makes the stage's optimiser; ``None`` if its state is in host memory.
         device_type: of the device; on ``cpu`` host memory is the device's.
         stored_row_bytes: of a row as the source holds it.

@@ -180,8 +180,10 @@ class Training(_Section):
         ge=0,
         description="Epochs without improvement on held-out rows before a drop, 0: use milestones.",
     )
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="Arithmetic of the encoder; losses are always in float32."
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        default="auto",
+        description="Arithmetic of encoder and heads; weights, statistics and losses are always "
+        "in float32, and float16's loss is scaled.",
     )
     test_every: int = Field(
         default=1, ge=0, description="Epochs between looks at the test split, 0: at the end alone."

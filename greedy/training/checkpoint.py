@@ -186,7 +186,12 @@ class Checkpoints:
         return {
             f"{index}.{name}": module
             for index, learner in enumerate(self.strategy.learners)
-            for name, module in (("stage", learner.stage), ("heads", learner.heads))
+            for name, module in (
+                ("stage", learner.stage),
+                ("heads", learner.heads),
+                ("scale", learner.scale),
+            )
+            if module is not None
         }
 
     def _restore(self, document: _Document, tensors: dict[str, Tensor]) -> None:

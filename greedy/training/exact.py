@@ -17,7 +17,10 @@ from greedy.lean import Layer, add_weight_gradient, forward
 from greedy.losses import Features, LocalLoss
 from greedy.training.modes import Mode
 from greedy.training.parts import Parts
+from greedy.training.scaling import LossScale
 from greedy.training.statistics import Statistics
+
+SHARE = 2**-8  # a power of two, which changes no digit
 
 
 @dataclass
@@ -31,6 +34,7 @@ class ExactStep:
         slices: the rows of each micro-batch.
         x: the stage's input (B, ...), in host memory if the mode streams it.
         autocast: the precision of encoder and heads.
+        scale: of the loss, and so of all gradients; ``None`` for 1.
         c: the encoder's output (B, ...), where the mode keeps it.
         g: its gradient with the statistics held fixed (B, ...), where the mode keeps it.
     """
@@ -41,6 +45,7 @@ class ExactStep:
     slices: Sequence[slice]
     x: Tensor
     autocast: torch.autocast
+    scale: LossScale | None = None
     c: Tensor | None = field(default=None, init=False)
     g: Tensor | None = field(default=None, init=False)
 
@@ -52,7 +57,7 @@ class ExactStep:
         with self.autocast:
             statistics = self._statistics()
             features = self._features(statistics)
-        loss, slopes = differentiate(self.loss, features, y)
+        loss, slopes = differentiate(self.loss, features, y, self.scale)
         with self.autocast:
             moments = self._backward(statistics, slopes)
             self._close(statistics, moments)
@@ -176,7 +181,8 @@ class Residue:
 @dataclass(frozen=True)
 class Moments:
     """Weight gradients that stand for r where c is not kept: ``ones`` is that of a gradient of 1
-    everywhere, the same for all output channels, ``centred`` that of c - mu."""
+    everywhere, the same for all output channels, ``centred`` that of c - mu; both times ``SHARE``,
+    so that their sums over a micro-batch fit float16."""
 
     ones: Tensor
     centred: Tensor
@@ -187,24 +193,27 @@ class Moments:
         return cls(torch.zeros_like(weight[:1]), torch.zeros_like(weight))
 
     def add(self, encoder: Layer, x: Tensor, centred: Tensor) -> None:
-        """Takes in a micro-batch."""
-        add_weight_gradient(encoder, x, centred.to(x.dtype), self.centred)
-        add_weight_gradient(encoder, x, torch.ones_like(centred[:, :1], dtype=x.dtype), self.ones)
+        """Takes in a micro-batch, whose ``centred`` c is overwritten."""
+        add_weight_gradient(encoder, x, centred.mul_(SHARE).to(x.dtype), self.centred)
+        ones = torch.full_like(centred[:, :1], SHARE, dtype=x.dtype)
+        add_weight_gradient(encoder, x, ones, self.ones)
 
     def close(self, encoder: Layer, residue: Residue) -> None:
         """Adds r's part to the encoder's gradients."""
         weight = encoder.weight
         assert weight.grad is not None
-        a, b = (v.reshape(-1, *[1] * (weight.dim() - 1)) for v in (residue.a, residue.b))
+        a, b = (v.reshape(-1, *[1] * (weight.dim() - 1)) / SHARE for v in (residue.a, residue.b))
         weight.grad.addcmul_(self.ones, a).addcmul_(self.centred, b)
 
 
-def differentiate(loss: LocalLoss, features: Features, y: Tensor) -> tuple[Tensor, Features]:
-    """The loss of a batch, and its gradients with respect to z and p."""
+def differentiate(
+    loss: LocalLoss, features: Features, y: Tensor, scale: LossScale | None = None
+) -> tuple[Tensor, Features]:
+    """The loss of a batch, and its gradients, scaled, with respect to z and p."""
     with torch.enable_grad():
         leaves = Features(*(f if f is None else f.requires_grad_() for f in features))
         value = loss(leaves, y)
-    value.backward()
+        (value if scale is None else scale(value)).backward()
     slopes: Any = [f if f is None else f.grad for f in leaves]
     return value.detach(), Features(*slopes)
 

@@ -12,6 +12,7 @@ from greedy.recipes import Recipe
 from greedy.training.host_adam import HostAdam
 from greedy.training.modes import Mode, StepMemory
 from greedy.training.resolve import for_stage
+from greedy.training.scaling import LossScale
 from greedy.training.schedule import Milestones, Patience, Schedule
 from greedy.training.step import Learner
 
@@ -38,6 +39,7 @@ def new_learner(
         loss,
         num_classes,
         resolved["precision"],
+        scale=LossScale().to(device) if resolved["precision"] == "float16" else None,
         memory=StepMemory(Mode(resolved["memory_mode"]), resolved["micro_batch"]),
     )
 

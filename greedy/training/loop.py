@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from greedy.errors import Interrupted, TrainingError
+from greedy.heap import kept_memory
 from greedy.interrupts import Postponed
 from greedy.losses import Features
 from greedy.models import Shape
@@ -17,6 +19,7 @@ from greedy.seeds import derive, torch_generator
 from greedy.source import Batch, Source
 from greedy.training.checkpoint import Checkpoints, Progress, Sums
 from greedy.training.guard import Guard
+from greedy.training.modes import Mode
 from greedy.training.schedule import Schedule
 from greedy.training.step import Learner
 from greedy.training.strategies import Outcome, Strategy
@@ -75,6 +78,11 @@ class Epochs:
         return self.strategy.learners[0].stage.number
 
     def __iter__(self) -> Iterator[list[EpochReport]]:
+        ample = all(learner.memory.mode is Mode.PLAIN for learner in self.strategy.learners)
+        with kept_memory(self.source.device) if ample else nullcontext():
+            yield from self._epochs()
+
+    def _epochs(self) -> Iterator[list[EpochReport]]:
         began = time.perf_counter()
         done = self.checkpoints.load() if self.checkpoints else None
         progress, sums = done or (Progress(), [])

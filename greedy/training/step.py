@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from greedy.losses import Features, LocalHeads, LocalLoss
 from greedy.models import Stage
+from greedy.precision import HALVES, autocast
 from greedy.source import Batch
 from greedy.training.exact import ExactStep, put
 from greedy.training.guard import Guard
 from greedy.training.modes import Mode, StepMemory
 from greedy.training.parts import Parts, parts_of
+from greedy.training.scaling import LossScale
 
 
 @dataclass
@@ -20,6 +22,7 @@ class Learner:
     """A stage with all that exists only while it trains.
 
     Attributes:
+        scale: of the loss, where the precision is float16.
         memory: how much of a batch a step keeps; becomes smaller where it does not fit.
         host: where a mode that streams keeps its input.
         rehearsed: only the first two and the last micro-batch are computed, which show what
@@ -32,6 +35,7 @@ class Learner:
     num_classes: int
     precision: str
     optimizer: torch.optim.Optimizer | None = None
+    scale: LossScale | None = None
     memory: StepMemory = field(default_factory=StepMemory)
     host: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rehearsed: bool = False
@@ -67,9 +71,7 @@ class Learner:
 
     def autocast(self) -> torch.autocast:
         """Lower precision for encoder and heads; features, losses and weights stay float32."""
-        return torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"
-        )
+        return autocast(self.device.type, self.precision)
 
     def hidden(self, x: Tensor) -> Tensor:
         """h of inputs (B, *shape) on which dropout has been applied."""
@@ -122,7 +124,7 @@ def _try(
     before = [buffer.clone() for buffer in learner.stage.buffers()]
     try:
         loss, logits = gradients(learner, batch)
-        guard.update(learner.optimizer, loss, position)
+        guard.update(learner.optimizer, loss, position, learner.scale, learner.parameters())
         return loss, logits
     except RuntimeError as error:
         smaller = learner.memory.smaller(learner.device.type)
@@ -144,7 +146,8 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def gradients(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """Gives every parameter its gradient on a batch. Returns loss and logits like ``step``."""
+    """Gives every parameter its gradient on a batch, times the loss's scale. Returns loss and
+    logits like ``step``."""
     y = learner.targets(batch.labels)
     if learner.memory.mode is Mode.PLAIN:
         return _plain_gradients(learner, batch.inputs(), y)
@@ -152,7 +155,13 @@ def gradients(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None]:
     assert parts is not None
     slices = learner.slices(len(batch.labels))
     exact = ExactStep(
-        parts, learner.loss, learner.memory.mode, slices, _x(learner, batch), learner.autocast()
+        parts,
+        learner.loss,
+        learner.memory.mode,
+        slices,
+        _x(learner, batch),
+        learner.autocast(),
+        learner.scale,
     )
     return exact.gradients(y)
 
@@ -162,7 +171,7 @@ def _plain_gradients(learner: Learner, x: Tensor, y: Tensor) -> tuple[Tensor, Te
         parameter.grad = None
     features = learner.features(x)
     loss = learner.loss(features, y)
-    loss.backward()
+    (loss if learner.scale is None else learner.scale(loss)).backward()
     return loss.detach(), learner.heads.logits(features)
 
 
@@ -175,8 +184,7 @@ def _x(learner: Learner, batch: Batch) -> Tensor:
         part = batch.inputs(rows)
         if learner.stage.flatten:
             part = part.flatten(1)
-        if learner.precision == "bfloat16":
-            part = part.bfloat16()
+        part = part.to(HALVES.get(learner.precision, part.dtype))
         if streams:
             part = part.to(learner.host)
         pinned = streams and learner.device.type == "cuda"

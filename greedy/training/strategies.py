@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from greedy.losses import Glob, LocalLoss, Output, Sim
 from greedy.source import Batch
 from greedy.training.guard import Guard
+from greedy.training.scaling import LossScale
 from greedy.training.step import Learner, step
 
 
@@ -91,10 +92,10 @@ class Joint:
             _clear(learner)
             h = learner.hidden(_dropped(x, mask))
             outcome = _outcome(learner, h, batch.labels)
-            outcome.loss.backward()
+            _scaled(outcome.loss, learner.scale).backward()
             x = learner.stage.pool(h.detach())
             del h
-            guard.update(optimizer, outcome.loss, position)
+            guard.update(optimizer, outcome.loss, position, learner.scale, learner.parameters())
             _clear(learner)
             outcomes.append(_detached(outcome))
         return outcomes
@@ -103,7 +104,8 @@ class Joint:
 @dataclass(frozen=True)
 class Backprop:
     """All stages by the gradient of the sum of their losses, with one optimiser: only the output
-    layer has a loss, or every stage has one besides.
+    layer has a loss, or every stage has one besides. In float16 the first learner's scale is that
+    of the sum.
 
     Attributes:
         accumulate: micro-batches that a batch is cut into, whose gradients are added up. Batch
@@ -122,17 +124,18 @@ class Backprop:
     def step(self, batch: Batch, masks: Masks, guard: Guard, position: int) -> list[Outcome]:
         for learner in self.learners:
             _clear(learner)
-        count = len(batch.labels)
+        count, scale = len(batch.labels), self.learners[0].scale
         parts = []
         for rows in self._micro_batches(count):
             share = (rows.stop - rows.start) / count
             outcomes = [
                 Outcome(share * loss, logits) for loss, logits in self._forward(batch, masks, rows)
             ]
-            _sum(outcomes).backward()
+            _scaled(_sum(outcomes), scale).backward()
             parts.append([_detached(each) for each in outcomes])
         found = [_joined(stage) for stage in zip(*parts, strict=True)]
-        guard.update(self.optimizer, _sum(found), position)
+        every = [p for learner in self.learners for p in learner.parameters()]
+        guard.update(self.optimizer, _sum(found), position, scale, every)
         return found
 
     def _micro_batches(self, count: int) -> list[slice]:
@@ -185,6 +188,10 @@ def _optimizers(learners: Sequence[Learner]) -> list[torch.optim.Optimizer]:
 def _clear(learner: Learner) -> None:
     for parameter in learner.parameters():
         parameter.grad = None
+
+
+def _scaled(loss: Tensor, scale: LossScale | None) -> Tensor:
+    return loss if scale is None else scale(loss)
 
 
 def _dropped(x: Tensor, mask: Tensor | None) -> Tensor:

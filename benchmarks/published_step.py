@@ -1,0 +1,150 @@
+"""The published training step, written plainly, as what our own steps are compared with.
+
+All layers of a network in one pass, each trained by its own predsim loss with an Adam of its own
+before the next layer gets its output: float32, NCHW, eager. It uses nothing of this project, so
+that no change here makes the comparison faster or slower.
+
+Run as a program it prints images a second for VGG8B on CIFAR-10 shapes.
+"""
+
+import json
+import math
+import statistics
+import time
+from itertools import pairwise
+
+import click
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+VGG8B = (128, 256, "M", 256, 512, "M", 512, "M", 512, "M")
+BETA, POOL_TARGET, DROPOUT, RATE = 0.99, 2048, 0.2, 5e-4
+
+
+def similarity(x: Tensor) -> Tensor:
+    """The correlation of every pair of rows of (B, F), or of (B, C, H, W) through the standard
+    deviation of each feature map."""
+    if x.dim() == 4:
+        x = x.flatten(2).std(dim=2) if x.shape[1] > 3 and x.shape[2] > 1 else x.flatten(1)
+    centred = x - x.mean(dim=1, keepdim=True)
+    unit = centred / (centred.norm(dim=1, keepdim=True) + 1e-8)
+    return (unit @ unit.T).clamp(-1, 1)
+
+
+class Layer(nn.Module):
+    """A hidden layer with its local heads and its optimiser. ``side`` is 0 for a linear one."""
+
+    def __init__(self, inputs: int, outputs: int, side: int, classes: int, *, pool: bool) -> None:
+        super().__init__()
+        self.side, self.pool = side, pool
+        width = outputs
+        if side:
+            self.encoder: nn.Module = nn.Conv2d(inputs, outputs, 3, padding=1)
+            self.norm: nn.Module = nn.BatchNorm2d(outputs)
+            self.dropout: nn.Module = nn.Dropout2d(DROPOUT)
+            self.similarity: nn.Module = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+            kernel = [1, 1]
+            while outputs * math.ceil(side / kernel[0]) * math.ceil(side / kernel[1]) > POOL_TARGET:
+                kernel[kernel[0] > kernel[1]] *= 2
+            sides = [math.ceil(side / k) for k in kernel]
+            padding = [k * (n - side // k) // 2 for k, n in zip(kernel, sides, strict=True)]
+            self.average = nn.AvgPool2d(kernel, padding=padding)
+            width = outputs * sides[0] * sides[1]
+        else:
+            self.encoder, self.norm = nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs)
+            self.dropout = nn.Dropout(DROPOUT)
+            self.similarity = nn.Linear(outputs, outputs, bias=False)
+        self.classifier = nn.Linear(width, classes)
+        nn.init.zeros_(self.classifier.weight)
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=RATE)
+
+    def step(self, x: Tensor, labels: Tensor, onehot: Tensor) -> Tensor:
+        """Trains on the activations of the layer before; returns what the next one gets."""
+        h = F.leaky_relu(self.norm(self.encoder(x)), 0.01)
+        p = self.classifier((self.average(h) if self.side else h).flatten(1))
+        l_sim = F.mse_loss(similarity(self.similarity(h)), similarity(onehot))
+        loss = (1 - BETA) * F.cross_entropy(p, labels) + BETA * l_sim
+        out = self.dropout(h)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        out = out.detach()
+        return F.max_pool2d(out, 2) if self.pool else out
+
+
+class Output(nn.Module):
+    """The last layer, trained by cross-entropy."""
+
+    def __init__(self, inputs: int, classes: int) -> None:
+        super().__init__()
+        self.classifier = nn.Linear(inputs, classes)
+        nn.init.zeros_(self.classifier.weight)
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=RATE)
+
+    def step(self, x: Tensor, labels: Tensor, onehot: Tensor) -> Tensor:
+        """Trains; returns the logits."""
+        p = self.classifier(x)
+        loss = (1 - BETA) * F.cross_entropy(p, labels)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return p.detach()
+
+
+class Published:
+    """A network that is trained as published."""
+
+    def __init__(self, multiplier: float, side: int = 32, classes: int = 10) -> None:
+        self.classes = classes
+        self.layers: list[Layer | Output] = []
+        channels = 3
+        plan = [*VGG8B, ""]
+        for entry, following in pairwise(plan):
+            if isinstance(entry, int):
+                outputs = int(entry * multiplier)
+                pool = following == "M"
+                self.layers.append(Layer(channels, outputs, side, classes, pool=pool))
+                channels = outputs
+                side //= 1 + pool
+        self.layers.append(Layer(channels * side**2, 1024, 0, classes, pool=False))
+        self.layers.append(Output(1024, classes))
+
+    def step(self, images: Tensor, labels: Tensor) -> list[float]:
+        """Trains every layer on a batch. Returns the seconds that each took."""
+        onehot = F.one_hot(labels, self.classes).float()
+        x, seconds = images, []
+        for layer in self.layers:
+            start = time.perf_counter()
+            x = x if isinstance(layer, Layer) and layer.side else x.flatten(1)
+            x = layer.step(x, labels, onehot)
+            seconds.append(time.perf_counter() - start)
+        return seconds
+
+
+def batch(rows: int, side: int = 32, classes: int = 10) -> tuple[Tensor, Tensor]:
+    """Images and labels of CIFAR-10's shape."""
+    return torch.randn(rows, 3, side, side), torch.randint(classes, (rows,))
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--rows", default=128, show_default=True, help="Of a batch.")
+@click.option("--steps", default=3, show_default=True, help="Timed, after one that warms up.")
+@click.option("--multipliers", default="0.25,0.5,1", show_default=True, help="Of the channels.")
+def main(as_json: bool, rows: int, steps: int, multipliers: str) -> None:
+    """Time the published step of VGG8B."""
+    found = {}
+    for multiplier in multipliers.split(","):
+        network = Published(float(multiplier))
+        times = [sum(network.step(*batch(rows))) for _ in range(steps + 1)][1:]
+        found[multiplier] = round(rows / statistics.median(times), 2)
+    if as_json:
+        click.echo(json.dumps({"images_per_second": found, "threads": torch.get_num_threads()}))
+    else:
+        for multiplier, rate in found.items():
+            click.echo(f"VGG8B({multiplier}x): {rate:,.1f} images/s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,261 @@
+"""How fast a stage trains from its store, against the machine and against the published step.
+
+Every stage of VGG8B on CIFAR-10 shapes trains for a few steps as `greedy train` does: a store on
+disk, read ahead, decoded, the same loop and step. In between, in the same process, the published
+step of all layers at once (`published_step.py`). Times are medians over interleaved rounds.
+
+- `share_of_peak`: floating-point operations of the plain step a second, of what the best product
+  of bfloat16 matrices reaches on the same threads.
+- `wait_share`: of a step, for its rows to be there.
+- `ratio_published_step`: the published step's time for the same layer, over ours.
+- `epoch_ratio_published_step`: the published step's time, over the sum of ours.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+import torch
+from published_step import Published, batch
+
+from greedy.build import build_loss, build_network
+from greedy.cache import Store, StoreWriter, fit_encoding, pixels
+from greedy.data import Augmentation
+from greedy.devices import pick_precision
+from greedy.losses import Output
+from greedy.memory.choice import fused_adam
+from greedy.memory.peaks import StepDemand
+from greedy.models import Shape, cut, shapes
+from greedy.recipes import Recipe, load
+from greedy.reporting import Reporter
+from greedy.source import Epoch, Images, Source
+from greedy.training.learners import new_learner, new_optimizer
+from greedy.training.loop import Epochs
+from greedy.training.modes import Mode
+from greedy.training.schedule import Milestones
+from greedy.training.strategies import Greedy
+
+IMAGE: Shape = (3, 32, 32)
+CLASSES = 10
+
+
+class Clock(Reporter):
+    """The time of each step but the first, for which reading only begins."""
+
+    def __init__(self) -> None:
+        self.steps: list[float] = []
+
+    def epoch_started(self, epoch: int, rows: int) -> None:
+        self._last: float | None = None
+
+    def batch_finished(self, rows: int) -> None:
+        now = time.perf_counter()
+        if self._last is not None:
+            self.steps.append(now - self._last)
+        self._last = now
+
+
+class Waits(Epoch):
+    """An epoch that notes how long each batch but the first was waited for."""
+
+    seconds: list[float]
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = super().__iter__()
+        for number in range(len(self.loader)):
+            start = time.perf_counter()
+            found = next(batches)
+            if number:
+                self.seconds.append(time.perf_counter() - start)
+            yield found
+
+
+@dataclass
+class TimedSource(Source):
+    """A source whose waits are noted."""
+
+    waits: list[float] = field(default_factory=list)
+
+    def epoch(self, *args: Any, **settings: Any) -> Epoch:
+        found = super().epoch(*args, **settings)
+        timed = Waits(found.source, found.loader, found.draws)
+        object.__setattr__(timed, "seconds", self.waits)
+        return timed
+
+
+@dataclass
+class Timed:
+    """A stage in training, with what its steps took so far."""
+
+    name: str
+    flops: int
+    train: Callable[[], object]
+    clock: Clock
+    waits: list[float]
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return statistics.median(self.clock.steps)
+
+
+def write_store(path: Path, shape: Shape, rows: int, *, raw: bool) -> Store:
+    """Images, or activations like those of a trained stage: leaky ReLU of normal numbers."""
+    random = np.random.default_rng(0)
+    values: np.ndarray
+    if raw:
+        values, encoding = random.integers(0, 256, (rows, *shape), np.uint8), pixels(shape)
+    else:
+        values = random.standard_normal((rows, *shape), dtype=np.float32)
+        values = np.where(values > 0, values, np.float32(0.01) * values)
+        encoding = fit_encoding("uint8", values[:2048])
+    with StoreWriter(
+        path,
+        rows=rows,
+        views=1,
+        encoding=encoding,
+        compressor="lz4",
+        labels=random.integers(0, CLASSES, rows),
+        index=np.arange(rows),
+        encoded=raw,
+    ) as writer:
+        writer.append(values)
+    return Store(path)
+
+
+def stages(
+    recipe: Recipe, choices: dict[str, Any], steps: int, device: torch.device, directory: Path
+) -> Iterator[Timed]:
+    """Every stage of the recipe's network with its own store."""
+    network = cut(build_network(recipe.model, IMAGE, CLASSES))
+    size = recipe.training.batch_size
+    for stage, shape in zip(network, shapes(network, IMAGE), strict=True):
+        is_output = stage is network[-1]
+        hidden = build_loss(recipe.loss)
+        loss = Output(hidden.output_scale) if is_output else hidden
+        what = (stage, shape, loss, CLASSES, size, choices["precision"])
+        flops = StepDemand(*what, fused_adam, "cpu", 0).flops()
+        path = directory / f"stage{stage.number - 1}"
+        first = stage.number == 1
+        rows = {"train": size * (steps + 1), "test": 2}  # the test split is not what is timed
+        stores = {k: write_store(path / k, shape.input, n, raw=first) for k, n in rows.items()}
+        augmentation = Augmentation.parse("crop4+hflip")
+        images = Images([0.4] * 3, [0.3] * 3, augmentation) if first else None
+        source = TimedSource(stage.number - 1, path, stores, device, 0, images)
+        learner = new_learner(stage, shape, loss, CLASSES, recipe, choices, device, zero=is_output)
+        learner.optimizer = new_optimizer(learner.parameters(), recipe, stage.number, None)
+        clock = Clock()
+        epochs = Epochs(
+            Greedy(learner),
+            source,
+            [shape.input],
+            Milestones(5e-4, 0.25, []),
+            1,
+            size,
+            0,
+            0,
+            clock,
+        )
+        name = "output" if is_output else stage.name
+        yield Timed(name, flops, lambda epochs=epochs: list(epochs), clock, source.waits)
+
+
+def peak_flops() -> float:
+    """A second, at best, in products of square bfloat16 matrices."""
+    best = 0.0
+    for side in (1024, 2048, 4096):
+        a = torch.randn(side, side).bfloat16()
+        times = []
+        for _ in range(4):
+            start = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - start)
+        best = max(best, 2 * side**3 / statistics.median(times[1:]))
+    return best
+
+
+def measure(recipe: Recipe, choices: dict[str, Any], steps: int, rounds: int) -> dict[str, Any]:
+    """The document that is printed."""
+    size, device = recipe.training.batch_size, torch.device("cpu")
+    published = Published(recipe.model.feature_multiplier)
+    theirs: list[list[float]] = []
+    peaks = []
+    with tempfile.TemporaryDirectory() as directory:
+        timed = list(stages(recipe, choices, steps, device, Path(directory)))
+        published.step(*batch(size))
+        for _ in range(rounds):
+            peaks.append(peak_flops())
+            theirs.append(published.step(*batch(size)))
+            for each in timed:
+                each.train()
+    peak = statistics.median(peaks)
+    layers = [statistics.median(seconds) for seconds in zip(*theirs, strict=True)]
+    joint = statistics.median(map(sum, theirs))
+    return {
+        "multiplier": recipe.model.feature_multiplier,
+        "precision": choices["precision"],
+        "threads": torch.get_num_threads(),
+        "peak_gflops": round(peak / 1e9, 1),
+        "published_images_per_second": round(size / joint, 2),
+        "stages": [
+            {
+                "stage": number,
+                "name": each.name,
+                "images_per_second": round(size / each.seconds, 1),
+                "share_of_peak": round(each.flops / each.seconds / peak, 3),
+                "wait_share": round(statistics.median(each.waits) / each.seconds, 4),
+                "ratio_published_step": round(layer / each.seconds, 2),
+            }
+            for number, (each, layer) in enumerate(zip(timed, layers, strict=True), start=1)
+        ],
+        "epoch_ratio_published_step": round(joint / sum(each.seconds for each in timed), 2),
+    }
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--multiplier", default=0.5, show_default=True, help="Of the network's channels.")
+@click.option("--precision", default="auto", show_default=True)
+@click.option("--rows", default=128, show_default=True, help="Of a batch.")
+@click.option("--steps", default=2, show_default=True, help="Timed, of a stage in a round.")
+@click.option("--rounds", default=3, show_default=True)
+def main(
+    as_json: bool, multiplier: float, precision: str, rows: int, steps: int, rounds: int
+) -> None:
+    """Time the step of every stage."""
+    recipe = load(
+        "cifar10/vgg8b-predsim",
+        [f"model.feature_multiplier={multiplier}", f"training.batch_size={rows}"],
+    )
+    choices = {
+        "precision": pick_precision(precision, torch.device("cpu")),
+        "memory_mode": Mode.PLAIN,
+        "micro_batch": rows,
+    }
+    found = measure(recipe, choices, steps, rounds)
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    click.echo(
+        f"VGG8B({multiplier:g}x), batch {rows}, {found['precision']}, "
+        f"{found['threads']} threads: peak {found['peak_gflops']:,.0f} GFLOP/s, published step "
+        f"{found['published_images_per_second']:,.1f} images/s"
+    )
+    for row in found["stages"]:
+        click.echo(
+            f"{row['stage']} {row['name']}: {row['images_per_second']:,.0f} images/s, "
+            f"{row['share_of_peak']:.0%} of the peak, waits {row['wait_share']:.1%}, "
+            f"{row['ratio_published_step']:.2f} times the published step"
+        )
+    click.echo(f"all stages: {found['epoch_ratio_published_step']:.2f} times the published epoch")
+
+
+if __name__ == "__main__":
+    main()
