@@ -16,7 +16,6 @@ from greedy.disk import Plan
 from greedy.manifest import StageRecord
 from greedy.reporting import EpochReport, RunOutline
 from greedy.sizes import format_size
-from greedy.training.modes import StepMemory
 
 TICKS = "▁▂▃▄▅▆▇█"
 SPARKS = 16  # epochs that a sparkline shows
@@ -81,7 +80,6 @@ class Dashboard(Lines):
         self._epoch, self._epoch_rows = 0, 0
         self._training: _Work | None = None
         self._writing: tuple[str, _Work] | None = None
-        self._spent = 0.0  # seconds of finished stages, for their share of the work
 
     def __enter__(self) -> "Dashboard":
         self._live.start()
@@ -124,16 +122,18 @@ class Dashboard(Lines):
             before = (epoch - 1) * rows
             self._training = _Work(self._epochs * rows, before, before)
 
+    def resumed(self, rows: int) -> None:
+        self.batch_finished(rows)
+        self._work.ahead += rows
+
     def batch_finished(self, rows: int) -> None:
+        self._work.done += rows
+
+    @property
+    def _work(self) -> _Work:
         work = self._writing[1] if self._writing else self._training
         assert work is not None
-        work.done += rows
-
-    def memory_reduced(self, number: int, memory: StepMemory) -> None:
-        self._print(
-            f"{self._title}: out of memory, goes on in mode {memory.mode} with micro-batches of "
-            f"{memory.micro_batch}"
-        )
+        return work
 
     def epoch_finished(self, report: EpochReport) -> None:
         self._reports.append(report)
@@ -145,7 +145,6 @@ class Dashboard(Lines):
     def stage_finished(self, record: StageRecord) -> None:
         self._writing = None
         self._fill(record)
-        self._spent += record.seconds
         self._running = range(max(self._running.start, record.stage + 1), self._running.stop)
         self._training = self._training if self._running else None
 

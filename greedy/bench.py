@@ -28,7 +28,6 @@ from greedy.memory.plan import MemoryPlan
 from greedy.models import StageShapes, cut
 from greedy.random_data import random_source
 from greedy.recipes import Recipe
-from greedy.seeds import torch_generator
 from greedy.source import Epoch, Source
 from greedy.training.guard import Guard
 from greedy.training.learners import new_learner, new_optimizer
@@ -177,7 +176,8 @@ class Bench:
             asked = time.perf_counter()
             for position, batch in enumerate(self._epoch(source, learner.stage.number, epoch)):
                 had = time.perf_counter()
-                mask = self._mask(learner, shapes, len(batch.labels), epoch, position)
+                rows_here = len(batch.labels)
+                mask = learner.mask(self.recipe.seed, rows_here, shapes.input, epoch, position)
                 step(learner, replace(batch, mask=mask), guard, position)
                 _finish(self.device)
                 done = time.perf_counter()
@@ -193,16 +193,6 @@ class Bench:
     def _epoch(self, source: Source, number: int, epoch: int) -> Epoch:
         training, data = self.recipe.training, self.recipe.data
         return source.epoch(number, epoch, training.batch_size, data.classes_per_batch)
-
-    def _mask(
-        self, learner: Learner, shapes: StageShapes, rows: int, epoch: int, position: int
-    ) -> torch.Tensor | None:
-        stage = learner.stage
-        if stage.dropout is None:
-            return None
-        generator = torch_generator(self.recipe.seed, "dropout", stage.number, epoch, position)
-        mask = stage.dropout.mask(rows, shapes.input, generator)
-        return mask.to(self.device, non_blocking=True)
 
     def _time_frozen(
         self, learner: Learner, source: Source, rows: int, batch: int, place: Path

@@ -3,6 +3,8 @@
 import os
 import resource
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import psutil
@@ -66,6 +68,17 @@ def describe(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type}, {os.cpu_count()} cores"
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """Inside, convolutions on CUDA compute float32 in float32, without TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:

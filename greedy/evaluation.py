@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from greedy.cache import Store
-from greedy.devices import to_device
+from greedy.devices import full_float32, to_device
 from greedy.errors import UserError
 from greedy.memory.choice import memory_budget as memory_budget_of
 from greedy.memory.forward import fit_forward
@@ -25,6 +25,7 @@ class Evaluation:
     loss: float
 
 
+@full_float32()
 @torch.inference_mode()
 def evaluate(
     run: RunDirectory,
@@ -46,7 +47,6 @@ def evaluate(
     budget = memory_budget_of(run.recipe, device) if memory_budget is None else memory_budget
     forward = fit_forward(network, store.row_shape, budget, device.type)
     loss, wrong = 0.0, 0
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32 here
     starts = range(0, store.rows, forward.rows)
     for start, images in zip(starts, store.batches(0, forward.rows), strict=True):
         labels = torch.from_numpy(store.labels[start : start + len(images)]).to(device)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from greedy.cache import Store
+from greedy.devices import full_float32
 from greedy.errors import UserError
 from greedy.evaluation import raw_to_float
 from greedy.losses import LocalLoss
@@ -66,6 +67,7 @@ class Exits:
         return min(near, key=lambda each: each.operations, default=None)
 
 
+@full_float32()
 @torch.inference_mode()
 def evaluate_exits(
     run: RunDirectory,
@@ -77,8 +79,9 @@ def evaluate_exits(
 ) -> Exits:
     """Evaluates all exits of a trained network on the raw images of a split, in float32; each
     image goes through the network once. ``loss`` is the run's local loss, ``model`` its network
-    where that was built in Python. On the device at most ``memory_budget`` bytes are taken, by
-    default those of the run's recipe; a network whose weights do not fit them stays on the CPU.
+    where that was built in Python. The network takes at most ``memory_budget`` bytes on the
+    device, by default those of the run's recipe, and its classifiers their own besides; a network
+    whose weights do not fit them stays on the CPU.
 
     Raises ``UserError`` if a stage is missing, stale or damaged.
     """
@@ -94,11 +97,11 @@ def evaluate_exits(
         load_stage(run, stage, device)
     classifiers = [_classifier(run, loss, stages, stage.number, data) for stage in stages[:-1]]
     # All that may follow the output layer's h is pooling, and what comes of it are the logits.
-    heads = [each and each.to(device) for each in (*classifiers, stages[-1].pool)]
+    ends = (*classifiers, stages[-1].pool)
+    heads = [None if each is None else each.to(device) for each in ends]
     tallies = [_Tally() for _ in stages]
     normalise = normalisation(run.recipe, data).to(device)
     store = Store(run.store(0) / split)
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32 here
     starts = range(0, store.rows, forward.rows)
     for start, images in zip(starts, store.batches(0, forward.rows), strict=True):
         labels = torch.from_numpy(store.labels[start : start + len(images)]).to(device)

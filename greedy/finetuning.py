@@ -1,18 +1,19 @@
 """End-to-end fine-tuning: a run that begins with the weights of another."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import safetensors.torch
 
 from greedy.cache.files import write_whole
 from greedy.errors import UserError
-from greedy.files import digest, file_digest
+from greedy.files import bytes_below, digest, file_digest
 from greedy.manifest import ENCODER
 from greedy.models import Stage
 from greedy.recipes import Recipe, from_document
 from greedy.runs import RunDirectory, new_stage
+from greedy.space import require_room, until_full
 
 INITIAL = "initial.safetensors"
 EPOCHS = 10
@@ -38,14 +39,25 @@ def begin_finetuning(source: RunDirectory, to: Path, overrides: Sequence[str] = 
     )
     run = RunDirectory.create(to, _recipe(source.recipe, digest(weights), overrides))
     run.path.mkdir(parents=True, exist_ok=True)
+    needed = len(weights) + bytes_below(source.store(0))
     with run.writing():
         if run.record(0) is None:
-            write_whole(run.path / INITIAL, weights)
-            run.begin()
-            with new_stage(run.stage(0)) as directory:
-                shutil.copytree(source.store(0), directory / source.store(0).name)
-                data.model_copy(update={"recipe": run.settings}).write(directory)
+            require_room(run.path, "the images and first weights", needed)
+            with until_full(run.path, "the images and first weights", needed):
+                run.begin()
+                write_whole(run.path / INITIAL, weights)
+                with new_stage(run.stage(0)) as directory:
+                    _copy(source.store(0), directory / source.store(0).name)
+                    data.model_copy(update={"recipe": run.settings}).write(directory)
     return run
+
+
+def _copy(store: Path, to: Path) -> None:
+    for path in sorted(store.rglob("*")):
+        place = to / path.relative_to(store)
+        if path.is_file():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
 
 
 def load_initial(run: RunDirectory, stages: Sequence[Stage]) -> None:
@@ -66,6 +78,13 @@ def load_initial(run: RunDirectory, stages: Sequence[Stage]) -> None:
         stage.load_state_dict(own, assign=True)
 
 
+def _given(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """The fields that the images and the weights of a run have decided."""
+    yield from (("data", field) for field in ("name", "image_size"))
+    free = {"dropout", "initial_weights"}
+    yield from (("model", field) for field in type(recipe.model).model_fields if field not in free)
+
+
 def _recipe(recipe: Recipe, weights: str, overrides: Sequence[str]) -> Recipe:
     document = recipe.model_dump(exclude_none=True)
     training = document["training"]
@@ -74,7 +93,14 @@ def _recipe(recipe: Recipe, weights: str, overrides: Sequence[str]) -> Recipe:
     training |= {"strategy": "backprop", "epochs": EPOCHS}
     training["learning_rate"] = RATE * (rate[0] if isinstance(rate, list) else rate)
     document["model"]["initial_weights"] = weights
+    document.pop("paper", None)  # the published figure is not that of fine-tuning
     found = from_document(document, overrides=overrides)
+    for section, field in _given(recipe):
+        if getattr(getattr(found, section), field) != getattr(getattr(recipe, section), field):
+            raise UserError(
+                f"{section}.{field} cannot be changed by fine-tuning, which goes on with the "
+                f"images and the network of the run: leave it out"
+            )
     if found.training.strategy == "greedy":
         raise UserError(
             "fine-tuning trains all stages at once: leave out --strategy greedy, or use `greedy "

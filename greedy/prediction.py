@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from greedy.data.images import fit, opened
+from greedy.devices import full_float32
 from greedy.errors import UserError
 from greedy.evaluation import raw_to_float
 from greedy.manifest import StageRecord
@@ -105,10 +106,10 @@ def _predicted(
             yield Prediction(image, [data.class_names[n] for n in numbers], confidences)
 
 
+@full_float32()
 @torch.inference_mode()
 def _best(network: nn.Sequential, x: Tensor, top: int) -> list[tuple[list[int], list[float]]]:
     """The most likely classes of each row by their numbers, and the confidence in each."""
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32 here
     logits = network(x)
     best = logits.softmax(dim=1).topk(min(top, logits.shape[1]))
     return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))

@@ -62,6 +62,9 @@ class Reporter:
     def batch_finished(self, rows: int) -> None:
         """A step is done. Called often: be quick."""
 
+    def resumed(self, rows: int) -> None:
+        """Of the epoch or the store that has just begun, an earlier process did so many rows."""
+
     def memory_reduced(self, number: int, memory: StepMemory) -> None:
         """A step of a stage took too much memory; from it on a smaller mode is used."""
 

@@ -104,6 +104,13 @@ class RunDirectory:
         """Where all stages are in the making while they train at once."""
         return self.path / "network"
 
+    def finish_network(self) -> None:
+        """Forgets how stages that are all in their places were trained at once. What is being
+        deleted is not where training would go on from."""
+        old = _beside(self.network, OLD)
+        rename(self.network, old)
+        shutil.rmtree(old)
+
     def store(self, number: int) -> Path:
         """The activation store of a stage: a Zarr group with ``train`` and ``test``."""
         return self.stage(number) / "activations.zarr"
@@ -142,10 +149,11 @@ class RunDirectory:
         """The record of a stage that must be complete. Raises ``UserError`` if it is not."""
         record, state = self.record(number), self.state(number)
         if state == "stale":
+            which = f" {number}" if self.recipe.training.strategy == "greedy" else ""
             raise UserError(
                 f"stage {number} in {self.path} is stale (an earlier stage was trained again "
                 f"after it, or it is of another run): train it again with "
-                f"`greedy train --run {self.path} --retrain {number}`"
+                f"`greedy train --run {self.path} --retrain{which}`"
             )
         if record is None:
             raise UserError(
@@ -162,6 +170,8 @@ class RunDirectory:
             _exchange(store)
 
     def _finish_exchanges(self) -> None:
+        if (old := _beside(self.network, OLD)).exists():
+            shutil.rmtree(old)
         places = (".stage*", "stage*/.activations.zarr", "stage*/activations.zarr/.train")
         for suffix in (NEW, OLD):
             for place in places:

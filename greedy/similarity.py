@@ -15,6 +15,7 @@ from greedy.losses import LocalLoss, feature_deviation, similarity_matrix
 from greedy.models import Stage
 from greedy.network import load_heads, load_stage, normalisation, stages_of
 from greedy.runs import RunDirectory
+from greedy.training.strategies import losses_of
 
 MOST_CLASSES = 10  # of more, a batch of 100 rows would have a row or two each
 CPU = torch.device("cpu")
@@ -126,7 +127,9 @@ def _features(
 ) -> tuple[str, Tensor]:
     """What represents each sample of an activation h, and its name."""
     if loss is not None:
-        heads = load_heads(run, loss, stage.number, tuple(h.shape[1:]))
+        strategy, count = run.recipe.training.strategy, len(run.complete(0).network)
+        own = losses_of(strategy, loss, count)[stage.number - 1]
+        heads = load_heads(run, own, stage.number, tuple(h.shape[1:]))
         if heads.similarity is not None:
             return "similarity head", heads.similarity(h)
     return "activation", feature_deviation(h)

@@ -87,8 +87,10 @@ def test_it_trains_end_to_end_and_is_a_run_of_its_own(run):
         (lambda run: None, ["--strategy", "greedy"], "fine-tuning trains all stages at once"),
         (lambda run: shutil.rmtree(run / "stage2"), [], "stage 2 in .* is not finished"),
         (lambda run: None, ["--to", "{run}"], "belongs to a run with other settings"),
+        (lambda run: None, ["--set", "data.image_size=14"], "data.image_size cannot be changed by"),
+        (lambda run: None, ["--set", "model.hidden_width=8"], "model.hidden_width cannot be"),
     ],
-    ids=["greedy", "unfinished", "itself"],
+    ids=["greedy", "unfinished", "itself", "data", "network"],
 )
 def test_a_mistake_is_one_sentence(run, prepare, arguments, message):
     prepare(run)
@@ -96,6 +98,21 @@ def test_a_mistake_is_one_sentence(run, prepare, arguments, message):
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
     assert re.search(message, line)
+
+
+def test_a_beginning_that_was_cut_short_is_begun_again(run):
+    tuned = run.with_name("run-finetuned")
+    settings = ("--run", run, "--set", "training.epochs=1")
+    said("finetune", *settings)
+    whole = weights(tuned, 3)
+    for path in tuned.iterdir():  # as it is when only the recipe is there
+        if path.name not in ("run.toml", ".lock"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    said("finetune", *settings)
+    assert (weights(tuned, 3) == whole).all()
+    picture = run.with_name("matrices.png")
+    said("plot", tuned, "--similarity", "--to", picture)
+    assert picture.stat().st_size > 10_000
 
 
 def test_weights_that_were_changed_are_not_begun_with(run, tmp_path):

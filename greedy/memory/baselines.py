@@ -11,20 +11,21 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from greedy.errors import UserError
 from greedy.losses import LocalLoss
 from greedy.memory.choice import Choice, fused_adam, reserved
 from greedy.memory.counting import Counter
-from greedy.memory.peaks import OptimizerFactory, make_state
+from greedy.memory.peaks import OptimizerFactory, Unseen, make_state, materialised
 from greedy.models import Stage, StageShapes
 from greedy.recipes import Training
 from greedy.sizes import format_size
 from greedy.source import Batch
 from greedy.training.freeze import write_batch
 from greedy.training.guard import Guard
+from greedy.training.loop import measure
 from greedy.training.modes import Mode
 from greedy.training.step import Learner
 from greedy.training.strategies import Strategy, losses_of, together
@@ -85,8 +86,24 @@ def choose_network(
             f"{format_size(budget)}: train one stage at a time (--strategy greedy), lower "
             f"training.batch_size, or raise --memory-budget"
         )
+    test_rows = min(map(write_batch, shapes))
+    looking = partial(
+        network_peak,
+        stages,
+        shapes,
+        loss,
+        num_classes,
+        strategy=training.strategy,
+        precision=precision,
+        optimizer=optimizer,
+        step=_measured,
+    )
+    while budget is not None and test_rows > 1:
+        if reserved(looking(batch_size=test_rows), device_type) <= budget:
+            break
+        test_rows //= 2
     rows = -(-training.batch_size // training.accumulate)
-    return Choice(Mode.PLAIN, rows, peak, min(map(write_batch, shapes)))
+    return Choice(Mode.PLAIN, rows, peak, test_rows)
 
 
 def network_peak(
@@ -104,10 +121,29 @@ def network_peak(
 ) -> int:
     """The peak in bytes of a step that trains all stages by a strategy of that name. Without an
     ``optimizer`` its state is in host memory. The stages stay as they are."""
+    what = (num_classes, batch_size, strategy, precision, accumulate, optimizer, step or _step)
+    try:
+        return _peak(stages, shapes, loss, *what)
+    except DataDependentOutputException:  # a loss that looks at numbers; there are none
+        return _peak(stages, shapes, Unseen(loss), *what)
+
+
+def _peak(
+    stages: Sequence[Stage],
+    shapes: Sequence[StageShapes],
+    loss: LocalLoss,
+    num_classes: int,
+    batch_size: int,
+    strategy: str,
+    precision: str,
+    accumulate: int,
+    optimizer: OptimizerFactory | None,
+    step: Step,
+) -> int:
     copies = [deepcopy(stage).to("meta") for stage in stages]
     with FakeTensorMode(), Counter() as counter:
         learners = [
-            _materialised(stage, shape, each, num_classes, precision)
+            _learner(stage, shape, each, num_classes, precision)
             for stage, shape, each in zip(
                 copies, shapes, losses_of(strategy, loss, len(stages)), strict=True
             )
@@ -116,12 +152,26 @@ def network_peak(
         make_state([p for each in learners for p in each.parameters()], trained.optimizers)
         batch, masks = _batch(learners, shapes, batch_size)
         counter.reset_peak()
-        (step or _step)(trained, batch, masks)
+        step(trained, batch, masks)
     return counter.peak
 
 
+class _Unguarded(Guard):
+    """Steps whatever the loss is: fake tensors have no numbers to look at."""
+
+    def update(self, optimizer: torch.optim.Optimizer, *what: object) -> None:
+        optimizer.step()
+
+
 def _step(strategy: Strategy, batch: Batch, masks: Sequence[Tensor | None]) -> None:
-    strategy.step(batch, masks, Guard(), 0)
+    strategy.step(batch, masks, _Unguarded(), 0)
+
+
+def _measured(strategy: Strategy, batch: Batch, masks: Sequence[Tensor | None]) -> None:
+    """A look at the test split, beside the gradients of the last step."""
+    for parameter in (p for each in strategy.learners for p in each.parameters()):
+        parameter.grad = torch.zeros_like(parameter)
+    measure(strategy.learners, iter([(batch.inputs(), batch.labels)]))
 
 
 def _checkpointed(strategy: Strategy, batch: Batch, masks: Sequence[Tensor | None]) -> None:
@@ -139,15 +189,12 @@ def _checkpointed(strategy: Strategy, batch: Batch, masks: Sequence[Tensor | Non
     strategy.optimizers[0].step()
 
 
-def _materialised(
+def _learner(
     stage: Stage, shape: StageShapes, loss: LocalLoss, num_classes: int, precision: str
 ) -> Learner:
     """A stage with weights and heads on the device, ready to train."""
-    state = stage.state_dict(keep_vars=True)
-    state = {k: torch.zeros(v.shape, dtype=v.dtype) for k, v in state.items()}
-    stage.load_state_dict(state, assign=True)
     heads = loss.heads(shape.hidden, num_classes)
-    learner = Learner(stage, heads, loss, num_classes, precision, rehearsed=True)
+    learner = Learner(materialised(stage), heads, loss, num_classes, precision, rehearsed=True)
     learner.train()
     return learner
 

@@ -60,7 +60,7 @@ class StepDemand:
         try:
             return self._peak(memory)
         except DataDependentOutputException:  # a loss that looks at numbers; there are none
-            return replace(self, loss=_Unseen(self.loss))._peak(memory)
+            return replace(self, loss=Unseen(self.loss))._peak(memory)
 
     def _peak(self, memory: StepMemory) -> int:
         stage, *replayed = self._skeletons()
@@ -119,7 +119,7 @@ class StepDemand:
         return [deepcopy(stage).to("meta") for stage in (self.stage, *replayed)]
 
     def _learner(self, stage: Stage, memory: StepMemory) -> Learner:
-        _materialised(stage)
+        materialised(stage)
         heads = self.loss.heads(self.shapes.hidden, self.num_classes)
         host = CPU if self.device_type == "cpu" else META
         learner = Learner(
@@ -138,7 +138,7 @@ class StepDemand:
     def _reader(self, learner: Learner, frozen: Sequence[Stage]) -> Callable[[slice], torch.Tensor]:
         """Rows of a batch to the stage's input, as ``Source.inputs`` computes it."""
         shape = self.replay.shape if self.replay else self.shapes.input
-        replayed = [_materialised(stage).eval() for stage in frozen]
+        replayed = [materialised(stage).eval() for stage in frozen]
 
         def read(rows: slice) -> torch.Tensor:
             count = (rows.stop or self.batch_size) - (rows.start or 0)
@@ -162,7 +162,7 @@ class StepDemand:
 
 
 @dataclass(frozen=True)
-class _Unseen:
+class Unseen:
     """Stands in for a loss, which is computed from small tensors, between its heads."""
 
     loss: LocalLoss
@@ -178,7 +178,7 @@ class _Unseen:
         return torch.stack([f.mean() for f in features if f is not None]).sum()
 
 
-def _materialised(stage: Stage) -> Stage:
+def materialised(stage: Stage) -> Stage:
     """A stage of the meta device with weights in memory."""
     state = stage.state_dict(keep_vars=True)
     state = {k: torch.empty(v.shape, dtype=v.dtype) for k, v in state.items()}

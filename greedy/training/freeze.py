@@ -57,7 +57,7 @@ def write_split(
             go_on=True,
         ) as writer:
             if writer.appended:
-                reporter.batch_finished(writer.appended)
+                reporter.resumed(writer.appended)
             for view in range(writer.appended // store.rows, views):
                 start = writer.appended - view * store.rows
                 for outputs in outputs_from(source, split, view, start, batch, generation):

@@ -15,7 +15,7 @@ from greedy.interrupts import Postponed
 from greedy.losses import Features
 from greedy.models import Shape
 from greedy.reporting import EpochReport, Reporter
-from greedy.seeds import derive, torch_generator
+from greedy.seeds import derive
 from greedy.source import Batch, Source
 from greedy.training.checkpoint import Checkpoints, Progress, Sums
 from greedy.training.guard import Guard
@@ -127,7 +127,7 @@ class Epochs:
         totals = [Totals(progress.rows, *each) for each in known]
         guard = Guard()
         if progress.rows:
-            self.reporter.batch_finished(progress.rows)
+            self.reporter.resumed(progress.rows)
         for position, batch in enumerate(batches, start=first):
             # For layers and losses that draw from torch's own generators.
             torch.manual_seed(derive(self.seed, "step", self.number, epoch, position))
@@ -183,7 +183,7 @@ class Epochs:
         learners = self.strategy.learners
         planned = [learner.memory for learner in learners]
         masks = [
-            self._mask(learner, shape, len(batch.labels), epoch, position)
+            learner.mask(self.seed, len(batch.labels), shape, epoch, position)
             for learner, shape in zip(learners, self.input_shapes, strict=True)
         ]
         outcomes = self.strategy.step(batch, masks, guard, position)
@@ -193,17 +193,6 @@ class Epochs:
                 if self.checkpoints:
                     self.checkpoints.reduced(learner.memory)
         return outcomes
-
-    def _mask(
-        self, learner: Learner, shape: Shape, rows: int, epoch: int, position: int
-    ) -> Tensor | None:
-        """Of dropout on a stage's input, named by (seed, stage, step)."""
-        stage = learner.stage
-        if stage.dropout is None:
-            return None
-        generator = torch_generator(self.seed, "dropout", stage.number, epoch, position)
-        mask = stage.dropout.mask(rows, shape, generator)
-        return mask.to(learner.device, non_blocking=True)
 
     def _require_finite(self, guard: Guard, epoch: int, rate: float) -> None:
         if (number := guard.step) is None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from greedy.files import bytes_below
 from greedy.finetuning import load_initial
 from greedy.losses import LocalLoss
 from greedy.manifest import HISTORY, StageRecord
@@ -62,7 +63,7 @@ class NetworkTraining:
             torch.cuda.reset_peak_memory_stats(self.device)
         strategy = self._strategy(start.resolved)
         needed = 7 * 4 * sum(p.numel() for each in strategy.learners for p in each.parameters())
-        require_room(place, "the network", needed)
+        require_room(place, "the network", needed - bytes_below(place))
         with until_full(self.run.path, "the network", needed):
             checkpoints = Checkpoints(
                 place,
@@ -74,7 +75,7 @@ class NetworkTraining:
             histories = self._run_epochs(checkpoints)
             seconds = checkpoints.before + time.perf_counter() - began
             records = self._write(strategy, histories, start.resolved, seconds)
-        shutil.rmtree(self.run.network)
+        self.run.finish_network()
         return records
 
     def _start(self, place: Path) -> Start:

@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from greedy.losses import Features, LocalHeads, LocalLoss
-from greedy.models import Stage
+from greedy.models import Shape, Stage
 from greedy.precision import HALVES, autocast
+from greedy.seeds import torch_generator
 from greedy.source import Batch
 from greedy.training.exact import ExactStep, put
 from greedy.training.guard import Guard
@@ -52,6 +53,14 @@ class Learner:
     def parameters(self) -> list[nn.Parameter]:
         """The encoder's and the heads' parameters."""
         return [*self.stage.parameters(), *self.heads.parameters()]
+
+    def mask(self, seed: int, rows: int, shape: Shape, epoch: int, position: int) -> Tensor | None:
+        """Of dropout on so many inputs of this shape, named by (seed, stage, step)."""
+        if self.stage.dropout is None:
+            return None
+        generator = torch_generator(seed, "dropout", self.stage.number, epoch, position)
+        mask = self.stage.dropout.mask(rows, shape, generator)
+        return mask.to(self.device, non_blocking=True)
 
     def train(self) -> None:
         """Batch statistics are taken and learned from."""
