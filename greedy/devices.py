@@ -39,6 +39,18 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "bfloat16" if fast else "float32"
 
 
+def set_determinism(device: torch.device, wanted: bool) -> None:
+    """Whether operators give the same bits whenever they are given the same; of one that cannot
+    torch warns. On CUDA convolutions in float32 use TF32 if they need not; matrix products, the
+    losses' among them, never do."""
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    if device.type == "cuda":
+        if wanted:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.deterministic = wanted
+        torch.backends.cudnn.allow_tf32 = not wanted
+
+
 def available_memory() -> int:
     """Bytes of main memory that can be taken without swapping."""
     return psutil.virtual_memory().available

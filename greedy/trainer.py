@@ -30,7 +30,7 @@ from greedy.space import require_room, until_full
 from greedy.stage0 import write_stage0
 from greedy.training.checkpoint import Start
 from greedy.training.network import NetworkTraining
-from greedy.training.resolve import resolve
+from greedy.training.resolve import compiles, resolve
 from greedy.training.stage import OptimizerFactory, StageTraining
 
 
@@ -272,7 +272,15 @@ class GreedyTrainer:
         sources = Sources(self.run, stages, data, self.device, self.reporter)
         source = sources.for_training(number, wanted)
         memory = self._memory(number, shape, stages[number - 1], source.replayed)
-        resolved = resolve(self.recipe, source.stores["train"], views, memory, self.device)
+        what = (self.recipe, number, shape.hidden, data.rows["train"], memory, self.device)
+        resolved = resolve(
+            self.recipe,
+            source.stores["train"],
+            views,
+            memory,
+            self.device,
+            compiled=compiles(*what),
+        )
         if (before := former(self.run, number)) and before.source == source.number:
             resolved = before.resolved | {"views": views}  # decided once: memory may be less now
         start = Start(

@@ -40,6 +40,7 @@ def new_learner(
         num_classes,
         resolved["precision"],
         scale=LossScale().to(device) if resolved["precision"] == "float16" else None,
+        compiled_rows=recipe.training.batch_size if resolved.get("compile") else 0,
         memory=StepMemory(Mode(resolved["memory_mode"]), resolved["micro_batch"]),
     )
 
