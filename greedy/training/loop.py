@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from greedy.devices import to_device
 from greedy.errors import Interrupted, TrainingError
 from greedy.heap import kept_memory
 from greedy.interrupts import Postponed
@@ -208,8 +209,7 @@ class Epochs:
         if stage.dropout is None:
             return None
         generator = torch_generator(self.seed, "dropout", stage.number, epoch, position)
-        mask = stage.dropout.mask(rows, shape, generator)
-        return mask.to(learner.device, non_blocking=True)
+        return to_device(stage.dropout.mask(rows, shape, generator), learner.device)
 
     def _require_finite(self, guard: Guard, epoch: int, rate: float) -> None:
         if (number := guard.step) is None:
