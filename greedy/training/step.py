@@ -24,6 +24,7 @@ class Learner:
 
     Attributes:
         scale: of the loss, where the precision is float16.
+        channels_last: feature maps are laid out so in the plain mode.
         compiled_rows: of a batch whose step is compiled, in the plain mode; 0 for none. Others, the
             last of an epoch, would have to be compiled once more.
         compiling_failed: why it did.
@@ -40,6 +41,7 @@ class Learner:
     precision: str
     optimizer: torch.optim.Optimizer | None = None
     scale: LossScale | None = None
+    channels_last: bool = False
     compiled_rows: int = 0
     compiling_failed: str = ""
     memory: StepMemory = field(default_factory=StepMemory)
@@ -82,6 +84,9 @@ class Learner:
 
     def hidden(self, x: Tensor) -> Tensor:
         """h of inputs (B, *shape) on which dropout has been applied."""
+        if self.channels_last:
+            dtype = HALVES.get(self.precision, x.dtype)
+            x = x.to(dtype, memory_format=torch.channels_last)  # in one pass
         with self.autocast():
             return self.stage.hidden(x)
 
