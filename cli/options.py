@@ -24,6 +24,8 @@ SHORTHANDS = {
     "micro_batch": "memory.micro_batch",
     "optimizer_state": "memory.optimizer_state",
     "precision": "training.precision",
+    "compile": "training.compile",
+    "deterministic": "training.deterministic",
     "patience": "training.patience",
     "strategy": "training.strategy",
     "accumulate": "training.accumulate",
@@ -107,6 +109,14 @@ def settings(command: F) -> F:
             help="Shorthand of --set training.strategy: greedy, joint, backprop or glob+sim.",
         ),
         click.option("--patience", metavar="N", help="Shorthand of --set training.patience=N."),
+        click.option(
+            "--deterministic",
+            flag_value="true",
+            help="Shorthand of --set training.deterministic=true.",
+        ),
+        click.option(
+            "--compile", metavar="auto|on|off", help="Shorthand of --set training.compile."
+        ),
         click.option("--precision", metavar="NAME", help="Shorthand of --set training.precision."),
         click.option("--ram-budget", metavar="SIZE", help="Shorthand of --set store.ram_budget."),
         click.option(

@@ -59,6 +59,9 @@ class Lines(Reporter):
             f"{memory.micro_batch}"
         )
 
+    def compiling_failed(self, number: int, reason: str) -> None:
+        self._print(f"{self._title}: goes on without compiling, which failed: {reason}")
+
     def epoch_finished(self, report: EpochReport) -> None:
         self._print(
             f"{self._title}: epoch {report.epoch}/{self._epochs}, {_measures(report)}, "

@@ -41,6 +41,18 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "bfloat16" if fast else "float32"
 
 
+def set_determinism(device: torch.device, wanted: bool) -> None:
+    """Whether operators give the same bits whenever they are given the same; of one that cannot
+    torch warns. On CUDA convolutions in float32 use TF32 if they need not; matrix products, the
+    losses' among them, never do."""
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    if device.type == "cuda":
+        if wanted:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.deterministic = wanted
+        torch.backends.cudnn.allow_tf32 = not wanted
+
+
 def available_memory() -> int:
     """Bytes of main memory that can be taken without swapping."""
     return psutil.virtual_memory().available
@@ -81,6 +93,10 @@ def full_float32() -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before
 
 
-def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
-    """An array as a tensor there, integers staying integers on the way."""
-    return torch.from_numpy(array).to(device, non_blocking=True)
+def to_device(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:
+    """An array or tensor there, integers staying integers on the way. On CUDA nothing waits for
+    the copy, which is from page-locked memory."""
+    here = torch.from_numpy(values) if isinstance(values, np.ndarray) else values
+    if device.type == "cuda" and not here.is_pinned():
+        here = here.pin_memory()
+    return here.to(device, non_blocking=True)

@@ -103,6 +103,8 @@ class Choices(BaseModel):
     planned_peak_bytes: Count | None
     write_batch: Size
     threads: Annotated[int, Field(ge=1, le=4096)]
+    compile: bool = False
+    deterministic: bool = False
 
 
 class Metrics(_Document):

@@ -68,6 +68,9 @@ class Reporter:
     def memory_reduced(self, number: int, memory: StepMemory) -> None:
         """A step of a stage took too much memory; from it on a smaller mode is used."""
 
+    def compiling_failed(self, number: int, reason: str) -> None:
+        """A stage's step could not be compiled; it goes on without."""
+
     def epoch_finished(self, report: EpochReport) -> None:
         """An epoch is over; where all stages train at once, the report is the last one's."""
 

@@ -18,7 +18,6 @@ from greedy.cache import (
     window_chunks,
     window_order,
 )
-from greedy.cache import Batch as StoredBatch
 from greedy.data import Augmentation, Draws, prepare
 from greedy.devices import to_device
 from greedy.models import Stage
@@ -33,6 +32,7 @@ class Images:
     mean: Sequence[float]
     std: Sequence[float]
     augmentation: Augmentation
+    _tables: dict[torch.device, list[Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def draw(self, store: Store, seed: int, *key: int | str) -> Draws:
         """The augmentation of all rows of a store in the epoch or view that ``key`` names."""
@@ -43,7 +43,10 @@ class Images:
     def prepare(self, images: Tensor, draws: Draws | None) -> Tensor:
         """Raw images (B, C, H, W) as the network sees them; without draws, not augmented."""
         augmentation = self.augmentation if draws else None
-        return prepare(images, self.mean, self.std, augmentation, draws)
+        if (device := images.device) not in self._tables:  # copied once: a copy would wait
+            self._tables[device] = [torch.tensor(v, device=device) for v in (self.mean, self.std)]
+        mean, std = self._tables[device]
+        return prepare(images, mean, std, augmentation, draws)
 
 
 @dataclass
@@ -154,7 +157,7 @@ class Source:
         rows = self.stores["train"].rows
         return self.view("train", 0, batch_size, start=rows - self.held_out, stop=rows)
 
-    def inputs(self, values: np.ndarray, draws: Draws | None) -> Tensor:
+    def inputs(self, values: np.ndarray | Tensor, draws: Draws | None) -> Tensor:
         """Stored rows (B, *stored_shape) as the stage's input (B, *shape), float32."""
         stored = to_device(values, self.device)
         if self.images:
@@ -189,11 +192,15 @@ class Epoch:
 
     def __iter__(self) -> Iterator["Batch"]:
         for batch in self.loader:
-            yield Batch(self.source.labels(batch.labels), partial(self._read, batch))
+            # A tensor before it is cut: torch keeps page-locked memory until it is copied only if
+            # it knows where that begins.
+            values = torch.from_numpy(batch.values)
+            read = partial(self._read, values, batch.rows)
+            yield Batch(self.source.labels(batch.labels), read)
 
-    def _read(self, batch: StoredBatch, rows: slice) -> Tensor:
-        draws = self.draws and self.draws[batch.rows[rows]]
-        return self.source.inputs(batch.values[rows], draws)
+    def _read(self, values: Tensor, numbers: np.ndarray, rows: slice) -> Tensor:
+        draws = self.draws and self.draws[numbers[rows]]
+        return self.source.inputs(values[rows], draws)
 
 
 @dataclass(frozen=True)

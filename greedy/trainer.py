@@ -31,7 +31,7 @@ from greedy.space import require_room, until_full
 from greedy.stage0 import write_stage0
 from greedy.training.checkpoint import Start
 from greedy.training.network import NetworkTraining
-from greedy.training.resolve import for_stage, resolve
+from greedy.training.resolve import compiles, for_stage, resolve
 from greedy.training.stage import OptimizerFactory, StageTraining
 
 
@@ -287,7 +287,15 @@ class GreedyTrainer:
         sources = Sources(self.run, stages, data, self.device, self.reporter)
         source = sources.for_training(number, wanted)
         memory = self._memory().stage(number, source.number)
-        resolved = resolve(self.recipe, source.stores["train"], views, memory, self.device)
+        what = (self.recipe, number, shape.hidden, data.rows["train"], memory, self.device)
+        resolved = resolve(
+            self.recipe,
+            source.stores["train"],
+            views,
+            memory,
+            self.device,
+            compiled=compiles(*what),
+        )
         if (before := former(self.run, number)) and before.source == source.number:
             resolved = before.resolved | {"views": views}  # decided once: memory may be less now
         start = Start(

@@ -127,6 +127,22 @@ def test_halves_err_no_more_than_twice_as_much_as_the_plain_step(
             assert error <= 2 * plain[name] + 1e-6, (mode, name)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["conv", "strided"])
+def test_channels_last_changes_the_layout_alone(kind: str, precision: str) -> None:
+    learner = make_learner(kind, LOSSES["predsim"], torch.float32, precision)
+    batch = make_batch(kind, learner, 32)
+    expected = measured(learner, batch, StepMemory(Mode.PLAIN))
+    learner.channels_last = True
+    found = measured(learner, batch, StepMemory(Mode.PLAIN))
+    accuracy = 1e-4 if precision == "float32" else 0.03
+    for name, value in expected.items():
+        worst = float((found[name] - value).abs().max())
+        assert worst <= accuracy * max(1e-2, float(value.abs().max())), name
+    h = learner.hidden(batch.inputs())
+    assert h.is_contiguous(memory_format=torch.channels_last) and not h.is_contiguous()
+
+
 def test_two_hundred_steps_stay_as_close_as_reordered_rows() -> None:
     def losses(mode: Mode, order: torch.Tensor) -> torch.Tensor:
         learner = make_learner("conv", LOSSES["predsim"], torch.float32)

@@ -121,6 +121,8 @@ def test_each_published_figure_has_its_recipe(row: Row) -> None:
         "test_every": 1,
         "checkpoint_minutes": 10,
         "precision": "auto",
+        "compile": "auto",
+        "deterministic": False,
     }
     assert recipe.paper is not None
     assert recipe.paper.table == int(row["table"])
@@ -552,6 +554,7 @@ def test_differences_are_those_of_the_result() -> None:
     five = "training.epochs=5"
     demo = recipes.load("demo", [five])
     machine = ["store.compressor=none", "store.ram_budget=1GB", "name=x"]
+    machine += ["training.compile=on", "training.deterministic=true"]
     assert recipes.differences(demo, recipes.load("demo", [five, *machine])) == []
     other = recipes.load("demo", ["seed=2", "training.epochs=8", "store.views=1"])
     assert recipes.differences(demo, other) == [

@@ -90,7 +90,8 @@ class Augmentation:
         if not (self.padding or self.flip):
             return images
         channels, height, width = images.shape[1:]
-        shifts, flips = draws.shifts.to(images.device), draws.flips.to(images.device)
+        shifts = draws.shifts.to(images.device, non_blocking=True)
+        flips = draws.flips.to(images.device, non_blocking=True)
         y = torch.arange(height, device=images.device)
         x = torch.arange(width, device=images.device)
         x = torch.where(flips[:, None], x.flip(0), x)
@@ -106,7 +107,7 @@ class Augmentation:
         if not self.hole:
             return images
         half = self.hole // 2
-        centres = draws.centres.to(images.device)
+        centres = draws.centres.to(images.device, non_blocking=True)
 
         def covered(axis: int) -> Tensor:
             place = torch.arange(images.shape[2 + axis], device=images.device)

@@ -37,6 +37,8 @@ def feature_deviation(h: Tensor) -> Tensor:
     vectors stay as they are. The gradient of a map without any deviation is zero.
     """
     if h.dim() == 4 and h.shape[1] > 3 and h.shape[2] > 1:
+        if torch.compiler.is_compiling():  # which fuses torch's own into passes over h
+            return widened(h).flatten(2).std(dim=2)
         return deviation(h)
     return widened(h).flatten(1)
 

@@ -88,6 +88,7 @@ def _words(schema: Mapping[str, Any], several: bool = False) -> str:
         "integer": ("a whole number", "whole numbers"),
         "number": ("a number", "numbers"),
         "string": ("text", "texts"),
+        "boolean": ("true or false", "true or false"),
     }[schema["type"]]
     bounds = [
         f"{phrase} {schema[bound]:g}"

@@ -185,6 +185,14 @@ class Training(_Section):
         description="Arithmetic of encoder and heads; weights, statistics and losses are always "
         "in float32, and float16's loss is scaled.",
     )
+    compile: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Compile a stage's step; auto: of feature maps that train for 5,000 steps.",
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="Use deterministic operators, no TF32 and, unless it is on, no compilation.",
+    )
     test_every: int = Field(
         default=1, ge=0, description="Epochs between looks at the test split, 0: at the end alone."
     )
@@ -342,13 +350,14 @@ SECTIONS: Final[dict[str, type[BaseModel]]] = {
 
 def result_fields(recipe: Recipe) -> dict[str, Any]:
     """The fields that decide a run's result, as ``section.field`` -> value; the others (name,
-    paper, checkpoints, the store's compressor, budgets and ``keep``) may change at any time."""
+    paper, checkpoints, the store's compressor, budgets and ``keep``; what may change a last digit,
+    as a device does) may change at any time."""
     document = recipe.model_dump()
     whole = {
         f"{section}.{field}": value
         for section in ("data", "model", "loss", "training")
         for field, value in document[section].items()
-        if field not in ("test_every", "checkpoint_minutes")
+        if field not in ("compile", "deterministic", "test_every", "checkpoint_minutes")
     }
     store = {
         f"store.{field}": document["store"][field]

@@ -128,7 +128,14 @@ class Checkpoints:
 
     def reduced(self, memory: StepMemory) -> None:
         """Notes that steps take less memory from here on."""
-        self.start.resolved.update(memory_mode=str(memory.mode), micro_batch=memory.micro_batch)
+        self._decided(memory_mode=str(memory.mode), micro_batch=memory.micro_batch)
+
+    def not_compiled(self) -> None:
+        """Notes that steps are not compiled from here on."""
+        self._decided(compile=False)
+
+    def _decided(self, **choices: Any) -> None:
+        self.start.resolved.update(choices)
         self.start.write(self.training)
 
     def save(self, progress: Progress, sums: Sequence[Sums] = ()) -> None:

@@ -182,6 +182,7 @@ class Epochs:
     def _step(self, batch: Batch, epoch: int, position: int, guard: Guard) -> list[Outcome]:
         learners = self.strategy.learners
         planned = [learner.memory for learner in learners]
+        compiled = [learner for learner in learners if learner.compiled_rows]
         masks = [
             learner.mask(self.seed, len(batch.labels), shape, epoch, position)
             for learner, shape in zip(learners, self.input_shapes, strict=True)
@@ -192,6 +193,11 @@ class Epochs:
                 self.reporter.memory_reduced(learner.stage.number, learner.memory)
                 if self.checkpoints:
                     self.checkpoints.reduced(learner.memory)
+        for learner in compiled:
+            if not learner.compiled_rows:
+                self.reporter.compiling_failed(learner.stage.number, learner.compiling_failed)
+                if self.checkpoints:
+                    self.checkpoints.not_compiled()
         return outcomes
 
     def _require_finite(self, guard: Guard, epoch: int, rate: float) -> None:

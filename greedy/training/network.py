@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from greedy.devices import set_determinism
 from greedy.files import bytes_below
 from greedy.finetuning import load_initial
 from greedy.losses import LocalLoss
@@ -57,6 +58,7 @@ class NetworkTraining:
         place = self.run.network / "training"
         start = self._start(place)
         torch.set_num_threads(start.resolved["threads"])
+        set_determinism(self.device, start.resolved.get("deterministic", False))
         if start.resolved["shuffle"] == "rows":
             self.source.hold_in_memory()
         if self.device.type == "cuda":

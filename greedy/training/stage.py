@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from greedy.devices import set_determinism
 from greedy.disk import COMPRESSED, UNCOMPRESSED
 from greedy.files import bytes_below
 from greedy.losses import LocalLoss
@@ -62,6 +63,7 @@ class StageTraining:
         started = time.perf_counter()
         self.start.write(directory)
         torch.set_num_threads(self.resolved["threads"])
+        set_determinism(self.device, self.resolved.get("deterministic", False))
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         learner = self._learner()

@@ -1,11 +1,13 @@
 """One optimiser step of a stage on one batch."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from greedy.devices import to_device
 from greedy.losses import Features, LocalHeads, LocalLoss
 from greedy.models import Shape, Stage
 from greedy.precision import HALVES, autocast
@@ -24,6 +26,10 @@ class Learner:
 
     Attributes:
         scale: of the loss, where the precision is float16.
+        channels_last: feature maps are laid out so in the plain mode.
+        compiled_rows: of a batch whose step is compiled, in the plain mode; 0 for none. Others, the
+            last of an epoch, would have to be compiled once more.
+        compiling_failed: why it did.
         memory: how much of a batch a step keeps; becomes smaller where it does not fit.
         host: where a mode that streams keeps its input.
         rehearsed: only the first two and the last micro-batch are computed, which show what
@@ -37,9 +43,13 @@ class Learner:
     precision: str
     optimizer: torch.optim.Optimizer | None = None
     scale: LossScale | None = None
+    channels_last: bool = False
+    compiled_rows: int = 0
+    compiling_failed: str = ""
     memory: StepMemory = field(default_factory=StepMemory)
     host: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rehearsed: bool = False
+    _compiled: Callable[[Tensor], Features] | None = field(default=None, init=False, repr=False)
 
     @property
     def device(self) -> torch.device:
@@ -60,7 +70,7 @@ class Learner:
             return None
         generator = torch_generator(seed, "dropout", self.stage.number, epoch, position)
         mask = self.stage.dropout.mask(rows, shape, generator)
-        return mask.to(self.device, non_blocking=True)
+        return to_device(mask, self.device)
 
     def train(self) -> None:
         """Batch statistics are taken and learned from."""
@@ -84,6 +94,9 @@ class Learner:
 
     def hidden(self, x: Tensor) -> Tensor:
         """h of inputs (B, *shape) on which dropout has been applied."""
+        if self.channels_last:
+            dtype = HALVES.get(self.precision, x.dtype)
+            x = x.to(dtype, memory_format=torch.channels_last)  # in one pass
         with self.autocast():
             return self.stage.hidden(x)
 
@@ -95,6 +108,15 @@ class Learner:
     def features(self, x: Tensor) -> Features:
         """Features of inputs (B, *shape) on which dropout has been applied."""
         return self.local(self.hidden(x))
+
+    def compiled(self, x: Tensor) -> Features:
+        """The same, compiled if it is to be for so many rows."""
+        if len(x) != self.compiled_rows:
+            return self.features(x)
+        if self._compiled is None:
+            torch.compiler.reset()  # of the stages before, whose number is limited
+            self._compiled = torch.compile(self.features, dynamic=False)
+        return self._compiled(x)
 
     def one_hot(self, labels: Tensor) -> Tensor:
         """Y: (B,) to (B, classes)."""
@@ -128,18 +150,22 @@ def step(
 def _try(
     learner: Learner, batch: Batch, guard: Guard, position: int
 ) -> tuple[Tensor, Tensor | None] | None:
-    """A step, or ``None`` where it took too much memory and a smaller mode is to be tried."""
+    """A step, or ``None`` where it took too much memory and a smaller mode is to be tried, or
+    could not be compiled."""
     assert learner.optimizer is not None
     before = [buffer.clone() for buffer in learner.stage.buffers()]
     try:
         loss, logits = gradients(learner, batch)
         guard.update(learner.optimizer, loss, position, learner.scale, learner.parameters())
         return loss, logits
-    except RuntimeError as error:
+    except Exception as error:
         smaller = learner.memory.smaller(learner.device.type)
-        if not _is_out_of_memory(error) or smaller is None or learner.parts is None:
+        if _is_out_of_memory(error) and smaller is not None and learner.parts is not None:
+            learner.memory = smaller
+        elif learner.compiled_rows:  # an error of the stage's own will come again
+            learner.compiled_rows, learner.compiling_failed = 0, _first_line(error)
+        else:
             raise
-    learner.memory = smaller
     for parameter in learner.parameters():
         parameter.grad = None
     for buffer, value in zip(learner.stage.buffers(), before, strict=True):
@@ -151,7 +177,12 @@ def _try(
 
 def _is_out_of_memory(error: Exception) -> bool:
     """CUDA's allocator has an error of its own, the CPU's says it in words."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    words = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return words or isinstance(error, torch.OutOfMemoryError)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def gradients(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -178,7 +209,7 @@ def gradients(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None]:
 def _plain_gradients(learner: Learner, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
     for parameter in learner.parameters():
         parameter.grad = None
-    features = learner.features(x)
+    features = learner.compiled(x)
     loss = learner.loss(features, y)
     (loss if learner.scale is None else learner.scale(loss)).backward()
     return loss.detach(), learner.heads.logits(features)

@@ -1,0 +1,145 @@
+"""Compiled steps, and determinism."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from greedy import GreedyTrainer, Reporter
+from greedy.errors import Interrupted
+from greedy.losses import PredSim
+from greedy.memory.choice import Choice
+from greedy.models import cut
+from greedy.recipes import load
+from greedy.source import Batch
+from greedy.training.resolve import compiles
+from greedy.training.step import Learner, gradients
+
+CLASSES = 3
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    convolution = [nn.Conv2d(1, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU()]
+    return nn.Sequential(*convolution, nn.Flatten(), nn.Linear(6 * 64, CLASSES))
+
+
+def trainer(run: Path, reporter: Reporter | None = None, **settings) -> GreedyTrainer:
+    defaults = {"epochs": 2, "batch_size": 32, "views": 1, "checkpoint_minutes": 0}
+    settings = defaults | {"learning_rate": 0.01, "precision": "float32"} | settings
+    return GreedyTrainer(network(), run_dir=run, device="cpu", reporter=reporter, **settings)
+
+
+def samples(rows: int) -> torch.utils.data.TensorDataset:
+    random = torch.Generator().manual_seed(rows)
+    images = torch.randint(256, (rows, 1, 8, 8), dtype=torch.uint8, generator=random)
+    return torch.utils.data.TensorDataset(images, torch.arange(rows) % CLASSES)
+
+
+class Notes(Reporter):
+    """What is said of compiling, and how the process computes; ends it after some batches."""
+
+    def __init__(self, batches: int = 10**6) -> None:
+        self.batches, self.failures, self.deterministic = batches, [], set()
+
+    def compiling_failed(self, number: int, reason: str) -> None:
+        self.failures.append((number, reason))
+
+    def batch_finished(self, rows: int) -> None:
+        self.deterministic.add(torch.are_deterministic_algorithms_enabled())
+        self.batches -= 1
+        if not self.batches:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def weights(run: Path) -> list[bytes]:
+    """Of stage 1."""
+    return [(run / f"stage1/{name}.safetensors").read_bytes() for name in ("encoder", "heads")]
+
+
+def test_a_compiled_step_is_the_same_but_for_rounding() -> None:
+    def found(compiled_rows: int) -> dict[str, torch.Tensor]:
+        stage = cut(network())[0]
+        with torch.no_grad():
+            stage.layer[0].weight[2] = 0  # a dead feature map
+            stage.layer[1].bias[2] = -1
+        loss = PredSim()
+        torch.manual_seed(1)
+        heads = loss.heads((6, 8, 8), CLASSES)
+        learner = Learner(stage, heads, loss, CLASSES, "float32", compiled_rows=compiled_rows)
+        learner.train()
+        x = torch.randn(12, 1, 8, 8)
+        value, logits = gradients(learner, Batch(torch.arange(12) % CLASSES, x.__getitem__))
+        named = {k: p.grad for m in (stage, heads) for k, p in m.named_parameters()}
+        assert compiled_rows == learner.compiled_rows
+        return named | dict(stage.named_buffers()) | {"loss": value, "logits": logits}
+
+    expected, compiled = found(0), found(12)
+    for name, value in expected.items():
+        worst = (compiled[name] - value).abs().max()
+        assert worst <= 1e-5 * value.abs().max() + 1e-6, name
+
+
+def test_a_compiled_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    notes = Notes()
+    trainer(tmp_path / "whole", notes, compile="on").fit(samples(112), samples(32))
+    assert notes.failures == []
+    with pytest.raises(Interrupted):
+        trainer(tmp_path / "cut", Notes(3), compile="on").fit(samples(112), samples(32))
+    done = trainer(tmp_path / "cut", compile="off").fit(samples(112), samples(32))
+    assert [record.resolved["compile"] for record in done] == [True, False]
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+
+
+def test_without_a_compiler_it_says_so_once_and_goes_on(tmp_path: Path) -> None:
+    script = (
+        "import sys, pathlib; sys.path.insert(0, sys.argv[1])\n"
+        "from test_compiled import *\n"
+        "notes, run = Notes(), pathlib.Path(sys.argv[2])\n"
+        "records = trainer(run, notes, compile='on').fit(samples(96), samples(32))\n"
+        "print(notes.failures, [r.resolved['compile'] for r in records], sep='\\n')\n"
+    )
+    environment = os.environ | {
+        "CXX": str(tmp_path / "there-is-no-compiler"),
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled"),
+    }
+    command = [sys.executable, "-c", script, str(Path(__file__).parent), str(tmp_path / "run")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    failures, compiled = done.stdout.splitlines()
+    assert failures.count("there-is-no-compiler") == 2  # once a stage
+    assert compiled == "[False, False]"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "settings", "expected"),
+    [
+        ("auto", {}, True),
+        ("auto", {"epochs": 10}, False),
+        ("auto", {"hidden": (1024,)}, False),
+        ("auto", {"device": "mps"}, False),
+        ("auto", {"mode": "keep-c"}, False),
+        ("auto", {"deterministic": "true"}, False),
+        ("on", {"epochs": 10, "deterministic": "true"}, True),
+        ("on", {"mode": "keep-c"}, False),
+        ("off", {}, False),
+    ],
+)
+def test_what_is_compiled(wanted: str, settings: dict, expected: bool) -> None:
+    fields = {"epochs": settings.get("epochs", 400), "compile": wanted}
+    fields |= {"deterministic": settings.get("deterministic", "false")}
+    recipe = load("cifar10/vgg8b-predsim", [f"training.{k}={v}" for k, v in fields.items()])
+    hidden, device = settings.get("hidden", (128, 32, 32)), settings.get("device", "cpu")
+    memory = Choice(settings.get("mode", "plain"), 128, 0)
+    assert compiles(recipe, 1, hidden, 50_000, memory, torch.device(device)) == expected
+
+
+def test_deterministic_is_torch_s_and_for_this_run_alone(tmp_path: Path) -> None:
+    for wanted in (True, False):
+        notes, run = Notes(), tmp_path / str(wanted)
+        trainer(run, notes, deterministic=wanted, epochs=1).fit(samples(64), samples(32))
+        assert notes.deterministic == {wanted}
