@@ -93,7 +93,7 @@ def failure_of(error: BaseException) -> Failure:
         case Interrupted():
             return Stopped(sentence) if error.signal == signal.SIGINT else Terminated(sentence)
         case KeyboardInterrupt():
-            return Stopped("interrupted: the same command goes on where this one stopped")
+            return Stopped("interrupted, and nothing that was finished is lost")
         case OSError(strerror=str(reason), filename=path):
             return Failure(f"{path}: {reason}" if path else reason)
     if kind := _kind(error):

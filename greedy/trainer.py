@@ -246,8 +246,6 @@ class GreedyTrainer:
         if to is not None and to.resolve() == self.run.stage(number).resolve():
             to = None
         directory = to or self.run.stage(number)
-        if not again and to is None and self.run.record(number) is not None:
-            return self._skip(number)
         if to is not None and to.exists() and not is_unfinished(to):
             raise UserError(f"{to} exists already: give a --to that does not")
         for parent in to.absolute().parents if to is not None else ():
@@ -259,6 +257,8 @@ class GreedyTrainer:
         source = number - 1 if source is None else source
         if not 0 <= source < number:
             raise UserError(f"stage {number} cannot train from stage {source}: give an earlier one")
+        if not again and to is None and self.run.record(number) is not None:
+            return self._skip(number)
         self.run.complete(number - 1)
         before = former(self.run, number)
         views = before.resolved["views"] if before else self._plan_disk().views(number)

@@ -213,7 +213,10 @@ class Training(_Section):
     def _all_stages_have_one_where_they_train_at_once(cls, value: Any, info: ValidationInfo) -> Any:
         strategy = info.data.get("strategy")
         if isinstance(value, list) and strategy != "greedy":
-            raise ValueError(f"be one number where training.strategy is {strategy}")
+            raise ValueError(
+                f"be one number where training.strategy is {strategy}, as with "
+                f"--set training.{info.field_name}={max(value)}"
+            )
         return value
 
     @field_validator("learning_rate")
