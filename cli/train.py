@@ -96,6 +96,8 @@ def train(
     help="The stage directory to write  [default: stageN beside the source].",
 )
 @click.option("--retrain", is_flag=True, help="Train the stage again if it is complete.")
+@click.option("--memory-budget", metavar="SIZE", help="Most memory on the device.")
+@click.option("--optimizer-state", metavar="PLACE", help="Adam's moments: device or host.")
 @options.device
 @options.log
 @options.model
@@ -105,6 +107,8 @@ def train_stage(
     source: Path,
     to: Path | None,
     retrain: bool,
+    memory_budget: str | None,
+    optimizer_state: str | None,
     device: str,
     log: str | None,
     model: str | None,
@@ -115,8 +119,10 @@ def train_stage(
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
 
     run, source_number = run_of_stage(source)
+    shorthands = {"memory_budget": memory_budget, "optimizer_state": optimizer_state}
+    recipe, _ = recipe_and_run(None, run.path, options.overrides((), shorthands))
     trainer = GreedyTrainer.from_recipe(
-        run.recipe, run.path, device=device, model=load_network(run.recipe.model, model)
+        recipe, run.path, device=device, model=load_network(recipe.model, model)
     )
     with reporting(trainer, tensorboard(run.path, to) if log else None) as progress:
         record = trainer.train_stage(number, source=source_number, again=retrain, to=to)

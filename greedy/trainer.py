@@ -16,7 +16,7 @@ from greedy.disk import Plan, Views
 from greedy.errors import UserError
 from greedy.losses import LocalLoss, Output, PredSim
 from greedy.manifest import StageRecord
-from greedy.memory.choice import fused_adam, memory_budget
+from greedy.memory.choice import Choice, fused_adam, memory_budget
 from greedy.memory.plan import MemoryPlan
 from greedy.models import Stage, StageShapes, cut
 from greedy.network import assemble, stages_of
@@ -26,6 +26,7 @@ from greedy.repair import Mender, Repair
 from greedy.reporting import Reporter, RunOutline
 from greedy.runs import SPLITS, RunDirectory, is_unfinished, new_stage
 from greedy.settings import python_recipe
+from greedy.sizes import parse_size
 from greedy.sourcing import Sources
 from greedy.space import require_room, until_full
 from greedy.stage0 import write_stage0
@@ -297,7 +298,10 @@ class GreedyTrainer:
             compiled=compiles(*what),
         )
         if (before := former(self.run, number)) and before.source == source.number:
-            resolved = before.resolved | {"views": views}  # decided once: memory may be less now
+            kept = before.resolved | {"views": views}  # decided once: memory may be less now
+            resolved = self._within_budget(kept, memory)
+            if resolved != kept:
+                resolved["write_batch"] = min(kept["write_batch"], memory.write_batch)
         start = Start(
             stage=number,
             recipe=parent.recipe,
@@ -308,6 +312,7 @@ class GreedyTrainer:
         )
         if begun is not None and begun.is_of(start):
             start, resolved = begun, begun.resolved
+            resolved.update(self._within_budget(resolved, memory))
         source.precision = resolved["precision"]
         if resolved["shuffle"] == "rows":
             source.hold_in_memory()
@@ -325,6 +330,18 @@ class GreedyTrainer:
             reporter=self.reporter,
             optimizer=self.optimizer,
         )
+
+    def _within_budget(self, kept: dict[str, Any], memory: Choice) -> dict[str, Any]:
+        """Choices that were made earlier, with another memory mode if theirs takes more than a
+        budget that is named now. The gradients are the same but for rounding."""
+        budget, planned = self.recipe.memory.budget, kept["planned_peak_bytes"]
+        if budget == "auto" or planned is None or planned <= parse_size(budget):
+            return dict(kept)
+        return kept | {
+            "memory_mode": str(memory.mode),
+            "micro_batch": memory.micro_batch,
+            "planned_peak_bytes": memory.peak_bytes,
+        }
 
     def _memory(self) -> MemoryPlan:
         """How the steps of the run's stages fit the memory budget."""

@@ -142,6 +142,16 @@ def test_another_budget_goes_on_with_the_same_run(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run/stage1/stage.json").read_text()) == before
 
 
+def test_a_smaller_budget_holds_for_a_stage_that_is_trained_again(tmp_path: Path) -> None:
+    fit(tmp_path / "run", memory_budget="1GiB")
+    settings = {"memory_budget": "2MiB", "epochs": 1, "learning_rate": 0.01, "batch_size": 64}
+    settings |= {"views": 1, "device": "cpu", "precision": "float32"}
+    trainer = GreedyTrainer(network(), run_dir=tmp_path / "run", **settings)
+    again = trainer.train_stage(1, again=True)
+    assert again.resolved["memory_mode"] != Mode.PLAIN
+    assert again.resolved["planned_peak_bytes"] <= 2 * 2**20
+
+
 @pytest.mark.parametrize(
     ("number", "precision", "state", "budget"),
     [
