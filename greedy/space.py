@@ -13,8 +13,10 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def require_room(place: Path, what: str, needed: int) -> None:
-    """Raises ``TrainingError`` if the disk of a directory has no room for so many bytes more."""
-    free = shutil.disk_usage(place).free
+    """Raises ``TrainingError`` if the disk of a directory, which may be yet to be made, has no room
+    for so many bytes more."""
+    standing = next(each for each in (place.absolute(), *place.absolute().parents) if each.exists())
+    free = shutil.disk_usage(standing).free
     if free < needed:
         raise TrainingError(
             f"{what} needs up to {format_size(needed)} in {place} and {format_size(free)} are "

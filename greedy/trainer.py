@@ -120,6 +120,8 @@ class GreedyTrainer:
     def prepare(self, dataset: Dataset) -> StageRecord:
         """Writes stage 0, if it is not there. What cannot be trained is refused before anything
         is written."""
+        if self.run.state(0) == "complete":
+            return self.run.complete(0)
         shape, classes = dataset.train.shape, len(dataset.class_names or "")
         network = self._model or build_network(self.recipe.model, shape, classes or 2)
         stages = cut(network, self.recipe.model.stage_layers)
@@ -127,6 +129,7 @@ class GreedyTrainer:
         names = [stage.name for stage in stages[:-1]]
         rows = {split: len(getattr(dataset, split)) for split in SPLITS}
         needed = sum(rows.values()) * math.prod(shape) * dataset.train.dtype.itemsize
+        require_room(self.run.path, "stage 0", needed)
         memory = self._memory_of(stages, shapes, shapes[-1].output[0])  # one logit a class
         memory.require(range(1, len(stages) + 1), plan_disk(self.run, shapes, rows, needed))
         self._planned = memory
@@ -134,7 +137,6 @@ class GreedyTrainer:
         with self.run.writing():
             if self.run.state(0) == "complete":
                 return self.run.complete(0)
-            require_room(self.run.path, "stage 0", needed)
             with until_full(self.run.path, "stage 0", needed):
                 return write_stage0(self.run, dataset, [*names, "output"])
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -252,6 +253,7 @@ def test_a_resumed_training_tells_every_epoch_once(tmp_path, recipe, logged, str
     assert subprocess.run(killed, check=False).returncode == 9
     if logged == "logged":
         assert [step for step, _ in curves(run / "logs/stage1")["loss/train"]] == [1, 2]
+        time.sleep(1)  # event files are put in order by the second in which they were begun
     said("train", "--run", run, "--log", "tensorboard")
     for number in (1, 2):
         assert_told(run / f"logs/stage{number}", run / f"stage{number}")
