@@ -11,6 +11,7 @@ from greedy.cli.finetune import finetune
 from greedy.cli.plan import plan
 from greedy.cli.plot import plot
 from greedy.cli.recipes import recipes
+from greedy.cli.report import report
 from greedy.cli.reproduce import reproduce
 from greedy.cli.results import evaluate, export, status
 from greedy.cli.train import train, train_stage
@@ -38,6 +39,7 @@ COMMANDS = (
     evaluate,
     export,
     plot,
+    report,
     reproduce,
     recipes,
     data,
