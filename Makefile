@@ -28,7 +28,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-SOURCES := pyproject.toml $(shell find greedy cache cli -name '*.py' -o -name '*.toml' -o -name '*.gz')
+SOURCES := pyproject.toml $(shell find greedy cache cli -name '*.py' -o -name '*.toml' -o -name '*.gz' -o -name 'page.*')
 
 $(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
 	rm -rf build

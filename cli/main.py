@@ -13,6 +13,7 @@ from greedy.cli.plan import plan
 from greedy.cli.plot import plot
 from greedy.cli.predict import predict
 from greedy.cli.recipes import recipes
+from greedy.cli.report import report
 from greedy.cli.reproduce import reproduce
 from greedy.cli.results import evaluate, export, status
 from greedy.cli.train import train, train_stage
@@ -51,6 +52,7 @@ COMMANDS = (
     predict,
     export,
     plot,
+    report,
     reproduce,
     recipes,
     data,

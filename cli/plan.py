@@ -14,13 +14,6 @@ if TYPE_CHECKING:
     from greedy.forecast import DataFacts, Forecast, Machine
     from greedy.recipes import Recipe
 
-BASELINES = {
-    "backprop": "back-propagation, float32",
-    "backprop_bfloat16": "back-propagation, bfloat16",
-    "backprop_checkpointed": "back-propagation, checkpointed by stage",
-    "backprop_accumulated": "back-propagation, micro-batches of 8 (batch norm not exact)",
-    "joint": "local training of all stages at once",
-}
 UNLIKE = (
     "times are unknown where no stage like it was measured: `greedy bench` with the same recipe "
     "and settings does that"
@@ -101,6 +94,8 @@ def _document(recipe: "Recipe", machine: "Machine", found: "Forecast") -> dict[s
 def _print(
     recipe: "Recipe", data: "DataFacts", machine: "Machine", found: "Forecast", unknown: str
 ) -> None:
+    from greedy.memory.baselines import BASELINES  # noqa: PLC0415
+
     shape = "x".join(map(str, data.shape))
     click.echo(
         f"{recipe.name}: {data.rows['train']:,} training and {data.rows['test']:,} test images "
@@ -144,7 +139,7 @@ def _print(
     click.echo("one step of the whole network with the same batch would take:")
     print_table(
         ("by", "memory"),
-        ((text, size(found.baselines[name])) for name, text in BASELINES.items()),
+        ((BASELINES[name], size(peak)) for name, peak in found.baselines.items()),
         left=1,
     )
 

@@ -8,7 +8,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from greedy.sizes import format_size
+from greedy.sizes import format_duration, format_size
 
 
 def percent(value: float | None) -> str:
@@ -32,16 +32,8 @@ def count(number: int) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """A time to wait, shortened: ``9.5 h``, ``38 min``; a dash where it is not known."""
-    if seconds is None:
-        return "-"
-    value, unit = seconds, "s"
-    for larger, factor in (("min", 60), ("h", 60), ("d", 24)):
-        if value >= factor:
-            value, unit = value / factor, larger
-        else:
-            break
-    return f"{value:.1f} {unit}" if value < 9.95 else f"{value:.0f} {unit}"
+    """A time to wait, or a dash where it is not known."""
+    return "-" if seconds is None else format_duration(seconds)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> None:

@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from greedy import cache, curves, data, figures, losses, models, recipes, similarity
+    from greedy import cache, curves, data, figures, losses, models, recipes, report, similarity
     from greedy.errors import TrainingError, UserError
     from greedy.evaluation import Evaluation, evaluate
     from greedy.manifest import StageRecord
@@ -35,6 +35,7 @@ __all__ = [
     "losses",
     "models",
     "recipes",
+    "report",
     "similarity",
 ]
 

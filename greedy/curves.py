@@ -44,6 +44,16 @@ class Curve:
 def stage_curves(run: RunDirectory) -> list[Curve]:
     """One for each stage of a run that has a local classifier, also for one that is being
     trained; stale stages have none. Raises ``UserError`` where there is no curve at all."""
+    if found := curves_so_far(run):
+        return found
+    raise UserError(
+        f"no stage of {run.path} has errors to draw yet: go on with "
+        f"`greedy train --run {run.path}`, its output layer will have them"
+    )
+
+
+def curves_so_far(run: RunDirectory) -> list[Curve]:
+    """The same, none where there is none yet."""
     data = run.record(0)
     network = data.network if data else []
     found = []
@@ -57,23 +67,23 @@ def stage_curves(run: RunDirectory) -> list[Curve]:
             paper = run.recipe.paper if number == len(network) else None
             published = paper.test_error_percent if paper else None
             found.append(Curve(f"stage {number}, {name}", number, train, test, published))
-    if not found:
-        raise UserError(
-            f"no stage of {run.path} has errors to draw yet: go on with "
-            f"`greedy train --run {run.path}`, its output layer will have them"
-        )
     return found
 
 
 def run_curves(runs: Sequence[RunDirectory]) -> list[Curve]:
-    """One for each run, named after it: that of its output layer, whose errors are the network's.
-    Of a run that has not come to it the last stage that has a curve, which the name then says."""
-    found = []
-    for run, name in zip(runs, run_names(runs), strict=True):
-        last, count = stage_curves(run)[-1], len(run.complete(0).network)
-        stage = "" if last.stage == count else f" (stage {last.stage} of {count})"
-        found.append(replace(last, name=name + stage))
-    return found
+    """The ``network_curve`` of each run. Raises ``UserError`` for a run without any."""
+    return [
+        network_curve(stage_curves(run), name, len(run.complete(0).network))
+        for run, name in zip(runs, run_names(runs), strict=True)
+    ]
+
+
+def network_curve(found: Sequence[Curve], name: str, stages: int) -> Curve:
+    """Of a run's curves that of its output layer, whose errors are the network's, under the run's
+    name. Of a run that has not come to it the last, and the name then says which."""
+    last = found[-1]
+    stage = "" if last.stage == stages else f" (stage {last.stage} of {stages})"
+    return replace(last, name=name + stage)
 
 
 def run_names(runs: Sequence[RunDirectory]) -> list[str]:

@@ -1,17 +1,18 @@
 """How well the assembled network does on raw data."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from greedy.cache import Store
 from greedy.devices import full_float32, to_device
 from greedy.errors import UserError
 from greedy.memory.choice import memory_budget as memory_budget_of
-from greedy.memory.forward import fit_forward
+from greedy.memory.forward import Forward, fit_forward
 from greedy.runs import SPLITS, RunDirectory
 
 
@@ -25,8 +26,6 @@ class Evaluation:
     loss: float
 
 
-@full_float32()
-@torch.inference_mode()
 def evaluate(
     run: RunDirectory,
     network: nn.Sequential,
@@ -40,20 +39,39 @@ def evaluate(
 
     Raises ``UserError`` for a split or a budget that cannot be.
     """
+    samples, loss, wrong = 0, 0.0, 0
+    for logits, labels in classified(run, network, split, device, memory_budget):
+        samples += len(labels)
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        wrong += int((logits.argmax(dim=1) != labels).sum())
+    return Evaluation(split, samples, 100 * wrong / samples, loss / samples)
+
+
+def classified(
+    run: RunDirectory,
+    network: nn.Sequential,
+    split: str,
+    device: torch.device,
+    memory_budget: int | None = None,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (rows, classes) and labels (rows,) on the device, a batch of a split at a time and in
+    the order of its store. All else is as ``evaluate`` says."""
     if split not in SPLITS:
         raise UserError(f"{split!r} is not a split: use {' or '.join(SPLITS)}")
     run.complete(0)
     store = Store(run.store(0) / split)
     budget = memory_budget_of(run.recipe, device) if memory_budget is None else memory_budget
     forward = fit_forward(network, store.row_shape, budget, device.type)
-    loss, wrong = 0.0, 0
     starts = range(0, store.rows, forward.rows)
     for start, images in zip(starts, store.batches(0, forward.rows), strict=True):
         labels = torch.from_numpy(store.labels[start : start + len(images)]).to(device)
-        logits = forward(network, raw_to_float(images, device))
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-        wrong += int((logits.argmax(dim=1) != labels).sum())
-    return Evaluation(split, store.rows, 100 * wrong / store.rows, loss / store.rows)
+        yield _logits(forward, network, raw_to_float(images, device)), labels
+
+
+@full_float32()
+@torch.inference_mode()
+def _logits(forward: Forward, network: nn.Sequential, x: Tensor) -> Tensor:
+    return forward(network, x)
 
 
 def raw_to_float(images: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Sizes of memory and disk, as people write them."""
+"""Sizes of memory and disk, and times, as people write them."""
 
 import re
 
@@ -23,3 +23,14 @@ def format_size(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
         size /= 1024
     return f"{size:.1f} TiB"
+
+
+def format_duration(seconds: float) -> str:
+    """A time in the largest unit that leaves at least 1: ``9.5 h``, ``38 min``."""
+    value, unit = seconds, "s"
+    for larger, factor in (("min", 60), ("h", 60), ("d", 24)):
+        if value >= factor:
+            value, unit = value / factor, larger
+        else:
+            break
+    return f"{value:.1f} {unit}" if value < 9.95 else f"{value:.0f} {unit}"

@@ -247,3 +247,10 @@ def test_the_table_fits_a_terminal(folder):
     assert figures["back-propagation, float32"] == "5.6 GiB"
     assert figures["back-propagation, checkpointed by stage"] == "3.7 GiB"
     assert figures["local training of all stages at once"] == "5.2 GiB"
+
+
+def test_without_a_local_loss_there_is_no_joint_training_to_compare_with(folder):
+    found = answer("--recipe", "mnist/mlp-glob")
+    assert found["baselines"].keys() == BASELINES - {"joint"}
+    result = greedy("plan", "--recipe", "mnist/mlp-glob")
+    assert result.exit_code == 0 and "local training" not in result.output

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 
-from greedy.losses import Pred, PredSim, Sim
+from greedy.losses import Glob, Pred, PredSim, Sim
 from greedy.memory import baselines as module
 from greedy.memory.baselines import baselines
 from greedy.models import cut, mlp, shapes, vgg8b
@@ -54,6 +54,13 @@ def test_heads_count_by_the_local_loss() -> None:
     pred, sim, both = (each.pop("joint") for each in found)
     assert pred < sim < both
     assert found[0] == found[1] == found[2]
+
+
+def test_without_a_local_loss_there_is_no_joint_training() -> None:
+    network = vgg8b(3, 16, 10, **VGG)
+    local = peaks(network, 16)
+    assert local.pop("joint")
+    assert peaks(network, 16, loss=Glob()) == local
 
 
 def test_fake_tensors_count_as_real_ones_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,43 @@
+"""``greedy report``: all that is known of runs on one page."""
+
+from pathlib import Path
+
+import click
+
+from greedy.cli import options
+from greedy.cli.tables import size
+
+
+@click.command(epilog="Example: greedy report runs/pred runs/predsim --to report.html")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=options.PATH)
+@click.option(
+    "--to",
+    default=Path("report.html"),
+    show_default=True,
+    metavar="FILE",
+    type=options.PATH,
+    help="The page to write.",
+)
+@click.option("--force", is_flag=True, help="Overwrite FILE if it exists.")
+@options.device
+@options.model
+@options.debug
+def report(runs: tuple[Path, ...], to: Path, force: bool, device: str, model: str | None) -> None:
+    """Write one page about runs, side by side, that needs nothing but a browser.
+
+    Errors by stage and over epochs, memory beside what other means would take, disk and time; the
+    similarity matrices of a test batch, the confusion matrix and the most confidently wrong images;
+    the recipe and the commands that repeat it. A run that is not finished is shown as far as it has
+    come. Finished networks classify their test images on --device.
+    """
+    from greedy.build import load_network  # noqa: PLC0415
+    from greedy.report import require_report, write_report  # noqa: PLC0415
+    from greedy.runs import RunDirectory  # noqa: PLC0415
+
+    require_report(to, force)
+    directories = [RunDirectory.open(run) for run in runs]
+    models = [directory.recipe.model for directory in directories]
+    own = next((each for each in models if each.network == "python"), models[0])
+    network = load_network(own, model)
+    write_report(directories, to, device=device, model=network, overwrite=force)
+    click.echo(f"wrote {to} ({size(to.stat().st_size)})")

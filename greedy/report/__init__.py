@@ -1,0 +1,6 @@
+"""One page about runs: what it says, its charts, and the page."""
+
+from greedy.report.facts import RunFacts, facts_of
+from greedy.report.page import require_report, write_report
+
+__all__ = ["RunFacts", "facts_of", "require_report", "write_report"]

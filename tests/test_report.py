@@ -1,0 +1,518 @@
+"""`greedy report`: what its page says of real runs, and the page in a real browser."""
+
+import json
+import re
+import shlex
+import shutil
+import sys
+import tomllib
+from pathlib import Path
+
+import chromium
+import numpy as np
+import pytest
+import torch
+import vl_convert
+from click.testing import CliRunner
+from torch import nn
+
+import greedy
+from greedy.build import build_loss
+from greedy.cache import Store
+from greedy.cli.main import cli
+from greedy.curves import Curve
+from greedy.evaluation import evaluate
+from greedy.files import bytes_below
+from greedy.manifest import StageRecord
+from greedy.memory.baselines import BASELINES
+from greedy.network import assemble
+from greedy.recipes import from_document
+from greedy.report import charts, facts_of
+from greedy.report.page import render
+from greedy.runs import RunDirectory
+from greedy.status import status
+
+CPU = torch.device("cpu")
+RECIPE = """
+[data]
+name = "fashion-mnist-sample"
+[model]
+network = "mlp"
+hidden_layers = 2
+hidden_width = 16
+[loss]
+name = "predsim"
+[training]
+epochs = 2
+batch_size = 256
+learning_rate = 0.002
+precision = "float32"
+[store]
+views = 1
+[paper]
+table = 1
+test_error_percent = 8.5
+"""
+MODEL = """
+from torch import nn
+def network():
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.ReLU(), nn.Linear(16, 10))
+"""
+RUNS = {
+    "predsim": [],
+    "sim": ["loss.name=sim", "training.test_every=2"],
+    "joint": ["training.strategy=joint"],
+    "backprop": ["training.strategy=backprop", "loss.name=glob"],
+}
+in_a_browser = pytest.mark.skipif(
+    chromium.PROGRAM is None, reason="Chromium is not installed: apt-get install chromium"
+)
+
+
+def run_greedy(*arguments):
+    result = CliRunner().invoke(cli, [str(each) for each in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def train(folder, name, settings):
+    (folder / "tiny.toml").write_text(RECIPE)
+    options = [option for each in settings for option in ("--set", each)]
+    run_greedy("train", "--recipe", folder / "tiny.toml", "--run", folder / name, *options)
+    return folder / name
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Finished runs of several losses and strategies, and one that lacks its last stage."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, settings in RUNS.items():
+        train(folder, name, settings)
+    partial = shutil.copytree(folder / "predsim", folder / "partial")
+    shutil.rmtree(partial / "stage3")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def facts(runs):
+    names = [*RUNS, "partial"]
+    found = facts_of([RunDirectory.open(runs / name) for name in names], CPU)
+    return dict(zip(names, found, strict=True))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium.Browser() as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def one(runs, tmp_path_factory):
+    page = tmp_path_factory.mktemp("page") / "one.html"
+    run_greedy("report", runs / "predsim", "--to", page)
+    return page
+
+
+@pytest.fixture(scope="module")
+def many(runs, tmp_path_factory):
+    page = tmp_path_factory.mktemp("page") / "many.html"
+    run_greedy("report", *(runs / name for name in [*RUNS, "partial"]), "--to", page)
+    return page
+
+
+# What the page says
+
+
+def test_errors_by_stage_are_those_of_status(runs, facts):
+    for name, found in facts.items():
+        assert list(found.stages) == status(RunDirectory.open(runs / name))
+        spec = charts.errors_by_stage([found])
+        drawn = {
+            (row["stage"], row["split"]): row["error"] for row in spec["layer"][0]["data"]["values"]
+        }
+        told = {
+            (each.stage, split): error
+            for each in found.stages
+            for split in ("train", "test")
+            if (error := getattr(each, f"{split}_error_percent")) is not None
+        }
+        assert drawn == told
+    assert {stage for stage, _ in drawn} == {1, 2}  # of the partial run, the last
+    assert facts["sim"].stages[0].test_error_percent is None
+    assert [each["error"] for each in spec["layer"][1]["data"]["values"]] == [8.5]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_confusion_matrix_is_that_of_the_assembled_network(runs, facts, name):
+    run, found = RunDirectory.open(runs / name), facts[name].test
+    network = assemble(run, build_loss(run.recipe.loss))
+    evaluation = evaluate(run, network, "test", CPU)
+    store = Store(run.store(0) / "test")
+    assert found.confusion.sum(axis=1).tolist() == np.bincount(store.labels).tolist()
+    wrong = int(found.confusion.sum() - np.trace(found.confusion))
+    assert wrong == found.wrong == round(evaluation.error_percent * evaluation.samples / 100)
+    assert found.error_percent == evaluation.error_percent
+
+
+def test_the_wrong_images_are_the_most_confident_mistakes(runs, facts):
+    run = RunDirectory.open(runs / "predsim")
+    store = Store(run.store(0) / "test")
+    images = np.concatenate(list(store.batches(0, 500)))
+    network = assemble(run, build_loss(run.recipe.loss))
+    probabilities = network(torch.from_numpy(images).float() / 255).softmax(dim=1).numpy()
+    said = probabilities.argmax(axis=1)
+    wrong = {int(row): probabilities[row].max() for row in np.flatnonzero(said != store.labels)}
+    shown = facts["predsim"].test.mistakes
+    assert len(shown) == 20
+    assert [each.confidence for each in shown] == sorted(
+        (each.confidence for each in shown), reverse=True
+    )
+    hidden = wrong.keys() - {each.row for each in shown}
+    assert max(wrong[row] for row in hidden) <= shown[-1].confidence + 1e-5
+    for each in shown:
+        assert (each.said, each.label) == (said[each.row], store.labels[each.row])
+        assert each.index == store.index[each.row]
+        assert np.array_equal(each.image, images[each.row])
+
+
+def test_memory_and_disk_are_those_of_the_records(runs, facts):
+    found = facts["predsim"]
+    run = RunDirectory.open(runs / "predsim")
+    assert found.baselines.keys() == BASELINES.keys()
+    assert found.step_memory_bytes == max(
+        run.record(n).resolved["planned_peak_bytes"] for n in (1, 2, 3)
+    )
+    for each in found.stores:
+        arrays = [run.store(each.stage) / split for split in ("train", "test")]
+        assert each.kept and each.bytes <= sum(map(bytes_below, arrays))
+        assert each.encoding == Store(arrays[0]).encoding.name
+    assert [each.stage for each in found.stores] == [0, 1, 2]
+    assert found.seconds == sum(run.record(n).seconds for n in (1, 2, 3))
+
+
+def test_of_a_network_trained_at_once_memory_and_time_are_counted_once(facts):
+    joint = facts["joint"]
+    bars = charts.memory(joint)["data"]["values"]
+    assert [each["name"] for each in bars if each["kind"] == "this run"] == ["this run, joint"]
+    assert joint.step_memory_bytes == joint.stages[0].step_memory_bytes
+    assert joint.seconds == joint.stages[0].seconds
+    assert charts.time(joint) is None
+    assert [each.stage for each in joint.stores] == [0]
+
+
+def test_a_dropped_store_is_told(runs, tmp_path):
+    path = shutil.copytree(runs / "predsim", tmp_path / "run")
+    run_greedy("cache", "drop", path / "stage1")
+    found = facts_of([RunDirectory.open(path)], CPU)[0]
+    assert [each.kept for each in found.stores] == [True, False, True]
+    labels = [each["label"] for each in charts.disk(found)["data"]["values"]]
+    assert [label.endswith(", deleted") for label in labels] == [False, True, False]
+
+
+def test_what_a_partial_run_lacks_is_said(facts, runs, tmp_path):
+    found = facts["partial"]
+    assert found.test is None
+    assert [each.stage for each in found.similarity.stages] == [0, 1, 2]
+    assert found.missing[0] == "Stage 3 is not begun."
+    assert f"`greedy train --run {runs / 'partial'}` goes on with it" in found.missing[1]
+    assert facts["predsim"].missing == []
+    path = shutil.copytree(runs / "predsim", tmp_path / "empty")
+    for number in range(4):
+        shutil.rmtree(path / f"stage{number}")
+    nothing = facts_of([RunDirectory.open(path)], CPU)[0]
+    assert "no data yet" in nothing.missing[0]
+    assert "no data yet" in render([nothing])
+
+
+def test_the_commands_make_the_same_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = ["data.name=fashion-mnist-sample", "model.hidden_width=8", "training.epochs=1"]
+    options = [option for each in settings for option in ("--set", each)]
+    run_greedy("train", "--recipe", "fashion-mnist/mlp-pred", "--run", "first/it is", *options)
+    found = facts_of([RunDirectory.open(Path("first/it is"))], CPU)[0]
+    for line in found.commands:
+        run_greedy(*shlex.split(line)[1:])
+    for stage in ("stage1", "stage2", "stage3", "stage4"):
+        first, again = (
+            Path(run, "it is", stage, "encoder.safetensors") for run in ("first", "runs")
+        )
+        assert first.read_bytes() == again.read_bytes()
+
+
+def test_a_recipe_that_does_not_ship_is_in_the_page(runs, facts):
+    found = facts["predsim"]
+    assert found.commands[0] == "greedy train --recipe recipe.toml --run runs/predsim"
+    page = render([found])
+    shown = re.search(r"The whole recipe</summary><pre>(.*?)</pre>", page, re.DOTALL)[1]
+    document = tomllib.loads(shown.replace("&#34;", '"'))
+    assert from_document(document) == RunDirectory.open(runs / "predsim").recipe
+
+
+def test_the_same_facts_give_the_same_page(facts):
+    assert render([facts["predsim"]]) == render([facts["predsim"]])
+
+
+def test_a_loss_of_ones_own_is_shown_as_far_as_it_is_known(tmp_path):
+    class Own(greedy.losses.Pred):
+        pass
+
+    images = torch.rand(300, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    samples = [(image, number % 3) for number, image in enumerate(images)]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
+    trainer = greedy.GreedyTrainer(
+        model, loss=Own(), run_dir=tmp_path / "run", epochs=1, device="cpu"
+    )
+    trainer.fit(samples, samples)
+    run = RunDirectory.open(tmp_path / "run")
+    unknown = facts_of([run], CPU, model)[0]
+    assert not unknown.baselines and not unknown.commands
+    assert "written in Python" in unknown.missing[0]
+    known = facts_of([run], CPU, model, Own())[0]
+    assert known.baselines.keys() == BASELINES.keys() and not known.missing
+    assert known.test.wrong == unknown.test.wrong
+    assert "data:image/png" in render([unknown])
+
+
+@pytest.mark.parametrize("errors", [[0, 0], [12.0, 11.9], [50.0, 0, 0.2], [100.0], [0]])
+def test_any_errors_can_be_drawn(errors):
+    points = list(enumerate(errors, start=1))
+    curves = [Curve("a.b[0] 'x'", 1, points, []), Curve("b", 2, points, points[:1])]
+    svg = vl_convert.vegalite_to_svg(charts.curves(curves, by_depth=False) | {"width": 400})
+    assert svg.count('aria-roledescription="line mark"') >= 3
+    assert "NaN" not in svg
+
+
+def test_a_confusion_matrix_of_many_classes_shows_the_worst():
+    matrix = np.diag(np.full(150, 9))
+    matrix[3, 140], matrix[149, 0] = 5, 2
+    spec = charts.confusion(matrix, [f"class {n}" for n in range(150)])
+    domain = spec["encoding"]["x"]["scale"]["domain"]
+    assert len(domain) == 100
+    assert {"class 0", "class 3", "class 140", "class 149"} < set(domain)
+    assert {"is": "class 3", "said": "class 140", "images": 5} in spec["data"]["values"]
+
+
+# The page in a browser
+
+
+def complaints(browser):
+    """What the console says and what the network is asked for, beside the page itself."""
+    told = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
+    asked = (
+        each["params"]["request"]["url"]
+        for each in browser.events
+        if each["method"] == "Network.requestWillBeSent"
+    )
+    return [each for each in browser.events if each["method"] in told] + [
+        url for url in asked if not url.startswith(("file:///", "data:"))
+    ]
+
+
+@in_a_browser
+@pytest.mark.parametrize("page", ["one", "many"])
+def test_every_chart_is_drawn_and_nothing_is_complained_of(request, browser, page):
+    page = request.getfixturevalue(page)
+    assert not re.search(r"""(src|href)=["']?(https?:|//)""", page.read_text())
+    browser.events.clear()
+    browser.size(1280, 900)
+    browser.open_report(page)
+    drawn = browser.evaluate(
+        "Object.fromEntries([...document.querySelectorAll('.chart')].map(chart => [chart.id,"
+        " [...chart.querySelectorAll('svg [aria-roledescription$=mark]')].length]))"
+    )
+    assert drawn and min(drawn.values()) > 0, drawn
+    assert drawn.keys() == browser.evaluate("JSON.parse(document.all.charts.textContent)").keys()
+    assert complaints(browser) == []
+    broken = "[...document.images].filter(image => !image.naturalWidth).length"
+    assert browser.evaluate(broken) == 0
+
+
+@in_a_browser
+def test_what_there_is_stands_on_the_page(browser, many):
+    browser.size(1280, 900)
+    browser.open_report(many)
+    text = browser.evaluate("document.body.innerText")
+    for heading in (
+        "Side by side",
+        "Error by stage",
+        "Error over epochs",
+        "Memory of a training step",
+        "Disk by stage and encoding",
+        "Time by stage",
+        "Similarity of one test batch after each stage",
+        "Confusion matrix of the test images",
+        "The most confidently wrong test images",
+        "To repeat it",
+    ):
+        assert heading in text
+    assert "the paper: 8.5 %" in browser.evaluate("document.body.textContent")
+    assert "Stage 3 is not begun." in text
+    assert browser.evaluate("document.querySelectorAll('#run1 .mistakes img').length") == 20
+    assert browser.evaluate("document.querySelectorAll('#run1 .matrices img').length") == 5
+    assert browser.evaluate("document.querySelectorAll('article').length") == 5
+
+
+@in_a_browser
+def test_the_pointer_reads_the_errors_of_an_epoch(runs, tmp_path, browser):
+    page = tmp_path / "report.html"
+    run_greedy("report", runs / "sim", "--to", page)
+    browser.size(1280, 2000)
+    browser.open_report(page)
+    box = browser.evaluate(
+        "document.querySelector('#run1-curves .mark-rule').getBoundingClientRect().toJSON()"
+    )
+    middle = (box["top"] + box["bottom"]) / 2
+    shown = []
+    for x in (box["left"] + 5, box["right"] - 5):  # the first epoch, and the last
+        for step in (0, 1):
+            browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x + step, y=middle)
+        cells = "[...document.querySelectorAll('#vg-tooltip-element td')].map(e => e.textContent)"
+        shown.append(browser.evaluate(f"new Promise(d => setTimeout(() => d({cells}), 200))"))
+    stage = RunDirectory.open(runs / "sim").record(3).metrics
+    assert shown[0][:3] == ["epoch", "1", "3, output, train"] and len(shown[0]) == 4
+    assert shown[1] == [
+        "epoch",
+        "2",
+        "3, output, test",
+        f"{stage.test_error_percent:.2f}",
+        "3, output, train",
+        f"{stage.train_error_percent:.2f}",
+    ]
+
+
+CONTRAST = """(() => {
+  const parse = (colour) => colour.match(/[\\d.]+/g).map(Number);
+  const light = (colour) => parse(colour).slice(0, 3).map((c) => c / 255)
+    .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+    .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = (e) => {
+    for (; e; e = e.parentElement) {
+      const colour = getComputedStyle(e).backgroundColor;
+      if ((parse(colour)[3] ?? 1) === 1) return colour;
+    }
+    return "rgb(255, 255, 255)";
+  };
+  return [...document.querySelectorAll("body *")].filter((e) =>
+    [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()) && e.getClientRects().length
+    && !e.closest("script, [id$=confusion] .mark-text.role-mark")).map((e) => {
+      const style = getComputedStyle(e), ink = e.closest("svg") ? style.fill : style.color;
+      const pair = [light(ink), light(behind(e))].sort((a, b) => b - a);
+      return [(pair[0] + 0.05) / (pair[1] + 0.05), e.textContent.trim().slice(0, 40)];
+    }).sort((a, b) => a[0] - b[0]);
+})()"""
+
+
+@in_a_browser
+def test_texts_can_be_read_in_light_and_in_dark(browser, one):
+    browser.size(1280, 900)
+    pictures = []
+    for scheme in ("light", "dark"):
+        browser.scheme(scheme)
+        browser.open_report(one)
+        contrasts = browser.evaluate(CONTRAST)
+        assert len(contrasts) > 100
+        assert contrasts[0][0] >= 4.5, contrasts[:5]
+        pictures.append(browser.screenshot())
+    assert pictures[0] != pictures[1]
+    background = "getComputedStyle(document.body).backgroundColor"
+    label = "getComputedStyle(document.querySelector('.chart text')).fill"
+    dark = browser.evaluate(background), browser.evaluate(label)
+    browser.scheme("light")  # while the page is open: its charts are drawn anew
+    redrawn = f"new Promise(done => setTimeout(() => drawing.then(() => done({label})), 50))"
+    light = browser.evaluate(background), browser.evaluate(redrawn)
+    assert light[0] != dark[0] and light[1] != dark[1]
+
+
+@in_a_browser
+def test_a_phone_need_not_scroll_sideways(browser, many):
+    browser.size(390, 844)
+    browser.open_report(many)
+    widths = "[document.scrollingElement.scrollWidth, innerWidth]"
+    assert browser.evaluate(widths) == [390, 390]
+    beyond = browser.evaluate(
+        "[...document.querySelectorAll('.chart svg text')].filter(text => {"
+        " const box = text.getBoundingClientRect();"
+        " return box.width && (box.right > innerWidth || box.left < 0); }).map(t => t.textContent)"
+    )
+    assert beyond == []
+
+
+@in_a_browser
+def test_names_are_text_and_nothing_else(runs, tmp_path, browser):
+    evil = "</script><img src=x onerror=\"document.title='caught'\">{{ 7 * 7 }}"
+    path = shutil.copytree(runs / "sim", tmp_path / "<b>bold&amp;")
+    for number in range(4):
+        record = StageRecord.read(path / f"stage{number}")
+        names = [evil, *record.class_names[1:]]
+        record.model_copy(update={"class_names": names}).write(path / f"stage{number}")
+    page = tmp_path / "report.html"
+    run_greedy("report", path, "--to", page)
+    browser.events.clear()
+    browser.open_report(page)
+    assert browser.evaluate("document.title") == "<b>bold&amp;, greedy report"
+    assert browser.evaluate("document.querySelector('h1').textContent") == "<b>bold&amp;"
+    assert evil in browser.evaluate("document.body.textContent")
+    assert complaints(browser) == []
+
+
+# The command
+
+
+def test_the_page_is_report_html_and_overwritten_only_when_forced(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run_greedy("report", runs / "predsim").startswith("wrote report.html (")
+    written = Path("report.html").read_bytes()
+    Path("report.html").write_text("mine")
+    refused = CliRunner().invoke(cli, ["report", str(runs / "predsim")])
+    assert refused.exit_code == 2
+    assert "choose another --to, or add --force" in refused.output
+    assert Path("report.html").read_text() == "mine"
+    run_greedy("report", runs / "predsim", "--force")
+    assert Path("report.html").read_bytes() == written
+
+
+def test_a_network_built_in_python_is_named(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("reported_network.py").write_text(MODEL)
+    recipe = RECIPE.replace('"mlp"', '"python"').replace("hidden_layers = 2\nhidden_width = 16", "")
+    Path("own.toml").write_text(recipe)
+    named = ("--model", "reported_network:network")
+    run_greedy("train", "--recipe", "own.toml", "--run", "own", *named)
+    refused = CliRunner().invoke(cli, ["report", "own"])
+    assert refused.exit_code == 2 and "--model module:function" in refused.output
+    assert not Path("report.html").exists()
+    run_greedy("report", runs / "predsim", "own", *named)
+    page = Path("report.html").read_text()
+    assert "greedy train --recipe recipe.toml --run runs/own --model module:function" in page
+    specs = json.loads(re.search(r'id="charts">(.*?)</script>', page)[1])
+    assert {"run1-confusion", "run2-confusion", "all-errors"} < specs.keys()
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("predsim --to report.pdf", "the suffix of report.pdf stands for no page"),
+        ("predsim --to absent/report.html", "the folder absent does not exist: create it first"),
+        ("predsim absent", "absent is not a run directory"),
+        ("predsim --model m:f", "leave out --model"),
+        ("predsim --device gpu", "'gpu' is not a device"),
+        ("", "Missing argument 'RUN...'"),
+    ],
+)
+def test_mistakes_are_told_and_nothing_is_written(runs, monkeypatch, line, message):
+    monkeypatch.chdir(runs)
+    before = sorted(runs.iterdir())
+    result = CliRunner().invoke(cli, ["report", *line.split()])
+    assert result.exit_code == 2
+    assert re.search(message, result.output)
+    assert sorted(runs.iterdir()) == before
+
+
+@pytest.mark.parametrize("module", ["jinja2", "vl_convert"])
+def test_without_the_extra_it_is_named(runs, tmp_path, monkeypatch, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    page = tmp_path / "report.html"
+    result = CliRunner().invoke(cli, ["report", str(runs / "predsim"), "--to", str(page)])
+    assert result.exit_code == 2
+    assert "pip install 'greedy[report]'" in result.output
+    assert not page.exists()
