@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -25,6 +26,7 @@ from greedy.source import Batch, Source
 from greedy.training.loop import Epochs
 from greedy.training.schedule import Milestones
 from greedy.training.step import Learner
+from greedy.training.strategies import Greedy
 
 BATCH = 128
 CLASSES = 10
@@ -36,11 +38,13 @@ class InMemory(Source):
 
     def __init__(self, values: Tensor, labels: Tensor) -> None:
         self.values, self.classes, self.held_out, self.seed = values, labels, 0, 0
+        self.device = CPU
 
-    def epoch(
-        self, stage: int, epoch: int, batch_size: int, classes_per_batch: int = 0
-    ) -> "InMemoryEpoch":
+    def epoch(self, *what: int, **more: int) -> "InMemoryEpoch":
         return InMemoryEpoch(self.values, self.classes)
+
+    def view(self, *what: Any, **more: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        return iter(())  # there is no test split to look at
 
 
 class InMemoryEpoch:
@@ -95,11 +99,13 @@ def ratio(network: nn.Sequential, image: Shape, rows: int, pairs: int, directory
     values, labels = activations(rows, shape), np.random.default_rng(1).integers(0, CLASSES, rows)
     store = write(directory / "store", values, labels)
     memory = InMemory(torch.from_numpy(values), torch.from_numpy(labels))
-    disk = Source(1, directory / "store", {"train": store}, CPU, 0)
+    test = write(directory / "test", values[:2], labels[:2])
+    disk = Source(1, directory / "store", {"train": store, "test": test}, CPU, 0)
 
     def seconds(source: Source) -> float:
         schedule = Milestones(5e-4, 0.25, [])
-        epochs = Epochs(learning, source, shape, schedule, 1, BATCH, 0, 0, Reporter())
+        strategy = Greedy(learning)
+        epochs = Epochs(strategy, source, [shape], schedule, 1, BATCH, 0, 0, Reporter())
         start = time.perf_counter()
         list(epochs)
         return time.perf_counter() - start
