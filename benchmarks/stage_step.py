@@ -1,8 +1,9 @@
 """How fast a stage trains from its store, against the machine and against the published step.
 
 Every stage of VGG8B on CIFAR-10 shapes trains for a few steps as `greedy train` does: a store on
-disk, read ahead, decoded, the same loop and step. In between, in the same process, the published
-step of all layers at once (`published_step.py`). Times are medians over interleaved rounds.
+disk, read ahead, decoded, the same loop and step, compiled where a run over CIFAR-10 would compile
+it. In between, in the same process, the published step of all layers at once
+(`published_step.py`). Times are medians over interleaved rounds.
 
 - `share_of_peak`: floating-point operations of the plain step a second, of what the best product
   of bfloat16 matrices reaches on the same threads.
@@ -15,7 +16,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from greedy.cache import Store, StoreWriter, fit_encoding, pixels
 from greedy.data import Augmentation
 from greedy.devices import pick_precision
 from greedy.losses import Output
-from greedy.memory.choice import fused_adam
+from greedy.memory.choice import Choice, fused_adam
 from greedy.memory.peaks import StepDemand
 from greedy.models import Shape, cut, shapes
 from greedy.recipes import Recipe, load
@@ -39,11 +40,13 @@ from greedy.source import Epoch, Images, Source
 from greedy.training.learners import new_learner, new_optimizer
 from greedy.training.loop import Epochs
 from greedy.training.modes import Mode
+from greedy.training.resolve import compiles
 from greedy.training.schedule import Milestones
 from greedy.training.strategies import Greedy
 
 IMAGE: Shape = (3, 32, 32)
 CLASSES = 10
+RUN_ROWS = 50_000  # of the data set whose run decides about compiling
 
 
 class Clock(Reporter):
@@ -96,7 +99,8 @@ class Timed:
 
     name: str
     flops: int
-    train: Callable[[], object]
+    compiled: bool
+    epochs: Epochs
     clock: Clock
     waits: list[float]
 
@@ -104,6 +108,17 @@ class Timed:
     def seconds(self) -> float:
         """Of a step."""
         return statistics.median(self.clock.steps)
+
+    def train(self) -> None:
+        """For an epoch of a few steps."""
+        for _ in self.epochs:
+            pass
+
+    def warm_up(self) -> None:
+        """Compiles what is compiled, and forgets the steps."""
+        self.train()
+        self.clock.steps.clear()
+        self.waits.clear()
 
 
 def write_store(path: Path, shape: Shape, rows: int, *, raw: bool) -> Store:
@@ -131,7 +146,7 @@ def write_store(path: Path, shape: Shape, rows: int, *, raw: bool) -> Store:
 
 
 def stages(
-    recipe: Recipe, choices: dict[str, Any], steps: int, device: torch.device, directory: Path
+    recipe: Recipe, precision: str, steps: int, device: torch.device, directory: Path
 ) -> Iterator[Timed]:
     """Every stage of the recipe's network with its own store."""
     network = cut(build_network(recipe.model, IMAGE, CLASSES))
@@ -140,8 +155,17 @@ def stages(
         is_output = stage is network[-1]
         hidden = build_loss(recipe.loss)
         loss = Output(hidden.output_scale) if is_output else hidden
-        what = (stage, shape, loss, CLASSES, size, choices["precision"])
-        flops = StepDemand(*what, fused_adam, "cpu", 0).flops()
+        flops = StepDemand(
+            stage, shape, loss, CLASSES, size, precision, fused_adam, "cpu", 0
+        ).flops()
+        plain = Choice(Mode.PLAIN, size, 0)
+        compiled = compiles(recipe, stage.number, shape.hidden, RUN_ROWS, plain, device)
+        choices = {
+            "precision": precision,
+            "memory_mode": plain.mode,
+            "micro_batch": plain.micro_batch,
+            "compile": compiled,
+        }
         path = directory / f"stage{stage.number - 1}"
         first = stage.number == 1
         rows = {"train": size * (steps + 1), "test": 2}  # the test split is not what is timed
@@ -164,7 +188,7 @@ def stages(
             clock,
         )
         name = "output" if is_output else stage.name
-        yield Timed(name, flops, lambda epochs=epochs: list(epochs), clock, source.waits)
+        yield Timed(name, flops, compiled, epochs, clock, source.waits)
 
 
 def peak_flops() -> float:
@@ -181,15 +205,18 @@ def peak_flops() -> float:
     return best
 
 
-def measure(recipe: Recipe, choices: dict[str, Any], steps: int, rounds: int) -> dict[str, Any]:
+def measure(recipe: Recipe, precision: str, steps: int, rounds: int) -> dict[str, Any]:
     """The document that is printed."""
     size, device = recipe.training.batch_size, torch.device("cpu")
     published = Published(recipe.model.feature_multiplier)
     theirs: list[list[float]] = []
     peaks = []
     with tempfile.TemporaryDirectory() as directory:
-        timed = list(stages(recipe, choices, steps, device, Path(directory)))
+        timed = list(stages(recipe, precision, steps, device, Path(directory)))
         published.step(*batch(size))
+        for _ in range(2):  # compiling a stage for the first time throws away those before it
+            for each in timed:
+                each.warm_up()
         for _ in range(rounds):
             peaks.append(peak_flops())
             theirs.append(published.step(*batch(size)))
@@ -200,7 +227,7 @@ def measure(recipe: Recipe, choices: dict[str, Any], steps: int, rounds: int) ->
     joint = statistics.median(map(sum, theirs))
     return {
         "multiplier": recipe.model.feature_multiplier,
-        "precision": choices["precision"],
+        "precision": precision,
         "threads": torch.get_num_threads(),
         "peak_gflops": round(peak / 1e9, 1),
         "published_images_per_second": round(size / joint, 2),
@@ -208,6 +235,7 @@ def measure(recipe: Recipe, choices: dict[str, Any], steps: int, rounds: int) ->
             {
                 "stage": number,
                 "name": each.name,
+                "compiled": each.compiled,
                 "images_per_second": round(size / each.seconds, 1),
                 "share_of_peak": round(each.flops / each.seconds / peak, 3),
                 "wait_share": round(statistics.median(each.waits) / each.seconds, 4),
@@ -223,23 +251,29 @@ def measure(recipe: Recipe, choices: dict[str, Any], steps: int, rounds: int) ->
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--multiplier", default=0.5, show_default=True, help="Of the network's channels.")
 @click.option("--precision", default="auto", show_default=True)
+@click.option("--compile", "compiling", default="auto", show_default=True)
 @click.option("--rows", default=128, show_default=True, help="Of a batch.")
 @click.option("--steps", default=2, show_default=True, help="Timed, of a stage in a round.")
 @click.option("--rounds", default=3, show_default=True)
 def main(
-    as_json: bool, multiplier: float, precision: str, rows: int, steps: int, rounds: int
+    as_json: bool,
+    multiplier: float,
+    precision: str,
+    compiling: str,
+    rows: int,
+    steps: int,
+    rounds: int,
 ) -> None:
     """Time the step of every stage."""
     recipe = load(
         "cifar10/vgg8b-predsim",
-        [f"model.feature_multiplier={multiplier}", f"training.batch_size={rows}"],
+        [
+            f"model.feature_multiplier={multiplier}",
+            f"training.batch_size={rows}",
+            f"training.compile={compiling}",
+        ],
     )
-    choices = {
-        "precision": pick_precision(precision, torch.device("cpu")),
-        "memory_mode": Mode.PLAIN,
-        "micro_batch": rows,
-    }
-    found = measure(recipe, choices, steps, rounds)
+    found = measure(recipe, pick_precision(precision, torch.device("cpu")), steps, rounds)
     if as_json:
         click.echo(json.dumps(found))
         return
