@@ -211,10 +211,10 @@ class Bench:
         warms up and gives the encoding its ranges."""
         learner.release()
         learner.eval()
-        frozen = replace(source, replayed=[learner.stage])
+        frozen = replace(source, replayed=[learner.stage], replay_rows=batch)
         rows = min(max(rows, batch), source.stores["train"].rows)
-        first, _ = next(frozen.view("train", 0, batch, stop=min(batch, rows)))
-        form = fit_encoding(encoding(self.recipe), first.cpu().numpy())
+        first = next(frozen.view("train", 0, batch, stop=min(batch, rows)))
+        form = fit_encoding(encoding(self.recipe), first.inputs().cpu().numpy())
         started = time.perf_counter()
         with StoreWriter(
             place / "frozen",
@@ -225,8 +225,8 @@ class Bench:
             labels=np.zeros(rows, np.int64),
             index=np.arange(rows),
         ) as writer:
-            for outputs, _ in frozen.view("train", 0, batch, stop=rows):
-                writer.append(outputs.cpu().numpy())
+            for read in frozen.view("train", 0, batch, stop=rows):
+                writer.append(read.inputs().cpu().numpy())
             taken = time.perf_counter() - started  # closing a store does not grow with its rows
         return taken / rows
 

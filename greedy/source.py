@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from greedy.devices import to_device
 from greedy.models import Stage
 from greedy.precision import autocast
 from greedy.seeds import derive, torch_generator
+
+WRITE_ROWS = 1024  # of a store, computed at a time at most
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,7 @@ class Source:
         images: for stage 0 alone, whose rows are augmented anew in every epoch; other stores
             hold views.
         replayed: frozen stages after the store's, computed on the fly.
+        replay_rows: how many rows go through them at a time.
         held_out: how many of the training rows, the last ones, take no part in an epoch.
         refresh: where views are refreshed, writes those of an epoch and says whether it had to.
         precision: of the replayed stages.
@@ -73,6 +76,7 @@ class Source:
     seed: int
     images: Images | None = None
     replayed: Sequence[Stage] = ()
+    replay_rows: int = WRITE_ROWS
     held_out: int = 0
     refresh: Callable[[int], bool] | None = None
     precision: str = "float32"
@@ -138,9 +142,9 @@ class Source:
         generation: int = 0,
         start: int = 0,
         stop: int | None = None,
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """A view's rows in order, inputs and labels. Views of stage 0 are drawn, anew for each
-        generation; the test split is not augmented."""
+    ) -> Iterator["Batch"]:
+        """A view's rows in order. Views of stage 0 are drawn, anew for each generation; the test
+        split is not augmented."""
         store = self.stores[split]
         draws = None
         if self.images and split == "train":
@@ -148,11 +152,22 @@ class Source:
             view = 0
         row = start
         for values in store.batches(view, batch_size, start, stop):
-            rows = np.arange(row, row + len(values))
-            yield self.inputs(values, draws and draws[rows]), self.labels(store.labels[rows])
+            numbers = np.arange(row, row + len(values))
+            yield self.batch(torch.from_numpy(values), store.labels[numbers], numbers, draws)
             row += len(values)
 
-    def held_out_rows(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batch(
+        self, values: Tensor, labels: np.ndarray, numbers: np.ndarray, draws: Draws | None
+    ) -> "Batch":
+        """Stored rows (B, *stored_shape), whose numbers and labels are (B,), as a batch. ``draws``
+        are those of all rows of the store."""
+
+        def read(rows: slice) -> Tensor:
+            return self.inputs(values[rows], draws and draws[numbers[rows]])
+
+        return Batch(self.labels(labels), read)
+
+    def held_out_rows(self, batch_size: int) -> Iterator["Batch"]:
         """The held-out training rows, of view 0."""
         rows = self.stores["train"].rows
         return self.view("train", 0, batch_size, start=rows - self.held_out, stop=rows)
@@ -164,17 +179,20 @@ class Source:
             x = self.images.prepare(stored, draws)
         else:
             x = self.stores["train"].encoding.decode(stored)
-        with (
-            torch.no_grad(),
-            autocast(x.device.type, self.precision),
-        ):
-            for stage in self.replayed:
-                x = stage(x)
-        return x.float()
+        with torch.no_grad(), autocast(x.device.type, self.precision):
+            return replay(self.replayed, x, self.replay_rows).float()
 
     def labels(self, labels: np.ndarray) -> Tensor:
         """Labels (B,) on the device."""
         return to_device(labels, self.device)
+
+
+def replay(stages: Sequence[Stage], x: Tensor, rows: int) -> Tensor:
+    """What frozen stages make of inputs (B, *shape), so many rows at a time: stages before the
+    last may make much more of a row than it does."""
+    if not stages:
+        return x
+    return torch.cat([reduce(lambda x, stage: stage(x), stages, part) for part in x.split(rows)])
 
 
 @dataclass(frozen=True)
@@ -195,12 +213,7 @@ class Epoch:
             # A tensor before it is cut: torch keeps page-locked memory until it is copied only if
             # it knows where that begins.
             values = torch.from_numpy(batch.values)
-            read = partial(self._read, values, batch.rows)
-            yield Batch(self.source.labels(batch.labels), read)
-
-    def _read(self, values: Tensor, numbers: np.ndarray, rows: slice) -> Tensor:
-        draws = self.draws and self.draws[numbers[rows]]
-        return self.source.inputs(values[rows], draws)
+            yield self.source.batch(values, batch.labels, batch.rows, self.draws)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from greedy.models import Stage
 from greedy.network import load_stage
 from greedy.reporting import Reporter
 from greedy.runs import SPLITS, RunDirectory
-from greedy.source import Images, Source
+from greedy.source import WRITE_ROWS, Images, Source
 from greedy.training.refresh import Refresh
 
 
@@ -46,8 +46,9 @@ class Sources:
             source.refresh = Refresh(self.run, stored, every, self._open(0, stored), self.reporter)
         return source
 
-    def for_writing(self, stage: Stage, views: int) -> Source:
-        """What a trained stage's store is written from: its views are the source's outputs.
+    def for_writing(self, stage: Stage, views: int, batch: int) -> Source:
+        """What a trained stage's store is written from, ``batch`` rows at a time: its views are
+        the source's outputs.
 
         The last store serves if it has enough views, unless views are refreshed: generations
         are drawn where the images are. Stores before the last may be deleted, so that none of
@@ -58,6 +59,7 @@ class Sources:
             stored = 0
         source = self._open(stored, stage.number - 1)
         source.replayed = [*source.replayed, stage]
+        source.replay_rows = min(source.replay_rows, batch)
         return source
 
     def of_store(self, number: int, store: StoreRecord) -> Source:
@@ -85,6 +87,8 @@ class Sources:
             settings.std or self.data.resolved["std"],
             Augmentation.parse(settings.augmentation, settings.cutout_length),
         )
+        replayed = range(stored + 1, last + 1)
+        rows = [self.run.complete(n).resolved["write_batch"] for n in replayed]
         return Source(
             stored,
             self.run.store(stored),
@@ -92,7 +96,8 @@ class Sources:
             self.device,
             self.run.recipe.seed,
             images=images if stored == 0 else None,
-            replayed=[self._load(n) for n in range(stored + 1, last + 1)],
+            replayed=[self._load(n) for n in replayed],
+            replay_rows=min(rows, default=WRITE_ROWS),
         )
 
     def _load(self, number: int) -> Stage:

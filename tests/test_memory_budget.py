@@ -17,6 +17,7 @@ from greedy.memory.counting import Counter
 from greedy.memory.forward import fit_forward
 from greedy.models import cut, shapes, vgg11b
 from greedy.network import assemble
+from greedy.source import replay
 from greedy.training.modes import Mode, StepMemory
 
 CLASSES, SIDE = 4, 12
@@ -101,6 +102,39 @@ def test_replayed_stages_are_within_the_budget_too(tmp_path: Path) -> None:
         images = 2 * 64 * SIDE**2 * 4  # of a batch while they are normalised
         assert plan <= 1200 * 1024
         assert peak <= plan + images + 16 * 1024  # and the loop's own small tensors
+
+
+class StagePeaks(Peaks):
+    """The most bytes that were counted in a stage's training: views drawn anew and looks at rows
+    that it does not train on are part of it."""
+
+    def stage_started(self, number: int, *rest: object) -> None:
+        self.stage = number
+        self.counter.reset_peak()
+
+    def epoch_started(self, epoch: int, rows: int) -> None:
+        pass
+
+
+def test_views_drawn_anew_and_held_out_rows_are_within_the_budget(tmp_path: Path) -> None:
+    anew = {"augmentation": "hflip", "refresh_every": 1, "epochs": 3, "patience": 2}
+    with Counter() as counter:
+        peaks = StagePeaks(counter)
+        records = fit(tmp_path / "run", memory_budget="1300KiB", reporter=peaks, **anew)
+    assert records[0].resolved["memory_mode"] != Mode.PLAIN
+    images = 2 * 64 * SIDE**2 * 4  # of a batch while they are normalised
+    assert max(peaks.found.values()) <= 1300 * 1024 + images
+
+
+def test_rows_go_through_frozen_stages_a_few_at_a_time() -> None:
+    stages = cut(network())[:2]
+    seen = []
+    for stage in stages:
+        stage.eval().register_forward_hook(lambda stage, inputs, h: seen.append(len(h)))
+    x = torch.rand(10, 1, SIDE, SIDE)
+    with torch.no_grad():
+        torch.testing.assert_close(replay(stages, x, 4), replay(stages, x, 10))
+    assert seen == [4, 4, 4, 4, 2, 2, 10, 10]
 
 
 def test_evaluation_keeps_within_the_budget_and_finds_the_same(tmp_path: Path) -> None:

@@ -89,14 +89,6 @@ def choose_network(
         accumulate=training.accumulate,
         optimizer=optimizer,
     )
-    peak = reserved(peak, device_type)
-    if budget is not None and peak > budget:
-        raise UserError(
-            f"a step of the whole network takes {format_size(peak)} and the memory budget is "
-            f"{format_size(budget)}: train one stage at a time (--strategy greedy), lower "
-            f"training.batch_size, or raise --memory-budget"
-        )
-    test_rows = min(map(write_batch, shapes))
     looking = partial(
         network_peak,
         stages,
@@ -108,6 +100,16 @@ def choose_network(
         optimizer=optimizer,
         step=_measured,
     )
+    if training.patience:  # held-out rows are measured a batch at a time
+        peak = max(peak, looking(batch_size=training.batch_size))
+    peak = reserved(peak, device_type)
+    if budget is not None and peak > budget:
+        raise UserError(
+            f"a step of the whole network takes {format_size(peak)} and the memory budget is "
+            f"{format_size(budget)}: train one stage at a time (--strategy greedy), lower "
+            f"training.batch_size, or raise --memory-budget"
+        )
+    test_rows = min(map(write_batch, shapes))
     while budget is not None and test_rows > 1:
         if reserved(looking(batch_size=test_rows), device_type) <= budget:
             break
@@ -181,7 +183,7 @@ def _measured(strategy: Strategy, batch: Batch, masks: Sequence[Tensor | None]) 
     """A look at the test split, beside the gradients of the last step."""
     for parameter in (p for each in strategy.learners for p in each.parameters()):
         parameter.grad = torch.zeros_like(parameter)
-    measure(strategy.learners, iter([(batch.inputs(), batch.labels)]))
+    measure(strategy.learners, [batch])
 
 
 def _checkpointed(strategy: Strategy, batch: Batch, masks: Sequence[Tensor | None]) -> None:

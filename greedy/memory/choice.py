@@ -69,11 +69,12 @@ def choose(
     optimizer: OptimizerFactory = fused_adam,
     replay: Replay | None = None,
     micro_batch: int | None = None,
+    beside: int = 0,
 ) -> Choice:
     """The fastest mode with the largest micro-batch, or one of ``micro_batch`` rows, whose step
     fits a budget of bytes; without a budget the plain mode. On CUDA bytes are those that the
     allocator reserves, convolutions' workspace included. ``optimizer_state`` is ``device`` or
-    ``host``.
+    ``host``; ``replay`` and ``beside`` are those of ``StepDemand``.
 
     Raises ``UserError`` where nothing fits, naming the stage and what its least consists of.
     """
@@ -88,6 +89,7 @@ def choose(
         device_type,
         stored_row_bytes,
         replay,
+        beside,
     )
     step = _fastest(demand, budget, micro_batch)
     rows = write_batch(shapes)
@@ -152,7 +154,7 @@ def _enlarged(demand: StepDemand, choice: Choice, budget: int) -> Choice:
 def _refusal(demand: StepDemand, least: Choice, budget: int, micro_batch: int | None) -> str:
     parameters = demand.parameter_bytes()
     frozen = demand.frozen_bytes()
-    replayed = f", {format_size(frozen)} for frozen stages that are replayed" if frozen else ""
+    replayed = f", {format_size(frozen)} for frozen stages" if frozen else ""
     rows = f" and micro-batches of {micro_batch}" if micro_batch else ""
     lower = "memory.micro_batch or " if micro_batch and micro_batch > 1 else ""
     adam = " and Adam's moments" if demand.optimizer else ""

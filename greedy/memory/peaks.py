@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from greedy.losses import Features, LocalHeads, LocalLoss
 from greedy.memory.counting import Counter
 from greedy.models import Shape, Stage, StageShapes
-from greedy.source import Batch
+from greedy.source import WRITE_ROWS, Batch, replay
 from greedy.training.modes import StepMemory
 from greedy.training.step import Learner, gradients
 
@@ -23,11 +23,12 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class Replay:
-    """Frozen stages that are computed on the way from a store to the stage that trains; ``shape``
-    is that of a row of the store."""
+    """Frozen stages that are computed on the way from a store to the stage that trains, so many
+    ``rows`` at a time; ``shape`` is that of a row of the store."""
 
     stages: Sequence[Stage]
     shape: Shape
+    rows: int
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class StepDemand:
         device_type: of the device; on ``cpu`` host memory is the device's.
         stored_row_bytes: of a row as the source holds it.
         replay: what lies between the source and the stage.
+        beside: bytes of other frozen stages on the device, from which views are drawn anew.
     """
 
     stage: Stage
@@ -53,6 +55,7 @@ class StepDemand:
     device_type: str
     stored_row_bytes: int
     replay: Replay | None = None
+    beside: int = 0
 
     def peak(self, memory: StepMemory) -> int:
         """Bytes on the device at most, in a step with this memory after the first one: weights,
@@ -73,7 +76,7 @@ class StepDemand:
             batch = self._batch(learner, replayed)
             counter.reset_peak()
             gradients(learner, batch)
-        return counter.peak
+        return counter.peak + self.beside
 
     def writing_peak(self, rows: int) -> int:
         """Bytes on the device at most, while the trained stage computes the outputs and the local
@@ -89,7 +92,7 @@ class StepDemand:
             learner.features(x)
             with learner.autocast():
                 learner.stage(x).float()
-        return counter.peak
+        return counter.peak + self.beside
 
     def flops(self) -> int:
         """Floating-point operations of the plain step, a multiply-add counting 2."""
@@ -108,9 +111,9 @@ class StepDemand:
         return copies * sum(p.numel() * p.element_size() for p in parameters)
 
     def frozen_bytes(self) -> int:
-        """Bytes of the weights of replayed stages."""
+        """Bytes of the weights of frozen stages."""
         replayed = self.replay.stages if self.replay else ()
-        return sum(p.numel() * p.element_size() for s in replayed for p in s.parameters())
+        return self.beside + sum(map(weight_bytes, replayed))
 
     def _skeletons(self) -> list[Stage]:
         """The stage and those that are replayed, without their weights: real tensors and fake
@@ -138,6 +141,7 @@ class StepDemand:
     def _reader(self, learner: Learner, frozen: Sequence[Stage]) -> Callable[[slice], torch.Tensor]:
         """Rows of a batch to the stage's input, as ``Source.inputs`` computes it."""
         shape = self.replay.shape if self.replay else self.shapes.input
+        at_once = self.replay.rows if self.replay else WRITE_ROWS
         replayed = [materialised(stage).eval() for stage in frozen]
 
         def read(rows: slice) -> torch.Tensor:
@@ -146,9 +150,7 @@ class StepDemand:
             x = torch.empty((count, *shape))
             del stored  # it is let go of once x is there
             with torch.no_grad(), learner.autocast():
-                for stage in replayed:
-                    x = stage(x)
-            return x.float()
+                return replay(replayed, x, at_once).float()
 
         return read
 
@@ -176,6 +178,11 @@ class Unseen:
 
     def __call__(self, features: Features, y: torch.Tensor) -> torch.Tensor:
         return torch.stack([f.mean() for f in features if f is not None]).sum()
+
+
+def weight_bytes(stage: Stage) -> int:
+    """Of a stage's weights."""
+    return sum(p.numel() * p.element_size() for p in stage.parameters())
 
 
 def materialised(stage: Stage) -> Stage:

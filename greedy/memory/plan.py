@@ -7,9 +7,10 @@ from greedy.disk import Plan
 from greedy.losses import Glob, LocalLoss
 from greedy.memory.baselines import choose_network
 from greedy.memory.choice import Choice, choose, fused_adam, stored_row_bytes
-from greedy.memory.peaks import OptimizerFactory, Replay, StepDemand
+from greedy.memory.peaks import OptimizerFactory, Replay, StepDemand, weight_bytes
 from greedy.models import Stage, StageShapes
 from greedy.recipes import Recipe
+from greedy.training.freeze import write_batch
 from greedy.training.strategies import losses_of
 
 
@@ -51,9 +52,12 @@ class MemoryPlan:
         """How stage ``number`` trains from the store of stage ``source``. Raises ``UserError``
         where nothing fits."""
         replayed = tuple(self.stages[source : number - 1])
-        replay = Replay(replayed, self.shapes[source].input) if replayed else None
+        rows = min(map(write_batch, self.shapes[source : number - 1]), default=0)
+        replay = Replay(replayed, self.shapes[source].input, rows) if replayed else None
+        refreshed = self.stages[:source] if self.recipe.store.refresh_every else ()
+        beside = sum(map(weight_bytes, refreshed))
         memory = self.recipe.memory
-        alike = (self._alike(number), *map(repr, replayed), source == 0)
+        alike = (self._alike(number), *map(repr, replayed), source == 0, beside)
         if alike not in self._choices:
             self._choices[alike] = choose(
                 *self._what(number),
@@ -64,6 +68,7 @@ class MemoryPlan:
                 self.optimizer,
                 replay,
                 memory.micro_batch,
+                beside,
             )
         return self._choices[alike]
 

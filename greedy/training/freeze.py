@@ -13,7 +13,7 @@ from greedy.errors import TrainingError
 from greedy.models import Shape, StageShapes
 from greedy.reporting import Reporter
 from greedy.seeds import torch_generator
-from greedy.source import Source
+from greedy.source import WRITE_ROWS, Source
 
 SAMPLE_ROWS = 2048  # rows of view 0 from which an integer encoding takes its ranges
 SAMPLE_POSITIONS = 64  # of a large feature map, enough for 131,072 values a channel
@@ -24,7 +24,7 @@ def write_batch(shapes: StageShapes) -> int:
     """Rows computed at a time while a store is written: fixed, since the last digit of an
     activation may depend on it. From 16 to 1024, about 32 MiB of float32 on the larger side."""
     rows = WRITE_BYTES // (4 * max(math.prod(shapes.input), math.prod(shapes.hidden)))
-    return min(1024, 1 << max(rows.bit_length() - 1, 4))
+    return min(WRITE_ROWS, 1 << max(rows.bit_length() - 1, 4))
 
 
 def write_split(
@@ -75,8 +75,8 @@ def outputs_from(
     from row 0: the last digit of an activation may depend on the batch it is in."""
     skip = start % batch
     aligned = source.view(split, view, batch, generation=generation, start=start - skip)
-    for outputs, _ in aligned:
-        yield outputs[skip:].cpu().numpy()
+    for rows in aligned:
+        yield rows.inputs()[skip:].cpu().numpy()
         skip = 0
 
 
@@ -86,8 +86,8 @@ def fit(name: str, source: Source, row_shape: Shape, batch: int, seed: int, stag
     anew for each batch."""
     parts: list[np.ndarray] = []
     rows = 0
-    for outputs, _ in source.view("train", 0, batch):
-        sample = outputs.cpu()
+    for read in source.view("train", 0, batch):
+        sample = read.inputs().cpu()
         if sample.dim() == 4 and sample[0, 0].numel() > SAMPLE_POSITIONS:
             generator = torch_generator(seed, "sample", stage, rows)
             positions = torch.randperm(sample[0, 0].numel(), generator=generator)

@@ -218,28 +218,30 @@ def _sum(values: Iterable[float | None]) -> float | None:
 
 
 @torch.no_grad()
-def measure(learners: Sequence[Learner], batches: Iterator[tuple[Tensor, Tensor]]) -> list[Totals]:
-    """Loss and errors of stages one after the other, given inputs of the first, in evaluation
+def measure(learners: Sequence[Learner], batches: Iterable[Batch]) -> list[Totals]:
+    """Loss and errors of stages one after the other, given batches of the first, in evaluation
     mode: running statistics, no dropout."""
     for learner in learners:
         learner.eval()
     totals = [Totals() for _ in learners]
-    for inputs, labels in batches:
-        x = inputs
+    for batch in batches:
+        given = batch
         for learner, total in zip(learners, totals, strict=True):
-            features, x = _passed(learner, x, onward=learner is not learners[-1])
-            loss = learner.loss(features, learner.targets(labels))
-            total.add(loss, learner.heads.logits(features), labels)
+            features, outputs = _passed(learner, given, onward=learner is not learners[-1])
+            loss = learner.loss(features, learner.targets(batch.labels))
+            total.add(loss, learner.heads.logits(features), batch.labels)
+            if outputs is not None:
+                given = Batch(batch.labels, outputs.__getitem__)
     return totals
 
 
-def _passed(learner: Learner, x: Tensor, *, onward: bool) -> tuple[Features, Tensor]:
+def _passed(learner: Learner, batch: Batch, *, onward: bool) -> tuple[Features, Tensor | None]:
     """A whole batch's features, computed a micro-batch at a time, and its output if it goes on."""
     parts, outputs = [], []
-    for rows in learner.slices(len(x)):
-        h = learner.hidden(x[rows])
+    for rows in learner.slices(len(batch.labels)):
+        h = learner.hidden(batch.inputs(rows))
         parts.append(learner.local(h))
         if onward:
             outputs.append(learner.stage.pool(h))
     whole: Any = [None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)]
-    return Features(*whole), torch.cat(outputs) if onward else x
+    return Features(*whole), torch.cat(outputs) if onward else None

@@ -154,7 +154,7 @@ class StageTraining:
                 self.reporter,
                 checkpoints,
                 training.test_every,
-                self._batch,
+                training.batch_size,
             ):
                 history.write(history_line(report))
                 history.flush()
@@ -167,7 +167,7 @@ class StageTraining:
         if self.is_output or views == "live":
             return None
         learner.eval()
-        source = self.sources.for_writing(learner.stage, views)
+        source = self.sources.for_writing(learner.stage, views, self._batch)
         source.precision = self.resolved["precision"]
         number, seed = learner.stage.number, self.recipe.seed
         fitted = fit(
