@@ -97,7 +97,7 @@ def _history(run: RunDirectory, number: int) -> list[_Line]:
         case "complete":
             return _read(run.complete(number).check_file(run.stage(number), HISTORY))
         case "training":
-            path = run.stage(number) / "training" / HISTORY
+            path = run.training_history(number)
             return _read(path) if path.is_file() else []
     return []
 

@@ -12,7 +12,7 @@ from greedy.cache.files import part_of, rename, sync_below, write_whole
 from greedy.errors import UserError
 from greedy.files import canonical, digest
 from greedy.locking import HOLDER, LOCK, RunLock
-from greedy.manifest import StageRecord
+from greedy.manifest import HISTORY, StageRecord
 from greedy.recipes import Recipe, differences, load, result_fields, to_toml
 
 State = Literal["complete", "training", "pending", "stale"]
@@ -110,6 +110,12 @@ class RunDirectory:
         old = _beside(self.network, OLD)
         rename(self.network, old)
         shutil.rmtree(old)
+
+    def training_history(self, number: int) -> Path:
+        """The epochs so far of a stage in training, a line each."""
+        if self.network.is_dir():
+            return self.network / "training" / f"stage{number}.jsonl"
+        return self.stage(number) / "training" / HISTORY
 
     def store(self, number: int) -> Path:
         """The activation store of a stage: a Zarr group with ``train`` and ``test``."""

@@ -28,12 +28,18 @@ class Stop(Reporter):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def trained(directory: Path, loss: LocalLoss, rate: float = 0.01, reporter: Reporter | None = None):
+def trained(
+    directory: Path,
+    loss: LocalLoss,
+    rate: float = 0.01,
+    reporter: Reporter | None = None,
+    strategy: str = "greedy",
+):
     torch.manual_seed(0)
     model = mlp(1, 6, 3, hidden_layers=1, hidden_width=8)
     data = TensorDataset(torch.rand(90, 1, 6, 6), torch.arange(90) % 3)
     known = {"epochs": EPOCHS, "learning_rate": rate, "batch_size": 32, "views": 1}
-    known |= {"precision": "float32", "encoding": "uint8", "device": "cpu"}
+    known |= {"precision": "float32", "encoding": "uint8", "device": "cpu", "strategy": strategy}
     GreedyTrainer(model, run_dir=directory, loss=loss, reporter=reporter, **known).fit(data, data)
     return directory
 
@@ -107,6 +113,20 @@ def test_the_stage_in_training_is_as_far_as_it_is(tmp_path):
     (curve,) = stage_curves(run)
     assert [epoch for epoch, _ in curve.train] == [1, 2]
     assert [each.name for each in run_curves([run])] == ["begun (stage 1 of 2)"]
+
+
+def test_so_are_all_stages_that_train_at_once(tmp_path):
+    with pytest.raises(Interrupted):
+        trained(tmp_path / "begun", Pred(), reporter=Stop(), strategy="joint")
+    run = RunDirectory.open(tmp_path / "begun")
+    curves = stage_curves(run)
+    assert [(each.stage, [epoch for epoch, _ in each.train]) for each in curves] == [
+        (1, [1, 2]),
+        (2, [1, 2]),
+    ]
+    trained(tmp_path / "begun", Pred(), strategy="joint")
+    whole = stage_curves(run)
+    assert [each.train[:2] for each in whole] == [each.train for each in curves]
 
 
 def test_stale_stages_have_no_curve(run, tmp_path):

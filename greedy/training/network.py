@@ -136,6 +136,9 @@ class NetworkTraining:
         assert isinstance(epochs, int)
         self.reporter.network_started(training.strategy, epochs, resolved)
         histories: list[list[EpochReport]] = [[] for _ in self.stages]
+        paths = [self.run.training_history(stage.number) for stage in self.stages]
+        for path in paths:
+            path.unlink(missing_ok=True)
         for reports in Epochs(
             checkpoints.strategy,
             self.source,
@@ -150,8 +153,10 @@ class NetworkTraining:
             training.test_every,
             resolved["write_batch"],
         ):
-            for history, report in zip(histories, reports, strict=True):
+            for history, path, report in zip(histories, paths, reports, strict=True):
                 history.append(report)
+                with path.open("a", encoding="utf-8") as lines:
+                    lines.write(history_line(report))
             self.reporter.network_epoch_finished(reports)
             self.reporter.epoch_finished(reports[-1])
         return histories
