@@ -186,6 +186,7 @@ def stages(
             0,
             0,
             clock,
+            ample_memory=True,
         )
         name = "output" if is_output else stage.name
         yield Timed(name, flops, compiled, epochs, clock, source.waits)

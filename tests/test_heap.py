@@ -6,6 +6,25 @@ import sys
 
 import pytest
 
+from greedy.recipes import load
+from greedy.training.modes import Mode
+from greedy.training.resolve import ample_memory
+
+
+@pytest.mark.parametrize(
+    ("budget", "mode", "ample"),
+    [
+        ("auto", Mode.PLAIN, True),
+        ("4MiB", Mode.PLAIN, True),
+        ("3MiB", Mode.PLAIN, False),
+        ("4MiB", Mode.HEADS, False),
+    ],
+)
+def test_it_stays_only_where_the_budget_has_room(budget: str, mode: Mode, ample: bool) -> None:
+    recipe = load("demo", [f"memory.budget={budget}"])
+    assert ample_memory(recipe, {"planned_peak_bytes": 3 * 2**20, "memory_mode": mode}) == ample
+
+
 # In a process of its own: what others freed before would serve as well.
 SCRIPT = """
 import resource, torch

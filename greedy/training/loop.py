@@ -19,7 +19,6 @@ from greedy.seeds import derive
 from greedy.source import Batch, Source
 from greedy.training.checkpoint import Checkpoints, Progress, Sums
 from greedy.training.guard import Guard
-from greedy.training.modes import Mode
 from greedy.training.schedule import Schedule
 from greedy.training.step import Learner
 from greedy.training.strategies import Outcome, Strategy
@@ -57,7 +56,8 @@ class Totals:
 class Epochs:
     """Trains stages epoch by epoch; iterate over it for the reports of each epoch, one a stage.
     ``input_shapes`` are those of a row that each stage gets. The test split is looked at after
-    every ``test_every`` epochs and after the last, in batches of ``test_batch``."""
+    every ``test_every`` epochs and after the last, in batches of ``test_batch``. Where memory is
+    ample, what is freed on a CPU stays with the process."""
 
     strategy: Strategy
     source: Source
@@ -71,6 +71,7 @@ class Epochs:
     checkpoints: Checkpoints | None = None
     test_every: int = 0
     test_batch: int = 256
+    ample_memory: bool = False
 
     @property
     def number(self) -> int:
@@ -78,8 +79,7 @@ class Epochs:
         return self.strategy.learners[0].stage.number
 
     def __iter__(self) -> Iterator[list[EpochReport]]:
-        ample = all(learner.memory.mode is Mode.PLAIN for learner in self.strategy.learners)
-        with kept_memory(self.source.device) if ample else nullcontext():
+        with kept_memory(self.source.device) if self.ample_memory else nullcontext():
             yield from self._epochs()
 
     def _epochs(self) -> Iterator[list[EpochReport]]:

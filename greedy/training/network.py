@@ -26,7 +26,7 @@ from greedy.training.checkpoint import Checkpoints, Start
 from greedy.training.finished import history_line, save_weights, write_record
 from greedy.training.learners import new_learner, new_optimizer, new_schedule
 from greedy.training.loop import Epochs
-from greedy.training.resolve import resolve
+from greedy.training.resolve import ample_memory, resolve
 from greedy.training.strategies import Strategy, losses_of, together
 
 
@@ -152,6 +152,7 @@ class NetworkTraining:
             checkpoints,
             training.test_every,
             resolved["write_batch"],
+            ample_memory(self.recipe, resolved),
         ):
             for history, path, report in zip(histories, paths, reports, strict=True):
                 history.append(report)

@@ -16,6 +16,7 @@ from greedy.training.modes import Mode
 
 AUTO_ENCODING = "uint8"  # docs/architecture.md, "Encodings", has the measurements
 COMPILED_STEPS = 5000  # each saves a tenth, compiling takes 20 to 40 s
+KEPT_SHARE = 1 / 3  # of a step's memory, at most, is kept besides
 RESIDENT_SHARE = 0.5  # of the memory that is free, for holding a store, unless told otherwise
 
 
@@ -65,6 +66,15 @@ def compiles(
     steps = for_stage(training.epochs, number) * rows // training.batch_size
     pays = len(hidden) == 3 and steps >= COMPILED_STEPS and not training.deterministic
     return training.compile == "on" or pays
+
+
+def ample_memory(recipe: Recipe, resolved: dict[str, Any]) -> bool:
+    """Whether a stage with these choices leaves room for what a process keeps to itself of the
+    memory that it frees."""
+    budget, planned = recipe.memory.budget, resolved["planned_peak_bytes"]
+    if resolved["memory_mode"] != Mode.PLAIN or planned is None:
+        return False
+    return budget == "auto" or planned * (1 + KEPT_SHARE) <= parse_size(budget)
 
 
 def encoding(recipe: Recipe) -> str:

@@ -26,7 +26,7 @@ from greedy.training.finished import history_line, save_weights, write_record
 from greedy.training.freeze import fit, write_split
 from greedy.training.learners import new_learner, new_optimizer, new_schedule
 from greedy.training.loop import Epochs
-from greedy.training.resolve import for_stage
+from greedy.training.resolve import ample_memory, for_stage
 from greedy.training.step import Learner
 from greedy.training.strategies import Greedy
 
@@ -155,6 +155,7 @@ class StageTraining:
                 checkpoints,
                 training.test_every,
                 training.batch_size,
+                ample_memory(self.recipe, self.resolved),
             ):
                 history.write(history_line(report))
                 history.flush()
