@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from rich.console import Console
 
 from greedy.cli import options
 from greedy.cli.tables import count, duration, print_json, print_table, size
@@ -63,7 +64,8 @@ def plan(
         calibration = Calibration.load(computer.device)
     except NotCalibrated as reason:
         unknown = str(reason)
-    found = forecast(planned, data, computer, network, calibration)
+    with Console(stderr=True).status("counting the memory of every step"):
+        found = forecast(planned, data, computer, network, calibration)
     if as_json:
         print_json(_document(wanted, computer, found))
     else:
