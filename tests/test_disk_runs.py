@@ -1,0 +1,290 @@
+"""A run under a disk budget."""
+
+import itertools
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from greedy import GreedyTrainer, Reporter, UserError
+from greedy.cache import Store
+from greedy.cli.main import cli
+from greedy.disk import COMPRESSED, Plan
+from greedy.planning import disk_budget
+from greedy.runs import RunDirectory
+
+SIDE, CLASSES, WIDTHS = 8, 3, (256, 256, 64, 256, 64)
+ROWS = {"train": 300, "test": 60}
+
+
+def samples(rows: int, seed: int) -> TensorDataset:
+    """Images whose class is the third that is brighter, under noise."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, CLASSES, rows)
+    images = random.integers(0, 150, (rows, 1, SIDE, SIDE))
+    for i, label in enumerate(labels):
+        images[i, :, :, 3 * label : 3 * label + 2] += 80
+    return TensorDataset(torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels))
+
+
+TRAIN, TEST = samples(ROWS["train"], 0), samples(ROWS["test"], 1)
+
+
+class Notes(Reporter):
+    """Keeps the plan and which stages were trained."""
+
+    def __init__(self) -> None:
+        self.plans: list[Plan] = []
+        self.trained: list[int] = []
+
+    def disk_planned(self, plan):
+        self.plans.append(plan)
+
+    def stage_started(self, number, name, epochs, resolved):
+        self.trained.append(number)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    modules: list[nn.Module] = [nn.Flatten()]
+    for before, after in itertools.pairwise((SIDE**2, *WIDTHS)):
+        modules += [nn.Linear(before, after), nn.BatchNorm1d(after), nn.LeakyReLU(0.01)]
+    return nn.Sequential(*modules, nn.Linear(WIDTHS[-1], CLASSES))
+
+
+def trainer(run: Path, budget: int | str, **changes) -> GreedyTrainer:
+    settings = {"epochs": 1, "learning_rate": 0.01, "batch_size": 64, "views": 4, "device": "cpu"}
+    settings |= {"encoding": "float32", "augmentation": "hflip", "reporter": Notes()}
+    settings["disk_budget"] = budget if isinstance(budget, str) else f"{budget}B"
+    return GreedyTrainer(network(), run_dir=run, **(settings | changes))
+
+
+def estimate(width: int, views: int) -> int:
+    return int((views * ROWS["train"] + ROWS["test"]) * width * COMPRESSED["float32"])
+
+
+def stores(run: Path) -> dict[int, int]:
+    """Views of the stores on disk."""
+    found = (int(p.parent.name[5:]) for p in run.glob("stage*/activations.zarr"))
+    return {n: Store(run / f"stage{n}/activations.zarr/train").views for n in sorted(found)}
+
+
+def weights(run: Path, stage: int) -> bytes:
+    return (run / f"stage{stage}/encoder.safetensors").read_bytes()
+
+
+IMAGES = 40_000  # about what stage 0 takes
+# The first two stores fit side by side with 2 views each, not with 4.
+BUDGET = 2 * estimate(256, 2) + IMAGES
+PLANNED = [2, 2, 4, 2, 4, "live"]
+LEFT = {0: 1, 3: 4, 4: 2, 5: 4}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "run"
+    mine = trainer(run, BUDGET)
+    mine.fit(TRAIN, TEST)
+    (found,) = mine.reporter.plans
+    assert [found.views(n) for n in range(1, 7)] == PLANNED
+    assert found.peak <= BUDGET < found.needed
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_a_tight_budget_lowers_views_and_deletes_stores(finished: Path) -> None:
+    assert stores(finished) == LEFT
+    directory = RunDirectory.open(finished)
+    assert [directory.state(n) for n in range(7)] == ["complete"] * 7
+    records = [directory.record(n) for n in range(1, 7)]
+    assert [r.resolved["views"] for r in records] == PLANNED
+    assert [r.source for r in records] == [0, 1, 2, 3, 4, 5]
+    assert [path.name for path in finished.rglob(".*")] == [".lock"]
+    test = trainer(finished, BUDGET).assemble()(torch.rand(2, 1, SIDE, SIDE))
+    assert test.shape == (2, CLASSES)
+
+
+def test_a_finished_run_stays_as_it_is_whatever_the_budget(run: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    mine = trainer(run, 1)
+    mine.train()
+    assert (mine.reporter.trained, mine.reporter.plans) == ([], [])
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+
+
+def test_a_stage_whose_store_was_deleted_is_not_trained_again(run: Path, finished: Path) -> None:
+    for number in (5, 6):
+        shutil.rmtree(run / f"stage{number}")
+    mine = trainer(run, BUDGET)
+    mine.train()
+    assert mine.reporter.trained == [5, 6]
+    assert stores(run) == LEFT
+    for number in (5, 6):
+        assert weights(run, number) == weights(finished, number)
+
+
+def test_an_interrupted_run_ends_as_it_would_have_in_one_go(tmp_path: Path, finished: Path) -> None:
+    class Crash(Notes):
+        def stage_started(self, number, name, epochs, resolved):
+            super().stage_started(number, name, epochs, resolved)
+            if number == 3:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "run", BUDGET, reporter=Crash()).fit(TRAIN, TEST)
+    assert stores(tmp_path / "run") == {0: 1, 2: 2}
+    mine = trainer(tmp_path / "run", BUDGET)
+    mine.fit(TRAIN, TEST)
+    assert mine.reporter.trained == [3, 4, 5, 6]
+    assert stores(tmp_path / "run") == LEFT
+    for number in range(1, 7):
+        assert weights(tmp_path / "run", number) == weights(finished, number)
+
+
+@pytest.mark.parametrize("number", [4, 5])
+def test_train_stage_again_gives_the_same(run: Path, finished: Path, number: int) -> None:
+    record = trainer(run, "1TB").train_stage(number, again=True)  # the views it had, not four
+    assert record.lineage == RunDirectory.open(finished).record(number).lineage
+    assert weights(run, number) == weights(finished, number)
+    assert stores(run) == LEFT
+    assert RunDirectory.open(run).state(6) == "complete"
+
+
+def test_train_stage_finds_the_views_that_train_gives(run: Path, finished: Path) -> None:
+    shutil.rmtree(run / "stage4")
+    trainer(run, BUDGET).train_stage(4)
+    assert stores(run) == LEFT
+    for split in ("train", "test"):
+        a, b = (Store(each / f"stage4/activations.zarr/{split}") for each in (run, finished))
+        np.testing.assert_array_equal(a.load(), b.load())
+    assert RunDirectory.open(run).state(5) == "complete"
+
+
+def test_what_is_left_out_is_replayed_from_the_nearest_store(tmp_path: Path) -> None:
+    """A budget for the narrow stores alone."""
+    mine = trainer(tmp_path / "run", IMAGES + estimate(64, 4))
+    records = mine.fit(TRAIN, TEST)
+    assert [r.resolved["views"] for r in records] == ["live", "live", 1, "live", 2, "live"]
+    assert [r.source for r in records] == [0, 0, 0, 3, 3, 5]
+    assert records[-1].metrics.test_error_percent < 50
+    lines = mine.reporter.plans[0].explain()
+    assert lines[2] == "stage 2: live, replayed from stage 0's store"
+    assert lines[4] == "stage 4: live, replayed from stage 3's store"
+
+
+def test_retraining_under_a_tight_budget_deletes_the_old_stores_first(run: Path) -> None:
+    mine = trainer(run, BUDGET)
+    before = [weights(run, n) for n in range(1, 7)]
+    mine.train(retrain_from=1)
+    assert mine.reporter.plans[0].dropped_first == (3, 4, 5)
+    assert stores(run) == LEFT
+    assert [weights(run, n) for n in range(1, 7)] == before
+
+
+def test_deleting_a_store_ends_after_a_crash(run: Path) -> None:
+    store = run / "stage3/activations.zarr"
+    store.rename(run / "stage3/.activations.zarr.old")
+    directory = RunDirectory.create(run, RunDirectory.open(run).recipe)
+    with directory.writing():
+        pass
+    assert not list((run / "stage3").glob("*activations*")) + list((run / "stage3").glob(".*"))
+    assert directory.state(3) == "complete"
+    directory.drop_store(3)
+    directory.drop_store(4)
+    assert list(stores(run)) == [0, 5]
+
+
+def test_keep_all_insists(tmp_path: Path) -> None:
+    needed = 3 * estimate(256, 4) + 2 * estimate(64, 4) + IMAGES
+    with pytest.raises(UserError, match=r"keeping all stores takes 3.8 MiB and the disk budget is"):
+        trainer(tmp_path / "run", BUDGET, keep="all").fit(TRAIN, TEST)
+    assert not (tmp_path / "run").exists()
+    trainer(tmp_path / "run", needed, keep="all").fit(TRAIN, TEST)
+    assert stores(tmp_path / "run") == {0: 1} | dict.fromkeys(range(1, 6), 4)
+
+
+def test_auto_is_a_share_of_what_is_free_without_the_run(run: Path) -> None:
+    free = shutil.disk_usage(run).free
+    assert disk_budget(trainer(run, "auto").run) == pytest.approx(0.7 * free, rel=0.05)
+    with (run / "ballast").open("wb") as file:
+        file.write(bytes(2**26))
+    assert disk_budget(trainer(run, "auto").run) == pytest.approx(0.7 * free, rel=0.05)
+
+
+@pytest.mark.parametrize("change", [{"disk_budget": "much"}, {"keep": "none"}])
+def test_what_is_no_budget_is_refused(tmp_path: Path, change: dict) -> None:
+    with pytest.raises(UserError, match=f"store.{next(iter(change))} is .* but must be"):
+        trainer(tmp_path / "run", "auto", **change)
+
+
+def test_status_counts_what_was_written_since_the_run_began(run: Path, tmp_path: Path) -> None:
+    def use() -> tuple[int, int]:
+        result = CliRunner().invoke(cli, ["status", "--run", str(run), "--json"])
+        document = json.loads(result.output)
+        return document["bytes_on_disk"], document["bytes_written"]
+
+    on_disk, written = use()
+    files = (p for p in run.glob("stage*/activations.zarr/**/*") if p.is_file())
+    assert on_disk == pytest.approx(sum(p.stat().st_size for p in files), rel=0.02)
+    records = [RunDirectory.open(run).record(n).store for n in range(6)]
+    assert written == sum(store.bytes for store in records) > on_disk
+    mine = trainer(run, BUDGET)
+    mine.train_stage(5, again=True)
+    mine.train_stage(4, again=True)
+    mine.train_stage(4, again=True)
+    more = records[5].bytes + 2 * records[4].bytes
+    assert use() == (on_disk, written + more)
+    mine.run.drop_store(4)
+    assert use() == (on_disk - records[4].bytes, written + more)
+    mine.train_stage(5, again=True, to=tmp_path / "elsewhere")
+    assert use()[1] == written + more
+    table = CliRunner().invoke(cli, ["status", "--run", str(run)]).output
+    assert re.fullmatch(
+        r"stores, with the images: .* KiB on disk, .* MiB written since the run began",
+        table.splitlines()[-1],
+    )
+
+
+RECIPE = """
+[data]
+name = "fashion-mnist-sample"
+[model]
+network = "mlp"
+hidden_layers = 2
+hidden_width = 64
+[loss]
+name = "predsim"
+[training]
+epochs = 1
+batch_size = 512
+learning_rate = 0.002
+"""
+
+
+def test_the_command_line_says_what_becomes_of_the_stores(tmp_path: Path) -> None:
+    (tmp_path / "tiny.toml").write_text(RECIPE)
+    command = ["train", "--recipe", str(tmp_path / "tiny.toml"), "--run", str(tmp_path / "run")]
+    tight = ["--disk-budget", "5MiB"]
+    refused = CliRunner().invoke(cli, [*command, *tight, "--keep", "all"])
+    assert refused.exit_code == 2
+    assert "raise store.disk_budget" in refused.output
+    result = CliRunner().invoke(cli, [*command, *tight])
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("disk: "))
+    assert re.fullmatch(r"disk: all stores with 4 views would take \d\.\d MiB, so:", lines[start])
+    assert re.fullmatch(r"stage 1: \d views?, .* KiB, (kept|deleted.*)", lines[start + 1])
+    assert lines[start + 4].startswith("stage 1/3 linear64: training")
+    roomy = CliRunner().invoke(cli, [*command, "--disk-budget", "1GB", "--retrain", "3"])
+    assert re.search(r"\ndisk: the stores take up to .* of a budget of 953.7 MiB\n", roomy.output)
