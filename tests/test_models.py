@@ -125,6 +125,22 @@ def test_initial_weights_depend_on_seed_and_stage_alone(is_output: bool) -> None
         (lambda: nn.Sequential(nn.ReLU()), "no convolution or linear layer"),
         (lambda: nn.Linear(3, 3), "must be an nn.Sequential"),
         (lambda: nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)), "followed by Dropout"),
+        (
+            lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(2), nn.Linear(9, 2)),
+            r"Flatten\(start_dim=2, end_dim=-1\) stands before stage 2.*: use nn.Flatten",
+        ),
+        (
+            lambda: nn.Sequential(
+                nn.Conv2d(1, 2, 3), nn.Dropout(0.1), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 2)
+            ),
+            "stage 1 has Dropout.* before its pooling.*: put it after the pooling",
+        ),
+        (
+            lambda: nn.Sequential(
+                nn.Conv2d(1, 2, 3), nn.Flatten(), nn.MaxPool1d(2), nn.Linear(9, 2)
+            ),
+            "stage 1 has Flatten.* before its pooling",
+        ),
     ],
 )
 def test_networks_that_cannot_be_staged_are_refused(network, message: str) -> None:

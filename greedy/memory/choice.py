@@ -46,8 +46,8 @@ def stored_row_bytes(source: int, shapes: StageShapes, recipe: Recipe) -> int:
     """Of a row of stage ``source``'s store, given the shapes of the stage after it: of raw images
     for stage 0."""
     encoding = "uint8" if source == 0 else recipe.store.encoding
-    sizes = {"float32": 4, "float16": 2, "bfloat16": 2}
-    return math.prod(shapes.input) * sizes.get(encoding, 1)
+    bits = {"float32": 32, "float16": 16, "bfloat16": 16, "uint4": 4}
+    return math.ceil(math.prod(shapes.input) * bits.get(encoding, 8) / 8)
 
 
 def fused_adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

@@ -98,8 +98,8 @@ def cut(network: nn.Sequential, layers: int = 1) -> list[Stage]:
     A stage begins at each child that is, or contains, a convolution or linear layer; what
     follows joins it. A flat network is so cut into single layers, a staged one (a Sequential
     of Sequentials) along its children. Dropout and flattening at the end of a stage move to
-    the input of the next, pooling is the stage's last act; dropping whole channels or
-    flattening commute with it.
+    the input of the next, pooling is the stage's last act; dropping whole channels commutes
+    with it, and what does not is refused.
 
     With more than one of ``layers``, so many of these stages become one, trained as a block; the
     last before the output layer may have fewer. What stands between a block's layers stays there.
@@ -147,6 +147,7 @@ def _stage(number: int, modules: list[nn.Module]) -> tuple[Stage, list[nn.Module
         i for i, m in enumerate(modules) if not isinstance(m, (*DROPOUTS, *POOLS, nn.Flatten))
     )
     entry, layer, end = modules[:first], modules[first : last + 1], modules[last + 1 :]
+    _require_movable(number, entry, end)
     strangers = [m for m in entry if not isinstance(m, (*DROPOUTS, nn.Flatten))]
     if strangers:  # activations or normalisation in front of the first encoder
         entry = [m for m in entry if m not in strangers]
@@ -159,6 +160,24 @@ def _stage(number: int, modules: list[nn.Module]) -> tuple[Stage, list[nn.Module
         dropout=_dropout(number, entry),
     )
     return stage, [m for m in end if not isinstance(m, POOLS)]
+
+
+def _require_movable(number: int, entry: Sequence[nn.Module], end: Sequence[nn.Module]) -> None:
+    """What moves behind the pooling must give the same there."""
+    for flatten in (m for m in entry if isinstance(m, nn.Flatten)):
+        if (flatten.start_dim, flatten.end_dim) != (1, -1):
+            raise UserError(
+                f"{flatten} stands before stage {number}, whose input can only be flattened "
+                f"entirely: use nn.Flatten()"
+            )
+    pools = [i for i, m in enumerate(end) if isinstance(m, POOLS)]
+    for module in end[: pools[-1]] if pools else ():
+        values = isinstance(module, nn.Dropout) and module.p > 0
+        if values or isinstance(module, nn.Flatten):
+            raise UserError(
+                f"stage {number} has {module} before its pooling, where it does something else "
+                f"than after it: put it after the pooling"
+            )
 
 
 def _dropout(number: int, entry: Sequence[nn.Module]) -> InputDropout | None:
