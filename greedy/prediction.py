@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from greedy.data.images import fit, opened
+from greedy.data.images import converted, fit, opened
 from greedy.devices import full_float32
 from greedy.errors import UserError
 from greedy.evaluation import raw_to_float
@@ -120,7 +120,7 @@ def _read(image: Path, shape: Shape) -> np.ndarray | UserError:
     channels, height, width = shape
     try:
         with opened(image) as file:
-            pixels = np.asarray(fit(file.convert(MODES[channels]), height, width))
+            pixels = np.asarray(fit(converted(file, MODES[channels]), height, width))
     except UserError as error:
         return error
     return pixels.reshape(height, width, channels).transpose(2, 0, 1)
