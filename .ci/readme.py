@@ -86,4 +86,5 @@ def main() -> None:
     assert re.search(r"^new\.jpg +Bag +\d", done.stdout, re.M), "the bag is not found to be one"
 
 
-main()
+if __name__ == "__main__":
+    main()

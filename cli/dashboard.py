@@ -37,7 +37,7 @@ class _Row:
     """A stage in the table."""
 
     name: str
-    state: str = "waiting"
+    state: str
     error: float | None = None
     memory: int | None = None
     disk: int | None = None
@@ -108,7 +108,10 @@ class Dashboard(Lines):
     def run_started(self, outline: RunOutline) -> None:
         super().run_started(outline)
         self._outline = outline
-        self._rows = [_Row(name) for name in outline.stages]
+        self._rows = [
+            _Row(name, "waiting" if number in outline.operations else "-")
+            for number, name in enumerate(outline.stages, start=1)
+        ]
 
     def disk_planned(self, plan: Plan) -> None:
         self._plan = plan

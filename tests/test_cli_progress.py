@@ -199,3 +199,9 @@ def test_a_trainer_in_python_is_shown_as_one_on_the_command_line(tmp_path):
         last = rows(frames(console)[-1])
         assert [row[:3] for row in last[1:3]] == [["1", "linear8", "done"], ["2", "output", "done"]]
         assert shown.skipped is again
+    with reporter(console) as shown:
+        trainer = GreedyTrainer(model, run_dir=tmp_path / "run", reporter=shown, epochs=2)
+        trainer.train_stage(2, again=True)
+        console.print(shown)
+    last = rows(frames(console)[-1])
+    assert [row[:3] for row in last[1:3]] == [["1", "linear8", "-"], ["2", "output", "done"]]
