@@ -6,7 +6,9 @@ BIN := $(VENV)/bin
 # Where experiments keep their runs: outside the checkout, on a disk with room.
 EXPERIMENTS ?= ../greedy-experiments
 
-.PHONY: demo test lint types wheel experiments clean
+.PHONY: install demo test lint types wheel experiments clean
+
+install: $(VENV)/.installed
 
 # Train the small network of recipe `demo`, from nothing to its test error.
 demo: $(VENV)/.installed

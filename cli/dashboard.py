@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -22,10 +23,13 @@ SPARKS = 16  # epochs that a sparkline shows
 OTHER_LINES = 9  # of the display, beside those of stages
 
 
-def reporter(console: Console, stages: Sequence[str]) -> Lines:
-    """What suits the console, for a network with stages of these names. Use it in a ``with``."""
-    live = console.is_terminal or console.is_jupyter
-    return Dashboard(console, stages) if live else Lines(len(stages))
+def reporter(console: Console | None = None) -> Lines:
+    """What to give a trainer to see what it does: a live display on a terminal and in a notebook
+    (with ipywidgets), else plain lines. Use it in a ``with``, for one run."""
+    console = console or Console()
+    drawn_over = console.is_terminal and not console.is_dumb_terminal
+    notebook = console.is_jupyter and find_spec("ipywidgets") is not None
+    return Dashboard(console) if drawn_over or notebook else Lines()
 
 
 @dataclass
@@ -33,11 +37,17 @@ class _Row:
     """A stage in the table."""
 
     name: str
-    state: str = "waiting"
+    state: str
     error: float | None = None
     memory: int | None = None
     disk: int | None = None
     seconds: float | None = None
+    began: float = 0.0  # while it runs
+
+    @property
+    def time(self) -> float | None:
+        """Seconds that it took, or takes already in this process."""
+        return time.monotonic() - self.began if self.state == "running" else self.seconds
 
 
 @dataclass
@@ -62,13 +72,13 @@ class _Work:
 
 
 class Dashboard(Lines):
-    """Shows a run until the ``with`` ends, then leaves the screen to its results; if it ends by
-    an error, what was shown last stays."""
+    """Shows a run until the ``with`` ends, then leaves the screen to its results; in a notebook,
+    and if it ends by an error, what was shown last stays."""
 
-    def __init__(self, console: Console, stages: Sequence[str]) -> None:
-        super().__init__(len(stages))
+    def __init__(self, console: Console) -> None:
+        super().__init__()
         self._console = console
-        self._rows = [_Row(name) for name in stages]
+        self._rows: list[_Row] = []
         self._live = Live(
             self, console=console, refresh_per_second=4, transient=True, redirect_stdout=False
         )
@@ -86,7 +96,8 @@ class Dashboard(Lines):
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._live.transient = error[0] is None
+        self._live.transient = error[0] is None and not self._console.is_jupyter
+        self._live.refresh()  # in a notebook nothing else draws the end
         self._live.stop()
 
     def _print(self, line: str) -> None:
@@ -95,7 +106,12 @@ class Dashboard(Lines):
     # What is told
 
     def run_started(self, outline: RunOutline) -> None:
+        super().run_started(outline)
         self._outline = outline
+        self._rows = [
+            _Row(name, "waiting" if number in outline.operations else "-")
+            for number, name in enumerate(outline.stages, start=1)
+        ]
 
     def disk_planned(self, plan: Plan) -> None:
         self._plan = plan
@@ -114,6 +130,7 @@ class Dashboard(Lines):
         for number in numbers:
             row = self._rows[number - 1]
             row.state, row.memory = "running", resolved.get("planned_peak_bytes")
+            row.began = time.monotonic()
 
     def epoch_started(self, epoch: int, rows: int) -> None:
         self._writing = None
@@ -165,7 +182,8 @@ class Dashboard(Lines):
     # What is shown
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self._table(console.height)
+        if self._rows:
+            yield self._table(console.height)
         if self._training is not None or self._writing is not None:
             yield self._now(options.max_width)
 
@@ -185,7 +203,7 @@ class Dashboard(Lines):
                 percent(row.error),
                 size(row.memory),
                 size(row.disk),
-                _clock(row.seconds),
+                _clock(row.time),
                 style="bold" if row.state == "running" else None,
             )
         return table

@@ -74,14 +74,15 @@ class Group(click.Group):
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Inside, SIGTERM stops a run as Ctrl-C does."""
-    from greedy.interrupts import stop  # noqa: PLC0415
+    """Inside, SIGTERM stops a run as Ctrl-C does, and both say how to go on wherever they come."""
+    from greedy.interrupts import SIGNALS, stop  # noqa: PLC0415
 
-    before = signal.signal(signal.SIGTERM, stop)
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def failure_of(error: BaseException) -> Failure:

@@ -62,6 +62,11 @@ until_stage = click.option(
     metavar="N",
     help="Stop after stage N and use its local classifier: an early exit.",
 )
+memory_budget = click.option(
+    "--memory-budget",
+    metavar="SIZE",
+    help="Most memory on the device  [default: as the run was trained].",
+)
 log = click.option(
     "--log",
     metavar="tensorboard",

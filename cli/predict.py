@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 @click.option(
     "--top", metavar="K", type=int, default=3, show_default=True, help="Show the K best classes."
 )
+@options.memory_budget
 @options.device
 @options.model
 @options.as_json
@@ -29,6 +30,7 @@ def predict(
     images: tuple[Path, ...],
     until_stage: int | None,
     top: int,
+    memory_budget: str | None,
     device: str,
     model: str | None,
     as_json: bool,
@@ -43,12 +45,15 @@ def predict(
     from greedy.network import assemble  # noqa: PLC0415
     from greedy.prediction import Prediction, Unreadable, predict  # noqa: PLC0415
     from greedy.runs import RunDirectory  # noqa: PLC0415
+    from greedy.sizes import parse_size  # noqa: PLC0415
 
     directory = RunDirectory.open(run)
     recipe = directory.recipe
-    loss, network = build_loss(recipe.loss), load_network(recipe.model, model)
+    network = load_network(recipe.model, model)
+    loss = None if until_stage is None else build_loss(recipe.loss)
+    budget = parse_size(memory_budget) if memory_budget else None
     assembled = assemble(directory, loss, network, until_stage=until_stage)
-    found = list(predict(directory, assembled, images, pick_device(device), top))
+    found = list(predict(directory, assembled, images, pick_device(device), top, budget))
     predictions = [each for each in found if isinstance(each, Prediction)]
     unreadable = [each for each in found if isinstance(each, Unreadable)]
     if as_json:

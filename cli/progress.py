@@ -7,7 +7,7 @@ import click
 from greedy.cli.tables import percent
 from greedy.disk import Plan
 from greedy.manifest import StageRecord
-from greedy.reporting import EpochReport, Reporter
+from greedy.reporting import EpochReport, Reporter, RunOutline
 from greedy.sizes import format_size
 from greedy.training.modes import StepMemory
 
@@ -19,8 +19,8 @@ class Lines(Reporter):
         skipped: whether the last stage was complete already.
     """
 
-    def __init__(self, stages: int) -> None:
-        self._stages = stages
+    def __init__(self) -> None:
+        self._stages = 0
         self.skipped = False
         self._title = ""
         self._epochs = 0
@@ -33,6 +33,9 @@ class Lines(Reporter):
 
     def _print(self, line: str) -> None:
         click.echo(line)
+
+    def run_started(self, outline: RunOutline) -> None:
+        self._stages = len(outline.stages)
 
     def _named(self, number: int, name: str) -> str:
         return f"stage {number}/{self._stages} {name}"

@@ -93,8 +93,6 @@ def reproduce(
 
 def _finish(table: Sequence["Row"], failures: Failures, where: dict[str, Any]) -> None:
     """All runs, one after the other; a failure ends its own alone."""
-    from rich.console import Console  # noqa: PLC0415
-
     from greedy.cli.dashboard import reporter  # noqa: PLC0415
 
     for number, row in enumerate(table, start=1):
@@ -103,7 +101,7 @@ def _finish(table: Sequence["Row"], failures: Failures, where: dict[str, Any]) -
             if run.figure is None:
                 click.echo(f"{title}: {run.path}")
             try:
-                run.finish(**where, reporter=lambda stages: reporter(Console(), stages))
+                run.finish(**where, reporter=reporter)
             except Exception as error:
                 failures[run.path] = failure_of(error).message
                 click.echo(f"{title}: {failures[run.path]}")

@@ -66,11 +66,7 @@ def status(run: Path, as_json: bool) -> None:
     show_default=True,
     help="The images to evaluate on, as they are.",
 )
-@click.option(
-    "--memory-budget",
-    metavar="SIZE",
-    help="Most memory on the device  [default: as the run was trained].",
-)
+@options.memory_budget
 @click.option("--by-stage", is_flag=True, help="Also every early exit: how error falls with depth.")
 @click.option(
     "--lose",
@@ -108,13 +104,14 @@ def evaluate(
         raise click.UsageError("--lose is about early exits: give --by-stage with it")
     directory = RunDirectory.open(run)
     recipe = directory.recipe
-    loss, network = build_loss(recipe.loss), load_network(recipe.model, model)
+    network = load_network(recipe.model, model)
     place, budget = pick_device(device), parse_size(memory_budget) if memory_budget else None
     if by_stage:
+        loss = build_loss(recipe.loss)
         exits = evaluate_exits(directory, loss, network, split, place, budget)
         _show_exits(exits, LOSE if lose is None else lose, as_json)
         return
-    result = evaluate(directory, assemble(directory, loss, network), split, place, budget)
+    result = evaluate(directory, assemble(directory, None, network), split, place, budget)
     if as_json:
         print_json(asdict(result))
         return
@@ -141,7 +138,7 @@ def _show_exits(exits: "Exits", lose: float, as_json: bool) -> None:
                 "-" if each.loss is None else f"{each.loss:.4f}",
                 count(each.parameters),
                 count(each.operations),
-                f"{each.operations / whole.operations:.0%}",
+                f"{100 * each.operations / whole.operations:.1f} %",
             )
             for each in exits.exits
         ),
@@ -149,14 +146,12 @@ def _show_exits(exits: "Exits", lose: float, as_json: bool) -> None:
     )
     click.echo(f"{exits.split} split, {exits.samples:,} images")
     if chosen is None:
-        click.echo(f"no early exit loses less than {lose:g} points")
+        click.echo(f"no early exit loses less than {lose:g} {'point' if lose == 1 else 'points'}")
         return
-    lost = exits.lost(chosen)
-    change = f"loses {lost:.2f}" if lost >= 0 else f"gains {-lost:.2f}"
-    click.echo(
-        f"stage {chosen.stage} {change} points and takes "
-        f"{100 * chosen.operations / whole.operations:.0f} % of the operations"
-    )
+    lost, saved = exits.lost(chosen), 100 * (1 - chosen.operations / whole.operations)
+    error = f"loses {lost:.2f} points" if lost >= 0 else f"is better by {-lost:.2f} points"
+    work = f"saves {saved:.1f} % of the" if saved >= 0 else f"takes {-saved:.1f} % more"
+    click.echo(f"stage {chosen.stage} {error} and {work} operations")
 
 
 @click.command(epilog="Example: greedy export --run runs/demo --to demo.onnx")
@@ -182,6 +177,7 @@ def export(
     format = format or format_of(to)
     directory = RunDirectory.open(run)
     recipe = directory.recipe
-    network, loss = load_network(recipe.model, model), build_loss(recipe.loss)
+    network = load_network(recipe.model, model)
+    loss = None if until_stage is None else build_loss(recipe.loss)
     export(directory, loss, network, to, format, until_stage, overwrite=force)
     click.echo(f"wrote {to} ({format}, {size(to.stat().st_size)})")

@@ -152,12 +152,10 @@ def tensorboard(run: Path, to: Path | None = None) -> "TensorBoard":
 @contextmanager
 def reporting(trainer: "GreedyTrainer", log: "TensorBoard | None") -> Iterator["Lines"]:
     """Inside, what the trainer does is shown, and logged if there is a log; signals stop it."""
-    from rich.console import Console  # noqa: PLC0415
-
     from greedy.cli.dashboard import reporter  # noqa: PLC0415
     from greedy.reporting import Reporters  # noqa: PLC0415
 
-    progress = reporter(Console(), trainer.run.complete(0).network)
+    progress = reporter()
     trainer.reporter = Reporters(progress, log) if log else progress
     with progress, log or nullcontext(), terminable():
         yield progress

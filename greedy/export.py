@@ -39,7 +39,7 @@ def format_of(path: Path) -> str:
 
 def export(
     run: RunDirectory,
-    loss: LocalLoss,
+    loss: LocalLoss | None,
     model: nn.Sequential | None,
     to: Path,
     format: str,

@@ -55,7 +55,7 @@ def load_heads(run: RunDirectory, loss: LocalLoss, number: int, hidden: Shape) -
 
 def assemble(
     run: RunDirectory,
-    loss: LocalLoss,
+    loss: LocalLoss | None,
     model: nn.Sequential | None = None,
     *,
     until_stage: int | None = None,
@@ -66,10 +66,11 @@ def assemble(
     Takes images (B, C, H, W) as floats in [0, 1] (values as they are where the data set's were
     floats), gives logits (B, classes). Its first module normalises: a batch norm without
     parameters whose statistics are the data set's. ``until_stage`` N gives the early exit:
-    stages 1 to N and stage N's local classifier.
+    stages 1 to N and stage N's local classifier. That alone needs ``loss``, the run's local loss.
 
     Raises:
-        UserError: a stage is missing, stale or damaged, or has no local classifier.
+        UserError: a stage is missing, stale or damaged, or has no local classifier; or an early
+            exit is asked for without the loss.
     """
     data = run.complete(0)
     stages = stages_of(run.recipe, data, model)
@@ -81,6 +82,10 @@ def assemble(
         load_stage(run, stage, torch.device("cpu"))
         modules += stage.modules_for_inference()
     if last < len(stages):
+        if loss is None:
+            raise UserError(
+                f"the early exit after stage {last} needs the run's local loss: give it"
+            )
         modules = modules[: len(modules) - len(stages[last - 1].pool)]  # the head sees h
         modules += local_classifier(run, loss, stages, last, data)
     return nn.Sequential(*modules).eval().requires_grad_(False)

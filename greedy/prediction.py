@@ -1,6 +1,6 @@
 """What a trained network takes images for."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from greedy.data.images import fit, opened
+from greedy.data.images import converted, fit, opened
 from greedy.devices import full_float32
 from greedy.errors import UserError
 from greedy.evaluation import raw_to_float
 from greedy.manifest import StageRecord
+from greedy.memory.choice import memory_budget as memory_budget_of
+from greedy.memory.forward import fit_forward
 from greedy.models import Shape
 from greedy.runs import RunDirectory
 
@@ -45,16 +47,18 @@ def predict(
     images: Sequence[Path],
     device: torch.device,
     top: int = 3,
+    memory_budget: int | None = None,
 ) -> Iterator[Prediction | Unreadable]:
     """Classifies image files with a network of :func:`greedy.network.assemble`, in float32: the
-    ``top`` classes of each, in the order given.
+    ``top`` classes of each, in the order given. On the device at most ``memory_budget`` bytes are
+    taken, by default those of the run's recipe.
 
     Images are converted to the run's channels, resized until they cover the size of its images,
     and cropped at the centre.
 
     Raises:
-        UserError: one of ``images`` is a folder, ``top`` is not positive, or the run was not
-            trained on images in bytes.
+        UserError: one of ``images`` is a folder, ``top`` is not positive, the budget is too small,
+            or the run was not trained on images in bytes.
     """
     data = run.complete(0)
     _require_images(run, data)
@@ -63,11 +67,17 @@ def predict(
     for path in images:
         if path.is_dir():
             raise UserError(f"{path} is a folder: name the images in it, such as {path}/*.png")
-    network = network.to(device)
+    budget = memory_budget_of(run.recipe, device) if memory_budget is None else memory_budget
+    forward = fit_forward(network, data.row_shape, budget, device.type)
+    batch = min(BATCH, forward.rows)
+
+    def logits(x: np.ndarray) -> Tensor:
+        return forward(network, raw_to_float(x, device))
+
     return (
         each
-        for start in range(0, len(images), BATCH)
-        for each in _predicted(data, network, images[start : start + BATCH], device, top)
+        for start in range(0, len(images), batch)
+        for each in _predicted(data, logits, images[start : start + batch], top)
     )
 
 
@@ -87,17 +97,14 @@ def _require_images(run: RunDirectory, data: StageRecord) -> None:
 
 def _predicted(
     data: StageRecord,
-    network: nn.Sequential,
+    logits: Callable[[np.ndarray], Tensor],
     images: Sequence[Path],
-    device: torch.device,
     top: int,
 ) -> Iterator[Prediction | Unreadable]:
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(lambda image: _read(image, data.row_shape), images))
     readable = [each for each in found if isinstance(each, np.ndarray)]
-    answers = iter(
-        _best(network, raw_to_float(np.stack(readable), device), top) if readable else ()
-    )
+    answers = iter(_best(logits, np.stack(readable), top) if readable else ())
     for image, each in zip(images, found, strict=True):
         if isinstance(each, UserError):
             yield Unreadable(image, str(each))
@@ -108,10 +115,12 @@ def _predicted(
 
 @full_float32()
 @torch.inference_mode()
-def _best(network: nn.Sequential, x: Tensor, top: int) -> list[tuple[list[int], list[float]]]:
+def _best(
+    logits: Callable[[np.ndarray], Tensor], rows: np.ndarray, top: int
+) -> list[tuple[list[int], list[float]]]:
     """The most likely classes of each row by their numbers, and the confidence in each."""
-    logits = network(x)
-    best = logits.softmax(dim=1).topk(min(top, logits.shape[1]))
+    confidences = logits(rows).softmax(dim=1)
+    best = confidences.topk(min(top, confidences.shape[1]))
     return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
@@ -120,7 +129,7 @@ def _read(image: Path, shape: Shape) -> np.ndarray | UserError:
     channels, height, width = shape
     try:
         with opened(image) as file:
-            pixels = np.asarray(fit(file.convert(MODES[channels]), height, width))
+            pixels = np.asarray(fit(converted(file, MODES[channels]), height, width))
     except UserError as error:
         return error
     return pixels.reshape(height, width, channels).transpose(2, 0, 1)

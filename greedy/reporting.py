@@ -30,12 +30,14 @@ class RunOutline:
     """What is ahead when a run begins or goes on.
 
     Attributes:
+        stages: the names of all stages of the network, in order.
         operations: multiply-adds over all epochs of each stage that is to be trained, by number;
             of the stages' forward passes, to compare them with one another.
         images: bytes of stage 0 on disk.
         memory_budget: bytes that a step may take on the device.
     """
 
+    stages: Sequence[str]
     operations: Mapping[int, int]
     images: int
     memory_budget: int
@@ -45,7 +47,7 @@ class Reporter:
     """Hears of a run's progress and does nothing; override what you want to know."""
 
     def run_started(self, outline: RunOutline) -> None:
-        """Stages are about to be trained."""
+        """Stages are about to be trained; told before all else, even where none is left."""
 
     def disk_planned(self, plan: Plan) -> None:
         """What the stages to be trained will keep on disk is settled."""

@@ -20,7 +20,7 @@ PATTERN = set("*?[")
 FROM_THE_END = ("backprop", "glob+sim")  # the paper's other ways of training, rows of their own
 
 
-def _quiet(stages: Sequence[str]) -> AbstractContextManager[Reporter]:
+def _quiet() -> AbstractContextManager[Reporter]:
     return nullcontext(Reporter())
 
 
@@ -64,13 +64,13 @@ class SeededRun:
         download: bool = False,
         allow_function: bool = False,
         device: str = "auto",
-        reporter: Callable[[Sequence[str]], AbstractContextManager[Reporter]] = _quiet,
+        reporter: Callable[[], AbstractContextManager[Reporter]] = _quiet,
     ) -> None:
         """Trains what is not trained yet, evaluates the network and keeps the figure; then, as
         they are needed no more, deletes the activation stores of all stages but the images.
 
         ``data_dir``, ``download`` and ``allow_function`` are those of ``load_dataset``;
-        ``reporter`` gives the one to tell, for a network with stages of these names.
+        ``reporter`` gives the one to tell.
         """
         if self.figure is None:
             trainer = GreedyTrainer.from_recipe(self.recipe, self.path, device=device)
@@ -78,7 +78,7 @@ class SeededRun:
                 data = self.recipe.data
                 found = load_dataset(data.name, data_dir, download, data.image_size, allow_function)
                 trainer.prepare(found)
-            with reporter(trainer.run.complete(0).network) as trainer.reporter:
+            with reporter() as trainer.reporter:
                 trainer.train()
             self._keep(trainer)
         self._drop_stores()

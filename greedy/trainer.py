@@ -168,6 +168,7 @@ class GreedyTrainer:
         numbers = range(1, count + 1)
         todo = [n for n in numbers if n >= first or self.run.record(n) is None]
         if not todo:
+            self._announce(todo)
             return [self._skip(number) for number in numbers]
         plan = self._plan_disk(retrain_from)
         self._memory().require(todo, plan)  # what cannot be trained is refused before anything is
@@ -196,6 +197,7 @@ class GreedyTrainer:
         numbers = range(1, count + 1)
         finished = all(self.run.record(n) for n in numbers) and not self.run.network.exists()
         if finished and retrain_from is None:
+            self._announce(())
             return [self._skip(number) for number in numbers]
         data = self.run.complete(0)
         stages, shapes = self._stages(data)
@@ -211,7 +213,7 @@ class GreedyTrainer:
         each = {n: shapes[n - 1].operations * data.rows["train"] for n in numbers}
         operations = {n: operations * for_stage(epochs, n) for n, operations in each.items()}
         assert data.store is not None and budget is not None
-        self.reporter.run_started(RunOutline(operations, data.store.bytes, budget))
+        self.reporter.run_started(RunOutline(data.network, operations, data.store.bytes, budget))
 
     def _drop_stores(self, numbers: Iterable[int]) -> None:
         for number in numbers:
@@ -261,10 +263,12 @@ class GreedyTrainer:
         if not 0 <= source < number:
             raise UserError(f"stage {number} cannot train from stage {source}: give an earlier one")
         if not again and to is None and self.run.record(number) is not None:
+            self._announce(())
             return self._skip(number)
         self.run.complete(number - 1)
         before = former(self.run, number)
         views = before.resolved["views"] if before else self._plan_disk().views(number)
+        self._announce([number])
         return self._train_stage(number, source, directory, views)
 
     def _train_stage(self, number: int, source: int, directory: Path, views: Views) -> StageRecord:

@@ -59,7 +59,7 @@ TINY = "train --recipe tiny.toml --run new"
         (f"{TINY} --patience -1", "training.patience"),
         (f"{TINY} --data cifar", "did you mean 'cifar10'"),
         (f"{TINY} --data mnist --data-dir .", "mnist is not in .: allow the download"),
-        (f"{TINY} --data folder:absent", "absent/train is missing"),
+        (f"{TINY} --data folder:absent", "absent is missing"),
         (f"{TINY} --data absent_module:sets", "cannot import the module"),
         (f"{TINY} --device gpu", "'gpu' is not a device: use one of auto, cpu, cuda, mps"),
         (f"{TINY} --model m:f", "leave out --model"),

@@ -4,13 +4,17 @@ import io
 import re
 from itertools import pairwise
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from torch.utils.data import TensorDataset
 
+from greedy import GreedyTrainer
 from greedy.cli.dashboard import Dashboard, reporter, sparkline
 from greedy.cli.progress import Lines
 from greedy.manifest import Metrics, Parent, StageRecord, StoreRecord
+from greedy.models import mlp
 from greedy.reporting import EpochReport, RunOutline
 
 RECORD = StageRecord(
@@ -67,6 +71,7 @@ FINISHED = "stage 10/11 conv1536: train error 12.34 %, test -, 4.0 MiB, 1,234.0 
 
 
 NAMES = [*["conv384"] * 9, "conv1536", "output"]
+OUTLINE = RunOutline(NAMES, {10: 1000, 11: 500}, 2**20, 2**30)
 
 
 def frames(console):
@@ -84,14 +89,14 @@ def rows(frame):
 def shown_by(height=40):
     """A dashboard of 80 columns that draws only when it is told to, and its console."""
     console = Console(file=io.StringIO(), force_terminal=True, width=80, height=height)
-    shown = reporter(console, NAMES)
+    shown = reporter(console)
     assert isinstance(shown, Dashboard)
     return shown, console
 
 
 def test_a_terminal_of_80_columns_shows_all_of_it():
     shown, console = shown_by()
-    shown.run_started(RunOutline({10: 1000, 11: 500}, 2**20, 2**30))
+    shown.run_started(OUTLINE)
     shown.stage_skipped(RECORD.model_copy(update={"stage": 9, "name": "conv384"}))
     console.print(shown)
     shown.stage_started(10, "conv1536", 400, {"planned_peak_bytes": 3 * 2**20})
@@ -114,7 +119,7 @@ def test_a_terminal_of_80_columns_shows_all_of_it():
     for frame in (before, training, writing, after):
         assert done in rows(frame)
     assert ["10", "conv1536", "waiting", "-", "-", "-", "-"] in rows(before)
-    assert ["10", "conv1536", "running", "12.40", "%", "3.0", "MiB", "-", "-"] in rows(training)
+    assert ["10", "conv1536", "running", "12.40", "%", "3.0", "MiB", "-", "0:00"] in rows(training)
     assert ["10", "conv1536", "done", "-", "-", "4.0", "MiB", "20:34"] in rows(after)
     assert ["11", "output", "waiting", "-", "-", "-", "-"] in rows(after)
     text = "\n".join(training)
@@ -128,6 +133,7 @@ def test_a_terminal_of_80_columns_shows_all_of_it():
 
 def test_a_low_terminal_shows_the_stages_around_the_running_one():
     shown, console = shown_by(height=14)
+    shown.run_started(OUTLINE)
     shown.stage_started(6, "conv384", 4, {})
     console.print(shown)
     (frame,) = frames(console)
@@ -136,6 +142,7 @@ def test_a_low_terminal_shows_the_stages_around_the_running_one():
 
 def test_all_stages_run_where_they_train_at_once():
     shown, console = shown_by()
+    shown.run_started(OUTLINE)
     shown.network_started("joint", 2, {"planned_peak_bytes": 2**20})
     shown.epoch_started(1, 100)
     shown.batch_finished(100)
@@ -143,7 +150,7 @@ def test_all_stages_run_where_they_train_at_once():
     console.print(shown)
     (frame,) = frames(console)
     assert sum("running" in line for line in frame) == 11
-    assert ["11", "output", "running", "11.00", "%", "1.0", "MiB", "-", "-"] in rows(frame)
+    assert ["11", "output", "running", "11.00", "%", "1.0", "MiB", "-", "0:00"] in rows(frame)
     assert any(line.startswith("joint, 11 stages: epoch 1/2") for line in frame)
 
 
@@ -157,9 +164,10 @@ def test_a_sparkline_has_a_bar_a_value_and_rises_with_them(values):
 
 
 def test_without_a_terminal_there_are_plain_lines(capsys):
-    shown = reporter(Console(file=io.StringIO()), NAMES)
+    shown = reporter(Console(file=io.StringIO()))
     assert type(shown) is Lines
     with shown:
+        shown.run_started(OUTLINE)
         a_stage(shown)
         shown.stage_skipped(RECORD)
     lines = capsys.readouterr().out.splitlines()
@@ -169,3 +177,31 @@ def test_without_a_terminal_there_are_plain_lines(capsys):
     assert lines[2] == "stage 10/11 conv1536: writing stage 9's train store, 200,000 rows"
     assert lines[-2:] == [FINISHED, "stage 10/11 conv1536: complete already"]
     assert all("\x1b" not in line for line in lines)
+
+
+def test_where_nothing_can_be_drawn_over_there_are_plain_lines_too(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    assert type(reporter(Console(file=io.StringIO(), force_terminal=True))) is Lines
+
+
+def test_a_trainer_in_python_is_shown_as_one_on_the_command_line(tmp_path):
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (40, 1, 8, 8), generator=random, dtype=torch.uint8)
+    data = TensorDataset(images, torch.arange(40) % 4)
+    model = mlp(1, 8, 4, hidden_layers=1, hidden_width=8)
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, height=24)
+    for again in (False, True):
+        with reporter(console) as shown:
+            GreedyTrainer(
+                model, run_dir=tmp_path / "run", reporter=shown, epochs=2, device="cpu"
+            ).fit(data, data)
+            console.print(shown)
+        last = rows(frames(console)[-1])
+        assert [row[:3] for row in last[1:3]] == [["1", "linear8", "done"], ["2", "output", "done"]]
+        assert shown.skipped is again
+    with reporter(console) as shown:
+        trainer = GreedyTrainer(model, run_dir=tmp_path / "run", reporter=shown, epochs=2)
+        trainer.train_stage(2, again=True)
+        console.print(shown)
+    last = rows(frames(console)[-1])
+    assert [row[:3] for row in last[1:3]] == [["1", "linear8", "-"], ["2", "output", "done"]]

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from greedy.data import load_dataset
 from greedy.errors import UserError
@@ -100,7 +100,7 @@ def test_damaged_image_is_named(folder, damage, suffix):
 
 
 def test_missing_folders_and_classes(folder, tmp_path):
-    with pytest.raises(UserError, match="nowhere/train is missing"):
+    with pytest.raises(UserError, match="nowhere is missing"):
         load_dataset(f"folder:{tmp_path}/nowhere")
     (folder / "test/wasp").mkdir()
     with pytest.raises(UserError, match="'wasp' is in one of them alone"):
@@ -110,7 +110,43 @@ def test_missing_folders_and_classes(folder, tmp_path):
         load_dataset(f"folder:{folder}")
 
 
+def test_folders_of_classes_alone_hold_one_image_in_five_out(tmp_path):
+    pixels = [write_image(tmp_path / "bird" / f"{i:02}.png") for i in range(12)]
+    pixels += [write_image(tmp_path / "wasp" / f"{i}.png") for i in range(2)]
+    data = load_dataset(f"folder:{tmp_path}")
+    assert data.class_names == ["bird", "wasp"]
+    images, labels = data.test.read(np.arange(len(data.test)))
+    assert np.array_equal(images, np.stack([pixels[i] for i in (0, 5, 10, 12)]))
+    assert labels.tolist() == [0, 0, 0, 1]
+    images, labels = data.train.read(np.arange(len(data.train)))
+    assert np.array_equal(images, np.stack([pixels[i] for i in (1, 2, 3, 4, 6, 7, 8, 9, 11, 13)]))
+    assert labels.tolist() == [0] * 9 + [1]
+    write_image(tmp_path / "ant/0.png")
+    with pytest.raises(UserError, match=r"ant holds one image.*: add some"):
+        load_dataset(f"folder:{tmp_path}")
+    (tmp_path / "train").mkdir()  # from here on the user sorts
+    with pytest.raises(UserError, match="test is missing"):
+        load_dataset(f"folder:{tmp_path}")
+
+
+def test_a_photo_is_turned_upright_as_its_camera_says(folder):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # its top is at the right
+    pixels = write_image(folder / "train/ant/0.png", 10, 12, exif=exif)
+    images, _ = load_dataset(f"folder:{folder}").train.read(np.array([0]))
+    assert np.array_equal(images[0], np.rot90(pixels, -1, (1, 2)))
+
+
+def test_of_16_bits_the_upper_8_are_used(folder):
+    deep = RNG.integers(0, 2**16, (10, 12), dtype=np.uint16)
+    Image.fromarray(deep).save(folder / "train/ant/0.png")
+    images, _ = load_dataset(f"folder:{folder}").train.read(np.array([0]))
+    assert np.array_equal(images[0], np.stack([deep // 256] * 3))
+
+
 def test_folder_without_classes(tmp_path):
+    with pytest.raises(UserError, match="holds no class"):
+        load_dataset(f"folder:{tmp_path}")
     for split in ("train", "test"):
         (tmp_path / split).mkdir()
     with pytest.raises(UserError, match="holds no class"):

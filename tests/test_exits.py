@@ -97,10 +97,10 @@ def test_which_early_exit_loses_little(run):
     assert document["lose_points"] == 4
     assert document["cheapest_stage"] == chosen["stage"]
     lost = chosen["error_percent"] - whole["error_percent"]
-    share = 100 * chosen["operations"] / whole["operations"]
+    saved = 100 - 100 * chosen["operations"] / whole["operations"]
     result = greedy("evaluate", "--run", run, "--by-stage", "--lose", 4)
-    change = f"loses {lost:.2f}" if lost >= 0 else f"gains {-lost:.2f}"
-    said = f"stage {chosen['stage']} {change} points and takes {share:.0f} % of the operations"
+    change = f"loses {lost:.2f}" if lost >= 0 else f"is better by {-lost:.2f}"
+    said = f"stage {chosen['stage']} {change} points and saves {saved:.1f} % of the operations"
     assert result.output.splitlines()[-1] == said
     assert max(map(len, result.output.splitlines())) <= 80
     none = greedy("evaluate", "--run", run, "--by-stage", "--lose", -100)
@@ -127,7 +127,7 @@ def test_stages_without_a_local_classifier_have_a_dash(tmp_path, settings):
     assert whole["error_percent"] == answer("evaluate", "--run", run)["error_percent"]
     lines = greedy("evaluate", "--run", run, "--by-stage").output.splitlines()
     assert lines[1].split()[2:4] == ["-", "-"]
-    assert lines[-1] == "no early exit loses less than 1 points"
+    assert lines[-1] == "no early exit loses less than 1 point"
     refused = greedy("export", "--run", run, "--to", tmp_path / "x.pt2", "--until-stage", "1")
     assert refused.exit_code == 2 and "stage 1 has no local classifier" in refused.output
 

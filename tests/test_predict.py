@@ -14,6 +14,7 @@ from torch.utils.data import TensorDataset
 from greedy import GreedyTrainer, RunDirectory, UserError, predict
 from greedy.cache import Store
 from greedy.cli.main import cli
+from greedy.network import assemble
 
 RECIPE = """
 [data]
@@ -185,6 +186,57 @@ def test_images_that_are_not_square(tmp_path):
     (found,) = predict(trainer.run, trainer.assemble(), [tmp_path / "high.png"], CPU)
     (alone,) = trainer.assemble()(rows[:1].float() / 255).softmax(dim=1)
     assert sorted(found.confidences) == pytest.approx(sorted(alone.tolist()), abs=1e-6)
+
+
+OWN = """
+from torch import nn
+from greedy.losses import Pred
+
+class Own(Pred):
+    pass
+
+def network():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 2))
+"""
+
+
+def test_only_early_exits_need_a_loss_written_in_python(tmp_path, monkeypatch):
+    (tmp_path / "own_loss_module.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    from own_loss_module import Own, network
+
+    rows = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8)
+    samples = TensorDataset(rows, torch.arange(40) % 2)
+    settings = {"epochs": 1, "batch_size": 20, "device": "cpu"}
+    trainer = GreedyTrainer(network(), loss=Own(), run_dir=tmp_path / "run", **settings)
+    trainer.fit(samples, samples)
+    Image.fromarray(rows[0, 0].numpy()).save(tmp_path / "first.png")
+    where = ("--run", tmp_path / "run", "--model", "own_loss_module:network")
+    (found,) = answer("predict", *where, tmp_path / "first.png")
+    (alone,) = trainer.assemble()(rows[:1].float() / 255).softmax(dim=1)
+    assert found["classes"][0]["confidence"] == pytest.approx(float(alone.max()), abs=1e-6)
+    assert greedy("evaluate", *where).exit_code == 0
+    assert greedy("export", *where, "--to", tmp_path / "net.safetensors").exit_code == 0
+    early = "--until-stage", "1"
+    for command in (
+        ("predict", *where, tmp_path / "first.png", *early),
+        ("export", *where, "--to", tmp_path / "early.safetensors", *early),
+        ("evaluate", *where, "--by-stage"),
+    ):
+        result = greedy(*command)
+        assert result.exit_code == 2
+        assert "local loss was written in Python" in result.stderr
+    with pytest.raises(UserError, match="needs the run's local loss"):
+        assemble(trainer.run, None, network(), until_stage=1)
+
+
+def test_a_memory_budget_holds(run, images):
+    tight = ("predict", "--run", run, *images[:40])
+    for one, other in zip(answer(*tight, "--memory-budget", "300KiB"), answer(*tight), strict=True):
+        assert one["classes"][0]["class"] == other["classes"][0]["class"]
+    refused = greedy(*tight, "--memory-budget", "10KiB")
+    assert refused.exit_code == 2
+    assert "raise --memory-budget" in refused.stderr
 
 
 def test_a_moved_run_predicts_the_same(run, images, tmp_path):

@@ -1,4 +1,5 @@
-"""Image folders: ``train/CLASS/IMAGE`` and ``test/CLASS/IMAGE``, decoded when they are read."""
+"""Image folders: ``train/CLASS/IMAGE`` and ``test/CLASS/IMAGE``, or ``CLASS/IMAGE`` alone; decoded
+when they are read."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -7,38 +8,66 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from greedy.data.images import fit, opened
+from greedy.data.images import converted, fit, opened
 from greedy.data.splits import Dataset, Images, Labels, Rows, Shape
 from greedy.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+HELD_OUT = 5  # one image in so many is for testing, where the user has not sorted them
+
+Files = list[list[Path]]  # of each class
 
 
 def load_folder(name: str, root: Path, image_size: int | None) -> Dataset:
     """The data set of the folders ``train`` and ``test`` under ``root``; classes in the order of
-    their names.
+    their names. Where there is neither, the classes stand in ``root`` itself and one image in
+    ``HELD_OUT`` of each, evenly in the order of their names, is for testing.
 
     Raises UserError if a folder is missing, a class has no image or is in one split alone.
     """
+    if not root.is_dir():
+        raise UserError(f"{root} is missing: put images there as CLASS/IMAGE")
     folders = root / "train", root / "test"
-    for folder in folders:
+    if any(folder.is_dir() for folder in folders):
+        names, train, test = _sorted_by_user(*folders)
+    else:
+        names, train, test = _held_out(root)
+    training, testing = (FolderSplit(files, train[0][0], image_size) for files in (train, test))
+    return Dataset(name, training, testing, names)
+
+
+def _sorted_by_user(train: Path, test: Path) -> tuple[list[str], Files, Files]:
+    for folder in (train, test):
         if not folder.is_dir():
             raise UserError(f"{folder} is missing: put images there as CLASS/IMAGE")
-    names, test_names = (_class_names(folder) for folder in folders)
+    names, test_names = _class_names(train), _class_names(test)
     if alone := sorted(set(names) ^ set(test_names)):
         raise UserError(
-            f"{folders[0]} and {folders[1]} must hold the same classes, but "
+            f"{train} and {test} must hold the same classes, but "
             f"{', '.join(map(repr, alone))} is in one of them alone"
         )
     if not names:
-        raise UserError(f"{folders[0]} holds no class: put images there as CLASS/IMAGE")
-    first = _image_files(folders[0] / names[0])[0]
-    train, test = (FolderSplit(folder, names, first, image_size) for folder in folders)
-    return Dataset(name, train, test, names)
+        raise UserError(f"{train} holds no class: put images there as CLASS/IMAGE")
+    return names, _files(train, names), _files(test, names)
+
+
+def _held_out(root: Path) -> tuple[list[str], Files, Files]:
+    names = _class_names(root)
+    if not names:
+        raise UserError(f"{root} holds no class: put images there as CLASS/IMAGE")
+    files = _files(root, names)
+    for name, members in zip(names, files, strict=True):
+        if len(members) < 2:
+            raise UserError(
+                f"{root / name} holds one image, and one is needed to train on and one to test "
+                f"on: add some"
+            )
+    train = [[file for i, file in enumerate(members) if i % HELD_OUT] for members in files]
+    return names, train, [members[::HELD_OUT] for members in files]
 
 
 class FolderSplit:
-    """The images ``folder/CLASS/IMAGE`` as RGB.
+    """Image files, a list for each class, as RGB.
 
     With ``image_size`` the short side is resized to it (bilinear, antialiased) and the centre cut
     out; without, every image must have the size of the image ``first``.
@@ -46,10 +75,7 @@ class FolderSplit:
 
     dtype: np.dtype[Any] = np.dtype(np.uint8)
 
-    def __init__(
-        self, folder: Path, class_names: list[str], first: Path, image_size: int | None
-    ) -> None:
-        files = [_image_files(folder / name) for name in class_names]
+    def __init__(self, files: Files, first: Path, image_size: int | None) -> None:
         self._files = [file for members in files for file in members]
         self._labels = np.repeat(np.arange(len(files)), [len(members) for members in files])
         self._first, self._image_size = first, image_size
@@ -77,7 +103,7 @@ class FolderSplit:
                     f"{image.width}x{image.height}: set data.image_size to bring all images "
                     "to one size"
                 )
-            pixels = image.convert("RGB")
+            pixels = converted(image, "RGB")
         if self._image_size is not None:
             pixels = fit(pixels, height, width)
         out[:] = np.asarray(pixels).transpose(2, 0, 1)
@@ -89,6 +115,10 @@ def _class_names(folder: Path) -> list[str]:
     )
 
 
+def _files(folder: Path, names: list[str]) -> Files:
+    return [_image_files(folder / name) for name in names]
+
+
 def _image_files(folder: Path) -> list[Path]:
     files = sorted(
         file
@@ -97,7 +127,6 @@ def _image_files(folder: Path) -> list[Path]:
     )
     if not files:
         raise UserError(
-            f"{folder} holds no image ({', '.join(SUFFIXES)}): add some, or remove the class "
-            "from train and test"
+            f"{folder} holds no image ({', '.join(SUFFIXES)}): add some, or remove the class"
         )
     return files
