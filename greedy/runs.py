@@ -190,7 +190,20 @@ def new_stage(directory: Path, *, go_on: bool = False) -> AbstractContextManager
     return replacing(directory, directory / "training", go_on=go_on)
 
 
-def is_unfinished(directory: Path) -> bool:
+def require_outside(directory: Path) -> None:
+    """Refuses a directory for a stage of its own that lies in a run, or that holds anything but
+    what an interrupted training left. Raises ``UserError``."""
+    if directory.exists() and not _is_unfinished(directory):
+        raise UserError(f"{directory} exists already: give a --to that does not")
+    for parent in directory.absolute().parents:
+        if (parent / "run.toml").is_file():
+            raise UserError(
+                f"{directory} would stand for another stage, or in another run: give a --to "
+                f"outside of {parent}"
+            )
+
+
+def _is_unfinished(directory: Path) -> bool:
     """Whether a directory holds a stage whose training was interrupted, and nothing else."""
     require_own_files(directory)
     inside = [path.name for path in directory.iterdir()] if directory.is_dir() else []

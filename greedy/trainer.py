@@ -24,7 +24,7 @@ from greedy.planning import former, plan_disk
 from greedy.recipes import Recipe
 from greedy.repair import Mender, Repair
 from greedy.reporting import Reporter, RunOutline
-from greedy.runs import SPLITS, RunDirectory, is_unfinished, new_stage
+from greedy.runs import SPLITS, RunDirectory, new_stage, require_outside
 from greedy.settings import python_recipe
 from greedy.sizes import parse_size
 from greedy.sourcing import Sources
@@ -251,14 +251,8 @@ class GreedyTrainer:
         if to is not None and to.resolve() == self.run.stage(number).resolve():
             to = None
         directory = to or self.run.stage(number)
-        if to is not None and to.exists() and not is_unfinished(to):
-            raise UserError(f"{to} exists already: give a --to that does not")
-        for parent in to.absolute().parents if to is not None else ():
-            if (parent / "run.toml").is_file():
-                raise UserError(
-                    f"{to} would stand for another stage, or in another run: give a --to "
-                    f"outside of {parent}"
-                )
+        if to is not None:
+            require_outside(to)
         source = number - 1 if source is None else source
         if not 0 <= source < number:
             raise UserError(f"stage {number} cannot train from stage {source}: give an earlier one")
