@@ -46,7 +46,7 @@ def predict(
     device: torch.device,
     top: int = 3,
 ) -> Iterator[Prediction | Unreadable]:
-    """Classifies image files with a network of :func:`greedy.network.assemble`, in float32: the
+    """Classifies image files with a network of ``greedy.network.assemble``, in float32: the
     ``top`` classes of each, in the order given.
 
     Images are converted to the run's channels, resized until they cover the size of its images,
