@@ -53,7 +53,7 @@ code 2, what failed with 1, and what Ctrl-C or SIGTERM stopped with 130 or 143.
 
 
 def commands_page() -> str:
-    contexts = list(_contexts(click.Context(cli, info_name="greedy")))
+    contexts = list(_contexts(click.Context(cli, info_name="greedy", **cli.context_settings)))
     return "\n".join([COMMANDS, *(_command(context) for context in contexts)])
 
 
@@ -111,10 +111,11 @@ def _fields(prefix: str, model: type[BaseModel], only: Any = None) -> str:
     rows = []
     for name, field in (only or model.model_fields).items():
         key = prefix + name
-        mark = " ●" if key in decisive else ""
+        mark = "&nbsp;●" if key in decisive else ""
         default = "required" if field.is_required() else f"`{_toml(field.default)}`"
-        what = f"`{name}`{{ #{key} }}{mark}", allowed(key), default, field.description or ""
-        rows.append(what)
+        if key == "name":
+            default = "its file's"
+        rows.append((f"`{name}`{{ #{key} }}{mark}", allowed(key), default, field.description or ""))
     return _table(("field", "may be", "default", "meaning"), rows)
 
 
