@@ -1,15 +1,16 @@
 """The pages of the site that are made of what they describe: commands, recipes and examples."""
 
 import ast
+import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
-from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 
 from greedy.cli.main import cli
 from greedy.recipes import describe, load, result_fields
@@ -71,7 +72,8 @@ def _command(context: click.Context) -> str:
     records = (param.get_help_record(context) for param in command.get_params(context))
     rows = ((f"`{names}`", _linked(meaning)) for names, meaning in filter(None, records))
     example, _, more = (command.epilog or "").partition("\n\n\b\n")
-    parts = [f"## {path}", command.help or "", f"    {usage}", _with_code(example)]
+    meaning = inspect.cleandoc(command.help or "")
+    parts = [f"## {path}", meaning, f"    {usage}", _with_code(example)]
     if more:
         parts.append(f"```text\n{more.rstrip()}\n```")
     return "\n\n".join([*parts, _table(("option", "meaning"), rows)]) + "\n"
@@ -100,35 +102,35 @@ may be changed at any time.
 
 def recipe_page() -> str:
     own = {name: field for name, field in Recipe.model_fields.items() if name not in SECTIONS}
-    parts = [RECIPE, _fields("", Recipe, own)]
+    parts = [RECIPE, _fields("", own)]
     for section, model in SECTIONS.items():
-        parts += [f"## {section}", model.__doc__ or "", _fields(f"{section}.", model)]
+        parts += [f"## {section}", model.__doc__ or "", _fields(f"{section}.", model.model_fields)]
     return "\n\n".join(parts) + "\n"
 
 
-def _fields(prefix: str, model: type[BaseModel], only: Any = None) -> str:
+def _fields(prefix: str, fields: Mapping[str, FieldInfo]) -> str:
     decisive = result_fields(load("demo"))
     rows = []
-    for name, field in (only or model.model_fields).items():
+    for name, field in fields.items():
         key = prefix + name
         mark = "&nbsp;●" if key in decisive else ""
-        default = "required" if field.is_required() else f"`{_toml(field.default)}`"
-        if key == "name":
-            default = "its file's"
+        default = "its file's" if key == "name" else _default(field)
         rows.append((f"`{name}`{{ #{key} }}{mark}", allowed(key), default, field.description or ""))
     return _table(("field", "may be", "default", "meaning"), rows)
 
 
-def _toml(value: Any) -> str:
-    """A default as a recipe writes it; TOML has no word for what is absent."""
-    match value:
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    match field.default:
         case None:
             return "absent"
-        case bool():
-            return str(value).lower()
-        case str():
-            return f'"{value}"'
-    return str(value)
+        case bool(value):
+            return f"`{value}`".lower()
+        case str(value):
+            return f'`"{value}"`'
+        case value:
+            return f"`{value}`"
 
 
 RECIPES = """\
@@ -142,21 +144,14 @@ have been trained here. What a recipe says field by field: [recipe fields](recip
 
 
 def recipes_page() -> str:
-    found = describe()
-    published = [row for row in found if row["table"]]
-    columns = ("name", "dataset", "network", "loss", "table", "paper_test_error_percent")
-    rows = [
-        [_shown(row[column]) for column in columns]
-        for row in published + [row for row in found if not row["table"]]
-    ]
+    rows = describe()
     heads = ("recipe", "data set", "network", "loss", "table", "paper's test error, %")
-    return RECIPES.format(count=len(published)) + "\n" + _table(heads, rows) + "\n"
+    columns = ("name", "dataset", "network", "loss", "table", "paper_test_error_percent")
+    cells = (["-" if row[key] is None else str(row[key]) for key in columns] for row in rows)
+    published = sum(row["table"] is not None for row in rows)
+    return RECIPES.format(count=published) + "\n" + _table(heads, cells) + "\n"
 
 
-def _shown(value: Any) -> str:
-    return "-" if value is None else str(value)
-
-
-def _table(heads: Any, rows: Any) -> str:
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

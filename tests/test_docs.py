@@ -149,7 +149,9 @@ def test_links_lead_to_files_of_the_repository(page):
 
 def shell_lines(page):
     """The commands in a page's blocks of shell, and after a prompt in other blocks."""
-    for language, block in re.findall(r"^```(\w*).*?\n(.*?)^```", page.read_text(), re.M | re.S):
+    for language, block in re.findall(
+        r"^ *```(\w*).*?\n(.*?)^ *```", page.read_text(), re.M | re.S
+    ):
         lines = re.sub(r"\\\n", " ", block).splitlines()
         prompted = [line[2:] for line in lines if line.startswith("$ ")]
         yield from lines if language == "sh" else prompted
@@ -191,7 +193,7 @@ def test_commands_are_ones_that_greedy_takes(page):
 @EVERY_PAGE
 def test_options_in_running_text_exist(page):
     """Of commands such as `greedy train --recipe R`, with whatever stands for their values."""
-    outside = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    outside = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.M | re.S)
     for code in re.findall(r"`(greedy [^`]+)`", outside):
         context = root()
         words = shlex.split(code)[1:]
