@@ -190,13 +190,24 @@ def test_commands_are_ones_that_greedy_takes(page):
                 load(recipe, overrides(parsed["settings"], shorthands))
 
 
+def prose(page):
+    """A page without its blocks of code."""
+    return re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.M | re.S)
+
+
 @EVERY_PAGE
 def test_options_in_running_text_exist(page):
     """Of commands such as `greedy train --recipe R`, with whatever stands for their values."""
-    outside = re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.M | re.S)
-    for code in re.findall(r"`(greedy [^`]+)`", outside):
+    for code in re.findall(r"`(greedy [^`]+)`", prose(page)):
         context = root()
         words = shlex.split(code)[1:]
         while words and isinstance(context.command, click.Group):
             context, words = below(context, words)
         context.command.make_parser(context).parse_args(words)
+
+
+@EVERY_PAGE
+def test_lists_stand_alone(page):
+    """A list without an empty line before it is text on the site, though not in the repository."""
+    item = r"(?:[-*]|\d+\.) "
+    assert re.findall(rf"^(?! *{item}| )\S.*\n{item}.*", prose(page), re.M) == []
