@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Where experiments keep their runs: outside the checkout, on a disk with room.
 EXPERIMENTS ?= ../greedy-experiments
 
-.PHONY: install demo test lint types wheel experiments clean
+.PHONY: install demo test lint types docs wheel experiments clean
 
 install: $(VENV)/.installed
 
@@ -25,6 +25,11 @@ lint: $(VENV)/.wheel
 # The installed package, from outside the checkout: there `cache/` is `greedy.cache`.
 types: $(VENV)/.wheel
 	cd $(VENV) && bin/mypy --config-file ../pyproject.toml --cache-dir .mypy_cache -p greedy
+
+# The documentation, as a site in build/site. Warnings are errors; the variable silences what the
+# theme has to say about its own future.
+docs: $(VENV)/.wheel
+	PYTHONSAFEPATH=1 NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

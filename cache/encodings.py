@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from .errors import NonFiniteActivation, StoreError
 
 ENCODINGS = ("float32", "float16", "bfloat16", "uint8", "uint4")
+"""The names of all encodings."""
 
 # The affine range of a channel: beyond these quantiles values saturate.
 QUANTILES = (0.0005, 0.9995)
@@ -98,7 +99,7 @@ class Encoding:
         return math.prod(self.stored_shape) * self.stored_dtype.itemsize
 
     def encode(self, values: NDArray[np.float32]) -> NDArray[Any]:
-        """Stored form, (n, *stored_shape), of float32 (n, *row_shape).
+        """Stored form, `(n, *stored_shape)`, of float32 `(n, *row_shape)`.
 
         Raises:
             NonFiniteActivation: naming the channel.
@@ -114,7 +115,7 @@ class Encoding:
         return levels if self.name == "uint8" else _pack(levels.reshape(len(levels), -1))
 
     def decode(self, stored: torch.Tensor) -> torch.Tensor:
-        """Float32 (n, *row_shape) of (n, *stored_shape), on the same device."""
+        """Float32 `(n, *row_shape)` of `(n, *stored_shape)`, on the same device."""
         if self.name == "bfloat16":
             return stored.view(torch.bfloat16).float()
         if not self.integer:

@@ -14,6 +14,7 @@ WINDOW_ROWS = 4096
 # Chunks are of at most 4 MiB in float32, and two windows are in memory: 512 MiB at most.
 MAX_WINDOW_CHUNKS = 64
 LIMITED_WINDOW_ROWS = 8192
+"""Rows a window, at least, where batches have limited classes."""
 
 # Limited classes: a batch covers at least MIN_CLASSES, searched for among LOOKAHEAD samples.
 MIN_CLASSES = 10

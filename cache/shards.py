@@ -22,6 +22,7 @@ from .errors import DamagedStore
 from .files import new_file, part_of, rename
 
 COMPRESSORS = ("lz4", "zstd", "none")
+"""The names of all compressors."""
 BLOSC_LEVEL = 3
 # Blosc's own limit, 2**31 less its overhead, rounded down.
 MAX_CHUNK_BYTES = 2**31 - 64

@@ -140,7 +140,7 @@ class StoreWriter:
         """Add the next rows, any number: all of view 0 in order, then of view 1, and so on.
 
         Args:
-            values: float32 (n, *row_shape), or (n, *stored_shape) where `encoded`; copied.
+            values: float32 `(n, *row_shape)`, or `(n, *stored_shape)` where `encoded`; copied.
 
         Raises:
             StoreError: type, shape or number of rows do not fit.

@@ -83,7 +83,7 @@ class Bench:
         model: nn.Sequential | None = None,
         allow_function: bool = False,
     ) -> Self:
-        """The data set need not be there, see :func:`greedy.forecast.named_data_facts`. ``model``
+        """The data set need not be there, see ``greedy.forecast.named_data_facts``. ``model``
         only where the recipe's network is ``python``. Raises ``UserError`` for what could not be
         trained as asked."""
         if recipe.training.strategy != "greedy":

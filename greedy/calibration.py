@@ -126,7 +126,7 @@ class Calibration(_Document):
     """What ``greedy bench`` has measured of one device of one machine.
 
     Attributes:
-        peak_flops: operations a second at best, see :func:`greedy.bench.peak_flops`.
+        peak_flops: operations a second at best, see ``greedy.bench.peak_flops``.
         measured: stages, the newest last.
     """
 

@@ -33,7 +33,7 @@ def evaluate(
     device: torch.device,
     memory_budget: int | None = None,
 ) -> Evaluation:
-    """Evaluates a network of :func:`greedy.network.assemble` on the raw images of a split, in
+    """Evaluates a network of ``greedy.network.assemble`` on the raw images of a split, in
     float32; activation stores take no part in it. On the device at most ``memory_budget`` bytes
     are taken, by default those of the run's recipe.
 

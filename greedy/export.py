@@ -47,7 +47,7 @@ def export(
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Writes the network of :func:`greedy.network.assemble` to a file, by default only to a new
+    """Writes the network of ``greedy.network.assemble`` to a file, by default only to a new
     one, and returns its path.
 
     The network takes ``images`` (B, C, H, W) for any B and gives ``logits`` (B, classes). With

@@ -49,7 +49,7 @@ def predict(
     top: int = 3,
     memory_budget: int | None = None,
 ) -> Iterator[Prediction | Unreadable]:
-    """Classifies image files with a network of :func:`greedy.network.assemble`, in float32: the
+    """Classifies image files with a network of ``greedy.network.assemble``, in float32: the
     ``top`` classes of each, in the order given. On the device at most ``memory_budget`` bytes are
     taken, by default those of the run's recipe.
 

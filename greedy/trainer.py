@@ -42,7 +42,7 @@ class GreedyTrainer:
     Args:
         model: an ``nn.Sequential``, flat (it is cut before each convolution or linear layer)
             or staged (a Sequential of Sequentials, each of them a stage), see
-            :func:`greedy.models.cut`. Its weights are the first weights; it is not changed.
+            ``greedy.models.cut``. Its weights are the first weights; it is not changed.
         run_dir: the run directory; training goes on where it stopped.
         loss: the local loss of every stage but the output layer.
         optimizer: from parameters to an optimiser; by default Adam at ``learning_rate``.
@@ -378,7 +378,7 @@ class GreedyTrainer:
 
     def repair(self, numbers: Iterable[int]) -> tuple[list[Repair], list[Damage]]:
         """Computes anew what is damaged in the stores of stages; returns what was done and what
-        is damaged still. See :class:`greedy.repair.Mender`."""
+        is damaged still. See ``greedy.repair.Mender``."""
         with self.run.writing():
             stages, _ = self._stages(self.run.complete(0))
             mender = Mender(self.run, stages, self.device)
@@ -386,7 +386,7 @@ class GreedyTrainer:
         return [r for done, _ in found for r in done], [d for _, left in found for d in left]
 
     def assemble(self, until_stage: int | None = None) -> nn.Sequential:
-        """The trained network, see :func:`greedy.network.assemble`."""
+        """The trained network, see ``greedy.network.assemble``."""
         return assemble(self.run, self.loss, self._model, until_stage=until_stage)
 
 

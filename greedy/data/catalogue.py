@@ -25,3 +25,4 @@ DATASETS = (
     Entry("svhn", (3, 32, 32), 10, 604_388, 26_032, "house numbers, train and extra together"),
     Entry("stl10", (3, 96, 96), 10, 5_000, 8_000, "photographs, the labelled images alone"),
 )
+"""All of them."""

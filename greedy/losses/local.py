@@ -13,10 +13,15 @@ from greedy.precision import widened
 
 class Features(NamedTuple):
     """What the heads make of an activation h, a row a sample: all that a loss may couple.
-    ``None`` stands where a head is absent."""
+    ``None`` stands where a head is absent.
 
-    z: Tensor  # similarity features (B, F)
-    p: Tensor  # logits (B, classes), or of what else the prediction head predicts
+    Attributes:
+        z: similarity features (B, F).
+        p: logits (B, classes), or of what else the prediction head predicts.
+    """
+
+    z: Tensor
+    p: Tensor
 
 
 class LocalHeads(nn.Module):

@@ -12,6 +12,7 @@ VGG11B = (128, 128, 128, 256, POOL, 256, 512, POOL, 512, 512, POOL, 512, POOL)
 
 LARGE_IMAGE = 64  # above this side the first convolution is 7x7 with stride 2
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU}
+"""The activations of a recipe's network by their names."""
 
 
 def mlp(
@@ -85,7 +86,9 @@ def vgg(
 
 
 vgg8b = partial(vgg, VGG8B)
+"""``vgg`` with VGG8B's six convolutions and four poolings."""
 vgg11b = partial(vgg, VGG11B)
+"""``vgg`` with VGG11B's nine convolutions and four poolings."""
 
 
 def _conv_block(

@@ -19,6 +19,7 @@ POOLS = (
 )
 
 Shape = tuple[int, ...]
+"""Of one row: (C, H, W) or (F,)."""
 
 
 @dataclass(frozen=True)

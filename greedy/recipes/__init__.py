@@ -15,6 +15,7 @@ from greedy.recipes.loader import (
 from greedy.recipes.schema import (
     Data,
     Loss,
+    Memory,
     Model,
     Paper,
     Recipe,
@@ -30,6 +31,7 @@ __all__ = [
     "Model",
     "Loss",
     "Training",
+    "Memory",
     "Store",
     "Paper",
     "load",

@@ -1,0 +1,157 @@
+"""The pages of the site that are made of what they describe: commands, recipes and examples."""
+
+import ast
+import inspect
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from pydantic.fields import FieldInfo
+
+from greedy.cli.main import cli
+from greedy.recipes import describe, load, result_fields
+from greedy.recipes.explain import allowed
+from greedy.recipes.schema import SECTIONS, Recipe
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Adds the pages to those that lie in docs/."""
+    pages = {
+        "reference/commands.md": commands_page(),
+        "reference/recipe.md": recipe_page(),
+        "reference/recipes.md": recipes_page(),
+    }
+    pages |= {f"examples/{file.stem}.md": example_page(file) for file in EXAMPLES.glob("*.py")}
+    for path, text in pages.items():
+        files.append(File.generated(config, path, content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """In the repository links to examples lead to scripts, on the site to their pages."""
+    return re.sub(r"\.\./examples/(\w+)\.py\)", r"examples/\1.md)", markdown)
+
+
+def example_page(file: Path) -> str:
+    text = file.read_text()
+    _, _, code = text.split('"""', 2)
+    docstring = ast.get_docstring(ast.parse(text))
+    return f"# {file.name}\n\n{docstring}\n\n```python\n{code.strip()}\n```\n"
+
+
+COMMANDS = """\
+# Commands
+
+`-h` or `--help` after any command shows what is here. What was asked for wrongly ends with exit
+code 2, what failed with 1, and what Ctrl-C or SIGTERM stopped with 130 or 143.
+"""
+
+
+def commands_page() -> str:
+    contexts = list(_contexts(click.Context(cli, info_name="greedy", **cli.context_settings)))
+    return "\n".join([COMMANDS, *(_command(context) for context in contexts)])
+
+
+def _contexts(context: click.Context) -> Iterator[click.Context]:
+    """Of a command and, if it is a group, of those in it."""
+    yield context
+    if isinstance(context.command, click.Group):
+        for name, command in context.command.commands.items():
+            yield from _contexts(click.Context(command, context, name))
+
+
+def _command(context: click.Context) -> str:
+    command, path = context.command, context.command_path
+    usage = " ".join([path, *command.collect_usage_pieces(context)])
+    records = (param.get_help_record(context) for param in command.get_params(context))
+    rows = ((f"`{names}`", _linked(meaning)) for names, meaning in filter(None, records))
+    example, _, more = (command.epilog or "").partition("\n\n\b\n")
+    meaning = inspect.cleandoc(command.help or "")
+    parts = [f"## {path}", meaning, f"    {usage}", _with_code(example)]
+    if more:
+        parts.append(f"```text\n{more.rstrip()}\n```")
+    return "\n\n".join([*parts, _table(("option", "meaning"), rows)]) + "\n"
+
+
+def _with_code(example: str) -> str:
+    return re.sub(r"(Example:) (.*)", r"\1 `\2`", example)
+
+
+def _linked(meaning: str) -> str:
+    """Fields that an option stands for lead to what the recipe says of them."""
+    return re.sub(r"--set (\w+\.\w+)(=\w+)?", r"[`--set \1\2`](recipe.md#\1)", meaning)
+
+
+RECIPE = """\
+# Recipe fields
+
+A recipe is one TOML file that fully describes a run. It may begin with `extends = "NAME"` (or a
+path ending in `.toml`), and then says only what is different. `--set section.field=value` changes
+a field on the command line, and `greedy recipes show NAME` prints a recipe in full.
+
+Fields with a dot (●) decide the result of a run and stay what they were when it began; the others
+may be changed at any time.
+"""
+
+
+def recipe_page() -> str:
+    own = {name: field for name, field in Recipe.model_fields.items() if name not in SECTIONS}
+    parts = [RECIPE, _fields("", own)]
+    for section, model in SECTIONS.items():
+        parts += [f"## {section}", model.__doc__ or "", _fields(f"{section}.", model.model_fields)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _fields(prefix: str, fields: Mapping[str, FieldInfo]) -> str:
+    decisive = result_fields(load("demo"))
+    rows = []
+    for name, field in fields.items():
+        key = prefix + name
+        mark = "&nbsp;●" if key in decisive else ""
+        default = "its file's" if key == "name" else _default(field)
+        rows.append((f"`{name}`{{ #{key} }}{mark}", allowed(key), default, field.description or ""))
+    return _table(("field", "may be", "default", "meaning"), rows)
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    match field.default:
+        case None:
+            return "absent"
+        case bool(value):
+            return f"`{value}`".lower()
+        case str(value):
+            return f'`"{value}"`'
+        case value:
+            return f"`{value}`"
+
+
+RECIPES = """\
+# Recipes
+
+The {count} figures that the paper publishes, each a recipe, and what it reports: the test error in
+percent after the last epoch of a single run. `greedy reproduce` trains them,
+`greedy recipes list --table 2` prints those of a table, and [results](../results.md) says which
+have been trained here. What a recipe says field by field: [recipe fields](recipe.md).
+"""
+
+
+def recipes_page() -> str:
+    rows = describe()
+    heads = ("recipe", "data set", "network", "loss", "table", "paper's test error, %")
+    columns = ("name", "dataset", "network", "loss", "table", "paper_test_error_percent")
+    cells = (["-" if row[key] is None else str(row[key]) for key in columns] for row in rows)
+    published = sum(row["table"] is not None for row in rows)
+    return RECIPES.format(count=published) + "\n" + _table(heads, cells) + "\n"
+
+
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
