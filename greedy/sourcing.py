@@ -9,6 +9,7 @@ import torch
 
 from greedy.cache import Store
 from greedy.data import Augmentation
+from greedy.disk import Views
 from greedy.errors import UserError
 from greedy.manifest import StageRecord, StoreRecord
 from greedy.models import Stage
@@ -48,19 +49,22 @@ class Sources:
 
     def for_writing(self, stage: Stage, views: int, batch: int) -> Source:
         """What a trained stage's store is written from, ``batch`` rows at a time: its views are
-        the source's outputs.
+        the source's outputs."""
+        source = self._open(self.written_from(stage.number, views), stage.number - 1)
+        source.replayed = [*source.replayed, stage]
+        source.replay_rows = min(source.replay_rows, batch)
+        return source
+
+    def written_from(self, number: int, views: Views) -> int:
+        """The stage from whose store stage ``number``'s is written.
 
         The last store serves if it has enough views, unless views are refreshed: generations
         are drawn where the images are. Stores before the last may be deleted, so that none of
         them may decide what is written.
         """
-        stored = self._last(stage.number - 1)
-        if self.run.recipe.store.refresh_every or self._views(stored) < views:
-            stored = 0
-        source = self._open(stored, stage.number - 1)
-        source.replayed = [*source.replayed, stage]
-        source.replay_rows = min(source.replay_rows, batch)
-        return source
+        stored = self._last(number - 1)
+        fewer = views != "live" and self._views(stored) < views
+        return 0 if fewer or self.run.recipe.store.refresh_every else stored
 
     def of_store(self, number: int, store: StoreRecord) -> Source:
         """What the store of a finished stage is computed from again: the store it was written

@@ -287,7 +287,8 @@ class GreedyTrainer:
         is_output = number == len(stages)
         sources = Sources(self.run, stages, data, self.device, self.reporter)
         source = sources.for_training(number, wanted)
-        memory = self._memory().stage(number, source.number)
+        written_from = sources.written_from(number, views)
+        memory = self._memory().stage(number, source.number, written_from)
         what = (self.recipe, number, shape.hidden, data.rows["train"], memory, self.device)
         resolved = resolve(
             self.recipe,

@@ -70,11 +70,13 @@ def choose(
     replay: Replay | None = None,
     micro_batch: int | None = None,
     beside: int = 0,
+    writing: StepDemand | None = None,
 ) -> Choice:
     """The fastest mode with the largest micro-batch, or one of ``micro_batch`` rows, whose step
     fits a budget of bytes; without a budget the plain mode. On CUDA bytes are those that the
     allocator reserves, convolutions' workspace included. ``optimizer_state`` is ``device`` or
-    ``host``; ``replay`` and ``beside`` are those of ``StepDemand``.
+    ``host``; ``replay`` and ``beside`` are those of ``StepDemand``. ``writing`` is what the
+    stage's own store is written with, where that differs.
 
     Raises ``UserError`` where nothing fits, naming the stage and what its least consists of.
     """
@@ -92,8 +94,8 @@ def choose(
         beside,
     )
     step = _fastest(demand, budget, micro_batch)
-    rows = write_batch(shapes)
-    while budget is not None and rows > 1 and demand.writing_peak(rows) > budget:
+    rows, written = write_batch(shapes), writing or demand
+    while budget is not None and rows > 1 and written.writing_peak(rows) > budget:
         rows //= 2
     return replace(step, write_batch=rows)
 

@@ -1,7 +1,7 @@
 """How the steps of a run fit its memory budget."""
 
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from greedy.disk import Plan
 from greedy.losses import Glob, LocalLoss
@@ -48,16 +48,20 @@ class MemoryPlan:
         for number in numbers:
             self.stage(number, disk.source(number))
 
-    def stage(self, number: int, source: int) -> Choice:
-        """How stage ``number`` trains from the store of stage ``source``. Raises ``UserError``
-        where nothing fits."""
-        replayed = tuple(self.stages[source : number - 1])
-        rows = min(map(write_batch, self.shapes[source : number - 1]), default=0)
-        replay = Replay(replayed, self.shapes[source].input, rows) if replayed else None
-        refreshed = self.stages[:source] if self.recipe.store.refresh_every else ()
-        beside = sum(map(weight_bytes, refreshed))
+    def stage(self, number: int, source: int, written_from: int | None = None) -> Choice:
+        """How stage ``number`` trains from the store of stage ``source``, and how many rows are
+        computed at a time when its own is written from that of stage ``written_from``, by default
+        the same. Raises ``UserError`` where nothing fits."""
+        anew = self.recipe.store.refresh_every > 0
+        beside = sum(map(weight_bytes, self.stages[:source])) if anew else 0
+        replay = self._replay(source, number)
+        if anew:
+            written_from = 0
+        as_trained = written_from is None or (written_from == source and not anew)
+        writing = None if as_trained else self._writing(number, written_from or 0)
         memory = self.recipe.memory
-        alike = (self._alike(number), *map(repr, replayed), source == 0, beside)
+        writes = writing and (number, written_from)
+        alike = (self._alike(number), replay, beside, source == 0, writes)
         if alike not in self._choices:
             self._choices[alike] = choose(
                 *self._what(number),
@@ -69,8 +73,35 @@ class MemoryPlan:
                 replay,
                 memory.micro_batch,
                 beside,
+                writing,
             )
         return self._choices[alike]
+
+    def _replay(self, source: int, number: int) -> Replay | None:
+        """What lies between a store and a stage."""
+        stages = tuple(self.stages[source : number - 1])
+        if not stages:
+            return None
+        rows = min(map(write_batch, self.shapes[source : number - 1]))
+        return Replay(stages, self.shapes[source].input, rows)
+
+    def _writing(self, number: int, source: int) -> StepDemand:
+        """A frozen stage whose store is computed from that of stage ``source``: where views are
+        drawn anew while the next stage trains, beside that."""
+        next_stage = 0
+        if self.recipe.store.refresh_every and number < len(self.stages):
+            next_stage = self._demand(number + 1, number).parameter_bytes()
+        return replace(self._demand(number, source), beside=next_stage)
+
+    def _demand(self, number: int, source: int) -> StepDemand:
+        on_device = self.recipe.memory.optimizer_state == "device"
+        return StepDemand(
+            *self._what(number),
+            self.optimizer if on_device else None,
+            self.device_type,
+            stored_row_bytes(source, self.shapes[source], self.recipe),
+            self._replay(source, number),
+        )
 
     def network(self) -> Choice:
         """How all stages train at once. Raises ``UserError`` where that does not fit."""
