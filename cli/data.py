@@ -42,7 +42,7 @@ def list_data(data_dir: Path | None, as_json: bool) -> None:
         ),
         left=2,
     )
-    click.echo("Besides these: folder:PATH with train/ and test/, and module:function.")
+    click.echo("Besides these: folder:PATH with CLASS/IMAGE, and module:function.")
 
 
 @data.command(epilog="Example: greedy data prepare cifar10 --download")

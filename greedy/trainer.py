@@ -209,10 +209,12 @@ class GreedyTrainer:
 
     def _announce(self, numbers: Iterable[int]) -> None:
         data, epochs = self.run.complete(0), self.recipe.training.epochs
-        shapes, budget = self._memory().shapes, self._memory().budget
-        each = {n: shapes[n - 1].operations * data.rows["train"] for n in numbers}
-        operations = {n: operations * for_stage(epochs, n) for n, operations in each.items()}
-        assert data.store is not None and budget is not None
+        operations = {}
+        for number in numbers:
+            row = self._memory().shapes[number - 1].operations
+            operations[number] = row * data.rows["train"] * for_stage(epochs, number)
+        budget = memory_budget(self.recipe, self.device)
+        assert data.store is not None
         self.reporter.run_started(RunOutline(data.network, operations, data.store.bytes, budget))
 
     def _drop_stores(self, numbers: Iterable[int]) -> None:

@@ -119,7 +119,9 @@ def test_a_terminal_of_80_columns_shows_all_of_it():
     for frame in (before, training, writing, after):
         assert done in rows(frame)
     assert ["10", "conv1536", "waiting", "-", "-", "-", "-"] in rows(before)
-    assert ["10", "conv1536", "running", "12.40", "%", "3.0", "MiB", "-", "0:00"] in rows(training)
+    running = next(row for row in rows(training) if row[:1] == ["10"])
+    assert running[:-1] == ["10", "conv1536", "running", "12.40", "%", "3.0", "MiB", "-"]
+    assert re.fullmatch(r"\d+:\d\d", running[-1])
     assert ["10", "conv1536", "done", "-", "-", "4.0", "MiB", "20:34"] in rows(after)
     assert ["11", "output", "waiting", "-", "-", "-", "-"] in rows(after)
     text = "\n".join(training)
@@ -150,7 +152,8 @@ def test_all_stages_run_where_they_train_at_once():
     console.print(shown)
     (frame,) = frames(console)
     assert sum("running" in line for line in frame) == 11
-    assert ["11", "output", "running", "11.00", "%", "1.0", "MiB", "-", "0:00"] in rows(frame)
+    last = next(row for row in rows(frame) if row[:1] == ["11"])
+    assert last[:-1] == ["11", "output", "running", "11.00", "%", "1.0", "MiB", "-"]
     assert any(line.startswith("joint, 11 stages: epoch 1/2") for line in frame)
 
 

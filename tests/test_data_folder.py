@@ -129,6 +129,21 @@ def test_folders_of_classes_alone_hold_one_image_in_five_out(tmp_path):
         load_dataset(f"folder:{tmp_path}")
 
 
+def test_a_class_may_be_called_train(tmp_path):
+    for name in ("bus", "train"):
+        for number in range(5):
+            write_image(tmp_path / name / f"{number}.png")
+    assert load_dataset(f"folder:{tmp_path}").class_names == ["bus", "train"]
+
+
+def test_what_cannot_be_read_of_a_header_says_nothing(folder):
+    pixels = write_image(
+        folder / "train/ant/0.png", 10, 12, exif=b"Exif\0\0nothing that Exif knows"
+    )
+    images, _ = load_dataset(f"folder:{folder}").train.read(np.array([0]))
+    assert np.array_equal(images[0], pixels)
+
+
 def test_a_photo_is_turned_upright_as_its_camera_says(folder):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6  # its top is at the right

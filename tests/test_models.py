@@ -152,3 +152,26 @@ def test_a_stage_that_does_not_fit_is_named() -> None:
     stages = cut(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(7, 2)))
     with pytest.raises(UserError, match=r"stage 2 \(linear2\) cannot take an input of shape 4x6x6"):
         shapes(stages, (3, 8, 8))
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        [nn.AvgPool2d(2), nn.Flatten()],
+        [nn.BatchNorm2d(1), nn.AvgPool2d(2), nn.Flatten(1, 3)],
+        [nn.Flatten(-3)],
+    ],
+    ids=repr,
+)
+def test_what_stands_before_the_first_layer_stays_in_its_order(entry: list[nn.Module]) -> None:
+    torch.manual_seed(0)
+    x = torch.rand(5, 1, 6, 6)
+    width = nn.Sequential(*entry).eval()(x).shape[1]
+    whole = nn.Sequential(*entry, nn.Linear(width, 4), nn.ReLU(), nn.Linear(4, 2)).eval()
+    stages = cut(whole)
+    assert [stage.name for stage in stages] == ["linear4", "linear2"]
+    assert shapes(stages, (1, 6, 6))[-1].output == (2,)
+    h = x
+    for stage in stages:
+        h = stage.eval()(h)
+    assert torch.equal(h, whole(x))

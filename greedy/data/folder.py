@@ -20,15 +20,16 @@ Files = list[list[Path]]  # of each class
 
 def load_folder(name: str, root: Path, image_size: int | None) -> Dataset:
     """The data set of the folders ``train`` and ``test`` under ``root``; classes in the order of
-    their names. Where there is neither, the classes stand in ``root`` itself and one image in
-    ``HELD_OUT`` of each, evenly in the order of their names, is for testing.
+    their names. Where there is neither, or they are classes themselves, the classes stand in
+    ``root`` itself and one image in ``HELD_OUT`` of each, evenly in the order of their names, is
+    for testing.
 
     Raises UserError if a folder is missing, a class has no image or is in one split alone.
     """
     if not root.is_dir():
         raise UserError(f"{root} is missing: put images there as CLASS/IMAGE")
     folders = root / "train", root / "test"
-    if any(folder.is_dir() for folder in folders):
+    if any(folder.is_dir() and not _images_in(folder) for folder in folders):
         names, train, test = _sorted_by_user(*folders)
     else:
         names, train, test = _held_out(root)
@@ -39,7 +40,10 @@ def load_folder(name: str, root: Path, image_size: int | None) -> Dataset:
 def _sorted_by_user(train: Path, test: Path) -> tuple[list[str], Files, Files]:
     for folder in (train, test):
         if not folder.is_dir():
-            raise UserError(f"{folder} is missing: put images there as CLASS/IMAGE")
+            raise UserError(
+                f"{folder} is missing: put images there as CLASS/IMAGE, or leave both train and "
+                f"test out, and one image in {HELD_OUT} is for testing"
+            )
     names, test_names = _class_names(train), _class_names(test)
     if alone := sorted(set(names) ^ set(test_names)):
         raise UserError(
@@ -120,13 +124,16 @@ def _files(folder: Path, names: list[str]) -> Files:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    files = sorted(
+    if files := _images_in(folder):
+        return files
+    raise UserError(
+        f"{folder} holds no image ({', '.join(SUFFIXES)}): add some, or remove the class"
+    )
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(
         file
         for file in folder.iterdir()
         if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
     )
-    if not files:
-        raise UserError(
-            f"{folder} holds no image ({', '.join(SUFFIXES)}): add some, or remove the class"
-        )
-    return files

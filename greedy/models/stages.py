@@ -150,9 +150,9 @@ def _stage(number: int, modules: list[nn.Module]) -> tuple[Stage, list[nn.Module
     entry, layer, end = modules[:first], modules[first : last + 1], modules[last + 1 :]
     _require_movable(number, entry, end)
     strangers = [m for m in entry if not isinstance(m, (*DROPOUTS, nn.Flatten))]
-    if strangers:  # activations or normalisation in front of the first encoder
-        entry = [m for m in entry if m not in strangers]
-        layer = strangers + layer
+    if strangers:  # activations, normalisation or pooling in front of the first encoder
+        layer = [m for m in entry if not isinstance(m, DROPOUTS)] + layer
+        entry = [m for m in entry if isinstance(m, DROPOUTS)]
     stage = Stage(
         number,
         nn.Sequential(*layer),
@@ -166,7 +166,7 @@ def _stage(number: int, modules: list[nn.Module]) -> tuple[Stage, list[nn.Module
 def _require_movable(number: int, entry: Sequence[nn.Module], end: Sequence[nn.Module]) -> None:
     """What moves behind the pooling must give the same there."""
     for flatten in (m for m in entry if isinstance(m, nn.Flatten)):
-        if (flatten.start_dim, flatten.end_dim) != (1, -1):
+        if flatten.start_dim not in (1, -3) or flatten.end_dim not in (-1, 3):
             raise UserError(
                 f"{flatten} stands before stage {number}, whose input can only be flattened "
                 f"entirely: use nn.Flatten()"

@@ -15,7 +15,7 @@ from greedy.sizes import parse_size
 from greedy.training.modes import Mode
 
 AUTO_ENCODING = "uint8"  # docs/architecture.md, "Encodings", has the measurements
-COMPILED_STEPS = 5000  # each saves a tenth, compiling takes 20 to 40 s
+COMPILED_STEPS = 5000  # each saves a tenth, compiling takes 10 to 40 s
 KEPT_SHARE = 1 / 3  # of a step's memory, at most, is kept besides
 RESIDENT_SHARE = 0.5  # of the memory that is free, for holding a store, unless told otherwise
 
@@ -69,8 +69,8 @@ def compiles(
 
 
 def ample_memory(recipe: Recipe, resolved: dict[str, Any]) -> bool:
-    """Whether a stage with these choices leaves room for what a process keeps to itself of the
-    memory that it frees."""
+    """Whether a named budget leaves room for what a process keeps to itself of the memory that it
+    frees. ``auto`` is less than what is free."""
     budget, planned = recipe.memory.budget, resolved["planned_peak_bytes"]
     if resolved["memory_mode"] != Mode.PLAIN or planned is None:
         return False
