@@ -1,6 +1,6 @@
 """How error falls with depth: every early exit of a network, in one pass through it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -111,24 +111,29 @@ def evaluate_exits(
             if head is not None:
                 tally.add(head(h), labels)
             x = stage.pool(h)
-    exits = []
+    exits = list(_exits(stages, shapes(stages, data.row_shape), heads, tallies, store.rows))
+    return Exits(split, store.rows, exits)
+
+
+def _exits(
+    stages: Sequence[Stage],
+    stage_shapes: Sequence[StageShapes],
+    heads: Sequence[nn.Sequential | None],
+    tallies: Sequence["_Tally"],
+    rows: int,
+) -> Iterator[Exit]:
     parameters = operations = 0
-    for stage, shape, head, tally in zip(
-        stages, shapes(stages, data.row_shape), heads, tallies, strict=True
-    ):
+    for stage, shape, head, tally in zip(stages, stage_shapes, heads, tallies, strict=True):
         parameters += _parameters(stage)
         operations += shape.operations
-        exits.append(
-            Exit(
-                stage.number,
-                "output" if stage is stages[-1] else stage.name,
-                None if head is None else 100 * tally.wrong / store.rows,
-                None if head is None else tally.loss / store.rows,
-                parameters + _parameters(head),
-                operations + _operations(head, shape),
-            )
+        yield Exit(
+            stage.number,
+            "output" if stage is stages[-1] else stage.name,
+            None if head is None else 100 * tally.wrong / rows,
+            None if head is None else tally.loss / rows,
+            parameters + _parameters(head),
+            operations + _operations(head, shape),
         )
-    return Exits(split, store.rows, exits)
 
 
 @dataclass

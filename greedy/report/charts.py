@@ -1,6 +1,6 @@
 """The charts of a report as Vega-Lite specifications. Colours and fonts are the page's."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from textwrap import fill
 from typing import Any
@@ -136,7 +136,13 @@ def curves(found: Sequence[Curve], *, by_depth: bool) -> Spec:
             "opacity": {"condition": {"param": "picked", "value": 1}, "value": 0.1},
         },
     }
-    pointer: Spec = {
+    titles = {key: f"{name}, {split}" for key, (name, split, _) in keys.items()}
+    return _chart(300, [lines, _pointer(x, titles)]) | {"data": {"values": rows}}
+
+
+def _pointer(x: Spec, titles: Mapping[str, str]) -> Spec:
+    """A line at the epoch nearest to the pointer, which shows the fields of these titles."""
+    return {
         "params": [
             {
                 "name": "near",
@@ -156,14 +162,10 @@ def curves(found: Sequence[Curve], *, by_depth: bool) -> Spec:
             "tooltip": [
                 # Vega-Lite finds the nearest epoch's fields only if they are formatted.
                 {"field": "epoch", "format": "d"},
-                *(
-                    {"field": key, "format": ".2f", "title": f"{name}, {split}"}
-                    for key, (name, split, _) in keys.items()
-                ),
+                *({"field": k, "format": ".2f", "title": title} for k, title in titles.items()),
             ],
         },
     }
-    return _chart(300, [lines, pointer]) | {"data": {"values": rows}}
 
 
 def memory(run: RunFacts) -> Spec | None:
