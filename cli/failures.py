@@ -119,8 +119,21 @@ def _sentence(error: click.ClickException) -> str:
     sentence = error.format_message()
     if isinstance(error, click.NoSuchOption):
         sentence = f"there is no option {error.option_name}"
-        if error.possibilities:
+        if field := _recipe_field(error):
+            sentence += f"; did you mean --set {field}=VALUE?"
+        elif error.possibilities:
             sentence += f"; did you mean {error.possibilities[0]}?"
     if isinstance(error, click.UsageError) and error.ctx is not None:
         return f"{sentence.rstrip('.')} (see `{error.ctx.command_path} --help`)"
     return sentence
+
+
+def _recipe_field(error: click.NoSuchOption) -> str | None:
+    """The field that an unknown option is called like, where --set could change it."""
+    from greedy.recipes.schema import SECTIONS  # noqa: PLC0415
+
+    name = error.option_name.lstrip("-").replace("-", "_")
+    has_set = error.ctx is not None and any(p.name == "settings" for p in error.ctx.command.params)
+    sections = (section for section, model in SECTIONS.items() if name in model.model_fields)
+    section = next(sections, None) if has_set else None
+    return f"{section}.{name}" if section else None

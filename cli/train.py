@@ -208,7 +208,8 @@ def _print_results(trainer: "GreedyTrainer") -> None:
     )
     result = evaluate(trainer.run, trainer.assemble(), "test", trainer.device)
     click.echo(f"test error {percent(result.error_percent)} on {result.samples:,} images")
-    if paper := trainer.recipe.paper:
+    own_data = ":" in trainer.recipe.data.name  # a folder's or a function's, unlike the paper's
+    if (paper := trainer.recipe.paper) and not own_data:
         changed = departures(trainer.recipe)
         note = f", but with other {', '.join(changed)}" if changed else ""
         click.echo(f"the paper: {percent(paper.test_error_percent)} (table {paper.table}){note}")

@@ -1,7 +1,11 @@
 """Train deep classifiers one layer at a time, from disk, on a GPU that is too small for them."""
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+if not (Path(__file__).parent / "cache").is_dir():  # in a checkout it stands beside, as `cli/` does
+    __path__.append(str(Path(__file__).parents[1]))
 
 if TYPE_CHECKING:
     from greedy import cache, curves, data, figures, losses, models, recipes, report, similarity

@@ -30,3 +30,8 @@ def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     near = difflib.get_close_matches(name, known, n=3)
     hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
     return UserError(f"unknown {what} {name!r}: {hint}choose from {', '.join(known)}")
+
+
+def no_stage(number: int, count: int) -> UserError:
+    """The error that says a network of ``count`` stages has no stage ``number``."""
+    return UserError(f"there is no stage {number}: this network has stages 1 to {count}")

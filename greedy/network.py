@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from greedy.build import build_network
-from greedy.errors import UserError
+from greedy.errors import UserError, no_stage
 from greedy.losses import LocalHeads, LocalLoss
 from greedy.manifest import ENCODER, HEADS, StageRecord
 from greedy.models import Shape, Stage, cut, shapes
@@ -76,7 +76,7 @@ def assemble(
     stages = stages_of(run.recipe, data, model)
     last = len(stages) if until_stage is None else until_stage
     if not 1 <= last <= len(stages):
-        raise UserError(f"there is no stage {last}: this network has stages 1 to {len(stages)}")
+        raise no_stage(last, len(stages))
     modules = [normalisation(run.recipe, data)]
     for stage in stages[:last]:
         load_stage(run, stage, torch.device("cpu"))

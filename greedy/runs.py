@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from greedy.cache.files import part_of, rename, sync_below, write_whole
-from greedy.errors import UserError
+from greedy.errors import UserError, no_stage
 from greedy.files import canonical, digest
 from greedy.locking import HOLDER, LOCK, RunLock
 from greedy.manifest import HISTORY, StageRecord
@@ -249,6 +249,10 @@ def run_of_stage(path: Path) -> tuple[RunDirectory, int]:
     if number is None:
         raise UserError(f"{path} is not a stage directory: give one such as cache/stage2")
     if not path.is_dir():
+        begun = (path.parent / "run.toml").is_file()
+        data = RunDirectory.open(path.parent).record(0) if begun else None
+        if data is not None and int(number[1]) > len(data.network):
+            raise no_stage(int(number[1]), len(data.network))
         raise UserError(f"{path} does not exist: train stage {number[1]} first")
     return RunDirectory.open(path.parent), int(number[1])
 

@@ -13,7 +13,7 @@ from greedy.cache import Damage
 from greedy.data import Dataset, dataset_from_torch
 from greedy.devices import pick_device, pick_precision
 from greedy.disk import Plan, Views
-from greedy.errors import UserError
+from greedy.errors import UserError, no_stage
 from greedy.losses import LocalLoss, Output, PredSim
 from greedy.manifest import StageRecord
 from greedy.memory.choice import Choice, fused_adam, memory_budget
@@ -395,4 +395,4 @@ class GreedyTrainer:
 
 def _require_stage(number: int, count: int) -> None:
     if not 1 <= number <= count:
-        raise UserError(f"there is no stage {number}: this network has stages 1 to {count}")
+        raise no_stage(number, count)

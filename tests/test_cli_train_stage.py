@@ -126,7 +126,7 @@ def test_stages_without_a_store_are_replayed(run, source):
         (4, "stage2", "there is no stage 4: this network has stages 1 to 3"),
         (0, "stage0", "there is no stage 0: this network has stages 1 to 3"),
         (2, "stage2", "stage 2 cannot train from stage 2: give an earlier one"),
-        (3, "stage7", "stage7 does not exist: train stage 7 first"),
+        (3, "stage7", "there is no stage 7: this network has stages 1 to 3"),
         (3, "run.toml", "run.toml is not a stage directory: give one such as cache/stage2"),
         (3, ".", "cache is not a stage directory"),
     ],

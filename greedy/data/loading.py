@@ -32,6 +32,8 @@ def load_dataset(
     """
     if name.startswith(FOLDER):
         return load_folder(name, Path(name.removeprefix(FOLDER)).expanduser(), image_size)
+    if name not in NAMES and Path(name).is_dir():
+        raise UserError(f"{name!r} is a folder and no name of a data set: say folder:{name}")
     if image_size is not None:
         raise UserError(f"data.image_size is for folder:PATH alone: remove it for {name}")
     if name in NAMES:
