@@ -39,7 +39,7 @@ def info(path: Path, as_json: bool) -> None:
         print_json({"stores": [{"stage": n, **asdict(each)} for n, each in found.items()]})
         return
     print_table(
-        ("stage", "views", "row", "encoding", "size", "bytes/value", "range", "zeros", "below 0"),
+        ("stage", "views", "row", "encoding", "size", "B/value", "range", "zeros", "< 0"),
         (_line(number, each) for number, each in found.items()),
         left=1,
     )
@@ -155,7 +155,7 @@ def _line(number: int, found: "StoreInfo") -> tuple[str, ...]:
         f"{found.encoding} {found.compressor}",
         size(found.disk_bytes),
         f"{found.bytes_per_value:.2f}",
-        f"{found.minimum:.3g} to {found.maximum:.3g}",
+        f"{found.minimum:.2g} to {found.maximum:.2g}",
         f"{found.zeros:.1%}",
         f"{found.negatives:.1%}",
     )

@@ -62,7 +62,7 @@ TINY = "train --recipe tiny.toml --run new"
         (f"{TINY} --data folder:absent", "absent is missing"),
         (f"{TINY} --data .", "'.' is a folder and no name of a data set: say folder:."),
         (f"{TINY} --epochs 3", "there is no option --epochs; did you mean --set training.epochs="),
-        ("export --beta 1", "there is no option --beta (see"),
+        ("export --beta 1", "there is no option --beta; did you mean --to?"),
         (f"{TINY} --data absent_module:sets", "cannot import the module"),
         (f"{TINY} --device gpu", "'gpu' is not a device: use one of auto, cpu, cuda, mps"),
         (f"{TINY} --model m:f", "leave out --model"),
