@@ -155,7 +155,7 @@ def _line(number: int, found: "StoreInfo") -> tuple[str, ...]:
         f"{found.encoding} {found.compressor}",
         size(found.disk_bytes),
         f"{found.bytes_per_value:.2f}",
-        f"{found.minimum:.1g} to {found.maximum:.2g}",
+        f"{found.minimum:.1g}..{found.maximum:.2g}",
         f"{found.zeros:.1%}",
         f"{found.negatives:.1%}",
     )
