@@ -74,10 +74,11 @@ def row(
 ) -> dict[str, Any]:
     """One stage under a target's budget."""
     row_bytes = stored_row_bytes(stage.number - 1, shape, RECIPE)
-    what = (stage, shape, loss, CLASSES, BATCH, target.precision)
-    choice = choose(*what, row_bytes, target.budget, target.optimizer_state, "cuda")
-    memory = StepMemory(Mode(choice.mode), choice.micro_batch)
     adam = fused_adam if target.optimizer_state == "device" else None
+    what = (stage, shape, loss, CLASSES, BATCH, target.precision)
+    demand = StepDemand(*what, adam, "cuda", row_bytes)
+    choice = choose(demand, target.budget)
+    memory = StepMemory(Mode(choice.mode), choice.micro_batch)
     measured = None
     if torch.cuda.is_available():
         measured = reserved(target, stage, shape, loss, memory)
@@ -86,7 +87,7 @@ def row(
         "name": name,
         "mode": choice.mode,
         "micro_batch": choice.micro_batch,
-        "counted_peak_bytes": StepDemand(*what, adam, "cuda", row_bytes).peak(memory),
+        "counted_peak_bytes": demand.peak(memory),
         "planned_peak_bytes": choice.peak_bytes,
         "measured_peak_bytes": measured,
         "target_bytes": target.budget,

@@ -15,7 +15,8 @@ import click
 import torch
 
 from greedy.losses import PredSim
-from greedy.memory.choice import Choice, choose
+from greedy.memory.choice import Choice, choose, fused_adam
+from greedy.memory.peaks import StepDemand
 from greedy.models import Stage, StageShapes, cut, shapes, vgg11b
 from greedy.source import Batch
 from greedy.training.guard import Guard
@@ -35,8 +36,8 @@ def network(multiplier: float) -> list[tuple[Stage, StageShapes]]:
 
 def chosen(stage: Stage, shape: StageShapes, budget: int) -> Choice:
     """The mode for a whole batch, on a device with memory of its own."""
-    row = math.prod(shape.input)
-    return choose(stage, shape, PredSim(), CLASSES, BATCH, "float32", row, budget, "device", "meta")
+    what = (stage, shape, PredSim(), CLASSES, BATCH, "float32", fused_adam, "meta")
+    return choose(StepDemand(*what, math.prod(shape.input)), budget)
 
 
 def learner(stage: Stage, shape: StageShapes) -> Learner:

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from published_step import Published, batch
 
+from greedy.bench import peak_flops
 from greedy.build import build_loss, build_network
 from greedy.cache import Store, StoreWriter, fit_encoding, pixels
 from greedy.data import Augmentation
@@ -192,20 +193,6 @@ def stages(
         yield Timed(name, flops, compiled, epochs, clock, source.waits)
 
 
-def peak_flops() -> float:
-    """A second, at best, in products of square bfloat16 matrices."""
-    best = 0.0
-    for side in (1024, 2048, 4096):
-        a = torch.randn(side, side).bfloat16()
-        times = []
-        for _ in range(4):
-            start = time.perf_counter()
-            a @ a
-            times.append(time.perf_counter() - start)
-        best = max(best, 2 * side**3 / statistics.median(times[1:]))
-    return best
-
-
 def measure(recipe: Recipe, precision: str, steps: int, rounds: int) -> dict[str, Any]:
     """The document that is printed."""
     size, device = recipe.training.batch_size, torch.device("cpu")
@@ -219,7 +206,7 @@ def measure(recipe: Recipe, precision: str, steps: int, rounds: int) -> dict[str
             for each in timed:
                 each.warm_up()
         for _ in range(rounds):
-            peaks.append(peak_flops())
+            peaks.append(peak_flops(device))
             theirs.append(published.step(*batch(size)))
             for each in timed:
                 each.train()

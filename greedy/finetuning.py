@@ -53,6 +53,7 @@ def begin_finetuning(source: RunDirectory, to: Path, overrides: Sequence[str] = 
 
 
 def _copy(store: Path, to: Path) -> None:
+    """File by file: ``shutil.copytree`` hides among others the error of a full disk."""
     for path in sorted(store.rglob("*")):
         place = to / path.relative_to(store)
         if path.is_file():

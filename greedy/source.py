@@ -190,6 +190,8 @@ class Source:
 def replay(stages: Sequence[Stage], x: Tensor, rows: int) -> Tensor:
     """What frozen stages make of inputs (B, *shape), so many rows at a time: stages before the
     last may make much more of a row than it does."""
+    if not stages:
+        return x
     parts = [reduce(lambda x, stage: stage(x), stages, part) for part in x.split(rows)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 

@@ -12,9 +12,10 @@ from torch.utils.data import TensorDataset
 from greedy import GreedyTrainer, Reporter, RunDirectory, UserError
 from greedy.evaluation import evaluate
 from greedy.losses import PredSim
-from greedy.memory.choice import choose
+from greedy.memory.choice import choose, fused_adam
 from greedy.memory.counting import Counter
 from greedy.memory.forward import fit_forward
+from greedy.memory.peaks import StepDemand
 from greedy.models import cut, shapes, vgg11b
 from greedy.network import assemble
 from greedy.source import replay
@@ -229,7 +230,9 @@ def test_vgg11b_3x_fits_small_gpus(number: int, precision: str, state: str, budg
         stages = cut(vgg11b(3, 32, 10, feature_multiplier=3))
     shape = shapes(stages, (3, 32, 32))[number - 1]
     stage, row = stages[number - 1], shape.input[0] * shape.input[1] * shape.input[2]
-    found = choose(stage, shape, PredSim(), 10, 128, precision, row, budget * 2**20, state, "meta")
+    adam = fused_adam if state == "device" else None
+    demand = StepDemand(stage, shape, PredSim(), 10, 128, precision, adam, "meta", row)
+    found = choose(demand, budget * 2**20)
     assert found.peak_bytes <= budget * 2**20
 
 

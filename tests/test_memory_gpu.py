@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from greedy.losses import PredSim
-from greedy.memory.choice import choose
+from greedy.memory.choice import choose, fused_adam
+from greedy.memory.peaks import StepDemand
 from greedy.models import cut, initialise, shapes, vgg8b
 from greedy.source import Batch
 from greedy.training.guard import Guard
@@ -23,9 +24,9 @@ def test_what_is_reserved_is_what_was_planned(precision: str, share: float) -> N
     with torch.device("meta"):
         stages = cut(vgg8b(3, 32, 10, dropout=0.2))
     stage, shape, loss = stages[1], shapes(stages, (3, 32, 32))[1], PredSim()
-    what = (stage, shape, loss, 10, 256, precision, 128 * 32 * 32)
-    budget = int(share * choose(*what, None, "device", "cuda").peak_bytes)
-    choice = choose(*what, budget, "device", "cuda")
+    what = (stage, shape, loss, 10, 256, precision, fused_adam, "cuda", 128 * 32 * 32)
+    budget = int(share * choose(StepDemand(*what), None).peak_bytes)
+    choice = choose(StepDemand(*what), budget)
     memory = StepMemory(Mode(choice.mode), choice.micro_batch)
 
     torch.cuda.empty_cache()

@@ -9,9 +9,8 @@ from torch import nn
 
 from greedy.devices import free_memory
 from greedy.errors import UserError
-from greedy.losses import LocalLoss
-from greedy.memory.peaks import OptimizerFactory, Replay, StepDemand
-from greedy.models import Stage, StageShapes
+from greedy.memory.peaks import StepDemand
+from greedy.models import StageShapes
 from greedy.recipes import Recipe
 from greedy.sizes import format_size, parse_size
 from greedy.training.freeze import write_batch
@@ -56,45 +55,20 @@ def fused_adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 
 
 def choose(
-    stage: Stage,
-    shapes: StageShapes,
-    loss: LocalLoss,
-    num_classes: int,
-    batch_size: int,
-    precision: str,
-    stored_row_bytes: int,
+    demand: StepDemand,
     budget: int | None,
-    optimizer_state: str,
-    device_type: str,
-    optimizer: OptimizerFactory = fused_adam,
-    replay: Replay | None = None,
     micro_batch: int | None = None,
-    beside: int = 0,
     writing: StepDemand | None = None,
 ) -> Choice:
     """The fastest mode with the largest micro-batch, or one of ``micro_batch`` rows, whose step
     fits a budget of bytes; without a budget the plain mode. On CUDA bytes are those that the
-    allocator reserves, convolutions' workspace included. ``optimizer_state`` is ``device`` or
-    ``host``; ``replay`` and ``beside`` are those of ``StepDemand``. ``writing`` is what the
-    stage's own store is written with, where that differs.
+    allocator reserves, convolutions' workspace included. ``writing`` is what the stage's own
+    store is written with, where that differs.
 
     Raises ``UserError`` where nothing fits, naming the stage and what its least consists of.
     """
-    demand = StepDemand(
-        stage,
-        shapes,
-        loss,
-        num_classes,
-        batch_size,
-        precision,
-        optimizer if optimizer_state == "device" else None,
-        device_type,
-        stored_row_bytes,
-        replay,
-        beside,
-    )
     step = _fastest(demand, budget, micro_batch)
-    rows, written = write_batch(shapes), writing or demand
+    rows, written = write_batch(demand.shapes), writing or demand
     while budget is not None and rows > 1 and written.writing_peak(rows) > budget:
         rows //= 2
     return replace(step, write_batch=rows)

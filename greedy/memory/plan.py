@@ -53,28 +53,18 @@ class MemoryPlan:
         computed at a time when its own is written from that of stage ``written_from``, by default
         the same. Raises ``UserError`` where nothing fits."""
         anew = self.recipe.store.refresh_every > 0
-        beside = sum(map(weight_bytes, self.stages[:source])) if anew else 0
-        replay = self._replay(source, number)
+        demand = self._demand(number, source)
+        writing = None
         if anew:
-            written_from = 0
-        as_trained = written_from is None or (written_from == source and not anew)
-        writing = None if as_trained else self._writing(number, written_from or 0)
-        memory = self.recipe.memory
-        writes = writing and (number, written_from)
-        alike = (self._alike(number), replay, beside, source == 0, writes)
+            demand = replace(demand, beside=sum(map(weight_bytes, self.stages[:source])))
+            writing = self._writing(number, 0)
+        elif written_from not in (None, source):
+            writing = self._writing(number, written_from)
+        writes = writing and (number, writing.replay)
+        alike = (self._alike(number), demand.replay, demand.beside, source == 0, writes)
         if alike not in self._choices:
-            self._choices[alike] = choose(
-                *self._what(number),
-                stored_row_bytes(source, self.shapes[source], self.recipe),
-                self.budget,
-                memory.optimizer_state,
-                self.device_type,
-                self.optimizer,
-                replay,
-                memory.micro_batch,
-                beside,
-                writing,
-            )
+            micro_batch = self.recipe.memory.micro_batch
+            self._choices[alike] = choose(demand, self.budget, micro_batch, writing)
         return self._choices[alike]
 
     def _replay(self, source: int, number: int) -> Replay | None:
