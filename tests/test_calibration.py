@@ -57,9 +57,9 @@ measurements = st.builds(
 modest = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """Where calibrations are kept."""
+    """Where calibrations are kept: not where the developer's own is."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     return tmp_path
 
