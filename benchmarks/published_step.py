@@ -18,7 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-VGG8B = (128, 256, "M", 256, 512, "M", 512, "M", 512, "M")
+NETWORKS = {
+    "vgg8b": (128, 256, "M", 256, 512, "M", 512, "M", 512, "M"),
+    "vgg11b": (128, 128, 128, 256, "M", 256, 512, "M", 512, 512, "M", 512, "M"),
+}
 BETA, POOL_TARGET, DROPOUT, RATE = 0.99, 2048, 0.2, 5e-4
 
 
@@ -93,13 +96,15 @@ class Output(nn.Module):
 
 
 class Published:
-    """A network that is trained as published."""
+    """A network that is trained as published, on torch's default device."""
 
-    def __init__(self, multiplier: float, side: int = 32, classes: int = 10) -> None:
+    def __init__(
+        self, multiplier: float, network: str = "vgg8b", side: int = 32, classes: int = 10
+    ) -> None:
         self.classes = classes
         self.layers: list[Layer | Output] = []
         channels = 3
-        plan = [*VGG8B, ""]
+        plan = [*NETWORKS[network], ""]
         for entry, following in pairwise(plan):
             if isinstance(entry, int):
                 outputs = int(entry * multiplier)
@@ -118,12 +123,14 @@ class Published:
             start = time.perf_counter()
             x = x if isinstance(layer, Layer) and layer.side else x.flatten(1)
             x = layer.step(x, labels, onehot)
+            if x.is_cuda:
+                torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
         return seconds
 
 
 def batch(rows: int, side: int = 32, classes: int = 10) -> tuple[Tensor, Tensor]:
-    """Images and labels of CIFAR-10's shape."""
+    """Images and labels of CIFAR-10's shape, on torch's default device."""
     return torch.randn(rows, 3, side, side), torch.randint(classes, (rows,))
 
 

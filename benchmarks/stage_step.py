@@ -1,9 +1,10 @@
 """How fast a stage trains from its store, against the machine and against the published step.
 
-Every stage of VGG8B on CIFAR-10 shapes trains for a few steps as `greedy train` does: a store on
-disk, read ahead, decoded, the same loop and step, compiled where a run over CIFAR-10 would compile
-it. In between, in the same process, the published step of all layers at once
-(`published_step.py`). Times are medians over interleaved rounds.
+Every stage of VGG8B or VGG11B on CIFAR-10 shapes trains for a few steps as `greedy train` does: a
+store on disk, read ahead, decoded, the same loop and step, compiled where a run over CIFAR-10 would
+compile it. In between, in the same process, the published step of all layers at once
+(`published_step.py`). Times are medians over interleaved rounds. A GPU is waited for after every
+step and layer, which only makes ours slower: a run does not wait.
 
 - `share_of_peak`: floating-point operations of the plain step a second, of what the best product
   of bfloat16 matrices reaches on the same threads.
@@ -24,13 +25,13 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from published_step import Published, batch
+from published_step import NETWORKS, Published, batch
 
 from greedy.bench import peak_flops
 from greedy.build import build_loss, build_network
 from greedy.cache import Store, StoreWriter, fit_encoding, pixels
 from greedy.data import Augmentation
-from greedy.devices import pick_precision
+from greedy.devices import describe, pick_device, pick_precision
 from greedy.losses import Output
 from greedy.memory.choice import Choice, fused_adam
 from greedy.memory.peaks import StepDemand
@@ -53,13 +54,16 @@ RUN_ROWS = 50_000  # of the data set whose run decides about compiling
 class Clock(Reporter):
     """The time of each step but the first, for which reading only begins."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.steps: list[float] = []
 
     def epoch_started(self, epoch: int, rows: int) -> None:
         self._last: float | None = None
 
     def batch_finished(self, rows: int) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
         now = time.perf_counter()
         if self._last is not None:
             self.steps.append(now - self._last)
@@ -157,7 +161,7 @@ def stages(
         hidden = build_loss(recipe.loss)
         loss = Output(hidden.output_scale) if is_output else hidden
         flops = StepDemand(
-            stage, shape, loss, CLASSES, size, precision, fused_adam, "cpu", 0
+            stage, shape, loss, CLASSES, size, precision, fused_adam, device.type, 0
         ).flops()
         plain = Choice(Mode.PLAIN, size, 0)
         compiled = compiles(recipe, stage.number, shape.hidden, RUN_ROWS, plain, device)
@@ -165,6 +169,7 @@ def stages(
             "precision": precision,
             "memory_mode": plain.mode,
             "micro_batch": plain.micro_batch,
+            "planned_peak_bytes": plain.peak_bytes,
             "compile": compiled,
         }
         path = directory / f"stage{stage.number - 1}"
@@ -176,7 +181,7 @@ def stages(
         source = TimedSource(stage.number - 1, path, stores, device, 0, images)
         learner = new_learner(stage, shape, loss, CLASSES, recipe, choices, device, zero=is_output)
         learner.optimizer = new_optimizer(learner.parameters(), recipe, stage.number, None)
-        clock = Clock()
+        clock = Clock(device)
         epochs = Epochs(
             Greedy(learner),
             source,
@@ -193,27 +198,33 @@ def stages(
         yield Timed(name, flops, compiled, epochs, clock, source.waits)
 
 
-def measure(recipe: Recipe, precision: str, steps: int, rounds: int) -> dict[str, Any]:
+def measure(
+    recipe: Recipe, precision: str, steps: int, rounds: int, device: torch.device
+) -> dict[str, Any]:
     """The document that is printed."""
-    size, device = recipe.training.batch_size, torch.device("cpu")
-    published = Published(recipe.model.feature_multiplier)
+    size = recipe.training.batch_size
+    with device:
+        published = Published(recipe.model.feature_multiplier, recipe.model.network)
+        given = batch(size)
     theirs: list[list[float]] = []
     peaks = []
     with tempfile.TemporaryDirectory() as directory:
         timed = list(stages(recipe, precision, steps, device, Path(directory)))
-        published.step(*batch(size))
+        published.step(*given)
         for _ in range(2):  # compiling a stage for the first time throws away those before it
             for each in timed:
                 each.warm_up()
         for _ in range(rounds):
             peaks.append(peak_flops(device))
-            theirs.append(published.step(*batch(size)))
+            theirs.append(published.step(*given))
             for each in timed:
                 each.train()
     peak = statistics.median(peaks)
     layers = [statistics.median(seconds) for seconds in zip(*theirs, strict=True)]
     joint = statistics.median(map(sum, theirs))
     return {
+        "network": recipe.model.network,
+        "device": describe(device),
         "multiplier": recipe.model.feature_multiplier,
         "precision": precision,
         "threads": torch.get_num_threads(),
@@ -237,6 +248,8 @@ def measure(recipe: Recipe, precision: str, steps: int, rounds: int) -> dict[str
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--network", type=click.Choice(list(NETWORKS)), default="vgg8b", show_default=True)
+@click.option("--device", "place", default="cpu", show_default=True, help="cpu or cuda.")
 @click.option("--multiplier", default=0.5, show_default=True, help="Of the network's channels.")
 @click.option("--precision", default="auto", show_default=True)
 @click.option("--compile", "compiling", default="auto", show_default=True)
@@ -245,6 +258,8 @@ def measure(recipe: Recipe, precision: str, steps: int, rounds: int) -> dict[str
 @click.option("--rounds", default=3, show_default=True)
 def main(
     as_json: bool,
+    network: str,
+    place: str,
     multiplier: float,
     precision: str,
     compiling: str,
@@ -254,19 +269,20 @@ def main(
 ) -> None:
     """Time the step of every stage."""
     recipe = load(
-        "cifar10/vgg8b-predsim",
+        f"cifar10/{network}-predsim",
         [
             f"model.feature_multiplier={multiplier}",
             f"training.batch_size={rows}",
             f"training.compile={compiling}",
         ],
     )
-    found = measure(recipe, pick_precision(precision, torch.device("cpu")), steps, rounds)
+    device = pick_device(place)
+    found = measure(recipe, pick_precision(precision, device), steps, rounds, device)
     if as_json:
         click.echo(json.dumps(found))
         return
     click.echo(
-        f"VGG8B({multiplier:g}x), batch {rows}, {found['precision']}, "
+        f"{network}({multiplier:g}x), batch {rows}, {found['device']}, {found['precision']}, "
         f"{found['threads']} threads: peak {found['peak_gflops']:,.0f} GFLOP/s, published step "
         f"{found['published_images_per_second']:,.1f} images/s"
     )

@@ -158,6 +158,7 @@ class Bench:
                 "precision": self.memory.precision,
                 "memory_mode": choice.mode,
                 "micro_batch": choice.micro_batch,
+                "planned_peak_bytes": choice.peak_bytes,
                 "compile": compiles(
                     self.recipe,
                     number,

@@ -17,7 +17,7 @@ from greedy.memory.choice import Choice
 from greedy.models import cut
 from greedy.recipes import load
 from greedy.source import Batch
-from greedy.training.resolve import compiles
+from greedy.training.resolve import compiles, graphs
 from greedy.training.step import Learner, gradients
 
 CLASSES = 3
@@ -136,6 +136,23 @@ def test_what_is_compiled(wanted: str, settings: dict, expected: bool) -> None:
     hidden, device = settings.get("hidden", (128, 32, 32)), settings.get("device", "cpu")
     memory = Choice(settings.get("mode", "plain"), 128, 0)
     assert compiles(recipe, 1, hidden, 50_000, memory, torch.device(device)) == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "resolved", "expected"),
+    [
+        ("cuda", {}, True),
+        ("cuda", {"planned_peak_bytes": 2**29 + 1}, False),
+        ("cuda", {"compile": False}, False),
+        ("cpu", {}, False),
+    ],
+)
+def test_graphs_are_for_compiled_steps_with_room_for_two(
+    device: str, resolved: dict, expected: bool
+) -> None:
+    recipe = load("cifar10/vgg8b-predsim", ["memory.budget=1GiB"])
+    resolved = {"compile": True, "planned_peak_bytes": 2**29} | resolved
+    assert graphs(recipe, resolved, torch.device(device)) == expected
 
 
 def test_deterministic_is_torch_s_and_for_this_run_alone(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from greedy.precision import HALVES
 from greedy.recipes import Recipe
 from greedy.training.host_adam import HostAdam
 from greedy.training.modes import Mode, StepMemory
-from greedy.training.resolve import for_stage
+from greedy.training.resolve import for_stage, graphs
 from greedy.training.scaling import LossScale
 from greedy.training.schedule import Milestones, Patience, Schedule
 from greedy.training.step import Learner
@@ -43,6 +43,7 @@ def new_learner(
         scale=LossScale().to(device) if resolved["precision"] == "float16" else None,
         channels_last=_is_channels_last(shapes, resolved, device),
         compiled_rows=recipe.training.batch_size if resolved.get("compile") else 0,
+        graphs=graphs(recipe, resolved, device),
         memory=StepMemory(Mode(resolved["memory_mode"]), resolved["micro_batch"]),
     )
 

@@ -8,7 +8,7 @@ import torch
 from greedy.cache import Store
 from greedy.devices import available_memory, pick_precision
 from greedy.disk import Views
-from greedy.memory.choice import Choice
+from greedy.memory.choice import Choice, memory_budget
 from greedy.models import Shape
 from greedy.recipes import Recipe
 from greedy.sizes import parse_size
@@ -66,6 +66,15 @@ def compiles(
     steps = for_stage(training.epochs, number) * rows // training.batch_size
     pays = len(hidden) == 3 and steps >= COMPILED_STEPS and not training.deterministic
     return training.compile == "on" or pays
+
+
+def graphs(recipe: Recipe, resolved: dict[str, Any], device: torch.device) -> bool:
+    """Whether a compiled step's kernels are launched as CUDA graphs. These keep the memory of a
+    step, also while the last batch of an epoch is computed without them."""
+    planned = resolved["planned_peak_bytes"]
+    if device.type != "cuda" or not resolved.get("compile") or planned is None:
+        return False
+    return 2 * planned <= memory_budget(recipe, device)
 
 
 def ample_memory(recipe: Recipe, resolved: dict[str, Any]) -> bool:

@@ -29,6 +29,8 @@ class Learner:
         channels_last: feature maps are laid out so in the plain mode.
         compiled_rows: of a batch whose step is compiled, in the plain mode; 0 for none. Others, the
             last of an epoch, would have to be compiled once more.
+        graphs: a compiled step's kernels are launched together, as CUDA graphs, which keep memory
+            of their own. Numbers are the same.
         compiling_failed: why it did.
         memory: how much of a batch a step keeps; becomes smaller where it does not fit.
         host: where a mode that streams keeps its input.
@@ -45,6 +47,7 @@ class Learner:
     scale: LossScale | None = None
     channels_last: bool = False
     compiled_rows: int = 0
+    graphs: bool = False
     compiling_failed: str = ""
     memory: StepMemory = field(default_factory=StepMemory)
     host: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -83,8 +86,10 @@ class Learner:
         self.heads.eval()
 
     def release(self) -> None:
-        """Lets go of what only training needs: gradients and the optimiser with its state."""
+        """Lets go of what only training needs: gradients, the optimiser with its state, and what
+        was compiled."""
         self.optimizer = None
+        self.forget_compiled()
         for parameter in self.parameters():
             parameter.grad = None
 
@@ -115,8 +120,16 @@ class Learner:
             return self.features(x)
         if self._compiled is None:
             torch.compiler.reset()  # of the stages before, whose number is limited
-            self._compiled = torch.compile(self.features, dynamic=False)
+            mode = "reduce-overhead" if self.graphs else None
+            self._compiled = torch.compile(self.features, dynamic=False, mode=mode)
+        torch.compiler.cudagraph_mark_step_begin()  # features of the step before are done with
         return self._compiled(x)
+
+    def forget_compiled(self) -> None:
+        """With the memory of its CUDA graphs."""
+        if self._compiled is not None:
+            self._compiled = None
+            torch.compiler.reset()
 
     def one_hot(self, labels: Tensor) -> Tensor:
         """Y: (B,) to (B, classes)."""
@@ -151,7 +164,7 @@ def _try(
     learner: Learner, batch: Batch, guard: Guard, position: int
 ) -> tuple[Tensor, Tensor | None] | None:
     """A step, or ``None`` where it took too much memory and a smaller mode is to be tried, or
-    could not be compiled."""
+    could not be compiled. CUDA graphs give way first."""
     assert learner.optimizer is not None
     before = [buffer.clone() for buffer in learner.stage.buffers()]
     try:
@@ -160,12 +173,15 @@ def _try(
         return loss, logits
     except Exception as error:
         smaller = learner.memory.smaller(learner.device.type)
-        if _is_out_of_memory(error) and smaller is not None and learner.parts is not None:
+        if learner.graphs:
+            learner.graphs = False
+        elif _is_out_of_memory(error) and smaller is not None and learner.parts is not None:
             learner.memory = smaller
         elif learner.compiled_rows:  # an error of the stage's own will come again
             learner.compiled_rows, learner.compiling_failed = 0, _first_line(error)
         else:
             raise
+    learner.forget_compiled()
     for parameter in learner.parameters():
         parameter.grad = None
     for buffer, value in zip(learner.stage.buffers(), before, strict=True):

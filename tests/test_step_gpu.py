@@ -1,0 +1,146 @@
+"""What the step does on a GPU alone: graphs, layout, TF32, and never waiting."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from greedy import GreedyTrainer, Reporter
+from greedy.devices import set_determinism
+from greedy.losses import PredSim
+from greedy.models import cut, shapes, vgg8b
+from greedy.source import Batch
+from greedy.training.guard import Guard
+from greedy.training.modes import Mode
+from greedy.training.step import Learner, step
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+DEVICE = torch.device("cuda")
+ROWS, CLASSES = 64, 10
+
+
+def trained(steps: int, **settings) -> tuple[Learner, dict[str, torch.Tensor]]:
+    """The second stage of a narrow VGG8B after some steps, and what it has learned."""
+    torch.manual_seed(0)
+    stages = cut(vgg8b(3, 32, CLASSES, feature_multiplier=0.25))
+    stage, shape, loss = stages[1], shapes(stages, (3, 32, 32))[1], PredSim()
+    heads = loss.heads(shape.hidden, CLASSES)
+    learner = Learner(stage.to(DEVICE), heads.to(DEVICE), loss, CLASSES, "bfloat16", **settings)
+    learner.optimizer = torch.optim.Adam(learner.parameters(), fused=True)
+    learner.train()
+    x = torch.randn(ROWS, *shape.input, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    labels = torch.arange(ROWS, device=DEVICE) % CLASSES
+    for position in range(steps):
+        loss_now, logits = step(learner, Batch(labels, x.__getitem__), Guard(), position)
+    assert logits is not None
+    parts = {"stage": stage, "heads": learner.heads}
+    state = {f"{k}.{name}": v for k, part in parts.items() for name, v in part.state_dict().items()}
+    return learner, state | {"loss": loss_now, "logits": logits}
+
+
+def test_graphs_change_no_number() -> None:
+    set_determinism(DEVICE, True)
+    _, expected = trained(8, compiled_rows=ROWS)
+    learner, found = trained(8, compiled_rows=ROWS, graphs=True)
+    assert (learner.compiled_rows, learner.graphs, learner.compiling_failed) == (ROWS, True, "")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)
+
+
+def test_graphs_leave_no_memory_behind() -> None:
+    def kept(graphs: bool) -> int:
+        learner, _ = trained(8, compiled_rows=ROWS, graphs=graphs)
+        learner.release()
+        del learner, _
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    kept(False)  # libraries take their workspaces
+    assert kept(True) <= kept(False)
+
+
+def test_graphs_give_way_where_memory_is_short() -> None:
+    """The step goes on in the plain mode, without them."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    trained(3, compiled_rows=ROWS)
+    total = torch.cuda.get_device_properties(DEVICE).total_memory
+    room = torch.cuda.max_memory_reserved() - before
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((before + 1.1 * room) / total)
+    try:
+        learner, _ = trained(8, compiled_rows=ROWS, graphs=True)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert learner.memory.mode is Mode.PLAIN
+
+
+def test_channels_last_is_the_same_but_for_rounding() -> None:
+    _, expected = trained(1)
+    _, found = trained(1, channels_last=True)
+    torch.testing.assert_close(found["loss"], expected["loss"], rtol=1e-2, atol=0)
+    torch.testing.assert_close(found["logits"], expected["logits"], rtol=0, atol=2e-2)
+
+
+def test_tf32_is_for_convolutions_that_need_not_be_deterministic() -> None:
+    random = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(s, generator=random) for s in [(8, 64, 16, 16), (64, 64, 3, 3)])
+    exact = F.conv2d(x.double(), weight.double(), padding=1).to(DEVICE)
+
+    def error() -> float:
+        found = F.conv2d(x.to(DEVICE), weight.to(DEVICE), padding=1)
+        return float((found - exact).abs().max() / exact.abs().max())
+
+    set_determinism(DEVICE, True)
+    assert error() < 1e-5
+    set_determinism(DEVICE, False)
+    assert not torch.backends.cuda.matmul.allow_tf32
+    if torch.cuda.get_device_capability() >= (8, 0):
+        assert 1e-5 < error() < 1e-2
+
+
+class NeverWaiting(Reporter):
+    """Between an epoch's first step and its last, whatever waits for the device is an error."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
+
+    def epoch_started(self, epoch: int, rows: int) -> None:
+        self.done = 0
+
+    def batch_finished(self, rows: int) -> None:
+        self.done += 1
+        inside = 1 <= self.done < self.steps
+        torch.cuda.set_sync_debug_mode("error" if inside else "default")
+
+
+@pytest.mark.parametrize("compiling", ["off", "on"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_no_step_waits_for_the_device(tmp_path: Path, precision: str, compiling: str) -> None:
+    convolution = [nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)]
+    network = nn.Sequential(*convolution, nn.Flatten(), nn.Linear(8 * 16, CLASSES))
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (256, 1, 8, 8), dtype=torch.uint8, generator=random)
+    data = TensorDataset(images, torch.arange(256) % CLASSES)
+    trainer = GreedyTrainer(
+        network,
+        run_dir=tmp_path / "run",
+        device=DEVICE.type,
+        reporter=NeverWaiting(256 // 32),
+        epochs=2,
+        batch_size=32,
+        precision=precision,
+        compile=compiling,
+    )
+    try:
+        records = trainer.fit(data, data)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert [record.resolved["compile"] for record in records] == [compiling == "on"] * 2
