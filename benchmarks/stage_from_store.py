@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from greedy.cache import Store, StoreWriter, fit_encoding
 from greedy.losses import PredSim
 from greedy.models import Shape, cut, mlp, seeded, shapes, vgg8b
+from greedy.recipes import load
 from greedy.reporting import Reporter
 from greedy.source import Batch, Source
 from greedy.training.loop import Epochs
@@ -28,7 +29,8 @@ from greedy.training.schedule import Milestones
 from greedy.training.step import Learner
 from greedy.training.strategies import Greedy
 
-BATCH = 128
+RECIPE = load("cifar10/vgg8b-predsim", ["training.epochs=1"])
+BATCH = RECIPE.training.batch_size
 CLASSES = 10
 CPU = torch.device("cpu")
 
@@ -105,9 +107,7 @@ def ratio(network: nn.Sequential, image: Shape, rows: int, pairs: int, directory
     def seconds(source: Source) -> float:
         schedule = Milestones(5e-4, 0.25, [])
         strategy = Greedy(learning)
-        epochs = Epochs(
-            strategy, source, [shape], schedule, 1, BATCH, 0, 0, Reporter(), ample_memory=True
-        )
+        epochs = Epochs(strategy, source, [shape], schedule, RECIPE, Reporter(), ample_memory=True)
         start = time.perf_counter()
         list(epochs)
         return time.perf_counter() - start

@@ -156,6 +156,7 @@ def stages(
     """Every stage of the recipe's network with its own store."""
     network = cut(build_network(recipe.model, IMAGE, CLASSES))
     size = recipe.training.batch_size
+    once = recipe.training.model_copy(update={"epochs": 1})
     for stage, shape in zip(network, shapes(network, IMAGE), strict=True):
         is_output = stage is network[-1]
         hidden = build_loss(recipe.loss)
@@ -187,10 +188,7 @@ def stages(
             source,
             [shape.input],
             Milestones(5e-4, 0.25, []),
-            1,
-            size,
-            0,
-            0,
+            recipe.model_copy(update={"training": once}),
             clock,
             ample_memory=True,
         )

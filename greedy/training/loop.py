@@ -14,11 +14,13 @@ from greedy.heap import kept_memory
 from greedy.interrupts import Postponed
 from greedy.losses import Features
 from greedy.models import Shape
+from greedy.recipes import Recipe
 from greedy.reporting import EpochReport, Reporter
 from greedy.seeds import derive
 from greedy.source import Batch, Source
 from greedy.training.checkpoint import Checkpoints, Progress, Sums
 from greedy.training.guard import Guard
+from greedy.training.resolve import for_stage
 from greedy.training.schedule import Schedule
 from greedy.training.step import Learner
 from greedy.training.strategies import Outcome, Strategy
@@ -55,21 +57,16 @@ class Totals:
 @dataclass
 class Epochs:
     """Trains stages epoch by epoch; iterate over it for the reports of each epoch, one a stage.
-    ``input_shapes`` are those of a row that each stage gets. The test split is looked at after
-    every ``test_every`` epochs and after the last, in batches of ``test_batch``. Where memory is
-    ample, what is freed on a CPU stays with the process."""
+    ``input_shapes`` are those of a row that each stage gets. Test rows are looked at in batches of
+    ``test_batch``. Where memory is ample, what is freed on a CPU stays with the process."""
 
     strategy: Strategy
     source: Source
     input_shapes: Sequence[Shape]
     schedule: Schedule
-    epochs: int
-    batch_size: int
-    classes_per_batch: int
-    seed: int
+    recipe: Recipe
     reporter: Reporter
     checkpoints: Checkpoints | None = None
-    test_every: int = 0
     test_batch: int = 256
     ample_memory: bool = False
 
@@ -94,8 +91,9 @@ class Epochs:
                 reports = self._epoch(progress, sums, stop)
                 epoch = progress.epoch + 1
                 over = self.schedule.observe(_sum(r.holdout_loss for r in reports))
-                over = over or epoch == self.epochs
-                if over or (self.test_every and epoch % self.test_every == 0):
+                over = over or epoch == for_stage(self.recipe.training.epochs, self.number)
+                every = self.recipe.training.test_every
+                if over or (every and epoch % every == 0):
                     reports = self._tested(reports)
                 progress = Progress(
                     epoch=epoch,
@@ -116,9 +114,13 @@ class Epochs:
         for optimizer in self.strategy.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate
-        limited = self.classes_per_batch if self.schedule.drops(epoch) == 0 else 0
+        size, limited = self.recipe.training.batch_size, self.recipe.data.classes_per_batch
         batches = self.source.epoch(
-            self.number, epoch, self.batch_size, classes_per_batch=limited, start_batch=first
+            self.number,
+            epoch,
+            size,
+            classes_per_batch=limited if self.schedule.drops(epoch) == 0 else 0,
+            start_batch=first,
         )
         self.reporter.epoch_started(epoch + 1, batches.rows)
         for learner in self.strategy.learners:
@@ -130,7 +132,7 @@ class Epochs:
             self.reporter.resumed(progress.rows)
         for position, batch in enumerate(batches, start=first):
             # For layers and losses that draw from torch's own generators.
-            torch.manual_seed(derive(self.seed, "step", self.number, epoch, position))
+            torch.manual_seed(derive(self.recipe.seed, "step", self.number, epoch, position))
             outcomes = self._step(batch, epoch, position, guard)
             for total, outcome in zip(totals, outcomes, strict=True):
                 total.add(*outcome, batch.labels)
@@ -170,7 +172,7 @@ class Epochs:
         learners = self.strategy.learners
         if not self.source.held_out:
             return [None] * len(learners)
-        return measure(learners, self.source.held_out_rows(self.batch_size))
+        return measure(learners, self.source.held_out_rows(self.recipe.training.batch_size))
 
     def _tested(self, reports: Sequence[EpochReport]) -> list[EpochReport]:
         found = measure(self.strategy.learners, self.source.view("test", 0, self.test_batch))
@@ -184,7 +186,7 @@ class Epochs:
         planned = [learner.memory for learner in learners]
         compiled = [learner for learner in learners if learner.compiled_rows]
         masks = [
-            learner.mask(self.seed, len(batch.labels), shape, epoch, position)
+            learner.mask(self.recipe.seed, len(batch.labels), shape, epoch, position)
             for learner, shape in zip(learners, self.input_shapes, strict=True)
         ]
         outcomes = self.strategy.step(batch, masks, guard, position)

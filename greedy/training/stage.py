@@ -134,8 +134,7 @@ class StageTraining:
         return learner
 
     def _run_epochs(self, checkpoints: Checkpoints) -> list[EpochReport]:
-        training = self.recipe.training
-        epochs = for_stage(training.epochs, self.stage.number)
+        epochs = for_stage(self.recipe.training.epochs, self.stage.number)
         name = "output" if self.is_output else self.stage.name
         self.reporter.stage_started(self.stage.number, name, epochs, self.resolved)
         reports = []
@@ -147,14 +146,10 @@ class StageTraining:
                 self.source,
                 [self.shapes.input],
                 checkpoints.schedule,
-                epochs,
-                training.batch_size,
-                self.recipe.data.classes_per_batch,
-                self.recipe.seed,
+                self.recipe,
                 self.reporter,
                 checkpoints,
-                training.test_every,
-                training.batch_size,
+                self.recipe.training.batch_size,
                 ample_memory(self.recipe, self.resolved),
             ):
                 history.write(history_line(report))
