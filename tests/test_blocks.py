@@ -1,19 +1,17 @@
 """Blocks of several layers trained as one stage."""
 
-import json
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from command_line import answer, said, small_recipe
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, Reporter, UserError, evaluate
-from greedy.cli.main import cli
 from greedy.errors import Interrupted
 from greedy.models import cut, mlp, shapes, vgg8b
 
@@ -155,32 +153,11 @@ def test_a_run_keeps_its_blocks(tmp_path: Path) -> None:
         trainer(tmp_path / "other", stage_layers=0)
 
 
-RECIPE = """
-[data]
-name = "fashion-mnist-sample"
-mean = [0.286]
-std = [0.353]
-[model]
-network = "mlp"
-hidden_layers = 3
-hidden_width = 16
-dropout = 0.1
-[loss]
-name = "predsim"
-[training]
-epochs = 1
-batch_size = 256
-learning_rate = 0.002
-precision = "float32"
-[store]
-views = 1
-"""
-
-
-def greedy(*arguments: object) -> Result:
-    result = CliRunner().invoke(cli, [str(each) for each in arguments])
-    assert result.exit_code == 0, result.output
-    return result
+RECIPE = small_recipe(
+    data={"mean": [0.286], "std": [0.353]},
+    model={"hidden_layers": 3, "dropout": 0.1},
+    store={"views": 1},
+)
 
 
 def test_the_command_line_plans_trains_and_hands_on_blocks(tmp_path: Path) -> None:
@@ -189,20 +166,20 @@ def test_the_command_line_plans_trains_and_hands_on_blocks(tmp_path: Path) -> No
     names = ["linear16+linear16", "linear16", "output"]
     given = ("--recipe", recipe, "--stage-layers", 2, "--run", run)
 
-    plan = json.loads(greedy("plan", *given, "--json").output)
+    plan = answer("plan", *given)
     assert [stage["name"] for stage in plan["stages"]] == names
     assert [stage["usual"] for stage in plan["stages"]] == [False, True, True]
-    assert "stage 1 is outside the usual pattern" in greedy("plan", *given).output
+    assert "stage 1 is outside the usual pattern" in said("plan", *given)
 
-    shown = greedy("train", *given).output
+    shown = said("train", *given)
     assert "stage 1/3 linear16+linear16: training, 1 epoch in float32" in shown
-    status = json.loads(greedy("status", "--run", run, "--json").output)
+    status = answer("status", "--run", run)
     stages = [stage for stage in status["stages"] if stage["stage"]]
     assert [(stage["name"], stage["state"]) for stage in stages] == [(n, "complete") for n in names]
-    assert "stage 1/3 linear16+linear16: complete" in greedy("train", "--run", run).output
+    assert "stage 1/3 linear16+linear16: complete" in said("train", "--run", run)
 
-    figures = json.loads(greedy("evaluate", "--run", run, "--json").output)
+    figures = answer("evaluate", "--run", run)
     assert figures["error_percent"] == pytest.approx(stages[-1]["test_error_percent"])
-    greedy("export", "--run", run, "--to", tmp_path / "early.pt2", "--until-stage", 1)
+    said("export", "--run", run, "--to", tmp_path / "early.pt2", "--until-stage", 1)
     exported = torch.export.load(tmp_path / "early.pt2").module()
     assert exported(torch.rand(2, 1, 28, 28)).shape == (2, 10)

@@ -1,6 +1,5 @@
 """`greedy bench`, and the times that `greedy plan` tells after it."""
 
-import json
 import os
 import signal
 import subprocess
@@ -12,30 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import answer, greedy, small_recipe
 
-from greedy.cli.main import cli
-
-MLP = """
-[data]
-name = "fashion-mnist-sample"
-augmentation = "jitter2+hflip"
-[model]
-network = "mlp"
-hidden_layers = 2
-hidden_width = 16
-dropout = 0.1
-[loss]
-name = "predsim"
-[training]
-epochs = 2
-batch_size = 32
-learning_rate = 0.002
-precision = "float32"
-[store]
-views = 2
-encoding = "uint4"
-"""
+MLP = small_recipe(
+    data={"augmentation": "jitter2+hflip"},
+    model={"dropout": 0.1},
+    training={"epochs": 2, "batch_size": 32},
+    store={"views": 2, "encoding": "uint4"},
+)
 OWN = """
 from torch import nn
 
@@ -60,16 +43,6 @@ STAGE_KEYS = {
 }
 
 
-def greedy(*arguments):
-    return CliRunner().invoke(cli, [str(each) for each in arguments])
-
-
-def answer(*arguments):
-    result = greedy(*arguments)
-    assert result.exit_code == 0, result.output
-    return json.loads(result.output)
-
-
 @contextmanager
 def living_in(folder):
     """Inside, what a user has is in this folder, temporary files too."""
@@ -90,8 +63,8 @@ def measured(tmp_path_factory):
     (folder / "mine.py").write_text(OWN)
     (folder / "tmp").mkdir()
     with living_in(folder):
-        before = greedy(*PLAN).output, answer(*PLAN, "--json")
-        return folder, before, answer(*BENCH, "--recipe", "mlp.toml", "--json")
+        before = greedy(*PLAN).output, answer(*PLAN)
+        return folder, before, answer(*BENCH, "--recipe", "mlp.toml")
 
 
 @pytest.fixture
@@ -131,7 +104,7 @@ def test_times_are_unknown_before(measured):
 
 
 def test_times_are_told_after(folder):
-    found = answer(*PLAN, "--json")
+    found = answer(*PLAN)
     seconds = [stage["seconds"] for stage in found["stages"]]
     assert min(seconds) > 0
     assert found["seconds"] == pytest.approx(sum(seconds))
@@ -145,7 +118,7 @@ def test_the_time_of_training_follows_the_epochs(folder):
     times = {}
     for epochs in (2, 4, 6):
         settings = ("--set", f"training.epochs={epochs}", "--set", "training.test_every=0")
-        found = answer(*PLAN, *settings, "--json")
+        found = answer(*PLAN, *settings)
         times[epochs] = [stage["seconds"] for stage in found["stages"]]
     for two, four, six in zip(*times.values(), strict=True):
         assert four - two == pytest.approx(six - four)
@@ -156,7 +129,7 @@ def test_the_measured_rates_are_those_of_the_plan(measured, folder):
     """Of the output layer, which writes no store: its steps, and the test rows that it sees."""
     stage = measured[2]["stages"][2]
     settings = ("--set", "training.test_every=0", "--set", "training.epochs=1000")
-    planned = answer(*PLAN, *settings, "--json")["stages"][2]["seconds"]
+    planned = answer(*PLAN, *settings)["stages"][2]["seconds"]
     assert planned == pytest.approx(1000 * 5000 / stage["images_per_second"], rel=0.05)
 
 
@@ -164,7 +137,7 @@ def test_what_was_not_measured_is_not_told(folder):
     result = greedy(*PLAN, "--precision", "bfloat16")
     assert result.exit_code == 0
     assert "`greedy bench` with the same recipe" in result.output.replace("\n", " ")
-    convolutional = answer("plan", *CONVOLUTIONAL, "--json")
+    convolutional = answer("plan", *CONVOLUTIONAL)
     known = [stage["seconds"] is not None for stage in convolutional["stages"]]
     assert known == [False, False, True]
     assert convolutional["seconds"] is None
@@ -179,7 +152,7 @@ def test_other_threads_or_another_device_make_times_unknown(folder):
         torch.set_num_threads(threads)
     assert result.exit_code == 0
     assert f"with {threads} threads" in result.output.replace("\n", " ")
-    assert answer(*PLAN, "--device", "cuda", "--json")["seconds"] is None
+    assert answer(*PLAN, "--device", "cuda")["seconds"] is None
 
 
 def test_a_damaged_calibration_is_told_and_left_to_bench(measured, folder, monkeypatch, tmp_path):
@@ -191,14 +164,14 @@ def test_a_damaged_calibration_is_told_and_left_to_bench(measured, folder, monke
     result = greedy(*PLAN)
     assert result.exit_code == 0
     assert "is damaged" in result.output
-    assert answer(*PLAN, "--json")["seconds"] is None
+    assert answer(*PLAN)["seconds"] is None
     assert damaged.read_bytes() == path.read_bytes()[:-10]
 
 
 def test_stages_are_measured_in_the_modes_of_a_budget(folder, monkeypatch, tmp_path):
     """And in a table, a line for each stage as it begins."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    planned = answer("plan", *CONVOLUTIONAL, "--json")
+    planned = answer("plan", *CONVOLUTIONAL)
     result = greedy(*BENCH, *CONVOLUTIONAL)
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
@@ -210,7 +183,7 @@ def test_stages_are_measured_in_the_modes_of_a_budget(folder, monkeypatch, tmp_p
     assert len(set(modes)) > 1
     table = [line.split() for line in lines if line[:1].isdigit()]
     assert [row[3] for row in table] == modes
-    assert answer("plan", *CONVOLUTIONAL, "--json")["seconds"] > 0
+    assert answer("plan", *CONVOLUTIONAL)["seconds"] > 0
     assert not any((folder / "tmp").glob("greedy-bench-*"))
 
 

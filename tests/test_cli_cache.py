@@ -1,45 +1,18 @@
 """`greedy cache info`, `verify` and `drop`."""
 
-import json
 import random
 import shutil
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from command_line import answer, greedy, small_recipe, train
 
-from greedy.cli.main import cli
-
-RECIPE = """
-[data]
-name = "fashion-mnist-sample"
-[model]
-network = "mlp"
-hidden_layers = 2
-hidden_width = 16
-[loss]
-name = "predsim"
-[training]
-epochs = 1
-batch_size = 256
-learning_rate = 0.002
-precision = "float32"
-[store]
-views = 2
-"""
-
-
-def greedy(*arguments):
-    return CliRunner().invoke(cli, [str(each) for each in arguments])
+RECIPE = small_recipe(store={"views": 2})
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "tiny.toml").write_text(RECIPE)
-    result = greedy("train", "--recipe", folder / "tiny.toml", "--run", folder / "run")
-    assert result.exit_code == 0, result.output
-    return folder / "run"
+    return train(tmp_path_factory.mktemp("finished"), RECIPE)
 
 
 @pytest.fixture
@@ -48,7 +21,7 @@ def run(finished, tmp_path):
 
 
 def test_info_of_a_run_and_of_a_stage(run):
-    document = json.loads(greedy("cache", "info", run, "--json").output)
+    document = answer("cache", "info", run)
     images, first, _ = document["stores"]
     assert (images["stage"], images["row_shape"], images["views"]) == (0, [1, 28, 28], 1)
     assert (images["minimum"], images["maximum"]) == (0, pytest.approx(1))
@@ -110,7 +83,7 @@ def test_a_dropped_store_is_done_without(run):
     assert "replays stage 2 from stage 1's store" in result.output
     assert "--stage 2 --from-cache" in result.output
     assert not (run / "stage2/activations.zarr").exists()
-    states = json.loads(greedy("status", "--run", run, "--json").output)["stages"]
+    states = answer("status", "--run", run)["stages"]
     assert [each["state"] for each in states] == ["complete"] * 3
     assert states[1]["store_bytes"] is None
     assert greedy("cache", "verify", run).exit_code == 0

@@ -9,17 +9,11 @@ from pathlib import Path
 
 import click
 import pytest
-from click.testing import CliRunner
+from command_line import greedy, said
 
 from greedy.cli.main import EPILOG, cli
 
 GREEDY = Path(sys.executable).with_name("greedy")
-
-
-def greedy(*arguments):
-    result = CliRunner().invoke(cli, arguments)
-    assert result.exit_code == 0, result.output
-    return result.output
 
 
 def commands(group=cli, path=()):
@@ -40,10 +34,10 @@ EVERY = pytest.mark.parametrize(
 
 @EVERY
 def test_every_help_has_an_example_of_the_command_itself(path, command):
-    output = greedy(*path, "--help")
+    output = said(*path, "--help")
     assert f"Example: greedy {' '.join(path)}".strip() in output
     assert max(map(len, output.splitlines())) <= 80
-    assert greedy(*path, "-h") == output
+    assert said(*path, "-h") == output
 
 
 @EVERY
@@ -61,22 +55,22 @@ def test_a_mistyped_option_gets_the_option_that_was_meant(path, command):
     long = [each for p in command.params for each in p.opts if each.startswith("--")]
     for option in (*long, "--help"):
         twice = f"{option[:4]}{option[3:]}"  # the second letter
-        result = CliRunner().invoke(cli, [*path, twice])
+        result = greedy(*path, twice)
         assert result.exit_code == 2
         assert f"there is no option {twice}; did you mean {option}?" in result.output
         assert f"(see `greedy {' '.join(path)}".rstrip() in result.output
 
 
 def test_the_device_mistyped():
-    result = CliRunner().invoke(cli, ["train", "--recipe", "demo", "--devise", "cpu"])
+    result = greedy("train", "--recipe", "demo", "--devise", "cpu")
     assert result.exit_code == 2
     expected = "there is no option --devise; did you mean --device? (see `greedy train --help`)"
     assert result.output == f"Error: {expected}\n"
 
 
 def test_a_group_alone_shows_its_help():
-    assert greedy() == greedy("--help")
-    assert greedy("recipes") == greedy("recipes", "--help")
+    assert said() == said("--help")
+    assert said("recipes") == said("recipes", "--help")
 
 
 def sourced(shell):
@@ -86,7 +80,7 @@ def sourced(shell):
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_help_says_how_the_shell_completes(shell):
-    assert f"_GREEDY_COMPLETE={shell}_source greedy" in greedy("--help")
+    assert f"_GREEDY_COMPLETE={shell}_source greedy" in said("--help")
     script = sourced(shell)
     assert "_greedy_completion" in script.stdout and script.stderr == ""
     checked = shutil.which(shell)

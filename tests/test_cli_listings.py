@@ -1,25 +1,17 @@
 """`greedy recipes` and `greedy data`."""
 
-import json
 import subprocess
 import sys
 import tomllib
 
 import pytest
-from click.testing import CliRunner
+from command_line import answer, said
 
-from greedy.cli.main import cli
 from greedy.recipes import load, names
 
 
-def greedy(*arguments):
-    result = CliRunner().invoke(cli, arguments)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
 def test_version():
-    output = greedy("--version")
+    output = said("--version")
     assert output.startswith("greedy") and output.strip()[-1].isdigit()
 
 
@@ -38,7 +30,7 @@ def test_answers_without_loading_torch(line):
 
 
 def test_recipes_list_as_json():
-    rows = json.loads(greedy("recipes", "list", "--json"))
+    rows = answer("recipes", "list")
     fields = {"name", "table", "dataset", "network", "loss", "paper_test_error_percent"}
     assert all(row.keys() == fields for row in rows)
     assert [row["name"] for row in rows] == names()
@@ -50,43 +42,41 @@ def test_recipes_list_as_json():
         "loss": "predsim",
         "paper_test_error_percent": 3.6,
     } in rows
-    assert json.loads(greedy("recipes", "list", "--table", "4", "--json")) == [
-        row for row in rows if row["table"] == 4
-    ]
+    assert answer("recipes", "list", "--table", "4") == [row for row in rows if row["table"] == 4]
 
 
 def test_recipes_list_as_a_table():
-    lines = greedy("recipes", "list").splitlines()
+    lines = said("recipes", "list").splitlines()
     assert max(map(len, lines)) <= 80
     (line,) = (each for each in lines if each.startswith("cifar10/vgg11b-3x-predsim-cutout "))
     assert line.split()[1:] == ["predsim", "4", "3.60", "%"]
 
 
 def test_recipes_show_gives_the_recipe_in_full():
-    shown = tomllib.loads(greedy("recipes", "show", "fashion-mnist/mlp-predsim"))
+    shown = tomllib.loads(said("recipes", "show", "fashion-mnist/mlp-predsim"))
     recipe = load("fashion-mnist/mlp-predsim")
     assert shown == recipe.model_dump(exclude_none=True)
     assert shown["loss"]["beta"] == 0.99
-    assert json.loads(greedy("recipes", "show", "fashion-mnist/mlp-predsim", "--json")) == shown
+    assert answer("recipes", "show", "fashion-mnist/mlp-predsim") == shown
 
 
 def test_data_list(tmp_path):
-    rows = json.loads(greedy("data", "list", "--json", "--data-dir", str(tmp_path)))
+    rows = answer("data", "list", "--data-dir", str(tmp_path))
     here = {row["name"]: row["available"] for row in rows}
     assert here["fashion-mnist-sample"] and not here["cifar10"]
     (cifar,) = (row for row in rows if row["name"] == "cifar10")
     assert (cifar["shape"], cifar["classes"], cifar["train"]) == ([3, 32, 32], 10, 50_000)
-    lines = greedy("data", "list", "--data-dir", str(tmp_path)).splitlines()
+    lines = said("data", "list", "--data-dir", str(tmp_path)).splitlines()
     assert "cifar10               no    3x32x32       10   50,000  10,000" in lines
     assert max(map(len, lines)) <= 80
 
 
 def test_data_prepare():
-    output = greedy("data", "prepare", "fashion-mnist-sample")
+    output = said("data", "prepare", "fashion-mnist-sample")
     assert output == (
         "fashion-mnist-sample is ready: 5,000 training and 1,000 test images of 1x28x28\n"
     )
-    assert json.loads(greedy("data", "prepare", "fashion-mnist-sample", "--json")) == {
+    assert answer("data", "prepare", "fashion-mnist-sample") == {
         "name": "fashion-mnist-sample",
         "shape": [1, 28, 28],
         "train": 5000,

@@ -4,29 +4,10 @@ import subprocess
 import sys
 
 import pytest
-from click.testing import CliRunner
+from command_line import greedy, small_recipe
 from PIL import Image
 
-from greedy.cli.main import cli
-
-RECIPE = """
-[data]
-name = "fashion-mnist-sample"
-[model]
-network = "mlp"
-hidden_width = 8
-[loss]
-name = "pred"
-[training]
-epochs = 1
-batch_size = 512
-learning_rate = 0.001
-precision = "float32"
-"""
-
-
-def greedy(*arguments):
-    return CliRunner().invoke(cli, [str(each) for each in arguments])
+RECIPE = small_recipe(model={"hidden_layers": 1})
 
 
 @pytest.fixture

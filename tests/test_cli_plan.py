@@ -1,32 +1,12 @@
 """`greedy plan`: what a run will take, told before anything runs."""
 
-import json
-
 import pytest
-from click.testing import CliRunner
+from command_line import answer, greedy, small_recipe
 from PIL import Image
 
-from greedy.cli.main import cli
-
-MLP = """
-[data]
-name = "fashion-mnist-sample"
-[model]
-network = "mlp"
-hidden_layers = 2
-hidden_width = 16
-[loss]
-name = "predsim"
-[training]
-epochs = 2
-batch_size = 256
-learning_rate = 0.002
-precision = "float32"
-[store]
-views = 2
-encoding = "float16"
-compressor = "none"
-"""
+MLP = small_recipe(
+    training={"epochs": 2}, store={"views": 2, "encoding": "float16", "compressor": "none"}
+)
 OWN = """
 import numpy as np
 from torch import nn
@@ -70,14 +50,8 @@ CONVOLUTIONAL = ("--recipe", "python.toml", "--data", "cifar10", "--model", "own
 MIB = 2**20
 
 
-def greedy(*arguments):
-    return CliRunner().invoke(cli, [str(each) for each in arguments])
-
-
-def answer(*arguments):
-    result = greedy("plan", *arguments, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.output)
+def planned(*arguments):
+    return answer("plan", *arguments)
 
 
 @pytest.fixture
@@ -98,7 +72,7 @@ def contents(folder):
 def test_a_plan_needs_neither_data_nor_device_and_writes_nothing(folder):
     before = contents(folder)
     settings = ("--data", "cifar100", "--device", "cuda", "--memory-budget", "1GiB")
-    found = answer("--recipe", "mlp.toml", *settings)
+    found = planned("--recipe", "mlp.toml", *settings)
     assert contents(folder) == before
     assert [stage["stage"] for stage in found["stages"]] == [1, 2, 3]
     assert found["stages"][2]["parameters"] == 17 * 100
@@ -112,10 +86,10 @@ def test_a_plan_needs_neither_data_nor_device_and_writes_nothing(folder):
 
 def test_every_stage_keeps_within_the_budget_in_the_fastest_mode_that_does(folder):
     plan = (*CONVOLUTIONAL, "--device", "cpu")
-    ample = answer(*plan, "--memory-budget", "1GiB")
+    ample = planned(*plan, "--memory-budget", "1GiB")
     assert {stage["mode"] for stage in ample["stages"]} == {"plain"}
     assert {stage["micro_batch"] for stage in ample["stages"]} == {256}
-    tight = answer(*plan, "--memory-budget", "40MiB")
+    tight = planned(*plan, "--memory-budget", "40MiB")
     for stage, plain in zip(tight["stages"], ample["stages"], strict=True):
         assert stage["peak_memory_bytes"] <= 40 * MIB
         fits = plain["peak_memory_bytes"] <= 40 * MIB
@@ -139,7 +113,7 @@ def test_the_figures_of_a_small_network(folder):
     """Known without a computer: an output layer's forward pass and weight gradient are two
     products of 16 x 10 a row; a float16 value takes two bytes."""
     plan = ("--recipe", "mlp.toml", "--device", "cpu", "--set", "training.batch_size=32")
-    hidden, _, output = answer(*plan)["stages"]
+    hidden, _, output = planned(*plan)["stages"]
     assert output["parameters"] == 16 * 10 + 10
     assert output["flops"] == 2 * 2 * 16 * 10 * 5000 * 2
     assert output["store_bytes"] == 0
@@ -153,16 +127,16 @@ def test_the_figures_of_a_small_network(folder):
 
 def test_settings_are_those_of_train(folder):
     plan = ("--recipe", "mlp.toml", "--device", "cpu")
-    usual = answer(*plan)
-    longer = answer(*plan, "--set", "training.epochs=6", "--views", "4")
+    usual = planned(*plan)
+    longer = planned(*plan, "--set", "training.epochs=6", "--views", "4")
     for stage, before in zip(longer["stages"], usual["stages"], strict=True):
         assert stage["flops"] == 3 * before["flops"]
         assert stage["store_bytes"] >= before["store_bytes"]
-    live = answer(*plan, "--views", "live")
+    live = planned(*plan, "--views", "live")
     assert {stage["store_bytes"] for stage in live["stages"]} == {0}
     assert live["stages"][2]["replay_flops"] == 2 * (784 * 16 + 16 * 16) * 5000 * 2
     assert usual["replay_flops"] == 0
-    held_out = answer(*plan, "--patience", "1")["stages"][2]
+    held_out = planned(*plan, "--patience", "1")["stages"][2]
     assert held_out["flops"] == 0.9 * usual["stages"][2]["flops"]
     result = greedy("plan", *plan, "--encoding", "unit8")
     assert result.exit_code == 2
@@ -171,7 +145,7 @@ def test_settings_are_those_of_train(folder):
 
 def test_moments_in_host_memory_leave_the_device(folder):
     plan = ("--recipe", "mlp.toml", "--device", "cuda", "--memory-budget", "1GiB")
-    here, there = answer(*plan), answer(*plan, "--optimizer-state", "host")
+    here, there = planned(*plan), planned(*plan, "--optimizer-state", "host")
     for a, b in zip(here["stages"], there["stages"], strict=True):
         assert a["peak_memory_bytes"] > b["peak_memory_bytes"]
 
@@ -188,9 +162,9 @@ def test_a_run_is_planned_from_what_it_has(folder):
     assert len(disk_plan(before)) == 2
     standing = contents(folder)
     assert "nothing more is written" in greedy("plan", "--run", "run", *settings).output
-    found = answer("--run", "run", *settings)
+    found = planned("--run", "run", *settings)
     assert contents(folder) == standing
-    figures = [stage["peak_memory_bytes"] for stage in answer(*wide, *settings)["stages"]]
+    figures = [stage["peak_memory_bytes"] for stage in planned(*wide, *settings)["stages"]]
     assert [stage["peak_memory_bytes"] for stage in found["stages"]] == figures
     result = greedy("plan", "--recipe", "mlp.toml", "--run", "run", "--seed", "5")
     assert result.exit_code == 2
@@ -212,7 +186,7 @@ def test_an_image_folder_is_listed_and_one_header_read(folder):
                 Image.new("RGB", (20, 20)).save(place / f"{number}.png")
     broken = folder / "images" / "train" / "dogs" / "2.png"
     broken.write_bytes(b"no image")
-    found = answer("--recipe", "mlp.toml", "--data", "folder:images", "--device", "cpu")
+    found = planned("--recipe", "mlp.toml", "--data", "folder:images", "--device", "cpu")
     output = found["stages"][-1]
     assert output["parameters"] == 16 * 2 + 2
     assert output["flops"] == 2 * 2 * 16 * 2 * 6 * 2
@@ -250,7 +224,7 @@ def test_the_table_fits_a_terminal(folder):
 
 
 def test_without_a_local_loss_there_is_no_joint_training_to_compare_with(folder):
-    found = answer("--recipe", "mnist/mlp-glob")
+    found = planned("--recipe", "mnist/mlp-glob")
     assert found["baselines"].keys() == BASELINES - {"joint"}
     result = greedy("plan", "--recipe", "mnist/mlp-glob")
     assert result.exit_code == 0 and "local training" not in result.output

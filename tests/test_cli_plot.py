@@ -6,33 +6,18 @@ import sys
 from xml.etree import ElementTree
 
 import pytest
-from click.testing import CliRunner
+from command_line import BUILT_IN_PYTHON, greedy, said, small_recipe, train
 from PIL import Image
 
-from greedy.cli.main import cli
 from greedy.curves import Curve
 from greedy.figures import curves_figure, render
 
-RECIPE = """
-[data]
-name = "fashion-mnist-sample"
-[model]
-network = "mlp"
-hidden_layers = 1
-hidden_width = 16
-[loss]
-name = "predsim"
-[training]
-epochs = 2
-batch_size = 256
-learning_rate = 0.002
-precision = "float32"
-[store]
-views = 1
-[paper]
-table = 1
-test_error_percent = 8.5
-"""
+RECIPE = small_recipe(
+    model={"hidden_layers": 1},
+    training={"epochs": 2},
+    store={"views": 1},
+    paper={"table": 1, "test_error_percent": 8.5},
+)
 MODEL = """
 from torch import nn
 def network():
@@ -40,35 +25,13 @@ def network():
 """
 
 
-def greedy(*arguments):
-    return CliRunner().invoke(cli, [str(each) for each in arguments])
-
-
-def plot(*arguments):
-    result = greedy("plot", *arguments)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """A run for each of two losses; the output layer's test error after its second epoch."""
     folder = tmp_path_factory.mktemp("runs")
-    (folder / "tiny.toml").write_text(RECIPE)
     for loss in ("pred", "predsim"):
-        run = folder / loss
-        result = greedy(
-            "train",
-            "--recipe",
-            folder / "tiny.toml",
-            "--run",
-            run,
-            "--set",
-            f"loss.name={loss}",
-            "--set",
-            "training.test_every=2",
-        )
-        assert result.exit_code == 0, result.output
+        of_loss = ("--set", f"loss.name={loss}", "--set", "training.test_every=2")
+        train(folder, RECIPE, *of_loss, run=loss)
     return folder
 
 
@@ -89,7 +52,7 @@ def texts(svg):
 
 def test_several_runs_are_compared_in_one_picture(runs, tmp_path):
     picture = tmp_path / "curves.svg"
-    assert f"wrote {picture} (" in plot(runs / "pred", runs / "predsim", "--to", picture)
+    assert f"wrote {picture} (" in said("plot", runs / "pred", runs / "predsim", "--to", picture)
     svg = picture.read_text()
     lines = drawn(svg, "curve")
     assert lines.keys() == {
@@ -102,7 +65,7 @@ def test_several_runs_are_compared_in_one_picture(runs, tmp_path):
 
 
 def test_one_run_is_shown_by_its_stages(runs, tmp_path):
-    plot(runs / "pred", "--to", tmp_path / "stages.svg")
+    said("plot", runs / "pred", "--to", tmp_path / "stages.svg")
     svg = (tmp_path / "stages.svg").read_text()
     assert drawn(svg, "curve").keys() == {
         "curve1-training",
@@ -119,7 +82,7 @@ def test_one_run_is_shown_by_its_stages(runs, tmp_path):
 def test_the_same_runs_give_the_same_bytes(runs, tmp_path, suffix, options):
     first, second = tmp_path / f"first.{suffix}", tmp_path / f"second.{suffix}"
     for each in (first, second):
-        plot(runs / "predsim", "--to", each, *options)
+        said("plot", runs / "predsim", "--to", each, *options)
     assert first.read_bytes() == second.read_bytes()
     assert b"date>" not in first.read_bytes() and b"CreationDate" not in first.read_bytes()
     assert sorted(tmp_path.iterdir()) == [first, second]
@@ -128,7 +91,7 @@ def test_the_same_runs_give_the_same_bytes(runs, tmp_path, suffix, options):
 def test_similarity_matrices_stand_beside_their_target(runs, tmp_path):
     for loss, features in (("pred", "activation"), ("predsim", "similarity head")):
         picture = tmp_path / f"{loss}.svg"
-        plot(runs / loss, "--similarity", "--to", picture)
+        said("plot", runs / loss, "--similarity", "--to", picture)
         svg = picture.read_text()
         matrices = [f"similarity-{key}" for key in ("0", "1", "2", "target")]
         assert re.findall('<image [^>]*id="(similarity-[^"]*)"', svg) == matrices
@@ -143,25 +106,22 @@ def test_similarity_matrices_stand_beside_their_target(runs, tmp_path):
 
 
 def test_pictures_can_be_opened(runs, tmp_path):
-    plot(runs / "pred", "--to", tmp_path / "curves.png")
+    said("plot", runs / "pred", "--to", tmp_path / "curves.png")
     with Image.open(tmp_path / "curves.png") as picture:
         assert min(picture.size) > 400
-    plot(runs / "pred", "--to", tmp_path / "curves.pdf")
+    said("plot", runs / "pred", "--to", tmp_path / "curves.pdf")
     assert (tmp_path / "curves.pdf").read_bytes().startswith(b"%PDF-")
 
 
 def test_a_network_built_in_python_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plotted_network.py").write_text(MODEL)
-    recipe = RECIPE.replace('"mlp"', '"python"').replace("hidden_layers = 1\nhidden_width = 16", "")
-    (tmp_path / "own.toml").write_text(recipe)
     named = ("--model", "plotted_network:network")
-    trained = greedy("train", "--recipe", "own.toml", "--run", "run", *named)
-    assert trained.exit_code == 0, trained.output
-    plot("run", "--to", "curves.svg")
+    train(tmp_path, small_recipe(model=BUILT_IN_PYTHON), *named)
+    said("plot", "run", "--to", "curves.svg")
     refused = greedy("plot", "run", "--similarity", "--to", "matrices.svg")
     assert refused.exit_code == 2 and "--model module:function" in refused.output
-    plot("run", "--similarity", "--to", "matrices.svg", *named)
+    said("plot", "run", "--similarity", "--to", "matrices.svg", *named)
     assert "stage 1, linear16" in texts((tmp_path / "matrices.svg").read_text())
 
 
@@ -172,7 +132,7 @@ def test_a_picture_is_overwritten_only_when_forced(runs, tmp_path):
     assert refused.exit_code == 2
     assert "choose another --to, or add --force" in refused.output
     assert mine.read_text() == "mine"
-    plot(runs / "pred", "--to", mine, "--force")
+    said("plot", runs / "pred", "--to", mine, "--force")
     assert drawn(mine.read_text(), "curve")
 
 

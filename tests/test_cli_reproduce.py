@@ -8,9 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from command_line import answer, greedy, written
 
-from greedy.cli.main import cli
 from greedy.recipes import of_table
 from greedy.reproduction import rows
 
@@ -32,22 +31,6 @@ precision = "float32"
 [store]
 views = 1
 """
-
-
-def greedy(*arguments):
-    return CliRunner().invoke(cli, [str(each) for each in arguments])
-
-
-def written(directory):
-    """All files below a directory with their bytes and the times at which they were written."""
-    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
-
-
-def document(*arguments):
-    result = greedy(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.stdout)
 
 
 def table(output):
@@ -93,10 +76,10 @@ def test_our_figures_stand_beside_the_papers(done, finished):
         "training.batch_size, training.milestones, training.precision",
         "the paper trained local losses jointly, as --strategy joint does",
     ]
-    for row in document(*COMMAND)["rows"]:
+    for row in answer(*COMMAND)["rows"]:
         errors = []
         for run in row["runs"]:
-            evaluated = json.loads(greedy("evaluate", "--run", run["run"], "--json").output)
+            evaluated = answer("evaluate", "--run", run["run"])
             assert run["test_error_percent"] == evaluated["error_percent"]
             errors.append(run["test_error_percent"])
         mean, span = sum(errors) / 2, max(errors) - min(errors)
@@ -107,7 +90,7 @@ def test_our_figures_stand_beside_the_papers(done, finished):
 
 
 def test_the_document_says_what_was_run(done):
-    first, second = document(*COMMAND)["rows"]
+    first, second = answer(*COMMAND)["rows"]
     assert (first["name"], second["name"]) == (*ROWS,)
     about = {key: first[key] for key in ("table", "dataset", "network", "loss", "strategy")}
     assert about == {
@@ -124,14 +107,14 @@ def test_the_document_says_what_was_run(done):
 
 
 def test_a_finished_run_keeps_weights_and_records_but_no_stores(done):
-    runs = [Path(run["run"]) for row in document(*COMMAND)["rows"] for run in row["runs"]]
+    runs = [Path(run["run"]) for row in answer(*COMMAND)["rows"] for run in row["runs"]]
     assert len(set(runs)) == 4
     for run in runs:
         stages = sorted(path.name for path in run.glob("stage*"))
         assert stages == [f"stage{number}" for number in range(5)]
         assert [path.parent.name for path in run.glob("*/activations.zarr")] == ["stage0"]
         assert len(list(run.glob("stage*/encoder.safetensors"))) == 4
-        assert json.loads(greedy("status", "--run", run, "--json").output)["stages"]
+        assert answer("status", "--run", run)["stages"]
 
 
 def test_given_again_it_trains_nothing(done, finished):
@@ -146,7 +129,7 @@ def test_given_again_it_trains_nothing(done, finished):
 def test_what_decides_a_result_has_its_own_run(done):
     before = written(done / "runs")
     command = ["reproduce", ROWS[0], *SMALL, "--epochs-scale", "0.005", "--seeds", "1"]
-    (row,) = document(*command)["rows"]
+    (row,) = answer(*command)["rows"]
     assert not any(Path(row["runs"][0]["run"]) in path.parents for path in before)
     after = written(done / "runs")
     assert {path: after[path] for path in before} == before
@@ -255,10 +238,10 @@ def test_killed_and_given_again_it_goes_on(folder):
     (run,) = Path("runs/reproduce/own").iterdir()
     assert (run / "stage2/training/checkpoint/progress.json").is_file()
     before = written(run / "stage1")
-    (row,) = document("reproduce", *many)["rows"]
+    (row,) = answer("reproduce", *many)["rows"]
     weights = run / "stage1/encoder.safetensors"
     assert written(run / "stage1")[weights] == before[weights]
-    (whole,) = document("reproduce", *many, "--to", "whole")["rows"]
+    (whole,) = answer("reproduce", *many, "--to", "whole")["rows"]
     assert row["test_error_percent"] == whole["test_error_percent"]
 
 
@@ -282,7 +265,7 @@ def test_ctrl_c_prints_what_there_is_and_what_is_not_finished(folder):
 
 
 def test_stores_that_a_kill_left_behind_go(done):
-    (row, _) = document(*COMMAND)["rows"]
+    (row, _) = answer(*COMMAND)["rows"]
     run = Path(row["runs"][0]["run"])
     shutil.copytree(run / "stage0/activations.zarr", run / "stage1/activations.zarr")
     assert greedy(*COMMAND).exit_code == 0
@@ -290,12 +273,12 @@ def test_stores_that_a_kill_left_behind_go(done):
 
 
 def test_a_damaged_figure_is_named(done):
-    (row, _) = document(*COMMAND)["rows"]
+    (row, _) = answer(*COMMAND)["rows"]
     kept = Path(row["runs"][0]["run"] + ".json")
     kept.write_text(kept.read_text().replace('"error_percent": ', '"error_percent": 1'))
     result = greedy(*COMMAND)
     assert result.exit_code == 2
     assert f"{kept} is damaged (its digest does not match): delete it" in result.output
     kept.unlink()
-    (again, _) = document(*COMMAND)["rows"]
+    (again, _) = answer(*COMMAND)["rows"]
     assert again == row

@@ -6,50 +6,14 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from click.testing import CliRunner
+from command_line import answer, greedy, small_recipe, train
 
-from greedy.cli.main import cli
-
-RECIPE = """
-[data]
-name = "fashion-mnist-sample"
-[model]
-network = "mlp"
-hidden_layers = 1
-hidden_width = 16
-[loss]
-name = "predsim"
-[training]
-epochs = 1
-batch_size = 256
-learning_rate = 0.002
-precision = "float32"
-[store]
-views = 2
-encoding = "float16"
-"""
-
-
-def greedy(*arguments):
-    return CliRunner().invoke(cli, [str(each) for each in arguments])
-
-
-def answer(*arguments):
-    result = greedy(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.output)
-
-
-def trained(folder, *settings):
-    (folder / "tiny.toml").write_text(RECIPE)
-    result = greedy("train", "--recipe", folder / "tiny.toml", "--run", folder / "run", *settings)
-    assert result.exit_code == 0, result.output
-    return folder / "run"
+RECIPE = small_recipe(model={"hidden_layers": 1}, store={"views": 2, "encoding": "float16"})
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("finished"))
+    return train(tmp_path_factory.mktemp("finished"), RECIPE)
 
 
 @pytest.fixture
@@ -109,7 +73,7 @@ def test_status_of_a_run_without_its_data(run):
 
 def test_a_stage_of_other_settings_and_what_follows_are_stale_and_refused(run, tmp_path):
     (tmp_path / "other").mkdir()
-    other = trained(tmp_path / "other", "--set", "training.learning_rate=0.01")
+    other = train(tmp_path / "other", RECIPE, "--set", "training.learning_rate=0.01")
     shutil.rmtree(run / "stage1")
     shutil.copytree(other / "stage1", run / "stage1")
     assert states(run) == ["stale", "stale"]

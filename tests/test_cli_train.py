@@ -8,50 +8,24 @@ import tomllib
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from command_line import greedy, said, small_recipe, written
 from PIL import Image
 
-from greedy.cli.main import cli
 from greedy.recipes import departures, load
 
-RECIPE = """
-[data]
-name = "fashion-mnist-sample"
-mean = [0.286]
-std = [0.353]
-[model]
-network = "mlp"
-hidden_layers = 1
-hidden_width = 16
-[loss]
-name = "predsim"
-[training]
-epochs = 2
-batch_size = 256
-learning_rate = 0.002
-precision = "float32"
-[store]
-views = 1
-"""
-
-
-def greedy(*arguments):
-    return CliRunner().invoke(cli, [str(each) for each in arguments])
-
-
-def written(directory):
-    """All files below a directory with their bytes and the times at which they were written."""
-    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
-    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+RECIPE = small_recipe(
+    data={"mean": [0.286], "std": [0.353]},
+    model={"hidden_layers": 1},
+    training={"epochs": 2},
+    store={"views": 1},
+)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     (folder / "tiny.toml").write_text(RECIPE)
-    result = greedy("train", "--recipe", folder / "tiny.toml", "--run", folder / "run")
-    assert result.exit_code == 0, result.output
-    return folder, result.output
+    return folder, said("train", "--recipe", folder / "tiny.toml", "--run", folder / "run")
 
 
 @pytest.fixture

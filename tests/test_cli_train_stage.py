@@ -3,50 +3,19 @@
 import shutil
 
 import pytest
-from click.testing import CliRunner
+from command_line import greedy, small_recipe, train
 
-from greedy.cli.main import cli
-
-RECIPE = """
-[data]
-name = "fashion-mnist-sample"
-augmentation = "jitter2"
-[model]
-network = "mlp"
-hidden_layers = 2
-hidden_width = 16
-dropout = 0.1
-[loss]
-name = "predsim"
-[training]
-epochs = 1
-batch_size = 256
-learning_rate = 0.002
-precision = "float32"
-[store]
-views = 2
-"""
-
-
-def greedy(*arguments):
-    return CliRunner().invoke(cli, [str(each) for each in arguments])
-
-
-def trained(folder, *settings):
-    (folder / "tiny.toml").write_text(RECIPE)
-    result = greedy("train", "--recipe", folder / "tiny.toml", "--run", folder / "cache", *settings)
-    assert result.exit_code == 0, result.output
-    return folder / "cache"
+RECIPE = small_recipe(data={"augmentation": "jitter2"}, model={"dropout": 0.1}, store={"views": 2})
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("finished"))
+    return train(tmp_path_factory.mktemp("finished"), RECIPE, run="cache")
 
 
 @pytest.fixture(scope="module")
 def of_other_seed(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("other"), "--seed", "1")
+    return train(tmp_path_factory.mktemp("other"), RECIPE, "--seed", "1", run="cache")
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """A run under a disk budget."""
 
 import itertools
-import json
 import re
 import shutil
 from pathlib import Path
@@ -9,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import answer, greedy, said, small_recipe
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, Reporter, UserError
 from greedy.cache import Store
-from greedy.cli.main import cli
 from greedy.disk import COMPRESSED, Plan
 from greedy.planning import disk_budget
 from greedy.runs import RunDirectory
@@ -230,8 +228,7 @@ def test_what_is_no_budget_is_refused(tmp_path: Path, change: dict) -> None:
 
 def test_status_counts_what_was_written_since_the_run_began(run: Path, tmp_path: Path) -> None:
     def use() -> tuple[int, int]:
-        result = CliRunner().invoke(cli, ["status", "--run", str(run), "--json"])
-        document = json.loads(result.output)
+        document = answer("status", "--run", run)
         return document["bytes_on_disk"], document["bytes_written"]
 
     on_disk, written = use()
@@ -249,42 +246,29 @@ def test_status_counts_what_was_written_since_the_run_began(run: Path, tmp_path:
     assert use() == (on_disk - records[4].bytes, written + more)
     mine.train_stage(5, again=True, to=tmp_path / "elsewhere")
     assert use()[1] == written + more
-    table = CliRunner().invoke(cli, ["status", "--run", str(run)]).output
+    table = said("status", "--run", run)
     assert re.fullmatch(
         r"stores, with the images: .* KiB on disk, .* MiB written since the run began",
         table.splitlines()[-1],
     )
 
 
-RECIPE = """
-[data]
-name = "fashion-mnist-sample"
-[model]
-network = "mlp"
-hidden_layers = 2
-hidden_width = 64
-[loss]
-name = "predsim"
-[training]
-epochs = 1
-batch_size = 512
-learning_rate = 0.002
-"""
+RECIPE = small_recipe(model={"hidden_width": 64}, training={"batch_size": 512, "precision": None})
 
 
 def test_the_command_line_says_what_becomes_of_the_stores(tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text(RECIPE)
     command = ["train", "--recipe", str(tmp_path / "tiny.toml"), "--run", str(tmp_path / "run")]
     tight = ["--disk-budget", "5MiB"]
-    refused = CliRunner().invoke(cli, [*command, *tight, "--keep", "all"])
+    refused = greedy(*command, *tight, "--keep", "all")
     assert refused.exit_code == 2
     assert "raise store.disk_budget" in refused.output
-    result = CliRunner().invoke(cli, [*command, *tight])
+    result = greedy(*command, *tight)
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("disk: "))
     assert re.fullmatch(r"disk: all stores with 4 views would take \d\.\d MiB, so:", lines[start])
     assert re.fullmatch(r"stage 1: \d views?, .* KiB, (kept|deleted.*)", lines[start + 1])
     assert lines[start + 4].startswith("stage 1/3 linear64: training")
-    roomy = CliRunner().invoke(cli, [*command, "--disk-budget", "1GB", "--retrain", "3"])
+    roomy = greedy(*command, "--disk-budget", "1GB", "--retrain", "3")
     assert re.search(r"\ndisk: the stores take up to .* of a budget of 953.7 MiB\n", roomy.output)

@@ -8,32 +8,12 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import answer, said, small_recipe
 
 from greedy import doctor
-from greedy.cli.main import cli
 from greedy.doctor import examine
 
-RECIPE = """
-[data]
-name = "fashion-mnist-sample"
-[model]
-network = "mlp"
-hidden_layers = 1
-hidden_width = 8
-[loss]
-name = "pred"
-[training]
-epochs = 1
-batch_size = 512
-learning_rate = 0.001
-"""
-
-
-def greedy(*arguments):
-    result = CliRunner().invoke(cli, [str(each) for each in arguments])
-    assert result.exit_code == 0, result.output
-    return result.output
+RECIPE = small_recipe(model={"hidden_layers": 1}, training={"precision": None})
 
 
 @pytest.fixture
@@ -43,7 +23,7 @@ def here(tmp_path, monkeypatch):
 
 
 def test_it_tells_what_is_here_and_leaves_nothing(here):
-    found = json.loads(greedy("doctor", "--json"))
+    found = answer("doctor")
     assert found["versions"]["python"] == platform.python_version()
     for name in ("greedy", "torch", "torchvision", "zarr", "numcodecs"):
         assert found["versions"][name] == version(name)
@@ -62,17 +42,17 @@ def test_it_tells_what_is_here_and_leaves_nothing(here):
 
 def test_the_disk_is_that_of_the_runs(here):
     (here / "runs").mkdir()
-    assert json.loads(greedy("doctor", "--json"))["disk"]["path"] == str(here / "runs")
+    assert answer("doctor")["disk"]["path"] == str(here / "runs")
 
 
 def test_the_choices_are_those_of_a_run_that_begins_now(here):
-    auto = json.loads(greedy("doctor", "--json"))["automatic"]
+    auto = answer("doctor")["automatic"]
     (here / "tiny.toml").write_text(RECIPE)
-    planned = json.loads(greedy("plan", "--recipe", "tiny.toml", "--json"))
+    planned = answer("plan", "--recipe", "tiny.toml")
     assert (auto["device"], auto["precision"]) == (planned["device"], planned["precision"])
     assert auto["memory_budget_bytes"] == pytest.approx(planned["memory_budget_bytes"], rel=0.3)
     assert auto["disk_budget_bytes"] == pytest.approx(planned["disk"]["budget_bytes"], rel=0.1)
-    greedy("train", "--recipe", "tiny.toml")
+    said("train", "--recipe", "tiny.toml")
     record = json.loads((here / "runs/tiny/stage1/stage.json").read_bytes())
     for choice in ("precision", "encoding", "threads"):
         assert auto[choice] == record["resolved"][choice]
@@ -80,7 +60,7 @@ def test_the_choices_are_those_of_a_run_that_begins_now(here):
 
 
 def test_text_for_people(here):
-    lines = greedy("doctor").splitlines()
+    lines = said("doctor").splitlines()
     assert max(len(line) for line in lines if not line.startswith("disk of")) <= 80
     told = {line.split()[0]: line for line in lines if line.strip()}
     assert version("zarr") in told["zarr"]
@@ -90,8 +70,8 @@ def test_text_for_people(here):
 
 def test_a_package_that_is_missing_has_no_version(here, monkeypatch):
     monkeypatch.setattr(doctor, "OPTIONAL", ("no-such-package",))
-    assert json.loads(greedy("doctor", "--json"))["versions"]["no-such-package"] is None
-    (line,) = (each for each in greedy("doctor").splitlines() if each.startswith("no-such"))
+    assert answer("doctor")["versions"]["no-such-package"] is None
+    (line,) = (each for each in said("doctor").splitlines() if each.startswith("no-such"))
     assert line.split(maxsplit=1)[1].strip() == "not installed"
 
 

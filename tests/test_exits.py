@@ -1,57 +1,30 @@
 """`greedy evaluate --by-stage`: how error falls with depth."""
 
-import json
-
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import answer, greedy, small_recipe, train
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, RunDirectory, evaluate
-from greedy.cli.main import cli
 from greedy.exits import Exit, Exits, evaluate_exits
 from greedy.losses import LocalHeads, Pred
 
-RECIPE = """
-[data]
-name = "fashion-mnist-sample"
-[model]
-network = "vgg8b"
-feature_multiplier = 0.04
-hidden_width = 32
-[loss]
-name = "predsim"
-[training]
-epochs = 1
-batch_size = 128
-learning_rate = 0.002
-precision = "float32"
-"""
+RECIPE = small_recipe(
+    model={
+        "network": "vgg8b",
+        "feature_multiplier": 0.04,
+        "hidden_layers": None,
+        "hidden_width": 32,
+    },
+    training={"batch_size": 128},
+)
 CPU = torch.device("cpu")
-
-
-def greedy(*arguments):
-    return CliRunner().invoke(cli, [str(each) for each in arguments])
-
-
-def answer(*arguments):
-    result = greedy(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.output)
-
-
-def trained(folder, *settings):
-    (folder / "tiny.toml").write_text(RECIPE)
-    run = folder / "run"
-    result = greedy("train", "--recipe", folder / "tiny.toml", "--run", run, *settings)
-    assert result.exit_code == 0, result.output
-    return run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("trained"))
+    return train(tmp_path_factory.mktemp("trained"), RECIPE)
 
 
 def of_assembled(run, split, until_stage):
@@ -119,7 +92,7 @@ def test_the_cheapest_exit_is_the_one_of_fewest_operations():
 @pytest.mark.parametrize("settings", [("--set", "loss.name=sim"), ("--strategy", "backprop")])
 def test_stages_without_a_local_classifier_have_a_dash(tmp_path, settings):
     small = ("--set", "model.network=mlp", "--set", "model.hidden_layers=2")
-    run = trained(tmp_path, *small, *settings)
+    run = train(tmp_path, RECIPE, *small, *settings)
     first, second, whole = answer("evaluate", "--run", run, "--by-stage")["exits"]
     for each in (first, second):
         assert each["error_percent"] is None and each["loss"] is None
@@ -175,7 +148,7 @@ def test_mistakes(run, arguments, message):
 
 
 def test_a_damaged_stage_is_no_missing_classifier(tmp_path):
-    run = trained(tmp_path, "--set", "model.network=mlp", "--set", "model.hidden_layers=1")
+    run = train(tmp_path, RECIPE, "--set", "model.network=mlp", "--set", "model.hidden_layers=1")
     heads = run / "stage1/heads.safetensors"
     heads.write_bytes(heads.read_bytes()[:-1] + b"\x7f")
     result = greedy("evaluate", "--run", run, "--by-stage")

@@ -5,44 +5,16 @@ import re
 import shutil
 
 import pytest
-from click.testing import CliRunner
+from command_line import greedy, said, small_recipe, train
 from safetensors.torch import load_file
 
-from greedy.cli.main import cli
-
-RECIPE = """
-[data]
-name = "fashion-mnist-sample"
-[model]
-network = "mlp"
-hidden_layers = 2
-hidden_width = 32
-[loss]
-name = "predsim"
-[training]
-epochs = [1, 1, 1]
-batch_size = 128
-learning_rate = 0.002
-precision = "float32"
-"""
-
-
-def greedy(*arguments):
-    return CliRunner().invoke(cli, [str(each) for each in arguments])
-
-
-def said(*arguments):
-    result = greedy(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.output
+NARROW = {"hidden_width": 32}
+RECIPE = small_recipe(model=NARROW, training={"epochs": [1, 1, 1], "batch_size": 128})
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "tiny.toml").write_text(RECIPE)
-    said("train", "--recipe", folder / "tiny.toml", "--run", folder / "run")
-    return folder / "run"
+    return train(tmp_path_factory.mktemp("trained"), RECIPE)
 
 
 @pytest.fixture
@@ -131,7 +103,7 @@ def test_weights_that_were_changed_are_not_begun_with(run, tmp_path):
 
 def test_one_option_trains_all_stages_at_once(run, tmp_path):
     recipe = tmp_path / "tiny.toml"
-    recipe.write_text(RECIPE.replace("[1, 1, 1]", "1"))
+    recipe.write_text(small_recipe(model=NARROW))
     printed = said("train", "--recipe", recipe, "--run", tmp_path / "joint", "--strategy", "joint")
     assert "joint, 3 stages: epoch 1/1" in printed
     assert "stage 3/3 output: train error" in printed
@@ -146,7 +118,7 @@ def test_one_option_trains_all_stages_at_once(run, tmp_path):
 
 def test_plan_knows_what_all_stages_take_at_once(tmp_path):
     recipe = tmp_path / "tiny.toml"
-    recipe.write_text(RECIPE.replace("[1, 1, 1]", "1"))
+    recipe.write_text(small_recipe(model=NARROW))
 
     def planned(*arguments):
         return json.loads(said("plan", "--recipe", recipe, "--json", *arguments))
@@ -163,7 +135,7 @@ def test_plan_knows_what_all_stages_take_at_once(tmp_path):
 
 def test_glob_trains_nothing_locally(tmp_path):
     recipe = tmp_path / "tiny.toml"
-    recipe.write_text(RECIPE.replace("predsim", "glob"))
+    recipe.write_text(small_recipe(model=NARROW, loss={"name": "glob"}))
     result = greedy("train", "--recipe", recipe, "--run", tmp_path / "run")
     assert result.exit_code == 2
     assert "glob is no local loss, and greedy training needs one" in result.stderr

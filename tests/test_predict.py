@@ -6,52 +6,29 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import answer, greedy, small_recipe, train
 from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, RunDirectory, UserError, predict
 from greedy.cache import Store
-from greedy.cli.main import cli
 from greedy.memory.counting import Counter
 from greedy.network import assemble
 
-RECIPE = """
-[data]
-name = "fashion-mnist-sample"
-[model]
-network = "mlp"
-hidden_layers = 1
-hidden_width = 32
-[loss]
-name = "predsim"
-[training]
-epochs = 2
-batch_size = 128
-learning_rate = 0.002
-precision = "float32"
-"""
+RECIPE = small_recipe(
+    model={"hidden_layers": 1, "hidden_width": 32}, training={"epochs": 2, "batch_size": 128}
+)
 CPU = torch.device("cpu")
 
 
-def greedy(*arguments):
-    return CliRunner().invoke(cli, [str(each) for each in arguments])
-
-
-def answer(*arguments):
-    result = greedy(*arguments, "--json")
-    assert result.exit_code == 0, result.output
-    return json.loads(result.output)["predictions"]
+def predictions(*arguments):
+    return answer("predict", *arguments)["predictions"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    (folder / "tiny.toml").write_text(RECIPE)
-    result = greedy("train", "--recipe", folder / "tiny.toml", "--run", folder / "run")
-    assert result.exit_code == 0, result.output
-    return folder / "run"
+    return train(tmp_path_factory.mktemp("trained"), RECIPE)
 
 
 def raw(run, rows):
@@ -78,7 +55,7 @@ def expected(run, rows, until_stage=None):
 @pytest.mark.parametrize("until_stage", [None, 1])
 def test_confidences_are_the_networks_own(run, images, until_stage):
     chosen = [] if until_stage is None else ["--until-stage", until_stage]
-    found = answer("predict", "--run", run, *images, "--top", 10, *chosen)
+    found = predictions("--run", run, *images, "--top", 10, *chosen)
     assert [each["image"] for each in found] == [str(file) for file in images]
     names = RunDirectory.open(run).complete(0).class_names
     for each, row in zip(found, expected(run, raw(run, 40), until_stage), strict=True):
@@ -89,10 +66,10 @@ def test_confidences_are_the_networks_own(run, images, until_stage):
 
 
 def test_the_best_three_unless_told_otherwise(run, images):
-    everything = answer("predict", "--run", run, images[0], "--top", 99)[0]["classes"]
+    everything = predictions("--run", run, images[0], "--top", 99)[0]["classes"]
     assert len(everything) == 10
     for extra, count in (([], 3), (["--top", 1], 1)):
-        found = answer("predict", "--run", run, images[0], *extra)
+        found = predictions("--run", run, images[0], *extra)
         assert found[0]["classes"] == everything[:count]
     refused = greedy("predict", "--run", run, images[0], "--top", 0)
     assert refused.exit_code == 2 and "ask for 1 or more" in refused.output
@@ -107,9 +84,9 @@ def test_other_sizes_and_channels_are_brought_to_the_runs(run, images, tmp_path)
     tall.paste(small, (0, 6))
     tall.convert("RGBA").save(tmp_path / "tall.webp", lossless=True)
     small.resize((84, 84), Image.Resampling.NEAREST).save(tmp_path / "large.png")
-    alike = answer("predict", "--run", run, images[0], *sorted(tmp_path.glob("*.[pw]*")))
+    alike = predictions("--run", run, images[0], *sorted(tmp_path.glob("*.[pw]*")))
     assert alike[0]["classes"] == alike[3]["classes"] == alike[2]["classes"]
-    near = answer("predict", "--run", run, tmp_path / "large.png")
+    near = predictions("--run", run, tmp_path / "large.png")
     assert near[0]["classes"][0]["class"] == alike[0]["classes"][0]["class"]
 
 
@@ -213,7 +190,7 @@ def test_only_early_exits_need_a_loss_written_in_python(tmp_path, monkeypatch):
     trainer.fit(samples, samples)
     Image.fromarray(rows[0, 0].numpy()).save(tmp_path / "first.png")
     where = ("--run", tmp_path / "run", "--model", "own_loss_module:network")
-    (found,) = answer("predict", *where, tmp_path / "first.png")
+    (found,) = predictions(*where, tmp_path / "first.png")
     (alone,) = trainer.assemble()(rows[:1].float() / 255).softmax(dim=1)
     assert found["classes"][0]["confidence"] == pytest.approx(float(alone.max()), abs=1e-6)
     assert greedy("evaluate", *where).exit_code == 0
@@ -245,15 +222,16 @@ def test_a_memory_budget_holds(run, images):
 
 
 def test_a_memory_budget_changes_no_class(run, images):
-    tight = ("predict", "--run", run, *images[:40])
-    for one, other in zip(answer(*tight, "--memory-budget", "300KiB"), answer(*tight), strict=True):
+    tight = ("--run", run, *images[:40])
+    within = predictions(*tight, "--memory-budget", "300KiB")
+    for one, other in zip(within, predictions(*tight), strict=True):
         assert one["classes"][0]["class"] == other["classes"][0]["class"]
-    refused = greedy(*tight, "--memory-budget", "10KiB")
+    refused = greedy("predict", *tight, "--memory-budget", "10KiB")
     assert refused.exit_code == 2
     assert "raise --memory-budget" in refused.stderr
 
 
 def test_a_moved_run_predicts_the_same(run, images, tmp_path):
     moved = shutil.copytree(run, tmp_path / "moved")
-    there = answer("predict", "--run", moved, *images[:5])
-    assert there == answer("predict", "--run", run, *images[:5])
+    there = predictions("--run", moved, *images[:5])
+    assert there == predictions("--run", run, *images[:5])

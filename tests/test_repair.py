@@ -5,41 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from command_line import greedy, small_recipe, train
 
-from greedy.cli.main import cli
-
-RECIPE = """
-[data]
-name = "fashion-mnist-sample"
-augmentation = "jitter2"
-[model]
-network = "mlp"
-hidden_layers = 2
-hidden_width = 16
-[loss]
-name = "predsim"
-[training]
-epochs = 2
-batch_size = 256
-learning_rate = 0.002
-precision = "float32"
-[store]
-views = 2
-"""
-
-
-def greedy(*arguments):
-    return CliRunner().invoke(cli, [str(each) for each in arguments])
+RECIPE = small_recipe(data={"augmentation": "jitter2"}, training={"epochs": 2}, store={"views": 2})
 
 
 @pytest.fixture(scope="module", params=[0, 1], ids=["stored", "refreshed"])
 def finished(tmp_path_factory, request):
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "tiny.toml").write_text(RECIPE + f"refresh_every = {request.param}\n")
-    result = greedy("train", "--recipe", folder / "tiny.toml", "--run", folder / "run")
-    assert result.exit_code == 0, result.output
-    return folder / "run"
+    return train(tmp_path_factory.mktemp("finished"), RECIPE, "--refresh-every", request.param)
 
 
 @pytest.fixture

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 import torch
 import vl_convert
-from click.testing import CliRunner
+from command_line import BUILT_IN_PYTHON, greedy, said, small_recipe, train
 from torch import nn
 
-import greedy
+from greedy import GreedyTrainer
 from greedy.build import build_loss
 from greedy.cache import Store
-from greedy.cli.main import cli
 from greedy.curves import Curve
 from greedy.evaluation import evaluate
 from greedy.files import bytes_below
+from greedy.losses import Pred
 from greedy.manifest import StageRecord
 from greedy.memory.baselines import BASELINES
 from greedy.network import assemble
@@ -33,26 +33,9 @@ from greedy.runs import RunDirectory
 from greedy.status import status
 
 CPU = torch.device("cpu")
-RECIPE = """
-[data]
-name = "fashion-mnist-sample"
-[model]
-network = "mlp"
-hidden_layers = 2
-hidden_width = 16
-[loss]
-name = "predsim"
-[training]
-epochs = 2
-batch_size = 256
-learning_rate = 0.002
-precision = "float32"
-[store]
-views = 1
-[paper]
-table = 1
-test_error_percent = 8.5
-"""
+RECIPE = small_recipe(
+    training={"epochs": 2}, store={"views": 1}, paper={"table": 1, "test_error_percent": 8.5}
+)
 MODEL = """
 from torch import nn
 def network():
@@ -69,17 +52,9 @@ in_a_browser = pytest.mark.skipif(
 )
 
 
-def run_greedy(*arguments):
-    result = CliRunner().invoke(cli, [str(each) for each in arguments])
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
-def train(folder, name, settings):
-    (folder / "tiny.toml").write_text(RECIPE)
+def trained(folder, name, settings):
     options = [option for each in settings for option in ("--set", each)]
-    run_greedy("train", "--recipe", folder / "tiny.toml", "--run", folder / name, *options)
-    return folder / name
+    return train(folder, RECIPE, *options, run=name)
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +62,7 @@ def runs(tmp_path_factory):
     """Finished runs of several losses and strategies, and one that lacks its last stage."""
     folder = tmp_path_factory.mktemp("runs")
     for name, settings in RUNS.items():
-        train(folder, name, settings)
+        trained(folder, name, settings)
     partial = shutil.copytree(folder / "predsim", folder / "partial")
     shutil.rmtree(partial / "stage3")
     return folder
@@ -109,14 +84,14 @@ def browser():
 @pytest.fixture(scope="module")
 def one(runs, tmp_path_factory):
     page = tmp_path_factory.mktemp("page") / "one.html"
-    run_greedy("report", runs / "predsim", "--to", page)
+    said("report", runs / "predsim", "--to", page)
     return page
 
 
 @pytest.fixture(scope="module")
 def many(runs, tmp_path_factory):
     page = tmp_path_factory.mktemp("page") / "many.html"
-    run_greedy("report", *(runs / name for name in [*RUNS, "partial"]), "--to", page)
+    said("report", *(runs / name for name in [*RUNS, "partial"]), "--to", page)
     return page
 
 
@@ -202,7 +177,7 @@ def test_of_a_network_trained_at_once_memory_and_time_are_counted_once(facts):
 
 def test_a_dropped_store_is_told(runs, tmp_path):
     path = shutil.copytree(runs / "predsim", tmp_path / "run")
-    run_greedy("cache", "drop", path / "stage1")
+    said("cache", "drop", path / "stage1")
     found = facts_of([RunDirectory.open(path)], CPU)[0]
     assert [each.kept for each in found.stores] == [True, False, True]
     labels = [each["label"] for each in charts.disk(found)["data"]["values"]]
@@ -228,10 +203,10 @@ def test_the_commands_make_the_same_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = ["data.name=fashion-mnist-sample", "model.hidden_width=8", "training.epochs=1"]
     options = [option for each in settings for option in ("--set", each)]
-    run_greedy("train", "--recipe", "fashion-mnist/mlp-pred", "--run", "first/it is", *options)
+    said("train", "--recipe", "fashion-mnist/mlp-pred", "--run", "first/it is", *options)
     found = facts_of([RunDirectory.open(Path("first/it is"))], CPU)[0]
     for line in found.commands:
-        run_greedy(*shlex.split(line)[1:])
+        said(*shlex.split(line)[1:])
     for stage in ("stage1", "stage2", "stage3", "stage4"):
         first, again = (
             Path(run, "it is", stage, "encoder.safetensors") for run in ("first", "runs")
@@ -253,15 +228,13 @@ def test_the_same_facts_give_the_same_page(facts):
 
 
 def test_a_loss_of_ones_own_is_shown_as_far_as_it_is_known(tmp_path):
-    class Own(greedy.losses.Pred):
+    class Own(Pred):
         pass
 
     images = torch.rand(300, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     samples = [(image, number % 3) for number, image in enumerate(images)]
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 3))
-    trainer = greedy.GreedyTrainer(
-        model, loss=Own(), run_dir=tmp_path / "run", epochs=1, device="cpu"
-    )
+    trainer = GreedyTrainer(model, loss=Own(), run_dir=tmp_path / "run", epochs=1, device="cpu")
     trainer.fit(samples, samples)
     run = RunDirectory.open(tmp_path / "run")
     unknown = facts_of([run], CPU, model)[0]
@@ -355,7 +328,7 @@ def test_what_there_is_stands_on_the_page(browser, many):
 @in_a_browser
 def test_the_pointer_reads_the_errors_of_an_epoch(runs, tmp_path, browser):
     page = tmp_path / "report.html"
-    run_greedy("report", runs / "sim", "--to", page)
+    said("report", runs / "sim", "--to", page)
     browser.size(1280, 2000)
     browser.open_report(page)
     box = browser.evaluate(
@@ -446,7 +419,7 @@ def test_names_are_text_and_nothing_else(runs, tmp_path, browser):
         names = [evil, *record.class_names[1:]]
         record.model_copy(update={"class_names": names}).write(path / f"stage{number}")
     page = tmp_path / "report.html"
-    run_greedy("report", path, "--to", page)
+    said("report", path, "--to", page)
     browser.events.clear()
     browser.open_report(page)
     assert browser.evaluate("document.title") == "<b>bold&amp;, greedy report"
@@ -460,28 +433,26 @@ def test_names_are_text_and_nothing_else(runs, tmp_path, browser):
 
 def test_the_page_is_report_html_and_overwritten_only_when_forced(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run_greedy("report", runs / "predsim").startswith("wrote report.html (")
+    assert said("report", runs / "predsim").startswith("wrote report.html (")
     written = Path("report.html").read_bytes()
     Path("report.html").write_text("mine")
-    refused = CliRunner().invoke(cli, ["report", str(runs / "predsim")])
+    refused = greedy("report", runs / "predsim")
     assert refused.exit_code == 2
     assert "choose another --to, or add --force" in refused.output
     assert Path("report.html").read_text() == "mine"
-    run_greedy("report", runs / "predsim", "--force")
+    said("report", runs / "predsim", "--force")
     assert Path("report.html").read_bytes() == written
 
 
 def test_a_network_built_in_python_is_named(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("reported_network.py").write_text(MODEL)
-    recipe = RECIPE.replace('"mlp"', '"python"').replace("hidden_layers = 2\nhidden_width = 16", "")
-    Path("own.toml").write_text(recipe)
     named = ("--model", "reported_network:network")
-    run_greedy("train", "--recipe", "own.toml", "--run", "own", *named)
-    refused = CliRunner().invoke(cli, ["report", "own"])
+    train(tmp_path, small_recipe(model=BUILT_IN_PYTHON), *named, run="own")
+    refused = greedy("report", "own")
     assert refused.exit_code == 2 and "--model module:function" in refused.output
     assert not Path("report.html").exists()
-    run_greedy("report", runs / "predsim", "own", *named)
+    said("report", runs / "predsim", "own", *named)
     page = Path("report.html").read_text()
     assert "greedy train --recipe recipe.toml --run runs/own --model module:function" in page
     specs = json.loads(re.search(r'id="charts">(.*?)</script>', page)[1])
@@ -502,7 +473,7 @@ def test_a_network_built_in_python_is_named(runs, tmp_path, monkeypatch):
 def test_mistakes_are_told_and_nothing_is_written(runs, monkeypatch, line, message):
     monkeypatch.chdir(runs)
     before = sorted(runs.iterdir())
-    result = CliRunner().invoke(cli, ["report", *line.split()])
+    result = greedy("report", *line.split())
     assert result.exit_code == 2
     assert re.search(message, result.output)
     assert sorted(runs.iterdir()) == before
@@ -512,7 +483,7 @@ def test_mistakes_are_told_and_nothing_is_written(runs, monkeypatch, line, messa
 def test_without_the_extra_it_is_named(runs, tmp_path, monkeypatch, module):
     monkeypatch.setitem(sys.modules, module, None)
     page = tmp_path / "report.html"
-    result = CliRunner().invoke(cli, ["report", str(runs / "predsim"), "--to", str(page)])
+    result = greedy("report", runs / "predsim", "--to", page)
     assert result.exit_code == 2
     assert "pip install 'greedy[report]'" in result.output
     assert not page.exists()

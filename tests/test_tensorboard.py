@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from click.testing import CliRunner
+from command_line import greedy, said, small_recipe, train
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -20,25 +20,9 @@ from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, Reporter, Reporters, TensorBoard, UserError
 from greedy.cache import Store
-from greedy.cli.main import cli
 from greedy.tensorboard import first_filters
 
-RECIPE = """
-[data]
-name = "fashion-mnist-sample"
-[model]
-network = "mlp"
-hidden_layers = 1
-hidden_width = 16
-[loss]
-name = "predsim"
-[training]
-epochs = 3
-batch_size = 256
-learning_rate = 0.002
-precision = "float32"
-test_every = 2
-"""
+RECIPE = small_recipe(model={"hidden_layers": 1}, training={"epochs": 3, "test_every": 2})
 FIGURES = {
     "loss/train": "loss",
     "loss/holdout": "holdout_loss",
@@ -49,16 +33,6 @@ FIGURES = {
 }
 
 
-def greedy(*arguments):
-    return CliRunner().invoke(cli, [str(each) for each in arguments])
-
-
-def said(*arguments):
-    result = greedy(*arguments)
-    assert result.exit_code == 0, result.output
-    return result.output
-
-
 @pytest.fixture
 def recipe(tmp_path):
     (tmp_path / "tiny.toml").write_text(RECIPE)
@@ -67,10 +41,7 @@ def recipe(tmp_path):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "tiny.toml").write_text(RECIPE)
-    said("train", "--recipe", folder / "tiny.toml", "--run", folder / "run", "--log", "tensorboard")
-    return folder / "run"
+    return train(tmp_path_factory.mktemp("finished"), RECIPE, "--log", "tensorboard")
 
 
 @pytest.fixture

@@ -1,0 +1,66 @@
+"""The command line, called in this process, and a small recipe for it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from click.testing import CliRunner, Result
+
+from greedy.cli.main import cli
+
+SMALL = {
+    "data": {"name": "fashion-mnist-sample"},
+    "model": {"network": "mlp", "hidden_layers": 2, "hidden_width": 16},
+    "loss": {"name": "predsim"},
+    "training": {
+        "epochs": 1,
+        "batch_size": 256,
+        "learning_rate": 0.002,
+        "precision": "float32",
+    },
+}
+
+BUILT_IN_PYTHON = {"network": "python", "hidden_layers": None, "hidden_width": None}
+
+
+def small_recipe(**sections: dict[str, Any]) -> str:
+    """The text of a recipe that trains in seconds. Fields of its sections are added or changed, or
+    left out where they are ``None``."""
+    document = {}
+    for name in SMALL | sections:
+        fields = SMALL.get(name, {}) | sections.get(name, {})
+        document[name] = {key: value for key, value in fields.items() if value is not None}
+    return tomli_w.dumps(document)
+
+
+def greedy(*arguments: object) -> Result:
+    """What a command comes to."""
+    return CliRunner().invoke(cli, [str(each) for each in arguments])
+
+
+def said(*arguments: object) -> str:
+    """What a command says that succeeds."""
+    result = greedy(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def answer(*arguments: object) -> Any:
+    """The JSON document that a command prints, which succeeds."""
+    result = greedy(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def train(folder: Path, recipe: str, *options: object, run: str = "run") -> Path:
+    """Trains a recipe, which is written beside the run. Returns the run's directory."""
+    (folder / "tiny.toml").write_text(recipe)
+    said("train", "--recipe", folder / "tiny.toml", "--run", folder / run, *options)
+    return folder / run
+
+
+def written(directory: Path) -> dict[Path, tuple[bytes, int]]:
+    """All files below a directory with their bytes and the times at which they were written."""
+    files = (path for path in sorted(directory.rglob("*")) if path.is_file())
+    return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
