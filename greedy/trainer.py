@@ -26,13 +26,13 @@ from greedy.repair import Mender, Repair
 from greedy.reporting import Reporter, RunOutline
 from greedy.runs import SPLITS, RunDirectory, new_stage, require_outside
 from greedy.settings import python_recipe
-from greedy.sizes import parse_size
+from greedy.source import Source
 from greedy.sourcing import Sources
 from greedy.space import require_room, until_full
 from greedy.stage0 import write_stage0
 from greedy.training.checkpoint import Start
 from greedy.training.network import NetworkTraining
-from greedy.training.resolve import compiles, for_stage, resolve
+from greedy.training.resolve import compiles, for_stage, repeated, resolve, within_budget
 from greedy.training.stage import OptimizerFactory, StageTraining
 
 
@@ -291,20 +291,7 @@ class GreedyTrainer:
         source = sources.for_training(number, wanted)
         written_from = sources.written_from(number, views)
         memory = self._memory().stage(number, source.number, written_from)
-        what = (self.recipe, number, shape.hidden, data.rows["train"], memory, self.device)
-        resolved = resolve(
-            self.recipe,
-            source.stores["train"],
-            views,
-            memory,
-            self.device,
-            compiled=compiles(*what),
-        )
-        if (before := former(self.run, number)) and before.source == source.number:
-            kept = before.resolved | {"views": views}  # decided once: memory may be less now
-            resolved = self._within_budget(kept, memory)
-            if resolved != kept:
-                resolved["write_batch"] = min(kept["write_batch"], memory.write_batch)
+        resolved = self._resolved(number, source, views, memory)
         start = Start(
             stage=number,
             recipe=parent.recipe,
@@ -315,7 +302,7 @@ class GreedyTrainer:
         )
         if begun is not None and begun.is_of(start):
             start, resolved = begun, begun.resolved
-            resolved.update(self._within_budget(resolved, memory))
+            resolved.update(within_budget(self.recipe, resolved, memory))
         source.precision = resolved["precision"]
         if resolved["shuffle"] == "rows":
             source.hold_in_memory()
@@ -334,17 +321,23 @@ class GreedyTrainer:
             optimizer=self.optimizer,
         )
 
-    def _within_budget(self, kept: dict[str, Any], memory: Choice) -> dict[str, Any]:
-        """Choices that were made earlier, with another memory mode if theirs takes more than a
-        budget that is named now. The gradients are the same but for rounding."""
-        budget, planned = self.recipe.memory.budget, kept["planned_peak_bytes"]
-        if budget == "auto" or planned is None or planned <= parse_size(budget):
-            return dict(kept)
-        return kept | {
-            "memory_mode": str(memory.mode),
-            "micro_batch": memory.micro_batch,
-            "planned_peak_bytes": memory.peak_bytes,
-        }
+    def _resolved(
+        self, number: int, source: Source, views: Views, memory: Choice
+    ) -> dict[str, Any]:
+        """The choices for a stage: those of its earlier training from the same source, or new."""
+        before = former(self.run, number)
+        if before is not None and before.source == source.number:
+            return repeated(self.recipe, before.resolved, views, memory)
+        hidden = self._memory().shapes[number - 1].hidden
+        store = source.stores["train"]
+        return resolve(
+            self.recipe,
+            store,
+            views,
+            memory,
+            self.device,
+            compiled=compiles(self.recipe, number, hidden, store.rows, memory, self.device),
+        )
 
     def _memory(self) -> MemoryPlan:
         """How the steps of the run's stages fit the memory budget."""

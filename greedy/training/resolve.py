@@ -47,6 +47,31 @@ def resolve(
     }
 
 
+def repeated(
+    recipe: Recipe, before: dict[str, Any], views: Views, memory: Choice
+) -> dict[str, Any]:
+    """The choices that a stage was trained with ``before``, decided once: memory may be less by
+    now. Only the views are planned anew, and what a budget that is named now rules out."""
+    kept = before | {"views": views}
+    found = within_budget(recipe, kept, memory)
+    if found != kept:
+        found["write_batch"] = min(kept["write_batch"], memory.write_batch)
+    return found
+
+
+def within_budget(recipe: Recipe, kept: dict[str, Any], memory: Choice) -> dict[str, Any]:
+    """Choices that were made earlier, with another memory mode if theirs takes more than a budget
+    that is named now. The gradients are the same but for rounding."""
+    budget, planned = recipe.memory.budget, kept["planned_peak_bytes"]
+    if budget == "auto" or planned is None or planned <= parse_size(budget):
+        return dict(kept)
+    return kept | {
+        "memory_mode": str(memory.mode),
+        "micro_batch": memory.micro_batch,
+        "planned_peak_bytes": memory.peak_bytes,
+    }
+
+
 def shuffle(recipe: Recipe, stored_bytes: int) -> str:
     """``rows`` for a store of so many bytes that is held in memory, else ``window``."""
     budget = recipe.store.ram_budget
