@@ -10,40 +10,26 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_training import (
+    CLASSES,
+    SIDE,
+    TEST,
+    TRAIN,
+    files,
+    network,
+    same,
+    samples,
+    trainer,
+    weights,
+)
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from greedy import GreedyTrainer, RunDirectory, TrainingError, UserError, evaluate
-from greedy.cache import Store, StoreError
+from greedy import UserError, evaluate
+from greedy.cache import Store
 from greedy.data import dataset_from_torch
-from greedy.losses import LocalHeads, Pred, PredSim, Sim
+from greedy.losses import LocalHeads, PredSim, Sim
 from greedy.models import mlp, vgg8b
-
-SIDE, CLASSES = 8, 3
-
-
-def samples(rows: int, seed: int, channels: int = 1) -> TensorDataset:
-    """Images whose class is the third that is brighter, under noise."""
-    random = np.random.default_rng(seed)
-    labels = random.integers(0, CLASSES, rows)
-    images = random.integers(0, 150, (rows, channels, SIDE, SIDE))
-    for i, label in enumerate(labels):
-        images[i, :, :, 3 * label : 3 * label + 2] += 80
-    return TensorDataset(torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels))
-
-
-TRAIN, TEST = samples(400, 0), samples(100, 1)
-
-
-def network(dropout: float = 0.1) -> nn.Sequential:
-    torch.manual_seed(0)
-    return mlp(1, SIDE, CLASSES, hidden_layers=2, hidden_width=16, dropout=dropout)
-
-
-def trainer(run: Path, model: nn.Sequential | None = None, **settings) -> GreedyTrainer:
-    defaults = {"epochs": 2, "learning_rate": 0.01, "batch_size": 32, "views": 2, "device": "cpu"}
-    defaults |= {"precision": "float32"}  # what auto takes depends on the machine
-    return GreedyTrainer(model or network(), run_dir=run, **(defaults | settings))
 
 
 @pytest.fixture(scope="module")
@@ -56,20 +42,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
-def weights(run: Path, stage: int) -> dict[str, torch.Tensor]:
-    return load_file(run / f"stage{stage}/encoder.safetensors")
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    return {
-        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
-    }
 
 
 def test_every_stage_learns(tmp_path: Path) -> None:
@@ -100,53 +72,6 @@ def test_the_users_network_is_not_changed(finished: Path, run: Path) -> None:
     mine.assemble()
     assert same(before, model.state_dict())
     assert model.training
-
-
-def test_a_finished_stage_is_trained_again_only_when_asked(run: Path) -> None:
-    before = files(run)
-    trainer(run).fit(TRAIN, TEST)
-    assert files(run) == before
-    trainer(run).train(retrain_from=3)
-    after = files(run)
-    assert after["stage3/encoder.safetensors"] == before["stage3/encoder.safetensors"]
-    assert after["stage3/stage.json"] != before["stage3/stage.json"]  # it took its own time
-    assert after["stage2/stage.json"] == before["stage2/stage.json"]
-
-
-def test_a_retraining_that_fails_leaves_the_old_stage(run: Path) -> None:
-    before = files(run / "stage2")
-    mine = trainer(run)
-    mine.loss = NotANumber()
-    with pytest.raises(TrainingError, match="stage 2 is not finite in epoch 1"):
-        mine.train_stage(2, again=True)
-    left = files(run / "stage2")
-    assert {k: v for k, v in left.items() if not k.startswith("training/")} == before
-    assert trainer(run).run.state(2) == "complete"
-
-
-def test_stages_after_a_retrained_one_are_stale(run: Path, tmp_path: Path) -> None:
-    mine = trainer(run)
-    first = mine.run.path / "stage1"
-    other = tmp_path / "other"
-    trainer(other, seed=1).fit(TRAIN, TEST)
-    shutil.rmtree(first)
-    shutil.copytree(other / "stage1", first)  # not what stage 2 was trained from
-    assert [mine.run.state(n) for n in (1, 2, 3)] == ["stale", "stale", "stale"]
-    with pytest.raises(UserError, match="stage 1 .* is stale .*--retrain 1"):
-        mine.train()
-    mine.train(retrain_from=1)
-    assert [mine.run.state(n) for n in (1, 2, 3)] == ["complete"] * 3
-
-
-def test_a_crash_while_exchanging_stages_is_mended(run: Path) -> None:
-    before = files(run / "stage1")
-    (run / "stage1").rename(run / ".stage1.new")  # between the two renames
-    trainer(run).train()
-    assert files(run / "stage1") == before
-    shutil.copytree(run / "stage1", run / ".stage1.old")  # after the second
-    trainer(run).train()
-    assert files(run / "stage1") == before
-    assert not list(run.glob(".stage*"))
 
 
 def test_any_ancestor_is_a_source(tmp_path: Path) -> None:
@@ -278,11 +203,6 @@ def test_held_out_rows_are_never_trained_on(tmp_path: Path) -> None:
     assert not same(weights(tmp_path / "plain", 1), weights(tmp_path / "more", 1))
 
 
-class NotANumber(Pred):
-    def __call__(self, features, y):
-        return super().__call__(features, y) * float("nan")
-
-
 class Quarrel:
     """A local loss of the user's own: the mean square of what a linear head makes of h."""
 
@@ -352,74 +272,6 @@ def test_an_assembled_network_is_torch_alone(finished: Path) -> None:
     assert len(exit_) < len(net)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"epoch": 3}, "unknown setting 'epoch': did you mean 'epochs'"),
-        ({"views": 0}, "store.views"),
-        (
-            {"mean": [0.5] * 3, "std": [0.5] * 3},
-            "data.mean has 3 entries and the images 1 channels",
-        ),
-        ({"device": "gpu"}, "'gpu' is not a device"),
-        ({"model": mlp(1, SIDE, 7)}, "ends in 7 values and the data have 3 classes"),
-        ({"model": mlp(1, 9, CLASSES)}, r"stage 1 \(linear1024\) cannot take an input of shape"),
-    ],
-)
-def test_what_cannot_be_trained_is_refused(tmp_path: Path, change: dict, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        trainer(tmp_path / "run", **change).fit(TRAIN, TEST)
-    assert not (tmp_path / "run/stage1/stage.json").exists()
-
-
-def test_other_settings_are_refused_in_a_run(run: Path) -> None:
-    with pytest.raises(UserError, match=r"training.epochs is 2 there, 5 here"):
-        trainer(run, epochs=5)
-    trainer(run, ram_budget="1GiB")  # a machine field
-
-
-def test_another_network_is_refused_in_a_run(run: Path) -> None:
-    model = network()
-    model[3] = nn.Tanh()
-    with pytest.raises(UserError, match="holds other layers than stage 1 of this network"):
-        trainer(run, model).assemble()
-
-
-def test_other_data_are_refused_in_a_run(run: Path) -> None:
-    with pytest.raises(UserError, match=r"begun with other data \(400 \+ 100 rows of 1x8x8\)"):
-        trainer(run).fit(samples(300, 0), TEST)
-
-
-def test_a_stage_is_not_written_into_a_run_from_outside(run: Path) -> None:
-    for place in (run / "mine", run / "stage2/mine"):
-        with pytest.raises(UserError, match="would stand for another stage"):
-            trainer(run).train_stage(1, to=place)
-        assert not place.exists()
-
-
-def test_settings_are_free_until_there_are_data(tmp_path: Path) -> None:
-    bad = TensorDataset(TRAIN.tensors[0], TRAIN.tensors[1] - 1)
-    with pytest.raises(UserError, match="a label must be an integer from 0"):
-        trainer(tmp_path / "run").fit(bad, TEST)
-    trainer(tmp_path / "run", epochs=1).fit(TRAIN, TEST)
-
-
-def test_reading_a_run_changes_nothing(run: Path) -> None:
-    (run / "stage2").rename(run / ".stage2.new")
-    before = files(run)
-    RunDirectory.open(run)
-    assert files(run) == before
-
-
-def test_a_damaged_weight_file_is_named(run: Path) -> None:
-    path = run / "stage1/encoder.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-1] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(UserError, match="stage1/encoder.safetensors is not the file"):
-        trainer(run).assemble()
-
-
 def test_layers_that_draw_numbers_draw_the_same_ones_again(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -440,14 +292,6 @@ def test_precision_is_that_of_the_layer_alone(finished: Path, tmp_path: Path) ->
     }
     trainer(tmp_path / "short", precision="bfloat16").fit(TRAIN, TEST)
     assert not same(weights(finished, 1), weights(tmp_path / "short", 1))
-
-
-def test_data_that_are_not_finite_are_refused(tmp_path: Path) -> None:
-    images = torch.rand(64, 2, SIDE, SIDE)
-    images[7, 1, 0, 0] = float("nan")
-    data = TensorDataset(images, torch.arange(64) % CLASSES)
-    with pytest.raises(StoreError, match="channel 1 holds nan"):
-        trainer(tmp_path / "run", mlp(2, SIDE, CLASSES, hidden_layers=1)).fit(data, data)
 
 
 class Watching(PredSim):

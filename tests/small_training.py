@@ -1,0 +1,52 @@
+"""A small network, images that it learns within seconds, and what a run holds."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from greedy import GreedyTrainer
+from greedy.models import mlp
+
+SIDE, CLASSES = 8, 3
+
+
+def samples(rows: int, seed: int, channels: int = 1) -> TensorDataset:
+    """Images whose class is the third that is brighter, under noise."""
+    random = np.random.default_rng(seed)
+    labels = random.integers(0, CLASSES, rows)
+    images = random.integers(0, 150, (rows, channels, SIDE, SIDE))
+    for i, label in enumerate(labels):
+        images[i, :, :, 3 * label : 3 * label + 2] += 80
+    return TensorDataset(torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels))
+
+
+TRAIN, TEST = samples(400, 0), samples(100, 1)
+
+
+def network(dropout: float = 0.1) -> nn.Sequential:
+    torch.manual_seed(0)
+    return mlp(1, SIDE, CLASSES, hidden_layers=2, hidden_width=16, dropout=dropout)
+
+
+def trainer(run: Path, model: nn.Sequential | None = None, **settings) -> GreedyTrainer:
+    defaults = {"epochs": 2, "learning_rate": 0.01, "batch_size": 32, "views": 2, "device": "cpu"}
+    defaults |= {"precision": "float32"}  # what auto takes depends on the machine
+    return GreedyTrainer(model or network(), run_dir=run, **(defaults | settings))
+
+
+def weights(run: Path, stage: int) -> dict[str, torch.Tensor]:
+    return load_file(run / f"stage{stage}/encoder.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def files(directory: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
+    }

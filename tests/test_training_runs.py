@@ -1,0 +1,164 @@
+"""Trainings in a run directory that has something already, and what is refused."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from small_training import (
+    CLASSES,
+    SIDE,
+    TEST,
+    TRAIN,
+    files,
+    network,
+    samples,
+    trainer,
+)
+from torch import nn
+from torch.utils.data import TensorDataset
+
+from greedy import RunDirectory, TrainingError, UserError
+from greedy.cache import StoreError
+from greedy.losses import Pred
+from greedy.models import mlp
+
+
+class NotANumber(Pred):
+    def __call__(self, features, y):
+        return super().__call__(features, y) * float("nan")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "run"
+    trainer(run).fit(TRAIN, TEST)
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def test_a_finished_stage_is_trained_again_only_when_asked(run: Path) -> None:
+    before = files(run)
+    trainer(run).fit(TRAIN, TEST)
+    assert files(run) == before
+    trainer(run).train(retrain_from=3)
+    after = files(run)
+    assert after["stage3/encoder.safetensors"] == before["stage3/encoder.safetensors"]
+    assert after["stage3/stage.json"] != before["stage3/stage.json"]  # it took its own time
+    assert after["stage2/stage.json"] == before["stage2/stage.json"]
+
+
+def test_a_retraining_that_fails_leaves_the_old_stage(run: Path) -> None:
+    before = files(run / "stage2")
+    mine = trainer(run)
+    mine.loss = NotANumber()
+    with pytest.raises(TrainingError, match="stage 2 is not finite in epoch 1"):
+        mine.train_stage(2, again=True)
+    left = files(run / "stage2")
+    assert {k: v for k, v in left.items() if not k.startswith("training/")} == before
+    assert trainer(run).run.state(2) == "complete"
+
+
+def test_stages_after_a_retrained_one_are_stale(run: Path, tmp_path: Path) -> None:
+    mine = trainer(run)
+    first = mine.run.path / "stage1"
+    other = tmp_path / "other"
+    trainer(other, seed=1).fit(TRAIN, TEST)
+    shutil.rmtree(first)
+    shutil.copytree(other / "stage1", first)  # not what stage 2 was trained from
+    assert [mine.run.state(n) for n in (1, 2, 3)] == ["stale", "stale", "stale"]
+    with pytest.raises(UserError, match="stage 1 .* is stale .*--retrain 1"):
+        mine.train()
+    mine.train(retrain_from=1)
+    assert [mine.run.state(n) for n in (1, 2, 3)] == ["complete"] * 3
+
+
+def test_a_crash_while_exchanging_stages_is_mended(run: Path) -> None:
+    before = files(run / "stage1")
+    (run / "stage1").rename(run / ".stage1.new")  # between the two renames
+    trainer(run).train()
+    assert files(run / "stage1") == before
+    shutil.copytree(run / "stage1", run / ".stage1.old")  # after the second
+    trainer(run).train()
+    assert files(run / "stage1") == before
+    assert not list(run.glob(".stage*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epoch": 3}, "unknown setting 'epoch': did you mean 'epochs'"),
+        ({"views": 0}, "store.views"),
+        (
+            {"mean": [0.5] * 3, "std": [0.5] * 3},
+            "data.mean has 3 entries and the images 1 channels",
+        ),
+        ({"device": "gpu"}, "'gpu' is not a device"),
+        ({"model": mlp(1, SIDE, 7)}, "ends in 7 values and the data have 3 classes"),
+        ({"model": mlp(1, 9, CLASSES)}, r"stage 1 \(linear1024\) cannot take an input of shape"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused(tmp_path: Path, change: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path / "run", **change).fit(TRAIN, TEST)
+    assert not (tmp_path / "run/stage1/stage.json").exists()
+
+
+def test_other_settings_are_refused_in_a_run(run: Path) -> None:
+    with pytest.raises(UserError, match=r"training.epochs is 2 there, 5 here"):
+        trainer(run, epochs=5)
+    trainer(run, ram_budget="1GiB")  # a machine field
+
+
+def test_another_network_is_refused_in_a_run(run: Path) -> None:
+    model = network()
+    model[3] = nn.Tanh()
+    with pytest.raises(UserError, match="holds other layers than stage 1 of this network"):
+        trainer(run, model).assemble()
+
+
+def test_other_data_are_refused_in_a_run(run: Path) -> None:
+    with pytest.raises(UserError, match=r"begun with other data \(400 \+ 100 rows of 1x8x8\)"):
+        trainer(run).fit(samples(300, 0), TEST)
+
+
+def test_a_stage_is_not_written_into_a_run_from_outside(run: Path) -> None:
+    for place in (run / "mine", run / "stage2/mine"):
+        with pytest.raises(UserError, match="would stand for another stage"):
+            trainer(run).train_stage(1, to=place)
+        assert not place.exists()
+
+
+def test_settings_are_free_until_there_are_data(tmp_path: Path) -> None:
+    bad = TensorDataset(TRAIN.tensors[0], TRAIN.tensors[1] - 1)
+    with pytest.raises(UserError, match="a label must be an integer from 0"):
+        trainer(tmp_path / "run").fit(bad, TEST)
+    trainer(tmp_path / "run", epochs=1).fit(TRAIN, TEST)
+
+
+def test_reading_a_run_changes_nothing(run: Path) -> None:
+    (run / "stage2").rename(run / ".stage2.new")
+    before = files(run)
+    RunDirectory.open(run)
+    assert files(run) == before
+
+
+def test_a_damaged_weight_file_is_named(run: Path) -> None:
+    path = run / "stage1/encoder.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match="stage1/encoder.safetensors is not the file"):
+        trainer(run).assemble()
+
+
+def test_data_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    images = torch.rand(64, 2, SIDE, SIDE)
+    images[7, 1, 0, 0] = float("nan")
+    data = TensorDataset(images, torch.arange(64) % CLASSES)
+    with pytest.raises(StoreError, match="channel 1 holds nan"):
+        trainer(tmp_path / "run", mlp(2, SIDE, CLASSES, hidden_layers=1)).fit(data, data)
