@@ -178,11 +178,8 @@ class StageRecord(_Document):
     def write(self, directory: Path) -> Self:
         """Writes ``stage.json`` with the digests of its siblings and, last, of itself; returns
         the record as written."""
-        files = {
-            path.name: file_digest(path)
-            for path in sorted(directory.iterdir())
-            if path.is_file() and path.name != "stage.json"
-        }
+        own = (directory / name for name in (ENCODER, HEADS, HISTORY))
+        files = {path.name: file_digest(path) for path in own if path.is_file()}
         record = self.model_copy(update={"files": files})
         write_whole(directory / "stage.json", signed(record.model_dump(mode="json")))
         return record

@@ -42,7 +42,13 @@ class Sources:
         stored = self._last(wanted)
         source = self._open(stored, number - 1)
         if self.run.recipe.training.patience:
-            source.held_out = max(1, round(self.run.recipe.data.holdout * self.data.rows["train"]))
+            rows, share = self.data.rows["train"], self.run.recipe.data.holdout
+            source.held_out = max(1, round(share * rows))
+            if rows - source.held_out < 2:
+                raise UserError(
+                    f"of {rows} training images {source.held_out} are held out for "
+                    f"training.patience, which leaves too few to train on: lower data.holdout"
+                )
         if every := stored and self.run.recipe.store.refresh_every:
             source.refresh = Refresh(self.run, stored, every, self._open(0, stored), self.reporter)
         return source

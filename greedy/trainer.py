@@ -98,6 +98,11 @@ class GreedyTrainer:
         loss: LocalLoss,
         optimizer: OptimizerFactory | None = None,
     ) -> None:
+        if optimizer is not None and recipe.memory.optimizer_state == "host":
+            raise UserError(
+                "optimizer_state='host' is for the Adam that is built in: leave out optimizer, or "
+                "optimizer_state"
+            )
         self.device = pick_device(device)
         self.run = RunDirectory.create(Path(run_dir), recipe)
         self.recipe = recipe

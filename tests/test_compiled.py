@@ -160,3 +160,6 @@ def test_deterministic_is_torch_s_and_for_this_run_alone(tmp_path: Path) -> None
         notes, run = Notes(), tmp_path / str(wanted)
         trainer(run, notes, deterministic=wanted, epochs=1).fit(samples(64), samples(32))
         assert notes.deterministic == {wanted}
+    notes = Notes()
+    (again, _) = trainer(run, notes, deterministic=True, epochs=1).train(retrain_from=1)
+    assert notes.deterministic == {again.resolved["deterministic"]} == {True}

@@ -5,6 +5,8 @@ from copy import deepcopy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import spectral_norm
+from torch.nn.utils.parametrizations import weight_norm
 
 from greedy.losses import Pred, PredBio, PredSim, PredSimBio, Sim, SimBio
 from greedy.memory.counting import Counter
@@ -194,12 +196,23 @@ def test_without_any_smaller_mode_the_failure_is_the_user_s() -> None:
     assert learner.memory == StepMemory(Mode.KEEP_NOTHING, 1)
 
 
+class Doubled(nn.Conv2d):
+    """Computes something else than its class does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
 @pytest.mark.parametrize(
     "layers",
     [
         [nn.Conv2d(5, 5, 3, padding=1, groups=5), nn.BatchNorm2d(5), nn.ReLU()],
         [nn.Conv2d(5, 5, 3, padding=1), nn.GroupNorm(1, 5), nn.ReLU()],
         [nn.Conv2d(5, 5, 3, padding=1), nn.Softmax(dim=1)],
+        [Doubled(5, 5, 3, padding=1), nn.BatchNorm2d(5), nn.ReLU()],
+        [weight_norm(nn.Conv2d(5, 5, 3, padding=1)), nn.BatchNorm2d(5), nn.ReLU()],
+        [spectral_norm(nn.Conv2d(5, 5, 3, padding=1)), nn.BatchNorm2d(5), nn.ReLU()],
+        [nn.Conv2d(5, 5, 3, padding=1).requires_grad_(False), nn.BatchNorm2d(5), nn.ReLU()],
     ],
 )
 def test_other_stages_are_told_apart(layers: list[nn.Module]) -> None:

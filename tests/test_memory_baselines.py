@@ -67,7 +67,7 @@ def test_fake_tensors_count_as_real_ones_do(monkeypatch: pytest.MonkeyPatch) -> 
     batch_size = 21  # the last micro-batch is smaller
     network = vgg8b(3, 16, 10, **VGG)
     fake = peaks(network, batch_size)
-    monkeypatch.setattr(module, "FakeTensorMode", nullcontext)
+    monkeypatch.setattr(module, "fake_tensors", nullcontext)
     real = peaks(network, batch_size)
     assert fake.keys() == real.keys()
     for name, size in real.items():  # but for small tensors of the losses

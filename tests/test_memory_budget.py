@@ -214,6 +214,10 @@ def test_a_smaller_budget_holds_for_a_stage_that_is_trained_again(tmp_path: Path
     again = trainer.train_stage(1, again=True)
     assert again.resolved["memory_mode"] != Mode.PLAIN
     assert again.resolved["planned_peak_bytes"] <= 2 * 2**20
+    roomy = GreedyTrainer(
+        network(), run_dir=tmp_path / "run", **settings | {"memory_budget": "1GiB"}
+    )
+    assert roomy.train_stage(1, again=True).resolved["memory_mode"] == Mode.PLAIN
 
 
 @pytest.mark.parametrize(

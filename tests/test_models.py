@@ -155,6 +155,23 @@ def test_a_stage_that_does_not_fit_is_named() -> None:
 
 
 @pytest.mark.parametrize(
+    ("entry", "moved"),
+    [
+        ([nn.Dropout(0.5), nn.AvgPool2d(2), nn.Flatten()], True),
+        ([nn.AvgPool2d(2), nn.Flatten(), nn.Dropout(0.5)], False),
+        ([nn.BatchNorm2d(1), nn.Dropout2d(0.5), nn.Flatten()], False),
+    ],
+    ids=repr,
+)
+def test_dropout_goes_to_the_input_only_where_it_is(entry: list[nn.Module], moved: bool) -> None:
+    width = nn.Sequential(*entry).eval()(torch.rand(2, 1, 6, 6)).shape[1]
+    stage = cut(nn.Sequential(*entry, nn.Linear(width, 4), nn.ReLU(), nn.Linear(4, 2)))[0]
+    assert (stage.dropout is not None) == moved
+    kept = [m for m in stage.layer if not (moved and isinstance(m, nn.Dropout))]
+    assert kept[: len(entry) - moved] == entry[moved:]
+
+
+@pytest.mark.parametrize(
     "entry",
     [
         [nn.AvgPool2d(2), nn.Flatten()],

@@ -11,14 +11,14 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from greedy.errors import UserError
 from greedy.losses import Glob, LocalLoss
 from greedy.memory.choice import Choice, fused_adam, reserved
 from greedy.memory.counting import Counter
-from greedy.memory.peaks import OptimizerFactory, Unseen, make_state, materialised
+from greedy.memory.fake import counted, fake_tensors, make_state, materialised
+from greedy.memory.peaks import OptimizerFactory
 from greedy.models import Stage, StageShapes
 from greedy.recipes import Training
 from greedy.sizes import format_size
@@ -134,10 +134,7 @@ def network_peak(
     """The peak in bytes of a step that trains all stages by a strategy of that name. Without an
     ``optimizer`` its state is in host memory. The stages stay as they are."""
     what = (num_classes, batch_size, strategy, precision, accumulate, optimizer, step or _step)
-    try:
-        return _peak(stages, shapes, loss, *what)
-    except DataDependentOutputException:  # a loss that looks at numbers; there are none
-        return _peak(stages, shapes, Unseen(loss), *what)
+    return counted(lambda seen: _peak(stages, shapes, seen, *what), loss, "the network")
 
 
 def _peak(
@@ -153,7 +150,7 @@ def _peak(
     step: Step,
 ) -> int:
     copies = [deepcopy(stage).to("meta") for stage in stages]
-    with FakeTensorMode(), Counter() as counter:
+    with fake_tensors(), Counter() as counter:
         learners = [
             _learner(stage, shape, each, num_classes, precision)
             for stage, shape, each in zip(

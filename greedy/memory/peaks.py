@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from greedy.losses import Features, LocalHeads, LocalLoss
+from greedy.losses import LocalLoss
 from greedy.memory.counting import Counter
+from greedy.memory.fake import counted, fake_tensors, make_state, materialised
 from greedy.models import Shape, Stage, StageShapes
 from greedy.source import WRITE_ROWS, Batch, replay
 from greedy.training.modes import StepMemory
@@ -60,14 +60,15 @@ class StepDemand:
     def peak(self, memory: StepMemory) -> int:
         """Bytes on the device at most, in a step with this memory after the first one: weights,
         gradients, optimiser state, the batch, and what is computed from it."""
-        try:
-            return self._peak(memory)
-        except DataDependentOutputException:  # a loss that looks at numbers; there are none
-            return replace(self, loss=Unseen(self.loss))._peak(memory)
+        return self._counted(lambda demand: demand._peak(memory))
+
+    def _counted(self, count: Callable[["StepDemand"], int]) -> int:
+        what = f"stage {self.stage.number} ({self.stage.name})"
+        return counted(lambda loss: count(replace(self, loss=loss)), self.loss, what)
 
     def _peak(self, memory: StepMemory) -> int:
         stage, *replayed = self._skeletons()
-        with FakeTensorMode(), Counter() as counter:
+        with fake_tensors(), Counter() as counter:
             learner = self._learner(stage, memory)
             counter.add(_held(learner))
             if self.optimizer is not None:
@@ -81,8 +82,11 @@ class StepDemand:
     def writing_peak(self, rows: int) -> int:
         """Bytes on the device at most, while the trained stage computes the outputs and the local
         error of so many rows."""
+        return self._counted(lambda demand: demand._writing_peak(rows))
+
+    def _writing_peak(self, rows: int) -> int:
         stage, *replayed = self._skeletons()
-        with FakeTensorMode(), Counter() as counter, torch.no_grad():
+        with fake_tensors(), Counter() as counter, torch.no_grad():
             learner = self._learner(stage, StepMemory())
             learner.eval()
             counter.add(_held(learner))
@@ -96,8 +100,11 @@ class StepDemand:
 
     def flops(self) -> int:
         """Floating-point operations of the plain step, a multiply-add counting 2."""
+        return self._counted(StepDemand._flops)
+
+    def _flops(self) -> int:
         stage, *_ = self._skeletons()
-        with FakeTensorMode(), FlopCounterMode(display=False) as counter:
+        with fake_tensors(), FlopCounterMode(display=False) as counter:
             learner = self._learner(stage, StepMemory())
             gradients(learner, self._batch(learner, []))
         return counter.get_total_flops()
@@ -105,7 +112,7 @@ class StepDemand:
     def parameter_bytes(self) -> int:
         """Bytes of weights, gradients and optimiser state."""
         stage, *_ = self._skeletons()
-        with FakeTensorMode():
+        with fake_tensors():
             parameters = self._learner(stage, StepMemory()).parameters()
         copies = 2 if self.optimizer is None else 4
         return copies * sum(p.numel() * p.element_size() for p in parameters)
@@ -163,48 +170,12 @@ class StepDemand:
         return Batch(labels, self._reader(learner, frozen), mask)
 
 
-@dataclass(frozen=True)
-class Unseen:
-    """Stands in for a loss, which is computed from small tensors, between its heads."""
-
-    loss: LocalLoss
-
-    @property
-    def output_scale(self) -> float:
-        return self.loss.output_scale
-
-    def heads(self, shape: Shape, num_classes: int) -> LocalHeads:
-        return self.loss.heads(shape, num_classes)
-
-    def __call__(self, features: Features, y: torch.Tensor) -> torch.Tensor:
-        return torch.stack([f.mean() for f in features if f is not None]).sum()
-
-
 def weight_bytes(stage: Stage) -> int:
     """Of a stage's weights."""
     return sum(p.numel() * p.element_size() for p in stage.parameters())
 
 
-def materialised(stage: Stage) -> Stage:
-    """A stage of the meta device with weights in memory."""
-    state = stage.state_dict(keep_vars=True)
-    state = {k: torch.empty(v.shape, dtype=v.dtype) for k, v in state.items()}
-    stage.load_state_dict(state, assign=True)
-    return stage
-
-
 def _held(learner: Learner) -> list[torch.Tensor]:
     """The stage's and its heads' weights, and what else they hold."""
-    return [*learner.stage.state_dict().values(), *learner.heads.state_dict().values()]
-
-
-def make_state(
-    parameters: Sequence[nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]
-) -> None:
-    """Takes a step, after which the optimisers have their moments."""
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    for optimizer in optimizers:
-        optimizer.step()
-    for parameter in parameters:
-        parameter.grad = None
+    modules = (learner.stage, learner.heads)
+    return [each for m in modules for each in (*m.parameters(), *m.buffers())]

@@ -137,4 +137,6 @@ class MemoryPlan:
         """Networks repeat themselves, and of stages that are alike one is counted."""
         stage, shape = self.stages[number - 1], self.shapes[number - 1]
         sizes = tuple(p.shape for p in stage.parameters())
-        return repr(stage), stage.flatten, stage.dropout, sizes, shape, self.loss_of(number)
+        loss = self.loss_of(number)
+        named = loss if isinstance(loss, Hashable) else id(loss)
+        return repr(stage), stage.flatten, stage.dropout, sizes, shape, named

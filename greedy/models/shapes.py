@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -34,20 +35,33 @@ class _Probe(nn.Module):
         return h, self.stage.pool(h)
 
 
+def _probed(stage: Stage, shape: Shape) -> tuple[Tensor, Tensor]:
+    """Activation and output of some rows, on the meta device; computed for modules that cannot go
+    there, since they look at numbers, hold tensors as plain attributes, or share weights."""
+    probe = _Probe(stage).eval()  # batch statistics are not for the meta device
+    held = dict(chain(probe.named_parameters(), probe.named_buffers()))
+    weights = {k: v.to("meta") for k, v in held.items()}
+    try:
+        rows = torch.empty((ROWS, *shape), device="meta")
+        return torch.func.functional_call(probe, weights, (rows,), tie_weights=False)
+    except RuntimeError:
+        if any(v.is_meta for v in held.values()):
+            raise
+        with torch.no_grad():
+            return probe(torch.zeros((ROWS, *shape), device=next(iter(held.values())).device))
+
+
 def shapes(stages: Sequence[Stage], input_shape: Shape) -> list[StageShapes]:
-    """The shapes along the stages for rows of ``input_shape``, on the meta device.
+    """The shapes along the stages for rows of ``input_shape``.
 
     Raises ``UserError`` naming the stage that cannot take what the one before it gives.
     """
     found = []
     shape = input_shape
     for stage in stages:
-        probe = _Probe(stage).eval()  # batch statistics are not for the meta device
-        weights = {k: v.to("meta") for k, v in probe.state_dict(keep_vars=True).items()}
-        rows = torch.empty((ROWS, *shape), device="meta")
         try:
             with FlopCounterMode(display=False) as counter:
-                h, out = torch.func.functional_call(probe, weights, (rows,))
+                h, out = _probed(stage, shape)
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"stage {stage.number} ({stage.name}) cannot take an input of shape "

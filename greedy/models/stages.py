@@ -6,6 +6,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from greedy.errors import UserError
 
@@ -110,6 +111,11 @@ def cut(network: nn.Sequential, layers: int = 1) -> list[Stage]:
             f"a network must be an nn.Sequential to be cut into stages, not a "
             f"{type(network).__name__}: arrange its layers or blocks in one"
         )
+    if any(is_lazy(p) for p in chain(network.parameters(), network.buffers())):
+        raise UserError(
+            "the network has lazy layers, which have no weights yet: pass one batch through it "
+            "first, or give the layers their sizes"
+        )
     groups: list[list[nn.Module]] = []
     leading: list[nn.Module] = []
     for child in network:
@@ -149,10 +155,11 @@ def _stage(number: int, modules: list[nn.Module]) -> tuple[Stage, list[nn.Module
     )
     entry, layer, end = modules[:first], modules[first : last + 1], modules[last + 1 :]
     _require_movable(number, entry, end)
-    strangers = [m for m in entry if not isinstance(m, (*DROPOUTS, nn.Flatten))]
-    if strangers:  # activations, normalisation or pooling in front of the first encoder
-        layer = [m for m in entry if not isinstance(m, DROPOUTS)] + layer
-        entry = [m for m in entry if isinstance(m, DROPOUTS)]
+    plain = next(
+        (i for i, m in enumerate(entry) if not isinstance(m, (*DROPOUTS, nn.Flatten))), first
+    )
+    # Activations, normalisation or pooling in front of the first encoder, and what follows them.
+    entry, layer = entry[:plain], entry[plain:] + layer
     stage = Stage(
         number,
         nn.Sequential(*layer),

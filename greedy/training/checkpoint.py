@@ -183,7 +183,7 @@ class Checkpoints:
             tensors = safetensors.torch.load_file(path)
             self._restore(document, tensors)
         except Exception as error:  # whatever torch makes of a stranger's numbers
-            raise _damaged(path, self.training, "it does not fit the stage") from error
+            raise _damaged(path, self.training, "it fits another stage or optimiser") from error
         progress = document.progress
         self.last, self.before = str(progress), progress.before + progress.seconds
         return progress, self._sums(tensors)
@@ -242,11 +242,14 @@ def _require_same_settings(optimizer: torch.optim.Optimizer, kept: list[dict[str
 
 
 def _require_same_shapes(optimizer: torch.optim.Optimizer) -> None:
-    """A fused Adam believes what it finds; others look."""
+    """A fused Adam believes what it finds; others look. It has nothing of a parameter that never
+    had a gradient."""
     if not isinstance(optimizer, torch.optim.Adam):
         return
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        state, scalar = optimizer.state[parameter], torch.Size()
+        state, scalar = optimizer.state.get(parameter), torch.Size()
+        if not state:
+            continue
         expected = {"step": scalar, "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
         if any(name not in state or state[name].shape != expected[name] for name in expected):
             raise ValueError("moments of other parameters")

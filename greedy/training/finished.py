@@ -22,7 +22,8 @@ from greedy.versions import versions
 def save_weights(learner: Learner, directory: Path) -> None:
     """The encoder and the local heads, as safetensors."""
     for name, module in ((ENCODER, learner.stage), (HEADS, learner.heads)):
-        tensors = {k: v.contiguous().cpu() for k, v in module.state_dict().items()}
+        # Each a copy: safetensors takes no two names for the same memory.
+        tensors = {k: v.cpu().contiguous().clone() for k, v in module.state_dict().items()}
         write_whole(directory / name, safetensors.torch.save(tensors))
 
 

@@ -13,6 +13,7 @@ from greedy.training.statistics import Statistics
 
 ELEMENTWISE = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Identity)
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
+TORCHS_OWN = {*ELEMENTWISE, nn.BatchNorm1d, nn.BatchNorm2d, nn.Conv2d, nn.Linear}
 # In a head they would couple samples, or draw other masks each time a row passes.
 COUPLED = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
 
@@ -56,15 +57,20 @@ def parts_of(stage: Stage, heads: LocalHeads) -> Parts | None:
     activation = others[1:] if norm else others
     if not isinstance(encoder, Layer) or not _is_plain(encoder):
         return None
-    if norm is not None and not (norm.affine and norm.track_running_stats):
-        return None
-    if not all(type(each) in ELEMENTWISE for each in activation):
-        return None
-    if norm is None and any(getattr(each, "inplace", False) for each in activation):
-        return None
-    if any(isinstance(each, COUPLED) for each in heads.modules()):
-        return None
-    return Parts(encoder, norm, nn.Sequential(*activation), heads)
+    is_of_the_pattern = (
+        (norm is None or (norm.affine and norm.track_running_stats))
+        and all(isinstance(each, ELEMENTWISE) for each in activation)
+        and all(map(_is_torchs_own, stage.layer))
+        and (norm is not None or not any(getattr(each, "inplace", False) for each in activation))
+        and not any(isinstance(each, COUPLED) for each in heads.modules())
+        and all(each.requires_grad for each in (*stage.parameters(), *heads.parameters()))
+    )
+    return Parts(encoder, norm, nn.Sequential(*activation), heads) if is_of_the_pattern else None
+
+
+def _is_torchs_own(module: nn.Module) -> bool:
+    """Whether it computes what its class says, so that we may compute it instead."""
+    return type(module) in TORCHS_OWN and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_plain(encoder: Layer) -> bool:

@@ -37,10 +37,7 @@ def resolve(
         "encoding": encoding(recipe),
         "shuffle": shuffle(recipe, store.stored_bytes),
         "chunk_rows": store.chunk_rows,
-        "memory_mode": memory.mode,
-        "micro_batch": memory.micro_batch,
-        "planned_peak_bytes": memory.peak_bytes,
-        "write_batch": memory.write_batch,
+        **_of_memory(memory),
         "threads": torch.get_num_threads(),
         "compile": compiled,
         "deterministic": recipe.training.deterministic,
@@ -51,11 +48,13 @@ def repeated(
     recipe: Recipe, before: dict[str, Any], views: Views, memory: Choice
 ) -> dict[str, Any]:
     """The choices that a stage was trained with ``before``, decided once: memory may be less by
-    now. Only the views are planned anew, and what a budget that is named now rules out."""
-    kept = before | {"views": views}
-    found = within_budget(recipe, kept, memory)
-    if found != kept:
-        found["write_batch"] = min(kept["write_batch"], memory.write_batch)
+    now. Anew are the views, and what is asked for by name."""
+    training = recipe.training
+    found = before | {"views": views, "deterministic": training.deterministic}
+    if training.compile != "auto":
+        found["compile"] = training.compile == "on"
+    if recipe.memory.budget != "auto":
+        found |= _of_memory(memory)
     return found
 
 
@@ -65,10 +64,15 @@ def within_budget(recipe: Recipe, kept: dict[str, Any], memory: Choice) -> dict[
     budget, planned = recipe.memory.budget, kept["planned_peak_bytes"]
     if budget == "auto" or planned is None or planned <= parse_size(budget):
         return dict(kept)
-    return kept | {
+    return kept | _of_memory(memory)
+
+
+def _of_memory(memory: Choice) -> dict[str, Any]:
+    return {
         "memory_mode": str(memory.mode),
         "micro_batch": memory.micro_batch,
         "planned_peak_bytes": memory.peak_bytes,
+        "write_batch": memory.write_batch,
     }
 
 

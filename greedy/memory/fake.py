@@ -1,0 +1,99 @@
+"""Stages, losses and optimisers on fake tensors, which have sizes and no numbers."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+
+from greedy.errors import UserError
+from greedy.losses import Features, LocalHeads, LocalLoss
+from greedy.models import Shape, Stage
+
+LOOKS_AT_NUMBERS = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+def fake_tensors() -> FakeTensorMode:
+    """Inside, tensors have sizes and no numbers. Tensors that modules or losses hold as plain
+    attributes are taken for such too."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def materialised(stage: Stage) -> Stage:
+    """A stage of the meta device with its parameters and buffers in memory; what was one tensor
+    under two names stays one."""
+    made: dict[int, torch.Tensor] = {}
+    for module in stage.modules():
+        parameters = module.named_parameters(recurse=False, remove_duplicate=False)
+        buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+        for name, tensor in [*parameters, *buffers]:
+            if id(tensor) not in made:
+                empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+                is_trained = isinstance(tensor, nn.Parameter)
+                made[id(tensor)] = (
+                    nn.Parameter(empty, tensor.requires_grad) if is_trained else empty
+                )
+            setattr(module, name, made[id(tensor)])
+    return stage
+
+
+def counted(count: Callable[[LocalLoss], int], loss: LocalLoss, what: str) -> int:
+    """What a count comes to that is given a loss; a loss that looks at numbers is left out of it.
+    Raises ``UserError`` where something else does, which is part of ``what``."""
+    try:
+        return count(loss)
+    except LOOKS_AT_NUMBERS:
+        try:
+            return count(Unseen(loss))
+        except LOOKS_AT_NUMBERS as error:
+            raise UserError(
+                f"the memory of {what} cannot be told beforehand, since what it computes depends "
+                f"on the numbers it sees: choose between tensors with torch.where"
+            ) from error
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """Stands in for a loss, which is computed from small tensors, between its heads."""
+
+    loss: LocalLoss
+
+    @property
+    def output_scale(self) -> float:
+        return self.loss.output_scale
+
+    def heads(self, shape: Shape, num_classes: int) -> LocalHeads:
+        return self.loss.heads(shape, num_classes)
+
+    def __call__(self, features: Features, y: torch.Tensor) -> torch.Tensor:
+        return torch.stack([f.mean() for f in features if f is not None]).sum()
+
+
+def make_state(
+    parameters: Sequence[nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]
+) -> None:
+    """Takes a step, after which the optimisers have their moments; of one that looks at numbers
+    they are taken for Adam's. Raises ``UserError`` for one that computes the loss itself."""
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    for optimizer in optimizers:
+        closure = inspect.signature(optimizer.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise UserError(
+                f"{type(optimizer).__name__} wants to compute the loss several times a step, which "
+                f"stages cannot: choose an optimiser whose step needs no closure"
+            )
+        try:
+            optimizer.step()
+        except LOOKS_AT_NUMBERS:
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                moments = {name: torch.zeros_like(parameter) for name in ("first", "second")}
+                optimizer.state[parameter] = moments
+    for parameter in parameters:
+        parameter.grad = None

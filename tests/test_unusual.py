@@ -1,0 +1,206 @@
+"""What PyTorch users bring along: modules, losses and optimisers of every kind."""
+
+import json
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from small_training import CLASSES, SIDE, TEST, TRAIN, trainer, weights
+from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from greedy import Reporter, UserError
+from greedy.errors import Interrupted
+from greedy.losses import LocalHeads, Pred
+
+
+class Convolution(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.conv(x))
+
+
+class WithBuffer(Convolution):
+    """Of a buffer that is no part of its state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.full((1, 4, 1, 1), 0.5), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.factor
+
+
+class WithTensor(Convolution):
+    """Of a tensor that is a plain attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = torch.full((1, 4, 1, 1), 0.5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * self.factor
+
+
+class Tied(Convolution):
+    """One layer under two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.widen, self.conv = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 4, 3, padding=1)
+        self.again = self.conv
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.again(super().forward(self.widen(x))))
+
+
+class Deciding(Convolution):
+    """What it computes depends on the numbers it sees."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = super().forward(x)
+        return h if h.sum() > 1 else 2 * h
+
+
+def with_stage(*modules: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*modules, nn.Flatten(), nn.Linear(4 * SIDE * SIDE, CLASSES))
+
+
+def unused() -> nn.Sequential:
+    """A stage with a parameter that gets no gradient, and one that is not to be trained."""
+    torch.manual_seed(0)
+    stage = Convolution()
+    stage.spare = nn.Linear(2, 2)
+    stage.conv.weight.requires_grad_(False)
+    return with_stage(stage)
+
+
+class OwnLoss:
+    output_scale = 1.0
+
+    def heads(self, shape: tuple[int, ...], num_classes: int) -> LocalHeads:
+        return Pred().heads(shape, num_classes)
+
+    def __call__(self, features, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(features.p, y)
+
+
+@dataclass
+class Scaled(OwnLoss):
+    """A dataclass has no hash unless it is frozen."""
+
+    factor: float = 2.0
+
+    def __call__(self, features, y: torch.Tensor) -> torch.Tensor:
+        return self.factor * super().__call__(features, y)
+
+
+class Weighted(OwnLoss):
+    def __init__(self) -> None:
+        self.criterion = nn.CrossEntropyLoss(weight=torch.arange(1.0, CLASSES + 1))
+
+    def __call__(self, features, y: torch.Tensor) -> torch.Tensor:
+        return self.criterion(features.p, y.argmax(dim=1))
+
+
+class OfPresentClasses(OwnLoss):
+    """Looks at numbers: how many classes there are in the batch."""
+
+    def __call__(self, features, y: torch.Tensor) -> torch.Tensor:
+        return super().__call__(features, y) / len(y.argmax(dim=1).unique())
+
+
+class TiedHeads(OwnLoss):
+    def heads(self, shape: tuple[int, ...], num_classes: int) -> LocalHeads:
+        heads = super().heads(shape, num_classes)
+        heads.twin = heads.prediction
+        return heads
+
+
+@pytest.mark.parametrize("module", [WithBuffer, WithTensor, Tied])
+def test_modules_of_every_kind_are_stages(tmp_path: Path, module: type[nn.Module]) -> None:
+    mine = trainer(tmp_path / "run", with_stage(module()), epochs=3)
+    records = mine.fit(TRAIN, TEST)
+    assert records[-1].metrics.test_error_percent < 30  # chance is 67
+    assert records[0].resolved["planned_peak_bytes"] > 32 * 4 * SIDE * SIDE * 4
+    with torch.no_grad():
+        assert mine.assemble().eval()(torch.rand(2, 1, SIDE, SIDE)).shape == (2, CLASSES)
+
+
+def test_what_cannot_be_counted_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"memory of stage 1 \(conv4\) .* torch.where"):
+        trainer(tmp_path / "run", with_stage(Deciding())).fit(TRAIN, TEST)
+    with pytest.raises(UserError, match="has lazy layers, which have no weights yet"):
+        trainer(tmp_path / "lazy", nn.Sequential(nn.Flatten(), nn.LazyLinear(2))).fit(TRAIN, TEST)
+    assert not (tmp_path / "run").exists() and not (tmp_path / "lazy").exists()
+
+
+@pytest.mark.parametrize("loss", [Scaled, Weighted, OfPresentClasses, TiedHeads])
+def test_losses_of_every_kind_train(tmp_path: Path, loss: type[OwnLoss]) -> None:
+    records = trainer(tmp_path / "run", loss=loss(), epochs=3).fit(TRAIN, TEST)
+    assert records[-1].metrics.test_error_percent < 30
+
+
+@pytest.mark.parametrize("optimizer", ["ASGD", "Adafactor", "Rprop"])
+def test_optimisers_of_every_kind_train(tmp_path: Path, optimizer: str) -> None:
+    records = trainer(tmp_path / "run", optimizer=getattr(torch.optim, optimizer)).fit(TRAIN, TEST)
+    assert records[-1].metrics.test_error_percent < 67
+
+
+def test_optimisers_that_cannot_train_a_stage_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="LBFGS wants to compute the loss several times"):
+        trainer(tmp_path / "run", optimizer=torch.optim.LBFGS).fit(TRAIN, TEST)
+    with pytest.raises(UserError, match="optimizer_state='host' is for the Adam"):
+        trainer(tmp_path / "host", optimizer=torch.optim.SGD, optimizer_state="host")
+    assert not (tmp_path / "run").exists() and not (tmp_path / "host").exists()
+
+
+@pytest.mark.parametrize("budget", ["auto", "250KiB"])
+def test_what_is_not_to_be_trained_stays(tmp_path: Path, budget: str) -> None:
+    model = nn.Sequential(*unused(), nn.ReLU(), nn.Linear(CLASSES, CLASSES))
+    frozen = nn.Conv2d(1, 4, 3, padding=1).requires_grad_(False)
+    plain = with_stage(frozen, nn.BatchNorm2d(4), nn.ReLU())
+    for name, network in (("module", model), ("layer", plain)):
+        run = tmp_path / name
+        trainer(run, network, memory_budget=budget).fit(TRAIN, TEST)
+        before = next(p for p in network.parameters() if not p.requires_grad)
+        (after,) = (v for v in weights(run, 1).values() if v.shape == before.shape and v.dim() == 4)
+        assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "joint"])
+def test_a_parameter_without_a_gradient_resumes(tmp_path: Path, strategy: str) -> None:
+    class Stopping(Reporter):
+        def batch_finished(self, rows: int) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    settings = {"strategy": strategy, "checkpoint_minutes": 0}
+    with pytest.raises(Interrupted):
+        trainer(tmp_path / "cut", unused(), reporter=Stopping(), **settings).fit(TRAIN, TEST)
+    (next((tmp_path / "cut").rglob("training")) / ".swp").write_text("left by an editor")
+    trainer(tmp_path / "cut", unused(), **settings).fit(TRAIN, TEST)
+    trainer(tmp_path / "whole", unused(), **settings).fit(TRAIN, TEST)
+    for stage in (1, 2):
+        cut, whole = (weights(tmp_path / name, stage) for name in ("cut", "whole"))
+        assert all(torch.equal(cut[k], whole[k]) for k in whole)
+        recorded = json.loads((tmp_path / f"cut/stage{stage}/stage.json").read_text())["files"]
+        assert set(recorded) == {"encoder.safetensors", "heads.safetensors", "history.jsonl"}
+
+
+def test_a_weight_norm_is_trained_as_it_is_written(tmp_path: Path) -> None:
+    def normed() -> nn.Sequential:
+        torch.manual_seed(0)
+        conv = weight_norm(nn.Conv2d(1, 4, 3, padding=1))
+        return with_stage(conv, nn.BatchNorm2d(4), nn.ReLU())
+
+    trainer(tmp_path / "roomy", normed()).fit(TRAIN, TEST)
+    trainer(tmp_path / "tight", normed(), memory_budget="300KiB").fit(TRAIN, TEST)
+    roomy, tight = (weights(tmp_path / name, 1) for name in ("roomy", "tight"))
+    assert all(torch.equal(roomy[k], tight[k]) for k in roomy)
