@@ -27,15 +27,11 @@ class Mistake(Failure):
 
 
 class Stopped(Failure):
-    """Ctrl-C."""
+    """A signal, by default Ctrl-C's."""
 
-    exit_code = 128 + signal.SIGINT
-
-
-class Terminated(Failure):
-    """SIGTERM."""
-
-    exit_code = 128 + signal.SIGTERM
+    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
 
 
 class Group(click.Group):
@@ -68,13 +64,14 @@ class Group(click.Group):
             click.echo(f"Error: {_sentence(error)}", err=True)
             code = error.exit_code
         except click.Abort:
-            code = Stopped.exit_code
+            code = Stopped("").exit_code
         sys.exit(code)
 
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Inside, SIGTERM stops a run as Ctrl-C does, and both say how to go on wherever they come."""
+    """Inside, SIGTERM and a closed terminal stop a run as Ctrl-C does, and all say how to go on
+    wherever they come."""
     from greedy.interrupts import SIGNALS, stop  # noqa: PLC0415
 
     before = {number: signal.signal(number, stop) for number in SIGNALS}
@@ -92,7 +89,7 @@ def failure_of(error: BaseException) -> Failure:
     sentence = " ".join(str(error).split())
     match error:
         case Interrupted():
-            return Stopped(sentence) if error.signal == signal.SIGINT else Terminated(sentence)
+            return Stopped(sentence, error.signal)
         case KeyboardInterrupt():
             return Stopped("interrupted, and nothing that was finished is lost")
         case OSError(strerror=str(reason), filename=path):

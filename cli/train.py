@@ -58,7 +58,7 @@ def train(
 
     overrides = options.overrides(settings, shorthands)
     wanted, directory = recipe_and_run(recipe, run, overrides)
-    network = load_network(wanted.model, model)
+    network = load_network(wanted.model, model, needed=True)
     trainer = GreedyTrainer.from_recipe(wanted, directory, device=device, model=network)
     logger = tensorboard(directory) if log else None
     click.echo(f"{wanted.name} in {directory} on {trainer.device}")
@@ -122,7 +122,7 @@ def train_stage(
     shorthands = {"memory_budget": memory_budget, "optimizer_state": optimizer_state}
     recipe, _ = recipe_and_run(None, run.path, options.overrides((), shorthands))
     trainer = GreedyTrainer.from_recipe(
-        recipe, run.path, device=device, model=load_network(recipe.model, model)
+        recipe, run.path, device=device, model=load_network(recipe.model, model, needed=True)
     )
     with reporting(trainer, tensorboard(run.path, to) if log else None) as progress:
         record = trainer.train_stage(number, source=source_number, again=retrain, to=to)
@@ -131,6 +131,12 @@ def train_stage(
         click.echo(f"{written} is as it was: --retrain trains it again")
     else:
         click.echo(f"wrote {written}, trained from {_origin(record)}")
+        later = range(number + 1, len(run.complete(0).network) + 1)
+        if to is None and (stale := [n for n in later if run.state(n) == "stale"]):
+            click.echo(
+                f"{_stages(stale)} followed from what was here before: "
+                f"`greedy train --run {run.path} --retrain {stale[0]}` trains them again"
+            )
 
 
 def train_and_show(
@@ -174,6 +180,12 @@ def recipe_and_run(
     if run is None:
         raise click.UsageError("give --recipe to begin a run, or --run to go on with one")
     return load(RunDirectory.open(run).path / "run.toml", overrides), run
+
+
+def _stages(numbers: list[int]) -> str:
+    """A range of stages in words."""
+    first, last = numbers[0], numbers[-1]
+    return f"stage {first}" if first == last else f"stages {first} to {last}"
 
 
 def _origin(record: "StageRecord") -> str:

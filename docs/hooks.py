@@ -49,7 +49,8 @@ COMMANDS = """\
 # Commands
 
 `-h` or `--help` after any command shows what is here. What was asked for wrongly ends with exit
-code 2, what failed with 1, and what Ctrl-C or SIGTERM stopped with 130 or 143.
+code 2, what failed with 1, and what Ctrl-C, SIGTERM or a closed terminal stopped with 130, 143 or
+129.
 """
 
 

@@ -28,6 +28,10 @@ LOSSES: dict[str, type[LocalLoss]] = {
     "predsim-bio": PredSimBio,
     "glob": Glob,
 }
+NOT_NAMED = (
+    "this run's network was built in Python: name the function that returns it with --model "
+    "module:function"
+)
 LOSS_FIELDS = {  # of a recipe, and what the losses call them
     "beta": "beta",
     "pred_pool_target": "pool_target",
@@ -40,10 +44,7 @@ def build_network(model: Model, row_shape: Shape, num_classes: int) -> nn.Sequen
     """The recipe's network for images of ``row_shape`` (C, H, W), on the meta device: its
     stages get their weights one at a time, when each is trained."""
     if model.network == "python":
-        raise UserError(
-            "this run's network was built in Python: name the function that returns it with "
-            "--model module:function"
-        )
+        raise UserError(NOT_NAMED)
     channels, height, width = row_shape
     if height != width:
         raise UserError(
@@ -70,6 +71,11 @@ def checked_shapes(
     """The shapes along the stages, of a network that fits the data (0 classes: not known
     yet) and the recipe's lists."""
     found = models.shapes(stages, row_shape)
+    if len(found[-1].output) != 1:
+        raise UserError(
+            f"the network ends in feature maps ({'x'.join(map(str, found[-1].output))} an image): "
+            f"end it with the linear layer that gives the logits"
+        )
     if classes and found[-1].output != (classes,):
         raise UserError(
             f"the network ends in {'x'.join(map(str, found[-1].output))} values and the data "
@@ -97,10 +103,15 @@ def checked_shapes(
     return found
 
 
-def load_network(model: Model, function: str | None) -> nn.Sequential | None:
+def load_network(
+    model: Model, function: str | None, *, needed: bool = False
+) -> nn.Sequential | None:
     """The network that ``module:function`` returns, for a run whose network was built in Python;
-    ``None`` without a function. Raises ``UserError`` for one that is not wanted or of no use."""
+    ``None`` without a function. Raises ``UserError`` for one that is not wanted or of no use, and
+    for one that is ``needed`` and not named."""
     if function is None:
+        if needed and model.network == "python":
+            raise UserError(NOT_NAMED)
         return None
     if model.network != "python":
         raise UserError(f"this run's network is {model.network}: leave out --model {function}")

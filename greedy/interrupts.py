@@ -7,7 +7,7 @@ from typing import Self
 
 from greedy.errors import Interrupted
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def stop(number: int, frame: FrameType | None) -> None:
@@ -16,8 +16,8 @@ def stop(number: int, frame: FrameType | None) -> None:
 
 
 class Postponed:
-    """Context manager in which SIGINT and SIGTERM wait until ``requested`` is looked at; the
-    second one does not. Handlers that are the user's own stay, as do those of other threads.
+    """Context manager in which SIGINT, SIGTERM and SIGHUP wait until ``requested`` is looked at;
+    the second one does not. Handlers that are the user's own stay, as do those of other threads.
 
     Attributes:
         requested: the signal that came, or ``None``.

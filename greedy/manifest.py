@@ -212,11 +212,11 @@ class StageRecord(_Document):
         """The path of a sibling file whose bytes are those recorded."""
         path = directory / name
         if not path.is_file():
-            raise UserError(f"{path} is missing: train the stage again with --retrain")
+            raise UserError(f"{path} is missing: train the stage again with --retrain {self.stage}")
         if file_digest(path) != self.files.get(name):
             raise UserError(
                 f"{path} is not the file that was written (its digest differs): "
-                f"train the stage again with --retrain"
+                f"train the stage again with --retrain {self.stage}"
             )
         return path
 

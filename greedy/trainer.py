@@ -14,7 +14,7 @@ from greedy.data import Dataset, dataset_from_torch
 from greedy.devices import pick_device, pick_precision
 from greedy.disk import Plan, Views
 from greedy.errors import UserError, no_stage
-from greedy.losses import LocalLoss, Output, PredSim
+from greedy.losses import LocalLoss, Output, PredSim, require_local_loss
 from greedy.manifest import StageRecord
 from greedy.memory.choice import Choice, fused_adam, memory_budget
 from greedy.memory.plan import MemoryPlan
@@ -68,7 +68,8 @@ class GreedyTrainer:
         reporter: Reporter | None = None,
         **settings: Any,
     ) -> None:
-        loss = loss or PredSim()
+        loss = PredSim() if loss is None else loss
+        require_local_loss(loss)
         self._set_up(
             python_recipe(settings, loss), run_dir, device, reporter, model, loss, optimizer
         )

@@ -123,7 +123,7 @@ def test_the_scale_of_float16_s_loss_goes_on(tmp_path: Path) -> None:
 
 def test_a_signal_finishes_the_batch_and_keeps_it(tmp_path: Path) -> None:
     trainer(tmp_path / "whole").fit(TRAIN, TEST)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         reporter = KillAt(3, lambda number=number: os.kill(os.getpid(), number))
         cut = trainer(tmp_path / "cut", reporter, checkpoint_minutes=60)
         with pytest.raises(Interrupted, match="in stage 1 after .* goes on from there") as caught:

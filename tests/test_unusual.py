@@ -148,6 +148,57 @@ def test_losses_of_every_kind_train(tmp_path: Path, loss: type[OwnLoss]) -> None
     assert records[-1].metrics.test_error_percent < 30
 
 
+class Vector(OwnLoss):
+    def __call__(self, features, y: torch.Tensor) -> torch.Tensor:
+        return (features.p * y).sum(dim=1)
+
+
+class Number(OwnLoss):
+    def __call__(self, features, y: torch.Tensor) -> float:
+        return 3.0
+
+
+class OfIntegers(OwnLoss):
+    def __call__(self, features, y: torch.Tensor) -> torch.Tensor:
+        return F.nll_loss(features.p, y)
+
+
+class OtherHeads(OwnLoss):
+    def heads(self, shape: tuple[int, ...], num_classes: int) -> nn.Module:
+        return nn.Linear(shape[0], num_classes)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (nn.CrossEntropyLoss(), r"CrossEntropyLoss\(\) is no local loss"),
+        ("predsim", "'predsim' is no local loss"),
+        (Pred, "Pred is no local loss"),
+        (Vector(), r"the loss Vector fails in stage 1 \(linear16\) \(grad can be"),
+        (Number(), "the loss Number fails in stage 1 .* and returns a scalar tensor"),
+        (OfIntegers(), "the loss OfIntegers fails in stage 1 .* one-hot labels"),
+        (OtherHeads(), "the heads of OtherHeads are of type Linear"),
+    ],
+)
+def test_what_is_no_local_loss_is_told(tmp_path: Path, loss: object, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path / "run", loss=loss).fit(TRAIN, TEST)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [
+        ([nn.Flatten(), nn.Linear(64, CLASSES), nn.Softmax(dim=1)], "ends in Softmax"),
+        ([nn.Conv2d(1, CLASSES, 1), nn.AdaptiveAvgPool2d(1)], r"ends in feature maps \(3x1x1"),
+        ([nn.Conv2d(1, CLASSES, 8), nn.Flatten()], "followed by Flatten: end the network with"),
+    ],
+)
+def test_a_network_ends_in_logits(tmp_path: Path, end: list[nn.Module], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path / "run", nn.Sequential(*end)).fit(TRAIN, TEST)
+
+
 @pytest.mark.parametrize("optimizer", ["ASGD", "Adafactor", "Rprop"])
 def test_optimisers_of_every_kind_train(tmp_path: Path, optimizer: str) -> None:
     records = trainer(tmp_path / "run", optimizer=getattr(torch.optim, optimizer)).fit(TRAIN, TEST)

@@ -9,7 +9,18 @@ from greedy.losses.bio import (
     SimBio,
     projected_prediction_loss,
 )
-from greedy.losses.local import Features, Glob, LocalHeads, LocalLoss, Output, Pred, PredSim, Sim
+from greedy.losses.local import (
+    Features,
+    Glob,
+    LocalHeads,
+    LocalLoss,
+    Output,
+    Pred,
+    PredSim,
+    Sim,
+    heads_of,
+    require_local_loss,
+)
 from greedy.losses.prediction import PredictionHead, pooling_kernel, prediction_loss
 from greedy.losses.similarity import (
     SimilarityHead,
@@ -36,9 +47,11 @@ __all__ = [
     "SimBio",
     "SimilarityHead",
     "feature_deviation",
+    "heads_of",
     "pooling_kernel",
     "prediction_loss",
     "projected_prediction_loss",
+    "require_local_loss",
     "similarity_loss",
     "similarity_matrix",
 ]

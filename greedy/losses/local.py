@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from greedy.errors import UserError
 from greedy.losses.prediction import PredictionHead, prediction_loss
 from greedy.losses.similarity import SimilarityHead, similarity_loss
 from greedy.models import Shape
@@ -69,6 +70,28 @@ class LocalLoss(Protocol):
     def __call__(self, features: Features, y: Tensor) -> Tensor:
         """The loss, a scalar, of a batch with one-hot labels ``y`` (B, classes), or what the
         heads' ``targets`` makes of them."""
+
+
+def require_local_loss(loss: Any) -> None:
+    """Raises ``UserError`` for what is no local loss."""
+    if isinstance(loss, type) or not (callable(loss) and hasattr(loss, "heads")):
+        named = loss.__name__ if isinstance(loss, type) else repr(loss)
+        raise UserError(
+            f"{named} is no local loss, which makes its own heads: give one of greedy.losses, such "
+            f"as greedy.losses.PredSim(), or write one with heads, output_scale and __call__"
+        )
+
+
+def heads_of(loss: LocalLoss, shape: Shape, num_classes: int) -> LocalHeads:
+    """A loss's new heads for a stage whose activation h has this shape a row. Raises ``UserError``
+    where it gives something else."""
+    heads = loss.heads(shape, num_classes)
+    if not isinstance(heads, LocalHeads):
+        raise UserError(
+            f"the heads of {type(loss).__name__} are of type {type(heads).__name__}: let its heads "
+            f"method return greedy.losses.LocalHeads(similarity, prediction)"
+        )
+    return heads
 
 
 @dataclass(frozen=True)

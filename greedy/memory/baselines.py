@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from greedy.errors import UserError
-from greedy.losses import Glob, LocalLoss
+from greedy.losses import Glob, LocalLoss, heads_of
 from greedy.memory.choice import Choice, fused_adam, reserved
 from greedy.memory.counting import Counter
 from greedy.memory.fake import counted, fake_tensors, make_state, materialised
@@ -202,7 +202,7 @@ def _learner(
     stage: Stage, shape: StageShapes, loss: LocalLoss, num_classes: int, precision: str
 ) -> Learner:
     """A stage with weights and heads on the device, ready to train."""
-    heads = loss.heads(shape.hidden, num_classes)
+    heads = heads_of(loss, shape.hidden, num_classes)
     learner = Learner(materialised(stage), heads, loss, num_classes, precision, rehearsed=True)
     learner.train()
     return learner

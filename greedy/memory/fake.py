@@ -45,17 +45,31 @@ def materialised(stage: Stage) -> Stage:
 
 def counted(count: Callable[[LocalLoss], int], loss: LocalLoss, what: str) -> int:
     """What a count comes to that is given a loss; a loss that looks at numbers is left out of it.
-    Raises ``UserError`` where something else does, which is part of ``what``."""
+    Raises ``UserError`` for a loss that fails, or where something else looks at numbers, which is
+    part of ``what``."""
     try:
         return count(loss)
-    except LOOKS_AT_NUMBERS:
-        try:
-            return count(Unseen(loss))
-        except LOOKS_AT_NUMBERS as error:
-            raise UserError(
-                f"the memory of {what} cannot be told beforehand, since what it computes depends "
-                f"on the numbers it sees: choose between tensors with torch.where"
-            ) from error
+    except UserError:
+        raise
+    except Exception as error:
+        without = _without(loss, count, what)
+        if isinstance(error, LOOKS_AT_NUMBERS):
+            return without
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(
+            f"the loss {type(loss).__name__} fails in {what} ({reason}): it gets features and "
+            f"one-hot labels (rows, classes), or its heads' targets, and returns a scalar tensor"
+        ) from error
+
+
+def _without(loss: LocalLoss, count: Callable[[LocalLoss], int], what: str) -> int:
+    try:
+        return count(Unseen(loss))
+    except LOOKS_AT_NUMBERS as error:
+        raise UserError(
+            f"the memory of {what} cannot be told beforehand, since what it computes depends on "
+            f"the numbers it sees: choose between tensors with torch.where"
+        ) from error
 
 
 @dataclass(frozen=True)

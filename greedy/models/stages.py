@@ -19,6 +19,8 @@ POOLS = (
     nn.modules.pooling._AdaptiveAvgPoolNd,
 )
 
+PROBABILITIES = (nn.Softmax, nn.LogSoftmax, nn.Softmax2d, nn.Sigmoid)
+
 Shape = tuple[int, ...]
 """Of one row: (C, H, W) or (F,)."""
 
@@ -133,6 +135,10 @@ def cut(network: nn.Sequential, layers: int = 1) -> list[Stage]:
         raise UserError(
             f"the output layer is followed by {type(leading[0]).__name__}: "
             f"end the network with the linear layer that gives the logits"
+        )
+    if isinstance(last := stages[-1].layer[-1], PROBABILITIES):
+        raise UserError(
+            f"the network ends in {type(last).__name__}, and training needs logits: leave it out"
         )
     return stages
 
