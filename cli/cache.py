@@ -65,8 +65,9 @@ def verify(path: Path, as_json: bool) -> None:
     else:
         for damage in damages:
             click.echo(f"{damage.path}: {damage.what}")
-        way_out = f"`greedy cache repair {path}` computes anew what it can of stores"
-        found = f"{len(damages)} damaged: {way_out}"
+        way_out = f": `greedy cache repair {path}` computes anew what it can of stores"
+        of_stores = any("activations.zarr" in damage.path.parts for damage in damages)
+        found = f"{len(damages)} damaged{way_out if of_stores else ''}"
         click.echo(found if damages else "everything is as it was written")
     if damages:
         raise SystemExit(1)
@@ -81,15 +82,18 @@ def repair(path: Path, device: str, model: str | None) -> None:
     """Compute anew what is damaged in the stores of a run or a stage.
 
     Only damaged chunks are written, and are what they were while what they were computed from
-    is there. Otherwise their views are computed anew. Exit code 1 if any damage is left.
+    is there. Otherwise their views are computed anew. Exit code 1 if any damage is left. The
+    store of a stage that is named is also written if it was dropped.
     """
     from greedy.build import load_network  # noqa: PLC0415
+    from greedy.cli.train import reporting  # noqa: PLC0415
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
 
     run, numbers = _stages(path)
     network = load_network(run.recipe.model, model)
     trainer = GreedyTrainer.from_recipe(run.recipe, run.path, device=device, model=network)
-    done, left = trainer.repair(numbers)
+    with reporting(trainer):
+        done, left = trainer.repair(numbers, dropped=len(numbers) == 1)
     for each in done:
         outcome = "as they were" if each.identical else "from another source: its content changed"
         click.echo(f"stage {each.stage}, {each.split}: {_counted(each.chunks)} computed, {outcome}")
@@ -117,8 +121,8 @@ def drop(path: Path) -> None:
     if numbers == [0]:
         raise UserError("stage 0 holds the images that all else is computed from: drop another")
     with run.writing():
-        for number in filter(None, numbers):
-            record = run.record(number)
+        records = {number: run.record(number) for number in filter(None, numbers)}
+        for number, record in records.items():
             if record and record.store and run.store(number).is_dir():
                 run.drop_store(number)
                 freed = format_size(record.store.bytes)
@@ -130,8 +134,7 @@ def _rebuilding(run: "RunDirectory", number: int) -> str:
     replayed = f"stage {number}" if source == number - 1 else f"stages {source + 1} to {number}"
     return (
         f"what trains after it replays {replayed} from stage {source}'s store, and "
-        f"`greedy train-stage --stage {number} --from-cache {run.stage(source)} --retrain` "
-        f"writes it again"
+        f"`greedy cache repair {run.stage(number)}` writes it again"
     )
 
 

@@ -156,7 +156,7 @@ def tensorboard(run: Path, to: Path | None = None) -> "TensorBoard":
 
 
 @contextmanager
-def reporting(trainer: "GreedyTrainer", log: "TensorBoard | None") -> Iterator["Lines"]:
+def reporting(trainer: "GreedyTrainer", log: "TensorBoard | None" = None) -> Iterator["Lines"]:
     """Inside, what the trainer does is shown, and logged if there is a log; signals stop it."""
     from greedy.cli.dashboard import reporter  # noqa: PLC0415
     from greedy.reporting import Reporters  # noqa: PLC0415

@@ -1,7 +1,7 @@
 """Damaged stores computed anew from what they were computed from."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -13,13 +13,13 @@ from greedy.cache.metadata import Description
 from greedy.errors import UserError
 from greedy.files import bytes_below
 from greedy.integrity import verify_stage
-from greedy.manifest import UNKNOWN, StageRecord
+from greedy.manifest import UNKNOWN, StageRecord, StoreRecord
 from greedy.models import Stage
 from greedy.reporting import Reporter
-from greedy.runs import SPLITS, RunDirectory
+from greedy.runs import SPLITS, RunDirectory, replacing
 from greedy.source import Source
 from greedy.sourcing import Sources
-from greedy.training.freeze import outputs_from
+from greedy.training.freeze import fit, outputs_from, write_split
 
 
 @dataclass(frozen=True)
@@ -44,18 +44,61 @@ class Mender:
     run: RunDirectory
     stages: Sequence[Stage]
     device: torch.device
+    reporter: Reporter = field(default_factory=Reporter)
 
-    def repair(self, number: int) -> tuple[list[Repair], list[Damage]]:
+    def repair(self, number: int, *, dropped: bool = False) -> tuple[list[Repair], list[Damage]]:
         """What was repaired in the store of a stage, and what is damaged still: weights and
         records cannot be computed anew, nor can images. Chunks are rebuilt alone and are what
         they were while their source is; otherwise their views are rebuilt, and the content hash
-        in the stage's record changes."""
+        in the stage's record changes. A store that was ``dropped`` is written if asked for."""
         record = self.run.record(number)
-        if number and record and record.store and self.run.store(number).is_dir():
-            done = [each for split in SPLITS if (each := self._repair(record, split))]
-        else:
-            done = []
+        done: list[Repair] = []
+        if number and record and record.store:
+            if self.run.store(number).is_dir():
+                done = [each for split in SPLITS if (each := self._repair(record, split))]
+            elif dropped:
+                done = self._write_again(self.run.complete(number), record.store)
         return done, verify_stage(self.run, number)
+
+    def _write_again(self, record: StageRecord, store: StoreRecord) -> list[Repair]:
+        """Writes a store from what it was written from, or else from the images."""
+        number = record.stage
+        path = self.run.store(number)
+        _require_known_views(self.run, store)
+        torch.set_num_threads(record.resolved["threads"])
+        source, batch = self._source(record), record.resolved["write_batch"]
+        what = (source, record.row_shape, batch, self.run.recipe.seed, number)
+        fitted = fit(store.encoding, *what)
+        with replacing(path, path.with_name(f".{path.name}.part")) as place:
+            written = {
+                split: write_split(
+                    place / split,
+                    source,
+                    split,
+                    views=store.views if split == "train" else 1,
+                    generation=store.generation,
+                    encoding=fitted,
+                    compressor=store.compressor,
+                    batch=batch,
+                    reporter=self.reporter,
+                    stage=number,
+                )
+                for split in SPLITS
+            }
+        digests = {split: summary.digest for split, summary in written.items()}
+        split_bytes = {split: summary.disk_bytes for split, summary in written.items()}
+        record.with_store(
+            self.run.stage(number),
+            digests=digests,
+            split_bytes=split_bytes,
+            bytes_written=store.bytes_written + sum(split_bytes.values()),
+        )
+        done = []
+        for split in SPLITS:
+            there = Store(path / split)
+            chunks, same = there.views * there.layout.chunks, digests[split] == store.digests[split]
+            done.append(Repair(number, split, chunks, same))
+        return done
 
     def _repair(self, record: StageRecord, split: str) -> Repair | None:
         path = self.run.store(record.stage) / split
@@ -115,11 +158,8 @@ class Mender:
         the store was written."""
         source, store = self._source(record), record.store
         assert store is not None
-        if store.generation == UNKNOWN and split == "train":
-            raise UserError(
-                f"the views of stage {record.stage} were being replaced when the run stopped: "
-                f"`greedy train --run {self.run.path}` writes them anew"
-            )
+        if split == "train":
+            _require_known_views(self.run, store)
         torch.set_num_threads(record.resolved["threads"])
         batch, step = record.resolved["write_batch"], description.layout.chunk_rows
 
@@ -142,3 +182,11 @@ class Mender:
         source = sources.of_store(record.stage, record.store)
         source.precision = record.resolved["precision"]
         return source
+
+
+def _require_known_views(run: RunDirectory, store: StoreRecord) -> None:
+    if store.generation == UNKNOWN:
+        raise UserError(
+            f"the views of this store were being replaced when the run stopped: "
+            f"`greedy train --run {run.path}` writes them anew"
+        )

@@ -378,13 +378,15 @@ class GreedyTrainer:
         stages = stages_of(self.recipe, data, self._model)
         return stages, checked_shapes(self.recipe, stages, data.row_shape, len(data.class_names))
 
-    def repair(self, numbers: Iterable[int]) -> tuple[list[Repair], list[Damage]]:
-        """Computes anew what is damaged in the stores of stages; returns what was done and what
-        is damaged still. See ``greedy.repair.Mender``."""
+    def repair(
+        self, numbers: Iterable[int], *, dropped: bool = False
+    ) -> tuple[list[Repair], list[Damage]]:
+        """Computes anew what is damaged in the stores of stages, and stores that were dropped if
+        asked to; returns what was done and what is damaged still. See ``greedy.repair.Mender``."""
         with self.run.writing():
             stages, _ = self._stages(self.run.complete(0))
-            mender = Mender(self.run, stages, self.device)
-            found = [mender.repair(number) for number in numbers]
+            mender = Mender(self.run, stages, self.device, self.reporter)
+            found = [mender.repair(number, dropped=dropped) for number in numbers]
         return [r for done, _ in found for r in done], [d for _, left in found for d in left]
 
     def assemble(self, until_stage: int | None = None) -> nn.Sequential:

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command_line import greedy, small_recipe, train
+from command_line import answer, greedy, small_recipe, train
 
 RECIPE = small_recipe(data={"augmentation": "jitter2"}, training={"epochs": 2}, store={"views": 2})
 
@@ -59,6 +59,19 @@ def test_without_its_source_a_view_is_computed_anew_and_says_so(run):
     assert ((run / "stage2/stage.json").read_bytes() == record) == refreshed
     assert greedy("cache", "verify", run).exit_code == 0
     assert greedy("train", "--run", run).exit_code == 0
+
+
+def test_a_store_that_was_dropped_is_written_again(run):
+    before = {p: data for p, data in files(run / "stage2").items() if p.name != "stage.json"}
+    greedy("cache", "drop", run / "stage2")
+    assert "nothing is damaged" in greedy("cache", "repair", run).output
+    assert not (run / "stage2/activations.zarr").exists()
+    result = greedy("cache", "repair", run / "stage2")
+    assert "stage 2, train: 10 chunks computed, as they were" in result.output
+    after = files(run / "stage2")
+    assert {p: data for p, data in after.items() if p.name != "stage.json"} == before
+    assert greedy("cache", "verify", run).exit_code == 0
+    assert {each["state"] for each in answer("status", "--run", run)["stages"]} == {"complete"}
 
 
 def test_what_cannot_be_computed_is_named(run):
