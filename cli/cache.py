@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from greedy.cli import options
-from greedy.cli.failures import Group
+from greedy.cli.failures import Group, terminable
 from greedy.cli.tables import print_json, print_table, size
 
 if TYPE_CHECKING:
@@ -86,13 +86,14 @@ def repair(path: Path, device: str, model: str | None) -> None:
     store of a stage that is named is also written if it was dropped.
     """
     from greedy.build import load_network  # noqa: PLC0415
-    from greedy.cli.train import reporting  # noqa: PLC0415
+    from greedy.cli.progress import Lines  # noqa: PLC0415
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
 
     run, numbers = _stages(path)
     network = load_network(run.recipe.model, model)
     trainer = GreedyTrainer.from_recipe(run.recipe, run.path, device=device, model=network)
-    with reporting(trainer):
+    trainer.reporter = Lines()
+    with terminable():
         done, left = trainer.repair(numbers, dropped=len(numbers) == 1)
     for each in done:
         outcome = "as they were" if each.identical else "from another source: its content changed"

@@ -72,7 +72,8 @@ class Lines(Reporter):
         )
 
     def writing_started(self, number: int, split: str, rows: int) -> None:
-        self._print(f"{self._title}: writing stage {number}'s {split} store, {rows:,} rows")
+        title = f"{self._title}: " if self._title else ""  # none for a store that is mended
+        self._print(f"{title}writing stage {number}'s {split} store, {rows:,} rows")
 
     def stage_finished(self, record: StageRecord) -> None:
         self._print(self._finished(record))

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from greedy.cli import options
-from greedy.cli.tables import size
+from greedy.cli.tables import size, waiting
 
 
 @click.command(epilog="Example: greedy report runs/pred runs/predsim --to report.html")
@@ -39,5 +39,6 @@ def report(runs: tuple[Path, ...], to: Path, force: bool, device: str, model: st
     models = [directory.recipe.model for directory in directories]
     own = next((each for each in models if each.network == "python"), models[0])
     network = load_network(own, model)
-    write_report(directories, to, device=device, model=network, overwrite=force)
+    with waiting("classifying test images and drawing"):
+        write_report(directories, to, device=device, model=network, overwrite=force)
     click.echo(f"wrote {to} ({size(to.stat().st_size)})")

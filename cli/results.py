@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from greedy.cli import options
-from greedy.cli.tables import count, percent, print_json, print_table, size
+from greedy.cli.tables import count, percent, print_json, print_table, size, waiting
 
 if TYPE_CHECKING:
     from greedy.exits import Exits
@@ -108,10 +108,12 @@ def evaluate(
     place, budget = pick_device(device), parse_size(memory_budget) if memory_budget else None
     if by_stage:
         loss = build_loss(recipe.loss)
-        exits = evaluate_exits(directory, loss, network, split, place, budget)
+        with waiting("evaluating every early exit"):
+            exits = evaluate_exits(directory, loss, network, split, place, budget)
         _show_exits(exits, LOSE if lose is None else lose, as_json)
         return
-    result = evaluate(directory, assemble(directory, None, network), split, place, budget)
+    with waiting("evaluating"):
+        result = evaluate(directory, assemble(directory, None, network), split, place, budget)
     if as_json:
         print_json(asdict(result))
         return

@@ -1,7 +1,9 @@
-"""Results for people, in tables of at most 80 columns, and for programs, as JSON."""
+"""Results for people, in tables of at most 80 columns, and for programs, as JSON; and what is shown
+while they are waited for."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import click
@@ -34,6 +36,14 @@ def count(number: int) -> str:
 def duration(seconds: float | None) -> str:
     """A time to wait, or a dash where it is not known."""
     return "-" if seconds is None else format_duration(seconds)
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """Inside, a terminal shows what is waited for; it is gone afterwards."""
+    console = Console(stderr=True)
+    with console.status(what) if console.is_interactive else nullcontext():
+        yield
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> None:

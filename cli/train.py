@@ -9,7 +9,7 @@ import click
 
 from greedy.cli import options
 from greedy.cli.failures import terminable
-from greedy.cli.tables import percent, print_table, size
+from greedy.cli.tables import percent, print_table, size, waiting
 
 if TYPE_CHECKING:
     from greedy.cli.progress import Lines
@@ -156,7 +156,7 @@ def tensorboard(run: Path, to: Path | None = None) -> "TensorBoard":
 
 
 @contextmanager
-def reporting(trainer: "GreedyTrainer", log: "TensorBoard | None" = None) -> Iterator["Lines"]:
+def reporting(trainer: "GreedyTrainer", log: "TensorBoard | None") -> Iterator["Lines"]:
     """Inside, what the trainer does is shown, and logged if there is a log; signals stop it."""
     from greedy.cli.dashboard import reporter  # noqa: PLC0415
     from greedy.reporting import Reporters  # noqa: PLC0415
@@ -218,7 +218,8 @@ def _print_results(trainer: "GreedyTrainer") -> None:
         ),
         left=2,
     )
-    result = evaluate(trainer.run, trainer.assemble(), "test", trainer.device)
+    with waiting("evaluating on the raw test images"):
+        result = evaluate(trainer.run, trainer.assemble(), "test", trainer.device)
     click.echo(f"test error {percent(result.error_percent)} on {result.samples:,} images")
     own_data = ":" in trainer.recipe.data.name  # a folder's or a function's, unlike the paper's
     if (paper := trainer.recipe.paper) and not own_data:
