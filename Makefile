@@ -25,6 +25,7 @@ lint: $(VENV)/.wheel
 # The installed package, from outside the checkout: there `cache/` is `greedy.cache`.
 types: $(VENV)/.wheel
 	cd $(VENV) && bin/mypy --config-file ../pyproject.toml --cache-dir .mypy_cache -p greedy
+	cd $(VENV) && bin/mypy --config-file ../pyproject.toml --cache-dir .mypy_cache ../benchmarks/*.py
 
 # The documentation, as a site in build/site. Warnings are errors; the variable silences what the
 # theme has to say about its own future.

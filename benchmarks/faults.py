@@ -89,14 +89,14 @@ def outcome(directory: Path) -> dict[str, Any]:
         name = str(path.relative_to(directory))
         if path.name == "stage.json":
             document = json.loads(path.read_bytes())
-            free = ("seconds", "images_per_second", "peak_memory_bytes", "digest")
-            free += ("written_before", "versions")
+            free = {"seconds", "images_per_second", "peak_memory_bytes", "digest"}
+            free |= {"written_before", "versions"}
             found[name] = {k: v for k, v in document.items() if k not in free}
             found[name]["files"] = sorted(document["files"])
             found[name]["store"] = {**(document["store"] or {}), "bytes_written": 0}
         elif path.name == "history.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
-            free = ("seconds", "images_per_second")
+            free = {"seconds", "images_per_second"}
             found[name] = [{k: v for k, v in x.items() if k not in free} for x in lines]
         elif name not in ("run.toml", ".lock", ".lock.json"):
             found[name] = path.read_bytes()
@@ -221,7 +221,7 @@ def checkpoint_overhead(folder: Path) -> float:
     from greedy.data import load_dataset  # noqa: PLC0415
 
     trainer.prepare(load_dataset("fashion-mnist-sample", None, False, None))
-    Checkpoints.save = timed  # type: ignore[method-assign]
+    Checkpoints.save = timed  # type: ignore[method-assign, assignment]
     try:
         records = trainer.train()
     finally:

@@ -105,7 +105,7 @@ def reserved(
     """Bytes that CUDA's allocator reserves at most in three real steps."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    initialise(stage, seed=0, is_output=False)
+    initialise(stage, seed=0, zero=False)
     heads = loss.heads(shape.hidden, CLASSES).cuda()
     learner = Learner(stage.cuda(), heads, loss, CLASSES, target.precision, memory=memory)
     make = HostAdam if target.optimizer_state == "host" else torch.optim.Adam
@@ -143,8 +143,8 @@ def main(as_json: bool) -> None:
         settings = {"precision": target.precision, "optimizer_state": target.optimizer_state}
         met = all(each["met"] for each in stages)
         tables.append({**settings, "target_bytes": target.budget, "met": met, "stages": stages})
-    stages, along, loss = network()
-    others = baselines(stages, along, loss, CLASSES, BATCH)
+    whole, along, loss = network()
+    others = baselines(whole, along, loss, CLASSES, BATCH)
     found |= {"budgets": tables, "baselines": others}
     if as_json:
         click.echo(json.dumps(found, indent=2))

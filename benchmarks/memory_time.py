@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import click
 import torch
+from torch import nn
 
 from greedy.losses import PredSim
 from greedy.memory.choice import Choice, choose, fused_adam
@@ -45,7 +46,7 @@ def learner(stage: Stage, shape: StageShapes) -> Learner:
     loss = PredSim()
     stage = stage.to_empty(device="cpu")
     for module in stage.layer:
-        if hasattr(module, "reset_parameters"):
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm1d | nn.BatchNorm2d):
             module.reset_parameters()
     found = Learner(stage, loss.heads(shape.hidden, CLASSES), loss, CLASSES, "float32")
     found.optimizer = torch.optim.Adam(found.parameters(), lr=5e-4, fused=True)

@@ -8,6 +8,7 @@ kept: what `greedy bench` has written stays as it is.
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -24,7 +25,7 @@ def calibrated(bench: Bench, seconds: float) -> Calibration:
     """Every stage measured, those of earlier days left out."""
     known = Calibration.begin(bench.device, peak_flops(bench.device))
     known = known.model_copy(update={"measured": []})
-    for number in range(1, len(bench.stages) + 1):
+    for number in range(1, len(bench.memory.stages) + 1):
         known = known.adding(bench.measure(number, seconds).measured)
     return known
 
@@ -58,7 +59,7 @@ def main(
         trainer = GreedyTrainer.from_recipe(wanted, run.path, device=device)
         trainer.prepare(load_dataset(wanted.data.name))
         taken = trainer.train()
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"stage": plan.stage, "name": plan.name, "planned": plan.seconds, "taken": record.seconds}
         for plan, record in zip(planned, taken, strict=True)
     ]

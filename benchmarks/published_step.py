@@ -52,7 +52,7 @@ class Layer(nn.Module):
                 kernel[kernel[0] > kernel[1]] *= 2
             sides = [math.ceil(side / k) for k in kernel]
             padding = [k * (n - side // k) // 2 for k, n in zip(kernel, sides, strict=True)]
-            self.average = nn.AvgPool2d(kernel, padding=padding)
+            self.average = nn.AvgPool2d((kernel[0], kernel[1]), padding=(padding[0], padding[1]))
             width = outputs * sides[0] * sides[1]
         else:
             self.encoder, self.norm = nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs)

@@ -10,6 +10,7 @@ import json
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -48,7 +49,7 @@ def made_up_run(path: Path) -> RunDirectory:
     generator = np.random.default_rng(0)
     for number in range(STAGES + 1):
         record = StageRecord.read(run.stage(number))
-        changes = {"recipe": run.settings}
+        changes: dict[str, Any] = {"recipe": run.settings}
         if number:
             reports = _history(generator)
             lines = "".join(map(history_line, reports))

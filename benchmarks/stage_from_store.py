@@ -42,10 +42,10 @@ class InMemory(Source):
         self.values, self.classes, self.held_out, self.seed = values, labels, 0, 0
         self.device = CPU
 
-    def epoch(self, *what: int, **more: int) -> "InMemoryEpoch":
+    def epoch(self, *what: int, **more: int) -> Any:
         return InMemoryEpoch(self.values, self.classes)
 
-    def view(self, *what: Any, **more: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    def view(self, *what: Any, **more: Any) -> Iterator[Batch]:
         return iter(())  # there is no test split to look at
 
 

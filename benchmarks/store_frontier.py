@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
@@ -73,9 +74,9 @@ def train(name: str, directory: Path) -> Iterator[Activations]:
     data = Dataset(whole.name, train, test, whole.class_names)
     channels, side, _ = train.shape
     network = vgg8b(channels, side, len(whole.class_names or ()), feature_multiplier=0.25)
-    settings = {"epochs": EPOCHS, "batch_size": 64, "learning_rate": 5e-4, "views": 1}
-    stored = {"encoding": "float32", "compressor": "none"}
-    trainer = GreedyTrainer(network, run_dir=directory, device="cpu", **settings, **stored)
+    settings: dict[str, Any] = {"epochs": EPOCHS, "batch_size": 64, "learning_rate": 5e-4}
+    settings |= {"views": 1, "encoding": "float32", "compressor": "none"}
+    trainer = GreedyTrainer(network, run_dir=directory, device="cpu", **settings)
     trainer.prepare(data)
     for number in range(1, CONVOLUTIONS + 2):
         trainer.train_stage(number)
@@ -243,7 +244,7 @@ def main(data: str, as_json: bool) -> None:
     """Prints size, error and speed of every encoding and compressor, and draws them."""
     if find_spec("matplotlib") is None:
         raise click.UsageError('the picture needs matplotlib: pip install "greedy[plot]"')
-    stages, rows, values = [], [], {}
+    stages, rows, values = list[Stage](), list[Row](), dict[int, int]()
     with tempfile.TemporaryDirectory() as directory:
         for number, found in enumerate(train(data, Path(directory) / "run"), start=1):
             with tempfile.TemporaryDirectory(dir=directory) as beside:
@@ -257,8 +258,9 @@ def main(data: str, as_json: bool) -> None:
     ]
     draw(together, PICTURE)
     if as_json:
-        documents = {"stages": stages, "convolutions": together, "rows": rows}
-        click.echo(json.dumps({n: [asdict(entry) for entry in d] for n, d in documents.items()}))
+        documents: dict[str, list[Any]] = {"stages": stages, "convolutions": together, "rows": rows}
+        listed = {name: list(map(asdict, entries)) for name, entries in documents.items()}
+        click.echo(json.dumps(listed))
     else:
         click.echo(table(stages, rows, together))
 

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -65,7 +66,7 @@ def trainer(run: Path) -> GreedyTrainer:
         *(nn.Flatten(), nn.Linear(8 * 16 * 16, 10)),
     )
     budget = f"{RAM_BUDGET // 2**20}MiB"
-    settings = {"epochs": 1, "views": 1, "encoding": "uint8", "ram_budget": budget}
+    settings: dict[str, Any] = {"epochs": 1, "views": 1, "encoding": "uint8", "ram_budget": budget}
     return GreedyTrainer(network, run_dir=run, loss=Pred(), device="cpu", **settings)
 
 
