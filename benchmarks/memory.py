@@ -26,7 +26,7 @@ from greedy.sizes import format_size
 from greedy.source import Batch
 from greedy.training.guard import Guard
 from greedy.training.host_adam import HostAdam
-from greedy.training.modes import Mode, StepMemory
+from greedy.training.modes import StepMemory
 from greedy.training.step import Learner, step
 
 RECIPE = load("cifar10/vgg11b-3x-predsim")
@@ -78,7 +78,7 @@ def row(
     what = (stage, shape, loss, CLASSES, BATCH, target.precision)
     demand = StepDemand(*what, adam, "cuda", row_bytes)
     choice = choose(demand, target.budget)
-    memory = StepMemory(Mode(choice.mode), choice.micro_batch)
+    memory = StepMemory(choice.mode, choice.micro_batch)
     measured = None
     if torch.cuda.is_available():
         measured = reserved(target, stage, shape, loss, memory)

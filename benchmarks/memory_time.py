@@ -21,7 +21,7 @@ from greedy.memory.peaks import StepDemand
 from greedy.models import Stage, StageShapes, cut, shapes, vgg11b
 from greedy.source import Batch
 from greedy.training.guard import Guard
-from greedy.training.modes import Mode, StepMemory
+from greedy.training.modes import StepMemory
 from greedy.training.step import Learner, step
 
 CLASSES, BATCH = 10, 128
@@ -84,9 +84,7 @@ def main(as_json: bool, rows: int, repetitions: int, multiplier: float, stages: 
         generator = torch.Generator().manual_seed(0)
         x = torch.randn((rows, *shape.input), generator=generator)
         batch = Batch(torch.randint(CLASSES, (rows,), generator=generator), x.__getitem__)
-        memories = [
-            StepMemory(Mode(c.mode), min(c.micro_batch, rows // 2)) for c in choices.values()
-        ]
+        memories = [StepMemory(c.mode, min(c.micro_batch, rows // 2)) for c in choices.values()]
         times = seconds(learner(stage, shape), batch, [StepMemory(), *memories], repetitions)
         for (name, choice), memory, taken in zip(choices.items(), memories, times[1:], strict=True):
             ratio = round(taken / times[0], 3)

@@ -16,6 +16,7 @@ from .errors import DamagedStore, StoreError
 from .metadata import SIDE_ARRAYS, Description, parse
 from .threads import background, in_order
 
+THREADS = 2
 _ADVICE = "write the store again"
 
 
@@ -32,7 +33,7 @@ class Damage:
     what: str
 
 
-def verify(path: Path, threads: int = 2) -> list[Damage]:
+def verify(path: Path) -> list[Damage]:
     """Everything wrong with the store in the directory `path`, in a fixed order; empty if whole.
 
     Every byte is read: each chunk must match its checksum, have the Blosc header its layout asks
@@ -56,8 +57,8 @@ def verify(path: Path, threads: int = 2) -> list[Damage]:
             for view in range(description.layout.views)
             for shard in range(description.layout.shards)
         ]
-    with background(threads) as pool:
-        for damages in in_order(pool, jobs, 2 * threads):
+    with background(THREADS) as pool:
+        for damages in in_order(pool, jobs, 2 * THREADS):
             found += damages
     return found
 

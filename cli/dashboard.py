@@ -87,7 +87,7 @@ class Dashboard(Lines):
         self._running: range = range(0)
         self._resolved: dict[str, Any] = {}
         self._reports: list[EpochReport] = []
-        self._epoch, self._epoch_rows = 0, 0
+        self._epoch = 0
         self._training: _Work | None = None
         self._writing: tuple[str, _Work] | None = None
 
@@ -134,7 +134,7 @@ class Dashboard(Lines):
 
     def epoch_started(self, epoch: int, rows: int) -> None:
         self._writing = None
-        self._epoch, self._epoch_rows = epoch, rows
+        self._epoch = epoch
         if self._training is None:
             before = (epoch - 1) * rows
             self._training = _Work(self._epochs * rows, before, before)

@@ -261,6 +261,4 @@ class _Planned:
     def _rows_trained(self) -> int:
         """Of the training rows those that take part in an epoch."""
         rows = self.data.rows["train"]
-        if not self.recipe.training.patience:
-            return rows
-        return rows - max(1, round(self.recipe.data.holdout * rows))
+        return rows - self.recipe.held_out(rows)

@@ -105,8 +105,8 @@ class RunDirectory:
         return self.path / "network"
 
     def finish_network(self) -> None:
-        """Forgets how stages that are all in their places were trained at once. What is being
-        deleted is not where training would go on from."""
+        """Deletes what stages were made in that trained at once and are all in their places by now.
+        It is renamed first: half of it would look like a training to go on with."""
         old = _beside(self.network, OLD)
         rename(self.network, old)
         shutil.rmtree(old)

@@ -41,14 +41,13 @@ class Sources:
         refreshed where the recipe says so."""
         stored = self._last(wanted)
         source = self._open(stored, number - 1)
-        if self.run.recipe.training.patience:
-            rows, share = self.data.rows["train"], self.run.recipe.data.holdout
-            source.held_out = max(1, round(share * rows))
-            if rows - source.held_out < 2:
-                raise UserError(
-                    f"of {rows} training images {source.held_out} are held out for "
-                    f"training.patience, which leaves too few to train on: lower data.holdout"
-                )
+        rows = self.data.rows["train"]
+        source.held_out = self.run.recipe.held_out(rows)
+        if source.held_out and rows - source.held_out < 2:
+            raise UserError(
+                f"of {rows} training images {source.held_out} are held out for training.patience, "
+                f"which leaves too few to train on: lower data.holdout"
+            )
         if every := stored and self.run.recipe.store.refresh_every:
             source.refresh = Refresh(self.run, stored, every, self._open(0, stored), self.reporter)
         return source

@@ -17,6 +17,7 @@ from greedy.memory.choice import Choice
 from greedy.models import cut
 from greedy.recipes import load
 from greedy.source import Batch
+from greedy.training.modes import Mode
 from greedy.training.resolve import compiles, graphs
 from greedy.training.step import Learner, gradients
 
@@ -134,7 +135,7 @@ def test_what_is_compiled(wanted: str, settings: dict, expected: bool) -> None:
     fields |= {"deterministic": settings.get("deterministic", "false")}
     recipe = load("cifar10/vgg8b-predsim", [f"training.{k}={v}" for k, v in fields.items()])
     hidden, device = settings.get("hidden", (128, 32, 32)), settings.get("device", "cpu")
-    memory = Choice(settings.get("mode", "plain"), 128, 0)
+    memory = Choice(Mode(settings.get("mode", "plain")), 128, 0)
     assert compiles(recipe, 1, hidden, 50_000, memory, torch.device(device)) == expected
 
 

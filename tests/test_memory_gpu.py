@@ -9,7 +9,7 @@ from greedy.memory.peaks import StepDemand
 from greedy.models import cut, initialise, shapes, vgg8b
 from greedy.source import Batch
 from greedy.training.guard import Guard
-from greedy.training.modes import Mode, StepMemory
+from greedy.training.modes import StepMemory
 from greedy.training.step import Learner, step
 
 MIB = 2**20
@@ -27,7 +27,7 @@ def test_what_is_reserved_is_what_was_planned(precision: str, share: float) -> N
     what = (stage, shape, loss, 10, 256, precision, fused_adam, "cuda", 128 * 32 * 32)
     budget = int(share * choose(StepDemand(*what), None).peak_bytes)
     choice = choose(StepDemand(*what), budget)
-    memory = StepMemory(Mode(choice.mode), choice.micro_batch)
+    memory = StepMemory(choice.mode, choice.micro_batch)
 
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

@@ -29,7 +29,7 @@ class Choice:
     """A mode, the rows of its micro-batches, and the bytes that a step takes with them;
     ``write_batch`` are the rows computed at a time once the stage is frozen."""
 
-    mode: str
+    mode: Mode
     micro_batch: int
     peak_bytes: int
     write_batch: int = 1
@@ -119,7 +119,7 @@ def _enlarged(demand: StepDemand, choice: Choice, budget: int) -> Choice:
     sizes = [1 << power for power in range(1, largest.bit_length())]
     while sizes:
         middle = len(sizes) // 2
-        larger = _count(demand, Mode(choice.mode), sizes[middle])
+        larger = _count(demand, choice.mode, sizes[middle])
         if larger.peak_bytes <= budget:
             choice, sizes = larger, sizes[middle + 1 :]
         else:

@@ -21,7 +21,7 @@ class MemoryPlan:
     Attributes:
         stages: of the network; they stay as they are.
         loss: the recipe's local loss.
-        precision: ``float32`` or ``bfloat16``.
+        precision: ``float32``, ``bfloat16`` or ``float16``.
         budget: bytes on the device that a step may take; ``None`` for any number.
         device_type: ``cpu``, ``cuda`` or ``mps``.
         optimizer: makes a stage's optimiser.

@@ -339,6 +339,10 @@ class Recipe(_Section):
     store: Store = Field(default_factory=Store)
     paper: Paper | None = None
 
+    def held_out(self, rows: int) -> int:
+        """Of so many training rows, those that ``training.patience`` watches."""
+        return max(1, round(self.data.holdout * rows)) if self.training.patience else 0
+
 
 SECTIONS: Final[dict[str, type[BaseModel]]] = {
     "data": Data,

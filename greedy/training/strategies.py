@@ -27,6 +27,8 @@ class Outcome(NamedTuple):
     logits: Tensor | None
 
 
+WHOLE = "the network"  # what trains where all stages do
+
 Masks = Sequence[Tensor | None]  # of dropout on each stage's input, for a whole batch
 
 
@@ -79,7 +81,10 @@ class Joint:
     was computed before this one's step."""
 
     learners: Sequence[Learner]
-    title: str = "the network"
+
+    @property
+    def title(self) -> str:
+        return WHOLE
 
     @property
     def optimizers(self) -> Sequence[torch.optim.Optimizer]:
@@ -115,7 +120,10 @@ class Backprop:
     learners: Sequence[Learner]
     optimizer: torch.optim.Optimizer
     accumulate: int = 1
-    title: str = "the network"
+
+    @property
+    def title(self) -> str:
+        return WHOLE
 
     @property
     def optimizers(self) -> Sequence[torch.optim.Optimizer]:
