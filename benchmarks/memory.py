@@ -73,7 +73,7 @@ def row(
     target: Target, stage: Stage, shape: StageShapes, loss: LocalLoss, name: str
 ) -> dict[str, Any]:
     """One stage under a target's budget."""
-    row_bytes = stored_row_bytes(stage.number - 1, shape, RECIPE)
+    row_bytes = stored_row_bytes(RECIPE.store.encoding, shape.input)
     adam = fused_adam if target.optimizer_state == "device" else None
     what = (stage, shape, loss, CLASSES, BATCH, target.precision)
     demand = StepDemand(*what, adam, "cuda", row_bytes)

@@ -62,7 +62,7 @@ def write_stage0(run: RunDirectory, dataset: Dataset, network: list[str]) -> Sta
                 directory / "activations.zarr" / name,
                 rows=len(split),
                 views=1,
-                encoding=_encoding(split),
+                encoding=stored_encoding(split),
                 compressor=COMPRESSOR,
                 labels=labels[name],
                 index=index,
@@ -75,7 +75,7 @@ def write_stage0(run: RunDirectory, dataset: Dataset, network: list[str]) -> Sta
             written[name] = writer.summary
         class_names = dataset.class_names or _numbered(labels)
         _check_labels(dataset.name, labels, len(class_names))
-        encoding = _encoding(dataset.train).name
+        encoding = stored_encoding(dataset.train).name
         store = StoreRecord.of(written, encoding, COMPRESSOR, views=1)
         seed = run.recipe.seed
         return StageRecord(
@@ -94,7 +94,8 @@ def write_stage0(run: RunDirectory, dataset: Dataset, network: list[str]) -> Sta
         ).write(directory)
 
 
-def _encoding(split: Split) -> Encoding:
+def stored_encoding(split: Split) -> Encoding:
+    """How a split's images are stored."""
     return pixels(split.shape) if split.dtype == np.uint8 else Encoding("float32", split.shape)
 
 

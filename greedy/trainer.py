@@ -29,7 +29,7 @@ from greedy.settings import python_recipe
 from greedy.source import Source
 from greedy.sourcing import Sources
 from greedy.space import require_room, until_full
-from greedy.stage0 import write_stage0
+from greedy.stage0 import stored_encoding, write_stage0
 from greedy.training.checkpoint import Start
 from greedy.training.network import NetworkTraining
 from greedy.training.resolve import compiles, for_stage, repeated, resolve, within_budget
@@ -136,7 +136,8 @@ class GreedyTrainer:
         rows = {split: len(getattr(dataset, split)) for split in SPLITS}
         needed = sum(rows.values()) * math.prod(shape) * dataset.train.dtype.itemsize
         require_room(self.run.path, "stage 0", needed)
-        memory = self._memory_of(stages, shapes, shapes[-1].output[0])  # one logit a class
+        images = stored_encoding(dataset.train).name
+        memory = self._memory_of(stages, shapes, shapes[-1].output[0], images)  # a logit a class
         memory.require(range(1, len(stages) + 1), plan_disk(self.run, shapes, rows, needed))
         self._planned = memory
         self.run.path.mkdir(parents=True, exist_ok=True)
@@ -349,11 +350,17 @@ class GreedyTrainer:
         """How the steps of the run's stages fit the memory budget."""
         if self._planned is None:
             data = self.run.complete(0)
-            self._planned = self._memory_of(*self._stages(data), len(data.class_names))
+            assert data.store is not None
+            what = (*self._stages(data), len(data.class_names), data.store.encoding)
+            self._planned = self._memory_of(*what)
         return self._planned
 
     def _memory_of(
-        self, stages: Sequence[Stage], shapes: Sequence[StageShapes], num_classes: int
+        self,
+        stages: Sequence[Stage],
+        shapes: Sequence[StageShapes],
+        num_classes: int,
+        images: str,
     ) -> MemoryPlan:
         return MemoryPlan(
             self.recipe,
@@ -365,6 +372,7 @@ class GreedyTrainer:
             memory_budget(self.recipe, self.device),
             self.device.type,
             self.optimizer or fused_adam,
+            images,
         )
 
     def _plan_disk(self, retrain_from: int | None = None) -> Plan:

@@ -10,7 +10,7 @@ from torch import nn
 from greedy.devices import free_memory
 from greedy.errors import UserError
 from greedy.memory.peaks import StepDemand
-from greedy.models import StageShapes
+from greedy.models import Shape
 from greedy.recipes import Recipe
 from greedy.sizes import format_size, parse_size
 from greedy.training.freeze import write_batch
@@ -41,12 +41,10 @@ def memory_budget(recipe: Recipe, device: torch.device) -> int:
     return parse_size(setting) if setting != "auto" else int(AUTO_SHARE * free_memory(device))
 
 
-def stored_row_bytes(source: int, shapes: StageShapes, recipe: Recipe) -> int:
-    """Of a row of stage ``source``'s store, given the shapes of the stage after it: of raw images
-    for stage 0."""
-    encoding = "uint8" if source == 0 else recipe.store.encoding
+def stored_row_bytes(encoding: str, shape: Shape) -> int:
+    """Of a row of this shape in a store of such an encoding; ``auto`` is one of a byte a value."""
     bits = {"float32": 32, "float16": 16, "bfloat16": 16, "uint4": 4}
-    return math.ceil(math.prod(shapes.input) * bits.get(encoding, 8) / 8)
+    return math.ceil(math.prod(shape) * bits.get(encoding, 8) / 8)
 
 
 def fused_adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

@@ -25,6 +25,7 @@ class MemoryPlan:
         budget: bytes on the device that a step may take; ``None`` for any number.
         device_type: ``cpu``, ``cuda`` or ``mps``.
         optimizer: makes a stage's optimiser.
+        images: the encoding of stage 0's store.
     """
 
     recipe: Recipe
@@ -36,6 +37,7 @@ class MemoryPlan:
     budget: int | None
     device_type: str
     optimizer: OptimizerFactory = fused_adam
+    images: str = "uint8"
     _choices: dict[Hashable, Choice] = field(default_factory=dict, repr=False)
     _flops: dict[Hashable, int] = field(default_factory=dict, repr=False)
 
@@ -89,7 +91,9 @@ class MemoryPlan:
             *self._what(number),
             self.optimizer if on_device else None,
             self.device_type,
-            stored_row_bytes(source, self.shapes[source], self.recipe),
+            stored_row_bytes(
+                self.recipe.store.encoding if source else self.images, self.shapes[source].input
+            ),
             self._replay(source, number),
         )
 
