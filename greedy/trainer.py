@@ -29,7 +29,7 @@ from greedy.settings import python_recipe
 from greedy.source import Source
 from greedy.sourcing import Sources
 from greedy.space import require_room, until_full
-from greedy.stage0 import write_stage0
+from greedy.stage0 import require_same_data, write_stage0
 from greedy.training.checkpoint import Start
 from greedy.training.network import NetworkTraining
 from greedy.training.resolve import compiles, for_stage, repeated, resolve, within_budget
@@ -110,17 +110,14 @@ class GreedyTrainer:
     def fit(self, train_set: TorchDataset, test_set: TorchDataset) -> list[StageRecord]:
         """Trains every stage on map-style data sets of (image, label): PIL images, uint8
         tensors (C, H, W), or float tensors. Returns the records of all stages."""
-        dataset = dataset_from_torch(train_set, test_set)
-        if self.run.state(0) != "complete":
-            self.prepare(dataset)
-        with self.run.writing():
-            self._require_data_of_run(dataset)
-            return self.train()
+        self.prepare(dataset_from_torch(train_set, test_set))
+        return self.train()
 
     def prepare(self, dataset: Dataset) -> StageRecord:
-        """Writes stage 0, if it is not there. What cannot be trained is refused before anything
-        is written."""
+        """Writes stage 0; where it is there, only makes sure that it is of these data. What cannot
+        be trained is refused before anything is written, or once the labels are read."""
         if self.run.state(0) == "complete":
+            require_same_data(self.run, dataset)
             return self.run.complete(0)
         shape, classes = dataset.train.shape, len(dataset.class_names or "")
         network = self._model or build_network(self.recipe.model, shape, classes or 2)
@@ -136,19 +133,11 @@ class GreedyTrainer:
         self.run.path.mkdir(parents=True, exist_ok=True)
         with self.run.writing():
             if self.run.state(0) == "complete":
+                require_same_data(self.run, dataset)
                 return self.run.complete(0)
+            output = shapes[-1].output if self._model else None
             with until_full(self.run.path, "stage 0", needed):
-                return write_stage0(self.run, dataset, [*names, "output"])
-
-    def _require_data_of_run(self, dataset: Dataset) -> None:
-        data = self.run.complete(0)
-        rows = {split: len(getattr(dataset, split)) for split in SPLITS}
-        if rows != data.rows or dataset.train.shape != data.row_shape:
-            raise UserError(
-                f"{self.run.path} was begun with other data ({data.rows['train']} + "
-                f"{data.rows['test']} rows of {'x'.join(map(str, data.row_shape))}): "
-                f"choose another run_dir"
-            )
+                return write_stage0(self.run, dataset, [*names, "output"], output)
 
     def train(self, retrain_from: int | None = None) -> list[StageRecord]:
         """Trains every stage that is not complete; from ``retrain_from`` on, also those that

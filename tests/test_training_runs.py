@@ -108,6 +108,14 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path, change: dict, message
     assert not (tmp_path / "run/stage1/stage.json").exists()
 
 
+def test_images_too_small_for_their_augmentation_leave_no_trace(tmp_path: Path) -> None:
+    images, labels = TRAIN.tensors
+    small = TensorDataset(images[:, :, :4, :4], labels)
+    with pytest.raises(UserError, match="4x4 are too small to be shifted by 4 pixels"):
+        trainer(tmp_path / "run", mlp(1, 4, CLASSES), augmentation="crop4").fit(small, small)
+    assert not (tmp_path / "run").exists()
+
+
 def test_other_settings_are_refused_in_a_run(run: Path) -> None:
     with pytest.raises(UserError, match=r"training.epochs is 2 there, 5 here"):
         trainer(run, epochs=5)
@@ -124,6 +132,35 @@ def test_another_network_is_refused_in_a_run(run: Path) -> None:
 def test_other_data_are_refused_in_a_run(run: Path) -> None:
     with pytest.raises(UserError, match=r"begun with other data \(400 \+ 100 rows of 1x8x8\)"):
         trainer(run).fit(samples(300, 0), TEST)
+    images, labels = TRAIN.tensors
+    for other in (TensorDataset(images.flip(3), labels), TensorDataset(images, labels.flip(0))):
+        with pytest.raises(UserError, match=r"other data \(of the same size, with other images or"):
+            trainer(run).fit(other, TEST)
+    with pytest.raises(UserError, match="begun with other data"):
+        trainer(run).fit(TRAIN, samples(100, 2))
+
+
+def test_images_transformed_at_random_are_the_same_data(tmp_path: Path) -> None:
+    class Noisy(TensorDataset):
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            return image + torch.randint(0, 20, image.shape, dtype=torch.uint8), label
+
+    for _ in range(2):
+        trainer(tmp_path / "run", epochs=1).fit(Noisy(*TRAIN.tensors), TEST)
+    with pytest.raises(UserError, match="begun with other data"):
+        trainer(tmp_path / "run", epochs=1).fit(Noisy(TRAIN.tensors[0], TRAIN.tensors[1] * 0), TEST)
+
+
+def test_a_class_without_images_is_named(tmp_path: Path) -> None:
+    class Named(TensorDataset):
+        classes = ("dark", "left", "middle", "right")
+
+    model = mlp(1, SIDE, CLASSES + 1, hidden_layers=1)
+    with pytest.raises(UserError, match=r"ends in 4 values .* 3 classes: .* attribute `classes`"):
+        trainer(tmp_path / "run", model).fit(TRAIN, TEST)
+    assert RunDirectory.open(tmp_path / "run").record(0) is None
+    trainer(tmp_path / "run", model).fit(Named(*TRAIN.tensors), TEST)
 
 
 def test_a_stage_is_not_written_into_a_run_from_outside(run: Path) -> None:
