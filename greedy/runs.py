@@ -192,8 +192,9 @@ def new_stage(directory: Path, *, go_on: bool = False) -> AbstractContextManager
 
 def require_outside(directory: Path) -> None:
     """Refuses a directory for a stage of its own that lies in a run, or that holds anything but
-    what an interrupted training left. Raises ``UserError``."""
-    if directory.exists() and not _is_unfinished(directory):
+    what a training left that was cut short. Raises ``UserError``."""
+    begun = _is_half_exchanged(directory) or _is_unfinished(directory)
+    if directory.exists() and not begun:
         raise UserError(f"{directory} exists already: give a --to that does not")
     for parent in directory.absolute().parents:
         if (parent / "run.toml").is_file():
@@ -201,6 +202,19 @@ def require_outside(directory: Path) -> None:
                 f"{directory} would stand for another stage, or in another run: give a --to "
                 f"outside of {parent}"
             )
+
+
+def finish_exchange(directory: Path) -> bool:
+    """Puts a stage of its own into its place, if that was cut short; says whether it was."""
+    if half := _is_half_exchanged(directory):
+        _exchange(directory)
+    return half
+
+
+def _is_half_exchanged(directory: Path) -> bool:
+    """Whether a finished stage is beside its directory, which is empty or not there."""
+    finished = (_beside(directory, NEW) / "stage.json").is_file()
+    return finished and not (directory.exists() and any(directory.iterdir()))
 
 
 def _is_unfinished(directory: Path) -> bool:

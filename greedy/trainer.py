@@ -24,7 +24,7 @@ from greedy.planning import former, plan_disk
 from greedy.recipes import Recipe
 from greedy.repair import Mender, Repair
 from greedy.reporting import Reporter, RunOutline
-from greedy.runs import SPLITS, RunDirectory, new_stage, require_outside
+from greedy.runs import SPLITS, RunDirectory, finish_exchange, new_stage, require_outside
 from greedy.settings import python_recipe
 from greedy.source import Source
 from greedy.sourcing import Sources
@@ -241,20 +241,25 @@ class GreedyTrainer:
             )
         if to is not None and to.resolve() == self.run.stage(number).resolve():
             to = None
-        directory = to or self.run.stage(number)
-        if to is not None:
-            require_outside(to)
         source = number - 1 if source is None else source
         if not 0 <= source < number:
             raise UserError(f"stage {number} cannot train from stage {source}: give an earlier one")
         if not again and to is None and self.run.record(number) is not None:
             self._announce(())
             return self._skip(number)
-        self.run.complete(number - 1)
+        parent = self.run.complete(number - 1)
+        if to is not None:
+            require_outside(to)
+            if finish_exchange(to):
+                if (record := StageRecord.read(to)).follows(parent):
+                    self._announce(())
+                    self.reporter.stage_finished(record)
+                    return record
+                require_outside(to)
         before = former(self.run, number)
         views = before.resolved["views"] if before else self._plan_disk().views(number)
         self._announce([number])
-        return self._train_stage(number, source, directory, views)
+        return self._train_stage(number, source, to or self.run.stage(number), views)
 
     def _train_stage(self, number: int, source: int, directory: Path, views: Views) -> StageRecord:
         begun = Start.read(directory / "training")

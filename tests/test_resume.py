@@ -158,6 +158,16 @@ def test_a_stage_elsewhere_goes_on_too(tmp_path: Path) -> None:
     assert outcome(tmp_path / "there") == outcome(tmp_path / "run/stage2")
     with pytest.raises(UserError, match="exists already"):
         trainer(tmp_path / "run").train_stage(2, to=tmp_path / "there")
+    kept = outcome(tmp_path / "there")
+    (tmp_path / "there").rename(tmp_path / ".there.new")  # a crash while it takes its place
+    (tmp_path / "there").mkdir()
+    again = trainer(tmp_path / "run", KillAt(1, lambda: pytest.fail("it was trained")))
+    assert again.train_stage(2, to=tmp_path / "there").stage == 2
+    assert outcome(tmp_path / "there") == kept
+    assert not (tmp_path / ".there.new").exists()
+    (tmp_path / "there").rename(tmp_path / ".there.new")
+    with pytest.raises(UserError, match="exists already"):  # it is another stage
+        trainer(tmp_path / "run").train_stage(1, to=tmp_path / "there")
 
 
 @pytest.mark.parametrize("name", ["start.json", "progress.json", "*.safetensors"])
