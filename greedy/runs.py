@@ -296,7 +296,8 @@ def stage_numbers(path: Path) -> list[int]:
 
 def _is_unbegun(path: Path) -> bool:
     """Whether nothing is in a directory but what beginning a run leaves if it is cut short."""
-    return {each.name for each in path.iterdir()} <= {LOCK, HOLDER, part_of(Path("run.toml")).name}
+    parts = (part_of(Path(name)).name for name in (HOLDER, "run.toml"))
+    return {each.name for each in path.iterdir()} <= {LOCK, HOLDER, *parts}
 
 
 def _is_own_source(path: Path) -> bool:

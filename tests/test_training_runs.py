@@ -108,6 +108,15 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path, change: dict, message
     assert not (tmp_path / "run/stage1/stage.json").exists()
 
 
+def test_a_run_begins_where_one_was_killed_while_it_began(tmp_path: Path) -> None:
+    for name in (".lock", ".lock.json.part", "run.toml.part"):
+        (tmp_path / name).touch()
+    trainer(tmp_path, epochs=1)
+    (tmp_path / "mine").touch()
+    with pytest.raises(UserError, match="is not empty and not a run directory"):
+        trainer(tmp_path, epochs=1)
+
+
 def test_images_too_small_for_their_augmentation_leave_no_trace(tmp_path: Path) -> None:
     images, labels = TRAIN.tensors
     small = TensorDataset(images[:, :, :4, :4], labels)
