@@ -1,7 +1,9 @@
 """Trainings in a run directory that has something already, and what is refused."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -20,8 +22,10 @@ from torch.utils.data import TensorDataset
 
 from greedy import RunDirectory, TrainingError, UserError
 from greedy.cache import StoreError
+from greedy.integrity import verify_run
 from greedy.losses import Pred
 from greedy.models import mlp
+from greedy.planning import disk_budget
 
 
 class NotANumber(Pred):
@@ -86,6 +90,28 @@ def test_a_crash_while_exchanging_stages_is_mended(run: Path) -> None:
     trainer(run).train()
     assert files(run / "stage1") == before
     assert not list(run.glob(".stage*"))
+
+
+def test_a_run_is_looked_at_while_its_stages_are_exchanged(run: Path) -> None:
+    trainer(run.with_name("other")).fit(samples(400, 2), TEST)
+    shutil.copytree(run.with_name("other") / "stage1", run / ".stage1.new")
+    done = Event()
+
+    def exchange() -> None:
+        while not done.wait(0.02):
+            (run / "stage1").rename(run / ".stage1.old")
+            (run / ".stage1.new").rename(run / "stage1")
+            (run / ".stage1.old").rename(run / ".stage1.new")
+
+    with ThreadPoolExecutor() as threads:
+        exchanging = threads.submit(exchange)
+        try:
+            for _ in range(50):
+                assert not verify_run(run)
+                assert disk_budget(RunDirectory.open(run)) > 0
+        finally:
+            done.set()
+        exchanging.result()
 
 
 @pytest.mark.parametrize(
