@@ -9,6 +9,7 @@ import click
 from greedy.cli import options
 from greedy.cli.failures import Group
 from greedy.cli.tables import print_json, print_table, size
+from greedy.commands import command
 
 if TYPE_CHECKING:
     from greedy.cache import StoreInfo
@@ -65,7 +66,7 @@ def verify(path: Path, as_json: bool) -> None:
     else:
         for damage in damages:
             click.echo(f"{damage.path}: {damage.what}")
-        way_out = f"`greedy cache repair {path}` computes anew what it can of stores"
+        way_out = f"{command('cache', 'repair', path)} computes anew what it can of stores"
         found = f"{len(damages)} damaged: {way_out}"
         click.echo(found if damages else "everything is as it was written")
     if damages:
@@ -128,10 +129,10 @@ def drop(path: Path) -> None:
 def _rebuilding(run: "RunDirectory", number: int) -> str:
     source = next(n for n in range(number - 1, -1, -1) if run.store(n).is_dir())
     replayed = f"stage {number}" if source == number - 1 else f"stages {source + 1} to {number}"
+    place = ("--stage", number, "--from-cache", run.stage(source))
     return (
         f"what trains after it replays {replayed} from stage {source}'s store, and "
-        f"`greedy train-stage --stage {number} --from-cache {run.stage(source)} --retrain` "
-        f"writes it again"
+        f"{command('train-stage', *place, '--retrain')} writes it again"
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from greedy.cache import Damage, Store, verify
 from greedy.cache import repair as mending
 from greedy.cache.metadata import Description
+from greedy.commands import command
 from greedy.errors import UserError
 from greedy.files import bytes_below
 from greedy.integrity import verify_stage
@@ -101,9 +102,10 @@ class Mender:
         store, other = record.store, SPLITS[split == SPLITS[0]]
         found = mending.describe_store(self.run.store(record.stage) / other)
         if found is None or store is None:
+            way = command("train", "--run", self.run.path, "--retrain", record.stage)
             raise UserError(
                 f"the metadata of both splits of stage {record.stage}'s store are damaged: write "
-                f"it again with `greedy train --run {self.run.path} --retrain {record.stage}`"
+                f"it again with {way}"
             )
         views = store.views if split == "train" else 1
         return mending.description_of(found.encoding, found.compressor, views, record.rows[split])
@@ -118,7 +120,7 @@ class Mender:
         if store.generation == UNKNOWN and split == "train":
             raise UserError(
                 f"the views of stage {record.stage} were being replaced when the run stopped: "
-                f"`greedy train --run {self.run.path}` writes them anew"
+                f"{command('train', '--run', self.run.path)} writes them anew"
             )
         torch.set_num_threads(record.resolved["threads"])
         batch, step = record.resolved["write_batch"], description.layout.chunk_rows

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from greedy.cache.files import part_of, rename, sync_below, write_whole
+from greedy.commands import command
 from greedy.errors import UserError, no_stage
 from greedy.files import canonical, digest
 from greedy.locking import HOLDER, LOCK, RunLock
@@ -155,16 +156,16 @@ class RunDirectory:
         """The record of a stage that must be complete. Raises ``UserError`` if it is not."""
         record, state = self.record(number), self.state(number)
         if state == "stale":
-            which = f" {number}" if self.recipe.training.strategy == "greedy" else ""
+            which = [number] if self.recipe.training.strategy == "greedy" else []
             raise UserError(
                 f"stage {number} in {self.path} is stale (an earlier stage was trained again "
                 f"after it, or it is of another run): train it again with "
-                f"`greedy train --run {self.path} --retrain{which}`"
+                f"{command('train', '--run', self.path, '--retrain', *which)}"
             )
         if record is None:
             raise UserError(
                 f"stage {number} in {self.path} is not finished: train it first, with "
-                f"`greedy train --run {self.path}`"
+                f"{command('train', '--run', self.path)}"
             )
         return record
 

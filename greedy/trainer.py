@@ -10,6 +10,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from greedy.build import build_loss, build_network, checked_shapes
 from greedy.cache import Damage
+from greedy.commands import command
 from greedy.data import Dataset, dataset_from_torch
 from greedy.devices import pick_device, pick_precision
 from greedy.disk import Plan, Views
@@ -236,8 +237,8 @@ class GreedyTrainer:
         _require_stage(number, len(self.run.complete(0).network))
         if (strategy := self.recipe.training.strategy) != "greedy":
             raise UserError(
-                f"this run trains all stages at once, by {strategy}: use `greedy train --run "
-                f"{self.run.path}`"
+                f"this run trains all stages at once, by {strategy}: use "
+                f"{command('train', '--run', self.run.path)}"
             )
         if to is not None and to.resolve() == self.run.stage(number).resolve():
             to = None
