@@ -169,6 +169,14 @@ class RunDirectory:
             )
         return record
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether every stage has a record, and none is in the making to replace it."""
+        data = self.record(0)
+        if data is None or self.network.exists():
+            return False
+        return all(self.record(n) is not None for n in range(1, len(data.network) + 1))
+
     def drop_store(self, number: int) -> None:
         """Deletes a stage's store, if it is there. The stage stays complete."""
         store = self.store(number)

@@ -1,6 +1,7 @@
 """Training a network stage by stage."""
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -144,7 +145,11 @@ class GreedyTrainer:
         """Trains every stage that is not complete; from ``retrain_from`` on, also those that
         are. Before the first of them it is settled which stores the disk has room for; a store
         that has to go goes once the next one is written. Returns the records of all stages.
-        Where training was cut short it goes on, see ``training/checkpoint.py``."""
+        Where training was cut short it goes on, see ``training/checkpoint.py``. A finished run may
+        be read-only."""
+        nothing_to_write = retrain_from is None and self.run.is_finished
+        if nothing_to_write and not os.access(self.run.path, os.W_OK):
+            return self._train(None)
         with self.run.writing():
             return self._train(retrain_from)
 
@@ -185,8 +190,7 @@ class GreedyTrainer:
                 f"training by {strategy} trains all stages at once: give --retrain without a stage"
             )
         numbers = range(1, count + 1)
-        finished = all(self.run.record(n) for n in numbers) and not self.run.network.exists()
-        if finished and retrain_from is None:
+        if self.run.is_finished and retrain_from is None:
             self._announce(())
             return [self._skip(number) for number in numbers]
         data = self.run.complete(0)
