@@ -15,6 +15,7 @@ from greedy.files import canonical, digest
 from greedy.locking import HOLDER, LOCK, RunLock
 from greedy.manifest import HISTORY, StageRecord
 from greedy.recipes import Recipe, differences, load, result_fields, to_toml
+from greedy.retraining import NOTE
 
 State = Literal["complete", "training", "pending", "stale"]
 SPLITS = ("train", "test")
@@ -171,11 +172,17 @@ class RunDirectory:
 
     @property
     def is_finished(self) -> bool:
-        """Whether every stage has a record, and none is in the making to replace it."""
+        """Whether every stage has a record, and none is still to be trained again."""
         data = self.record(0)
-        if data is None or self.network.exists():
+        if data is None or self.network.exists() or (self.path / NOTE).exists():
             return False
         return all(self.record(n) is not None for n in range(1, len(data.network) + 1))
+
+    def require_stage(self, number: int) -> None:
+        """Raises ``UserError`` for a number that is not of a stage that trains."""
+        count = len(self.complete(0).network)
+        if not 1 <= number <= count:
+            raise no_stage(number, count)
 
     def drop_store(self, number: int) -> None:
         """Deletes a stage's store, if it is there. The stage stays complete."""

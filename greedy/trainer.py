@@ -15,7 +15,7 @@ from greedy.commands import command
 from greedy.data import Dataset, dataset_from_torch
 from greedy.devices import pick_device, pick_precision
 from greedy.disk import Plan, Views
-from greedy.errors import UserError, no_stage
+from greedy.errors import UserError
 from greedy.losses import LocalLoss, Output, PredSim
 from greedy.manifest import StageRecord
 from greedy.memory.choice import Choice, fused_adam, memory_budget
@@ -26,6 +26,7 @@ from greedy.planning import former, plan_disk
 from greedy.recipes import Recipe
 from greedy.repair import Mender, Repair
 from greedy.reporting import Reporter, RunOutline
+from greedy.retraining import Retraining
 from greedy.runs import SPLITS, RunDirectory, finish_exchange, new_stage, require_outside
 from greedy.settings import python_recipe
 from greedy.source import Source
@@ -143,10 +144,10 @@ class GreedyTrainer:
 
     def train(self, retrain_from: int | None = None) -> list[StageRecord]:
         """Trains every stage that is not complete; from ``retrain_from`` on, also those that
-        are. Before the first of them it is settled which stores the disk has room for; a store
-        that has to go goes once the next one is written. Returns the records of all stages.
-        Where training was cut short it goes on, see ``training/checkpoint.py``. A finished run may
-        be read-only."""
+        are, each once, even if that is cut short and asked for again. Before the first of them it
+        is settled which stores the disk has room for; a store that has to go goes once the next
+        one is written. Returns the records of all stages. Where training was cut short it goes on,
+        see ``training/checkpoint.py``. A finished run may be read-only."""
         nothing_to_write = retrain_from is None and self.run.is_finished
         if nothing_to_write and not os.access(self.run.path, os.W_OK):
             return self._train(None)
@@ -156,22 +157,25 @@ class GreedyTrainer:
     def _train(self, retrain_from: int | None) -> list[StageRecord]:
         count = len(self.run.complete(0).network)
         if retrain_from is not None:
-            _require_stage(retrain_from, count)
+            self.run.require_stage(retrain_from)
         if self.recipe.training.strategy != "greedy":
             return self._train_network(count, retrain_from)
-        first = retrain_from or count + 1
+        retraining = Retraining.of(self.run.path, retrain_from)
+        first = retraining.left if retraining else count + 1
         numbers = range(1, count + 1)
         todo = [n for n in numbers if n >= first or self.run.record(n) is None]
         if not todo:
             self._announce(todo)
             return [self._skip(number) for number in numbers]
-        plan = self._plan_disk(retrain_from)
+        plan = self._plan_disk(first)
         self._memory().require(todo, plan)  # what cannot be trained is refused before anything is
         self._announce(todo)
         self.reporter.disk_planned(plan)
+        if retraining:
+            retraining.note(self.run.path)
         records = []
         for number in numbers:
-            if number == retrain_from:
+            if number == first:
                 self._drop_stores(plan.dropped_first)
             if number in todo:
                 place = self.run.stage(number)
@@ -180,6 +184,8 @@ class GreedyTrainer:
                 record = self._skip(number)
             records.append(record)
             self._drop_stores(plan.dropped_after(number))
+            if retraining and number >= first:
+                retraining.finished(number, self.run.path, last=number == count)
         return records
 
     def _train_network(self, count: int, retrain_from: int | None) -> list[StageRecord]:
@@ -238,7 +244,7 @@ class GreedyTrainer:
     def _train_alone(
         self, number: int, source: int | None, again: bool, to: Path | None
     ) -> StageRecord:
-        _require_stage(number, len(self.run.complete(0).network))
+        self.run.require_stage(number)
         if (strategy := self.recipe.training.strategy) != "greedy":
             raise UserError(
                 f"this run trains all stages at once, by {strategy}: use "
@@ -383,8 +389,3 @@ class GreedyTrainer:
     def assemble(self, until_stage: int | None = None) -> nn.Sequential:
         """The trained network, see ``greedy.network.assemble``."""
         return assemble(self.run, self.loss, self._model, until_stage=until_stage)
-
-
-def _require_stage(number: int, count: int) -> None:
-    if not 1 <= number <= count:
-        raise no_stage(number, count)
