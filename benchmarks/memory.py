@@ -108,8 +108,10 @@ def reserved(
     initialise(stage, seed=0, zero=False)
     heads = loss.heads(shape.hidden, CLASSES).cuda()
     learner = Learner(stage.cuda(), heads, loss, CLASSES, target.precision, memory=memory)
-    make = HostAdam if target.optimizer_state == "host" else torch.optim.Adam
-    learner.optimizer = make(learner.parameters(), lr=1e-4)
+    if target.optimizer_state == "host":
+        learner.optimizer = HostAdam(learner.parameters(), lr=1e-4)
+    else:
+        learner.optimizer = fused_adam(learner.parameters())
     learner.train()
     stored = torch.randint(256, (BATCH, *shape.input), dtype=torch.uint8)
     mask = None

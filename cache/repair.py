@@ -34,6 +34,7 @@ def description_of(encoding: Encoding, compressor: str, views: int, rows: int) -
 def rewrite_metadata(path: Path, description: Description) -> None:
     """Write every `zarr.json` as it was."""
     for name, document in description.documents().items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
         write_whole(path / name, document)
 
 

@@ -9,6 +9,7 @@ import click
 from greedy.cli import options
 from greedy.cli.failures import Group, terminable
 from greedy.cli.tables import print_json, print_table, size
+from greedy.commands import command
 
 if TYPE_CHECKING:
     from greedy.cache import StoreInfo
@@ -65,7 +66,7 @@ def verify(path: Path, as_json: bool) -> None:
     else:
         for damage in damages:
             click.echo(f"{damage.path}: {damage.what}")
-        way_out = f": `greedy cache repair {path}` computes anew what it can of stores"
+        way_out = f": {command('cache', 'repair', path)} computes anew what it can of stores"
         of_stores = any("activations.zarr" in damage.path.parts for damage in damages)
         found = f"{len(damages)} damaged{way_out if of_stores else ''}"
         click.echo(found if damages else "everything is as it was written")
@@ -135,7 +136,7 @@ def _rebuilding(run: "RunDirectory", number: int) -> str:
     replayed = f"stage {number}" if source == number - 1 else f"stages {source + 1} to {number}"
     return (
         f"what trains after it replays {replayed} from stage {source}'s store, and "
-        f"`greedy cache repair {run.stage(number)}` writes it again"
+        f"{command('cache', 'repair', run.stage(number))} writes it again"
     )
 
 

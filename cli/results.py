@@ -8,6 +8,7 @@ import click
 
 from greedy.cli import options
 from greedy.cli.tables import count, percent, print_json, print_table, size, waiting
+from greedy.commands import command
 
 if TYPE_CHECKING:
     from greedy.exits import Exits
@@ -32,7 +33,8 @@ def status(run: Path, as_json: bool) -> None:
         return
     click.echo(f"{directory.recipe.name} in {run}")
     if not stages:
-        click.echo(f"stage 0, the data set, is not written: `greedy train --run {run}` does it")
+        way = command("train", "--run", run)
+        click.echo(f"stage 0, the data set, is not written: {way} does it")
         return
     print_table(
         ("stage", "name", "state", "train err", "test err", "store", "B/value", "seconds"),

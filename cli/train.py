@@ -10,6 +10,7 @@ import click
 from greedy.cli import options
 from greedy.cli.failures import terminable
 from greedy.cli.tables import percent, print_table, size, waiting
+from greedy.commands import command
 
 if TYPE_CHECKING:
     from greedy.cli.progress import Lines
@@ -135,7 +136,7 @@ def train_stage(
         if to is None and (stale := [n for n in later if run.state(n) == "stale"]):
             click.echo(
                 f"{_stages(stale)} followed from what was here before: "
-                f"`greedy train --run {run.path} --retrain {stale[0]}` trains them again"
+                f"{command('train', '--run', run.path, '--retrain', stale[0])} trains them again"
             )
 
 

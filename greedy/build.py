@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from greedy import models
+from greedy.data import Augmentation
 from greedy.errors import UserError
 from greedy.functions import call_function
 from greedy.losses import Glob, LocalLoss, Pred, PredBio, PredSim, PredSimBio, Sim, SimBio
@@ -76,11 +77,10 @@ def checked_shapes(
             f"the network ends in feature maps ({'x'.join(map(str, found[-1].output))} an image): "
             f"end it with the linear layer that gives the logits"
         )
-    if classes and found[-1].output != (classes,):
-        raise UserError(
-            f"the network ends in {'x'.join(map(str, found[-1].output))} values and the data "
-            f"have {classes} classes: let its last layer give one logit a class"
-        )
+    if classes:
+        require_one_logit_a_class(found[-1].output, classes)
+    augmentation = Augmentation.parse(recipe.data.augmentation, recipe.data.cutout_length)
+    augmentation.require_room(*row_shape[1:])
     mean = recipe.data.mean
     if mean is not None and len(mean) != row_shape[0]:
         raise UserError(
@@ -101,6 +101,16 @@ def checked_shapes(
                 f"stages: give one number, or one a stage"
             )
     return found
+
+
+def require_one_logit_a_class(output: Shape, classes: int) -> None:
+    """Refuses a network whose output is not one of logits for so many classes."""
+    if output != (classes,):
+        raise UserError(
+            f"the network ends in {'x'.join(map(str, output))} values and the data have {classes} "
+            f"classes: let its last layer give one logit a class, or name all of them in the "
+            f"training set's attribute `classes`"
+        )
 
 
 def load_network(

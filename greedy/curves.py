@@ -7,6 +7,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from greedy.commands import command
 from greedy.errors import UserError
 from greedy.files import read_limited
 from greedy.manifest import HISTORY
@@ -48,7 +49,7 @@ def stage_curves(run: RunDirectory) -> list[Curve]:
         return found
     raise UserError(
         f"no stage of {run.path} has errors to draw yet: go on with "
-        f"`greedy train --run {run.path}`, its output layer will have them"
+        f"{command('train', '--run', run.path)}, its output layer will have them"
     )
 
 

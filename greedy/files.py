@@ -3,6 +3,8 @@ written."""
 
 import hashlib
 import json
+import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,14 @@ def require_new(to: Path, overwrite: bool) -> None:
 
 
 def bytes_below(directory: Path) -> int:
-    """Bytes of all files in a directory and below; 0 where there is none."""
-    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    """Bytes of all files in a directory and below, of what is there while it is looked at; 0 where
+    there is none."""
+    total = 0
+    for top, _, names in os.walk(directory):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += Path(top, name).stat().st_size
+    return total
 
 
 def canonical(document: Any) -> bytes:

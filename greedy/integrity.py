@@ -20,13 +20,34 @@ def verify_run(path: Path) -> list[Damage]:
 def verify_stage(run: RunDirectory, number: int) -> list[Damage]:
     """Everything wrong with one stage: its record, its weights and other files by their digests,
     its store chunk by chunk. Nothing is wrong with a stage that is not finished, or with a store
-    that was dropped."""
+    that was dropped. What was exchanged for another while it was looked at is looked at again."""
+    while True:
+        before = _standing(run, number)
+        found = _damages(run, number)
+        if not found or _standing(run, number) == before:
+            return found
+
+
+def _standing(run: RunDirectory, number: int) -> list[tuple[int, int] | None]:
+    """By what it shows that a stage, its store or its views were exchanged."""
+    store = run.store(number)
+    found: list[tuple[int, int] | None] = []
+    for path in (run.stage(number) / "stage.json", store, store / "train"):
+        try:
+            status = path.stat()
+            found.append((status.st_ino, status.st_mtime_ns))
+        except OSError:
+            found.append(None)
+    return found
+
+
+def _damages(run: RunDirectory, number: int) -> list[Damage]:
     directory = run.stage(number)
     if not (directory / "stage.json").is_file():
         return []
     try:
         record = StageRecord.read(directory)
-    except UserError as error:
+    except (UserError, OSError) as error:
         return [Damage(directory / "stage.json", str(error))]
     found = []
     if record.recipe != run.settings:

@@ -1,5 +1,6 @@
 """One process at a time writes into a run."""
 
+import errno
 import json
 import os
 import socket
@@ -15,6 +16,7 @@ from greedy.errors import UserError
 from greedy.files import read_document
 
 LOCK, HOLDER = ".lock", ".lock.json"
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class RunLock:
@@ -31,7 +33,7 @@ class RunLock:
     @contextmanager
     def held(self) -> Iterator[bool]:
         """Holds the lock, and says whether it was free before. Raises ``UserError`` naming the
-        holder if that is another process, or for a directory that is not there."""
+        holder if that is another process, or for a directory that is not there or read-only."""
         if not self._directory.is_dir():
             raise UserError(f"there is no run in {self._directory} yet: give it its data first")
         first = not self._lock.is_locked
@@ -42,6 +44,13 @@ class RunLock:
                 f"{self._directory} is in use {_described(self._directory)}: wait until it is "
                 f"done, or stop it; commands that only read work meanwhile"
             ) from None
+        except OSError as error:
+            if error.errno not in READ_ONLY:
+                raise
+            raise UserError(
+                f"{self._directory} is read-only: copy the run to where you may write, and give "
+                f"that as --run"
+            ) from error
         try:
             if first:
                 self._announce()

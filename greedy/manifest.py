@@ -175,6 +175,10 @@ class StageRecord(_Document):
         """All that was ever written into stores of this stage."""
         return self.written_before + (self.store.bytes_written if self.store else 0)
 
+    def follows(self, parent: "StageRecord") -> bool:
+        """Whether ``parent`` is the stage before this one, as it was when this one was trained."""
+        return self.parent == Parent(stage=parent.stage, lineage=parent.lineage)
+
     def write(self, directory: Path) -> Self:
         """Writes ``stage.json`` with the digests of its siblings and, last, of itself; returns
         the record as written."""

@@ -10,6 +10,7 @@ import torch
 from greedy.cache import Damage, Store, verify
 from greedy.cache import repair as mending
 from greedy.cache.metadata import Description
+from greedy.commands import command
 from greedy.errors import UserError
 from greedy.files import bytes_below
 from greedy.integrity import verify_stage
@@ -144,9 +145,10 @@ class Mender:
         store, other = record.store, SPLITS[split == SPLITS[0]]
         found = mending.describe_store(self.run.store(record.stage) / other)
         if found is None or store is None:
+            way = command("train", "--run", self.run.path, "--retrain", record.stage)
             raise UserError(
                 f"the metadata of both splits of stage {record.stage}'s store are damaged: write "
-                f"it again with `greedy train --run {self.run.path} --retrain {record.stage}`"
+                f"it again with {way}"
             )
         views = store.views if split == "train" else 1
         return mending.description_of(found.encoding, found.compressor, views, record.rows[split])
@@ -188,5 +190,5 @@ def _require_known_views(run: RunDirectory, store: StoreRecord) -> None:
     if store.generation == UNKNOWN:
         raise UserError(
             f"the views of this store were being replaced when the run stopped: "
-            f"`greedy train --run {run.path}` writes them anew"
+            f"{command('train', '--run', run.path)} writes them anew"
         )

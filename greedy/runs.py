@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Literal
 
 from greedy.cache.files import part_of, rename, sync_below, write_whole
+from greedy.commands import command
 from greedy.errors import UserError, no_stage
 from greedy.files import canonical, digest
 from greedy.locking import HOLDER, LOCK, RunLock
 from greedy.manifest import HISTORY, StageRecord
 from greedy.recipes import Recipe, differences, load, result_fields, to_toml
+from greedy.retraining import NOTE
 
 State = Literal["complete", "training", "pending", "stale"]
 SPLITS = ("train", "test")
@@ -155,18 +157,32 @@ class RunDirectory:
         """The record of a stage that must be complete. Raises ``UserError`` if it is not."""
         record, state = self.record(number), self.state(number)
         if state == "stale":
-            which = f" {number}" if self.recipe.training.strategy == "greedy" else ""
+            which = [number] if self.recipe.training.strategy == "greedy" else []
             raise UserError(
                 f"stage {number} in {self.path} is stale (an earlier stage was trained again "
                 f"after it, or it is of another run): train it again with "
-                f"`greedy train --run {self.path} --retrain{which}`"
+                f"{command('train', '--run', self.path, '--retrain', *which)}"
             )
         if record is None:
             raise UserError(
                 f"stage {number} in {self.path} is not finished: train it first, with "
-                f"`greedy train --run {self.path}`"
+                f"{command('train', '--run', self.path)}"
             )
         return record
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether every stage has a record, and none is still to be trained again."""
+        data = self.record(0)
+        if data is None or self.network.exists() or (self.path / NOTE).exists():
+            return False
+        return all(self.record(n) is not None for n in range(1, len(data.network) + 1))
+
+    def require_stage(self, number: int) -> None:
+        """Raises ``UserError`` for a number that is not of a stage that trains."""
+        count = len(self.complete(0).network)
+        if not 1 <= number <= count:
+            raise no_stage(number, count)
 
     def drop_store(self, number: int) -> None:
         """Deletes a stage's store, if it is there. The stage stays complete."""
@@ -192,8 +208,9 @@ def new_stage(directory: Path, *, go_on: bool = False) -> AbstractContextManager
 
 def require_outside(directory: Path) -> None:
     """Refuses a directory for a stage of its own that lies in a run, or that holds anything but
-    what an interrupted training left. Raises ``UserError``."""
-    if directory.exists() and not _is_unfinished(directory):
+    what a training left that was cut short. Raises ``UserError``."""
+    begun = _is_half_exchanged(directory) or _is_unfinished(directory)
+    if directory.exists() and not begun:
         raise UserError(f"{directory} exists already: give a --to that does not")
     for parent in directory.absolute().parents:
         if (parent / "run.toml").is_file():
@@ -201,6 +218,19 @@ def require_outside(directory: Path) -> None:
                 f"{directory} would stand for another stage, or in another run: give a --to "
                 f"outside of {parent}"
             )
+
+
+def finish_exchange(directory: Path) -> bool:
+    """Puts a stage of its own into its place, if that was cut short; says whether it was."""
+    if half := _is_half_exchanged(directory):
+        _exchange(directory)
+    return half
+
+
+def _is_half_exchanged(directory: Path) -> bool:
+    """Whether a finished stage is beside its directory, which is empty or not there."""
+    finished = (_beside(directory, NEW) / "stage.json").is_file()
+    return finished and not (directory.exists() and any(directory.iterdir()))
 
 
 def _is_unfinished(directory: Path) -> bool:
@@ -282,7 +312,8 @@ def stage_numbers(path: Path) -> list[int]:
 
 def _is_unbegun(path: Path) -> bool:
     """Whether nothing is in a directory but what beginning a run leaves if it is cut short."""
-    return {each.name for each in path.iterdir()} <= {LOCK, HOLDER, part_of(Path("run.toml")).name}
+    parts = (part_of(Path(name)).name for name in (HOLDER, "run.toml"))
+    return {each.name for each in path.iterdir()} <= {LOCK, HOLDER, *parts}
 
 
 def _is_own_source(path: Path) -> bool:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from greedy.build import loss_settings
-from greedy.errors import unknown
+from greedy.errors import UserError, unknown
 from greedy.losses import LocalLoss
 from greedy.recipes import Recipe, from_document
 from greedy.recipes.schema import SECTIONS
@@ -42,3 +42,12 @@ def python_recipe(settings: dict[str, Any], loss: LocalLoss) -> Recipe:
         else:
             raise unknown("setting", name, [*place, "seed"])
     return from_document(document, name="python")
+
+
+def require_optimizer(settings: dict[str, Any], optimizer: object) -> None:
+    """Refuses an optimiser of one's own where Adam's moments are asked to be in host memory."""
+    if optimizer is not None and settings.get("optimizer_state") == "host":
+        raise UserError(
+            "optimizer_state='host' is for the Adam that is built in: leave out optimizer, or "
+            "optimizer_state"
+        )

@@ -6,16 +6,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from greedy.cache import Encoding, StoreWriter, pixels
+from greedy.build import require_one_logit_a_class
+from greedy.cache import Encoding, Store, StoreWriter, pixels
 from greedy.data import Dataset, Split
 from greedy.errors import UserError
 from greedy.files import canonical, digest
 from greedy.manifest import StageRecord, StoreRecord
+from greedy.models import Shape
 from greedy.runs import SPLITS, RunDirectory, new_stage
 from greedy.seeds import numpy_generator
 from greedy.versions import versions
 
 READ_ROWS = 1024  # rows decoded at a time
+COMPARED_ROWS = 16  # of a split, between data and what a run was begun with
 COMPRESSOR = "zstd"  # images are written once and decoded ahead of slow first stages
 
 
@@ -41,13 +44,16 @@ class Moments:
         return {"mean": mean.tolist(), "std": np.where(std < 1e-6, 1.0, std).tolist()}
 
 
-def write_stage0(run: RunDirectory, dataset: Dataset, network: list[str]) -> StageRecord:
+def write_stage0(
+    run: RunDirectory, dataset: Dataset, network: list[str], output: Shape | None = None
+) -> StageRecord:
     """Writes both splits of a data set, rows permuted by the run's seed, and the record.
 
-    ``network`` names the stages to come. The permutation is drawn once: row i is the same
+    ``network`` names the stages to come; ``output`` is the shape of its output where that is
+    settled before the classes are known. The permutation is drawn once: row i is the same
     sample in every later store. The training rows' mean and deviation are measured on the way
-    and kept under ``resolved``. Raises ``UserError`` for a label that is no class, ``StoreError``
-    for a value that is not finite.
+    and kept under ``resolved``. Raises ``UserError`` for a label that is no class or an output that
+    is not for so many, ``StoreError`` for a value that is not finite.
     """
     started = time.perf_counter()
     moments = Moments()
@@ -75,6 +81,8 @@ def write_stage0(run: RunDirectory, dataset: Dataset, network: list[str]) -> Sta
             written[name] = writer.summary
         class_names = dataset.class_names or _numbered(labels)
         _check_labels(dataset.name, labels, len(class_names))
+        if output is not None:
+            require_one_logit_a_class(output, len(class_names))
         encoding = stored_encoding(dataset.train).name
         store = StoreRecord.of(written, encoding, COMPRESSOR, views=1)
         seed = run.recipe.seed
@@ -92,6 +100,39 @@ def write_stage0(run: RunDirectory, dataset: Dataset, network: list[str]) -> Sta
             seconds=time.perf_counter() - started,
             versions=versions(),
         ).write(directory)
+
+
+def require_same_data(run: RunDirectory, dataset: Dataset) -> None:
+    """Refuses data other than those the run was begun with, as far as sizes and a few rows of each
+    split tell. Images that are others when read again, transformed at random, tell nothing."""
+    data = run.complete(0)
+    rows = {split: len(getattr(dataset, split)) for split in SPLITS}
+    if rows != data.rows or dataset.train.shape != data.row_shape:
+        begun = (
+            f"{data.rows['train']} + {data.rows['test']} rows of "
+            f"{'x'.join(map(str, data.row_shape))}"
+        )
+    elif not all(_has_rows_of(getattr(dataset, s), Store(run.store(0) / s)) for s in SPLITS):
+        begun = "of the same size, with other images or labels"
+    else:
+        return
+    raise UserError(f"{run.path} was begun with other data ({begun}): choose another run_dir")
+
+
+def _has_rows_of(split: Split, store: Store) -> bool:
+    rows = np.unique(np.linspace(0, store.rows - 1, COMPARED_ROWS).astype(int))
+    images, labels = split.read(store.index[rows])
+    if not np.array_equal(labels, store.labels[rows]):
+        return False
+    stored = np.concatenate([store.read_rows(0, row, row + 1) for row in rows])
+    again, _ = split.read(store.index[rows])
+    return _alike(images, stored) or not _alike(images, again)
+
+
+def _alike(images: np.ndarray, others: np.ndarray) -> bool:
+    """Whether images (n, C, H, W) differ by no more than another version of a decoder makes."""
+    difference = np.abs(images.astype(np.float32) - others).mean()
+    return bool(difference <= 0.01 * others.std(dtype=np.float64))
 
 
 def stored_encoding(split: Split) -> Encoding:

@@ -1,6 +1,7 @@
 """Training a network stage by stage."""
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -10,10 +11,11 @@ from torch.utils.data import Dataset as TorchDataset
 
 from greedy.build import build_loss, build_network, checked_shapes
 from greedy.cache import Damage
+from greedy.commands import command
 from greedy.data import Dataset, dataset_from_torch
 from greedy.devices import pick_device, pick_precision
 from greedy.disk import Plan, Views
-from greedy.errors import UserError, no_stage
+from greedy.errors import UserError
 from greedy.losses import LocalLoss, Output, PredSim, require_local_loss
 from greedy.manifest import StageRecord
 from greedy.memory.choice import Choice, fused_adam, memory_budget
@@ -24,12 +26,13 @@ from greedy.planning import former, plan_disk
 from greedy.recipes import Recipe
 from greedy.repair import Mender, Repair
 from greedy.reporting import Reporter, RunOutline
-from greedy.runs import SPLITS, RunDirectory, new_stage, require_outside
-from greedy.settings import python_recipe
+from greedy.retraining import Retraining
+from greedy.runs import SPLITS, RunDirectory, finish_exchange, new_stage, require_outside
+from greedy.settings import python_recipe, require_optimizer
 from greedy.source import Source
 from greedy.sourcing import Sources
 from greedy.space import require_room, until_full
-from greedy.stage0 import stored_encoding, write_stage0
+from greedy.stage0 import require_same_data, stored_encoding, write_stage0
 from greedy.training.checkpoint import Start
 from greedy.training.network import NetworkTraining
 from greedy.training.resolve import compiles, for_stage, repeated, resolve, within_budget
@@ -70,6 +73,7 @@ class GreedyTrainer:
     ) -> None:
         loss = PredSim() if loss is None else loss
         require_local_loss(loss)
+        require_optimizer(settings, optimizer)
         self._set_up(
             python_recipe(settings, loss), run_dir, device, reporter, model, loss, optimizer
         )
@@ -99,11 +103,6 @@ class GreedyTrainer:
         loss: LocalLoss,
         optimizer: OptimizerFactory | None = None,
     ) -> None:
-        if optimizer is not None and recipe.memory.optimizer_state == "host":
-            raise UserError(
-                "optimizer_state='host' is for the Adam that is built in: leave out optimizer, or "
-                "optimizer_state"
-            )
         self.device = pick_device(device)
         self.run = RunDirectory.create(Path(run_dir), recipe)
         self.recipe = recipe
@@ -116,17 +115,14 @@ class GreedyTrainer:
     def fit(self, train_set: TorchDataset, test_set: TorchDataset) -> list[StageRecord]:
         """Trains every stage on map-style data sets of (image, label): PIL images, uint8
         tensors (C, H, W), or float tensors. Returns the records of all stages."""
-        dataset = dataset_from_torch(train_set, test_set)
-        if self.run.state(0) != "complete":
-            self.prepare(dataset)
-        with self.run.writing():
-            self._require_data_of_run(dataset)
-            return self.train()
+        self.prepare(dataset_from_torch(train_set, test_set))
+        return self.train()
 
     def prepare(self, dataset: Dataset) -> StageRecord:
-        """Writes stage 0, if it is not there. What cannot be trained is refused before anything
-        is written."""
+        """Writes stage 0; where it is there, only makes sure that it is of these data. What cannot
+        be trained is refused before anything is written, or once the labels are read."""
         if self.run.state(0) == "complete":
+            require_same_data(self.run, dataset)
             return self.run.complete(0)
         shape, classes = dataset.train.shape, len(dataset.class_names or "")
         network = self._model or build_network(self.recipe.model, shape, classes or 2)
@@ -143,47 +139,46 @@ class GreedyTrainer:
         self.run.path.mkdir(parents=True, exist_ok=True)
         with self.run.writing():
             if self.run.state(0) == "complete":
+                require_same_data(self.run, dataset)
                 return self.run.complete(0)
+            output = shapes[-1].output if self._model else None
             with until_full(self.run.path, "stage 0", needed):
-                return write_stage0(self.run, dataset, [*names, "output"])
-
-    def _require_data_of_run(self, dataset: Dataset) -> None:
-        data = self.run.complete(0)
-        rows = {split: len(getattr(dataset, split)) for split in SPLITS}
-        if rows != data.rows or dataset.train.shape != data.row_shape:
-            raise UserError(
-                f"{self.run.path} was begun with other data ({data.rows['train']} + "
-                f"{data.rows['test']} rows of {'x'.join(map(str, data.row_shape))}): "
-                f"choose another run_dir"
-            )
+                return write_stage0(self.run, dataset, [*names, "output"], output)
 
     def train(self, retrain_from: int | None = None) -> list[StageRecord]:
         """Trains every stage that is not complete; from ``retrain_from`` on, also those that
-        are. Before the first of them it is settled which stores the disk has room for; a store
-        that has to go goes once the next one is written. Returns the records of all stages.
-        Where training was cut short it goes on, see ``training/checkpoint.py``."""
+        are, each once, even if that is cut short and asked for again. Before the first of them it
+        is settled which stores the disk has room for; a store that has to go goes once the next
+        one is written. Returns the records of all stages. Where training was cut short it goes on,
+        see ``training/checkpoint.py``. A finished run may be read-only."""
+        nothing_to_write = retrain_from is None and self.run.is_finished
+        if nothing_to_write and not os.access(self.run.path, os.W_OK):
+            return self._train(None)
         with self.run.writing():
             return self._train(retrain_from)
 
     def _train(self, retrain_from: int | None) -> list[StageRecord]:
         count = len(self.run.complete(0).network)
         if retrain_from is not None:
-            _require_stage(retrain_from, count)
+            self.run.require_stage(retrain_from)
         if self.recipe.training.strategy != "greedy":
             return self._train_network(count, retrain_from)
-        first = retrain_from or count + 1
+        retraining = Retraining.of(self.run.path, retrain_from)
+        first = retraining.left if retraining else count + 1
         numbers = range(1, count + 1)
         todo = [n for n in numbers if n >= first or self.run.record(n) is None]
         if not todo:
             self._announce(todo)
             return [self._skip(number) for number in numbers]
-        plan = self._plan_disk(retrain_from)
+        plan = self._plan_disk(first)
         self._memory().require(todo, plan)  # what cannot be trained is refused before anything is
         self._announce(todo)
         self.reporter.disk_planned(plan)
+        if retraining:
+            retraining.note(self.run.path)
         records = []
         for number in numbers:
-            if number == retrain_from:
+            if number == first:
                 self._drop_stores(plan.dropped_first)
             if number in todo:
                 place = self.run.stage(number)
@@ -192,6 +187,8 @@ class GreedyTrainer:
                 record = self._skip(number)
             records.append(record)
             self._drop_stores(plan.dropped_after(number))
+            if retraining and number >= first:
+                retraining.finished(number, self.run.path, last=number == count)
         return records
 
     def _train_network(self, count: int, retrain_from: int | None) -> list[StageRecord]:
@@ -202,8 +199,7 @@ class GreedyTrainer:
                 f"training by {strategy} trains all stages at once: give --retrain without a stage"
             )
         numbers = range(1, count + 1)
-        finished = all(self.run.record(n) for n in numbers) and not self.run.network.exists()
-        if finished and retrain_from is None:
+        if self.run.is_finished and retrain_from is None:
             self._announce(())
             return [self._skip(number) for number in numbers]
         data = self.run.complete(0)
@@ -251,28 +247,33 @@ class GreedyTrainer:
     def _train_alone(
         self, number: int, source: int | None, again: bool, to: Path | None
     ) -> StageRecord:
-        _require_stage(number, len(self.run.complete(0).network))
+        self.run.require_stage(number)
         if (strategy := self.recipe.training.strategy) != "greedy":
             raise UserError(
-                f"this run trains all stages at once, by {strategy}: use `greedy train --run "
-                f"{self.run.path}`"
+                f"this run trains all stages at once, by {strategy}: use "
+                f"{command('train', '--run', self.run.path)}"
             )
         if to is not None and to.resolve() == self.run.stage(number).resolve():
             to = None
-        directory = to or self.run.stage(number)
-        if to is not None:
-            require_outside(to)
         source = number - 1 if source is None else source
         if not 0 <= source < number:
             raise UserError(f"stage {number} cannot train from stage {source}: give an earlier one")
         if not again and to is None and self.run.record(number) is not None:
             self._announce(())
             return self._skip(number)
-        self.run.complete(number - 1)
+        parent = self.run.complete(number - 1)
+        if to is not None:
+            require_outside(to)
+            if finish_exchange(to):
+                if (record := StageRecord.read(to)).follows(parent):
+                    self._announce(())
+                    self.reporter.stage_finished(record)
+                    return record
+                require_outside(to)
         before = former(self.run, number)
         views = before.resolved["views"] if before else self._plan_disk().views(number)
         self._announce([number])
-        return self._train_stage(number, source, directory, views)
+        return self._train_stage(number, source, to or self.run.stage(number), views)
 
     def _train_stage(self, number: int, source: int, directory: Path, views: Views) -> StageRecord:
         begun = Start.read(directory / "training")
@@ -356,18 +357,14 @@ class GreedyTrainer:
         return self._planned
 
     def _memory_of(
-        self,
-        stages: Sequence[Stage],
-        shapes: Sequence[StageShapes],
-        num_classes: int,
-        images: str,
+        self, stages: Sequence[Stage], shapes: Sequence[StageShapes], classes: int, images: str
     ) -> MemoryPlan:
         return MemoryPlan(
             self.recipe,
             stages,
             shapes,
             self.loss,
-            num_classes,
+            classes,
             pick_precision(self.recipe.training.precision, self.device),
             memory_budget(self.recipe, self.device),
             self.device.type,
@@ -400,8 +397,3 @@ class GreedyTrainer:
     def assemble(self, until_stage: int | None = None) -> nn.Sequential:
         """The trained network, see ``greedy.network.assemble``."""
         return assemble(self.run, self.loss, self._model, until_stage=until_stage)
-
-
-def _require_stage(number: int, count: int) -> None:
-    if not 1 <= number <= count:
-        raise no_stage(number, count)

@@ -1,11 +1,13 @@
 """`greedy cache info`, `verify` and `drop`."""
 
 import random
+import re
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
-from command_line import answer, greedy, small_recipe, train
+from command_line import answer, greedy, said, small_recipe, train
 
 RECIPE = small_recipe(store={"views": 2})
 
@@ -90,6 +92,17 @@ def test_a_dropped_store_is_done_without(run):
     again = greedy("train", "--run", run, "--retrain", "3")
     assert again.exit_code == 0, again.output
     assert (run / "stage3/encoder.safetensors").read_bytes() != before  # never quantised
+
+
+def test_commands_that_messages_name_can_be_copied(run):
+    run = run.rename(run.with_name("my run's"))
+    dropped = said("cache", "drop", run / "stage1")
+    (train_stage,) = re.findall("`greedy (.*)`", dropped)
+    said(*shlex.split(train_stage))
+    assert (run / "stage1/activations.zarr").is_dir()
+    flip(next((run / "stage1/activations.zarr/test/activations").glob("c*")), 900)
+    (repair,) = re.findall("`greedy (.*)`", greedy("cache", "verify", run).output)
+    assert "1 chunk computed" in said(*shlex.split(repair))
 
 
 def test_dropping_a_run_keeps_its_images(run):

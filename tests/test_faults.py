@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import small_recipe, train
+from PIL import Image
 
 FAULTS = Path(__file__).parents[1] / "benchmarks/faults.py"
 NAMESPACE = ["unshare", "--user", "--map-root-user", "--mount"]
@@ -30,12 +32,54 @@ def test_killed_and_rotten_runs() -> None:
     assert found["detected"] + found["harmless"] == 2
 
 
-@pytest.mark.skipif(
+mounting = pytest.mark.skipif(
     not shutil.which("unshare") or subprocess.run([*NAMESPACE, "true"], check=False).returncode,
-    reason="a small file system takes a mount namespace, which this system does not give",
+    reason="a file system of its own takes a mount namespace, which this system does not give",
 )
+
+
+@mounting
 def test_full_disks() -> None:
     assert struck(**{"disk-full": 2}) == {"disk_full": 2, "clean_stops": 2, "continued": 2}
+
+
+READ_ONLY = """
+mkdir there
+mount -t tmpfs none there
+cp -r run there
+mount -o remount,ro there
+exec "$@"
+"""
+READ = """
+from command_line import greedy, said
+for words in (
+    "train --run there/run",
+    "status --run there/run",
+    "evaluate --run there/run --by-stage",
+    "plan --run there/run",
+    "predict --run there/run image.png",
+    "report there/run --to report.html",
+    "plot there/run --to curves.svg",
+    "export --run there/run --to network.safetensors",
+    "cache info there/run",
+    "cache verify there/run",
+):
+    assert said(*words.split()), words
+for words in ("train --run there/run --retrain", "cache drop there/run", "cache repair there/run"):
+    refused = greedy(*words.split())
+    assert refused.exit_code == 2, refused.output
+    assert "run is read-only: copy the run to where you may write" in refused.output
+"""
+
+
+@mounting
+def test_what_only_reads_works_on_a_read_only_run(tmp_path: Path) -> None:
+    train(tmp_path, small_recipe())
+    Image.new("L", (28, 28)).save(tmp_path / "image.png")
+    command = [*NAMESPACE, "sh", "-ec", READ_ONLY, "sh", sys.executable, "-c", READ]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    done = subprocess.run(command, check=False, cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 RECIPE = """

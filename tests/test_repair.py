@@ -47,6 +47,15 @@ def test_every_file_of_a_store_comes_back_as_it_was(run):
         path.write_bytes(before[path])
 
 
+@pytest.mark.parametrize("gone", ["train", "train/activations", "test/labels"])
+def test_a_directory_that_is_gone_comes_back_as_it_was(run, gone):
+    before = files(run)
+    shutil.rmtree(run / "stage2/activations.zarr" / gone)
+    result = greedy("cache", "repair", run)
+    assert result.exit_code == 0, result.output
+    assert files(run) == before
+
+
 def test_without_its_source_a_view_is_computed_anew_and_says_so(run):
     record = (run / "stage2/stage.json").read_bytes()
     shard = run / "stage2/activations.zarr/train/activations/c.1.0.0"

@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, Reporter, RunDirectory, TrainingError, UserError
 from greedy.errors import Interrupted
+from greedy.losses import Pred
 from greedy.models import mlp
 
 SIDE, CLASSES = 8, 3
@@ -158,6 +159,71 @@ def test_a_stage_elsewhere_goes_on_too(tmp_path: Path) -> None:
     assert outcome(tmp_path / "there") == outcome(tmp_path / "run/stage2")
     with pytest.raises(UserError, match="exists already"):
         trainer(tmp_path / "run").train_stage(2, to=tmp_path / "there")
+    kept = outcome(tmp_path / "there")
+    (tmp_path / "there").rename(tmp_path / ".there.new")  # a crash while it takes its place
+    (tmp_path / "there").mkdir()
+    again = trainer(tmp_path / "run", KillAt(1, lambda: pytest.fail("it was trained")))
+    assert again.train_stage(2, to=tmp_path / "there").stage == 2
+    assert outcome(tmp_path / "there") == kept
+    assert not (tmp_path / ".there.new").exists()
+    (tmp_path / "there").rename(tmp_path / ".there.new")
+    with pytest.raises(UserError, match="exists already"):  # it is another stage
+        trainer(tmp_path / "run").train_stage(1, to=tmp_path / "there")
+
+
+class Listener(Reporter):
+    """Hears which stages train; the first batch of one of them is interrupted."""
+
+    def __init__(self, interrupted: int | None = None) -> None:
+        self.trained: list[int] = []
+        self.interrupted = interrupted
+
+    def stage_started(self, number: int, *rest: object) -> None:
+        self.trained.append(number)
+
+    def batch_finished(self, rows: int) -> None:
+        if self.trained[-1] == self.interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("asked", "again", "left"),
+    [(1, 1, [2, 3]), (1, None, [2, 3]), (1, 3, [2, 3]), (2, 1, [1, 2, 3])],
+)
+def test_a_retraining_goes_on(
+    tmp_path: Path, asked: int, again: int | None, left: list[int]
+) -> None:
+    run = tmp_path / "run"
+    trainer(run).fit(TRAIN, TEST)
+    expected = outcome(run)
+    with pytest.raises(Interrupted, match="in stage 2 .* the same command goes on from there"):
+        trainer(run, Listener(interrupted=2)).train(asked)
+    listener = Listener()
+    trainer(run, listener).train(again)
+    assert listener.trained == left
+    assert outcome(run) == expected
+    listener = Listener()
+    trainer(run, listener).train(asked)  # done once, it can be asked for anew
+    assert listener.trained == list(range(asked, 4))
+
+
+def test_a_retraining_goes_on_where_the_old_stages_are_stale(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trainer(run).fit(TRAIN, TEST)
+    cut, mine = trainer(run, Listener(interrupted=2)), trainer(run)
+    cut.loss = mine.loss = Pred()
+    with pytest.raises(Interrupted):
+        cut.train(1)
+    assert [mine.run.state(n) for n in (1, 2, 3)] == ["complete", "stale", "stale"]
+    mine.train()
+    assert [mine.run.state(n) for n in (1, 2, 3)] == ["complete"] * 3
+
+
+def test_a_damaged_note_of_a_retraining_is_named(tmp_path: Path) -> None:
+    trainer(tmp_path / "run").fit(TRAIN, TEST)
+    (tmp_path / "run/retraining.json").write_text('{"first": 1, "left": -2}')
+    with pytest.raises(UserError, match="retraining.json is damaged: delete it"):
+        trainer(tmp_path / "run").train()
 
 
 @pytest.mark.parametrize("name", ["start.json", "progress.json", "*.safetensors"])

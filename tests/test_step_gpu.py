@@ -121,6 +121,7 @@ class NeverWaiting(Reporter):
         torch.cuda.set_sync_debug_mode("error" if inside else "default")
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # torch calls it a prototype
 @pytest.mark.parametrize("compiling", ["off", "on"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_no_step_waits_for_the_device(tmp_path: Path, precision: str, compiling: str) -> None:

@@ -1,7 +1,9 @@
 """Trainings in a run directory that has something already, and what is refused."""
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
@@ -20,8 +22,10 @@ from torch.utils.data import TensorDataset
 
 from greedy import RunDirectory, TrainingError, UserError
 from greedy.cache import StoreError
+from greedy.integrity import verify_run
 from greedy.losses import Pred
 from greedy.models import mlp
+from greedy.planning import disk_budget
 
 
 class NotANumber(Pred):
@@ -88,6 +92,28 @@ def test_a_crash_while_exchanging_stages_is_mended(run: Path) -> None:
     assert not list(run.glob(".stage*"))
 
 
+def test_a_run_is_looked_at_while_its_stages_are_exchanged(run: Path) -> None:
+    trainer(run.with_name("other")).fit(samples(400, 2), TEST)
+    shutil.copytree(run.with_name("other") / "stage1", run / ".stage1.new")
+    done = Event()
+
+    def exchange() -> None:
+        while not done.wait(0.02):
+            (run / "stage1").rename(run / ".stage1.old")
+            (run / ".stage1.new").rename(run / "stage1")
+            (run / ".stage1.old").rename(run / ".stage1.new")
+
+    with ThreadPoolExecutor() as threads:
+        exchanging = threads.submit(exchange)
+        try:
+            for _ in range(50):
+                assert not verify_run(run)
+                assert disk_budget(RunDirectory.open(run)) > 0
+        finally:
+            done.set()
+        exchanging.result()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -108,6 +134,23 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path, change: dict, message
     assert not (tmp_path / "run/stage1/stage.json").exists()
 
 
+def test_a_run_begins_where_one_was_killed_while_it_began(tmp_path: Path) -> None:
+    for name in (".lock", ".lock.json.part", "run.toml.part"):
+        (tmp_path / name).touch()
+    trainer(tmp_path, epochs=1)
+    (tmp_path / "mine").touch()
+    with pytest.raises(UserError, match="is not empty and not a run directory"):
+        trainer(tmp_path, epochs=1)
+
+
+def test_images_too_small_for_their_augmentation_leave_no_trace(tmp_path: Path) -> None:
+    images, labels = TRAIN.tensors
+    small = TensorDataset(images[:, :, :4, :4], labels)
+    with pytest.raises(UserError, match="4x4 are too small to be shifted by 4 pixels"):
+        trainer(tmp_path / "run", mlp(1, 4, CLASSES), augmentation="crop4").fit(small, small)
+    assert not (tmp_path / "run").exists()
+
+
 def test_other_settings_are_refused_in_a_run(run: Path) -> None:
     with pytest.raises(UserError, match=r"training.epochs is 2 there, 5 here"):
         trainer(run, epochs=5)
@@ -124,6 +167,35 @@ def test_another_network_is_refused_in_a_run(run: Path) -> None:
 def test_other_data_are_refused_in_a_run(run: Path) -> None:
     with pytest.raises(UserError, match=r"begun with other data \(400 \+ 100 rows of 1x8x8\)"):
         trainer(run).fit(samples(300, 0), TEST)
+    images, labels = TRAIN.tensors
+    for other in (TensorDataset(images.flip(3), labels), TensorDataset(images, labels.flip(0))):
+        with pytest.raises(UserError, match=r"other data \(of the same size, with other images or"):
+            trainer(run).fit(other, TEST)
+    with pytest.raises(UserError, match="begun with other data"):
+        trainer(run).fit(TRAIN, samples(100, 2))
+
+
+def test_images_transformed_at_random_are_the_same_data(tmp_path: Path) -> None:
+    class Noisy(TensorDataset):
+        def __getitem__(self, index):
+            image, label = super().__getitem__(index)
+            return image + torch.randint(0, 20, image.shape, dtype=torch.uint8), label
+
+    for _ in range(2):
+        trainer(tmp_path / "run", epochs=1).fit(Noisy(*TRAIN.tensors), TEST)
+    with pytest.raises(UserError, match="begun with other data"):
+        trainer(tmp_path / "run", epochs=1).fit(Noisy(TRAIN.tensors[0], TRAIN.tensors[1] * 0), TEST)
+
+
+def test_a_class_without_images_is_named(tmp_path: Path) -> None:
+    class Named(TensorDataset):
+        classes = ("dark", "left", "middle", "right")
+
+    model = mlp(1, SIDE, CLASSES + 1, hidden_layers=1)
+    with pytest.raises(UserError, match=r"ends in 4 values .* 3 classes: .* attribute `classes`"):
+        trainer(tmp_path / "run", model).fit(TRAIN, TEST)
+    assert RunDirectory.open(tmp_path / "run").record(0) is None
+    trainer(tmp_path / "run", model).fit(Named(*TRAIN.tensors), TEST)
 
 
 def test_a_stage_is_not_written_into_a_run_from_outside(run: Path) -> None:

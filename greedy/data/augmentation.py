@@ -66,16 +66,20 @@ class Augmentation:
             raise UserError(f"cutout_length is {cutout_length}: give 0 or more pixels")
         return cls(sum(paddings), "hflip" in names, cutout_length)
 
-    def draw(self, rows: int, height: int, width: int, generator: torch.Generator) -> Draws:
-        """Independent draws for rows 0 to ``rows`` - 1 of images of ``height`` x ``width``.
-
-        Raises UserError where the image is no larger than its padding.
-        """
+    def require_room(self, height: int, width: int) -> None:
+        """Raises UserError for images that are no larger than their padding."""
         if self.padding >= min(height, width):
             raise UserError(
                 f"images of {height}x{width} are too small to be shifted by {self.padding} pixels: "
                 "set data.augmentation without a crop"
             )
+
+    def draw(self, rows: int, height: int, width: int, generator: torch.Generator) -> Draws:
+        """Independent draws for rows 0 to ``rows`` - 1 of images of ``height`` x ``width``.
+
+        Raises UserError where the image is no larger than its padding.
+        """
+        self.require_room(height, width)
 
         def uniform(low: int, high: int) -> Tensor:
             return torch.randint(low, high, (rows,), generator=generator)

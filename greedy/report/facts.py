@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from greedy.build import build_loss
+from greedy.commands import command
 from greedy.curves import Curve, curves_so_far, run_names
 from greedy.losses import Glob, LocalLoss
 from greedy.manifest import StageRecord
@@ -203,7 +204,7 @@ def _stores(run: RunDirectory, records: Mapping[int, StageRecord]) -> list[Store
 
 def _missing(run: RunDirectory, stages: Sequence[StageStatus], loss: LocalLoss | None) -> list[str]:
     found = []
-    go_on = f"`greedy train --run {run.path}` goes on with it"
+    go_on = f"{command('train', '--run', run.path)} goes on with it"
     if not stages:
         found.append(f"The run has no data yet, so there is nothing to show: {go_on}.")
     unfinished: dict[State, str] = {

@@ -65,7 +65,10 @@ class ExactStep:
 
     def _input(self, rows: slice) -> Tensor:
         x = self.x[rows]
-        return x.to(self.parts.encoder.weight.device, copy=True) if self.mode.streams else x
+        if not self.mode.streams:
+            return x
+        device = self.parts.encoder.weight.device
+        return x.to(device, non_blocking=device.type == "cuda", copy=True)  # from pinned memory
 
     def _encoded(self, rows: slice) -> Tensor:
         if self.c is not None:

@@ -31,6 +31,9 @@ class HostAdam(torch.optim.Adam):
         for mine, trained in pairs:
             mine.copy_(trained)
             mine.grad = None if trained.grad is None else trained.grad.cpu()
+        # Set by the guard, on the device: torch would copy it without waiting, and read it at once.
+        if (bad := getattr(self, "found_inf", None)) is not None:
+            self.found_inf = bad.cpu()
         super().step(closure)
         for mine, trained in pairs:
             trained.copy_(mine)

@@ -192,9 +192,10 @@ def _try(
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """CUDA's allocator has an error of its own, the CPU's says it in words."""
-    words = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return words or isinstance(error, torch.OutOfMemoryError)
+    """CUDA's allocator has an error of its own; the CPU's and CUDA's libraries say it in words."""
+    words = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    said = isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+    return said or isinstance(error, torch.OutOfMemoryError)
 
 
 def _first_line(error: Exception) -> str:
