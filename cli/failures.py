@@ -27,11 +27,24 @@ class Mistake(Failure):
 
 
 class Stopped(Failure):
-    """A signal, by default Ctrl-C's."""
+    """Ctrl-C."""
 
-    def __init__(self, message: str, number: int = signal.SIGINT) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + number
+    exit_code = 128 + signal.SIGINT
+
+
+class Terminated(Failure):
+    """SIGTERM."""
+
+    exit_code = 128 + signal.SIGTERM
+
+
+class HungUp(Failure):
+    """The terminal was closed."""
+
+    exit_code = 128 + signal.SIGHUP
+
+
+BY_SIGNAL = {signal.SIGINT: Stopped, signal.SIGTERM: Terminated, signal.SIGHUP: HungUp}
 
 
 class Group(click.Group):
@@ -64,7 +77,7 @@ class Group(click.Group):
             click.echo(f"Error: {_sentence(error)}", err=True)
             code = error.exit_code
         except click.Abort:
-            code = Stopped("").exit_code
+            code = Stopped.exit_code
         sys.exit(code)
 
 
@@ -89,7 +102,7 @@ def failure_of(error: BaseException) -> Failure:
     sentence = " ".join(str(error).split())
     match error:
         case Interrupted():
-            return Stopped(sentence, error.signal)
+            return BY_SIGNAL[signal.Signals(error.signal)](sentence)
         case KeyboardInterrupt():
             return Stopped("interrupted, and nothing that was finished is lost")
         case OSError(strerror=str(reason), filename=path):

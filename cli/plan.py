@@ -56,6 +56,8 @@ def plan(
     overrides = options.overrides(settings, shorthands)
     wanted, directory = recipe_and_run(recipe, run, overrides)
     network = load_network(wanted.model, model)
+    if run is None and not _goes_on(directory, wanted):
+        directory = directory.with_name(f"{directory.name}-planned")
     planned = RunDirectory.create(directory, wanted)
     data = data_facts(planned, options.names_data(overrides))
     computer = machine(wanted, device)
@@ -70,6 +72,18 @@ def plan(
         print_json(_document(wanted, computer, found))
     else:
         _print(wanted, data, computer, found, unknown)
+
+
+def _goes_on(directory: Path, recipe: "Recipe") -> bool:
+    """Whether a recipe would be trained in the run that is there: of another plan nobody asks."""
+    from greedy.errors import UserError  # noqa: PLC0415
+    from greedy.runs import RunDirectory  # noqa: PLC0415
+
+    try:
+        RunDirectory.create(directory, recipe)
+    except UserError:
+        return False
+    return True
 
 
 def _document(recipe: "Recipe", machine: "Machine", found: "Forecast") -> dict[str, object]:

@@ -72,6 +72,8 @@ def checked_shapes(
     """The shapes along the stages, of a network that fits the data (0 classes: not known
     yet) and the recipe's lists."""
     found = models.shapes(stages, row_shape)
+    if classes == 1:
+        raise UserError("the data have one class: give two at least, to be told apart")
     if len(found[-1].output) != 1:
         raise UserError(
             f"the network ends in feature maps ({'x'.join(map(str, found[-1].output))} an image): "

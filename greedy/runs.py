@@ -86,7 +86,9 @@ class RunDirectory:
 
     def _require_same_results(self, recipe: Recipe) -> None:
         if changed := differences(self.recipe, recipe):
-            listed = ", ".join(f"{key} is {old!r} there, {new!r} here" for key, old, new in changed)
+            named = [f"{key} is {old!r} there, {new!r} here" for key, old, new in changed[:3]]
+            more = [f"and {len(changed) - 3} more"] if len(changed) > 3 else []
+            listed = ", ".join(named + more)
             raise UserError(
                 f"{self.path} belongs to a run with other settings ({listed}): choose another "
                 f"--run, or repeat the settings it began with"

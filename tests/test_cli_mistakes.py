@@ -35,6 +35,8 @@ TINY = "train --recipe tiny.toml --run new"
         (f"{TINY} --set training.batch_size=1", "must be a whole number of at least 2"),
         (f"{TINY} --set training.epochs=[1,2,3]", "training.epochs has 3 entries"),
         (f"{TINY} --seed x", 'seed is "x" but must be a whole number'),
+        (f"{TINY} --memory-budget 2", "memory.budget is 2 but must be auto, or a size such"),
+        (f"{TINY} --disk-budget 40", "store.disk_budget is 40 but must be auto, or a size"),
         (f"{TINY} --encoding unit8", "did you mean uint8?"),
         (f"{TINY} --precision float", "training.precision"),
         (f"{TINY} --patience -1", "training.patience"),

@@ -1,7 +1,7 @@
 """`greedy plan`: what a run will take, told before anything runs."""
 
 import pytest
-from command_line import answer, greedy, small_recipe
+from command_line import answer, greedy, said, small_recipe
 from PIL import Image
 
 MLP = small_recipe(
@@ -141,6 +141,18 @@ def test_settings_are_those_of_train(folder):
     result = greedy("plan", *plan, "--encoding", "unit8")
     assert result.exit_code == 2
     assert "did you mean uint8?" in result.output
+
+
+def test_a_plan_is_not_kept_from_a_recipe_by_a_run_of_other_settings(folder):
+    fresh = planned("--recipe", "mlp.toml", "--device", "cpu")
+    settings = ("--set", "training.epochs=1", "--set", "training.batch_size=500", "--seed", "3")
+    said("train", "--recipe", "mlp.toml", "--views", "1", *settings, "--device", "cpu")
+    before = contents(folder)
+    again = planned("--recipe", "mlp.toml", "--device", "cpu")
+    assert again["stages"] == fresh["stages"]
+    assert contents(folder) == before
+    refused = greedy("train", "--recipe", "mlp.toml").output
+    assert refused.count(" there, ") == 3 and "and 2 more)" in refused
 
 
 def test_moments_in_host_memory_leave_the_device(folder):

@@ -159,6 +159,20 @@ def test_of_16_bits_the_upper_8_are_used(folder):
     assert np.array_equal(images[0], np.stack([deep // 256] * 3))
 
 
+def test_a_mac_s_leftovers_are_no_class(folder):
+    write_image(folder / "train/__MACOSX/0.png")
+    assert load_dataset(f"folder:{folder}").class_names == ["ant", "bird"]
+
+
+def test_what_names_no_folder_is_told(folder):
+    with pytest.raises(UserError, match=r"0.png is a file: name a folder"):
+        load_dataset(f"folder:{folder / 'train/ant/0.png'}")
+    with pytest.raises(UserError, match="say folder:PATH"):
+        load_dataset("folder:")
+    with pytest.raises(UserError, match="unknown data set|no data set"):
+        load_dataset("fashionmnist", image_size=32)
+
+
 def test_folder_without_classes(tmp_path):
     with pytest.raises(UserError, match="holds no class"):
         load_dataset(f"folder:{tmp_path}")

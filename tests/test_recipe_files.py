@@ -225,3 +225,12 @@ def test_shared_files_are_no_recipes() -> None:
 )
 def test_values_out_of_range(overrides: list[str]) -> None:
     assert overrides[0].partition("=")[0].partition(".")[0] in message("demo", *overrides)
+
+
+def test_moments_go_with_the_data_set_they_are_of():
+    known = recipes.load("cifar10/vgg8b-predsim").data
+    assert known.mean and recipes.load("cifar10/vgg8b-predsim", ["data.name=cifar100"]).data.mean
+    own = recipes.load("cifar10/vgg8b-predsim", ["data.name=folder:photos"]).data
+    assert (own.mean, own.std, own.augmentation) == (None, None, known.augmentation)
+    given = ["data.name=folder:photos", "data.mean=[0.5, 0.5, 0.5]", "data.std=[1.0, 1.0, 1.0]"]
+    assert recipes.load("cifar10/vgg8b-predsim", given).data.mean == [0.5, 0.5, 0.5]

@@ -27,7 +27,8 @@ def load_folder(name: str, root: Path, image_size: int | None) -> Dataset:
     Raises UserError if a folder is missing, a class has no image or is in one split alone.
     """
     if not root.is_dir():
-        raise UserError(f"{root} is missing: put images there as CLASS/IMAGE")
+        what = "is a file" if root.exists() else "is missing"
+        raise UserError(f"{root} {what}: name a folder that holds images as CLASS/IMAGE")
     folders = root / "train", root / "test"
     if any(folder.is_dir() and not _images_in(folder) for folder in folders):
         names, train, test = _sorted_by_user(*folders)
@@ -115,7 +116,9 @@ class FolderSplit:
 
 def _class_names(folder: Path) -> list[str]:
     return sorted(
-        entry.name for entry in folder.iterdir() if entry.is_dir() and entry.name[0] != "."
+        entry.name
+        for entry in folder.iterdir()
+        if entry.is_dir() and entry.name[0] != "." and entry.name != "__MACOSX"
     )
 
 

@@ -30,16 +30,18 @@ def load_dataset(
     folder's images and crops the centre. A function is called only if ``allow_function`` is true.
     Raises UserError, saying what to do, if the data set cannot be had.
     """
+    if name == FOLDER:
+        raise UserError("folder: names no folder: say folder:PATH")
     if name.startswith(FOLDER):
         return load_folder(name, Path(name.removeprefix(FOLDER)).expanduser(), image_size)
     if name not in NAMES and Path(name).is_dir():
         raise UserError(f"{name!r} is a folder and no name of a data set: say folder:{name}")
+    if name not in NAMES and not is_function_name(name):
+        raise unknown("data set", name, [*NAMES, "folder:PATH", "module:function"])
     if image_size is not None:
         raise UserError(f"data.image_size is for folder:PATH alone: remove it for {name}")
     if name in NAMES:
         return load_vision(name, _root(data_dir), download)
-    if not is_function_name(name):
-        raise unknown("data set", name, [*NAMES, "folder:PATH", "module:function"])
     if not allow_function:
         raise UserError(
             "a function named in a recipe is only called when the same name is given on the "

@@ -220,6 +220,7 @@ def _resolved(layers: Sequence[_Layer], name: str) -> Recipe:
     merged: dict[str, Any] = {"name": name, **{section: {} for section in REQUIRED}}
     for layer in layers:
         _check_alone(layer)
+        merged["data"] = _without_moments(merged["data"], layer.document.get("data", {}))
         merged = _merged(merged, _with_milestones(layer, merged["training"]))
     origin = next((layer.origin for layer in reversed(layers) if layer.origin), "")
     try:
@@ -236,6 +237,15 @@ def _check_alone(layer: _Layer) -> None:
         mistakes = [e for e in error.errors() if e["type"] not in ("missing", "value_error")]
         if mistakes:
             raise layer.error(explain.sentence(mistakes, layer.document)) from None
+
+
+def _without_moments(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """The data section of the layers so far, for one that puts a user's own data in their place:
+    mean and deviation were those of the data set that goes, and are measured anew."""
+    name = above.get("name", below.get("name"))
+    if name == below.get("name") or ":" not in name:
+        return dict(below)
+    return {key: value for key, value in below.items() if key not in ("mean", "std")}
 
 
 def _scaled(recipe: Recipe, scale: float) -> _Layer:

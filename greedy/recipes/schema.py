@@ -254,6 +254,11 @@ class Memory(_Section):
         default="device", description="Where Adam's moments are."
     )
 
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _numbers_are_text(cls, value: object) -> object:
+        return str(value) if isinstance(value, int | float) else value
+
     @field_validator("budget")
     @classmethod
     def _budget_is_a_size(cls, value: str) -> str:
@@ -304,6 +309,11 @@ class Store(_Section):
         if value is not None and not _is_size(value):
             raise ValueError("be a size such as 4GiB or 512MiB")
         return value
+
+    @field_validator("ram_budget", "disk_budget", mode="before")
+    @classmethod
+    def _numbers_are_text(cls, value: object) -> object:
+        return str(value) if isinstance(value, int | float) else value
 
     @field_validator("disk_budget")
     @classmethod
