@@ -363,3 +363,12 @@ def test_training_jointly_is_how_local_losses_were_published() -> None:
     joint = ["training.strategy=joint"]
     assert recipes.departures(recipes.load("mnist/mlp-pred", joint)) == []
     assert recipes.departures(recipes.load("mnist/mlp-glob", joint)) == ["training.strategy"]
+
+
+def test_fields_that_came_later_leave_earlier_runs_what_they_are() -> None:
+    plain = recipes.load("demo")
+    assert not {"data.background", "data.broken"} & recipes.result_fields(plain).keys()
+    black = recipes.load("demo", ["data.background=black", "data.max_pixels=100"])
+    assert recipes.result_fields(black)["data.background"] == "black"
+    assert recipes.differences(plain, black) == [("data.background", "white", "black")]
+    assert recipes.differences(black, plain) == [("data.background", "black", "white")]

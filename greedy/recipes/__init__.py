@@ -1,5 +1,6 @@
 """Recipes: what a run is, in one TOML file."""
 
+from greedy.recipes.identity import differences, result_fields
 from greedy.recipes.loader import (
     departures,
     describe,
@@ -21,8 +22,6 @@ from greedy.recipes.schema import (
     Recipe,
     Store,
     Training,
-    differences,
-    result_fields,
 )
 
 __all__ = [

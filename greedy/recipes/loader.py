@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from greedy.errors import UserError
 from greedy.files import read_limited
 from greedy.recipes import explain, milestones
-from greedy.recipes.schema import Model, Recipe, differences
+from greedy.recipes.identity import differences
+from greedy.recipes.schema import Model, Recipe
 
 SHIPPED: Final = Path(__file__).parent
 REQUIRED: Final = ("data", "model", "loss", "training")

@@ -60,6 +60,22 @@ class Data(_Section):
         lt=1,
         description="Share of the training rows held out when patience is set.",
     )
+    background: str = Field(
+        default="white",
+        description="Colour behind the transparent parts of images: a name such as black, or "
+        "#rrggbb.",
+    )
+    broken: Literal["refuse", "skip"] = Field(
+        default="refuse",
+        description="Image files that cannot be read: refuse them all, or skip and record them.",
+    )
+    max_pixels: Count = Field(
+        default=178_956_970, description="Most pixels of an image file, above which it is refused."
+    )
+    frozen_transforms: bool = Field(
+        default=False,
+        description="Store a data set once although its own transforms draw at random.",
+    )
 
     @field_validator("augmentation")
     @classmethod
@@ -363,27 +379,3 @@ SECTIONS: Final[dict[str, type[BaseModel]]] = {
     "store": Store,
     "paper": Paper,
 }
-
-
-def result_fields(recipe: Recipe) -> dict[str, Any]:
-    """The fields that decide a run's result, as ``section.field`` -> value; the others (name,
-    paper, checkpoints, the store's compressor, budgets and ``keep``; what may change a last digit,
-    as a device does) may change at any time."""
-    document = recipe.model_dump()
-    whole = {
-        f"{section}.{field}": value
-        for section in ("data", "model", "loss", "training")
-        for field, value in document[section].items()
-        if field not in ("compile", "deterministic", "test_every", "checkpoint_minutes")
-    }
-    store = {
-        f"store.{field}": document["store"][field]
-        for field in ("views", "refresh_every", "encoding")
-    }
-    return {"seed": recipe.seed, **whole, **store}
-
-
-def differences(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
-    """The result fields in which two recipes differ, as (key, value in a, value in b)."""
-    other = result_fields(b)
-    return [(key, v, other[key]) for key, v in result_fields(a).items() if v != other[key]]

@@ -1,0 +1,38 @@
+"""Which fields of a recipe decide a run's result, and where two recipes differ in them."""
+
+from typing import Any, Final
+
+from greedy.recipes.schema import Recipe
+
+FREE_FIELDS: Final = {
+    *("max_pixels", "frozen_transforms"),
+    *("compile", "deterministic", "test_every", "checkpoint_minutes"),
+}
+LATER_FIELDS: Final = {"background": "white", "broken": "refuse"}
+
+
+def result_fields(recipe: Recipe) -> dict[str, Any]:
+    """The fields that decide a run's result, as ``section.field`` -> value; the others (name,
+    paper, checkpoints, the store's compressor, budgets and ``keep``; what may change a last digit,
+    as a device does) may change at any time. Fields that came later are left out where they have
+    their default, so that runs from before them stay what they are."""
+    document = recipe.model_dump()
+    whole = {
+        f"{section}.{field}": value
+        for section in ("data", "model", "loss", "training")
+        for field, value in document[section].items()
+        if field not in FREE_FIELDS and (field, value) not in LATER_FIELDS.items()
+    }
+    store = {
+        f"store.{field}": document["store"][field]
+        for field in ("views", "refresh_every", "encoding")
+    }
+    return {"seed": recipe.seed, **whole, **store}
+
+
+def differences(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
+    """The result fields in which two recipes differ, as (key, value in a, value in b)."""
+    here, there = result_fields(a), result_fields(b)
+    defaults = {f"data.{field}": value for field, value in LATER_FIELDS.items()}
+    ours, others = defaults | here, defaults | there
+    return [(key, v, others[key]) for key, v in ours.items() if v != others[key]]
