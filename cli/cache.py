@@ -113,17 +113,24 @@ def _counted(chunks: int) -> str:
 
 @cache.command(epilog="Example: greedy cache drop runs/demo/stage2")
 @click.argument("path", type=options.PATH)
+@click.option(
+    "--force", is_flag=True, help="Also the store that an interrupted training would go on from."
+)
 @options.debug
-def drop(path: Path) -> None:
+def drop(path: Path, force: bool) -> None:
     """Delete the stores of a run or a stage. Weights and records stay."""
     from greedy.errors import UserError  # noqa: PLC0415
     from greedy.sizes import format_size  # noqa: PLC0415
+    from greedy.unfinished import require_unneeded  # noqa: PLC0415
 
     run, numbers = _stages(path)
     if numbers == [0]:
         raise UserError("stage 0 holds the images that all else is computed from: drop another")
     with run.writing():
         records = {number: run.record(number) for number in filter(None, numbers)}
+        there = [n for n, record in records.items() if record and run.store(n).is_dir()]
+        for number in there if not force else ():
+            require_unneeded(run, number)
         for number, record in records.items():
             if record and record.store and run.store(number).is_dir():
                 run.drop_store(number)

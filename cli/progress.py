@@ -1,5 +1,6 @@
 """A run's progress in plain lines, for log files."""
 
+from pathlib import Path
 from typing import Any, Self
 
 import click
@@ -43,6 +44,15 @@ class Lines(Reporter):
     def disk_planned(self, plan: Plan) -> None:
         for line in plan.explain():
             self._print(line)
+
+    def training_set_aside(self, number: int, path: Path, progress: str | None) -> None:
+        what = f"stage {number}'s" if number else "the network's"
+        where = f", interrupted after {progress}," if progress else ""
+        self._print(
+            f"{what} earlier training{where} follows from what is there no longer and cannot go "
+            f"on: it is kept in {path}, goes on by itself if that is there again, and may be "
+            f"deleted"
+        )
 
     def stage_started(self, number: int, name: str, epochs: int, resolved: dict[str, Any]) -> None:
         self._title, self._epochs = self._named(number, name), epochs

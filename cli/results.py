@@ -24,12 +24,16 @@ def status(run: Path, as_json: bool) -> None:
     """Show the stages of a run: state, errors, store and time."""
     from greedy.runs import RunDirectory  # noqa: PLC0415
     from greedy.status import disk_use, status  # noqa: PLC0415
+    from greedy.unfinished import trainings_set_aside  # noqa: PLC0415
 
     directory = RunDirectory.open(run)
     stages, disk = status(directory), disk_use(directory)
+    aside = trainings_set_aside(directory)
     if as_json:
         listed = [asdict(each) for each in stages]
-        print_json({"recipe": directory.recipe.name, "stages": listed, **asdict(disk)})
+        kept = [asdict(each) | {"path": str(each.path)} for each in aside]
+        document = {"recipe": directory.recipe.name, "stages": listed, **asdict(disk)}
+        print_json(document | {"set_aside": kept})
         return
     click.echo(f"{directory.recipe.name} in {run}")
     if not stages:
@@ -57,6 +61,12 @@ def status(run: Path, as_json: bool) -> None:
         f"stores, with the images: {size(disk.bytes_on_disk)} on disk, "
         f"{size(disk.bytes_written)} written since the run began"
     )
+    for each in aside:
+        where = f" after {each.progress}" if each.progress else ""
+        click.echo(
+            f"{each.path}: a training interrupted{where} and set aside, {size(each.bytes)}, which "
+            f"goes on by itself once what it follows from is there again; delete it otherwise"
+        )
 
 
 @click.command(epilog="Example: greedy evaluate --run runs/demo --split test")

@@ -9,7 +9,7 @@ from greedy.errors import UserError
 from greedy.files import bytes_below
 from greedy.manifest import StageRecord
 from greedy.models import StageShapes
-from greedy.runs import RunDirectory
+from greedy.runs import SET_ASIDE, RunDirectory
 from greedy.sizes import parse_size
 from greedy.training.resolve import encoding, for_stage
 
@@ -55,13 +55,15 @@ def plan_disk(
 
 
 def disk_budget(run: RunDirectory) -> int:
-    """Bytes that a run may take; of ``auto``, what the run takes now does not change them."""
+    """Returns the bytes that a run may take. What the run takes now does not change ``auto``, but for
+    trainings that were set aside: they stay."""
     setting = run.recipe.store.disk_budget
     if setting != "auto":
         return parse_size(setting)
     path = run.path.absolute()
     standing = next(place for place in (path, *path.parents) if place.exists())
-    return int(AUTO_SHARE * (shutil.disk_usage(standing).free + bytes_below(path)))
+    aside = sum(bytes_below(place) for place in path.glob(f"*{SET_ASIDE}*"))
+    return int(AUTO_SHARE * (shutil.disk_usage(standing).free + bytes_below(path) - aside))
 
 
 def former(run: RunDirectory, number: int) -> StageRecord | None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from greedy.disk import Plan
@@ -57,6 +58,11 @@ class Reporter:
 
     def network_started(self, strategy: str, epochs: int, resolved: dict[str, Any]) -> None:
         """Training of all stages at once begins."""
+
+    def training_set_aside(self, number: int, path: Path, progress: str | None) -> None:
+        """An interrupted training of a stage, or with ``number`` 0 of all stages at once, cannot
+        go on, since what it follows from is not what is there now. It is kept at ``path``, as far
+        as ``progress`` says; a new one begins."""
 
     def epoch_started(self, epoch: int, rows: int) -> None:
         """An epoch over so many rows begins, counted from 1."""

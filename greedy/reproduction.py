@@ -15,6 +15,7 @@ from greedy.recipes import Recipe, describe, load, names, of_table, result_field
 from greedy.reporting import Reporter
 from greedy.runs import RunDirectory, stage_numbers
 from greedy.trainer import GreedyTrainer
+from greedy.unfinished import needed_by
 
 PATTERN = set("*?[")
 FROM_THE_END = ("backprop", "glob+sim")  # the paper's other ways of training, rows of their own
@@ -91,7 +92,11 @@ class SeededRun:
 
     def _drop_stores(self) -> None:
         run = RunDirectory.create(self.path, self.recipe)
-        there = [n for n in stage_numbers(run.path) if n and run.store(n).is_dir()]
+        there = [
+            n
+            for n in stage_numbers(run.path)
+            if n and run.store(n).is_dir() and not needed_by(run, n)
+        ]
         if there:
             with run.writing():
                 for number in there:

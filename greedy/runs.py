@@ -13,7 +13,7 @@ from greedy.commands import command
 from greedy.errors import UserError, no_stage
 from greedy.files import canonical, digest
 from greedy.locking import HOLDER, LOCK, RunLock
-from greedy.manifest import HISTORY, StageRecord
+from greedy.manifest import ENCODER, HEADS, HISTORY, StageRecord
 from greedy.recipes import Recipe, differences, load, result_fields, to_toml
 from greedy.retraining import NOTE
 
@@ -25,6 +25,11 @@ SPLITS = ("train", "test")
 NEW, OLD = ".new", ".old"
 _STAGE = r"stage(0|[1-9][0-9]{0,8})"
 CHECKPOINT = "checkpoint"  # of a stage in the making: a finished one has none
+# Ends the name of a training that cannot go on and is kept, beside where it was; a number follows
+# where there are several.
+SET_ASIDE = ".unfinished"
+# All that a stage's directory holds of ours, but for what begins with a dot or ends in .part.
+_OURS = ("stage.json", ENCODER, HEADS, HISTORY, "activations.zarr", "training")
 
 
 class RunDirectory:
@@ -43,7 +48,7 @@ class RunDirectory:
                 f"{path} is not a run directory (it has no run.toml): give the --run of a "
                 f"`greedy train`, or begin one with --recipe"
             )
-        own = ("network", "stage*", ".stage*")
+        own = ("network*", "stage*", ".stage*")
         require_own_files(path / "run.toml", *(each for name in own for each in path.glob(name)))
         return cls(path, load(path / "run.toml", inherits=False))
 
@@ -187,7 +192,8 @@ class RunDirectory:
             raise no_stage(number, count)
 
     def drop_store(self, number: int) -> None:
-        """Deletes a stage's store, if it is there. The stage stays complete."""
+        """Deletes a stage's store, if it is there. The stage stays complete. Whether an interrupted
+        training needs it, ``greedy.unfinished`` knows."""
         store = self.store(number)
         if store.is_dir():
             rename(store, _beside(store, OLD))
@@ -267,11 +273,22 @@ def _exchange(directory: Path) -> None:
             shutil.rmtree(new / CHECKPOINT)
         if directory.exists():
             if old.exists():
-                shutil.rmtree(old)
+                _remove(old, new)
             directory.rename(old)
         rename(new, directory)
     if old.exists():
-        shutil.rmtree(old)
+        _remove(old, directory)
+
+
+def _remove(old: Path, new: Path) -> None:
+    """Deletes what was in the place of something new. What a user put into a stage's directory
+    moves on into the new one."""
+    if (old / "stage.json").is_file():
+        for path in old.iterdir():
+            own = path.name in _OURS or path.name.startswith(".") or path.suffix == ".part"
+            if not own and not os.path.lexists(new / path.name):
+                path.rename(new / path.name)
+    shutil.rmtree(old)
 
 
 def run_of_stage(path: Path) -> tuple[RunDirectory, int]:

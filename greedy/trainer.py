@@ -37,6 +37,7 @@ from greedy.training.checkpoint import Start
 from greedy.training.network import NetworkTraining
 from greedy.training.resolve import compiles, for_stage, repeated, resolve, within_budget
 from greedy.training.stage import OptimizerFactory, StageTraining
+from greedy.unfinished import find_training, needed_by
 
 
 class GreedyTrainer:
@@ -182,11 +183,12 @@ class GreedyTrainer:
                 self._drop_stores(plan.dropped_first)
             if number in todo:
                 place = self.run.stage(number)
-                record = self._train_stage(number, number - 1, place, plan.views(number))
+                record = self._train_stage(number, None, place, plan.views(number))
             else:
                 record = self._skip(number)
             records.append(record)
-            self._drop_stores(plan.dropped_after(number))
+            due = [n for done in range(1, number + 1) for n in plan.dropped_after(done)]
+            self._drop_stores(n for n in due if not needed_by(self.run, n))
             if retraining and number >= first:
                 retraining.finished(number, self.run.path, last=number == count)
         return records
@@ -275,22 +277,30 @@ class GreedyTrainer:
         self._announce([number])
         return self._train_stage(number, source, to or self.run.stage(number), views)
 
-    def _train_stage(self, number: int, source: int, directory: Path, views: Views) -> StageRecord:
-        begun = Start.read(directory / "training")
-        training = self._stage_training(number, source, views, begun)
+    def _train_stage(
+        self, number: int, source: int | None, directory: Path, views: Views
+    ) -> StageRecord:
+        """Trains a stage from the store of stage ``source``; by default from that of the stage
+        before, or from the one that its interrupted training began with while that is there."""
+        if source is None:
+            begun = Start.read(directory / "training")
+            there = begun and begun.source < number and self.run.store(begun.source).is_dir()
+            source = begun.source if begun and there else number - 1
+        training, go_on = self._stage_training(number, source, views, directory)
         if directory == self.run.stage(number) and (before := former(self.run, number)):
             training.written_before = before.bytes_written
         with (
             until_full(self.run.path, f"stage {number}"),
-            new_stage(directory, go_on=training.start is begun) as place,
+            new_stage(directory, go_on=go_on) as place,
         ):
             record = training.train(place)
         self.reporter.stage_finished(record)
         return record
 
     def _stage_training(
-        self, number: int, wanted: int, views: Views, begun: Start | None = None
-    ) -> StageTraining:
+        self, number: int, wanted: int, views: Views, directory: Path
+    ) -> tuple[StageTraining, bool]:
+        """Returns what training a stage takes, and whether it was begun before."""
         data, parent = self.run.complete(0), self.run.complete(number - 1)
         stages, shapes = self._stages(data)
         shape = shapes[number - 1]
@@ -308,13 +318,16 @@ class GreedyTrainer:
             layers=stages[number - 1].kinds,
             resolved=resolved,
         )
-        if begun is not None and begun.is_of(start):
+        begun, moved = find_training(directory, start)
+        if moved is not None:
+            self.reporter.training_set_aside(number, moved.path, moved.progress)
+        if begun is not None:
             start, resolved = begun, begun.resolved
             resolved.update(within_budget(self.recipe, resolved, memory))
         source.precision = resolved["precision"]
         if resolved["shuffle"] == "rows":
             source.hold_in_memory()
-        return StageTraining(
+        training = StageTraining(
             stage=stages[number - 1],
             shapes=shape,
             loss=Output(self.loss.output_scale) if is_output else self.loss,
@@ -328,6 +341,7 @@ class GreedyTrainer:
             reporter=self.reporter,
             optimizer=self.optimizer,
         )
+        return training, begun is not None
 
     def _resolved(
         self, number: int, source: Source, views: Views, memory: Choice

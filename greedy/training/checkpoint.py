@@ -223,6 +223,15 @@ class Checkpoints:
         return found
 
 
+def progress_of(training: Path) -> str | None:
+    """Returns how far the training in a directory is, in words; ``None`` where that is not known."""
+    try:
+        document = _read(training, PROGRESS, _Document)
+    except UserError:
+        return None
+    return str(document.progress) if document else None
+
+
 _PATIENCE = ("best", "waited", "dropped")
 
 

@@ -1,6 +1,5 @@
 """All stages of a network trained at once, from the images."""
 
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from greedy.training.learners import new_learner, new_optimizer, new_schedule
 from greedy.training.loop import Epochs
 from greedy.training.resolve import ample_memory, resolve
 from greedy.training.strategies import Strategy, losses_of, together
+from greedy.unfinished import find_training
 
 
 @dataclass
@@ -92,12 +92,12 @@ class NetworkTraining:
                 self.recipe, self.source.stores["train"], "live", self.memory, self.device
             ),
         )
-        begun = Start.read(place)
-        if begun is not None and begun.is_of(start):
+        begun, moved = find_training(self.run.network, start)
+        if moved is not None:
+            self.reporter.training_set_aside(0, moved.path, moved.progress)
+        if begun is not None:
             return begun
-        if place.exists():
-            shutil.rmtree(place)
-        place.mkdir(parents=True)
+        place.mkdir(parents=True, exist_ok=True)
         start.write(place)
         return start
 

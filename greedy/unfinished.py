@@ -1,0 +1,109 @@
+"""Trainings that were interrupted: what they still need, and those that cannot go on, set aside."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from greedy.cache.files import rename
+from greedy.commands import command
+from greedy.errors import UserError
+from greedy.files import bytes_below
+from greedy.runs import SET_ASIDE, RunDirectory, stage_numbers
+from greedy.training.checkpoint import Start, progress_of
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A training that could not go on where it was, and is kept.
+
+    Attributes:
+        path: its directory, beside that of the stage or network.
+        progress: how far it is, such as ``epoch 4``; ``None`` if that cannot be read.
+        bytes: what it takes on disk.
+    """
+
+    path: Path
+    progress: str | None
+    bytes: int
+
+
+def trainings_set_aside(run: RunDirectory) -> list[SetAside]:
+    """Returns all trainings of a run that were set aside, by their names."""
+    return [
+        SetAside(path, progress_of(path), bytes_below(path))
+        for path in sorted(run.path.glob(f"*{SET_ASIDE}*"))
+        if path.is_dir()
+    ]
+
+
+def find_training(directory: Path, start: Start) -> tuple[Start | None, SetAside | None]:
+    """Makes ``directory/training`` the training that ``start`` would begin, wherever it is kept:
+    one of another start is set aside, never removed.
+
+    Args:
+        directory: of the stage, or of the network where all stages train at once.
+
+    Returns:
+        What the training there began with, ``None`` where it is yet to begin; and what was set
+        aside for it. Raises ``UserError`` for a damaged checkpoint.
+    """
+    training, moved = directory / "training", None
+    begun = Start.read(training)
+    if begun is not None and begun.is_of(start):
+        return begun, None
+    if begun is not None:
+        place = _free_place(directory)
+        rename(training, place)
+        moved = SetAside(place, progress_of(place), bytes_below(place))
+    for kept in _kept(directory):
+        if (found := _readable(kept)) is not None and found.is_of(start):
+            directory.mkdir(parents=True, exist_ok=True)
+            rename(kept, training)
+            return found, moved
+    return None, moved
+
+
+def require_unneeded(run: RunDirectory, number: int) -> None:
+    """Raises ``UserError`` if a training that was interrupted goes on from the store of stage
+    ``number``."""
+    for stage in needed_by(run, number):
+        progress = progress_of(run.stage(stage) / "training")
+        where = f" after {progress}" if progress else ""
+        raise UserError(
+            f"stage {stage} in {run.path}, interrupted{where}, is trained from stage {number}'s "
+            f"store: go on with it before, or add --force, after which "
+            f"{command('cache', 'repair', run.stage(number))} has to write the store again before "
+            f"that training can go on"
+        )
+
+
+def needed_by(run: RunDirectory, number: int) -> list[int]:
+    """Returns the stages whose interrupted trainings go on from the store of stage ``number``."""
+    starts = ((n, _readable(run.stage(n) / "training")) for n in stage_numbers(run.path) if n)
+    return [n for n, start in starts if start is not None and start.source == number]
+
+
+def _free_place(directory: Path) -> Path:
+    return next(place for place in _places(directory) if not os.path.lexists(place))
+
+
+def _kept(directory: Path) -> list[Path]:
+    found = directory.parent.glob(f"{directory.name}{SET_ASIDE}*")
+    return sorted(path for path in found if path.is_dir() and not path.is_symlink())
+
+
+def _places(directory: Path) -> Iterator[Path]:
+    first = directory.with_name(directory.name + SET_ASIDE)
+    yield first
+    number = 2
+    while True:
+        yield first.with_name(f"{first.name}{number}")
+        number += 1
+
+
+def _readable(training: Path) -> Start | None:
+    try:
+        return Start.read(training)
+    except UserError:
+        return None

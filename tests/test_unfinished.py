@@ -1,0 +1,182 @@
+"""A training that was interrupted is never lost: what it needs is named, what cannot go on is kept."""
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import answer, greedy, said
+from small_training import TEST, TRAIN, files, network, same, trainer, weights
+from torch import nn
+
+from greedy import Reporter
+from greedy.errors import Interrupted
+from greedy.planning import disk_budget
+from greedy.unfinished import trainings_set_aside
+
+
+class Cut(Reporter):
+    """Interrupts a stage after its first epoch, and hears what is set aside and how training goes."""
+
+    def __init__(self, stage: int | None = None) -> None:
+        self.stage, self.now, self.epochs, self.aside = stage, 0, {}, []
+
+    def stage_started(self, number: int, *rest: object) -> None:
+        self.now = number
+
+    def network_started(self, *rest: object) -> None:
+        self.now = 1
+
+    def training_set_aside(self, number: int, path: Path, progress: str | None) -> None:
+        self.aside.append((number, path.name, progress))
+
+    def epoch_started(self, epoch: int, rows: int) -> None:
+        self.epochs.setdefault(self.now, []).append(epoch)
+
+    def batch_finished(self, rows: int) -> None:
+        if self.now == self.stage and self.epochs.get(self.now, [0])[-1] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def heard(run: Path, stage: int | None = None, **settings) -> tuple[object, Cut]:
+    mine = trainer(run, **settings)
+    mine.reporter = Cut(stage)
+    return mine, mine.reporter
+
+
+def interrupted(run: Path, stage: int = 2, **settings) -> None:
+    mine, _ = heard(run, stage, **settings)
+    with pytest.raises(Interrupted):
+        mine.fit(TRAIN, TEST)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run that was interrupted in epoch 2 of stage 2."""
+    interrupted(tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_dropping_a_store_that_a_training_needs_is_refused(run: Path) -> None:
+    before = files(run)
+    for place in (run, run / "stage1"):
+        refused = greedy("cache", "drop", place)
+        assert refused.exit_code == 2
+        assert "stage 2 in " in refused.output
+        assert "interrupted after step" in refused.output
+        assert "--force" in refused.output
+        assert files(run) == before
+    assert "stage 1: " in said("cache", "drop", run, "--force")
+
+
+def test_a_training_whose_store_is_gone_is_kept_and_taken_up_again(
+    run: Path, tmp_path: Path
+) -> None:
+    trainer(tmp_path / "whole").fit(TRAIN, TEST)
+    kept = files(run / "stage2/training")
+    trainer(run).run.drop_store(1)
+    mine, reporter = heard(run, 2)
+    with pytest.raises(Interrupted):
+        mine.train()
+    ((number, name, progress),) = reporter.aside
+    assert (number, name) == (2, "stage2.unfinished")
+    assert progress.endswith("of epoch 2")
+    assert files(run / "stage2.unfinished") == kept
+    assert reporter.epochs[2] == [1, 2]
+    (document,) = answer("status", "--run", run)["set_aside"]
+    assert (Path(document["path"]).name, document["progress"]) == (name, progress)
+    assert "stage2.unfinished: a training interrupted after" in said("status", "--run", run)
+    trainer(run).repair([1], dropped=True)
+    mine, reporter = heard(run)
+    mine.train_stage(2, source=1)
+    assert reporter.epochs[2] == [2]
+    assert same(weights(run, 2), weights(tmp_path / "whole", 2))
+    (left,) = trainings_set_aside(mine.run)  # the one that began from the images
+    assert reporter.aside == [(2, left.path.name, left.progress)]
+
+
+def test_another_source_sets_aside_and_the_former_goes_on(run: Path) -> None:
+    mine, reporter = heard(run, 2)
+    with pytest.raises(Interrupted):
+        mine.train_stage(2, source=0)
+    assert len(reporter.aside) == 1
+    mine, reporter = heard(run)
+    mine.train_stage(2, source=1)
+    assert reporter.epochs[2] == [2]
+    assert len(trainings_set_aside(mine.run)) == 1
+
+
+def test_a_stage_elsewhere_sets_aside_beside_it(run: Path, tmp_path: Path) -> None:
+    trainer(run).train()
+    for source in (1, 0):
+        mine, reporter = heard(run, 2)
+        with pytest.raises(Interrupted):
+            mine.train_stage(2, source=source, to=tmp_path / "there")
+    assert [name for _, name, _ in reporter.aside] == ["there.unfinished"]
+    assert (tmp_path / "there.unfinished/checkpoint/progress.json").is_file()
+
+
+def test_a_training_goes_on_from_its_own_source_while_that_is_there(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trainer(run).fit(TRAIN, TEST)
+    mine, _ = heard(run, 3)
+    with pytest.raises(Interrupted):
+        mine.train_stage(3, source=1, again=True)
+    mine, reporter = heard(run)
+    mine.train(3)
+    assert (reporter.epochs[3], reporter.aside) == ([2], [])
+    assert mine.run.complete(3).source == 1
+
+
+def test_the_disk_plan_leaves_a_store_that_a_training_needs(run: Path, monkeypatch) -> None:
+    trainer(run).train()
+    mine, _ = heard(run, 3)
+    with pytest.raises(Interrupted):
+        mine.train_stage(3, source=1, again=True)
+    there = []
+
+    class Watch(Cut):
+        def stage_started(self, number: int, *rest: object) -> None:
+            super().stage_started(number)
+            there.append((number, (run / "stage1/activations.zarr").is_dir()))
+
+    mine = trainer(run)
+    mine.reporter = Watch()
+    plan = mine._plan_disk(2)
+    monkeypatch.setattr(type(plan), "dropped_after", lambda self, n: [1] if n == 2 else [])
+    mine.train(2)
+    assert there == [(2, True), (3, True)]
+    assert not (run / "stage1/activations.zarr").exists()
+
+
+def test_a_joint_training_is_kept_too(tmp_path: Path) -> None:
+    run, joint = tmp_path / "run", {"strategy": "joint", "views": "live"}
+    interrupted(run, 1, **joint)
+    other = network()
+    other[3] = nn.Tanh()
+    mine = trainer(run, other, **joint)
+    mine.reporter = reporter = Cut()
+    mine.train()
+    assert [name for _, name, _ in reporter.aside] == ["network.unfinished"]
+    assert (run / "network.unfinished/checkpoint/progress.json").is_file()
+    assert mine.run.is_finished
+
+
+def test_what_is_set_aside_is_no_stage_and_takes_of_the_budget(run: Path, monkeypatch) -> None:
+    mine = trainer(run)
+    monkeypatch.setattr("greedy.planning.shutil.disk_usage", lambda path: type("", (), {"free": 0}))
+    before = disk_budget(mine.run)
+    place = run / "stage2.unfinished"
+    place.mkdir()
+    (place / "much").write_bytes(np.zeros(1000, np.uint8).tobytes())
+    assert disk_budget(mine.run) == before
+    assert not answer("cache", "verify", run)["damaged"]
+
+
+def test_notes_in_a_stage_s_directory_survive_retraining(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trainer(run).fit(TRAIN, TEST)
+    (run / "stage2/notes.txt").write_text("mine")
+    trainer(run).train(1)
+    assert (run / "stage2/notes.txt").read_text() == "mine"
