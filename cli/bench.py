@@ -10,7 +10,7 @@ import click
 
 from greedy.cli import options
 from greedy.cli.failures import terminable
-from greedy.cli.tables import count, print_json, print_table
+from greedy.cli.tables import count, print_json, print_table, say
 
 if TYPE_CHECKING:
     from greedy.bench import StageSpeed
@@ -93,7 +93,7 @@ def _interruptible() -> Iterator[None]:
 
 def _say(quiet: bool, line: str) -> None:
     if not quiet:
-        click.echo(line)
+        say(line)
 
 
 def _document(
@@ -139,8 +139,8 @@ def _print(calibration: "Calibration", found: Sequence["StageSpeed"], path: Path
         left=4,
     )
     threads = "1 thread" if calibration.threads == 1 else f"{calibration.threads} threads"
-    click.echo(f"{calibration.device}, {threads}: at best {count(int(peak))}flop/s")
-    click.echo(f"kept in {path}, from which `greedy plan` tells times")
+    say(f"{calibration.device}, {threads}: at best {count(int(peak))}flop/s")
+    say(f"kept in {path}, from which `greedy plan` tells times")
 
 
 def _rate(value: float) -> str:

@@ -1,6 +1,7 @@
 """Commands that look after activation stores: info, verify, repair, drop."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -8,7 +9,7 @@ import click
 
 from greedy.cli import options
 from greedy.cli.failures import Group, terminable
-from greedy.cli.tables import print_json, print_table, size
+from greedy.cli.tables import print_json, print_table, say, size
 from greedy.commands import command
 
 if TYPE_CHECKING:
@@ -35,7 +36,13 @@ def info(path: Path, as_json: bool) -> None:
     from greedy.cache import Store, describe  # noqa: PLC0415
 
     run, numbers = _stages(path)
-    found = {n: describe(Store(run.store(n) / "train")) for n in numbers if run.store(n).is_dir()}
+
+    def described(number: int) -> "StoreInfo | None":
+        there = run.store(number).is_dir()
+        return describe(Store(run.store(number) / "train")) if there else None
+
+    looked_at = {n: run.undisturbed(partial(described, n), n) for n in numbers}
+    found = {n: each for n, each in looked_at.items() if each is not None}
     if as_json:
         print_json({"stores": [{"stage": n, **asdict(each)} for n, each in found.items()]})
         return
@@ -65,11 +72,11 @@ def verify(path: Path, as_json: bool) -> None:
         print_json({"damaged": [{"path": str(d.path), "what": d.what} for d in damages]})
     else:
         for damage in damages:
-            click.echo(f"{damage.path}: {damage.what}")
+            say(f"{damage.path}: {damage.what}")
         way_out = f": {command('cache', 'repair', path)} computes anew what it can of stores"
         of_stores = any("activations.zarr" in damage.path.parts for damage in damages)
         found = f"{len(damages)} damaged{way_out if of_stores else ''}"
-        click.echo(found if damages else "everything is as it was written")
+        say(found if damages else "everything is as it was written")
     if damages:
         raise SystemExit(1)
 
@@ -98,13 +105,13 @@ def repair(path: Path, device: str, model: str | None) -> None:
         done, left = trainer.repair(numbers, dropped=len(numbers) == 1)
     for each in done:
         outcome = "as they were" if each.identical else "from another source: its content changed"
-        click.echo(f"stage {each.stage}, {each.split}: {_counted(each.chunks)} computed, {outcome}")
+        say(f"stage {each.stage}, {each.split}: {_counted(each.chunks)} computed, {outcome}")
     for damage in left:
-        click.echo(f"{damage.path}: {damage.what}")
+        say(f"{damage.path}: {damage.what}")
     if left:
         raise SystemExit(1)
     if not done:
-        click.echo("nothing is damaged")
+        say("nothing is damaged")
 
 
 def _counted(chunks: int) -> str:
@@ -135,7 +142,7 @@ def drop(path: Path, force: bool) -> None:
             if record and record.store and run.store(number).is_dir():
                 run.drop_store(number)
                 freed = format_size(record.store.bytes)
-                click.echo(f"stage {number}: {freed} freed; {_rebuilding(run, number)}")
+                say(f"stage {number}: {freed} freed; {_rebuilding(run, number)}")
 
 
 def _rebuilding(run: "RunDirectory", number: int) -> str:
@@ -176,4 +183,4 @@ def _line(number: int, found: "StoreInfo") -> tuple[str, ...]:
 def _print_histogram(found: "StoreInfo") -> None:
     most = max(found.histogram)
     for share, left in zip(found.histogram, found.edges, strict=False):
-        click.echo(f"{left:10.3g} {'#' * round(BAR * share / most)}")
+        say(f"{left:10.3g} {'#' * round(BAR * share / most)}")

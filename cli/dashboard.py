@@ -10,6 +10,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from greedy.cli.progress import Lines
 from greedy.cli.tables import percent, size
@@ -17,6 +18,7 @@ from greedy.disk import Plan
 from greedy.manifest import StageRecord
 from greedy.reporting import EpochReport, RunOutline
 from greedy.sizes import format_size
+from greedy.text import shown
 
 TICKS = "▁▂▃▄▅▆▇█"
 SPARKS = 16  # epochs that a sparkline shows
@@ -101,7 +103,7 @@ class Dashboard(Lines):
         self._live.stop()
 
     def _print(self, line: str) -> None:
-        self._console.print(line, highlight=False, soft_wrap=True)
+        self._console.print(Text(shown(line)), soft_wrap=True)
 
     # What is told
 
@@ -198,7 +200,7 @@ class Dashboard(Lines):
             row = self._rows[number - 1]
             table.add_row(
                 str(number),
-                row.name,
+                Text(shown(row.name)),
                 row.state,
                 percent(row.error),
                 size(row.memory),
@@ -222,7 +224,7 @@ class Dashboard(Lines):
         assert work is not None
         rate = f", {work.rate:,.0f} images/s" if work.rate else ""
         lines = Table.grid()
-        lines.add_row(f"{self._title}: {what}{rate}, {_clock(work.left)} left")
+        lines.add_row(Text(shown(f"{self._title}: {what}{rate}, {_clock(work.left)} left")))
         lines.add_row(ProgressBar(total=work.total, completed=work.done, width=width))
         for line in (*self._measures(), self._limits()):
             lines.add_row(line)

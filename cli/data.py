@@ -7,7 +7,7 @@ import click
 
 from greedy.cli import options
 from greedy.cli.failures import Group
-from greedy.cli.tables import print_json, print_table
+from greedy.cli.tables import print_json, print_table, say
 
 
 @click.group(cls=Group, epilog="Example: greedy data list")
@@ -42,7 +42,7 @@ def list_data(data_dir: Path | None, as_json: bool) -> None:
         ),
         left=2,
     )
-    click.echo("Besides these: folder:PATH with CLASS/IMAGE, and module:function.")
+    say("Besides these: folder:PATH with CLASS/IMAGE, and module:function.")
 
 
 @data.command(epilog="Example: greedy data prepare cifar10 --download")
@@ -60,7 +60,7 @@ def prepare(name: str, data_dir: Path | None, download: bool, as_json: bool) -> 
     if as_json:
         print_json({"name": name, "shape": train.shape, "train": len(train), "test": len(test)})
         return
-    click.echo(
+    say(
         f"{name} is ready: {len(train):,} training and {len(test):,} test images "
         f"of {_shape(train.shape)}"
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from greedy.cli import options
-from greedy.cli.tables import print_json, print_table, size
+from greedy.cli.tables import print_json, print_table, say, size
 
 if TYPE_CHECKING:
     from greedy.doctor import Disk, Examination
@@ -60,7 +60,7 @@ def _print(found: "Examination") -> None:
         left=2,
     )
     memory = size(found.memory_total_bytes)
-    click.echo(f"memory: {size(found.memory_free_bytes)} of {memory} free")
+    say(f"memory: {size(found.memory_free_bytes)} of {memory} free")
     _print_disk(found.disk)
     auto = found.automatic
     click.echo("\nin a run that began now, auto would be")
@@ -80,10 +80,8 @@ def _print(found: "Examination") -> None:
 
 
 def _print_disk(disk: "Disk") -> None:
-    click.echo(f"disk of {disk.path}: {size(disk.free_bytes)} of {size(disk.total_bytes)} free")
+    say(f"disk of {disk.path}: {size(disk.free_bytes)} of {size(disk.total_bytes)} free")
     if disk.read_bytes_per_second is None:
-        click.echo("its rate could not be measured: no file can be written there")
+        say("its rate could not be measured: no file can be written there")
     else:
-        click.echo(
-            f"read at {size(int(disk.read_bytes_per_second))}/s {PAGE_CACHE[disk.page_cache]}"
-        )
+        say(f"read at {size(int(disk.read_bytes_per_second))}/s {PAGE_CACHE[disk.page_cache]}")

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from greedy.errors import Interrupted, TrainingError, UserError, unknown
+from greedy.text import shown
 
 DEBUG = "greedy.debug"  # the key of the context's `meta` under which --debug is kept
 
@@ -74,7 +75,7 @@ class Group(click.Group):
         try:
             code = super().main(*args, **{**extra, "standalone_mode": False})
         except click.ClickException as error:
-            click.echo(f"Error: {_sentence(error)}", err=True)
+            click.echo(f"Error: {shown(_sentence(error))}", err=True)
             code = error.exit_code
         except click.Abort:
             code = Stopped.exit_code

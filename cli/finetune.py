@@ -6,6 +6,7 @@ import click
 
 from greedy.cli import options
 from greedy.cli.failures import terminable
+from greedy.cli.tables import say
 from greedy.cli.train import tensorboard, train_and_show
 
 
@@ -48,5 +49,5 @@ def finetune(
         tuned = begin_finetuning(source, to, options.overrides(settings, shorthands))
     network = load_network(tuned.recipe.model, model)
     trainer = GreedyTrainer.from_recipe(tuned.recipe, to, device=device, model=network)
-    click.echo(f"{tuned.recipe.name}, from the weights of {run}, in {to} on {trainer.device}")
+    say(f"{tuned.recipe.name}, from the weights of {run}, in {to} on {trainer.device}")
     train_and_show(trainer, log=logger)

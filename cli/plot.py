@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from greedy.cli import options
-from greedy.cli.tables import size
+from greedy.cli.tables import say, size
 from greedy.errors import UserError
 
 
@@ -60,4 +60,4 @@ def plot(
     else:
         figure = curves_figure(stage_curves(first), name, by_depth=True)
     save(figure, to, overwrite=force)
-    click.echo(f"wrote {to} ({size(to.stat().st_size)})")
+    say(f"wrote {to} ({size(to.stat().st_size)})")

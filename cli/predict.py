@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from greedy.cli import options
-from greedy.cli.tables import percent, print_json, print_table
+from greedy.cli.tables import percent, print_json, print_table, say
 
 if TYPE_CHECKING:
     from greedy.prediction import Prediction
@@ -63,7 +63,7 @@ def predict(
         lines = (line for each in predictions for line in _lines(each))
         print_table(("image", "class", "confidence"), lines, left=2)
     for failure in unreadable:
-        click.echo(f"Error: {failure.error}", err=True)
+        say(f"Error: {failure.error}", err=True)
     if unreadable:
         raise SystemExit(1)
 

@@ -10,6 +10,7 @@ from greedy.disk import Plan
 from greedy.manifest import StageRecord
 from greedy.reporting import EpochReport, Reporter, RunOutline
 from greedy.sizes import format_size
+from greedy.text import shown
 from greedy.training.modes import StepMemory
 
 
@@ -33,7 +34,7 @@ class Lines(Reporter):
         pass
 
     def _print(self, line: str) -> None:
-        click.echo(line)
+        click.echo(shown(line))
 
     def run_started(self, outline: RunOutline) -> None:
         self._stages = len(outline.stages)

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from greedy.cli import options
-from greedy.cli.tables import size, waiting
+from greedy.cli.tables import say, size, waiting
 
 
 @click.command(epilog="Example: greedy report runs/pred runs/predsim --to report.html")
@@ -41,4 +41,4 @@ def report(runs: tuple[Path, ...], to: Path, force: bool, device: str, model: st
     network = load_network(own, model)
     with waiting("classifying test images and drawing"):
         write_report(directories, to, device=device, model=network, overwrite=force)
-    click.echo(f"wrote {to} ({size(to.stat().st_size)})")
+    say(f"wrote {to} ({size(to.stat().st_size)})")

@@ -10,7 +10,7 @@ import click
 
 from greedy.cli import options
 from greedy.cli.failures import failure_of, terminable
-from greedy.cli.tables import percent, print_json, print_table
+from greedy.cli.tables import percent, print_json, print_table, say
 
 if TYPE_CHECKING:
     from greedy.reproduction import Row
@@ -99,21 +99,21 @@ def _finish(table: Sequence["Row"], failures: Failures, where: dict[str, Any]) -
         for run in row.runs:
             title = f"row {number}/{len(table)}, {row.name}, seed {run.recipe.seed}"
             if run.figure is None:
-                click.echo(f"{title}: {run.path}")
+                say(f"{title}: {run.path}")
             try:
                 run.finish(**where, reporter=reporter)
             except Exception as error:
                 failures[run.path] = failure_of(error).message
-                click.echo(f"{title}: {failures[run.path]}")
+                say(f"{title}: {failures[run.path]}")
 
 
 def _print(table: Sequence["Row"], failures: Failures) -> None:
-    click.echo("test errors in percent; ours: mean over seeds, range: largest less smallest")
+    say("test errors in percent; ours: mean over seeds, range: largest less smallest")
     print_table(
         ("recipe", "network", "loss", "paper", "ours", "range", "seeds"), map(_line, table), left=3
     )
     for note in (*_departures(table), *_unfinished(table, failures)):
-        click.echo(note)
+        say(note)
 
 
 def _line(row: "Row") -> tuple[str, ...]:

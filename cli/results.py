@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from greedy.cli import options
-from greedy.cli.tables import count, percent, print_json, print_table, size, waiting
+from greedy.cli.tables import count, percent, print_json, print_table, say, size, waiting
 from greedy.commands import command
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def status(run: Path, as_json: bool) -> None:
     from greedy.unfinished import trainings_set_aside  # noqa: PLC0415
 
     directory = RunDirectory.open(run)
-    stages, disk = status(directory), disk_use(directory)
+    stages, disk = directory.undisturbed(lambda: (status(directory), disk_use(directory)))
     aside = trainings_set_aside(directory)
     if as_json:
         listed = [asdict(each) for each in stages]
@@ -35,10 +35,10 @@ def status(run: Path, as_json: bool) -> None:
         document = {"recipe": directory.recipe.name, "stages": listed, **asdict(disk)}
         print_json(document | {"set_aside": kept})
         return
-    click.echo(f"{directory.recipe.name} in {run}")
+    say(f"{directory.recipe.name} in {run}")
     if not stages:
         way = command("train", "--run", run)
-        click.echo(f"stage 0, the data set, is not written: {way} does it")
+        say(f"stage 0, the data set, is not written: {way} does it")
         return
     print_table(
         ("stage", "name", "state", "train err", "test err", "store", "B/value", "seconds"),
@@ -57,13 +57,13 @@ def status(run: Path, as_json: bool) -> None:
         ),
         left=3,
     )
-    click.echo(
+    say(
         f"stores, with the images: {size(disk.bytes_on_disk)} on disk, "
         f"{size(disk.bytes_written)} written since the run began"
     )
     for each in aside:
         where = f" after {each.progress}" if each.progress else ""
-        click.echo(
+        say(
             f"{each.path}: a training interrupted{where} and set aside, {size(each.bytes)}, which "
             f"goes on by itself once what it follows from is there again; delete it otherwise"
         )
@@ -129,7 +129,7 @@ def evaluate(
     if as_json:
         print_json(asdict(result))
         return
-    click.echo(
+    say(
         f"{split} error {percent(result.error_percent)}, loss {result.loss:.4f} "
         f"on {result.samples:,} images"
     )
@@ -158,14 +158,14 @@ def _show_exits(exits: "Exits", lose: float, as_json: bool) -> None:
         ),
         left=2,
     )
-    click.echo(f"{exits.split} split, {exits.samples:,} images")
+    say(f"{exits.split} split, {exits.samples:,} images")
     if chosen is None:
-        click.echo(f"no early exit loses less than {lose:g} {'point' if lose == 1 else 'points'}")
+        say(f"no early exit loses less than {lose:g} {'point' if lose == 1 else 'points'}")
         return
     lost, saved = exits.lost(chosen), 100 * (1 - chosen.operations / whole.operations)
     error = f"loses {lost:.2f} points" if lost >= 0 else f"is better by {-lost:.2f} points"
     work = f"saves {saved:.1f} % of the" if saved >= 0 else f"takes {-saved:.1f} % more"
-    click.echo(f"stage {chosen.stage} {error} and {work} operations")
+    say(f"stage {chosen.stage} {error} and {work} operations")
 
 
 @click.command(epilog="Example: greedy export --run runs/demo --to demo.onnx")
@@ -194,4 +194,4 @@ def export(
     network = load_network(recipe.model, model)
     loss = None if until_stage is None else build_loss(recipe.loss)
     export(directory, loss, network, to, format, until_stage, overwrite=force)
-    click.echo(f"wrote {to} ({format}, {size(to.stat().st_size)})")
+    say(f"wrote {to} ({format}, {size(to.stat().st_size)})")

@@ -1,7 +1,6 @@
 """Results for people, in tables of at most 80 columns, and for programs, as JSON; and what is shown
 while they are waited for."""
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -9,8 +8,10 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from greedy.sizes import format_duration, format_size
+from greedy.text import legible_json, shown
 
 
 def percent(value: float | None) -> str:
@@ -46,16 +47,22 @@ def waiting(what: str) -> Iterator[None]:
         yield
 
 
+def say(line: str, *, err: bool = False) -> None:
+    """Prints a line, on standard error if that is asked for; names in it are shown as they are."""
+    click.echo(shown(line), err=err)
+
+
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> None:
-    """Prints a table whose first ``left`` columns are texts and the others numbers."""
+    """Prints a table whose first ``left`` columns are texts and the others numbers. What is in it
+    is data and never markup."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i < left else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(shown(cell)) for cell in row))
     Console(highlight=False).print(table)
 
 
 def print_json(document: Any) -> None:
     """Prints one JSON document."""
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+    click.echo(legible_json(document))

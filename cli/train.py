@@ -9,7 +9,7 @@ import click
 
 from greedy.cli import options
 from greedy.cli.failures import terminable
-from greedy.cli.tables import percent, print_table, size, waiting
+from greedy.cli.tables import percent, print_table, say, size, waiting
 from greedy.commands import command
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def train(
     network = load_network(wanted.model, model, needed=True)
     trainer = GreedyTrainer.from_recipe(wanted, directory, device=device, model=network)
     logger = tensorboard(directory) if log else None
-    click.echo(f"{wanted.name} in {directory} on {trainer.device}")
+    say(f"{wanted.name} in {directory} on {trainer.device}")
     if trainer.run.state(0) != "complete":
         dataset = load_dataset(
             wanted.data.name,
@@ -72,7 +72,7 @@ def train(
             allow_function=options.names_data(overrides),
         )
         rows = f"{len(dataset.train):,} training and {len(dataset.test):,} test images"
-        click.echo(f"stage 0: {rows} of {dataset.name}")
+        say(f"stage 0: {rows} of {dataset.name}")
         with terminable():
             trainer.prepare(dataset)
     train_and_show(trainer, retrain, logger)
@@ -129,12 +129,12 @@ def train_stage(
         record = trainer.train_stage(number, source=source_number, again=retrain, to=to)
     written = to or run.stage(number)
     if progress.skipped:
-        click.echo(f"{written} is as it was: --retrain trains it again")
+        say(f"{written} is as it was: --retrain trains it again")
     else:
-        click.echo(f"wrote {written}, trained from {_origin(record)}")
+        say(f"wrote {written}, trained from {_origin(record)}")
         later = range(number + 1, len(run.complete(0).network) + 1)
         if to is None and (stale := [n for n in later if run.state(n) == "stale"]):
-            click.echo(
+            say(
                 f"{_stages(stale)} followed from what was here before: "
                 f"{command('train', '--run', run.path, '--retrain', stale[0])} trains them again"
             )
@@ -221,9 +221,9 @@ def _print_results(trainer: "GreedyTrainer") -> None:
     )
     with waiting("evaluating on the raw test images"):
         result = evaluate(trainer.run, trainer.assemble(), "test", trainer.device)
-    click.echo(f"test error {percent(result.error_percent)} on {result.samples:,} images")
+    say(f"test error {percent(result.error_percent)} on {result.samples:,} images")
     own_data = ":" in trainer.recipe.data.name  # a folder's or a function's, unlike the paper's
     if (paper := trainer.recipe.paper) and not own_data:
         changed = departures(trainer.recipe)
         note = f", but with other {', '.join(changed)}" if changed else ""
-        click.echo(f"the paper: {percent(paper.test_error_percent)} (table {paper.table}){note}")
+        say(f"the paper: {percent(paper.test_error_percent)} (table {paper.table}){note}")

@@ -54,7 +54,11 @@ def stage_curves(run: RunDirectory) -> list[Curve]:
 
 
 def curves_so_far(run: RunDirectory) -> list[Curve]:
-    """The same, none where there is none yet."""
+    """Returns what ``stage_curves`` returns, none where there is none yet."""
+    return run.undisturbed(lambda: _curves(run))
+
+
+def _curves(run: RunDirectory) -> list[Curve]:
     data = run.record(0)
     network = data.network if data else []
     found = []

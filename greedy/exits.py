@@ -93,9 +93,13 @@ def evaluate_exits(
     modules = (each for stage in stages for each in stage.modules_for_inference())
     forward = fit_forward(nn.Sequential(*modules), data.row_shape, budget, device.type)
     device = device if forward.resident else torch.device("cpu")
-    for stage in stages:
-        load_stage(run, stage, device)
-    classifiers = [_classifier(run, loss, stages, stage.number, data) for stage in stages[:-1]]
+
+    def loaded() -> list[nn.Sequential | None]:
+        for stage in stages:
+            load_stage(run, stage, device)
+        return [_classifier(run, loss, stages, stage.number, data) for stage in stages[:-1]]
+
+    classifiers = run.undisturbed(loaded)
     # All that may follow the output layer's h is pooling, and what comes of it are the logits.
     ends = (*classifiers, stages[-1].pool)
     heads = [None if each is None else each.to(device) for each in ends]

@@ -28,15 +28,18 @@ def begin_finetuning(source: RunDirectory, to: Path, overrides: Sequence[str] = 
     Raises ``UserError`` if a stage is not finished, or what is at ``to`` is something else.
     """
     data = source.complete(0)
-    weights = safetensors.torch.save(
-        {
+
+    def trained() -> bytes:
+        tensors = {
             f"{number}.{name}": tensor
             for number in range(1, len(data.network) + 1)
             for name, tensor in safetensors.torch.load_file(
                 source.complete(number).check_file(source.stage(number), ENCODER)
             ).items()
         }
-    )
+        return safetensors.torch.save(tensors)
+
+    weights = source.undisturbed(trained)
     run = RunDirectory.create(to, _recipe(source.recipe, digest(weights), overrides))
     run.path.mkdir(parents=True, exist_ok=True)
     needed = len(weights) + bytes_below(source.store(0))

@@ -3,12 +3,22 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from greedy.cache import StoreSummary
 from greedy.cache.files import write_whole
+from greedy.commands import command
 from greedy.errors import UserError
 from greedy.files import file_digest, read_signed, signed
+from greedy.text import legible
 from greedy.training.modes import Mode
 
 FORMAT = 1
@@ -19,6 +29,10 @@ UNKNOWN = -1  # the generation of a store whose views are just being exchanged
 Count = Annotated[int, Field(ge=0, le=2**62)]
 Size = Annotated[int, Field(ge=1, le=2**40)]
 Split = Annotated[str, Field(pattern=r"^(train|test)$")]
+# Folders are named by anybody, also in bytes that are no text.
+ClassName = Annotated[
+    str, BeforeValidator(lambda name: legible(name) if isinstance(name, str) else name)
+]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=255)]
 
 
@@ -137,7 +151,7 @@ class StageRecord(_Document):
     parent: Parent | None = None
     source: Count | None = None
     row_shape: Annotated[tuple[Size, ...], Field(min_length=1, max_length=3)]
-    class_names: list[str]
+    class_names: list[ClassName]
     network: list[str]
     resolved: dict[str, Any] = {}
     metrics: Metrics = Metrics()
@@ -213,14 +227,18 @@ class StageRecord(_Document):
             ) from error
 
     def check_file(self, directory: Path, name: str) -> Path:
-        """The path of a sibling file whose bytes are those recorded."""
+        """Returns the path of a sibling file whose bytes are those recorded. Raises ``UserError``
+        if it is missing or another."""
         path = directory / name
-        if not path.is_file():
-            raise UserError(f"{path} is missing: train the stage again with --retrain {self.stage}")
-        if file_digest(path) != self.files.get(name):
+        way = command("train", "--run", directory.parent, "--retrain", self.stage)
+        try:
+            intact = file_digest(path) == self.files.get(name)
+        except (FileNotFoundError, IsADirectoryError):
+            raise UserError(f"{path} is missing: train the stage again with {way}") from None
+        if not intact:
             raise UserError(
-                f"{path} is not the file that was written (its digest differs): "
-                f"train the stage again with --retrain {self.stage}"
+                f"{path} is not the file that was written (its digest differs): train the stage "
+                f"again with {way}"
             )
         return path
 

@@ -72,6 +72,12 @@ def assemble(
         UserError: a stage is missing, stale or damaged, or has no local classifier; or an early
             exit is asked for without the loss.
     """
+    return run.undisturbed(lambda: _assemble(run, loss, model, until_stage))
+
+
+def _assemble(
+    run: RunDirectory, loss: LocalLoss | None, model: nn.Sequential | None, until_stage: int | None
+) -> nn.Sequential:
     data = run.complete(0)
     stages = stages_of(run.recipe, data, model)
     last = len(stages) if until_stage is None else until_stage

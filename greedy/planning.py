@@ -55,8 +55,8 @@ def plan_disk(
 
 
 def disk_budget(run: RunDirectory) -> int:
-    """Returns the bytes that a run may take. What the run takes now does not change ``auto``, but for
-    trainings that were set aside: they stay."""
+    """Returns the bytes that a run may take. What the run takes now does not change ``auto``, but
+    for trainings that were set aside: they stay."""
     setting = run.recipe.store.disk_budget
     if setting != "auto":
         return parse_size(setting)

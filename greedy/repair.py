@@ -12,12 +12,13 @@ from greedy.cache import repair as mending
 from greedy.cache.metadata import Description
 from greedy.commands import command
 from greedy.errors import UserError
+from greedy.exchange import replacing
 from greedy.files import bytes_below
 from greedy.integrity import verify_stage
 from greedy.manifest import UNKNOWN, StageRecord, StoreRecord
 from greedy.models import Stage
 from greedy.reporting import Reporter
-from greedy.runs import SPLITS, RunDirectory, replacing
+from greedy.runs import SPLITS, RunDirectory
 from greedy.source import Source
 from greedy.sourcing import Sources
 from greedy.training.freeze import fit, outputs_from, write_split

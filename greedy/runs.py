@@ -3,33 +3,38 @@
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
-from greedy.cache.files import part_of, rename, sync_below, write_whole
+from greedy.cache.files import part_of, rename, write_whole
 from greedy.commands import command
 from greedy.errors import UserError, no_stage
+from greedy.exchange import (
+    CHECKPOINT,
+    NEW,
+    OLD,
+    beside,
+    exchange,
+    identities,
+    replacing,
+    undisturbed,
+)
 from greedy.files import canonical, digest
 from greedy.locking import HOLDER, LOCK, RunLock
-from greedy.manifest import ENCODER, HEADS, HISTORY, StageRecord
+from greedy.manifest import HISTORY, StageRecord
 from greedy.recipes import Recipe, differences, load, result_fields, to_toml
 from greedy.retraining import NOTE
 
+Found = TypeVar("Found")
 State = Literal["complete", "training", "pending", "stale"]
 SPLITS = ("train", "test")
 
-# What is made takes its place whole, by renaming; these two endings exist only for the moment
-# of the exchange.
-NEW, OLD = ".new", ".old"
 _STAGE = r"stage(0|[1-9][0-9]{0,8})"
-CHECKPOINT = "checkpoint"  # of a stage in the making: a finished one has none
 # Ends the name of a training that cannot go on and is kept, beside where it was; a number follows
 # where there are several.
 SET_ASIDE = ".unfinished"
-# All that a stage's directory holds of ours, but for what begins with a dot or ends in .part.
-_OURS = ("stage.json", ENCODER, HEADS, HISTORY, "activations.zarr", "training")
 
 
 class RunDirectory:
@@ -105,8 +110,25 @@ class RunDirectory:
         return digest(canonical(result_fields(self.recipe)))
 
     def stage(self, number: int) -> Path:
-        """The directory of a stage."""
-        return self.path / f"stage{number}"
+        """Returns the directory of a stage. While a finished one takes its place, or where that was
+        cut short, it is the one beside."""
+        place = self.path / f"stage{number}"
+        new = beside(place, NEW)
+        standing = (path for path in (place, new) if (path / "stage.json").is_file())
+        return next(standing, place)
+
+    def undisturbed(self, read: Callable[[], Found], number: int | None = None) -> Found:
+        """Returns what ``read`` reads of the run, or of one stage: the old or the new, never a
+        mixture of the two. It is read again if stages, stores or views were exchanged meanwhile."""
+        return undisturbed(lambda: self._places(number), read)
+
+    def standing(self, number: int) -> object:
+        """Returns what changes when a stage, its store or its views are exchanged."""
+        return identities(self._places(number))
+
+    def _places(self, number: int | None) -> list[Path]:
+        numbers = stage_numbers(self.path) if number is None else [number]
+        return [place for n in numbers for place in (self.stage(n), self.store(n))]
 
     @property
     def network(self) -> Path:
@@ -116,7 +138,7 @@ class RunDirectory:
     def finish_network(self) -> None:
         """Deletes what stages were made in that trained at once and are all in their places by now.
         It is renamed first: half of it would look like a training to go on with."""
-        old = _beside(self.network, OLD)
+        old = beside(self.network, OLD)
         rename(self.network, old)
         shutil.rmtree(old)
 
@@ -132,10 +154,15 @@ class RunDirectory:
 
     def record(self, number: int) -> StageRecord | None:
         """What a finished stage says of itself, or ``None`` while it is not finished."""
-        directory = self.stage(number)
-        if not (directory / "stage.json").is_file():
+        for _ in range(3):  # a stage that is being exchanged is at one of its two places
+            directory = self.stage(number)
+            try:
+                record = StageRecord.read(directory)
+                break
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+        else:
             return None
-        record = StageRecord.read(directory)
         if record.stage != number:
             raise UserError(
                 f"{directory} holds stage {record.stage}: put it into its place, or delete it and "
@@ -196,17 +223,17 @@ class RunDirectory:
         training needs it, ``greedy.unfinished`` knows."""
         store = self.store(number)
         if store.is_dir():
-            rename(store, _beside(store, OLD))
-            _exchange(store)
+            rename(store, beside(store, OLD))
+            exchange(store)
 
     def _finish_exchanges(self) -> None:
-        if (old := _beside(self.network, OLD)).exists():
+        if (old := beside(self.network, OLD)).exists():
             shutil.rmtree(old)
         places = (".stage*", "stage*/.activations.zarr", "stage*/activations.zarr/.train")
         for suffix in (NEW, OLD):
             for place in places:
                 for leftover in self.path.glob(place + suffix):
-                    _exchange(leftover.with_name(leftover.stem.removeprefix(".")))
+                    exchange(leftover.with_name(leftover.stem.removeprefix(".")))
 
 
 def new_stage(directory: Path, *, go_on: bool = False) -> AbstractContextManager[Path]:
@@ -231,13 +258,13 @@ def require_outside(directory: Path) -> None:
 def finish_exchange(directory: Path) -> bool:
     """Puts a stage of its own into its place, if that was cut short; says whether it was."""
     if half := _is_half_exchanged(directory):
-        _exchange(directory)
+        exchange(directory)
     return half
 
 
 def _is_half_exchanged(directory: Path) -> bool:
     """Whether a finished stage is beside its directory, which is empty or not there."""
-    finished = (_beside(directory, NEW) / "stage.json").is_file()
+    finished = (beside(directory, NEW) / "stage.json").is_file()
     return finished and not (directory.exists() and any(directory.iterdir()))
 
 
@@ -246,49 +273,6 @@ def _is_unfinished(directory: Path) -> bool:
     require_own_files(directory)
     inside = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     return inside == ["training"] and (directory / "training" / CHECKPOINT).is_dir()
-
-
-@contextmanager
-def replacing(directory: Path, workshop: Path, *, go_on: bool = False) -> Iterator[Path]:
-    """A directory ``workshop`` in which to make something: empty, or to ``go_on`` as it was left.
-    On clean exit it becomes ``directory``, and only then does what was there before go."""
-    if workshop.exists() and not go_on:
-        shutil.rmtree(workshop)
-    workshop.mkdir(parents=True, exist_ok=True)
-    yield workshop
-    sync_below(workshop)
-    rename(workshop, _beside(directory, NEW))
-    _exchange(directory)
-
-
-def _beside(directory: Path, suffix: str) -> Path:
-    return directory.with_name(f".{directory.name}{suffix}")
-
-
-def _exchange(directory: Path) -> None:
-    """Puts something finished into its place. Can be repeated after a crash at any point."""
-    new, old = _beside(directory, NEW), _beside(directory, OLD)
-    if new.is_dir():
-        if (new / CHECKPOINT).is_dir():
-            shutil.rmtree(new / CHECKPOINT)
-        if directory.exists():
-            if old.exists():
-                _remove(old, new)
-            directory.rename(old)
-        rename(new, directory)
-    if old.exists():
-        _remove(old, directory)
-
-
-def _remove(old: Path, new: Path) -> None:
-    """Deletes what was in the place of something new. What a user put into a stage's directory
-    moves on into the new one."""
-    if (old / "stage.json").is_file():
-        for path in old.iterdir():
-            own = path.name in _OURS or path.name.startswith(".") or path.suffix == ".part"
-            if not own and not os.path.lexists(new / path.name):
-                path.rename(new / path.name)
-    shutil.rmtree(old)
 
 
 def run_of_stage(path: Path) -> tuple[RunDirectory, int]:
@@ -324,9 +308,10 @@ def _require_no_link(path: Path) -> None:
 
 
 def stage_numbers(path: Path) -> list[int]:
-    """The stages that have a directory in a run."""
-    names = (re.fullmatch(_STAGE, each.name) for each in path.glob("stage*"))
-    return sorted(int(name[1]) for name in names if name)
+    """Returns the stages that have a directory in a run, in its place or about to come to it."""
+    found = rf"{_STAGE}|\.{_STAGE}{re.escape(NEW)}"
+    names = (re.fullmatch(found, each.name) for each in path.iterdir()) if path.is_dir() else ()
+    return sorted({int(name[1] or name[2]) for name in names if name})
 
 
 def _is_unbegun(path: Path) -> bool:

@@ -82,6 +82,12 @@ def similarity_by_stage(
     Raises:
         UserError: no stage is trained, one is damaged, or the network is not known.
     """
+    return run.undisturbed(lambda: _similarity_by_stage(run, loss, model, rows))
+
+
+def _similarity_by_stage(
+    run: RunDirectory, loss: LocalLoss | None, model: nn.Sequential | None, rows: int
+) -> BatchSimilarity:
     data = run.complete(0)
     run.complete(1)
     if loss is None and run.recipe.loss.name != "python":

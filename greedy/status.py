@@ -37,18 +37,23 @@ class DiskUse:
 
 def disk_use(run: RunDirectory) -> DiskUse:
     """What a run's stores take, and took to write."""
-    data = run.record(0)
-    stages = range(len(data.network) + 1) if data else range(0)
-    records = [record for n in stages if (record := run.record(n))]
-    stores = [r.store.bytes for r in records if r.store and run.store(r.stage).is_dir()]
-    return DiskUse(sum(stores), sum(record.bytes_written for record in records))
+
+    def read() -> DiskUse:
+        data = run.record(0)
+        stages = range(len(data.network) + 1) if data else range(0)
+        records = [record for n in stages if (record := run.record(n))]
+        stores = [r.store.bytes for r in records if r.store and run.store(r.stage).is_dir()]
+        return DiskUse(sum(stores), sum(record.bytes_written for record in records))
+
+    return run.undisturbed(read)
 
 
 def status(run: RunDirectory) -> list[StageStatus]:
     """The trained stages of a run, from 1 on; none while stage 0 is not written."""
     data = run.record(0)
     names = data.network if data else []
-    return [_stage(run, number, name) for number, name in enumerate(names, start=1)]
+    numbered = list(enumerate(names, start=1))
+    return run.undisturbed(lambda: [_stage(run, number, name) for number, name in numbered])
 
 
 def _stage(run: RunDirectory, number: int, name: str) -> StageStatus:

@@ -1,4 +1,4 @@
-"""A training that was interrupted is never lost: what it needs is named, what cannot go on is kept."""
+"""A training that was interrupted is never lost: what it needs is named, the rest is kept."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from greedy.unfinished import trainings_set_aside
 
 
 class Cut(Reporter):
-    """Interrupts a stage after its first epoch, and hears what is set aside and how training goes."""
+    """Interrupts a stage after its first epoch; hears of epochs and of what is set aside."""
 
     def __init__(self, stage: int | None = None) -> None:
         self.stage, self.now, self.epochs, self.aside = stage, 0, {}, []

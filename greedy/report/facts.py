@@ -145,12 +145,18 @@ def _facts(
     model: nn.Sequential | None,
     loss: LocalLoss | None,
 ) -> RunFacts:
-    recipe, stages = run.recipe, status(run)
+    recipe = run.recipe
     has_data = run.state(0) == "complete"
     if recipe.loss.name != "python":
         loss = build_loss(recipe.loss)
-    numbers = range(len(stages) + 1)
-    records = {n: record for n in numbers if (record := run.record(n)) is not None}
+
+    def read() -> tuple[list[StageStatus], dict[int, StageRecord], list[StoreFacts]]:
+        stages = status(run)
+        numbers = range(len(stages) + 1)
+        records = {n: record for n in numbers if (record := run.record(n)) is not None}
+        return stages, records, _stores(run, records)
+
+    stages, records, stores = run.undisturbed(read)
     finished = [each.stage for each in stages if each.state == "complete"]
     complete = bool(stages) and len(finished) == len(stages)
     # A whole network has no local loss in it, so any will do.
@@ -163,7 +169,7 @@ def _facts(
         curves=curves_so_far(run),
         departures=departures(recipe) if recipe.paper else [],
         baselines=_baselines(run, model, loss) if has_data and loss else {},
-        stores=_stores(run, records),
+        stores=stores,
         disk=disk_use(run),
         similarity=similarity_by_stage(run, loss, model) if 1 in finished else None,
         test=classify_test_images(run, network, device) if network else None,

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from greedy.cache.files import write_whole
 from greedy.errors import UserError
+from greedy.exchange import CHECKPOINT
 from greedy.files import digest, file_digest, read_signed, signed
 from greedy.manifest import Choices
 from greedy.reporting import EpochReport
-from greedy.runs import CHECKPOINT
 from greedy.training.modes import StepMemory
 from greedy.training.packing import pack, unpack
 from greedy.training.schedule import Patience, Schedule
@@ -224,7 +224,7 @@ class Checkpoints:
 
 
 def progress_of(training: Path) -> str | None:
-    """Returns how far the training in a directory is, in words; ``None`` where that is not known."""
+    """Returns how far the training in a directory is, in words; ``None`` if that is not known."""
     try:
         document = _read(training, PROGRESS, _Document)
     except UserError:

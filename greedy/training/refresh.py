@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from greedy.cache import Store
+from greedy.exchange import replacing
 from greedy.files import canonical, digest
 from greedy.manifest import UNKNOWN, StageRecord
 from greedy.reporting import Reporter
-from greedy.runs import RunDirectory, replacing
+from greedy.runs import RunDirectory
 from greedy.source import Source
 from greedy.training.freeze import write_split
 
