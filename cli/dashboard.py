@@ -195,8 +195,7 @@ class Dashboard(Lines):
             table.add_column(name, no_wrap=True)
         for name in ("test err", "memory", "disk", "time"):
             table.add_column(name, justify="right", no_wrap=True, min_width=9)
-        shown = self._shown(max(3, height - OTHER_LINES))
-        for number in shown:
+        for number in self._shown(max(3, height - OTHER_LINES)):
             row = self._rows[number - 1]
             table.add_row(
                 str(number),

@@ -12,6 +12,7 @@ from greedy.errors import UserError
 from greedy.files import read_limited
 from greedy.manifest import HISTORY
 from greedy.runs import RunDirectory
+from greedy.text import legible
 
 Percent = Annotated[float, Field(ge=0, le=100)]
 Point = tuple[int, float]  # an epoch, counted from 1, and an error in percent
@@ -94,7 +95,8 @@ def network_curve(found: Sequence[Curve], name: str, stages: int) -> Curve:
 def run_names(runs: Sequence[RunDirectory]) -> list[str]:
     """The names of the runs' directories, or where these do not tell them apart their paths."""
     names = [run.path.resolve().name for run in runs]
-    return names if len(set(names)) == len(names) else [str(run.path) for run in runs]
+    told_apart = len(set(names)) == len(names)
+    return [legible(name) for name in (names if told_apart else (str(run.path) for run in runs))]
 
 
 def _history(run: RunDirectory, number: int) -> list[_Line]:

@@ -6,9 +6,12 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from greedy.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_DOCUMENT_BYTES = 64 * 2**20
 
@@ -22,6 +25,14 @@ def file_digest(path: Path) -> str:
     """The digest of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def read_tensors(path: Path) -> "dict[str, Tensor]":
+    """Returns the tensors of a safetensors file. The library's own reader takes no path that is not
+    UTF-8."""
+    import safetensors.torch  # noqa: PLC0415
+
+    return safetensors.torch.load(path.read_bytes())
 
 
 def require_new(to: Path, overwrite: bool) -> None:

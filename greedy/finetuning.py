@@ -8,7 +8,7 @@ import safetensors.torch
 
 from greedy.cache.files import write_whole
 from greedy.errors import UserError
-from greedy.files import bytes_below, digest, file_digest
+from greedy.files import bytes_below, digest, file_digest, read_tensors
 from greedy.manifest import ENCODER
 from greedy.models import Stage
 from greedy.recipes import Recipe, from_document
@@ -33,7 +33,7 @@ def begin_finetuning(source: RunDirectory, to: Path, overrides: Sequence[str] = 
         tensors = {
             f"{number}.{name}": tensor
             for number in range(1, len(data.network) + 1)
-            for name, tensor in safetensors.torch.load_file(
+            for name, tensor in read_tensors(
                 source.complete(number).check_file(source.stage(number), ENCODER)
             ).items()
         }
@@ -75,7 +75,7 @@ def load_initial(run: RunDirectory, stages: Sequence[Stage]) -> None:
             f"{path} is not the file that was written: delete {run.path} and give `greedy "
             f"finetune` again"
         )
-    tensors = safetensors.torch.load_file(path)
+    tensors = read_tensors(path)
     for stage in stages:
         prefix = f"{stage.number}."
         own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}

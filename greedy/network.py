@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from copy import deepcopy
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import nn
 
 from greedy.build import build_network
 from greedy.errors import UserError, no_stage
+from greedy.files import read_tensors
 from greedy.losses import LocalHeads, LocalLoss
 from greedy.manifest import ENCODER, HEADS, StageRecord
 from greedy.models import Shape, Stage, cut, shapes
@@ -126,6 +126,6 @@ def local_classifier(
 
 def _load(module: nn.Module, path: Path, what: str) -> None:
     try:
-        module.load_state_dict(safetensors.torch.load_file(path), assign=True)
+        module.load_state_dict(read_tensors(path), assign=True)
     except RuntimeError as error:
         raise UserError(f"{path} does not fit {what} that the run was trained with") from error

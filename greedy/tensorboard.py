@@ -6,12 +6,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import safetensors.torch
 import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from greedy.errors import UserError
+from greedy.files import read_tensors
 from greedy.manifest import ENCODER, StageRecord
 from greedy.models import Shape
 from greedy.reporting import EpochReport, Reporter
@@ -143,7 +143,7 @@ class TensorBoard(Reporter):
     def _write_filters(self) -> None:
         row_shape = RunDirectory.open(self._run_dir).complete(0).row_shape
         directory = self._to or self._run_dir / _name(1)
-        filters = first_filters(safetensors.torch.load_file(directory / ENCODER), row_shape)
+        filters = first_filters(read_tensors(directory / ENCODER), row_shape)
         if filters is not None:
             scale = math.ceil(FILTER_SIDE / min(filters.shape[2:]))
             enlarged = filters.repeat_interleave(scale, 2).repeat_interleave(scale, 3)

@@ -25,12 +25,11 @@ def photos(folder: Path) -> Path:
     """A folder of images whose classes have such names, and a file of such a name beside it."""
     random = np.random.default_rng(0)
     for name in NAMES:
-        place = os.path.join(os.fsencode(folder), name)
-        os.makedirs(place)
+        place = folder / os.fsdecode(name)
+        place.mkdir(parents=True)
         for number in range(5):
             image = Image.fromarray(random.integers(0, 255, (8, 8, 3)).astype(np.uint8))
-            with open(os.path.join(place, b"%d.png" % number), "wb") as file:
-                image.save(file, "png")
+            image.save(place / f"{number}.png")
     return folder
 
 

@@ -24,6 +24,7 @@ from greedy.report.facts import RunFacts, facts_of
 from greedy.report.pictures import matrix_picture, palette, picture
 from greedy.runs import RunDirectory
 from greedy.sizes import format_duration, format_size
+from greedy.text import legible
 
 MODULES = {"jinja2": "jinja2", "vl_convert": "vl-convert-python"}
 LIBRARY = "window.vegaEmbed = vegaEmbed;"  # what the page's script finds of the bundle
@@ -58,7 +59,8 @@ def write_report(
     Raises ``UserError`` as that and ``require_report`` do.
     """
     require_report(to, overwrite)
-    write_whole(to, render(facts_of(runs, pick_device(device), model, loss)).encode())
+    page = render(facts_of(runs, pick_device(device), model, loss))
+    write_whole(to, legible(page).encode())
     return to
 
 

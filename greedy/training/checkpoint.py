@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from greedy.cache.files import write_whole
 from greedy.errors import UserError
 from greedy.exchange import CHECKPOINT
-from greedy.files import digest, file_digest, read_signed, signed
+from greedy.files import digest, file_digest, read_signed, read_tensors, signed
 from greedy.manifest import Choices
 from greedy.reporting import EpochReport
 from greedy.training.modes import StepMemory
@@ -180,7 +180,7 @@ class Checkpoints:
         if not path.is_file() or file_digest(path) != document.tensors:
             raise _damaged(path, self.training, "it is not the file that was written")
         try:
-            tensors = safetensors.torch.load_file(path)
+            tensors = read_tensors(path)
             self._restore(document, tensors)
         except Exception as error:  # whatever torch makes of a stranger's numbers
             raise _damaged(path, self.training, "it fits another stage or optimiser") from error
