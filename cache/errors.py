@@ -1,12 +1,23 @@
 """What can be wrong with a store."""
 
+ADVICE = "write the store again"
+
 
 class StoreError(Exception):
     """A store cannot be written or read as asked; one sentence."""
 
 
 class DamagedStore(StoreError):
-    """A file of a store is missing or does not hold what was written."""
+    """A file of a store is missing or does not hold what was written.
+
+    Attributes:
+        what: is damaged, and how.
+    """
+
+    def __init__(self, what: str, advice: str = ADVICE) -> None:
+        what = what.removesuffix(f"; {ADVICE}")
+        super().__init__(f"{what}; {advice}")
+        self.what = what
 
 
 class NonFiniteActivation(StoreError):

@@ -1,6 +1,8 @@
 """Files that are whole or absent, also after a power cut."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -8,11 +10,22 @@ from typing import BinaryIO
 def write_whole(path: Path, data: bytes) -> None:
     """Write `data` beside `path` and rename it into place."""
     part = part_of(path)
-    with new_file(part) as file:
+    with naming(part), new_file(part) as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
     rename(part, path)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, an error of the system that names no file names `path`: writing never does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def part_of(path: Path) -> Path:

@@ -1,6 +1,7 @@
 """Reading a store: chunks, ranges of rows, everything, or batches in sequence."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ from numpy.typing import NDArray
 
 from . import shards
 from .encodings import Encoding
-from .errors import DamagedStore, StoreError
+from .errors import ADVICE, DamagedStore, StoreError
 from .layout import Layout
 from .metadata import parse
 from .sources import open_source
@@ -26,6 +27,10 @@ class Store:
 
     Every chunk's checksum is verified on every read. Values come in their stored form;
     `encoding` decodes them.
+
+    Args:
+        location: a directory, or a store of zarr-python.
+        advice: what to do about damage, which ends the sentence about it.
 
     Attributes:
         layout: where rows lie.
@@ -45,8 +50,13 @@ class Store:
     labels: NDArray[np.int64]
     index: NDArray[np.int64]
 
-    def __init__(self, location: "Location") -> None:
+    def __init__(self, location: "Location", advice: str = ADVICE) -> None:
         self._source = open_source(location)
+        self.advice = advice
+        with self._advising():
+            self._open()
+
+    def _open(self) -> None:
         group = self._source.whole("zarr.json")
         activations = self._source.whole("activations/zarr.json")
         if group is None or activations is None:
@@ -144,7 +154,8 @@ class Store:
         ]
         for view, chunk in chunks:
             if chunk % self.layout.shard_chunks == 0:
-                self._span(view, chunk)  # shards are there before memory is taken for them
+                with self._advising():
+                    self._span(view, chunk)  # shards are there before memory is taken for them
         loaded = np.empty(
             (self.views, rows, *self.encoding.stored_shape), self.encoding.stored_dtype
         )
@@ -186,7 +197,19 @@ class Store:
                 rest = rest[wanted:]
                 yield np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
 
+    @contextmanager
+    def _advising(self) -> Iterator[None]:
+        """Inside, damage is told with this store's advice."""
+        try:
+            yield
+        except DamagedStore as error:
+            raise DamagedStore(error.what, self.advice) from error
+
     def _decode(self, view: int, chunk: int, out: NDArray[Any]) -> None:
+        with self._advising():
+            self._decode_chunk(view, chunk, out)
+
+    def _decode_chunk(self, view: int, chunk: int, out: NDArray[Any]) -> None:
         key, where, offset, size = self._span(view, chunk)
         data = self._source.part(key, offset, size)
         if data is None:

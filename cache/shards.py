@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import DamagedStore
-from .files import new_file, part_of, rename
+from .files import naming, new_file, part_of, rename
 
 COMPRESSORS = ("lz4", "zstd", "none")
 """The names of all compressors."""
@@ -144,9 +144,10 @@ class ShardWriter:
     def close(self) -> bytes:
         """Finish the shard and return its digest."""
         self._write(with_crc(self._index.tobytes()))
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with naming(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
         rename(self._part, self._path)
         return self._digest.digest()
 
@@ -157,7 +158,8 @@ class ShardWriter:
         self._part.unlink(missing_ok=True)
 
     def _write(self, data: bytes) -> None:
-        self._file.write(data)
+        with naming(self._path):
+            self._file.write(data)
         self._digest.update(data)
         self._offset += len(data)
 

@@ -1,5 +1,6 @@
 """Looking for damage in every file of a store."""
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -71,7 +72,7 @@ def _description(path: Path) -> tuple[Description | None, list[Damage]]:
             texts.append(file.read_bytes())
             json.loads(texts[-1])
         except OSError as error:
-            found.append(_unreadable(file, error))
+            found.append(unreadable(file, error))
         except (ValueError, RecursionError):
             found.append(Damage(file, f"is not JSON; {_ADVICE}"))
     if found:
@@ -87,7 +88,7 @@ def _verify_document(file: Path, written: bytes) -> list[Damage]:
         if json.loads(file.read_bytes()) == json.loads(written):
             return []
     except OSError as error:
-        return [_unreadable(file, error)]
+        return [unreadable(file, error)]
     except (ValueError, RecursionError):
         pass
     return [Damage(file, f"is not what was written; {_ADVICE}")]
@@ -97,7 +98,7 @@ def _verify_side_array(file: Path, rows: int | None) -> list[Damage]:
     try:
         values = shards.without_crc(np.frombuffer(file.read_bytes(), np.uint8), "it")
     except OSError as error:
-        return [_unreadable(file, error)]
+        return [unreadable(file, error)]
     except DamagedStore as error:
         return [Damage(file, str(error))]
     if rows is not None and values.nbytes != 8 * rows:
@@ -125,7 +126,7 @@ def shard_damage(
                     found[place] = what
             return found
     except OSError as error:
-        return _unreadable(path, error).what
+        return unreadable(path, error).what
     except DamagedStore as error:
         return str(error)
 
@@ -157,7 +158,11 @@ def _chunk_damage(
     return None
 
 
-def _unreadable(file: Path, error: OSError) -> Damage:
+def unreadable(file: Path, error: OSError) -> Damage:
+    """Returns what an error in reading says of a file. Raises it where it says that the process has
+    reached one of its own limits."""
+    if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+        raise error
     if isinstance(error, FileNotFoundError):
         return Damage(file, f"is missing; {_ADVICE}")
     return Damage(file, f"cannot be read: {error.strerror}")

@@ -33,13 +33,13 @@ def info(path: Path, as_json: bool) -> None:
 
     Values are those of a sample of the training rows.
     """
-    from greedy.cache import Store, describe  # noqa: PLC0415
+    from greedy.cache import describe  # noqa: PLC0415
 
     run, numbers = _stages(path)
 
     def described(number: int) -> "StoreInfo | None":
         there = run.store(number).is_dir()
-        return describe(Store(run.store(number) / "train")) if there else None
+        return describe(run.open_store(number, "train")) if there else None
 
     looked_at = {n: run.undisturbed(partial(described, n), n) for n in numbers}
     found = {n: each for n, each in looked_at.items() if each is not None}

@@ -1,5 +1,6 @@
 """Every failure as one sentence on standard error and an exit code."""
 
+import os
 import signal
 import sys
 import traceback
@@ -107,7 +108,10 @@ def failure_of(error: BaseException) -> Failure:
         case KeyboardInterrupt():
             return Stopped("interrupted, and nothing that was finished is lost")
         case OSError(strerror=str(reason), filename=path):
-            return Failure(f"{path}: {reason}" if path else reason)
+            from greedy.space import remedy  # noqa: PLC0415
+
+            named = f"{os.fsdecode(path)}: {reason}" if isinstance(path, str | bytes) else reason
+            return Failure(f"{named}: {way}" if (way := remedy(error)) else named)
     if kind := _kind(error):
         return kind(sentence)
     return Failure(f"{type(error).__name__}: {sentence} (--debug shows where it comes from)")

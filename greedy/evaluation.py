@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from greedy.cache import Store
 from greedy.devices import full_float32, to_device
 from greedy.errors import UserError
 from greedy.memory.choice import memory_budget as memory_budget_of
@@ -59,7 +58,7 @@ def classified(
     if split not in SPLITS:
         raise UserError(f"{split!r} is not a split: use {' or '.join(SPLITS)}")
     run.complete(0)
-    store = Store(run.store(0) / split)
+    store = run.open_store(0, split)
     budget = memory_budget_of(run.recipe, device) if memory_budget is None else memory_budget
     forward = fit_forward(network, store.row_shape, budget, device.type)
     starts = range(0, store.rows, forward.rows)

@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from greedy.cache import Store
 from greedy.devices import full_float32
 from greedy.errors import UserError
 from greedy.evaluation import raw_to_float
@@ -105,7 +104,7 @@ def evaluate_exits(
     heads = [None if each is None else each.to(device) for each in ends]
     tallies = [_Tally() for _ in stages]
     normalise = normalisation(run.recipe, data).to(device)
-    store = Store(run.store(0) / split)
+    store = run.open_store(0, split)
     starts = range(0, store.rows, forward.rows)
     for start, images in zip(starts, store.batches(0, forward.rows), strict=True):
         labels = torch.from_numpy(store.labels[start : start + len(images)]).to(device)

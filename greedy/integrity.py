@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from greedy.cache import Damage, verify
+from greedy.cache.verification import unreadable
 from greedy.errors import UserError
 from greedy.runs import SPLITS, RunDirectory, stage_numbers
 
@@ -30,8 +31,10 @@ def verify_stage(run: RunDirectory, number: int) -> list[Damage]:
 def _damages(run: RunDirectory, number: int) -> list[Damage]:
     try:
         record = run.record(number)
-    except (UserError, OSError) as error:
+    except UserError as error:
         return [Damage(run.stage(number) / "stage.json", str(error))]
+    except OSError as error:
+        return [unreadable(run.stage(number) / "stage.json", error)]
     if record is None:
         return []
     directory = run.stage(number)
@@ -42,8 +45,10 @@ def _damages(run: RunDirectory, number: int) -> list[Damage]:
     for name in record.files:
         try:
             record.check_file(directory, name)
-        except (UserError, OSError) as error:
+        except UserError as error:
             found.append(Damage(directory / name, str(error)))
+        except OSError as error:
+            found.append(unreadable(directory / name, error))
     if record.store and run.store(number).is_dir():
         for split in SPLITS:
             found += verify(run.store(number) / split)

@@ -1,6 +1,5 @@
 """One process at a time writes into a run."""
 
-import errno
 import json
 import os
 import socket
@@ -14,9 +13,9 @@ from filelock import FileLock, Timeout
 from greedy.cache.files import write_whole
 from greedy.errors import UserError
 from greedy.files import read_document
+from greedy.space import READ_ONLY, remedy
 
 LOCK, HOLDER = ".lock", ".lock.json"
-READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class RunLock:
@@ -45,11 +44,16 @@ class RunLock:
                 f"done, or stop it; commands that only read work meanwhile"
             ) from None
         except OSError as error:
-            if error.errno not in READ_ONLY:
+            if error.errno in READ_ONLY:
+                begun = (self._directory / "run.toml").exists()
+                copied = "copy the run to where you may write, and give that as --run"
+                way = copied if begun else "choose another place with --run"
+                raise UserError(f"{self._directory} is read-only: {way}") from error
+            if (way_out := remedy(error)) is None:
                 raise
             raise UserError(
-                f"{self._directory} is read-only: copy the run to where you may write, and give "
-                f"that as --run"
+                f"{self._directory} cannot be locked against other processes ({error.strerror}): "
+                f"{way_out}, and give that as --run"
             ) from error
         try:
             if first:

@@ -107,7 +107,7 @@ class Mender:
         if not (damages := verify(path)):
             return None
         assert record.store is not None
-        images = Store(self.run.store(0) / split)
+        images = self.run.open_store(0, split)
         description = mending.describe_store(path) or self._description(record, split)
         files = {damage.path.name for damage in damages}
         if "zarr.json" in files:

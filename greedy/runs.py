@@ -8,9 +8,10 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from greedy.cache import Store
 from greedy.cache.files import part_of, rename, write_whole
 from greedy.commands import command
-from greedy.errors import UserError, no_stage
+from greedy.errors import TrainingError, UserError, no_stage
 from greedy.exchange import (
     CHECKPOINT,
     NEW,
@@ -89,6 +90,18 @@ class RunDirectory:
                     there._require_same_results(self.recipe)
             yield
 
+    def make(self) -> None:
+        """Makes the directory where there is none. Raises ``TrainingError`` if it cannot be."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            place = self.path.absolute()
+            standing = next(each for each in place.parents if os.path.lexists(each))
+            raise TrainingError(
+                f"the run directory {self.path} cannot be made in {standing} ({error.strerror}): "
+                f"choose another place with --run"
+            ) from error
+
     def begin(self) -> None:
         """Writes ``run.toml``, when stage 0 is about to be: what is refused before leaves no
         trace, and settings are those of a run only once it has data."""
@@ -151,6 +164,15 @@ class RunDirectory:
     def store(self, number: int) -> Path:
         """The activation store of a stage: a Zarr group with ``train`` and ``test``."""
         return self.stage(number) / "activations.zarr"
+
+    def open_store(self, number: int, split: str) -> Store:
+        """Opens a split of a stage's store, whose damage is told with what to do about it."""
+        if number:
+            way = command("cache", "repair", self.stage(number))
+            advice = f"{way} writes it as it was, then the same command goes on"
+        else:
+            advice = "images cannot be computed again: begin another run from the data"
+        return Store(self.store(number) / split, advice)
 
     def record(self, number: int) -> StageRecord | None:
         """What a finished stage says of itself, or ``None`` while it is not finished."""

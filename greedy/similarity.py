@@ -9,7 +9,6 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from greedy.build import build_loss
-from greedy.cache import Store
 from greedy.evaluation import raw_to_float
 from greedy.losses import LocalLoss, feature_deviation, similarity_matrix
 from greedy.models import Stage
@@ -120,7 +119,7 @@ def _batch(
     run: RunDirectory, count: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.generic]]:
     """Rows of the test split sorted by class, their labels and raw images."""
-    store = Store(run.store(0) / "test")
+    store = run.open_store(0, "test")
     classes = list(dict.fromkeys(store.labels.tolist()))[:MOST_CLASSES]
     first = np.flatnonzero(np.isin(store.labels, classes))[:count]
     rows = first[np.argsort(store.labels[first], kind="stable")]

@@ -89,7 +89,7 @@ class Source:
     def at_epoch(self, epoch: int) -> None:
         """Makes sure that the store holds the views this epoch trains on."""
         if self.refresh is not None and self.refresh(epoch):
-            self.stores["train"] = Store(self.path / "train")
+            self.stores["train"] = Store(self.path / "train", self.stores["train"].advice)
             if self.resident is not None:
                 self.resident = None  # let go of the old views before taking memory for the new
                 self.hold_in_memory()

@@ -118,9 +118,9 @@ class Sources:
     def _stores(self, number: int) -> dict[str, Store]:
         """Both splits of a stage's store, whose rows are the samples that stage 0 says."""
         path = self.run.store(number)
-        stores = {split: Store(path / split) for split in SPLITS}
+        stores = {split: self.run.open_store(number, split) for split in SPLITS}
         for split, store in stores.items():
-            expected = Store(self.run.store(0) / split).index
+            expected = self.run.open_store(0, split).index
             if not np.array_equal(store.index, expected):
                 raise UserError(
                     f"{path / split} is a store of another run (its rows are other samples): "

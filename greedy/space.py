@@ -9,7 +9,7 @@ from pathlib import Path
 from greedy.errors import TrainingError
 from greedy.sizes import format_size
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def require_room(place: Path, what: str, needed: int) -> None:
@@ -26,15 +26,46 @@ def require_room(place: Path, what: str, needed: int) -> None:
 
 @contextmanager
 def until_full(place: Path, what: str, needed: int = 0) -> Iterator[None]:
-    """Inside, a disk that is full ends in one sentence. ``needed`` bytes were thought enough."""
+    """Inside, a file that cannot be written ends in one sentence with its path and what to do.
+    ``needed`` bytes were thought enough."""
     try:
         yield
     except OSError as error:
-        if error.errno not in FULL:
+        path = error.filename or place
+        if error.errno == errno.ENOSPC:
+            free = format_size(shutil.disk_usage(place).free)
+            wanted = f", which needs up to {format_size(needed)}" if needed else ""
+            raise TrainingError(
+                f"the disk of {place} is full while {what} is written{wanted}, and {free} are "
+                f"free: free some and give the same command again, all that is finished is kept"
+            ) from error
+        if (way := remedy(error)) is None:
             raise
-        free = format_size(shutil.disk_usage(place).free)
-        wanted = f", which needs up to {format_size(needed)}" if needed else ""
         raise TrainingError(
-            f"the disk of {place} is full while {what} is written{wanted}, and {free} are free: "
-            f"free some and give the same command again, all that is finished is kept"
+            f"{path} cannot be written ({error.strerror}): {way}, and give the same command "
+            f"again, all that is finished is kept"
         ) from error
+
+
+def remedy(error: OSError) -> str | None:
+    """Returns what to do about an error of the system, ``None`` where that is not known."""
+    limits = {
+        errno.ENOSPC: "free some space on its disk",
+        errno.EDQUOT: "free some of your disk quota, or have it raised",
+        errno.EFBIG: "raise the limit on the size of a file (ulimit -f unlimited), or use a file "
+        "system that allows large files",
+        errno.EMFILE: "raise the limit on open files (ulimit -n 1024)",
+        errno.ENFILE: "close programs that hold many files open",
+        errno.ENOLCK: "its file system has no locks, so mount it with them, or choose a place on a "
+        "local disk",
+        errno.EIO: "the disk could not read or write it, so look at the system's log, and copy "
+        "what can be read to another disk",
+        errno.ENAMETOOLONG: "choose a shorter name",
+        errno.ELOOP: "put what its links point to in its place",
+        errno.ENOENT: "make sure that the path is right",
+        errno.ENOTDIR: "give a path whose folders are none of them a file",
+        errno.EISDIR: "give the path of a file, this is a folder",
+        errno.ENOTEMPTY: "choose another place, or move away what is there",
+    }
+    read_only = "choose a place where you may write, or have that permitted"
+    return read_only if error.errno in READ_ONLY else limits.get(error.errno or 0)

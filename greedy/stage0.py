@@ -112,7 +112,7 @@ def require_same_data(run: RunDirectory, dataset: Dataset) -> None:
             f"{data.rows['train']} + {data.rows['test']} rows of "
             f"{'x'.join(map(str, data.row_shape))}"
         )
-    elif not all(_has_rows_of(getattr(dataset, s), Store(run.store(0) / s)) for s in SPLITS):
+    elif not all(_has_rows_of(getattr(dataset, s), run.open_store(0, s)) for s in SPLITS):
         begun = "of the same size, with other images or labels"
     else:
         return

@@ -37,7 +37,7 @@ from greedy.training.checkpoint import Start
 from greedy.training.network import NetworkTraining
 from greedy.training.resolve import compiles, for_stage, repeated, resolve, within_budget
 from greedy.training.stage import OptimizerFactory, StageTraining
-from greedy.unfinished import find_training, needed_by
+from greedy.unfinished import find_training, needed_stores, source_begun
 
 
 class GreedyTrainer:
@@ -137,7 +137,7 @@ class GreedyTrainer:
         memory = self._memory_of(stages, shapes, shapes[-1].output[0], images)  # a logit a class
         memory.require(range(1, len(stages) + 1), plan_disk(self.run, shapes, rows, needed))
         self._planned = memory
-        self.run.path.mkdir(parents=True, exist_ok=True)
+        self.run.make()
         with self.run.writing():
             if self.run.state(0) == "complete":
                 require_same_data(self.run, dataset)
@@ -150,10 +150,10 @@ class GreedyTrainer:
         """Trains every stage that is not complete; from ``retrain_from`` on, also those that
         are, each once, even if that is cut short and asked for again. Before the first of them it
         is settled which stores the disk has room for; a store that has to go goes once the next
-        one is written. Returns the records of all stages. Where training was cut short it goes on,
-        see ``training/checkpoint.py``. A finished run may be read-only."""
-        nothing_to_write = retrain_from is None and self.run.is_finished
-        if nothing_to_write and not os.access(self.run.path, os.W_OK):
+        one is written. Where training was cut short it goes on. A finished run may be read-only.
+        Returns the records of all stages."""
+        writable = os.access(self.run.path, os.W_OK)
+        if retrain_from is None and self.run.is_finished and not writable:
             return self._train(None)
         with self.run.writing():
             return self._train(retrain_from)
@@ -180,7 +180,8 @@ class GreedyTrainer:
         records = []
         for number in numbers:
             if number == first:
-                self._drop_stores(plan.dropped_first)
+                for old in plan.dropped_first:
+                    self.run.drop_store(old)
             if number in todo:
                 place = self.run.stage(number)
                 record = self._train_stage(number, None, place, plan.views(number))
@@ -188,7 +189,8 @@ class GreedyTrainer:
                 record = self._skip(number)
             records.append(record)
             due = [n for done in range(1, number + 1) for n in plan.dropped_after(done)]
-            self._drop_stores(n for n in due if not needed_by(self.run, n))
+            for old in set(due) - set(needed_stores(self.run)):
+                self.run.drop_store(old)
             if retraining and number >= first:
                 retraining.finished(number, self.run.path, last=number == count)
         return records
@@ -221,10 +223,6 @@ class GreedyTrainer:
         budget = memory_budget(self.recipe, self.device)
         assert data.store is not None
         self.reporter.run_started(RunOutline(data.network, operations, data.store.bytes, budget))
-
-    def _drop_stores(self, numbers: Iterable[int]) -> None:
-        for number in numbers:
-            self.run.drop_store(number)
 
     def _skip(self, number: int) -> StageRecord:
         record = self.run.complete(number)
@@ -283,24 +281,19 @@ class GreedyTrainer:
         """Trains a stage from the store of stage ``source``; by default from that of the stage
         before, or from the one that its interrupted training began with while that is there."""
         if source is None:
-            begun = Start.read(directory / "training")
-            there = begun and begun.source < number and self.run.store(begun.source).is_dir()
-            source = begun.source if begun and there else number - 1
-        training, go_on = self._stage_training(number, source, views, directory)
+            source = source_begun(self.run, number, directory)
+        training = self._stage_training(number, source, views, directory)
         if directory == self.run.stage(number) and (before := former(self.run, number)):
             training.written_before = before.bytes_written
-        with (
-            until_full(self.run.path, f"stage {number}"),
-            new_stage(directory, go_on=go_on) as place,
-        ):
+        full = until_full(self.run.path, f"stage {number}")
+        with full, new_stage(directory, go_on=True) as place:
             record = training.train(place)
         self.reporter.stage_finished(record)
         return record
 
     def _stage_training(
         self, number: int, wanted: int, views: Views, directory: Path
-    ) -> tuple[StageTraining, bool]:
-        """Returns what training a stage takes, and whether it was begun before."""
+    ) -> StageTraining:
         data, parent = self.run.complete(0), self.run.complete(number - 1)
         stages, shapes = self._stages(data)
         shape = shapes[number - 1]
@@ -318,16 +311,13 @@ class GreedyTrainer:
             layers=stages[number - 1].kinds,
             resolved=resolved,
         )
-        begun, moved = find_training(directory, start)
-        if moved is not None:
-            self.reporter.training_set_aside(number, moved.path, moved.progress)
-        if begun is not None:
+        if begun := find_training(directory, start, self.reporter):
             start, resolved = begun, begun.resolved
             resolved.update(within_budget(self.recipe, resolved, memory))
         source.precision = resolved["precision"]
         if resolved["shuffle"] == "rows":
             source.hold_in_memory()
-        training = StageTraining(
+        return StageTraining(
             stage=stages[number - 1],
             shapes=shape,
             loss=Output(self.loss.output_scale) if is_output else self.loss,
@@ -341,7 +331,6 @@ class GreedyTrainer:
             reporter=self.reporter,
             optimizer=self.optimizer,
         )
-        return training, begun is not None
 
     def _resolved(
         self, number: int, source: Source, views: Views, memory: Choice

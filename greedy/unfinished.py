@@ -1,6 +1,7 @@
 """Trainings that were interrupted: what they still need, and those that cannot go on, set aside."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from greedy.cache.files import rename
 from greedy.commands import command
 from greedy.errors import UserError
 from greedy.files import bytes_below
+from greedy.reporting import Reporter
 from greedy.runs import SET_ASIDE, RunDirectory, stage_numbers
 from greedy.training.checkpoint import Start, progress_of
 
@@ -37,31 +39,41 @@ def trainings_set_aside(run: RunDirectory) -> list[SetAside]:
     ]
 
 
-def find_training(directory: Path, start: Start) -> tuple[Start | None, SetAside | None]:
+def find_training(directory: Path, start: Start, reporter: Reporter) -> Start | None:
     """Makes ``directory/training`` the training that ``start`` would begin, wherever it is kept:
-    one of another start is set aside, never removed.
+    one of another start is set aside, never removed, and ``reporter`` told of it.
 
     Args:
         directory: of the stage, or of the network where all stages train at once.
 
     Returns:
-        What the training there began with, ``None`` where it is yet to begin; and what was set
-        aside for it. Raises ``UserError`` for a damaged checkpoint.
+        What the training there began with, ``None`` where it is yet to begin. Raises ``UserError``
+        for a damaged checkpoint.
     """
-    training, moved = directory / "training", None
+    training = directory / "training"
     begun = Start.read(training)
     if begun is not None and begun.is_of(start):
-        return begun, None
+        return begun
     if begun is not None:
         place = _free_place(directory)
         rename(training, place)
-        moved = SetAside(place, progress_of(place), bytes_below(place))
+        reporter.training_set_aside(start.stage, place, progress_of(place))
+    elif training.exists():
+        shutil.rmtree(training)  # cut short before it began
     for kept in _kept(directory):
         if (found := _readable(kept)) is not None and found.is_of(start):
             directory.mkdir(parents=True, exist_ok=True)
             rename(kept, training)
-            return found, moved
-    return None, moved
+            return found
+    return None
+
+
+def source_begun(run: RunDirectory, number: int, directory: Path) -> int:
+    """Returns the stage from whose store an interrupted training of stage ``number`` in
+    ``directory`` began, while that is there; otherwise the stage before."""
+    begun = Start.read(directory / "training")
+    there = begun is not None and begun.source < number and run.store(begun.source).is_dir()
+    return begun.source if begun is not None and there else number - 1
 
 
 def require_unneeded(run: RunDirectory, number: int) -> None:
@@ -82,6 +94,11 @@ def needed_by(run: RunDirectory, number: int) -> list[int]:
     """Returns the stages whose interrupted trainings go on from the store of stage ``number``."""
     starts = ((n, _readable(run.stage(n) / "training")) for n in stage_numbers(run.path) if n)
     return [n for n, start in starts if start is not None and start.source == number]
+
+
+def needed_stores(run: RunDirectory) -> list[int]:
+    """Returns the stages from whose stores interrupted trainings of a run go on."""
+    return [number for number in stage_numbers(run.path) if needed_by(run, number)]
 
 
 def _free_place(directory: Path) -> Path:

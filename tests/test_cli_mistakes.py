@@ -120,7 +120,8 @@ def test_failures_that_are_nobodys_mistake_exit_with_1(folder):
     assert "Error: the loss of stage 1 is not finite in epoch 1" in result.output
     blocked = greedy("train", "--recipe", "tiny.toml", "--run", "tiny.toml/new")
     assert blocked.exit_code == 1
-    assert blocked.output.endswith("tiny.toml/new: Not a directory\n")
+    assert "the run directory tiny.toml/new cannot be made in " in blocked.output
+    assert blocked.output.endswith("(Not a directory): choose another place with --run\n")
 
 
 def test_debug_shows_a_traceback(folder):

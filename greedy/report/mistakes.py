@@ -8,7 +8,6 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from greedy.cache import Store
 from greedy.evaluation import classified
 from greedy.runs import RunDirectory
 
@@ -67,7 +66,7 @@ def classify_test_images(
     run: RunDirectory, network: nn.Sequential, device: torch.device
 ) -> TestResult:
     """Runs a network of ``assemble`` on the raw test images, as ``evaluate`` does."""
-    store = Store(run.store(0) / "test")
+    store = run.open_store(0, "test")
     batches = []
     for logits, _ in classified(run, network, "test", device):
         best = logits.softmax(dim=1).max(dim=1)

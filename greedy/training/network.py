@@ -92,10 +92,7 @@ class NetworkTraining:
                 self.recipe, self.source.stores["train"], "live", self.memory, self.device
             ),
         )
-        begun, moved = find_training(self.run.network, start)
-        if moved is not None:
-            self.reporter.training_set_aside(0, moved.path, moved.progress)
-        if begun is not None:
+        if begun := find_training(self.run.network, start, self.reporter):
             return begun
         place.mkdir(parents=True, exist_ok=True)
         start.write(place)

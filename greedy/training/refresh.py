@@ -4,7 +4,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from greedy.cache import Store
 from greedy.exchange import replacing
 from greedy.files import canonical, digest
 from greedy.manifest import UNKNOWN, StageRecord
@@ -37,7 +36,7 @@ class Refresh:
             return False
         directory = self.run.stage(self.stored)
         path = self.run.store(self.stored) / "train"
-        old = Store(path)
+        old = self.run.open_store(self.stored, "train")
         self.source.precision = record.resolved["precision"]
         with replacing(path, _workshop(path, record, generation), go_on=True) as place:
             written = write_split(
