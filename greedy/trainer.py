@@ -150,10 +150,9 @@ class GreedyTrainer:
         """Trains every stage that is not complete; from ``retrain_from`` on, also those that
         are, each once, even if that is cut short and asked for again. Before the first of them it
         is settled which stores the disk has room for; a store that has to go goes once the next
-        one is written. Where training was cut short it goes on. A finished run may be read-only.
-        Returns the records of all stages."""
-        writable = os.access(self.run.path, os.W_OK)
-        if retrain_from is None and self.run.is_finished and not writable:
+        one is written. What was cut short goes on. Returns the records of all stages."""
+        nothing_to_do = retrain_from is None and self.run.is_finished
+        if nothing_to_do and not os.access(self.run.path, os.W_OK):
             return self._train(None)
         with self.run.writing():
             return self._train(retrain_from)
@@ -180,17 +179,14 @@ class GreedyTrainer:
         records = []
         for number in numbers:
             if number == first:
-                for old in plan.dropped_first:
-                    self.run.drop_store(old)
+                self._drop_stores(plan.dropped_first)
             if number in todo:
-                place = self.run.stage(number)
-                record = self._train_stage(number, None, place, plan.views(number))
+                record = self._train_stage(number, None, self.run.stage(number), plan.views(number))
             else:
                 record = self._skip(number)
             records.append(record)
-            due = [n for done in range(1, number + 1) for n in plan.dropped_after(done)]
-            for old in set(due) - set(needed_stores(self.run)):
-                self.run.drop_store(old)
+            due = {n for done in range(1, number + 1) for n in plan.dropped_after(done)}
+            self._drop_stores(due.difference(needed_stores(self.run)))
             if retraining and number >= first:
                 retraining.finished(number, self.run.path, last=number == count)
         return records
@@ -223,6 +219,10 @@ class GreedyTrainer:
         budget = memory_budget(self.recipe, self.device)
         assert data.store is not None
         self.reporter.run_started(RunOutline(data.network, operations, data.store.bytes, budget))
+
+    def _drop_stores(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            self.run.drop_store(number)
 
     def _skip(self, number: int) -> StageRecord:
         record = self.run.complete(number)
@@ -278,10 +278,7 @@ class GreedyTrainer:
     def _train_stage(
         self, number: int, source: int | None, directory: Path, views: Views
     ) -> StageRecord:
-        """Trains a stage from the store of stage ``source``; by default from that of the stage
-        before, or from the one that its interrupted training began with while that is there."""
-        if source is None:
-            source = source_begun(self.run, number, directory)
+        source = source_begun(self.run, number, directory) if source is None else source
         training = self._stage_training(number, source, views, directory)
         if directory == self.run.stage(number) and (before := former(self.run, number)):
             training.written_before = before.bytes_written
