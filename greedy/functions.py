@@ -3,6 +3,8 @@
 import importlib
 import re
 import sys
+from contextlib import suppress
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +12,15 @@ from greedy.errors import UserError
 
 
 def is_function_name(name: str) -> bool:
-    """Whether a name has the form ``module:function``."""
+    """Returns whether a name has the form ``module:function``."""
     return re.fullmatch(r"\w+(\.\w+)*:\w+", name) is not None
 
 
 def call_function(name: str) -> Any:
-    """What the function of ``module:function`` returns when called without arguments.
+    """Calls the function of ``module:function`` without arguments and returns what it returns.
 
-    The current directory is importable. Raises UserError where there is no such function.
+    The current directory is importable. Raises UserError where there is no such function, or it
+    needs arguments.
     """
     if not is_function_name(name):
         raise UserError(f"{name!r} is not of the form module:function: name a function so")
@@ -32,4 +35,14 @@ def call_function(name: str) -> Any:
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(f"{name} is not a function: define {function_name} in {module.__file__}")
+    with suppress(ValueError):  # some built-in ones do not tell
+        if any(_is_needed(parameter) for parameter in signature(function).parameters.values()):
+            raise UserError(
+                f"{name} needs arguments and is called without: give its parameters defaults"
+            )
     return function()
+
+
+def _is_needed(parameter: Parameter) -> bool:
+    collects = parameter.kind in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)
+    return parameter.default is Parameter.empty and not collects

@@ -9,6 +9,7 @@ import numpy as np
 from greedy.build import require_one_logit_a_class
 from greedy.cache import Encoding, Store, StoreWriter, pixels
 from greedy.data import Dataset, Split
+from greedy.data.labels import require_classes
 from greedy.errors import UserError
 from greedy.files import canonical, digest
 from greedy.manifest import StageRecord, StoreRecord
@@ -52,18 +53,18 @@ def write_stage0(
     ``network`` names the stages to come; ``output`` is the shape of its output where that is
     settled before the classes are known. The permutation is drawn once: row i is the same
     sample in every later store. The training rows' mean and deviation are measured on the way
-    and kept under ``resolved``. Raises ``UserError`` for a label that is no class or an output that
-    is not for so many, ``StoreError`` for a value that is not finite.
+    and kept under ``resolved``. Raises ``UserError`` for labels that are no classes, or an output
+    that is not one value a class, ``StoreError`` for a value that is not finite.
     """
     started = time.perf_counter()
     moments = Moments()
-    written, labels = {}, {}
+    written, labels, rows = {}, {}, {}
     run.begin()
     with new_stage(run.stage(0)) as directory:
         for name in SPLITS:
             split: Split = getattr(dataset, name)
             index = numpy_generator(run.recipe.seed, "rows", name).permutation(len(split))
-            labels[name] = np.empty(len(split), np.int64)
+            labels[name], rows[name] = np.empty(len(split), np.int64), index
             with StoreWriter(
                 directory / "activations.zarr" / name,
                 rows=len(split),
@@ -79,8 +80,8 @@ def write_stage0(
                     if name == "train":
                         moments.add(images)
             written[name] = writer.summary
+        require_classes(dataset.name, _in_order(labels, rows), dataset.class_names)
         class_names = dataset.class_names or _numbered(labels)
-        _check_labels(dataset.name, labels, len(class_names))
         if output is not None:
             require_one_logit_a_class(output, len(class_names))
         encoding = stored_encoding(dataset.train).name
@@ -148,14 +149,10 @@ def _read(split: Split, index: np.ndarray, labels: np.ndarray) -> Iterator[np.nd
         yield images
 
 
+def _in_order(labels: dict[str, np.ndarray], rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The labels of each split in the order of its samples, of which ``rows`` are the numbers."""
+    return {split: values[np.argsort(rows[split])] for split, values in labels.items()}
+
+
 def _numbered(labels: dict[str, np.ndarray]) -> list[str]:
     return [str(i) for i in range(1 + max(int(values.max()) for values in labels.values()))]
-
-
-def _check_labels(name: str, labels: dict[str, np.ndarray], classes: int) -> None:
-    for split, values in labels.items():
-        if values.min() < 0 or values.max() >= classes:
-            raise UserError(
-                f"a label of {name}'s {split} split is outside 0 to {classes - 1}: "
-                f"number the classes from 0"
-            )

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset as TorchDataset
 from greedy.build import build_loss, build_network, checked_shapes
 from greedy.cache import Damage
 from greedy.commands import command
-from greedy.data import Dataset, dataset_from_torch
+from greedy.data import Dataset, dataset_from_torch, require_repeatable
 from greedy.devices import pick_device, pick_precision
 from greedy.disk import Plan, Views
 from greedy.errors import UserError
@@ -114,8 +114,8 @@ class GreedyTrainer:
         self._planned: MemoryPlan | None = None
 
     def fit(self, train_set: TorchDataset, test_set: TorchDataset) -> list[StageRecord]:
-        """Trains every stage on map-style data sets of (image, label): PIL images, uint8
-        tensors (C, H, W), or float tensors. Returns the records of all stages."""
+        """Trains every stage on two map-style data sets, see ``greedy.data.dataset_from_torch``.
+        Returns the records of all stages."""
         self.prepare(dataset_from_torch(train_set, test_set))
         return self.train()
 
@@ -125,6 +125,8 @@ class GreedyTrainer:
         if self.run.state(0) == "complete":
             require_same_data(self.run, dataset)
             return self.run.complete(0)
+        if not self.recipe.data.frozen_transforms:
+            require_repeatable(dataset)
         shape, classes = dataset.train.shape, len(dataset.class_names or "")
         network = self._model or build_network(self.recipe.model, shape, classes or 2)
         stages = cut(network, self.recipe.model.stage_layers)

@@ -3,7 +3,7 @@
 from greedy.data.augmentation import Augmentation, Draws, normalise, prepare
 from greedy.data.catalogue import DATASETS, Entry
 from greedy.data.loading import is_available, load_dataset
-from greedy.data.mapstyle import dataset_from_torch
+from greedy.data.mapstyle import dataset_from_torch, require_repeatable
 from greedy.data.splits import Dataset, Split
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Split",
     "load_dataset",
     "dataset_from_torch",
+    "require_repeatable",
     "is_available",
     "Augmentation",
     "Draws",

@@ -1,57 +1,105 @@
-"""Map-style data sets: anything with a length and ``[index]`` giving (image, label)."""
+"""Map-style data sets: anything with a length and ``[index]`` giving an image and its label."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset
 
+from greedy.data.classes import Lookup, Told, settled, told_by
+from greedy.data.labels import meaning, numbered, require_classes, wrong_labels
+from greedy.data.randomness import generators_kept, transform_names
+from greedy.data.samples import image_and_label
 from greedy.data.splits import Dataset, Images, Labels, Rows, Shape
 from greedy.errors import UserError
 from greedy.functions import call_function
 
 PIL_MODES = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGB", "CMYK": "RGB"}
+CHANNELS = (1, 3, 4)  # what the length of an axis of channels looks like
+SPLITS = ("train", "test")
+LOOKED_AT = 16  # samples that are read to see whether a set does as it says
+READINGS = 64  # of these samples together, so that a flip of every second image shows
 
 
 def dataset_from_torch(train_set: Any, test_set: Any, name: str = "python") -> Dataset:
-    """The data set of two map-style sets of samples (image, label).
+    """Returns the data set of two map-style sets, torch's, torchvision's, Hugging Face's or others.
 
-    An image is a PIL image (grey or RGB), a uint8 tensor or array, or a floating-point one, which
-    becomes float32 and is otherwise used as it is: (C, H, W), (H, W), or a vector (F,), which
-    becomes (F, 1, 1), so that features are normalised one by one. Labels are integers from 0.
-    Class names are those of ``train_set.classes``, None where it has none.
+    A sample is a pair (image, label), or a dictionary, named tuple or object with ``image``,
+    ``img`` or ``pixel_values`` and ``label``, ``labels`` or ``fine_label``. An image is
+
+    - a PIL image, grey or RGB;
+    - a tensor (C, H, W), or an array, (H, W, C) where only its last axis has the length 1, 3 or 4
+      and (C, H, W) where only its first has;
+    - a tensor or array (H, W), or a vector of floats (F,), which becomes (F, 1, 1), so that
+      features are normalised one by one.
+
+    uint8 and bool are images of 0 to 255; floats, int16 and uint16 become float32 and are
+    otherwise used as they are. Labels are integers from 0. Classes have the names that the sets
+    give them (``classes``, ``class_to_idx``, ``features``), also through ``Subset``,
+    ``ConcatDataset`` and a wrapper's ``dataset``; where both sets have names, classes are the same
+    if their names are. ``Dataset.class_names`` is None where neither has.
 
     Raises UserError for anything else, here or when the sample is read.
     """
-    classes = getattr(train_set, "classes", None)
-    class_names = None if classes is None else [str(entry) for entry in classes]
-    train, test = MapSplit(train_set, f"{name} train"), MapSplit(test_set, f"{name} test")
-    return Dataset(name, train, test, class_names)
+    sets = {f"{name} train": train_set, f"{name} test": test_set}
+    for split, samples in sets.items():
+        _require_map_style(samples, split)
+    with generators_kept():
+        train, test = (_told_truly(samples, split) for split, samples in sets.items())
+    class_names, *lookups = settled(train, test, (*sets,))
+    given = zip(sets.items(), (train, test), lookups, strict=True)
+    splits = [
+        MapSplit(samples, split, lookup, told.labels) for (split, samples), told, lookup in given
+    ]
+    kept = {split: each.kept for split, each in zip(SPLITS, splits, strict=True)}
+    require_classes(name, kept, class_names)
+    return Dataset(name, *splits, class_names)
 
 
 def load_function(name: str) -> Dataset:
-    """The data set of ``module:function``, called without arguments for its two map-style sets.
+    """Returns the data set of ``module:function``, called without arguments for its two map-style
+    sets.
 
     The current directory is importable. Raises UserError where there is no such function, or it
     does not return a pair.
     """
     sets = call_function(name)
+    if isinstance(sets, Mapping):
+        raise UserError(
+            f"{name} returns a dictionary of {_listed(sets)}: return two of these sets, (train, "
+            f"test)"
+        )
     if not (isinstance(sets, tuple) and len(sets) == 2):
         raise UserError(f"{name} must return two map-style data sets, (train, test)")
     return dataset_from_torch(*sets, name=name)
 
 
-class MapSplit:
-    """A map-style data set as a split; shape and dtype are those of its first sample."""
+def require_repeatable(dataset: Dataset) -> None:
+    """Raises UserError where samples of a map-style set are others when they are read again; it is
+    stored once, so that what its transforms draw at random would be drawn once."""
+    for split in (dataset.train, dataset.test):
+        if isinstance(split, MapSplit):
+            split.require_repeatable()
 
-    def __init__(self, samples: Any, name: str) -> None:
-        if not (hasattr(samples, "__len__") and hasattr(samples, "__getitem__")):
-            raise UserError(f"{name} must be a map-style data set, with a length and [index]")
-        if not len(samples):
-            raise UserError(f"{name} is empty: give it samples")
-        self._samples, self._name = samples, name
-        image, _ = self._sample(0)
+
+class MapSplit:
+    """A map-style data set as a split; shape and dtype are those of its first sample.
+
+    Attributes:
+        kept: the numbers (n,) of the classes of all samples, where they are known beforehand.
+    """
+
+    def __init__(
+        self, samples: Any, name: str, lookup: Lookup, labels: npt.NDArray[Any] | None
+    ) -> None:
+        self._samples, self._name, self._lookup = samples, name, lookup
+        self.kept = None if labels is None else self._classes(np.arange(len(samples)), labels)
+        image, label = self._sample(0)
+        self._classes(np.array([0]), [label])
         self.shape: Shape = image.shape
         self.dtype: np.dtype[Any] = image.dtype
 
@@ -60,51 +108,218 @@ class MapSplit:
 
     def read(self, indices: Rows) -> tuple[Images, Labels]:
         images = np.empty((len(indices), *self.shape), self.dtype)
-        labels = np.empty(len(indices), np.int64)
+        labels = []
         for i, index in enumerate(indices):
-            image, labels[i] = self._sample(int(index))
+            image, label = self._sample(int(index))
             if (image.shape, image.dtype) != (self.shape, self.dtype):
                 raise UserError(
                     f"sample {index} of {self._name} is {image.dtype} of shape {image.shape}, "
                     f"sample 0 {self.dtype} of shape {self.shape}: make them alike"
                 )
             images[i] = image
-        return images, labels
+            labels.append(label)
+        self._require_finite(indices, images)
+        return images, self._classes(indices, labels)
 
-    def _sample(self, index: int) -> tuple[npt.NDArray[Any], int]:
-        sample = self._samples[index]
+    def require_repeatable(self) -> None:
+        """Raises UserError where one of a few samples is another when it is read again."""
+        rows = _spread(len(self))
+        with generators_kept():
+            for row in rows:
+                first = self._content(row)
+                if any(self._content(row) != first for _ in range(1, READINGS // len(rows))):
+                    raise self._random(row)
+
+    def _content(self, row: int) -> tuple[Any, ...]:
+        image, label = self._sample(row)
+        return image.shape, image.dtype, image.tobytes(), meaning(label)
+
+    def _random(self, row: int) -> UserError:
+        found = transform_names(self._samples)
+        drawn = f"among its transforms ({', '.join(found)}) " if found else "in its [index] "
+        return UserError(
+            f"sample {row} of {self._name} is another each time it is read, and it is stored once: "
+            f"leave out what is drawn at random {drawn}and set data.augmentation, or "
+            f"data.frozen_transforms = true to store one draw of it"
+        )
+
+    def _sample(self, index: int) -> tuple[npt.NDArray[Any], Any]:
+        image, label = _read(self._samples, index, self._name)
         try:
-            image, label = sample
-            return _as_image(image), _as_label(label)
+            return _as_image(image), label
         except (TypeError, ValueError) as error:
-            raise UserError(
-                f"sample {index} of {self._name} is not an (image, label) pair: {error}"
-            ) from error
+            raise UserError(f"the image of sample {index} of {self._name} {error}") from error
+
+    def _classes(self, rows: Rows, labels: Sequence[Any] | npt.NDArray[Any]) -> Labels:
+        """The numbers (n,) of the classes of the samples ``rows`` (n,), given their labels."""
+        values, remedies = numbered(labels)
+        classes = self._lookup.numbers(rows, values)
+        if len(wrong := np.flatnonzero(classes < 0)):
+            kinds = [remedies[i] for i in wrong if i in remedies]
+            remedy = kinds[0] if kinds else self._lookup.remedy(values)
+            few = {int(rows[i]): labels[i] for i in wrong}
+            raise wrong_labels(
+                self._name, few, remedy, None if len(rows) == len(self) else len(rows)
+            )
+        return classes
+
+    def _require_finite(self, rows: Rows, images: Images) -> None:
+        if images.dtype == np.uint8 or np.isfinite(images).all():
+            return
+        bad = [
+            int(row)
+            for row, image in zip(rows, images, strict=True)
+            if not np.isfinite(image).all()
+        ]
+        listed = ", ".join(map(str, sorted(bad)[:3])) + (", …" if len(bad) > 3 else "")
+        raise UserError(
+            f"values of {self._name} are not finite (NaN, infinite or beyond float32) in "
+            f"{len(bad):,} of {len(rows):,} samples looked at ({listed}): replace these values, or "
+            f"leave the samples out"
+        )
+
+
+def _require_map_style(samples: Any, name: str) -> None:
+    problem = None
+    if isinstance(samples, DataLoader):
+        problem = "is a DataLoader: give the data set it loads from"
+    elif isinstance(samples, type):
+        problem = f"is the class {samples.__name__}: give a data set made of it"
+    elif isinstance(samples, str):
+        problem = "is a text: give a data set, such as torchvision's ImageFolder makes of a folder"
+    elif isinstance(samples, Mapping):
+        problem = f"is a dictionary of {_listed(samples)}: give one of its data sets"
+    elif isinstance(samples, torch.Tensor | np.ndarray) or (
+        isinstance(samples, tuple)
+        and all(isinstance(e, torch.Tensor | np.ndarray) for e in samples)
+        and len(samples) == 2
+    ):
+        problem = "is an array or two: give torch's TensorDataset(images, labels)"
+    elif isinstance(samples, IterableDataset) or not hasattr(samples, "__getitem__"):
+        problem = (
+            f"is no map-style data set but {_a(type(samples).__name__)}: give one with a length "
+            f"and [index], as list(...) makes of samples that fit into memory"
+        )
+    elif not hasattr(samples, "__len__"):
+        problem = "is no map-style data set, since it has no length: give it a __len__"
+    elif not len(samples):
+        problem = "is empty: give it samples"
+    if problem:
+        raise UserError(f"{name} {problem}")
+
+
+def _told_truly(samples: Any, name: str) -> Told:
+    """What a set tells, its labels left out where reading samples gives others: transforms of
+    labels came between, and then the names of the classes are not those of these labels."""
+    told = told_by(samples, name)
+    if told.labels is None:
+        return told
+    rows = _rows_of_all_kinds(told.labels)
+    given = [meaning(_read(samples, row, name)[1]) for row in rows]
+    kept = [meaning(told.labels[row]) for row in rows]
+    if given == kept:
+        return told
+    named = all(
+        (told.tables[told.owner[row]] or {}).get(label) is not None
+        for row, label in zip(rows, kept, strict=True)
+    )
+    return replace(told, labels=None, renumbered=named)
+
+
+def _rows_of_all_kinds(labels: npt.NDArray[Any]) -> list[int]:
+    """A few rows, with as many different labels as may be."""
+    if labels.ndim > 1 or labels.dtype.kind == "O":
+        return _spread(len(labels))
+    _, rows = np.unique(labels, return_index=True)
+    return [int(rows[i]) for i in _spread(len(rows))]
+
+
+def _spread(count: int) -> list[int]:
+    """At most ``LOOKED_AT`` numbers from 0 to ``count`` - 1, as far apart as may be."""
+    return np.unique(np.linspace(0, count - 1, LOOKED_AT).astype(int)).tolist()
+
+
+def _read(samples: Any, index: int, name: str) -> tuple[Any, Any]:
+    sample = samples[index]
+    try:
+        return image_and_label(sample)
+    except ValueError as error:
+        raise UserError(f"sample {index} of {name} {error}") from error
 
 
 def _as_image(image: Any) -> npt.NDArray[Any]:
+    """Returns an image as (C, H, W), or raises ValueError with the end of a sentence about it."""
     if isinstance(image, Image.Image):
-        if image.mode not in PIL_MODES:
-            raise ValueError(f"convert PIL images of mode {image.mode} to L or RGB")
-        pixels = np.asarray(image.convert(PIL_MODES[image.mode]))
-        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+        return _pil_pixels(image)
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
-        image = (image.float() if image.is_floating_point() else image).numpy()
-    array = np.asarray(image)
-    if np.issubdtype(array.dtype, np.floating):
-        array = array.astype(np.float32, copy=False)
-        array = array[:, None, None] if array.ndim == 1 else array
-    elif array.dtype != np.uint8:
-        raise ValueError(f"an image must be uint8 or floating-point, not {array.dtype}")
-    array = array[None] if array.ndim == 2 else array
-    if array.ndim != 3:
-        raise ValueError(f"an image must be (C, H, W) or (H, W), not {array.shape}")
+        array = _pixels((image.float() if image.is_floating_point() else image).numpy())
+        return _channels_first(array) if array.ndim == 3 else _with_channels(array)
+    array = _pixels(np.asarray(image))
+    return _moved(array) if array.ndim == 3 else _with_channels(array)
+
+
+def _pil_pixels(image: Image.Image) -> npt.NDArray[Any]:
+    if image.mode not in PIL_MODES:
+        raise ValueError(f"is of the mode {image.mode}: convert it to L or RGB")
+    pixels = np.asarray(image.convert(PIL_MODES[image.mode]))
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _pixels(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The values of an array as uint8 or float32."""
+    if not array.size:
+        raise ValueError(f"is empty, of shape {array.shape}: leave it out")
+    if array.dtype == np.uint8:
+        return array
+    if array.dtype == bool:
+        return array.astype(np.uint8) * np.uint8(255)
+    if np.issubdtype(array.dtype, np.floating) or array.dtype in (np.int16, np.uint16):
+        with np.errstate(over="ignore"):  # what becomes infinite is refused with its sample
+            return array.astype(np.float32, copy=False)
+    raise ValueError(
+        f"is of type {array.dtype}, which leaves open what black and white are: convert it to "
+        f"uint8 (0 to 255) or to floats"
+    )
+
+
+def _with_channels(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A grey image (H, W) or a vector of floats (F,) with axes for channels, height and width."""
+    if array.ndim == 2:
+        return array[None]
+    if array.ndim == 1 and array.dtype != np.uint8:
+        return array[:, None, None]
+    raise ValueError(
+        f"is of shape {array.shape}: give a tensor (C, H, W), a grey image (H, W) or a vector of "
+        f"floats (F,)"
+    )
+
+
+def _channels_first(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The values of a tensor (C, H, W), unless its shape says that channels are last."""
+    first, middle, last = array.shape
+    if last in CHANNELS and first not in CHANNELS and last != middle:
+        raise ValueError(
+            f"is a tensor of shape {array.shape}, which looks like (H, W, C): give (C, H, W), as "
+            f"image.permute(2, 0, 1) does, or image.mT where {first} is the number of channels"
+        )
     return array
 
 
-def _as_label(label: Any) -> int:
-    array = np.asarray(label)
-    if array.size != 1 or not np.issubdtype(array.dtype, np.integer) or array.item() < 0:
-        raise ValueError(f"a label must be an integer from 0, not {label!r}")
-    return int(array.item())
+def _moved(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """An array (H, W, C) or (C, H, W), whichever its shape says, as (C, H, W)."""
+    first, middle, last = array.shape
+    if (first in CHANNELS) == (last in CHANNELS) or (first not in CHANNELS and last == middle):
+        raise ValueError(
+            f"is an array of shape {array.shape}, which leaves open where its channels are: give a "
+            f"tensor (C, H, W), as torch.from_numpy(image) is where channels are first"
+        )
+    return array.transpose(2, 0, 1) if last in CHANNELS else array
+
+
+def _listed(keys: Mapping[Any, Any]) -> str:
+    return ", ".join(map(repr, keys))
+
+
+def _a(noun: str) -> str:
+    return f"{'an' if noun[0] in 'AEIOUaeiou' else 'a'} {noun}"

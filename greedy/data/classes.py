@@ -1,0 +1,242 @@
+"""What a map-style data set says of its classes and labels without being read, through the sets it
+is made of."""
+
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import ConcatDataset, Subset
+
+from greedy.data.labels import outside
+from greedy.data.samples import LABEL_KEYS
+from greedy.errors import UserError
+
+Table = dict[int, str]  # from labels to the names of their classes
+Positions = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a set of n samples tells.
+
+    Attributes:
+        tables: of the parts whose classes are numbered differently; None for one without names.
+        owner: for each sample (n,) the table that its label is looked up in.
+        labels: of the samples (n, ...) where the set keeps them apart from the images.
+        renumbered: whether reading a sample gives another label, so that names are not for it.
+    """
+
+    tables: list[Table | None]
+    owner: Positions
+    labels: npt.NDArray[Any] | None
+    renumbered: bool = False
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """From the labels of a set to the numbers of the classes; without tables they are the same.
+
+    Attributes:
+        tables: from labels to numbers, for parts of the set; ``owner`` is as in ``Told``.
+        class_names: by number.
+    """
+
+    tables: list[dict[int, int]] | None
+    owner: Positions
+    class_names: list[str]
+
+    def numbers(self, rows: Positions, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Returns the numbers (n,) of the classes of the samples ``rows`` (n,), given their labels
+        (n,); -1 where there is no class."""
+        if self.tables is None:
+            return labels
+        pairs = zip(self.owner[rows].tolist(), labels.tolist(), strict=True)
+        return np.array([self.tables[part].get(label, -1) for part, label in pairs], np.int64)
+
+    def remedy(self, labels: npt.NDArray[np.int64]) -> str:
+        """Returns what to do about labels (n,) of which some have no class."""
+        labels_of_classes = {label for table in self.tables or () for label in table}
+        return outside(labels, sorted(labels_of_classes), self.class_names)
+
+
+def told_by(samples: Any, name: str) -> Told:
+    """Returns what a set tells. Names are those of its attributes ``class_to_idx`` or ``classes``
+    or of its Hugging Face features, else those of the sets it is made of.
+
+    Raises UserError for names that are none, or that leave open which sample they are for.
+    """
+    count = len(samples)
+    table, labels = _own_table(samples, name), _own_labels(samples)
+    if table is not None:
+        return Told([table], np.zeros(count, np.intp), labels)
+    told = _told_by_parts(samples, name)
+    if told is None:
+        return Told([None], np.zeros(count, np.intp), labels)
+    return told if labels is None else replace(told, labels=labels)
+
+
+def settled(
+    train: Told, test: Told, names: tuple[str, str]
+) -> tuple[list[str] | None, Lookup, Lookup]:
+    """Returns the names of the classes, None where no set names any, and how labels of each set
+    become their numbers: by name where both sets name theirs, else as one of them numbers its own.
+    Labels that are changed when they are read are numbers without names.
+
+    Raises UserError where a test set names a class that the training set does not, or parts of a
+    set number their classes differently and another has no names.
+    """
+    tables = [table for table in (*train.tables, *test.tables) if table is not None]
+    differ = any(table != tables[0] for table in tables)
+    if not tables or train.renumbered or test.renumbered:
+        if differ:
+            raise UserError(
+                f"{names[0]} and {names[1]} number their classes differently, and their labels are "
+                f"changed when they are read, so that names say nothing of them: leave out the "
+                f"transform of labels"
+            )
+        return None, Lookup(None, train.owner, []), Lookup(None, test.owner, [])
+    for told, name in zip((train, test), names, strict=True):
+        if None in told.tables and differ:
+            raise UserError(
+                f"{name}, or a part of it, names no classes, and the others number theirs "
+                f"differently: give it an attribute `classes` with their names"
+            )
+    first = [table for table in train.tables if table is not None] or tables
+    class_names = list(dict.fromkeys(name for table in first for name in table.values()))
+    unknown = sorted({name for table in tables for name in table.values()} - set(class_names))
+    if unknown:
+        raise UserError(
+            f"{names[1]} has classes that {names[0]} lacks: {', '.join(map(repr, unknown))}; "
+            f"train on them, or leave them out"
+        )
+    position = {name: number for number, name in enumerate(class_names)}
+
+    def lookup(told: Told) -> Lookup:
+        known = [tables[0] if table is None else table for table in told.tables]
+        found = [{label: position[n] for label, n in table.items()} for table in known]
+        return Lookup(found, told.owner, class_names)
+
+    return class_names, lookup(train), lookup(test)
+
+
+def label_column(samples: Any) -> str | None:
+    """Returns the name of the label column of a data set of Hugging Face."""
+    features = getattr(samples, "features", None)
+    keys = [key for key in LABEL_KEYS if isinstance(features, Mapping) and key in features]
+    return keys[0] if len(keys) == 1 else None
+
+
+def inner_set(samples: Any) -> Any | None:
+    """Returns the set that a wrapper holds as its ``dataset``."""
+    inner = getattr(samples, "dataset", None)
+    is_set = hasattr(inner, "__len__") and hasattr(inner, "__getitem__")
+    return inner if is_set and not isinstance(inner, str | Mapping) else None
+
+
+def _told_by_parts(samples: Any, name: str) -> Told | None:
+    if isinstance(samples, ConcatDataset):
+        return _joined([told_by(part, name) for part in samples.datasets])
+    inner = inner_set(samples)
+    if inner is None:
+        return None
+    told = told_by(inner, name)
+    if isinstance(samples, Subset):
+        rows = np.asarray(samples.indices, np.intp)
+        used, owner = np.unique(told.owner[rows], return_inverse=True)
+        labels = None if told.labels is None else told.labels[rows]
+        return Told([told.tables[i] for i in used], owner, labels)
+    if len(told.tables) > 1:
+        raise UserError(
+            f"{name} wraps sets that number their classes differently: give it an attribute "
+            f"`classes` with the names of the classes of its labels"
+        )
+    count = len(samples)
+    labels = told.labels if told.labels is not None and len(told.labels) == count else None
+    return Told(told.tables, np.zeros(count, np.intp), labels)
+
+
+def _joined(parts: list[Told]) -> Told:
+    tables: list[Table | None] = []
+    owners = []
+    for part in parts:
+        tables += [table for table in part.tables if table not in tables]
+        owners.append(np.array([tables.index(table) for table in part.tables])[part.owner])
+    kept = [part.labels for part in parts if part.labels is not None]
+    alike = len(kept) == len(parts) and len({(a.dtype.kind, a.shape[1:]) for a in kept}) == 1
+    return Told(tables, np.concatenate(owners), np.concatenate(kept) if alike else None)
+
+
+def _own_table(samples: Any, name: str) -> Table | None:
+    numbers = getattr(samples, "class_to_idx", None)
+    names = getattr(samples, "classes", None)
+    if names is None:
+        column = label_column(samples)
+        names = getattr(samples.features[column], "names", None) if column else None
+    if isinstance(names, str) or not (names is None or hasattr(names, "__iter__")):
+        raise UserError(
+            f"{name} has an attribute `classes` that is no list of names: name the classes in it, "
+            f"in the order of their labels"
+        )
+    listed = None if names is None else [_text(entry) for entry in names]
+    if isinstance(numbers, Mapping) and (listed is None or set(listed) == set(map(_text, numbers))):
+        pairs = sorted((int(number), _text(key)) for key, number in numbers.items())
+    elif listed is None:
+        return None
+    else:
+        pairs = list(enumerate(listed))
+    return _table(pairs, name)
+
+
+def _table(pairs: list[tuple[int, str]], name: str) -> Table:
+    """Names in one Unicode normalisation, so that those that look the same are one class."""
+    label_of: dict[str, int] = {}
+    for label, text in pairs:
+        if label_of.setdefault(text, label) != label:
+            raise UserError(
+                f"{name} calls both class {label_of[text]} and class {label} {text!r}: give each "
+                f"class a name of its own"
+            )
+    table: Table = {}
+    for label, text in pairs:
+        shown = unicodedata.normalize("NFC", text)
+        table[label] = f"{table[label]}, {shown}" if label in table else shown
+    return table
+
+
+def _text(name: Any) -> str:
+    """A class may have a tuple of names, as those of ImageNet."""
+    return ", ".join(map(str, name)) if isinstance(name, tuple) else str(name)
+
+
+def _own_labels(samples: Any) -> npt.NDArray[Any] | None:
+    """The labels that a set keeps apart from its images, in the order of its samples."""
+    if column := label_column(samples):
+        return _array(samples.select_columns([column]).with_format("numpy")[:][column])
+    kept = (getattr(samples, attribute, None) for attribute in ("targets", "labels"))
+    tensors, files = getattr(samples, "tensors", ()), getattr(samples, "samples", None)
+    pairs = isinstance(files, list) and all(isinstance(f, tuple) and len(f) == 2 for f in files)
+    candidates = [
+        *kept,
+        tensors[1] if isinstance(tensors, tuple) and len(tensors) == 2 else None,
+        [label for _, label in files] if pairs else None,
+    ]
+    for candidate in candidates:
+        if isinstance(candidate, torch.Tensor | np.ndarray | list | tuple):
+            array = _array(candidate)
+            if array is not None and array.ndim and len(array) == len(samples):
+                return array
+    return None
+
+
+def _array(labels: Any) -> npt.NDArray[Any] | None:
+    if isinstance(labels, torch.Tensor):
+        labels = labels.detach().cpu()
+        labels = labels.double() if labels.is_floating_point() else labels
+    try:
+        return np.asarray(labels)
+    except (TypeError, ValueError):  # rows of several lengths
+        return None

@@ -1,0 +1,164 @@
+"""Labels: what is one, and which remedy there is for what is none."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from greedy.errors import UserError
+
+SHOWN = 3  # wrong labels that a message names
+Numbered = tuple[npt.NDArray[np.int64], dict[int, str]]
+MOST = 2**31  # no data set has as many classes
+
+
+def as_label(label: Any) -> int:
+    """Returns a label as the number of a class: an integer from 0, or a truth value, alone or the
+    only entry of a tensor or array. Raises ValueError with the remedy for anything else."""
+    array = _as_array(label)
+    if array is None or array.dtype.kind not in "biufUS":
+        raise ValueError("give each image the number of its class, and leave out those without one")
+    if array.dtype.kind in "US":
+        raise ValueError(
+            "number the classes from 0 and name them in the data set's attribute `classes` (a "
+            "data set of Hugging Face does both with class_encode_column)"
+        )
+    if array.size != 1:
+        ones = array.size and np.count_nonzero(array) == np.count_nonzero(array == 1) == 1
+        raise ValueError(
+            "give the number of the class, here the position of the 1, as label.argmax() does"
+            if ones
+            else "an image has one class here: give its number"
+        )
+    value = array.item()
+    if isinstance(value, float):
+        raise ValueError(
+            f"give the integer {int(value)}, as int(label) does"
+            if value.is_integer() and value >= 0
+            else "a label is the number of a class, an integer from 0, and not a measurement"
+        )
+    if value < 0:
+        raise ValueError("number the classes from 0, and leave out images without a class")
+    if value >= MOST:
+        raise ValueError("number the classes from 0, one after the other")
+    return int(value)
+
+
+def meaning(label: Any) -> int | str:
+    """Returns a label as the number of a class, or why it is none."""
+    try:
+        return as_label(label)
+    except ValueError as error:
+        return str(error)
+
+
+def numbered(labels: Sequence[Any] | npt.NDArray[Any]) -> Numbered:
+    """Returns the labels (n,) as numbers of classes, -1 for what is no label, and for each of these
+    its position and remedy."""
+    array = labels if isinstance(labels, np.ndarray) else None
+    if array is not None and array.ndim == 1 and array.dtype.kind in "bi" and array.min() >= 0:
+        return array.astype(np.int64), {}
+    values, remedies = np.full(len(labels), -1, np.int64), {}
+    for i, label in enumerate(labels):
+        number = meaning(label)
+        if isinstance(number, str):
+            remedies[i] = number
+        else:
+            values[i] = number
+    return values, remedies
+
+
+def wrong_labels(
+    name: str, labels: Mapping[int, Any], remedy: str, looked_at: int | None = None
+) -> UserError:
+    """Returns the error about wrong labels of the split ``name``, given by the indices of their
+    samples; ``looked_at`` labels were looked at, by default all."""
+    shown = ", ".join(f"sample {row} has {_shown(labels[row])}" for row in sorted(labels)[:SHOWN])
+    more = ", …" if len(labels) > SHOWN else ""
+    count = "1 label" if len(labels) == 1 else f"{len(labels):,} labels"
+    among = "" if looked_at is None else f" (among {looked_at:,} looked at)"
+    verb = "is" if len(labels) == 1 else "are"
+    return UserError(
+        f"{count} of {name}{among} {verb} no number of a class: {shown}{more}; {remedy}"
+    )
+
+
+def outside(values: npt.NDArray[np.int64], classes: Sequence[int], names: Sequence[str]) -> str:
+    """Returns the remedy for labels of which some are not among those of the classes, given all
+    labels that were looked at; ``names`` are those of the classes."""
+    first, last = min(classes), max(classes)
+    if values.min() == first + 1 and values.max() == last + 1:
+        return f"labels run from {first + 1} to {last + 1} and classes from {first}: subtract 1"
+    listed = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
+    whole = len(classes) == last - first + 1
+    numbers = f"{first} to {last}" if whole else ", ".join(map(str, sorted(classes)))
+    return f"the classes are {numbers} ({listed}): use these numbers, or name every class"
+
+
+def require_classes(
+    name: str, labels: Mapping[str, npt.NDArray[np.int64] | None], class_names: list[str] | None
+) -> None:
+    """Raises UserError where the labels (n,) of the training and the test split, given by the names
+    of the splits, are not those of two classes or more: a label without a class among
+    ``class_names``, or without names numbers that leave open which classes there are. Labels that
+    are None are not known yet."""
+    known = {split: values for split, values in labels.items() if values is not None}
+    for split, values in known.items():
+        count = len(class_names or ())
+        wrong = np.flatnonzero((values < 0) | ((values >= count) if class_names else False))
+        if len(wrong):
+            remedy = (
+                outside(values, range(count), class_names)
+                if class_names
+                else "number the classes from 0"
+            )
+            raise wrong_labels(f"{name} {split}", {int(i): values[i] for i in wrong}, remedy)
+    if class_names is None and len(known) == 2:
+        _require_numbers(name, known["train"], known["test"])
+    train = known.get("train")
+    if train is not None and train.min() == train.max():
+        only = class_names[train[0]] if class_names else train[0]
+        raise UserError(
+            f"all {len(train):,} training images of {name} are of class {str(only)!r}: train on "
+            f"images of two classes or more"
+        )
+
+
+def _require_numbers(name: str, train: npt.NDArray[np.int64], test: npt.NDArray[np.int64]) -> None:
+    highest = int(train.max())
+    if first := int(min(train.min(), test.min())):
+        raise UserError(
+            f"labels of {name} run from {first} to {max(highest, int(test.max()))}: number the "
+            f"classes from 0, as label - {first} does, or name all of them in the training set's "
+            f"attribute `classes`"
+        )
+    if highest >= len(train):
+        raise UserError(
+            f"a training label of {name} is {highest} and there are {len(train):,} training "
+            f"images: number the classes one after the other, from 0"
+        )
+    if test.max() > highest:
+        raise UserError(
+            f"test labels of {name} run to {test.max()} and training labels to {highest}: train "
+            f"on images of these classes, or name all classes in the training set's attribute "
+            f"`classes`"
+        )
+
+
+def _as_array(label: Any) -> npt.NDArray[Any] | None:
+    if isinstance(label, torch.Tensor):
+        label = label.detach().cpu()
+        label = label.double() if label.is_floating_point() else label
+    try:
+        return np.asarray(label)
+    except (TypeError, ValueError):  # rows of several lengths
+        return None
+
+
+def _shown(label: Any) -> str:
+    array = _as_array(label)
+    if array is None or array.dtype.kind not in "biufUS":
+        return f"a {type(label).__name__}" if label is not None else "None"
+    return repr(array.item()) if array.size == 1 else f"{array.size} values"
