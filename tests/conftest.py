@@ -1,7 +1,16 @@
-"""What all tests share: how patient hypothesis is, since machines are noisy; runs for reports."""
+"""What all tests share: threads, signals, how patient hypothesis is, and runs for reports."""
 
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
+
+# One thread a process, here and in those that tests start: networks are tiny, and the other cores
+# belong to other workers. Before torch is imported, which looks at this once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell that starts tests in the background lets them ignore Ctrl-C, which tests send themselves.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 from hypothesis import HealthCheck, settings

@@ -179,7 +179,8 @@ def test_the_command_line_plans_trains_and_hands_on_blocks(tmp_path: Path) -> No
     assert "stage 1/3 linear16+linear16: complete" in said("train", "--run", run)
 
     figures = answer("evaluate", "--run", run)
-    assert figures["error_percent"] == pytest.approx(stages[-1]["test_error_percent"])
+    # Computed in other batches: a few of the 1,000 images may stand between two classes.
+    assert figures["error_percent"] == pytest.approx(stages[-1]["test_error_percent"], abs=1)
     said("export", "--run", run, "--to", tmp_path / "early.pt2", "--until-stage", 1)
     exported = torch.export.load(tmp_path / "early.pt2").module()
     assert exported(torch.rand(2, 1, 28, 28)).shape == (2, 10)

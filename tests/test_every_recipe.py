@@ -1,4 +1,5 @@
-"""Every recipe, at its full size, trains for two steps: each stage, or all of them at once."""
+"""Every recipe, at its full size, takes a training step: each stage, or all of them at once. One of
+each kind does so in numbers, the others on tensors that have sizes alone."""
 
 from functools import partial
 
@@ -8,6 +9,7 @@ import torch
 from greedy.build import build_loss, build_network, checked_shapes
 from greedy.data import DATASETS
 from greedy.losses import Output
+from greedy.memory.fake import fake_tensors, materialised
 from greedy.models import Stage, StageShapes, cut, initialise
 from greedy.recipes import Recipe, load, names
 from greedy.source import Batch
@@ -31,12 +33,20 @@ def batch_of(recipe: Recipe, stages: list[Stage], shapes: list[StageShapes]) -> 
 
 
 def learners_of(
-    recipe: Recipe, stages: list[Stage], shapes: list[StageShapes], losses: list, classes: int
+    recipe: Recipe,
+    stages: list[Stage],
+    shapes: list[StageShapes],
+    losses: list,
+    classes: int,
+    numbers: bool,
 ) -> list[Learner]:
     found = []
     for stage, shape, loss in zip(stages, shapes, losses, strict=True):
         zero = isinstance(loss, Output) and recipe.training.strategy != "backprop"
-        initialise(stage, recipe.seed, zero=zero)
+        if numbers:
+            initialise(stage, recipe.seed, zero=zero)
+        else:
+            materialised(stage)
         heads = loss.heads(shape.hidden, classes)
         found.append(Learner(stage, heads, loss, classes, "float32"))
         found[-1].train()
@@ -44,6 +54,7 @@ def learners_of(
 
 
 def two_steps(strategy: Strategy, batch: Batch, masks: list, classes: int) -> None:
+    """With numbers: every parameter is changed and stays finite."""
     parameters = [p for each in strategy.learners for p in each.parameters()]
     before = [parameter.detach().clone() for parameter in parameters]
     guard = Guard()
@@ -57,10 +68,19 @@ def two_steps(strategy: Strategy, batch: Batch, masks: list, classes: int) -> No
         assert not torch.equal(parameter, first)
 
 
-@pytest.mark.parametrize("name", names())
-def test_every_recipe_learns(name: str) -> None:
+def a_step_of_sizes(strategy: Strategy, batch: Batch, masks: list, classes: int) -> None:
+    """Without numbers: every parameter gets a gradient and its moments."""
+    for loss, logits in strategy.step(batch, masks, Guard(), 0):
+        assert loss.shape == ()
+        assert logits is None or logits.shape == (ROWS, classes)
+    state = {p: s for each in strategy.optimizers for p, s in each.state.items()}
+    for parameter in (p for each in strategy.learners for p in each.parameters()):
+        assert parameter.grad is not None
+        assert state[parameter]["exp_avg_sq"].shape == parameter.shape
+
+
+def train(recipe: Recipe, *, numbers: bool = True) -> None:
     """Where stages train alone, one is in memory at a time, as in training."""
-    recipe = load(name)
     data, strategy = ENTRIES[recipe.data.name], recipe.training.strategy
     stages = cut(build_network(recipe.model, data.shape, data.classes))
     shapes = checked_shapes(recipe, stages, data.shape, data.classes)
@@ -69,7 +89,7 @@ def test_every_recipe_learns(name: str) -> None:
     while stages:
         own, stages = stages[:size], stages[size:]
         here, shapes = shapes[:size], shapes[size:]
-        learners = learners_of(recipe, own, here, losses[:size], data.classes)
+        learners = learners_of(recipe, own, here, losses[:size], data.classes, numbers)
         losses = losses[size:]
         adam = partial(torch.optim.Adam, lr=RATE, fused=True)
         if strategy == "greedy":
@@ -77,4 +97,27 @@ def test_every_recipe_learns(name: str) -> None:
             trained: Strategy = Greedy(learners[0])
         else:
             trained = together(strategy, learners, recipe.training.accumulate, adam)
-        two_steps(trained, *batch_of(recipe, own, here), data.classes)
+        steps = two_steps if numbers else a_step_of_sizes
+        steps(trained, *batch_of(recipe, own, here), data.classes)
+
+
+def narrowest() -> list[str]:
+    """Of all recipes that compute the same but in other widths, the narrowest."""
+    alike: dict[tuple, list[tuple[float, str]]] = {}
+    for name in names():
+        recipe = load(name)
+        shape, strategy = ENTRIES[recipe.data.name].shape, recipe.training.strategy
+        key = recipe.model.network, recipe.loss.name, strategy, shape
+        alike.setdefault(key, []).append((recipe.model.feature_multiplier or 1, name))
+    return [min(each)[1] for each in alike.values()]
+
+
+@pytest.mark.parametrize("name", narrowest())
+def test_the_narrowest_recipe_of_each_kind_learns(name: str) -> None:
+    train(load(name))
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_recipe_steps_at_its_full_size(name: str) -> None:
+    with fake_tensors():
+        train(load(name), numbers=False)
