@@ -16,7 +16,7 @@ from greedy.data.samples import LABEL_KEYS
 from greedy.errors import UserError
 
 Table = dict[int, str]  # from labels to the names of their classes
-Positions = npt.NDArray[np.intp]
+Positions = npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -218,11 +218,12 @@ def _own_labels(samples: Any) -> npt.NDArray[Any] | None:
         return _array(samples.select_columns([column]).with_format("numpy")[:][column])
     kept = (getattr(samples, attribute, None) for attribute in ("targets", "labels"))
     tensors, files = getattr(samples, "tensors", ()), getattr(samples, "samples", None)
-    pairs = isinstance(files, list) and all(isinstance(f, tuple) and len(f) == 2 for f in files)
+    files = files if isinstance(files, list) else []
+    pairs = all(isinstance(file, tuple) and len(file) == 2 for file in files)
     candidates = [
         *kept,
         tensors[1] if isinstance(tensors, tuple) and len(tensors) == 2 else None,
-        [label for _, label in files] if pairs else None,
+        [label for _, label in files] if pairs else [],
     ]
     for candidate in candidates:
         if isinstance(candidate, torch.Tensor | np.ndarray | list | tuple):
