@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 
 # Lint, type check and test, all against the wheel that a user would install.
 test: lint types
-	PYTHONSAFEPATH=1 $(BIN)/python -m pytest $(PYTEST_OPTIONS)
+	PYTHONSAFEPATH=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_OPTIONS)
 
 lint: $(VENV)/.wheel
 	$(BIN)/ruff check .
