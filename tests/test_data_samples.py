@@ -192,9 +192,10 @@ def test_looking_for_random_transforms_draws_nothing_from_the_global_generators(
     def states():
         return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()  # noqa: NPY002
 
+    asked = trainer(tmp_path / "run", network())
     before = states()
     with pytest.raises(UserError, match="RandomHorizontalFlip"):
-        trainer(tmp_path / "run", network()).prepare(data)
+        asked.prepare(data)
     assert states() == before
 
 
@@ -222,7 +223,8 @@ def test_the_command_line_refuses_and_insists_alike(tmp_path, monkeypatch):
     assert refused.exit_code == 2
     assert "RandomHorizontalFlip" in refused.output
     assert greedy(*asked, "--set", "data.frozen_transforms=true").exit_code == 0
-    needing = greedy(*base, *short, "--data", "random_photos:needs")
+    elsewhere = ("--data", "random_photos:needs", "--run", tmp_path / "other")
+    needing = greedy(*base, *short, *elsewhere)
     assert "random_photos:needs needs arguments" in needing.output
 
 
