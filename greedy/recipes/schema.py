@@ -3,6 +3,7 @@
 import re
 from typing import Annotated, Any, Final, Literal
 
+from PIL import ImageColor
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -84,6 +85,17 @@ class Data(_Section):
         once = len(set(parts)) == len(parts) and not set(parts) >= CROPS
         if value != "none" and (set(parts) - {*CROPS, "hflip"} or not once):
             raise ValueError("be none, or one of jitter2, crop4 and hflip joined by +")
+        return value
+
+    @field_validator("background")
+    @classmethod
+    def _background_is_a_colour(cls, value: str) -> str:
+        try:
+            opaque = len(ImageColor.getrgb(value)) == 3
+        except ValueError:
+            opaque = False
+        if not opaque:
+            raise ValueError("be the name of a colour, such as black, or #rrggbb")
         return value
 
     @field_validator("std")
