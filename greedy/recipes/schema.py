@@ -29,7 +29,10 @@ class _Section(BaseModel):
 class Data(_Section):
     """The data set and what happens to its images on reading."""
 
-    name: str = Field(min_length=1, description="Data set.")
+    name: str = Field(
+        min_length=1,
+        description="Data set: a name from `greedy data list`, folder:PATH or module:function.",
+    )
     augmentation: str = Field(
         default="none",
         description="Augmentation of training rows: none, or jitter2, crop4, hflip with +.",
