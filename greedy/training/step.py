@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from greedy.devices import to_device
 from greedy.losses import Features, LocalHeads, LocalLoss
 from greedy.models import Shape, Stage
+from greedy.places import prepare_compiling
 from greedy.precision import HALVES, autocast
 from greedy.seeds import torch_generator
 from greedy.source import Batch
@@ -119,6 +120,7 @@ class Learner:
         if len(x) != self.compiled_rows:
             return self.features(x)
         if self._compiled is None:
+            prepare_compiling()
             torch.compiler.reset()  # of the stages before, whose number is limited
             mode = "reduce-overhead" if self.graphs else None
             self._compiled = torch.compile(self.features, dynamic=False, mode=mode)
