@@ -24,6 +24,11 @@ class Interrupted(KeyboardInterrupt):
         self.signal = signal
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line that fits a sentence."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     """The error that says ``name`` is no ``what``, with the nearest of the known names."""
     known = list(known)
