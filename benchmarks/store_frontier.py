@@ -243,7 +243,7 @@ def draw(together: list[Row], path: Path) -> None:
 def main(data: str, as_json: bool) -> None:
     """Prints size, error and speed of every encoding and compressor, and draws them."""
     if find_spec("matplotlib") is None:
-        raise click.UsageError('the picture needs matplotlib: pip install "greedy[plot]"')
+        raise click.UsageError("the picture needs matplotlib: pip install '.[plot]'")
     stages, rows, values = list[Stage](), list[Row](), dict[int, int]()
     with tempfile.TemporaryDirectory() as directory:
         for number, found in enumerate(train(data, Path(directory) / "run"), start=1):

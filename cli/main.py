@@ -35,7 +35,7 @@ The shell completes commands and options with one of these lines in ~/.bashrc,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog=EPILOG,
 )
-@click.version_option(package_name="greedy")
+@click.version_option(package_name="greedy-train")
 @options.debug
 def cli() -> None:
     """Train deep classifiers one layer at a time, from disk."""

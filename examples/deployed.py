@@ -2,7 +2,7 @@
 
 Trains a small network, writes it as safetensors, torch.export's program and ONNX, and in another
 process, which never imports greedy, loads each file and compares its logits with the trainer's.
-Needs `pip install 'greedy[onnx]'`.
+Needs `pip install '.[onnx]'`, in the checkout.
 
     python examples/deployed.py --run runs/deployed --to deployed
 """

@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Self
 
 import torch
 from platformdirs import user_data_path
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
 from greedy.cache.files import write_whole
@@ -22,7 +22,7 @@ from greedy.devices import describe
 from greedy.files import read_signed, signed
 from greedy.memory.choice import Choice
 from greedy.models import Stage, StageShapes
-from greedy.training.modes import Mode
+from greedy.training.modes import Mode, ModeName
 from greedy.versions import versions
 
 # Passes that a mode computes beyond the plain step's: of the encoder, of the heads. From "Cost" in
@@ -60,7 +60,7 @@ class Work(_Document):
 
     kind: Literal["conv", "linear"]
     precision: Literal["float32", "bfloat16", "float16"]
-    mode: Annotated[str, AfterValidator(lambda name: str(Mode(name)))]
+    mode: ModeName
     rows: Amount
     flops: Amount
     forward_flops: Amount

@@ -24,6 +24,14 @@ class Interrupted(KeyboardInterrupt):
         self.signal = signal
 
 
+def lacking(what: str, packages: Iterable[str], extra: str) -> UserError:
+    """The error that says ``what`` needs packages of an extra of ours that are not installed."""
+    return UserError(
+        f"{what} needs {' and '.join(packages)}: install with pip install '.[{extra}]' "
+        f"in the checkout of greedy"
+    )
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     """The error that says ``name`` is no ``what``, with the nearest of the known names."""
     known = list(known)

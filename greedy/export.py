@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from greedy.cache.files import write_whole
-from greedy.errors import UserError, unknown
+from greedy.errors import UserError, lacking, unknown
 from greedy.files import require_new
 from greedy.losses import LocalLoss
 from greedy.manifest import StageRecord
@@ -170,10 +170,7 @@ def _dynamic_shapes() -> tuple[dict[int, Any]]:
 def _require_onnx() -> None:
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
-        raise UserError(
-            f"the format onnx needs {' and '.join(missing)}: "
-            f"install with pip install 'greedy[onnx]'"
-        )
+        raise lacking("the format onnx", missing, "onnx")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import numpy as np
 
 from greedy.cache.files import write_whole
 from greedy.curves import Curve
-from greedy.errors import UserError
+from greedy.errors import UserError, lacking
 from greedy.files import require_new
 from greedy.similarity import BatchSimilarity, StageSimilarity
 
@@ -39,7 +39,7 @@ def require_picture(to: Path, overwrite: bool = False) -> None:
         known = ", ".join(f".{name}" for name in FORMATS)
         raise UserError(f"the suffix of {to} stands for no picture: end it with one of {known}")
     if find_spec("matplotlib") is None:
-        raise UserError("a picture needs matplotlib: install with pip install 'greedy[plot]'")
+        raise lacking("a picture", ["matplotlib"], "plot")
     require_new(to, overwrite)
 
 

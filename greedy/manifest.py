@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -19,7 +18,7 @@ from greedy.commands import command
 from greedy.errors import UserError
 from greedy.files import file_digest, read_signed, signed
 from greedy.text import legible
-from greedy.training.modes import Mode
+from greedy.training.modes import ModeName
 
 FORMAT = 1
 ENCODER, HEADS, HISTORY = "encoder.safetensors", "heads.safetensors", "history.jsonl"
@@ -112,7 +111,7 @@ class Choices(BaseModel):
     encoding: Literal["float32", "float16", "bfloat16", "uint8", "uint4"]
     shuffle: Literal["rows", "window"]
     chunk_rows: Size
-    memory_mode: Annotated[str, AfterValidator(Mode)]
+    memory_mode: ModeName
     micro_batch: Size
     planned_peak_bytes: Count | None
     write_batch: Size

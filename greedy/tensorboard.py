@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from greedy.errors import UserError
+from greedy.errors import lacking
 from greedy.files import read_tensors
 from greedy.manifest import ENCODER, StageRecord
 from greedy.models import Shape
@@ -45,10 +45,7 @@ class TensorBoard(Reporter):
 
     def __init__(self, run_dir: str | Path, *, to: Path | None = None) -> None:
         if find_spec("tensorboard") is None:
-            raise UserError(
-                "logging for TensorBoard needs its package: install with "
-                "pip install 'greedy[tensorboard]'"
-            )
+            raise lacking("logging for TensorBoard", ["tensorboard"], "tensorboard")
         self._run_dir, self._to = Path(run_dir), to
         logs = self._run_dir / LOGS
         require_own_files(logs)

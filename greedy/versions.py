@@ -3,8 +3,10 @@
 import platform
 from importlib.metadata import version
 
+DISTRIBUTION = "greedy-train"  # as pyproject.toml has it
+
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages whose arithmetic or formats a result depends on."""
-    packages = ("greedy", "torch", "numpy", "zarr", "numcodecs")
-    return {"python": platform.python_version()} | {name: version(name) for name in packages}
+    found = {"python": platform.python_version(), "greedy": version(DISTRIBUTION)}
+    return found | {name: version(name) for name in ("torch", "numpy", "zarr", "numcodecs")}

@@ -172,7 +172,7 @@ def test_without_matplotlib_the_extra_is_named(runs, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = greedy("plot", runs / "pred", "--to", tmp_path / "curves.svg")
     assert result.exit_code == 2
-    assert "pip install 'greedy[plot]'" in result.output
+    assert "pip install '.[plot]'" in result.output
     assert not list(tmp_path.iterdir())
 
 

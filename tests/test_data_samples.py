@@ -60,9 +60,12 @@ def test_tensors_of_features_may_have_few_rows_and_columns():
         (np.zeros((0, 8), np.uint8), "is empty"),
         (np.zeros((8, 8), np.int32), "int32, which leaves open what black and white are"),
         (np.zeros((8, 8), complex), "complex128"),
+        (None, "is of type NoneType: give a PIL image"),
+        ("a.png", "is of type str: give a PIL image"),
+        ([[0.0, 1.0], [2.0]], "is of type list: give a PIL image"),
     ],
 )
-def test_an_array_that_may_be_read_in_two_ways_is_refused(image, problem):
+def test_what_is_no_image_or_may_be_read_in_two_ways_is_refused(image, problem):
     with pytest.raises(UserError, match=f"sample 0 of python train .*{problem}"):
         read(image)
 
@@ -192,9 +195,10 @@ def test_looking_for_random_transforms_draws_nothing_from_the_global_generators(
     def states():
         return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()  # noqa: NPY002
 
+    asked = trainer(tmp_path / "run", network())
     before = states()
     with pytest.raises(UserError, match="RandomHorizontalFlip"):
-        trainer(tmp_path / "run", network()).prepare(data)
+        asked.prepare(data)
     assert states() == before
 
 
@@ -222,7 +226,8 @@ def test_the_command_line_refuses_and_insists_alike(tmp_path, monkeypatch):
     assert refused.exit_code == 2
     assert "RandomHorizontalFlip" in refused.output
     assert greedy(*asked, "--set", "data.frozen_transforms=true").exit_code == 0
-    needing = greedy(*base, *short, "--data", "random_photos:needs")
+    elsewhere = ("--data", "random_photos:needs", "--run", tmp_path / "other")
+    needing = greedy(*base, *short, *elsewhere)
     assert "random_photos:needs needs arguments" in needing.output
 
 

@@ -25,7 +25,8 @@ def here(tmp_path, monkeypatch):
 def test_it_tells_what_is_here_and_leaves_nothing(here):
     found = answer("doctor")
     assert found["versions"]["python"] == platform.python_version()
-    for name in ("greedy", "torch", "torchvision", "zarr", "numcodecs"):
+    assert found["versions"]["greedy"] == version("greedy-train")
+    for name in ("torch", "torchvision", "zarr", "numcodecs"):
         assert found["versions"][name] == version(name)
     assert found["memory_total_bytes"] == psutil.virtual_memory().total
     assert 0 < found["memory_free_bytes"] <= found["memory_total_bytes"]

@@ -273,5 +273,5 @@ def test_without_the_extra_it_is_named(runs, tmp_path, monkeypatch, module):
     page = tmp_path / "report.html"
     result = greedy("report", runs / "predsim", "--to", page)
     assert result.exit_code == 2
-    assert "pip install 'greedy[report]'" in result.output
+    assert "pip install '.[report]'" in result.output
     assert not page.exists()

@@ -255,7 +255,7 @@ def test_without_the_package_it_is_said_before_anything_is_done(recipe, tmp_path
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     refused = greedy("train", "--recipe", recipe, "--run", tmp_path / "run", "--log", "tensorboard")
     assert refused.exit_code == 2
-    assert "pip install 'greedy[tensorboard]'" in refused.output
+    assert "pip install '.[tensorboard]'" in refused.output
     assert len(refused.output.splitlines()) == 1 and not (tmp_path / "run").exists()
 
 

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from greedy.data.labels import outside
 from greedy.data.samples import LABEL_KEYS
 from greedy.errors import UserError
 
 Table = dict[int, str]  # from labels to the names of their classes
-Positions = npt.NDArray[np.intp]
+Positions = npt.NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,16 @@ def label_column(samples: Any) -> str | None:
 
 
 def inner_set(samples: Any) -> Any | None:
-    """Returns the set that a wrapper holds as its ``dataset``."""
+    """Returns the set that a wrapper holds as its ``dataset``, or under another name if that is its
+    only set and as long as itself."""
     inner = getattr(samples, "dataset", None)
     is_set = hasattr(inner, "__len__") and hasattr(inner, "__getitem__")
-    return inner if is_set and not isinstance(inner, str | Mapping) else None
+    if is_set and not isinstance(inner, str | Mapping):
+        return inner
+    own = getattr(samples, "__dict__", {}).values() if isinstance(samples, Dataset) else ()
+    held = [each for each in own if isinstance(each, Dataset) or hasattr(each, "features")]
+    held = [each for each in held if hasattr(each, "__len__")]
+    return held[0] if len(held) == 1 and len(held[0]) == len(samples) else None
 
 
 def _told_by_parts(samples: Any, name: str) -> Told | None:
@@ -218,11 +224,12 @@ def _own_labels(samples: Any) -> npt.NDArray[Any] | None:
         return _array(samples.select_columns([column]).with_format("numpy")[:][column])
     kept = (getattr(samples, attribute, None) for attribute in ("targets", "labels"))
     tensors, files = getattr(samples, "tensors", ()), getattr(samples, "samples", None)
-    pairs = isinstance(files, list) and all(isinstance(f, tuple) and len(f) == 2 for f in files)
+    files = files if isinstance(files, list) else []
+    pairs = all(isinstance(file, tuple) and len(file) == 2 for file in files)
     candidates = [
         *kept,
         tensors[1] if isinstance(tensors, tuple) and len(tensors) == 2 else None,
-        [label for _, label in files] if pairs else None,
+        [label for _, label in files] if pairs else [],
     ]
     for candidate in candidates:
         if isinstance(candidate, torch.Tensor | np.ndarray | list | tuple):

@@ -115,8 +115,6 @@ def require_classes(
                 else "number the classes from 0"
             )
             raise wrong_labels(f"{name} {split}", {int(i): values[i] for i in wrong}, remedy)
-    if class_names is None and len(known) == 2:
-        _require_numbers(name, known["train"], known["test"])
     train = known.get("train")
     if train is not None and train.min() == train.max():
         only = class_names[train[0]] if class_names else train[0]
@@ -124,6 +122,8 @@ def require_classes(
             f"all {len(train):,} training images of {name} are of class {str(only)!r}: train on "
             f"images of two classes or more"
         )
+    if class_names is None and len(known) == 2:
+        _require_numbers(name, known["train"], known["test"])
 
 
 def _require_numbers(name: str, train: npt.NDArray[np.int64], test: npt.NDArray[np.int64]) -> None:
@@ -139,11 +139,11 @@ def _require_numbers(name: str, train: npt.NDArray[np.int64], test: npt.NDArray[
             f"a training label of {name} is {highest} and there are {len(train):,} training "
             f"images: number the classes one after the other, from 0"
         )
-    if test.max() > highest:
+    if len(lacking := np.setdiff1d(test, train)):
+        listed = ", ".join(map(str, lacking[:SHOWN])) + (", …" if len(lacking) > SHOWN else "")
         raise UserError(
-            f"test labels of {name} run to {test.max()} and training labels to {highest}: train "
-            f"on images of these classes, or name all classes in the training set's attribute "
-            f"`classes`"
+            f"no training label of {name} is {listed}, and test labels are: train on images of "
+            f"these classes, or name all classes in the training set's attribute `classes`"
         )
 
 

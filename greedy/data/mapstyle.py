@@ -20,7 +20,6 @@ from greedy.functions import call_function
 
 PIL_MODES = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGB", "CMYK": "RGB"}
 CHANNELS = (1, 3, 4)  # what the length of an axis of channels looks like
-SPLITS = ("train", "test")
 LOOKED_AT = 16  # samples that are read to see whether a set does as it says
 READINGS = 64  # of these samples together, so that a flip of every second image shows
 
@@ -45,19 +44,21 @@ def dataset_from_torch(train_set: Any, test_set: Any, name: str = "python") -> D
 
     Raises UserError for anything else, here or when the sample is read.
     """
-    sets = {f"{name} train": train_set, f"{name} test": test_set}
+    names = f"{name} train", f"{name} test"
+    sets = dict(zip(names, (train_set, test_set), strict=True))
     for split, samples in sets.items():
         _require_map_style(samples, split)
     with generators_kept():
         train, test = (_told_truly(samples, split) for split, samples in sets.items())
-    class_names, *lookups = settled(train, test, (*sets,))
-    given = zip(sets.items(), (train, test), lookups, strict=True)
-    splits = [
-        MapSplit(samples, split, lookup, told.labels) for (split, samples), told, lookup in given
-    ]
-    kept = {split: each.kept for split, each in zip(SPLITS, splits, strict=True)}
-    require_classes(name, kept, class_names)
-    return Dataset(name, *splits, class_names)
+    class_names, *lookups = settled(train, test, names)
+    train_split, test_split = (
+        MapSplit(samples, split, lookup, told.labels)
+        for samples, split, told, lookup in zip(
+            sets.values(), names, (train, test), lookups, strict=True
+        )
+    )
+    require_classes(name, {"train": train_split.kept, "test": test_split.kept}, class_names)
+    return Dataset(name, train_split, test_split, class_names)
 
 
 def load_function(name: str) -> Dataset:
@@ -155,9 +156,9 @@ class MapSplit:
         values, remedies = numbered(labels)
         classes = self._lookup.numbers(rows, values)
         if len(wrong := np.flatnonzero(classes < 0)):
-            kinds = [remedies[i] for i in wrong if i in remedies]
+            kinds = [remedies[i] for i in wrong.tolist() if i in remedies]
             remedy = kinds[0] if kinds else self._lookup.remedy(values)
-            few = {int(rows[i]): labels[i] for i in wrong}
+            few = {int(rows[i]): labels[i] for i in wrong.tolist()}
             raise wrong_labels(
                 self._name, few, remedy, None if len(rows) == len(self) else len(rows)
             )
@@ -252,10 +253,17 @@ def _as_image(image: Any) -> npt.NDArray[Any]:
     if isinstance(image, Image.Image):
         return _pil_pixels(image)
     if isinstance(image, torch.Tensor):
-        image = image.detach().cpu()
+        image = image.detach().cpu().to_dense()
         array = _pixels((image.float() if image.is_floating_point() else image).numpy())
         return _channels_first(array) if array.ndim == 3 else _with_channels(array)
-    array = _pixels(np.asarray(image))
+    try:
+        array = np.asarray(image)
+    except ValueError:  # rows of several lengths
+        array = np.asarray(None)
+    if array.dtype.kind not in "biufc":
+        kind = type(image).__name__
+        raise ValueError(f"is of type {kind}: give a PIL image, a tensor or an array of numbers")
+    array = _pixels(array)
     return _moved(array) if array.ndim == 3 else _with_channels(array)
 
 

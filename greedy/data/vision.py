@@ -10,7 +10,7 @@ import numpy as np
 
 from greedy.data import idx
 from greedy.data.splits import ArraySplit, Dataset, JoinedSplit, Split
-from greedy.errors import UserError
+from greedy.errors import UserError, lacking
 
 SAMPLE = "fashion-mnist-sample"
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -44,7 +44,7 @@ def load_vision(name: str, root: Path, download: bool) -> Dataset:
     damaged, or if SVHN is wanted without SciPy.
     """
     if name == "svhn" and importlib.util.find_spec("scipy") is None:
-        raise UserError('svhn is read with SciPy: install it with pip install "greedy[svhn]"')
+        raise lacking("svhn", ["scipy"], "svhn")
     if not (download or is_present(name, root)):
         raise UserError(
             f"{name} is not in {root}: allow the download with --download, "

@@ -14,7 +14,7 @@ from torch import nn
 from greedy.cache.files import write_whole
 from greedy.curves import network_curve
 from greedy.devices import pick_device
-from greedy.errors import UserError
+from greedy.errors import UserError, lacking
 from greedy.files import require_new
 from greedy.losses import LocalLoss
 from greedy.recipes import loss_label, network_label, to_toml
@@ -38,9 +38,7 @@ def require_report(to: Path, overwrite: bool = False) -> None:
     if to.suffix not in SUFFIXES:
         raise UserError(f"the suffix of {to} stands for no page: end it with .html")
     if missing := [package for name, package in MODULES.items() if find_spec(name) is None]:
-        raise UserError(
-            f"a report needs {' and '.join(missing)}: install with pip install 'greedy[report]'"
-        )
+        raise lacking("a report", missing, "report")
     require_new(to, overwrite)
 
 

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Annotated
+
+from pydantic import AfterValidator
 
 
 class Mode(StrEnum):
@@ -38,6 +41,15 @@ class Mode(StrEnum):
     def streams(self) -> bool:
         """Whether x stays in host memory."""
         return self in {Mode.KEEP_C_STREAM_X, Mode.STREAM_X}
+
+
+def _known(name: str) -> str:
+    return str(Mode(name))
+
+
+# In a document. Pydantic counts a validator's arguments, and an enum's own call takes more of them
+# since Python 3.12.
+ModeName = Annotated[str, AfterValidator(_known)]
 
 
 def modes(device_type: str) -> list[Mode]:
