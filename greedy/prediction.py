@@ -49,9 +49,10 @@ def predict(
     top: int = 3,
     memory_budget: int | None = None,
 ) -> Iterator[Prediction | Unreadable]:
-    """Classifies image files with a network of ``greedy.network.assemble``, in float32: the
-    ``top`` classes of each, in the order given. On the device at most ``memory_budget`` bytes are
-    taken, by default those of the run's recipe.
+    """Classifies image files with a network of ``greedy.network.assemble``, or one like it, in
+    float32 and evaluation mode: the ``top`` classes of each, in the order given. The network stays
+    as and where it was. On the device at most ``memory_budget`` bytes are taken, by default those
+    of the run's recipe.
 
     Images are converted to the run's channels, resized until they cover the size of its images,
     and cropped at the centre.
@@ -72,7 +73,7 @@ def predict(
     batch = min(BATCH, forward.rows)
 
     def logits(x: np.ndarray) -> Tensor:
-        return forward(network, raw_to_float(x, device))
+        return forward(raw_to_float(x, device))
 
     return (
         each
@@ -114,7 +115,6 @@ def _predicted(
 
 
 @full_float32()
-@torch.inference_mode()
 def _best(
     logits: Callable[[np.ndarray], Tensor], rows: np.ndarray, top: int
 ) -> list[tuple[list[int], list[float]]]:
