@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 # Where experiments keep their runs: outside the checkout, on a disk with room.
 EXPERIMENTS ?= ../greedy-experiments
 
+# With the installed package, not the folder `greedy/`; benchmarks use each other.
+BENCHMARK := PYTHONSAFEPATH=1 PYTHONPATH=benchmarks $(BIN)/python benchmarks
+
 .PHONY: install demo test lint types docs wheel experiments gpu clean
 
 install: $(VENV)/.installed
@@ -54,13 +57,13 @@ wheel: $(VENV)/.wheel
 
 # Whatever docs/experiments.toml has pending; days, and the same command goes on.
 experiments: $(VENV)/.installed
-	PYTHONSAFEPATH=1 $(BIN)/python benchmarks/experiments.py --to $(EXPERIMENTS)
+	$(BENCHMARK)/experiments.py --to $(EXPERIMENTS)
 
 # What only a GPU can show, in about ten minutes; the figures belong in docs/results.md.
-STEP := PYTHONSAFEPATH=1 $(BIN)/python benchmarks/stage_step.py --device cuda --steps 20 --json
+STEP := $(BENCHMARK)/stage_step.py --device cuda --steps 20 --json
 gpu: $(VENV)/.wheel
 	PYTHONSAFEPATH=1 $(BIN)/python -m pytest -m gpu
-	PYTHONSAFEPATH=1 $(BIN)/python benchmarks/memory.py --json
+	$(BENCHMARK)/memory.py --json
 	$(STEP) --multiplier 1
 	$(STEP) --network vgg11b --multiplier 3
 

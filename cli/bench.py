@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from greedy.cli import options
+from greedy.cli import fields, options
 from greedy.cli.failures import terminable
 from greedy.cli.tables import count, print_json, print_table, say
 
@@ -20,9 +20,11 @@ if TYPE_CHECKING:
 DEFAULT = "demo"
 
 
-@click.command(epilog="Example: greedy bench --recipe cifar10/vgg8b-predsim --device cuda")
+@click.command(
+    cls=fields.Command, epilog="Example: greedy bench --recipe cifar10/vgg8b-predsim --device cuda"
+)
 @options.recipe
-@options.settings
+@fields.settings
 @options.device
 @options.model
 @click.option(
@@ -41,7 +43,7 @@ def bench(
     model: str | None,
     seconds: float,
     as_json: bool,
-    **shorthands: str | None,
+    **field_values: str | None,
 ) -> None:
     """Measure how fast this machine trains, so that `plan` can tell times.
 
@@ -56,10 +58,10 @@ def bench(
     from greedy.devices import describe  # noqa: PLC0415
     from greedy.recipes import load  # noqa: PLC0415
 
-    overrides = options.overrides(settings, shorthands)
+    overrides = fields.overrides(settings, field_values)
     wanted = load(recipe or DEFAULT, overrides)
     network = load_network(wanted.model, model)
-    bench = Bench.of(wanted, device, network, options.names_data(overrides))
+    bench = Bench.of(wanted, device, network, fields.names_data(overrides))
     path = Calibration.path(bench.device.type)
     found: list[StageSpeed] = []
     with terminable(), _interruptible():

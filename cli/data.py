@@ -63,7 +63,7 @@ def prepare(name: str, data_dir: Path | None, download: bool, as_json: bool) -> 
     train, test = dataset.train, dataset.test
     if as_json:
         known = {"name": name, "shape": train.shape, "train": len(train), "test": len(test)}
-        print_json(known | {"notes": list(dataset.notes)})
+        print_json(known | ({"notes": list(dataset.notes)} if dataset.notes else {}))
         return
     for note in dataset.notes:
         say(note)

@@ -4,13 +4,15 @@ from pathlib import Path
 
 import click
 
-from greedy.cli import options
+from greedy.cli import fields, options
 from greedy.cli.failures import terminable
 from greedy.cli.tables import say
 from greedy.cli.train import tensorboard, train_and_show
 
 
-@click.command(epilog="Example: greedy finetune --run runs/demo --set training.epochs=5")
+@click.command(
+    cls=fields.Command, epilog="Example: greedy finetune --run runs/demo --set training.epochs=5"
+)
 @options.run
 @click.option(
     "--to",
@@ -18,7 +20,7 @@ from greedy.cli.train import tensorboard, train_and_show
     type=options.PATH,
     help="The run directory to write  [default: DIR-finetuned beside --run].",
 )
-@options.settings
+@fields.settings
 @options.device
 @options.log
 @options.model
@@ -30,7 +32,7 @@ def finetune(
     device: str,
     log: str | None,
     model: str | None,
-    **shorthands: str | None,
+    **field_values: str | None,
 ) -> None:
     """Train a finished run's network end to end, from its weights; the same command resumes.
 
@@ -46,7 +48,7 @@ def finetune(
     to = to or run.with_name(f"{run.name}-finetuned")
     logger = tensorboard(to) if log else None
     with terminable():
-        tuned = begin_finetuning(source, to, options.overrides(settings, shorthands))
+        tuned = begin_finetuning(source, to, fields.overrides(settings, field_values))
     network = load_network(tuned.recipe.model, model)
     trainer = GreedyTrainer.from_recipe(tuned.recipe, to, device=device, model=network)
     say(f"{tuned.recipe.name}, from the weights of {run}, in {to} on {trainer.device}")

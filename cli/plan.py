@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
-from greedy.cli import options
+from greedy.cli import fields, options
 from greedy.cli.tables import count, duration, print_json, print_table, size
 from greedy.cli.train import recipe_and_run
 
@@ -23,11 +23,12 @@ NO_STAGES = "times are only known where stages are trained one at a time"
 
 
 @click.command(
-    epilog="Example: greedy plan --recipe cifar10/vgg11b-3x-predsim --memory-budget 768MiB"
+    cls=fields.Command,
+    epilog="Example: greedy plan --recipe cifar10/vgg11b-3x-predsim --memory-budget 768MiB",
 )
 @options.recipe
 @options.run_or_new
-@options.settings
+@fields.settings
 @options.device
 @options.model
 @options.as_json
@@ -39,7 +40,7 @@ def plan(
     device: str,
     model: str | None,
     as_json: bool,
-    **shorthands: str | None,
+    **field_values: str | None,
 ) -> None:
     """Tell what a run will take of memory, disk, operations and time, a stage a line.
 
@@ -53,13 +54,13 @@ def plan(
     from greedy.forecast import data_facts, forecast, machine  # noqa: PLC0415
     from greedy.runs import RunDirectory  # noqa: PLC0415
 
-    overrides = options.overrides(settings, shorthands)
+    overrides = fields.overrides(settings, field_values)
     wanted, directory = recipe_and_run(recipe, run, overrides)
     network = load_network(wanted.model, model)
     if run is None and not _goes_on(directory, wanted):
         directory = directory.with_name(f"{directory.name}-planned")
     planned = RunDirectory.create(directory, wanted)
-    data = data_facts(planned, options.names_data(overrides))
+    data = data_facts(planned, fields.names_data(overrides))
     computer = machine(wanted, device)
     calibration, unknown = None, UNLIKE if wanted.training.strategy == "greedy" else NO_STAGES
     try:

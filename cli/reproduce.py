@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from greedy.cli import options
+from greedy.cli import fields, options
 from greedy.cli.failures import failure_of, terminable
 from greedy.cli.tables import percent, print_json, print_table, say
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 Failures = dict[Path, str]  # why a run is not finished, by its directory
 
 
-@click.command(epilog="Example: greedy reproduce 5 --epochs-scale 0.1 --seeds 3")
+@click.command(
+    cls=fields.Command, epilog="Example: greedy reproduce 5 --epochs-scale 0.1 --seeds 3"
+)
 @click.argument("wanted", metavar="TABLE|RECIPE...", nargs=-1, required=True)
 @click.option(
     "--epochs-scale",
@@ -44,7 +46,7 @@ Failures = dict[Path, str]  # why a run is not finished, by its directory
     show_default=True,
     help="Where the runs are.",
 )
-@options.settings
+@fields.settings
 @options.data_dir
 @options.download
 @options.device
@@ -60,7 +62,7 @@ def reproduce(
     download: bool,
     device: str,
     as_json: bool,
-    **shorthands: str | None,
+    **field_values: str | None,
 ) -> None:
     """Train the paper's experiments and compare the test errors.
 
@@ -74,10 +76,10 @@ def reproduce(
     from greedy.devices import pick_device  # noqa: PLC0415
     from greedy.reproduction import rows  # noqa: PLC0415
 
-    overrides = options.overrides(settings, shorthands)
+    overrides = fields.overrides(settings, field_values)
     table = rows(wanted, overrides, epochs_scale=epochs_scale, seeds=seeds, to=to)
     where = {"data_dir": data_dir, "download": download, "device": pick_device(device).type}
-    where["allow_function"] = options.names_data(overrides)
+    where["allow_function"] = fields.names_data(overrides)
     failures: Failures = {}
     try:
         with terminable(), redirect_stdout(sys.stderr) if as_json else nullcontext():
@@ -140,9 +142,9 @@ def _departures(table: Sequence["Row"]) -> Iterable[str]:
     for row in table:
         if changed := _changed(row):
             groups.setdefault(", ".join(changed), []).append(row.name)
-    for fields, names in groups.items():
+    for changes, names in groups.items():
         who = "all rows" if len(names) == len(table) else ", ".join(names)
-        yield f"{who}: not as published in {fields}"
+        yield f"{who}: not as published in {changes}"
     if any(row.recipe.paper and row.recipe.training.strategy == "greedy" for row in table):
         yield "the paper trained local losses jointly, as --strategy joint does"
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from greedy.cli import options
+from greedy.cli import fields, options
 from greedy.cli.failures import terminable
 from greedy.cli.tables import percent, print_table, say, size, waiting
 from greedy.commands import command
@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 
 @click.command(
-    epilog="Example: greedy train --recipe demo --set training.epochs=2 --run runs/short"
+    cls=fields.Command,
+    epilog="Example: greedy train --recipe demo --set training.epochs=2 --run runs/short",
 )
 @options.recipe
 @options.run_or_new
-@options.settings
+@fields.settings
 @options.data_dir
 @options.download
 @options.device
@@ -50,7 +51,7 @@ def train(
     retrain: int | None,
     log: str | None,
     model: str | None,
-    **shorthands: str | None,
+    **field_values: str | None,
 ) -> None:
     """Train every stage of a recipe in turn; the same command resumes."""
     from greedy.build import load_network  # noqa: PLC0415
@@ -58,7 +59,7 @@ def train(
     from greedy.data import Reading, load_dataset  # noqa: PLC0415
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
 
-    overrides = options.overrides(settings, shorthands)
+    overrides = fields.overrides(settings, field_values)
     wanted, directory = recipe_and_run(recipe, run, overrides)
     network = load_network(wanted.model, model, needed=True)
     trainer = GreedyTrainer.from_recipe(wanted, directory, device=device, model=network)
@@ -70,7 +71,7 @@ def train(
             data_dir,
             download,
             wanted.data.image_size,
-            allow_function=options.names_data(overrides),
+            allow_function=fields.names_data(overrides),
             reading=Reading.of(wanted.data),
         )
         rows = f"{len(dataset.train):,} training and {len(dataset.test):,} test images"
@@ -81,7 +82,9 @@ def train(
 
 
 @click.command(
-    "train-stage", epilog="Example: greedy train-stage --stage 3 --from-cache cache/stage2"
+    "train-stage",
+    cls=fields.Command,
+    epilog="Example: greedy train-stage --stage 3 --from-cache cache/stage2",
 )
 @click.option("--stage", "number", required=True, type=int, metavar="N", help="The stage.")
 @click.option(
@@ -99,8 +102,8 @@ def train(
     help="The stage directory to write  [default: stageN beside the source].",
 )
 @click.option("--retrain", is_flag=True, help="Train the stage again if it is complete.")
-@click.option("--memory-budget", metavar="SIZE", help="Most memory on the device.")
-@click.option("--optimizer-state", metavar="PLACE", help="Adam's moments: device or host.")
+@fields.field_option("memory_budget", fields.MEMORY)
+@fields.field_option("optimizer_state", fields.MEMORY)
 @options.device
 @options.log
 @options.model
@@ -122,8 +125,8 @@ def train_stage(
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
 
     run, source_number = run_of_stage(source)
-    shorthands = {"memory_budget": memory_budget, "optimizer_state": optimizer_state}
-    recipe, _ = recipe_and_run(None, run.path, options.overrides((), shorthands))
+    field_values = {"memory_budget": memory_budget, "optimizer_state": optimizer_state}
+    recipe, _ = recipe_and_run(None, run.path, fields.overrides((), field_values))
     trainer = GreedyTrainer.from_recipe(
         recipe, run.path, device=device, model=load_network(recipe.model, model, needed=True)
     )

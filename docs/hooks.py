@@ -85,8 +85,8 @@ def _with_code(example: str) -> str:
 
 
 def _linked(meaning: str) -> str:
-    """Fields that an option stands for lead to what the recipe says of them."""
-    return re.sub(r"--set (\w+\.\w+)(=\w+)?", r"[`--set \1\2`](recipe.md#\1)", meaning)
+    """Fields that an option sets lead to what the recipe says of them."""
+    return re.sub(r"\[(\w+\.\w+)(; default: .+)?\]$", r"([`\1`](recipe.md#\1)\2)", meaning)
 
 
 RECIPE = """\

@@ -25,6 +25,7 @@ class StageDemand:
         operations: multiply-adds of its forward pass, a row.
         epochs: for which it trains.
         views: those it has, if it is finished; ``live`` if its store is gone.
+        begun: those that its training began with, if it was interrupted.
         replaced: bytes of an old store that stands until the stage is trained again.
     """
 
@@ -32,7 +33,13 @@ class StageDemand:
     operations: int
     epochs: int
     views: Views | None = None
+    begun: Views | None = None
     replaced: int = 0
+
+    @property
+    def settled(self) -> Views | None:
+        """The views that its store has or will have, if no plan can change that."""
+        return self.views or self.begun
 
 
 @dataclass(frozen=True)
@@ -58,11 +65,11 @@ class Demand:
 
     def choices(self, number: int) -> list[int]:
         """The views that a stage's store may have, most first; none where it can have no store."""
-        views = self.stages[number - 1].views or self.wanted
+        settled = self.stages[number - 1].settled
+        views = settled or self.wanted
         if views == "live":
             return []
-        finished = self.stages[number - 1].views is not None
-        return [views] if finished else [views >> n for n in range(views.bit_length())]
+        return [views] if settled else [views >> n for n in range(views.bit_length())]
 
     def store_bytes(
         self, number: int, views: int, splits: Collection[str] = ("train", "test")
@@ -127,6 +134,7 @@ class Plan:
         peak: bytes at most in use as it is planned.
         budget: bytes that may be in use.
         dropped_first: stages to be trained again whose old stores go before that.
+        notes: sentences about what was asked for and is planned otherwise.
     """
 
     stages: tuple[StagePlan, ...]
@@ -135,6 +143,7 @@ class Plan:
     peak: int
     budget: int
     dropped_first: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def views(self, number: int) -> Views:
         """The views of a stage's store; ``live`` for the output layer."""
@@ -152,18 +161,21 @@ class Plan:
     def explain(self) -> list[str]:
         """The plan in sentences for the user: one where nothing is missed, else one a stage."""
         budget = f"of a budget of {format_size(self.budget)}"
+        notes = [f"disk: {note}" for note in self.notes]
         lines = [
             f"stage {n}: its old store is deleted first, to make room" for n in self.dropped_first
         ]
         if self.needed <= self.budget:
-            return [f"disk: the stores take up to {format_size(self.peak)} {budget}", *lines]
+            whole = f"disk: the stores take up to {format_size(self.peak)} {budget}"
+            return [*notes, whole, *lines]
         lines += [
             self._explained(stage)
             for stage in self.stages
             if not stage.finished or stage.dropped_after
         ]
         missing = f"all stores with {_counted(self.wanted)} would take {format_size(self.needed)}"
-        return [f"disk: {missing}, so:", *lines, f"at most {format_size(self.peak)} {budget}"]
+        end = f"at most {format_size(self.peak)} {budget}"
+        return [*notes, f"disk: {missing}, so:", *lines, end]
 
     def _explained(self, stage: StagePlan) -> str:
         if stage.views == "live":
@@ -251,7 +263,7 @@ def _views(demand: Demand, budget: int) -> dict[int, int]:
             min(_onward(demand, budget, way, number, views) for way in ways)
             for views in demand.choices(number)
         ]
-        ways = ends if ends and stage.views is not None else ways + ends
+        ways = ends if ends and stage.settled else ways + ends
     return dict(min(_onward(demand, budget, way, len(demand.stages), None) for way in ways).stored)
 
 

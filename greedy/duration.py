@@ -63,8 +63,8 @@ class Durations:
         looks = -(-epochs // training.test_every) if training.test_every else 1
         through(source + 1, number - 1, (train - self.held_out) * epochs)
         through(source + 1, number, self.held_out * epochs + test * looks)
-        if store.refresh_every and source:
-            generations = (epochs - 1) // store.refresh_every
+        if (every := self.recipe.refresh_every) and source:
+            generations = (epochs - 1) // every
             through(1, source, generations * self._views(source) * train)
         if views := self._views(number):
             enough = not store.refresh_every and self._views(source) >= views

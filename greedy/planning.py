@@ -2,16 +2,19 @@
 
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from greedy.disk import COMPRESSED, UNCOMPRESSED, Demand, Plan, StageDemand, Views, plan
 from greedy.errors import UserError
 from greedy.files import bytes_below
 from greedy.manifest import StageRecord
 from greedy.models import StageShapes
+from greedy.recipes import Recipe
 from greedy.runs import SET_ASIDE, RunDirectory
 from greedy.sizes import parse_size
 from greedy.training.resolve import encoding, for_stage
+from greedy.unfinished import start_of
 
 AUTO_SHARE = 0.7  # of the file system's free space, for a run that says nothing else
 
@@ -39,6 +42,7 @@ def plan_disk(
                 operations=shape.operations,
                 epochs=for_stage(recipe.training.epochs, number),
                 views=None if again else _views(run, number),
+                begun=_begun(run, number),
                 replaced=bytes_below(run.store(number)) if again else 0,
             )
         )
@@ -46,12 +50,13 @@ def plan_disk(
     demand = Demand(
         tuple(stages),
         rows,
-        recipe.store.views if one_by_one else "live",
+        recipe.views if one_by_one else "live",
         sizes[encoding(recipe)],
         images,
-        refreshed=recipe.store.refresh_every > 0,
+        refreshed=recipe.refresh_every > 0,
     )
-    return plan(demand, disk_budget(run), recipe.store.keep)
+    planned = plan(demand, disk_budget(run), recipe.store.keep)
+    return replace(planned, notes=tuple(_notes(recipe)) if one_by_one else ())
 
 
 def disk_budget(run: RunDirectory) -> int:
@@ -80,3 +85,22 @@ def _views(run: RunDirectory, number: int) -> Views | None:
     if record is None:
         return None
     return record.store.views if record.store and run.store(number).is_dir() else "live"
+
+
+def _begun(run: RunDirectory, number: int) -> Views | None:
+    """The views that an interrupted training of a stage goes on with, if it can go on."""
+    start, parent = start_of(run, number), former(run, number - 1)
+    if start is None or parent is None:
+        return None
+    goes_on = (start.recipe, start.parent) == (parent.recipe, parent.lineage)
+    return start.resolved["views"] if goes_on else None
+
+
+def _notes(recipe: Recipe) -> Iterator[str]:
+    """What the settings of the stores ask for in vain."""
+    asked = recipe.store
+    nothing = "nothing is drawn at random when images are read"
+    if recipe.views != asked.views:
+        yield f"{nothing}, so a store has one view instead of {asked.views} that would be the same"
+    if recipe.refresh_every != asked.refresh_every:
+        yield f"{nothing}, so views stay as they are instead of being drawn anew"

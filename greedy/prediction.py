@@ -49,9 +49,10 @@ def predict(
     top: int = 3,
     memory_budget: int | None = None,
 ) -> Iterator[Prediction | Unreadable]:
-    """Classifies image files with a network of ``greedy.network.assemble``, in float32: the
-    ``top`` classes of each, in the order given. On the device at most ``memory_budget`` bytes are
-    taken, by default those of the run's recipe.
+    """Classifies image files with a network of ``greedy.network.assemble``, or one like it, in
+    float32 and evaluation mode: the ``top`` classes of each, in the order given. The network stays
+    as and where it was. On the device at most ``memory_budget`` bytes are taken, by default those
+    of the run's recipe.
 
     Images are read as those of a folder are, their transparent parts over the recipe's background,
     converted to the run's channels, resized until they cover the size of its images, and cropped
@@ -73,7 +74,7 @@ def predict(
     batch, reading = min(BATCH, forward.rows), Reading.of(run.recipe.data)
 
     def logits(x: np.ndarray) -> Tensor:
-        return forward(network, raw_to_float(x, device))
+        return forward(raw_to_float(x, device))
 
     return (
         each
@@ -116,7 +117,6 @@ def _predicted(
 
 
 @full_float32()
-@torch.inference_mode()
 def _best(
     logits: Callable[[np.ndarray], Tensor], rows: np.ndarray, top: int
 ) -> list[tuple[list[int], list[float]]]:

@@ -42,7 +42,7 @@ def random_source(
     images = number == 1
     block = _pixels(shapes.input) if images else _activations(number, shapes.input)
     form = pixels(shapes.input) if images else fit_encoding(encoding(recipe), block)
-    views = 1 if images or recipe.store.views == "live" else recipe.store.views
+    views = 1 if images or recipe.views == "live" else recipe.views
     held = shuffle(recipe, views * rows * form.stored_row_bytes) == "rows"
     count = _rows(form, recipe.training.batch_size, held)
     what, needed = f"measuring stage {number}", count * form.stored_row_bytes

@@ -49,7 +49,7 @@ class Sources:
                 f"of {rows} training images {source.held_out} are held out for training.patience, "
                 f"which leaves too few to train on: lower data.holdout"
             )
-        if every := stored and self.run.recipe.store.refresh_every:
+        if every := stored and self.run.recipe.refresh_every:
             source.refresh = Refresh(self.run, stored, every, self._open(0, stored), self.reporter)
         return source
 

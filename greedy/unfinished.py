@@ -76,6 +76,12 @@ def source_begun(run: RunDirectory, number: int, directory: Path) -> int:
     return begun.source if begun is not None and there else number - 1
 
 
+def start_of(run: RunDirectory, number: int) -> Start | None:
+    """Returns what an interrupted training of stage ``number`` began with, ``None`` where there is
+    none that can be read."""
+    return _readable(run.stage(number) / "training")
+
+
 def require_unneeded(run: RunDirectory, number: int) -> None:
     """Raises ``UserError`` if a training that was interrupted goes on from the store of stage
     ``number``."""
@@ -92,7 +98,7 @@ def require_unneeded(run: RunDirectory, number: int) -> None:
 
 def needed_by(run: RunDirectory, number: int) -> list[int]:
     """Returns the stages whose interrupted trainings go on from the store of stage ``number``."""
-    starts = ((n, _readable(run.stage(n) / "training")) for n in stage_numbers(run.path) if n)
+    starts = ((n, start_of(run, n)) for n in stage_numbers(run.path) if n)
     return [n for n, start in starts if start is not None and start.source == number]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from command_line import answer, greedy, said, small_recipe, train
 
-RECIPE = small_recipe(store={"views": 2})
+RECIPE = small_recipe(data={"augmentation": "hflip"}, store={"views": 2})
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,9 @@ import click
 import pytest
 from command_line import greedy, said
 
+from greedy.cli.fields import FIELD_OF
 from greedy.cli.main import EPILOG, cli
+from greedy.recipes.schema import SECTIONS, Recipe
 
 GREEDY = Path(sys.executable).with_name("greedy")
 
@@ -38,6 +40,21 @@ def test_every_help_has_an_example_of_the_command_itself(path, command):
     assert f"Example: greedy {' '.join(path)}".strip() in output
     assert max(map(len, output.splitlines())) <= 80
     assert said(*path, "-h") == output
+
+
+def test_options_of_recipe_fields_say_what_the_field_does_in_its_group():
+    _, _, disk = said("train", "--help").partition("\nDisk:\n")
+    views = " ".join(disk.partition("--views N|live")[2].partition("--refresh-every")[0].split())
+    meaning = SECTIONS["store"].model_fields["views"].description
+    assert views == f"{meaning} [store.views; default: 4]"
+
+
+@pytest.mark.parametrize(("option", "field"), FIELD_OF.items())
+def test_every_option_of_a_field_sets_it(option, field):
+    section, _, name = field.rpartition(".")
+    known = Recipe.model_fields if not section else SECTIONS[section].model_fields
+    assert name in known
+    assert f"--{option.replace('_', '-')} " in said("train", "--help")
 
 
 @EVERY
@@ -95,6 +112,7 @@ def test_help_says_how_the_shell_completes(shell):
         ("greedy cache ve", "verify"),
         ("greedy train --dev", "--device"),
         ("greedy train --log t", "tensorboard"),
+        ("greedy train --views l", "live"),
         ("greedy trian --dev", ""),
     ],
 )

@@ -5,7 +5,9 @@ from command_line import answer, greedy, said, small_recipe
 from PIL import Image
 
 MLP = small_recipe(
-    training={"epochs": 2}, store={"views": 2, "encoding": "float16", "compressor": "none"}
+    data={"augmentation": "hflip"},
+    training={"epochs": 2},
+    store={"views": 2, "encoding": "float16", "compressor": "none"},
 )
 OWN = """
 import numpy as np

@@ -84,6 +84,7 @@ def test_every_setting_has_its_effect_on_the_run(run, tmp_path):
     shorthands = ["--seed", "3", "--views", "2", "--encoding", "float16", "--refresh-every", "1"]
     shorthands += ["--precision", "float32", "--patience", "1"]
     more = ["--set", "training.epochs=1", "--set", "model.hidden_width=8"]
+    more += ["--set", "data.augmentation=hflip"]
     result = greedy("train", "--recipe", "tiny.toml", "--run", "new", *shorthands, *more)
     assert result.exit_code == 0, result.output
     recipe = tomllib.loads((tmp_path / "new/run.toml").read_text())

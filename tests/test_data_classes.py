@@ -55,6 +55,19 @@ class Wrapper(Dataset):
         return image, self.label(label)
 
 
+class Renamed(Wrapper):
+    """Holds the samples under a name of its own, as many tutorials do."""
+
+    def __init__(self, subset) -> None:
+        self.subset = subset
+
+    def __getitem__(self, index: int):
+        return self.subset[index]
+
+    def __len__(self) -> int:
+        return len(self.subset)
+
+
 def halves(samples):
     return random_split(samples, [0.5, 0.5], generator=torch.Generator().manual_seed(0))
 
@@ -66,8 +79,9 @@ def halves(samples):
         lambda s: Subset(s, range(len(s) - 1, -1, -1)),
         lambda s: ConcatDataset(halves(s)),
         lambda s: Wrapper(Subset(s, range(len(s)))),
+        lambda s: Renamed(Subset(s, range(len(s)))),
     ],
-    ids=["itself", "subset", "random_split and joined", "wrapper"],
+    ids=["itself", "subset", "random_split and joined", "wrapper", "wrapper of another name"],
 )
 def test_labels_of_a_test_set_that_lacks_a_class_are_mapped_by_name(tmp_path, reached):
     train, test = images(tmp_path / "train", "abc"), images(tmp_path / "test", "bc")

@@ -60,9 +60,12 @@ def test_tensors_of_features_may_have_few_rows_and_columns():
         (np.zeros((0, 8), np.uint8), "is empty"),
         (np.zeros((8, 8), np.int32), "int32, which leaves open what black and white are"),
         (np.zeros((8, 8), complex), "complex128"),
+        (None, "is of type NoneType: give a PIL image"),
+        ("a.png", "is of type str: give a PIL image"),
+        ([[0.0, 1.0], [2.0]], "is of type list: give a PIL image"),
     ],
 )
-def test_an_array_that_may_be_read_in_two_ways_is_refused(image, problem):
+def test_what_is_no_image_or_may_be_read_in_two_ways_is_refused(image, problem):
     with pytest.raises(UserError, match=f"sample 0 of python train .*{problem}"):
         read(image)
 

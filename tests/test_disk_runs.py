@@ -253,7 +253,11 @@ def test_status_counts_what_was_written_since_the_run_began(run: Path, tmp_path:
     )
 
 
-RECIPE = small_recipe(model={"hidden_width": 64}, training={"batch_size": 512, "precision": None})
+RECIPE = small_recipe(
+    data={"augmentation": "hflip"},
+    model={"hidden_width": 64},
+    training={"batch_size": 512, "precision": None},
+)
 
 
 def test_the_command_line_says_what_becomes_of_the_stores(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ import click
 import pytest
 
 import greedy
+from greedy.cli.fields import FIELD_OF, overrides
 from greedy.cli.main import cli
-from greedy.cli.options import SHORTHANDS, overrides
 from greedy.recipes import describe, load
 from greedy.recipes.schema import SECTIONS, Recipe
 
@@ -186,8 +186,8 @@ def test_commands_are_ones_that_greedy_takes(page):
             parsed = context.command.make_context(context.info_name, words).params
             recipe = parsed.get("recipe")
             if recipe is not None and not recipe.endswith(".toml"):
-                shorthands = {name: parsed.get(name) for name in SHORTHANDS}
-                load(recipe, overrides(parsed["settings"], shorthands))
+                values = {name: parsed.get(name) for name in FIELD_OF}
+                load(recipe, overrides(parsed["settings"], values))
 
 
 def prose(page):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from greedy.data.labels import outside
 from greedy.data.samples import LABEL_KEYS
@@ -131,10 +131,16 @@ def label_column(samples: Any) -> str | None:
 
 
 def inner_set(samples: Any) -> Any | None:
-    """Returns the set that a wrapper holds as its ``dataset``."""
+    """Returns the set that a wrapper holds as its ``dataset``, or under another name if that is its
+    only set and as long as itself."""
     inner = getattr(samples, "dataset", None)
     is_set = hasattr(inner, "__len__") and hasattr(inner, "__getitem__")
-    return inner if is_set and not isinstance(inner, str | Mapping) else None
+    if is_set and not isinstance(inner, str | Mapping):
+        return inner
+    own = getattr(samples, "__dict__", {}).values() if isinstance(samples, Dataset) else ()
+    held = [each for each in own if isinstance(each, Dataset) or hasattr(each, "features")]
+    held = [each for each in held if hasattr(each, "__len__")]
+    return held[0] if len(held) == 1 and len(held[0]) == len(samples) else None
 
 
 def _told_by_parts(samples: Any, name: str) -> Told | None:

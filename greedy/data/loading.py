@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from platformdirs import user_cache_path
-
 from greedy.data.catalogue import DATASETS
 from greedy.data.folder import load_folder
 from greedy.data.images import AS_THEY_ARE, Reading
@@ -12,6 +10,7 @@ from greedy.data.splits import Dataset
 from greedy.data.vision import is_present, load_vision
 from greedy.errors import UserError, unknown
 from greedy.functions import is_function_name
+from greedy.places import data_sets, expanded
 
 NAMES = [entry.name for entry in DATASETS]
 FOLDER = "folder:"
@@ -36,7 +35,7 @@ def load_dataset(
     if name == FOLDER:
         raise UserError("folder: names no folder: say folder:PATH")
     if name.startswith(FOLDER):
-        root = Path(name.removeprefix(FOLDER)).expanduser()
+        root = expanded(Path(name.removeprefix(FOLDER)))
         return load_folder(name, root, image_size, reading)
     if name not in NAMES and Path(name).is_dir():
         raise UserError(f"{name!r} is a folder and no name of a data set: say folder:{name}")
@@ -45,7 +44,7 @@ def load_dataset(
     if image_size is not None:
         raise UserError(f"data.image_size is for folder:PATH alone: remove it for {name}")
     if name in NAMES:
-        return load_vision(name, _root(data_dir), download)
+        return load_vision(name, data_sets(data_dir), download)
     if not allow_function:
         raise UserError(
             "a function named in a recipe is only called when the same name is given on the "
@@ -58,8 +57,4 @@ def is_available(name: str, data_dir: str | Path | None = None) -> bool:
     """Whether the data set of a name of ``DATASETS`` can be loaded without a download."""
     if name not in NAMES:
         raise unknown("data set", name, NAMES)
-    return is_present(name, _root(data_dir))
-
-
-def _root(data_dir: str | Path | None) -> Path:
-    return user_cache_path("greedy") / "data" if data_dir is None else Path(data_dir).expanduser()
+    return is_present(name, data_sets(data_dir))

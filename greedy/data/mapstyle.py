@@ -262,10 +262,17 @@ def _as_image(image: Any, background: str) -> npt.NDArray[Any]:
     if isinstance(image, Image.Image):
         return pixel_values(image, background)
     if isinstance(image, torch.Tensor):
-        image = image.detach().cpu()
+        image = image.detach().cpu().to_dense()
         array = _pixels((image.float() if image.is_floating_point() else image).numpy())
         return _channels_first(array) if array.ndim == 3 else _with_channels(array)
-    array = _pixels(np.asarray(image))
+    try:
+        array = np.asarray(image)
+    except ValueError:  # rows of several lengths
+        array = np.asarray(None)
+    if array.dtype.kind not in "biufc":
+        kind = type(image).__name__
+        raise ValueError(f"is of type {kind}: give a PIL image, a tensor or an array of numbers")
+    array = _pixels(array)
     return _moved(array) if array.ndim == 3 else _with_channels(array)
 
 

@@ -3,7 +3,6 @@
 import re
 from typing import Annotated, Any, Final, Literal
 
-from PIL import ImageColor
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -14,6 +13,7 @@ from pydantic import (
 )
 
 from greedy.recipes import milestones as rule
+from greedy.recipes.colour import Colour
 
 CROPS: Final = {"jitter2", "crop4"}
 
@@ -30,7 +30,10 @@ class _Section(BaseModel):
 class Data(_Section):
     """The data set and what happens to its images on reading."""
 
-    name: str = Field(min_length=1, description="Data set.")
+    name: str = Field(
+        min_length=1,
+        description="Data set: a name from `greedy data list`, folder:PATH or module:function.",
+    )
     augmentation: str = Field(
         default="none",
         description="Augmentation of training rows: none, or jitter2, crop4, hflip with +.",
@@ -61,7 +64,7 @@ class Data(_Section):
         lt=1,
         description="Share of the training rows held out when patience is set.",
     )
-    background: str = Field(
+    background: Colour = Field(
         default="white",
         description="Colour behind the transparent parts of images: a name such as black, or "
         "#rrggbb.",
@@ -87,16 +90,10 @@ class Data(_Section):
             raise ValueError("be none, or one of jitter2, crop4 and hflip joined by +")
         return value
 
-    @field_validator("background")
-    @classmethod
-    def _background_is_a_colour(cls, value: str) -> str:
-        try:
-            opaque = len(ImageColor.getrgb(value)) == 3
-        except ValueError:
-            opaque = False
-        if not opaque:
-            raise ValueError("be the name of a colour, such as black, or #rrggbb")
-        return value
+    @property
+    def is_augmented(self) -> bool:
+        """Whether anything is drawn at random when training rows are read."""
+        return self.augmentation != "none" or self.cutout_length > 0
 
     @field_validator("std")
     @classmethod
@@ -300,8 +297,8 @@ class Store(_Section):
 
     views: Count | Literal["live"] = Field(
         default=4,
-        description="Augmented copies of the training rows a store holds; live: no stores, the "
-        "frozen stages are computed anew in every epoch.",
+        description="Augmented copies of the training rows a store holds, 1 where nothing is drawn "
+        "at random; live: no stores, the frozen stages are computed anew in every epoch.",
     )
     refresh_every: int = Field(
         default=0, ge=0, description="Epochs after which views are drawn anew, 0: never."
@@ -376,6 +373,18 @@ class Recipe(_Section):
     memory: Memory = Field(default_factory=Memory)
     store: Store = Field(default_factory=Store)
     paper: Paper | None = None
+
+    @property
+    def views(self) -> int | Literal["live"]:
+        """Views that stores are written with. Frozen stages draw nothing at random: where images
+        are not augmented all views would be the same, and one is enough."""
+        distinct = self.store.views == "live" or self.data.is_augmented
+        return self.store.views if distinct else 1
+
+    @property
+    def refresh_every(self) -> int:
+        """Epochs after which views are drawn anew, 0: never, or they would come out the same."""
+        return self.store.refresh_every if self.data.is_augmented else 0
 
     def held_out(self, rows: int) -> int:
         """Of so many training rows, those that ``training.patience`` watches."""

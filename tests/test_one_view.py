@@ -1,0 +1,124 @@
+"""Where nothing is drawn at random all views would be the same, and a store has one."""
+
+from pathlib import Path
+
+import pytest
+from command_line import answer, said, small_recipe
+from small_training import TEST, TRAIN, same, trainer, weights
+
+from greedy import Reporter, RunDirectory
+from greedy.cache import Store
+from greedy.disk import Plan
+from greedy.recipes import Recipe, load, names
+
+SAYS = "nothing is drawn at random when images are read, so a store has one view instead of 4 that "
+
+
+class Cut(Reporter):
+    """Keeps the plan; interrupts the first epoch of a stage, or the writing of its store."""
+
+    def __init__(self, stage: int = 0, *, writing: bool = False) -> None:
+        self.stage, self.writing, self.now = stage, writing, 0
+        self.plan: Plan | None = None
+
+    def disk_planned(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def stage_started(self, number: int, *rest: object) -> None:
+        self.now = number
+
+    def batch_finished(self, rows: int) -> None:
+        if self.now == self.stage and not self.writing:
+            raise KeyboardInterrupt
+
+    def writing_started(self, stage: int, split: str, rows: int) -> None:
+        if stage == self.stage and self.writing:
+            raise KeyboardInterrupt
+
+
+def views(run: Path) -> list[int]:
+    """Those of the stores of stages 1 and 2."""
+    return [Store(run / f"stage{n}/activations.zarr/train").views for n in (1, 2)]
+
+
+def recorded(run: Path) -> list[int]:
+    records = [RunDirectory.open(run).record(n) for n in (1, 2)]
+    return [record.store.views for record in records]
+
+
+@pytest.fixture
+def as_before(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """What `views` says is done, as it was before."""
+    monkeypatch.setattr(Recipe, "views", property(lambda recipe: recipe.store.views))
+    return monkeypatch
+
+
+def test_one_view_gives_the_network_that_four_alike_gave(tmp_path: Path, as_before) -> None:
+    trainer(tmp_path / "four", views=4).fit(TRAIN, TEST)
+    assert views(tmp_path / "four") == [4, 4]
+    as_before.undo()
+    mine = trainer(tmp_path / "one", views=4, reporter=(heard := Cut()))
+    mine.fit(TRAIN, TEST)
+    assert views(tmp_path / "one") == recorded(tmp_path / "one") == [1, 1]
+    note, size = heard.plan.explain()
+    assert note == f"disk: {SAYS}would be the same"
+    assert size.startswith("disk: the stores take up to ")
+    for stage in (1, 2, 3):
+        assert same(weights(tmp_path / "one", stage), weights(tmp_path / "four", stage))
+
+
+@pytest.mark.parametrize("writing", [False, True])
+def test_a_run_that_began_with_four_goes_on_with_them(
+    tmp_path: Path, as_before, writing: bool
+) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "run", views=4, reporter=Cut(2, writing=writing)).fit(TRAIN, TEST)
+    as_before.undo()
+    mine = trainer(tmp_path / "run", views=4, reporter=(heard := Cut()))
+    mine.fit(TRAIN, TEST)
+    assert [heard.plan.views(n) for n in (1, 2)] == [4, 4]
+    assert views(tmp_path / "run") == recorded(tmp_path / "run") == [4, 4]
+    mine.train_stage(2, again=True)
+    assert recorded(tmp_path / "run") == [4, 4]
+    mine.train(2)
+    assert recorded(tmp_path / "run") == [4, 1]
+    assert RunDirectory.open(tmp_path / "run").is_finished
+
+
+def test_what_is_drawn_is_augmentation_or_a_hole(tmp_path: Path) -> None:
+    for name, settings in {"flip": {"augmentation": "hflip"}, "hole": {"cutout_length": 2}}.items():
+        mine = trainer(tmp_path / name, **settings, reporter=(heard := Cut()))
+        mine.fit(TRAIN, TEST)
+        assert views(tmp_path / name) == [2, 2]
+        assert not heard.plan.notes
+
+
+def test_views_that_come_out_the_same_are_not_drawn_anew(tmp_path: Path) -> None:
+    settings = {"views": 1, "refresh_every": 1, "epochs": 3}
+    trainer(tmp_path / "run", **settings, reporter=(heard := Cut())).fit(TRAIN, TEST)
+    (note,) = heard.plan.notes
+    assert note.endswith("so views stay as they are instead of being drawn anew")
+    store = RunDirectory.open(tmp_path / "run").record(1).store
+    assert (store.generation, store.bytes_written) == (0, store.bytes)
+
+
+def test_the_command_line_plans_and_says_it(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.toml").write_text(small_recipe())
+    plan = ("plan", "--recipe", "tiny.toml", "--device", "cpu")
+    assert SAYS in said(*plan)
+    asked, one = answer(*plan, "--views", "4"), answer(*plan, "--views", "1")
+    assert asked["stages"] == one["stages"]
+    assert SAYS in asked["disk"]["plan"][0]
+    assert len(one["disk"]["plan"]) == len(asked["disk"]["plan"]) - 1
+    assert len(answer(*plan, "--views", "live")["disk"]["plan"]) == 1
+    drawn = answer(*plan, "--set", "data.augmentation=hflip")
+    assert drawn["stages"][0]["store_bytes"] > 3 * one["stages"][0]["store_bytes"]
+
+
+def test_of_the_shipped_recipes_those_that_draw_nothing_keep_one_view() -> None:
+    for recipe in map(load, names()):
+        drawn = recipe.data.augmentation != "none" or recipe.data.cutout_length
+        assert recipe.views == (recipe.store.views if drawn else 1), recipe.name
+    assert load("kmnist/vgg8b-predsim").views == load("svhn/vgg8b-predsim").views == 1
+    assert load("kmnist/vgg8b-predsim-cutout").views == 4
