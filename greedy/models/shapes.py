@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class _Probe(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         h = self.stage.hidden(x)
-        return h, self.stage.pool(h)
+        return h, self.stage.pool(h) if isinstance(h, Tensor) else h
 
 
 def _probed(stage: Stage, shape: Shape) -> tuple[Tensor, Tensor]:
@@ -51,6 +52,14 @@ def _probed(stage: Stage, shape: Shape) -> tuple[Tensor, Tensor]:
             return probe(torch.zeros((ROWS, *shape), device=next(iter(held.values())).device))
 
 
+def _require_tensor(stage: Stage, h: Any) -> None:
+    if not isinstance(h, Tensor):
+        raise UserError(
+            f"stage {stage.number} ({stage.name}) gives a {type(h).__name__} where a tensor is "
+            f"needed: put its last module into one of your own that returns the tensor"
+        )
+
+
 def shapes(stages: Sequence[Stage], input_shape: Shape) -> list[StageShapes]:
     """The shapes along the stages for rows of ``input_shape``.
 
@@ -62,7 +71,8 @@ def shapes(stages: Sequence[Stage], input_shape: Shape) -> list[StageShapes]:
         try:
             with FlopCounterMode(display=False) as counter:
                 h, out = _probed(stage, shape)
-        except (RuntimeError, ValueError) as error:
+                _require_tensor(stage, h)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise UserError(
                 f"stage {stage.number} ({stage.name}) cannot take an input of shape "
                 f"{'x'.join(map(str, shape))}: change the layer or the image size "
