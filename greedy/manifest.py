@@ -15,6 +15,7 @@ from pydantic import (
 from greedy.cache import StoreSummary
 from greedy.cache.files import write_whole
 from greedy.commands import command
+from greedy.data.modes import Kind
 from greedy.errors import UserError
 from greedy.files import file_digest, read_signed, signed
 from greedy.text import legible
@@ -93,12 +94,15 @@ class StoreRecord(_Document):
 
 
 class DataChoices(BaseModel):
-    """What ``resolved`` holds of stage 0: mean and deviation of each channel."""
+    """What ``resolved`` holds of stage 0: mean and deviation of each channel; which numbers image
+    files hold, and which of them were left out since they could not be read, with reasons."""
 
     model_config = ConfigDict(strict=True)
 
     mean: list[float]
     std: list[float]
+    pixels: Kind = "bytes"
+    skipped: dict[str, str] = {}
 
 
 class Choices(BaseModel):
