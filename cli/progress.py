@@ -36,10 +36,10 @@ class Preparing(Reporter):
             transient=True,
             disable=not console.is_terminal,
         )
-        self._task = self.progress.add_task("")
+        self._task = self.progress.add_task("", visible=False)
 
     def files_checked(self, done: int, files: int) -> None:
-        self.progress.update(self._task, completed=done, total=files)
+        self.progress.update(self._task, completed=done, total=files, visible=True)
 
     def noted(self, note: str) -> None:
         say(note)

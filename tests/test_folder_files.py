@@ -1,5 +1,6 @@
 """Which files of a folder are taken, which are named, and what becomes of damaged ones."""
 
+import io
 import json
 import os
 import subprocess
@@ -12,10 +13,12 @@ import numpy as np
 import pytest
 from command_line import answer, greedy, said, small_recipe
 from PIL import Image
+from rich.console import Console
 
 from greedy import RunDirectory
 from greedy.cache import Store
-from greedy.data import load_dataset
+from greedy.cli.progress import Preparing
+from greedy.data import checked, load_dataset
 from greedy.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -215,7 +218,8 @@ READ_WITHIN_A_GIBIBYTE = """
 import re, resource, sys
 from pathlib import Path
 import numpy as np
-from greedy.data import load_dataset
+from greedy.cli.progress import Preparing
+from greedy.data import checked, load_dataset
 
 train = load_dataset(f"folder:{sys.argv[1]}", image_size=96).train
 size = int(re.search(r"VmSize:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
@@ -293,3 +297,21 @@ def test_too_little_memory_is_a_sentence(tmp_path, monkeypatch):
     result = greedy("data", "prepare", f"folder:{photos}")
     assert result.exit_code == 2
     assert "there is not enough memory to decode the image" in result.stderr
+
+
+def test_too_little_memory_anywhere_is_a_sentence(monkeypatch):
+    def load_dataset(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("greedy.data.load_dataset", load_dataset)
+    result = greedy("data", "prepare", "fashion-mnist-sample")
+    assert result.exit_code == 1
+    assert result.stderr.startswith("Error: there is not enough main memory for this: ")
+
+
+def test_a_terminal_shows_how_far_the_files_are(tmp_path):
+    photos, out = sorted_photos(tmp_path), io.StringIO()
+    shown = Preparing(Console(file=out, force_terminal=True, width=80))
+    with shown.progress:
+        checked(load_dataset(f"folder:{photos}"), progress=shown.files_checked)
+    assert "looking at images" in out.getvalue() and "12/12" in out.getvalue()

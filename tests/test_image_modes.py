@@ -11,8 +11,9 @@ from command_line import answer, greedy, said, small_recipe
 from PIL import Image
 from torch import nn
 
-from greedy import GreedyTrainer, RunDirectory
+from greedy import GreedyTrainer, RunDirectory, UserError
 from greedy.cache import Store
+from greedy.data import dataset_from_torch
 from greedy.data.modes import pixel_values
 
 RNG = np.random.default_rng(0)
@@ -282,3 +283,11 @@ def test_a_python_data_set_has_the_background_too(tmp_path):
     )
     trainer.fit(samples, samples)
     assert not stage0(tmp_path / "run").any()
+
+
+def test_a_python_data_set_of_16_bit_colour_is_told(tmp_path):
+    (tmp_path / "deep.png").write_bytes(rgb16(DEEP))
+    with Image.open(tmp_path / "deep.png") as image:
+        samples = [(image, 0)] * 2
+        with pytest.raises(UserError, match="holds colour in 16 bits, of which Pillow reads 8"):
+            dataset_from_torch(samples, samples)
