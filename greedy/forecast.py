@@ -234,7 +234,7 @@ class _Planned:
             name="output" if is_output else stage.name,
             mode=choice.mode,
             micro_batch=choice.micro_batch,
-            usual=at_once is not None or parts_of(stage, heads) is not None,
+            usual=at_once is not None or parts_of(stage, heads, shape.hidden) is not None,
             peak_memory_bytes=choice.peak_bytes,
             parameters=sum(p.numel() for p in (*stage.parameters(), *heads.parameters())),
             store_bytes=self.disk.stages[number - 1].bytes if stored else 0,
