@@ -215,7 +215,7 @@ class Doubled(nn.Conv2d):
 )
 def test_other_stages_are_told_apart(layers: list[nn.Module]) -> None:
     stage = cut(nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, CLASSES)))[0]
-    assert parts_of(stage, LOSSES["sim"].heads((5, 7, 6), CLASSES)) is None
+    assert parts_of(stage, LOSSES["sim"].heads((5, 7, 6), CLASSES), (5, 7, 6)) is None
 
 
 def test_adam_in_host_memory_is_adam() -> None:
