@@ -1,19 +1,22 @@
 """How activations become stored numbers, and back.
 
 `Encoding.encode` runs in background threads and is NumPy only; `Encoding.decode` is the one
-place that uses torch, on the device that trains.
+place that uses torch, on the device that trains. Torch takes seconds to import, which whoever only
+looks at a store is spared.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from .errors import NonFiniteActivation, StoreError
+
+if TYPE_CHECKING:
+    import torch
 
 ENCODINGS = ("float32", "float16", "bfloat16", "uint8", "uint4")
 """The names of all encodings."""
@@ -51,7 +54,7 @@ class Encoding:
     row_shape: tuple[int, ...]
     scale: NDArray[np.float32] | None = None
     zero_point: NDArray[np.uint8] | None = None
-    _tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(
+    _tables: "dict[torch.device, tuple[torch.Tensor, torch.Tensor]]" = field(
         default_factory=dict, init=False, repr=False
     )
 
@@ -114,8 +117,10 @@ class Encoding:
         levels = self._quantise(values)
         return levels if self.name == "uint8" else _pack(levels.reshape(len(levels), -1))
 
-    def decode(self, stored: torch.Tensor) -> torch.Tensor:
+    def decode(self, stored: "torch.Tensor") -> "torch.Tensor":
         """Float32 `(n, *row_shape)` of `(n, *stored_shape)`, on the same device."""
+        import torch  # noqa: PLC0415
+
         if self.name == "bfloat16":
             return stored.view(torch.bfloat16).float()
         if not self.integer:
@@ -194,8 +199,10 @@ class Encoding:
     def _spread(self, table: NDArray[np.float32]) -> NDArray[np.float32]:
         return table.reshape(-1, *[1] * (len(self.row_shape) - 1 - channel_axis(self.row_shape)))
 
-    def _tables_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def _tables_on(self, device: "torch.device") -> "tuple[torch.Tensor, torch.Tensor]":
         """Scale and zero point on the device, copied there once: a copy a batch would wait."""
+        import torch  # noqa: PLC0415
+
         if device not in self._tables:
             assert self.scale is not None
             assert self.zero_point is not None

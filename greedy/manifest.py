@@ -15,7 +15,6 @@ from pydantic import (
 from greedy.cache import StoreSummary
 from greedy.cache.files import write_whole
 from greedy.commands import command
-from greedy.data.modes import Kind
 from greedy.errors import UserError
 from greedy.files import file_digest, read_signed, signed
 from greedy.text import legible
@@ -101,7 +100,7 @@ class DataChoices(BaseModel):
 
     mean: list[float]
     std: list[float]
-    pixels: Kind = "bytes"
+    pixels: Literal["bytes", "integers", "floats"] = "bytes"  # see data/modes.py
     skipped: dict[str, str] = {}
 
 

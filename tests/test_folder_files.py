@@ -115,7 +115,7 @@ def test_what_is_left_out_is_named_and_what_systems_leave_behind_is_not(tmp_path
 
 
 def damaged(photos):
-    """Seven files of all kinds of damage, and what is said of each."""
+    """Adds seven files of all kinds of damage; returns their names."""
     folder = photos / "train/ant"
     intact = (folder / "0.png").read_bytes()
     (folder / "cut.png").write_bytes(intact[: len(intact) // 2])
@@ -126,7 +126,11 @@ def damaged(photos):
     whole = (photos / "test/bird/half.jpg").read_bytes()
     (photos / "test/bird/half.jpg").write_bytes(whole[: len(whole) // 2])
     Image.fromarray(np.full((8, 8), np.nan, np.float32)).save(folder / "nan.tif")
-    return ["cut.png", "empty.jpg", "text.gif", "gone.png", "nan.tif", "half.jpg"]
+    Image.new("RGB", (8, 8)).save(folder / "odd.dds")
+    unknown = bytearray((folder / "odd.dds").read_bytes())
+    unknown[80:88] = b"\4\0\0\0ABCD"  # a form of pixels that nobody knows
+    (folder / "odd.dds").write_bytes(unknown)
+    return ["cut.png", "empty.jpg", "text.gif", "gone.png", "nan.tif", "half.jpg", "odd.dds"]
 
 
 def test_all_damaged_files_are_named_at_once(tmp_path):
@@ -138,7 +142,7 @@ def test_all_damaged_files_are_named_at_once(tmp_path):
     ):
         result = greedy(*words, *(("--set", "data.image_size=8") if words[0] == "train" else ()))
         assert result.exit_code == 2
-        assert f"6 of 18 images of {photos} cannot be read" in result.stderr
+        assert f"7 of 19 images of {photos} cannot be read" in result.stderr
         assert all(name in result.stderr for name in bad)
         assert "set data.broken=skip" in result.stderr
         assert result.stderr.count("Error:") == 1 and "Traceback" not in result.output

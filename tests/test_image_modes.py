@@ -11,9 +11,9 @@ from command_line import answer, greedy, said, small_recipe
 from PIL import Image
 from torch import nn
 
-from greedy import GreedyTrainer, RunDirectory, UserError
+from greedy import GreedyTrainer, RunDirectory, UserError, recipes
 from greedy.cache import Store
-from greedy.data import dataset_from_torch
+from greedy.data import Reading, dataset_from_torch, load_dataset
 from greedy.data.modes import pixel_values
 
 RNG = np.random.default_rng(0)
@@ -70,12 +70,22 @@ def photos(folder, contents, suffix, others=None):
     return f"folder:{folder}"
 
 
-def trained(tmp_path, data, **fields):
+def prepared(tmp_path, data, **fields):
+    """A run whose images are stored."""
     recipe = tmp_path / "tiny.toml"
     sections = {"data": {"name": data, **fields}, "model": {"hidden_layers": 1}}
     recipe.write_text(small_recipe(**sections, training={"batch_size": 4}))
-    said("train", "--recipe", recipe, "--run", tmp_path / "run")
+    wanted = recipes.load(recipe)
+    reading = Reading.of(wanted.data)
+    trainer = GreedyTrainer.from_recipe(wanted, tmp_path / "run", device="cpu")
+    trainer.prepare(load_dataset(data, reading=reading))
     return tmp_path / "run"
+
+
+def trained(tmp_path, data, **fields):
+    run = prepared(tmp_path, data, **fields)
+    said("train", "--recipe", tmp_path / "tiny.toml", "--run", run)
+    return run
 
 
 def stage0(run):
@@ -104,6 +114,12 @@ def with_opacity(mode, pixels):
     return image
 
 
+def palette_with_opacity():
+    image = Image.frombytes("PA", (SIDE, SIDE), np.dstack([GREY, OPACITY]).tobytes())
+    image.putpalette([value for i in range(256) for value in (i, 255 - i, 7)])
+    return image
+
+
 GREY3 = np.stack([GREY] * 3, axis=-1)
 FILES = {
     "1": (saved(Image.fromarray(GREY > 127), "PNG"), "png", 255 * (GREY3 > 127)),
@@ -113,9 +129,9 @@ FILES = {
     "RGB": (saved(Image.fromarray(COLOUR), "PNG"), "png", COLOUR),
     "RGBA": (saved(with_opacity("RGB", COLOUR), "PNG"), "png", over(COLOUR, OPACITY)),
     "PA": (
-        saved(Image.merge("LA", (Image.fromarray(GREY), Image.fromarray(OPACITY))), "TIFF"),
+        saved(palette_with_opacity(), "TIFF"),
         "tif",
-        over(GREY3, OPACITY),
+        over(np.dstack([GREY, 255 - GREY, np.full_like(GREY, 7)]), OPACITY),
     ),
     "CMYK": (
         saved(Image.fromarray(COLOUR).convert("CMYK"), "TIFF"),
@@ -139,6 +155,7 @@ FILES = {
         "tif",
         TWELVE,
     ),
+    "RGBX": (saved(Image.fromarray(np.dstack([COLOUR, GREY]), "RGBX"), "TIFF"), "tif", COLOUR),
     "I": (saved(Image.fromarray(INTS), "TIFF"), "tif", INTS),
     "I unsigned": (tiff((INTS.astype(np.int64) + 2**31).astype("<u4")), "tif", INTS + 2.0**31),
     "I of 16 bits": (tiff((INTS // 4).astype("<i2"), 2), "tif", (INTS // 4).astype("<i2")),
@@ -161,7 +178,7 @@ FILES = {
 @pytest.mark.parametrize("mode", FILES)
 def test_files_of_every_mode_reach_stage_0_as_what_they_hold(tmp_path, mode):
     contents, suffix, expected = FILES[mode]
-    run = trained(tmp_path, photos(tmp_path / "photos", contents, suffix))
+    run = prepared(tmp_path, photos(tmp_path / "photos", contents, suffix))
     image = stage0(run)
     expected = np.stack([expected] * 3) if expected.ndim == 2 else expected.transpose(2, 0, 1)
     assert image.dtype == (np.float32 if mode[0] in "IF" or "16" in mode else np.uint8)
@@ -171,6 +188,12 @@ def test_files_of_every_mode_reach_stage_0_as_what_they_hold(tmp_path, mode):
     if image.dtype == np.float32:
         assert record.resolved["mean"] == pytest.approx(expected.mean((1, 2)), rel=1e-5)
         assert record.resolved["std"] == pytest.approx(expected.std((1, 2)), rel=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "I;16", "F", "RGBA;16"])
+def test_predict_reads_them_as_training_did(tmp_path, mode):
+    run = trained(tmp_path, photos(tmp_path / "photos", *FILES[mode][:2]))
+    image = stage0(run)
     file = next((tmp_path / "photos").glob("*/*"))
     (found,) = answer("predict", "--run", run, file)["predictions"]
     trainer = GreedyTrainer.from_recipe(RunDirectory.open(run).recipe, run, device="cpu")
@@ -257,13 +280,18 @@ def test_what_is_transparent_shows_the_background(tmp_path, mode):
         options = {"transparency": b"\0\xff" if mode == "P" else 0}
         suffix = "gif" if mode == "GIF" else "png"
     data = photos(tmp_path / "photos", saved(image, suffix.upper(), **options), suffix)
-    run = trained(tmp_path, data, background="#0a14ff")
+    run = prepared(tmp_path, data, background="#0a14ff")
     expected = np.where(left, np.array([10, 20, 255])[:, None, None], 128)
     np.testing.assert_array_equal(stage0(run), expected)
-    named = Image.fromarray(expected.astype(np.uint8).transpose(1, 2, 0))
-    named.save(tmp_path / "flat.png")
-    file = next((tmp_path / "photos").glob("*/*"))
-    one, other = answer("predict", "--run", run, file, tmp_path / "flat.png")["predictions"]
+
+
+def test_predict_has_the_background_too(tmp_path):
+    contents, suffix, _ = FILES["RGBA"]
+    run = trained(tmp_path, photos(tmp_path / "photos", contents, suffix), background="#0a14ff")
+    (tmp_path / "clear.png").write_bytes(contents)
+    Image.fromarray(stage0(run).transpose(1, 2, 0)).save(tmp_path / "flat.png")
+    files = tmp_path / "clear.png", tmp_path / "flat.png"
+    one, other = answer("predict", "--run", run, *files)["predictions"]
     assert one["classes"] == other["classes"]
 
 

@@ -125,9 +125,11 @@ def opened(file: Path, reading: Reading) -> Iterator[ImageFile]:
             f"there is not enough memory to decode the image {file}: scale it down, or set "
             f"data.max_pixels below its size to have all such images named"
         ) from error
-    # What Pillow raises for a damaged file depends on the format.
-    except (OSError, ValueError, SyntaxError, IndexError, Image.DecompressionBombError) as error:
-        raise UnreadableImage(file, getattr(error, "strerror", None) or error) from error
+    except UserError:
+        raise
+    except Exception as error:  # what Pillow raises for a damaged file depends on the format
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UnreadableImage(file, reason) from error
 
 
 def _header(file: Path) -> PillowFile:
@@ -147,7 +149,9 @@ def _no_limit() -> Iterator[None]:
 
 def _decoded(image: PillowFile, file: Path) -> ImageFile:
     deep, codings = loses_bits(image), [str(tile.args) for tile in image.tile]
-    unsigned = any("I;32" in coding and "S" not in coding for coding in codings)
+    unsigned = image.format == "TIFF" and any(
+        "I;32" in coding and "S" not in coding for coding in codings
+    )
     if deep:
         with _header(file) as again:
             parts = channels_16(image, again)

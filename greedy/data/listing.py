@@ -55,7 +55,7 @@ class Listing:
         lead to again is looked at once."""
         found: list[Path] = []
         seen = set()
-        for place, folders, names in os.walk(folder, followlinks=True):
+        for place, folders, names in os.walk(folder, followlinks=True, onerror=_raised):
             status = Path(place).stat()
             if (status.st_dev, status.st_ino) in seen:
                 folders.clear()
@@ -87,6 +87,11 @@ class Listing:
         """Notes what is no image file, unless systems leave it behind everywhere."""
         if path.name not in SILENT and path.name != ".DS_Store" and not path.name.startswith("._"):
             self.ignored.append(path)
+
+
+def _raised(error: OSError) -> None:
+    """What ``os.walk`` calls; without it, folders that cannot be opened count as empty."""
+    raise error
 
 
 def few(paths: list[Path], root: Path) -> str:
