@@ -15,6 +15,7 @@ from greedy.files import read_limited
 from greedy.recipes import explain, milestones
 from greedy.recipes.identity import differences
 from greedy.recipes.schema import Model, Recipe
+from greedy.text import legible
 
 SHIPPED: Final = Path(__file__).parent
 REQUIRED: Final = ("data", "model", "loss", "training")
@@ -43,7 +44,7 @@ def load(
     that may not inherit is of that file alone. Raises UserError for any mistake in it."""
     path, name = Path(name_or_path), str(name_or_path)
     if path.suffix == ".toml" or path.is_file():
-        name = path.stem
+        name = legible(path.stem)
     else:
         path = _shipped_path(name, names)
     layer = _Layer(str(name_or_path), _read(path))
@@ -169,6 +170,11 @@ def _read(path: Path) -> dict[str, Any]:
         raise UserError(f"the recipe {path} cannot be read: {error.strerror}") from None
     except RecursionError:
         raise UserError(f"the recipe {path} is nested too deeply") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"the recipe {path} is no UTF-8 in line {line}, as TOML has to be: save it as that"
+        ) from None
     except ValueError as error:
         raise UserError(f"the recipe {path} is not valid TOML: {error}") from None
 
