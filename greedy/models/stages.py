@@ -134,7 +134,7 @@ def cut(network: nn.Sequential, layers: int = 1) -> list[Stage]:
         else:
             (groups[-1] if groups else leading).append(child)
     if not groups:
-        raise UserError("the network has no convolution or linear layer, so there is no stage")
+        raise UserError("the network has no convolution or linear layer to train: add one")
     stages = []
     for number, group in enumerate(_blocks(groups, layers), start=1):
         stage, leading = _stage(number, leading + group)

@@ -49,9 +49,10 @@ class Parts:
         return self.activation(c)
 
 
-def parts_of(stage: Stage, heads: LocalHeads, hidden: Shape) -> Parts | None:
-    """The parts of a stage whose activation is of the shape ``hidden`` a row, or ``None`` for one
-    that is not of the pattern and can therefore only be trained in the plain mode."""
+def parts_of(stage: Stage, heads: LocalHeads, hidden: Shape = ()) -> Parts | None:
+    """The parts of a stage, or ``None`` for one that is not of the pattern and can therefore only
+    be trained in the plain mode. By ``hidden``, the shape of a row of its activation, tokens are
+    told from vectors."""
     encoder, *others = stage.layer
     norm = others[0] if others and isinstance(others[0], BatchNorm) else None
     activation = others[1:] if norm else others
