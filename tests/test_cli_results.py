@@ -8,7 +8,11 @@ import safetensors.torch
 import torch
 from command_line import answer, greedy, small_recipe, train
 
-RECIPE = small_recipe(model={"hidden_layers": 1}, store={"views": 2, "encoding": "float16"})
+RECIPE = small_recipe(
+    data={"augmentation": "hflip"},
+    model={"hidden_layers": 1},
+    store={"views": 2, "encoding": "float16"},
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +31,8 @@ def states(run):
 
 def test_status_of_a_finished_run(run):
     document = answer("status", "--run", run)
-    assert document.keys() == {"recipe", "stages", "bytes_on_disk", "bytes_written"}
+    kept = {"recipe", "stages", "bytes_on_disk", "bytes_written", "set_aside"}
+    assert document.keys() == kept
     assert document["recipe"] == "tiny"
     first, last = document["stages"]
     fields = "stage name state train_error_percent test_error_percent store_bytes"
