@@ -32,7 +32,7 @@ from greedy.settings import python_recipe, require_optimizer
 from greedy.source import Source
 from greedy.sourcing import Sources
 from greedy.space import require_room, until_full
-from greedy.stage0 import require_same_data, stored_encoding, write_stage0
+from greedy.stage0 import readable, require_same_data, stored_encoding, write_stage0
 from greedy.training.checkpoint import Start
 from greedy.training.network import NetworkTraining
 from greedy.training.resolve import compiles, for_stage, repeated, resolve, within_budget
@@ -119,7 +119,7 @@ class GreedyTrainer:
     def fit(self, train_set: TorchDataset, test_set: TorchDataset) -> list[StageRecord]:
         """Trains every stage on two map-style data sets, see ``greedy.data.dataset_from_torch``.
         Returns the records of all stages."""
-        self.prepare(dataset_from_torch(train_set, test_set))
+        self.prepare(dataset_from_torch(train_set, test_set, "python", self.recipe.data.background))
         return self.train()
 
     def prepare(self, dataset: Dataset) -> StageRecord:
@@ -142,6 +142,7 @@ class GreedyTrainer:
         memory = self._memory_of(stages, shapes, shapes[-1].output[0], images)  # a logit a class
         memory.require(range(1, len(stages) + 1), plan_disk(self.run, shapes, rows, needed))
         self._planned = memory
+        dataset = readable(self.recipe, dataset, self.reporter)
         self.run.make()
         with self.run.writing():
             if self.run.state(0) == "complete":

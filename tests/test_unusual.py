@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from small_training import CLASSES, SIDE, TEST, TRAIN, trainer, weights
+from small_training import CLASSES, SIDE, TEST, TRAIN, learned, trainer, weights
 from small_training import network as small_network
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -129,7 +129,7 @@ class TiedHeads(OwnLoss):
 def test_modules_of_every_kind_are_stages(tmp_path: Path, module: type[nn.Module]) -> None:
     mine = trainer(tmp_path / "run", with_stage(module()), epochs=3)
     records = mine.fit(TRAIN, TEST)
-    assert records[-1].metrics.test_error_percent < 30  # chance is 67
+    assert records[-1].metrics.test_error_percent < 33  # chance is 67
     assert records[0].resolved["planned_peak_bytes"] > 32 * 4 * SIDE * SIDE * 4
     with torch.no_grad():
         assert mine.assemble().eval()(torch.rand(2, 1, SIDE, SIDE)).shape == (2, CLASSES)
@@ -146,7 +146,7 @@ def test_what_cannot_be_counted_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("loss", [Scaled, Weighted, OfPresentClasses, TiedHeads])
 def test_losses_of_every_kind_train(tmp_path: Path, loss: type[OwnLoss]) -> None:
     records = trainer(tmp_path / "run", loss=loss(), epochs=3).fit(TRAIN, TEST)
-    assert records[-1].metrics.test_error_percent < 30
+    assert records[-1].metrics.test_error_percent < 33
 
 
 class Vector(OwnLoss):
@@ -202,8 +202,8 @@ def test_a_network_ends_in_logits(tmp_path: Path, end: list[nn.Module], message:
 
 @pytest.mark.parametrize("optimizer", ["ASGD", "Adafactor", "Rprop"])
 def test_optimisers_of_every_kind_train(tmp_path: Path, optimizer: str) -> None:
-    records = trainer(tmp_path / "run", optimizer=getattr(torch.optim, optimizer)).fit(TRAIN, TEST)
-    assert records[-1].metrics.test_error_percent < 67
+    trainer(tmp_path / "run", optimizer=getattr(torch.optim, optimizer)).fit(TRAIN, TEST)
+    assert learned(tmp_path / "run", 1)
 
 
 def test_optimisers_that_cannot_train_a_stage_are_refused(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ def new_learner(
         compiled_rows=recipe.training.batch_size if resolved.get("compile") else 0,
         graphs=graphs(recipe, resolved, device),
         memory=StepMemory(Mode(resolved["memory_mode"]), resolved["micro_batch"]),
+        shape=shapes.hidden,
     )
 
 
