@@ -206,7 +206,17 @@ def test_a_mistake_is_one_sentence(folder, arguments, sentence):
     assert sentence in result.output.replace("\n", " ")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGINT,
+        pytest.param(signal.SIGTERM, marks=SLOW),
+        pytest.param(signal.SIGHUP, marks=SLOW),
+    ],
+)
 def test_a_signal_leaves_no_temporary_files(folder, tmp_path, number):
     """In a process of its own, while the first stage trains."""
     home = {"XDG_DATA_HOME": str(tmp_path), "TMPDIR": str(folder / "tmp")}

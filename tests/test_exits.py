@@ -18,6 +18,7 @@ RECIPE = small_recipe(
         "hidden_width": 32,
     },
     training={"batch_size": 128},
+    store={"views": 1},
 )
 CPU = torch.device("cpu")
 
