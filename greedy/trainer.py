@@ -49,8 +49,9 @@ class GreedyTrainer:
             ``greedy.models.cut``. Its weights are the first weights; it is not changed.
         run_dir: the run directory; training goes on where it stopped.
         loss: the local loss of every stage but the output layer.
-        optimizer: from parameters to an optimiser; by default Adam at ``learning_rate``.
-            The schedule sets its rate.
+        optimizer: from parameters to an optimiser; by default Adam at ``learning_rate``. Each
+            of its groups begins at its own rate, or at ``learning_rate`` where that is given, and
+            the schedule scales it.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         reporter: is told of progress.
         settings: fields of a recipe's ``data``, ``training`` and ``store`` sections by their
@@ -78,6 +79,7 @@ class GreedyTrainer:
         self._set_up(
             python_recipe(settings, loss), run_dir, device, reporter, model, loss, optimizer
         )
+        self._own_rates = "learning_rate" not in settings
 
     @classmethod
     def from_recipe(
@@ -110,6 +112,7 @@ class GreedyTrainer:
         self.reporter = reporter or Reporter()
         self.loss = loss
         self.optimizer = optimizer
+        self._own_rates = False
         self._model = model
         self._planned: MemoryPlan | None = None
 
@@ -211,7 +214,8 @@ class GreedyTrainer:
         self._announce(numbers)
         source = Sources(self.run, stages, data, self.device, self.reporter).for_training(1, 0)
         what = (self.run, stages, shapes, self.loss, source, data, memory)
-        return NetworkTraining(*what, self.device, self.reporter, self.optimizer).train()
+        how = (self.device, self.reporter, self.optimizer, self._own_rates)
+        return NetworkTraining(*what, *how).train()
 
     def _announce(self, numbers: Iterable[int]) -> None:
         data, epochs = self.run.complete(0), self.recipe.training.epochs
@@ -330,6 +334,7 @@ class GreedyTrainer:
             device=self.device,
             reporter=self.reporter,
             optimizer=self.optimizer,
+            own_rates=self._own_rates,
         )
 
     def _resolved(
