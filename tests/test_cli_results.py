@@ -71,7 +71,13 @@ def test_status_tells_what_is_still_to_do(run):
 def test_status_of_a_run_without_its_data(run):
     for stage in run.glob("stage*"):
         shutil.rmtree(stage)
-    nothing = {"recipe": "tiny", "stages": [], "bytes_on_disk": 0, "bytes_written": 0}
+    nothing = {
+        "recipe": "tiny",
+        "stages": [],
+        "bytes_on_disk": 0,
+        "bytes_written": 0,
+        "set_aside": [],
+    }
     assert answer("status", "--run", run) == nothing
     assert f"`greedy train --run {run}`" in greedy("status", "--run", run).output
 
