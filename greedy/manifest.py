@@ -117,6 +117,7 @@ class Choices(BaseModel):
     memory_mode: ModeName
     micro_batch: Size
     planned_peak_bytes: Count | None
+    memory_reduced: bool = False
     write_batch: Size
     threads: Annotated[int, Field(ge=1, le=4096)]
     compile: bool = False

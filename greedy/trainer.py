@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -333,6 +334,7 @@ class GreedyTrainer:
             is_output=is_output,
             device=self.device,
             reporter=self.reporter,
+            smaller=partial(self._memory().smaller, number, source.number, written_from),
             optimizer=self.optimizer,
             own_rates=self._own_rates,
         )
