@@ -21,6 +21,7 @@ from greedy.cli.train import tensorboard, train_and_show
     help="The run directory to write  [default: DIR-finetuned beside --run].",
 )
 @fields.settings
+@options.ignore_changes
 @options.device
 @options.log
 @options.model
@@ -29,6 +30,7 @@ def finetune(
     run: Path,
     to: Path | None,
     settings: tuple[str, ...],
+    ignore_changes: bool,
     device: str,
     log: str | None,
     model: str | None,

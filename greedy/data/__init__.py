@@ -2,7 +2,7 @@
 
 from greedy.data.augmentation import Augmentation, Draws, normalise, prepare
 from greedy.data.catalogue import DATASETS, Entry
-from greedy.data.loading import is_available, load_dataset
+from greedy.data.loading import find_dataset, is_available, load_dataset
 from greedy.data.mapstyle import dataset_from_torch, require_repeatable
 from greedy.data.splits import Dataset, Split
 
@@ -12,6 +12,7 @@ __all__ = [
     "Dataset",
     "Split",
     "load_dataset",
+    "find_dataset",
     "dataset_from_torch",
     "require_repeatable",
     "is_available",

@@ -34,7 +34,9 @@ def load_folder(name: str, root: Path, image_size: int | None) -> Dataset:
         names, train, test = _sorted_by_user(*folders)
     else:
         names, train, test = _held_out(root)
-    training, testing = (FolderSplit(files, train[0][0], image_size) for files in (train, test))
+    training, testing = (
+        FolderSplit(files, root, train[0][0], image_size) for files in (train, test)
+    )
     return Dataset(name, training, testing, names)
 
 
@@ -76,28 +78,33 @@ class FolderSplit:
 
     With ``image_size`` the short side is resized to it (bilinear, antialiased) and the centre cut
     out; without, every image must have the size of the image ``first``.
+
+    Attributes:
+        root: the folder that all files are in.
+        files, labels: of the rows, in their order.
     """
 
     dtype: np.dtype[Any] = np.dtype(np.uint8)
 
-    def __init__(self, files: Files, first: Path, image_size: int | None) -> None:
-        self._files = [file for members in files for file in members]
-        self._labels = np.repeat(np.arange(len(files)), [len(members) for members in files])
+    def __init__(self, files: Files, root: Path, first: Path, image_size: int | None) -> None:
+        self.root = root
+        self.files = [file for members in files for file in members]
+        self.labels: Labels = np.repeat(np.arange(len(files)), [len(members) for members in files])
         self._first, self._image_size = first, image_size
         with opened(first) as image:
             width, height = (image_size, image_size) if image_size else image.size
         self.shape: Shape = (3, height, width)
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self.files)
 
     def read(self, indices: Rows) -> tuple[Images, Labels]:
         images = np.empty((len(indices), *self.shape), np.uint8)
         with ThreadPoolExecutor() as pool:
             # Exhausting the iterator raises the first failure and drops what has not begun.
-            for _ in pool.map(self._decode, (self._files[i] for i in indices), images):
+            for _ in pool.map(self._decode, (self.files[i] for i in indices), images):
                 pass
-        return images, self._labels[indices]
+        return images, self.labels[indices]
 
     def _decode(self, file: Path, out: npt.NDArray[np.uint8]) -> None:
         height, width = self.shape[1:]

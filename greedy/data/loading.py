@@ -1,5 +1,6 @@
 """From the name of a data set to the data set."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from platformdirs import user_cache_path
@@ -32,8 +33,8 @@ def load_dataset(
     """
     if name == FOLDER:
         raise UserError("folder: names no folder: say folder:PATH")
-    if name.startswith(FOLDER):
-        return load_folder(name, Path(name.removeprefix(FOLDER)).expanduser(), image_size)
+    if root := folder_of(name):
+        return load_folder(name, root, image_size)
     if name not in NAMES and Path(name).is_dir():
         raise UserError(f"{name!r} is a folder and no name of a data set: say folder:{name}")
     if name not in NAMES and not is_function_name(name):
@@ -48,6 +49,24 @@ def load_dataset(
             f"command line: add --data {name}"
         )
     return load_function(name)
+
+
+def find_dataset(
+    name: str, data_dir: str | Path | None = None, *, allow_function: bool = False
+) -> Dataset | None:
+    """The data set of a name of ``DATASETS`` if it can be loaded without a download, or of a
+    function if that is called; otherwise None."""
+    if name in NAMES:
+        with suppress(UserError):  # files that are damaged by now are none
+            return load_vision(name, _root(data_dir), download=False)
+    elif allow_function and is_function_name(name):
+        return load_function(name)
+    return None
+
+
+def folder_of(name: str) -> Path | None:
+    """The folder that ``folder:PATH`` names; None for other names."""
+    return Path(name.removeprefix(FOLDER)).expanduser() if name.startswith(FOLDER) else None
 
 
 def is_available(name: str, data_dir: str | Path | None = None) -> bool:
