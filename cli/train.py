@@ -55,7 +55,8 @@ def train(
 ) -> None:
     """Train every stage of a recipe in turn; the same command resumes."""
     from greedy.build import load_network  # noqa: PLC0415
-    from greedy.data import load_dataset  # noqa: PLC0415
+    from greedy.cli.progress import preparing  # noqa: PLC0415
+    from greedy.data import Reading, load_dataset  # noqa: PLC0415
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
 
     overrides = fields.overrides(settings, field_values)
@@ -71,10 +72,11 @@ def train(
             download,
             wanted.data.image_size,
             allow_function=fields.names_data(overrides),
+            reading=Reading.of(wanted.data),
         )
         rows = f"{len(dataset.train):,} training and {len(dataset.test):,} test images"
         say(f"stage 0: {rows} of {dataset.name}")
-        with terminable():
+        with terminable(), preparing() as trainer.reporter:
             trainer.prepare(dataset)
     train_and_show(trainer, retrain, logger)
 

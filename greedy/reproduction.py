@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from greedy.cache.files import write_whole
-from greedy.data import load_dataset
+from greedy.data import Reading, load_dataset
 from greedy.errors import UserError
 from greedy.evaluation import evaluate
 from greedy.files import canonical, digest, read_signed, signed
@@ -77,8 +77,16 @@ class SeededRun:
             trainer = GreedyTrainer.from_recipe(self.recipe, self.path, device=device)
             if trainer.run.state(0) != "complete":
                 data = self.recipe.data
-                found = load_dataset(data.name, data_dir, download, data.image_size, allow_function)
-                trainer.prepare(found)
+                found = load_dataset(
+                    data.name,
+                    data_dir,
+                    download,
+                    data.image_size,
+                    allow_function,
+                    Reading.of(data),
+                )
+                with reporter() as trainer.reporter:
+                    trainer.prepare(found)
             with reporter() as trainer.reporter:
                 trainer.train()
             self._keep(trainer)

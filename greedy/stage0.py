@@ -3,19 +3,24 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from greedy.build import require_one_logit_a_class
 from greedy.cache import Encoding, Store, StoreWriter, pixels
-from greedy.data import Dataset, Split
+from greedy.data import Dataset, Split, checked
 from greedy.data.labels import require_classes
+from greedy.data.modes import Kind
 from greedy.errors import UserError
 from greedy.files import canonical, digest
-from greedy.manifest import StageRecord, StoreRecord
+from greedy.manifest import DataChoices, StageRecord, StoreRecord
 from greedy.models import Shape
+from greedy.recipes import Recipe
+from greedy.reporting import Reporter
 from greedy.runs import SPLITS, RunDirectory, new_stage
 from greedy.seeds import numpy_generator
+from greedy.text import legible
 from greedy.versions import versions
 
 READ_ROWS = 1024  # rows decoded at a time
@@ -95,12 +100,36 @@ def write_stage0(
             row_shape=dataset.train.shape,
             class_names=class_names,
             network=network,
-            resolved=moments.mean_and_std(),
+            resolved=moments.mean_and_std() | _of_files(dataset),
             store=store,
             rows={name: len(labels[name]) for name in SPLITS},
             seconds=time.perf_counter() - started,
             versions=versions(),
         ).write(directory)
+
+
+def readable(recipe: Recipe, dataset: Dataset, reporter: Reporter) -> Dataset:
+    """Returns the data set without the image files that cannot be read, where the recipe skips
+    these; else they are refused, all at once."""
+    skip = recipe.data.broken == "skip"
+    dataset = checked(dataset, skip=skip, progress=reporter.files_checked)
+    for note in dataset.notes:
+        reporter.noted(note)
+    return dataset
+
+
+def pixels_of(data: StageRecord) -> Kind:
+    """Which numbers the image files of a run hold; those of other data are not known."""
+    return DataChoices.model_validate(data.resolved).pixels
+
+
+def normalisation_of(recipe: Recipe, data: StageRecord) -> tuple[list[float], list[float]]:
+    """Returns mean and deviation of each channel: the recipe's, which are of bytes scaled to
+    [0, 1] where images are files, or those measured."""
+    moments, given = DataChoices.model_validate(data.resolved), recipe.data
+    if moments.pixels != "bytes" or given.mean is None or given.std is None:
+        return moments.mean, moments.std
+    return given.mean, given.std
 
 
 def require_same_data(run: RunDirectory, dataset: Dataset) -> None:
@@ -139,6 +168,13 @@ def _alike(images: np.ndarray, others: np.ndarray) -> bool:
 def stored_encoding(split: Split) -> Encoding:
     """How a split's images are stored."""
     return pixels(split.shape) if split.dtype == np.uint8 else Encoding("float32", split.shape)
+
+
+def _of_files(dataset: Dataset) -> dict[str, Any]:
+    """What the record says of image files."""
+    pixels = {"pixels": dataset.pixels} if dataset.pixels else {}
+    skipped = {legible(file): legible(why) for file, why in dataset.skipped.items()}
+    return pixels | ({"skipped": skipped} if skipped else {})
 
 
 def _read(split: Split, index: np.ndarray, labels: np.ndarray) -> Iterator[np.ndarray]:

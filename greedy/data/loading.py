@@ -4,6 +4,7 @@ from pathlib import Path
 
 from greedy.data.catalogue import DATASETS
 from greedy.data.folder import load_folder
+from greedy.data.images import AS_THEY_ARE, Reading
 from greedy.data.mapstyle import load_function
 from greedy.data.splits import Dataset
 from greedy.data.vision import is_present, load_vision
@@ -21,18 +22,21 @@ def load_dataset(
     download: bool = False,
     image_size: int | None = None,
     allow_function: bool = False,
+    reading: Reading = AS_THEY_ARE,
 ) -> Dataset:
     """The data set of a name of ``DATASETS``, of ``folder:PATH`` or of ``module:function``.
 
     Named data sets are looked for in ``data_dir``, by default the user's cache directory, and
     fetched into it if ``download`` is true. ``image_size`` (pixels) resizes the short side of a
-    folder's images and crops the centre. A function is called only if ``allow_function`` is true.
+    folder's images and crops the centre; ``reading`` says how its files are read. A function is
+    called only if ``allow_function`` is true.
     Raises UserError, saying what to do, if the data set cannot be had.
     """
     if name == FOLDER:
         raise UserError("folder: names no folder: say folder:PATH")
     if name.startswith(FOLDER):
-        return load_folder(name, expanded(Path(name.removeprefix(FOLDER))), image_size)
+        root = expanded(Path(name.removeprefix(FOLDER)))
+        return load_folder(name, root, image_size, reading)
     if name not in NAMES and Path(name).is_dir():
         raise UserError(f"{name!r} is a folder and no name of a data set: say folder:{name}")
     if name not in NAMES and not is_function_name(name):
@@ -46,7 +50,7 @@ def load_dataset(
             "a function named in a recipe is only called when the same name is given on the "
             f"command line: add --data {name}"
         )
-    return load_function(name)
+    return load_function(name, reading.background)
 
 
 def is_available(name: str, data_dir: str | Path | None = None) -> bool:

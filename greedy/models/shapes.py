@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,15 @@ def _passed(stage: Stage, x: Tensor) -> tuple[Tensor, Tensor]:
     """Activation and output of a copy, with running statistics: batch statistics are not for the
     meta device."""
     h = stage.eval().hidden(x)
-    return h, stage.pool(h)
+    return h, stage.pool(h) if isinstance(h, Tensor) else h
+
+
+def _require_tensor(stage: Stage, h: Any) -> None:
+    if not isinstance(h, Tensor):
+        raise UserError(
+            f"stage {stage.number} ({stage.name}) gives a {type(h).__name__} where a tensor is "
+            f"needed: put its last module into one of your own that returns the tensor"
+        )
 
 
 def shapes(stages: Sequence[Stage], input_shape: Shape) -> list[StageShapes]:
@@ -59,7 +68,8 @@ def shapes(stages: Sequence[Stage], input_shape: Shape) -> list[StageShapes]:
         try:
             with FlopCounterMode(display=False) as counter:
                 h, out = _probed(stage, shape)
-        except (RuntimeError, ValueError) as error:
+                _require_tensor(stage, h)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise UserError(
                 f"stage {stage.number} ({stage.name}) cannot take an input of shape "
                 f"{'x'.join(map(str, shape))}: change the layer or the image size "

@@ -23,7 +23,7 @@ from greedy.source import Batch, Source
 from greedy.training.checkpoint import Checkpoints, Progress, Sums
 from greedy.training.guard import Guard, OptimizerFailed
 from greedy.training.resolve import for_stage
-from greedy.training.schedule import Schedule
+from greedy.training.schedule import FIRST, Schedule, scale_rates, set_first_rates
 from greedy.training.step import Learner
 from greedy.training.strategies import Outcome, Strategy
 
@@ -83,6 +83,7 @@ class Epochs:
 
     def _epochs(self) -> Iterator[list[EpochReport]]:
         began = time.perf_counter()
+        set_first_rates(self.strategy.optimizers)
         done = self.checkpoints.load() if self.checkpoints else None
         progress, sums = done or (Progress(), [])
         before = progress.before + progress.seconds
@@ -112,10 +113,9 @@ class Epochs:
     ) -> list[EpochReport]:
         started = time.perf_counter() - progress.seconds
         epoch, first = progress.epoch, progress.position
-        rate = self.schedule.rate_at(epoch)
-        for optimizer in self.strategy.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        if first == 0:  # within an epoch it is as it was kept
+            scale_rates(self.strategy.optimizers, self.schedule.factor_at(epoch))
+        rate = self._rate
         size, limited = self.recipe.training.batch_size, self.recipe.data.classes_per_batch
         batches = self.source.epoch(
             self.number,
@@ -158,6 +158,12 @@ class Epochs:
             )
             for total, held_out in zip(totals, self._held_out(), strict=True)
         ]
+
+    @property
+    def _rate(self) -> float:
+        """To be reported: of the first group, if it has one."""
+        group = self.strategy.optimizers[0].param_groups[0]
+        return float(group["lr"]) if FIRST in group else self.schedule.rate
 
     def _keep(self, progress: Progress, totals: Sequence[Totals], stop: Postponed) -> None:
         """A checkpoint, and the end of the training where a signal has asked for it."""

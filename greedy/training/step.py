@@ -38,6 +38,7 @@ class Learner:
         host: where a mode that streams keeps its input.
         rehearsed: only the first two and the last micro-batch are computed, which show what
             memory a step takes.
+        shape: of a row of its activation h, by which tokens are told from vectors.
     """
 
     stage: Stage
@@ -54,6 +55,7 @@ class Learner:
     memory: StepMemory = field(default_factory=StepMemory)
     host: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rehearsed: bool = False
+    shape: Shape = ()
     _compiled: Callable[[Tensor], Features] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -63,7 +65,7 @@ class Learner:
     @property
     def parts(self) -> Parts | None:
         """Encoder, batch norm and activation of a stage of the usual pattern."""
-        return parts_of(self.stage, self.heads)
+        return parts_of(self.stage, self.heads, self.shape)
 
     def parameters(self) -> list[nn.Parameter]:
         """The encoder's and the heads' parameters."""
