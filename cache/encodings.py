@@ -1,19 +1,22 @@
 """How activations become stored numbers, and back.
 
 `Encoding.encode` runs in background threads and is NumPy only; `Encoding.decode` is the one
-place that uses torch, on the device that trains.
+place that uses torch, on the device that trains. Torch takes seconds to import, which whoever only
+looks at a store is spared.
 """
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from .errors import NonFiniteActivation, StoreError
+
+if TYPE_CHECKING:
+    import torch
 
 ENCODINGS = ("float32", "float16", "bfloat16", "uint8", "uint4")
 """The names of all encodings."""
@@ -39,7 +42,7 @@ class Encoding:
 
     Attributes:
         name: one of `ENCODINGS`.
-        row_shape: of a decoded row, (C, H, W) or (F,).
+        row_shape: of a decoded row, (C, H, W), (T, C) or (F,).
         scale: float32 (C,), only for uint8 and uint4.
         zero_point: uint8 (C,), only for uint8 and uint4.
 
@@ -51,19 +54,19 @@ class Encoding:
     row_shape: tuple[int, ...]
     scale: NDArray[np.float32] | None = None
     zero_point: NDArray[np.uint8] | None = None
-    _tables: dict[torch.device, tuple[torch.Tensor, torch.Tensor]] = field(
+    _tables: "dict[torch.device, tuple[torch.Tensor, torch.Tensor]]" = field(
         default_factory=dict, init=False, repr=False
     )
 
     def __post_init__(self) -> None:
         if self.name not in ENCODINGS:
             raise StoreError(f"unknown encoding {self.name!r}; choose from {', '.join(ENCODINGS)}")
-        if len(self.row_shape) not in (1, 3) or min(self.row_shape) < 1:
-            raise StoreError(f"a row must be (C, H, W) or (F,), not {self.row_shape}")
+        if len(self.row_shape) not in (1, 2, 3) or min(self.row_shape) < 1:
+            raise StoreError(f"a row must be (C, H, W), (T, C) or (F,), not {self.row_shape}")
         if (self.scale is not None, self.zero_point is not None) != (self.integer, self.integer):
             raise StoreError("uint8 and uint4 take a scale and a zero point, other encodings none")
         if self.scale is not None and self.zero_point is not None:
-            channels = (self.row_shape[0],)
+            channels = (self.row_shape[channel_axis(self.row_shape)],)
             if self.scale.shape != channels or self.zero_point.shape != channels:
                 raise StoreError(
                     f"scale and zero point must have {channels[0]} entries, one a channel"
@@ -114,8 +117,10 @@ class Encoding:
         levels = self._quantise(values)
         return levels if self.name == "uint8" else _pack(levels.reshape(len(levels), -1))
 
-    def decode(self, stored: torch.Tensor) -> torch.Tensor:
+    def decode(self, stored: "torch.Tensor") -> "torch.Tensor":
         """Float32 `(n, *row_shape)` of `(n, *stored_shape)`, on the same device."""
+        import torch  # noqa: PLC0415
+
         if self.name == "bfloat16":
             return stored.view(torch.bfloat16).float()
         if not self.integer:
@@ -177,8 +182,9 @@ class Encoding:
         if not values.size or (values.min() >= -limit and values.max() <= limit):
             return
         outside = np.argwhere(~(np.abs(values) <= limit))
-        first = outside[outside[:, 1].argmin()]
-        raise NonFiniteActivation(int(first[1]), float(values[tuple(first)]), self.name)
+        channels = outside[:, 1 + channel_axis(self.row_shape)]
+        first = outside[channels.argmin()]
+        raise NonFiniteActivation(int(channels.min()), float(values[tuple(first)]), self.name)
 
     def _quantise(self, values: NDArray[np.float32]) -> NDArray[np.uint8]:
         assert self.scale is not None
@@ -191,10 +197,12 @@ class Encoding:
         return levels.astype(np.uint8)
 
     def _spread(self, table: NDArray[np.float32]) -> NDArray[np.float32]:
-        return table.reshape(-1, *[1] * (len(self.row_shape) - 1))
+        return table.reshape(-1, *[1] * (len(self.row_shape) - 1 - channel_axis(self.row_shape)))
 
-    def _tables_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    def _tables_on(self, device: "torch.device") -> "tuple[torch.Tensor, torch.Tensor]":
         """Scale and zero point on the device, copied there once: a copy a batch would wait."""
+        import torch  # noqa: PLC0415
+
         if device not in self._tables:
             assert self.scale is not None
             assert self.zero_point is not None
@@ -202,6 +210,11 @@ class Encoding:
             zero_point = torch.from_numpy(self._spread(self.zero_point.astype(np.float32)))
             self._tables[device] = (scale.to(device), zero_point.to(device))
         return self._tables[device]
+
+
+def channel_axis(row_shape: tuple[int, ...]) -> int:
+    """Where a row's channels are: last in tokens (T, C), first in all others."""
+    return 1 if len(row_shape) == 2 else 0
 
 
 def fit_encoding(name: str, sample: NDArray[np.float32]) -> Encoding:
@@ -218,11 +231,13 @@ def fit_encoding(name: str, sample: NDArray[np.float32]) -> Encoding:
     if name not in _TOP:
         return Encoding(name, row_shape)
     Encoding("float32", row_shape)._check_range(sample)
-    scale = np.ones(row_shape[0], np.float32)
-    zero_point = np.zeros(row_shape[0], np.uint8)
-    for channel in range(row_shape[0]):
+    axis = channel_axis(row_shape)
+    scale = np.ones(row_shape[axis], np.float32)
+    zero_point = np.zeros(row_shape[axis], np.uint8)
+    for channel in range(row_shape[axis]):
         # A channel at a time: a copy of one channel in float32, never of the sample.
-        low, high = np.quantile(sample[:, channel].ravel(), QUANTILES).astype(np.float64)
+        values = sample.take(channel, axis=1 + axis)
+        low, high = np.quantile(values.ravel(), QUANTILES).astype(np.float64)
         low, high = min(low, 0.0), max(high, 0.0)
         step = np.float32((high - low) / _TOP[name])
         if step >= np.finfo(np.float32).tiny:

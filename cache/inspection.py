@@ -19,7 +19,7 @@ class StoreInfo:
     Attributes:
         rows: of each view.
         views: augmented copies of the data set.
-        row_shape: of a decoded row, (C, H, W) or (F,).
+        row_shape: of a decoded row, (C, H, W), (T, C) or (F,).
         encoding: one of `ENCODINGS`.
         compressor: "lz4", "zstd" or "none".
         disk_bytes: of all files.

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from .order import EpochOrder, Positions, WindowOrder
@@ -110,6 +109,8 @@ class BatchLoader:
             shape, dtype = (rows, *self._source.shape[2:]), self._source.dtype
         if not self._pin_memory:
             return np.empty(shape, dtype)
+        import torch  # noqa: PLC0415
+
         same = torch.from_numpy(np.empty(0, dtype)).dtype
         return torch.empty(shape, dtype=same, pin_memory=True).numpy()
 

@@ -52,14 +52,21 @@ def list_data(data_dir: Path | None, as_json: bool) -> None:
 @options.as_json
 @options.debug
 def prepare(name: str, data_dir: Path | None, download: bool, as_json: bool) -> None:
-    """Check that a data set is here, and fetch it if that is allowed."""
-    from greedy.data import load_dataset  # noqa: PLC0415
+    """Check that a data set is here, and fetch it if that is allowed. All files of an image folder
+    are decoded, and those that cannot be are named."""
+    from greedy.cli.progress import preparing  # noqa: PLC0415
+    from greedy.data import checked, load_dataset  # noqa: PLC0415
 
     dataset = load_dataset(name, data_dir, download, allow_function=True)
+    with preparing() as reporter:
+        dataset = checked(dataset, progress=reporter.files_checked)
     train, test = dataset.train, dataset.test
     if as_json:
-        print_json({"name": name, "shape": train.shape, "train": len(train), "test": len(test)})
+        known = {"name": name, "shape": train.shape, "train": len(train), "test": len(test)}
+        print_json(known | ({"notes": list(dataset.notes)} if dataset.notes else {}))
         return
+    for note in dataset.notes:
+        say(note)
     say(
         f"{name} is ready: {len(train):,} training and {len(test):,} test images "
         f"of {_shape(train.shape)}"

@@ -107,6 +107,11 @@ def failure_of(error: BaseException) -> Failure:
             return BY_SIGNAL[signal.Signals(error.signal)](sentence)
         case KeyboardInterrupt():
             return Stopped("interrupted, and nothing that was finished is lost")
+        case MemoryError():
+            return Failure(
+                "there is not enough main memory for this: close other programs, or ask for less, "
+                "such as smaller images or batches"
+            )
         case OSError(strerror=str(reason), filename=path):
             from greedy.space import remedy  # noqa: PLC0415
 

@@ -1,17 +1,56 @@
 """A run's progress in plain lines, for log files."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
 import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
-from greedy.cli.tables import percent
+from greedy.cli.tables import percent, say
 from greedy.disk import Plan
 from greedy.manifest import StageRecord
 from greedy.reporting import EpochReport, Reporter, RunOutline
 from greedy.sizes import format_size
 from greedy.text import shown
 from greedy.training.modes import StepMemory
+
+
+class Preparing(Reporter):
+    """Shows how far the files are that are looked at, and prints what is said about them."""
+
+    def __init__(self, console: Console) -> None:
+        columns = TextColumn("looking at images"), BarColumn(), MofNCompleteColumn()
+        self.progress = Progress(
+            *columns,
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self.progress.add_task("", visible=False)
+
+    def files_checked(self, done: int, files: int) -> None:
+        self.progress.update(self._task, completed=done, total=files, visible=True)
+
+    def noted(self, note: str) -> None:
+        say(note)
+
+
+@contextmanager
+def preparing() -> Iterator[Preparing]:
+    """Inside, a terminal shows how far the files of a data set are that are looked at."""
+    shown = Preparing(Console(stderr=True))
+    with shown.progress:
+        yield shown
 
 
 class Lines(Reporter):
@@ -41,6 +80,9 @@ class Lines(Reporter):
 
     def _named(self, number: int, name: str) -> str:
         return f"stage {number}/{self._stages} {name}"
+
+    def noted(self, note: str) -> None:
+        self._print(note)
 
     def disk_planned(self, plan: Plan) -> None:
         for line in plan.explain():

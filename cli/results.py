@@ -24,8 +24,7 @@ LOSE = 1.0  # points of error that an early exit may lose, unless told otherwise
 def status(run: Path, as_json: bool) -> None:
     """Show the stages of a run: state, errors, store and time."""
     from greedy.runs import RunDirectory  # noqa: PLC0415
-    from greedy.status import disk_use, status  # noqa: PLC0415
-    from greedy.unfinished import trainings_set_aside  # noqa: PLC0415
+    from greedy.status import disk_use, status, trainings_set_aside  # noqa: PLC0415
 
     directory = RunDirectory.open(run)
     stages, disk = directory.undisturbed(lambda: (status(directory), disk_use(directory)))

@@ -59,7 +59,8 @@ def train(
     """Train every stage of a recipe in turn; the same command resumes."""
     from greedy.build import load_network  # noqa: PLC0415
     from greedy.changes import require_unchanged  # noqa: PLC0415
-    from greedy.data import load_dataset  # noqa: PLC0415
+    from greedy.cli.progress import preparing  # noqa: PLC0415
+    from greedy.data import Reading, load_dataset  # noqa: PLC0415
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
 
     overrides = fields.overrides(settings, field_values)
@@ -70,10 +71,11 @@ def train(
     say(f"{wanted.name} in {directory} on {trainer.device}")
     data, named = wanted.data, fields.names_data(overrides)
     if retrain == 0 or trainer.run.state(0) != "complete":
-        dataset = load_dataset(data.name, data_dir, download, data.image_size, named)
+        reading = Reading.of(data)
+        dataset = load_dataset(data.name, data_dir, download, data.image_size, named, reading)
         rows = f"{len(dataset.train):,} training and {len(dataset.test):,} test images"
         say(f"stage 0: {rows} of {dataset.name}")
-        with terminable():
+        with terminable(), preparing() as trainer.reporter:
             trainer.prepare(dataset, again=retrain == 0)
         retrain = 1 if retrain == 0 else retrain
     elif not ignore_changes:

@@ -11,7 +11,7 @@ from greedy.data import Augmentation
 from greedy.errors import UserError
 from greedy.functions import call_function
 from greedy.losses import Glob, LocalLoss, Pred, PredBio, PredSim, PredSimBio, Sim, SimBio
-from greedy.models import Shape, Stage, StageShapes
+from greedy.models import ENCODERS, Shape, Stage, StageShapes
 from greedy.recipes import Loss, Model, Recipe
 
 NETWORKS: dict[str, Callable[..., nn.Sequential]] = {
@@ -76,11 +76,13 @@ def checked_shapes(
         raise UserError("the data have one class: give two at least, to be told apart")
     if len(found[-1].output) != 1:
         raise UserError(
-            f"the network ends in feature maps ({'x'.join(map(str, found[-1].output))} an image): "
+            f"the network ends in {_kind(found[-1].output)} ({_sides(found[-1].output)} an image): "
             f"end it with the linear layer that gives the logits"
         )
     if classes:
         require_one_logit_a_class(found[-1].output, classes)
+    for stage, shape in zip(stages[:-1], found[:-1], strict=True):
+        _require_heads_and_store(recipe, stage, shape)
     augmentation = Augmentation.parse(recipe.data.augmentation, recipe.data.cutout_length)
     augmentation.require_room(*row_shape[1:])
     mean = recipe.data.mean
@@ -103,6 +105,44 @@ def checked_shapes(
                 f"stages: give one number, or one a stage"
             )
     return found
+
+
+def _require_heads_and_store(recipe: Recipe, stage: Stage, shape: StageShapes) -> None:
+    """Refuses a stage whose activation our losses have no heads for, or whose output no store
+    holds."""
+    strategy, loss = recipe.training.strategy, recipe.loss.name
+    ours = strategy != "backprop" and loss not in ("python", "glob")
+    stored = strategy == "greedy" and recipe.store.views != "live"
+    given = f"stage {stage.number} ({stage.name}) gives {{}} an image"
+    for each in {shape.hidden: ours, shape.output: stored}.items():
+        if each[1] and not 1 <= len(each[0]) <= 3:
+            raise UserError(
+                f"{given.format(_sides(each[0]))}, and stages are trained on features (F,), tokens "
+                f"(T, D) and maps (C, H, W): let it end with what gives one of these"
+            )
+    last = [m for m in stage.layer.modules() if isinstance(m, ENCODERS)][-1]
+    if not ours or len(shape.hidden) == 1:
+        return
+    if isinstance(last, nn.Conv1d) and shape.hidden[-1] != last.out_channels:
+        raise UserError(
+            f"{given.format(_sides(shape.hidden))} by a 1-d convolution, and of two sides the last "
+            f"are features: use nn.Conv2d with a kernel of height 1, or let the stage end with "
+            f"what gives tokens (T, D)"
+        )
+    is_last = isinstance(last, nn.Linear) and shape.hidden[-1] == last.out_features
+    if is_last and len(shape.hidden) == 3 and shape.hidden[0] != last.out_features:
+        raise UserError(
+            f"{given.format(_sides(shape.hidden))} with features last, and of three sides the "
+            f"first are features: let it end with what gives (C, H, W), or tokens (T, D)"
+        )
+
+
+def _kind(shape: Shape) -> str:
+    return "tokens" if len(shape) == 2 else "feature maps"
+
+
+def _sides(shape: Shape) -> str:
+    return "x".join(map(str, shape))
 
 
 def require_one_logit_a_class(output: Shape, classes: int) -> None:

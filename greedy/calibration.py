@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import torch
-from platformdirs import user_data_path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
@@ -22,6 +21,7 @@ from greedy.devices import describe
 from greedy.files import read_signed, signed
 from greedy.memory.choice import Choice
 from greedy.models import Stage, StageShapes
+from greedy.places import measurements
 from greedy.training.modes import Mode, ModeName
 from greedy.versions import versions
 
@@ -140,7 +140,7 @@ class Calibration(_Document):
     @classmethod
     def path(cls, device_type: str) -> Path:
         """Where the calibration of this machine's ``cpu``, ``cuda`` or ``mps`` is kept."""
-        return user_data_path("greedy") / "calibration" / f"{platform.node()}-{device_type}.json"
+        return measurements() / f"{platform.node()}-{device_type}.json"
 
     @classmethod
     def begin(cls, device: torch.device, peak_flops: float) -> Self:

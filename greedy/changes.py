@@ -8,7 +8,7 @@ import numpy as np
 
 from greedy.cache import Store
 from greedy.commands import command
-from greedy.data import Dataset, Split, find_dataset, load_dataset
+from greedy.data import Dataset, Reading, Split, find_dataset, load_dataset
 from greedy.data.folder import FolderSplit
 from greedy.data.loading import folder_of
 from greedy.data.randomness import generators_kept
@@ -69,7 +69,9 @@ def folder_changes(run: RunDirectory) -> str | None:
     if root is None or not root.is_dir() or FileTable.read(run.stage(0)) is None:
         return None
     try:
-        return changes(run, load_dataset(data.name, image_size=data.image_size))
+        return changes(
+            run, load_dataset(data.name, image_size=data.image_size, reading=Reading.of(data))
+        )
     except UserError as error:
         return str(error)
 
@@ -79,10 +81,12 @@ def require_unchanged(
 ) -> None:
     """Raises UserError where the data have changed that a run was begun with, as far as they are
     here; ``data_dir`` and ``allow_function`` are those of ``greedy.data.load_dataset``."""
-    name = run.recipe.data.name
+    name, reading = run.recipe.data.name, Reading.of(run.recipe.data)
     if folder_of(name) is not None:
         require_unchanged_folder(run)
-    elif (found := find_dataset(name, data_dir, allow_function=allow_function)) is not None:
+        return
+    found = find_dataset(name, data_dir, allow_function=allow_function, reading=reading)
+    if found is not None:
         is_prepared(run, found)
 
 
@@ -93,11 +97,12 @@ def require_unchanged_folder(run: RunDirectory) -> None:
 
 
 def files_of(dataset: Dataset) -> FileTable | None:
-    """The files of an image folder's data set, those of the training split first, without
-    digests; None for other data sets."""
+    """The files of an image folder's data set, without digests: of the training split, the test
+    split, and those that are skipped; None for other data sets."""
     train, test = dataset.train, dataset.test
     if isinstance(train, FolderSplit) and isinstance(test, FolderSplit):
-        return FileTable.of(train.root, [*train.files, *test.files])
+        skipped = [train.root / name for name in dataset.skipped]
+        return FileTable.of(train.root, [*train.files, *test.files, *skipped])
     return None
 
 

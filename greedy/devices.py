@@ -53,6 +53,20 @@ def set_determinism(device: torch.device, wanted: bool) -> None:
         torch.backends.cudnn.allow_tf32 = not wanted
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out. CUDA's allocator has one of its own; the CPU's,
+    MPS' and CUDA's libraries say it in words."""
+    words = (
+        "can't allocate memory",
+        "CUDA error: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_ALLOC_FAILED",
+        "MPS backend out of memory",
+    )
+    said = isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+    return said or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
 def available_memory() -> int:
     """Bytes of main memory that can be taken without swapping."""
     return psutil.virtual_memory().available

@@ -24,6 +24,11 @@ class Interrupted(KeyboardInterrupt):
         self.signal = signal
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line that fits a sentence."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def lacking(what: str, packages: Iterable[str], extra: str) -> UserError:
     """The error that says ``what`` needs packages of an extra of ours that are not installed."""
     return UserError(

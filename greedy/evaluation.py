@@ -32,9 +32,10 @@ def evaluate(
     device: torch.device,
     memory_budget: int | None = None,
 ) -> Evaluation:
-    """Evaluates a network of ``greedy.network.assemble`` on the raw images of a split, in
-    float32; activation stores take no part in it. On the device at most ``memory_budget`` bytes
-    are taken, by default those of the run's recipe.
+    """Evaluates a network of ``greedy.network.assemble``, or one like it, on the raw images of a
+    split, in float32 and evaluation mode; activation stores take no part in it, and the network
+    stays as and where it was. On the device at most ``memory_budget`` bytes are taken, by default
+    those of the run's recipe.
 
     Raises ``UserError`` for a split or a budget that cannot be.
     """
@@ -64,13 +65,12 @@ def classified(
     starts = range(0, store.rows, forward.rows)
     for start, images in zip(starts, store.batches(0, forward.rows), strict=True):
         labels = torch.from_numpy(store.labels[start : start + len(images)]).to(device)
-        yield _logits(forward, network, raw_to_float(images, device)), labels
+        yield _logits(forward, raw_to_float(images, device)), labels
 
 
 @full_float32()
-@torch.inference_mode()
-def _logits(forward: Forward, network: nn.Sequential, x: Tensor) -> Tensor:
-    return forward(network, x)
+def _logits(forward: Forward, x: Tensor) -> Tensor:
+    return forward(x)
 
 
 def raw_to_float(images: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -67,7 +67,7 @@ class Exits:
 
 
 @full_float32()
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate_exits(
     run: RunDirectory,
     loss: LocalLoss,

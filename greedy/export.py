@@ -14,9 +14,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from greedy.cache.files import write_whole
 from greedy.errors import UserError, lacking, unknown
-from greedy.files import require_new
+from greedy.files import require_new, write_asked
 from greedy.losses import LocalLoss
 from greedy.manifest import StageRecord
 from greedy.models import Shape
@@ -80,7 +79,7 @@ def export(
             contents = _torch_export(network, data.row_shape, metadata)
         case "onnx":
             contents = _onnx(network, data.row_shape, metadata)
-    write_whole(to, contents)
+    write_asked(to, contents)
     return to
 
 

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from greedy.cache.files import write_whole
 from greedy.curves import Curve
 from greedy.errors import UserError, lacking
-from greedy.files import require_new
+from greedy.files import require_new, write_asked
 from greedy.similarity import BatchSimilarity, StageSimilarity
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def save(figure: "Figure", to: Path, *, overwrite: bool = False) -> Path:
     """Writes a figure to a file, by default only to a new one, and returns its path. Raises
     ``UserError`` as ``require_picture`` does."""
     require_picture(to, overwrite)
-    write_whole(to, render(figure, to.suffix.removeprefix(".")))
+    write_asked(to, render(figure, to.suffix.removeprefix(".")))
     return to
 
 

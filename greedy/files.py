@@ -1,6 +1,7 @@
 """Digests of files and documents; sizes; documents whose claims are limited; files that may be
 written."""
 
+import errno
 import hashlib
 import json
 import os
@@ -37,13 +38,32 @@ def read_tensors(path: Path) -> "dict[str, Tensor]":
 
 def require_new(to: Path, overwrite: bool) -> None:
     """Refuses to write a file that exists, unless it is to be overwritten, or that has no folder
-    to be in."""
+    to be in, or one that cannot be written."""
     if to.is_dir():
         raise UserError(f"{to} is a folder: give the name of a file in it as --to")
     if to.exists() and not overwrite:
         raise UserError(f"{to} exists already: choose another --to, or add --force")
     if not to.parent.is_dir():
+        if os.path.lexists(to.parent):
+            raise UserError(f"{to.parent} is no folder: choose another --to")
         raise UserError(f"the folder {to.parent} does not exist: create it first")
+    if not os.access(to.parent, os.W_OK):
+        raise UserError(f"the folder {to.parent} cannot be written: choose another --to")
+
+
+def write_asked(to: Path, data: bytes) -> None:
+    """Writes a file that was asked for by ``--to``, whole. Raises ``UserError`` where it cannot be;
+    what a disk has no room for is the system's error."""
+    from greedy.cache.files import write_whole  # noqa: PLC0415
+
+    try:
+        write_whole(to, data)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
+        raise UserError(
+            f"{to} cannot be written ({error.strerror}): choose another --to"
+        ) from error
 
 
 def bytes_below(directory: Path) -> int:

@@ -52,7 +52,7 @@ def begin_finetuning(
 
     weights = source.undisturbed(trained)
     run = RunDirectory.create(to, _recipe(source.recipe, digest(weights), overrides))
-    run.make()
+    run.make("--to")
     needed = len(weights) + bytes_below(source.store(0))
     with run.writing():
         if run.record(0) is None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from greedy.build import build_loss, build_network, checked_shapes
 from greedy.calibration import Calibration, Work
-from greedy.data import DATASETS, load_dataset
+from greedy.data import DATASETS, Reading, load_dataset
 from greedy.devices import pick_device, pick_precision
 from greedy.disk import Plan
 from greedy.duration import Durations
@@ -136,7 +136,12 @@ def named_data_facts(recipe: Recipe, allow_function: bool = False) -> DataFacts:
     if entry is not None and image_size is None:
         rows = {"train": entry.train, "test": entry.test}
         return _unwritten(entry.shape, entry.classes, rows, value_bytes=1)
-    dataset = load_dataset(name, image_size=image_size, allow_function=allow_function)
+    dataset = load_dataset(
+        name,
+        image_size=image_size,
+        allow_function=allow_function,
+        reading=Reading.of(recipe.data),
+    )
     if dataset.class_names is None:
         raise UserError(
             f"how many classes {name} has is not known before its labels are read: give the "
@@ -229,7 +234,7 @@ class _Planned:
             name="output" if is_output else stage.name,
             mode=choice.mode,
             micro_batch=choice.micro_batch,
-            usual=at_once is not None or parts_of(stage, heads) is not None,
+            usual=at_once is not None or parts_of(stage, heads, shape.hidden) is not None,
             peak_memory_bytes=choice.peak_bytes,
             parameters=sum(p.numel() for p in (*stage.parameters(), *heads.parameters())),
             store_bytes=self.disk.stages[number - 1].bytes if stored else 0,

@@ -3,12 +3,14 @@
 import importlib
 import re
 import sys
-from contextlib import suppress
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
-from greedy.errors import UserError
+from greedy.errors import TrainingError, UserError, first_line
 
 
 def is_function_name(name: str) -> bool:
@@ -20,7 +22,7 @@ def call_function(name: str) -> Any:
     """Calls the function of ``module:function`` without arguments and returns what it returns.
 
     The current directory is importable. Raises UserError where there is no such function, or it
-    needs arguments.
+    needs arguments, or its code fails.
     """
     if not is_function_name(name):
         raise UserError(f"{name!r} is not of the form module:function: name a function so")
@@ -28,10 +30,8 @@ def call_function(name: str) -> Any:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
-    try:
+    with _told(f"cannot import the module of {name}"):
         module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(f"cannot import the module of {name}: {error}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(f"{name} is not a function: define {function_name} in {module.__file__}")
@@ -40,7 +40,23 @@ def call_function(name: str) -> Any:
             raise UserError(
                 f"{name} needs arguments and is called without: give its parameters defaults"
             )
-    return function()
+    with _told(f"{name} fails"):
+        return function()
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Inside, errors of a user's own code are one sentence that says where they come from."""
+    try:
+        yield
+    except (UserError, TrainingError, MemoryError):
+        raise
+    except Exception as error:
+        said = first_line(error)
+        if not isinstance(error, ImportError | SyntaxError):  # which say it themselves
+            last = traceback.extract_tb(error.__traceback__)[-1]
+            said = f"{type(error).__name__}: {said}, {last.filename}, line {last.lineno}"
+        raise UserError(f"{what} ({said}): mend it, --debug shows more") from error
 
 
 def _is_needed(parameter: Parameter) -> bool:

@@ -45,13 +45,15 @@ def forward(layer: Layer, x: Tensor) -> Tensor:
         _apply(layer, x, layer.weight[rows].to(dtype), _cast(layer.bias, rows, dtype))
         for rows in output_slices(layer.weight)
     ]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=_channels(layer))
 
 
 def add_weight_gradient(layer: Layer, x: Tensor, g: Tensor, total: Tensor) -> None:
     """Adds the gradient of a layer's weight to ``total``: of its input ``x`` (B, Cin, ...) and
-    the gradient ``g`` (B, Cout, ...) of its output. One output channel in ``g`` and ``total``
-    serves for all that are alike."""
+    the gradient ``g`` (B, Cout, ...) of its output, for a linear layer (..., in) and (..., out).
+    One output channel in ``g`` and ``total`` serves for all that are alike."""
+    if isinstance(layer, nn.Linear):
+        x, g = x.flatten(0, -2), g.flatten(0, -2)
     for rows in output_slices(total):
         part = total[rows]
         if isinstance(layer, nn.Linear):
@@ -66,7 +68,9 @@ def input_gradient(layer: Layer, x: Tensor, g: Tensor) -> Tensor:
         return _input_gradient(layer, x, g, layer.weight)
     total = torch.zeros_like(x, dtype=layer.weight.dtype)
     for rows in output_slices(layer.weight):
-        total += _input_gradient(layer, x, g[:, rows], layer.weight[rows].to(g.dtype))
+        weight = layer.weight[rows].to(g.dtype)
+        part = g.narrow(_channels(layer), rows.start, len(weight))
+        total += _input_gradient(layer, x, part, weight)
     return total.to(x.dtype)
 
 
@@ -83,6 +87,11 @@ class _Lean(torch.autograd.Function):
         add_weight_gradient(ctx.layer, x.to(g.dtype), g, ctx.layer.weight.grad)
         wanted = ctx.needs_input_grad[0]
         return input_gradient(ctx.layer, x, g) if wanted else None, None, None
+
+
+def _channels(layer: Layer) -> int:
+    """The dimension of a layer's output along which its weight's rows lie."""
+    return -1 if isinstance(layer, nn.Linear) else 1
 
 
 def _apply(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

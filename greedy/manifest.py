@@ -94,12 +94,15 @@ class StoreRecord(_Document):
 
 
 class DataChoices(BaseModel):
-    """What ``resolved`` holds of stage 0: mean and deviation of each channel."""
+    """What ``resolved`` holds of stage 0: mean and deviation of each channel; which numbers image
+    files hold, and which of them were left out since they could not be read, with reasons."""
 
     model_config = ConfigDict(strict=True)
 
     mean: list[float]
     std: list[float]
+    pixels: Literal["bytes", "integers", "floats"] = "bytes"  # see data/modes.py
+    skipped: dict[str, str] = {}
 
 
 class Choices(BaseModel):

@@ -15,6 +15,7 @@ from greedy.manifest import ENCODER, HEADS, StageRecord
 from greedy.models import Shape, Stage, cut, shapes
 from greedy.recipes import Recipe
 from greedy.runs import RunDirectory
+from greedy.stage0 import normalisation_of
 from greedy.training.strategies import losses_of
 
 
@@ -99,8 +100,7 @@ def _assemble(
 
 def normalisation(recipe: Recipe, data: StageRecord) -> nn.Module:
     """The data set's normalisation of images (B, C, H, W), as the stages were trained on."""
-    mean = torch.tensor(recipe.data.mean or data.resolved["mean"])
-    std = torch.tensor(recipe.data.std or data.resolved["std"])
+    mean, std = (torch.tensor(values) for values in normalisation_of(recipe, data))
     module = nn.BatchNorm2d(len(mean), eps=0.0, affine=False)
     module.running_mean, module.running_var = mean, std.square()
     return module.eval()

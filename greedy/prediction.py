@@ -9,18 +9,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from greedy.data.images import converted, fit, opened
+from greedy.data.images import MODES, Reading, opened
+from greedy.data.modes import KINDS
 from greedy.devices import full_float32
 from greedy.errors import UserError
 from greedy.evaluation import raw_to_float
 from greedy.manifest import StageRecord
 from greedy.memory.choice import memory_budget as memory_budget_of
 from greedy.memory.forward import fit_forward
-from greedy.models import Shape
 from greedy.runs import RunDirectory
+from greedy.stage0 import pixels_of
 
 BATCH = 32  # images at a time: enough to be quick, and little memory beside the weights
-MODES = {1: "L", 3: "RGB"}  # of Pillow, by the channels of the network's images
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,14 @@ def predict(
     top: int = 3,
     memory_budget: int | None = None,
 ) -> Iterator[Prediction | Unreadable]:
-    """Classifies image files with a network of ``greedy.network.assemble``, in float32: the
-    ``top`` classes of each, in the order given. On the device at most ``memory_budget`` bytes are
-    taken, by default those of the run's recipe.
+    """Classifies image files with a network of ``greedy.network.assemble``, or one like it, in
+    float32 and evaluation mode: the ``top`` classes of each, in the order given. The network stays
+    as and where it was. On the device at most ``memory_budget`` bytes are taken, by default those
+    of the run's recipe.
 
-    Images are converted to the run's channels, resized until they cover the size of its images,
-    and cropped at the centre.
+    Images are read as those of a folder are, their transparent parts over the recipe's background,
+    converted to the run's channels, resized until they cover the size of its images, and cropped
+    at the centre.
 
     Raises:
         UserError: one of ``images`` is a folder, ``top`` is not positive, the budget is too small,
@@ -69,15 +71,15 @@ def predict(
             raise UserError(f"{path} is a folder: name the images in it, such as {path}/*.png")
     budget = memory_budget_of(run.recipe, device) if memory_budget is None else memory_budget
     forward = fit_forward(network, data.row_shape, budget, device.type)
-    batch = min(BATCH, forward.rows)
+    batch, reading = min(BATCH, forward.rows), Reading.of(run.recipe.data)
 
     def logits(x: np.ndarray) -> Tensor:
-        return forward(network, raw_to_float(x, device))
+        return forward(raw_to_float(x, device))
 
     return (
         each
         for start in range(0, len(images), batch)
-        for each in _predicted(data, logits, images[start : start + batch], top)
+        for each in _predicted(data, reading, logits, images[start : start + batch], top)
     )
 
 
@@ -88,7 +90,7 @@ def _require_images(run: RunDirectory, data: StageRecord) -> None:
             f"image files have 1 or 3 channels and the images of {run.path} {channels}: give "
             f"them to `greedy.network.assemble`'s network in Python"
         )
-    if data.store is not None and data.store.encoding == "float32":
+    if data.store is not None and data.store.encoding == "float32" and pixels_of(data) == "bytes":
         raise UserError(
             f"{run.path} was trained on floats, and what they are of an image file is not known: "
             f"give them to `greedy.network.assemble`'s network in Python"
@@ -97,12 +99,13 @@ def _require_images(run: RunDirectory, data: StageRecord) -> None:
 
 def _predicted(
     data: StageRecord,
+    reading: Reading,
     logits: Callable[[np.ndarray], Tensor],
     images: Sequence[Path],
     top: int,
 ) -> Iterator[Prediction | Unreadable]:
     with ThreadPoolExecutor() as pool:
-        found = list(pool.map(lambda image: _read(image, data.row_shape), images))
+        found = list(pool.map(lambda image: _read(image, data, reading), images))
     readable = [each for each in found if isinstance(each, np.ndarray)]
     answers = iter(_best(logits, np.stack(readable), top) if readable else ())
     for image, each in zip(images, found, strict=True):
@@ -114,7 +117,6 @@ def _predicted(
 
 
 @full_float32()
-@torch.inference_mode()
 def _best(
     logits: Callable[[np.ndarray], Tensor], rows: np.ndarray, top: int
 ) -> list[tuple[list[int], list[float]]]:
@@ -124,12 +126,17 @@ def _best(
     return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
-def _read(image: Path, shape: Shape) -> np.ndarray | UserError:
-    """An image file as the rows of the data set are, bytes (C, H, W)."""
-    channels, height, width = shape
+def _read(file: Path, data: StageRecord, reading: Reading) -> np.ndarray | UserError:
+    """An image file as the rows of the data set are, (C, H, W) of bytes or float32."""
+    channels, height, width = data.row_shape
+    trained = pixels_of(data)
     try:
-        with opened(image) as file:
-            pixels = np.asarray(fit(converted(file, MODES[channels]), height, width))
+        with opened(file, reading) as image:
+            if image.kind != trained:
+                raise UserError(
+                    f"{file} holds {KINDS[image.kind]} and the network was trained on images of "
+                    f"{KINDS[trained]}: bring the image to these"
+                )
+            return image.values(channels, reading.background, (height, width))
     except UserError as error:
         return error
-    return pixels.reshape(height, width, channels).transpose(2, 0, 1)

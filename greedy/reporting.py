@@ -47,6 +47,13 @@ class RunOutline:
 class Reporter:
     """Hears of a run's progress and does nothing; override what you want to know."""
 
+    def files_checked(self, done: int, files: int) -> None:
+        """Of the image files so many are looked at. Called often: be quick."""
+
+    def noted(self, note: str) -> None:
+        """A sentence about the data: files that are left out, or taken otherwise than might be
+        thought."""
+
     def run_started(self, outline: RunOutline) -> None:
         """Stages are about to be trained; told before all else, even where none is left."""
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from greedy.cache.files import write_whole
 from greedy.changes import require_unchanged
-from greedy.data import load_dataset
+from greedy.data import Reading, load_dataset
 from greedy.errors import UserError
 from greedy.evaluation import evaluate
 from greedy.files import canonical, digest, read_signed, signed
@@ -78,8 +78,16 @@ class SeededRun:
             trainer = GreedyTrainer.from_recipe(self.recipe, self.path, device=device)
             data = self.recipe.data
             if trainer.run.state(0) != "complete":
-                found = load_dataset(data.name, data_dir, download, data.image_size, allow_function)
-                trainer.prepare(found)
+                found = load_dataset(
+                    data.name,
+                    data_dir,
+                    download,
+                    data.image_size,
+                    allow_function,
+                    Reading.of(data),
+                )
+                with reporter() as trainer.reporter:
+                    trainer.prepare(found)
             else:
                 require_unchanged(trainer.run, data_dir, allow_function)
             with reporter() as trainer.reporter:

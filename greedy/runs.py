@@ -90,7 +90,7 @@ class RunDirectory:
                     there._require_same_results(self.recipe)
             yield
 
-    def make(self) -> None:
+    def make(self, option: str = "--run") -> None:
         """Makes the directory where there is none. Raises ``TrainingError`` if it cannot be."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ class RunDirectory:
             standing = next(each for each in place.parents if os.path.lexists(each))
             raise TrainingError(
                 f"the run directory {self.path} cannot be made in {standing} ({error.strerror}): "
-                f"choose another place with --run"
+                f"choose another place with {option}"
             ) from error
 
     def begin(self) -> None:

@@ -17,6 +17,7 @@ from greedy.network import load_stage
 from greedy.reporting import Reporter
 from greedy.runs import SPLITS, RunDirectory
 from greedy.source import WRITE_ROWS, Images, Source
+from greedy.stage0 import normalisation_of
 from greedy.training.refresh import Refresh
 
 
@@ -91,11 +92,8 @@ class Sources:
     def _open(self, stored: int, last: int) -> Source:
         """The store of stage ``stored``, and stages up to ``last`` replayed."""
         settings = self.run.recipe.data
-        images = Images(
-            settings.mean or self.data.resolved["mean"],
-            settings.std or self.data.resolved["std"],
-            Augmentation.parse(settings.augmentation, settings.cutout_length),
-        )
+        augmentation = Augmentation.parse(settings.augmentation, settings.cutout_length)
+        images = Images(*normalisation_of(self.run.recipe, self.data), augmentation)
         replayed = range(stored + 1, last + 1)
         rows = [self.run.complete(n).resolved["write_batch"] for n in replayed]
         return Source(

@@ -3,22 +3,27 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from greedy.build import require_one_logit_a_class
 from greedy.cache import Encoding, StoreWriter, pixels
 from greedy.changes import files_of, listed
-from greedy.data import Dataset, Split
+from greedy.data import Dataset, Split, checked
 from greedy.data.folder import FolderSplit
 from greedy.data.labels import require_classes
+from greedy.data.modes import Kind
 from greedy.errors import UserError
 from greedy.files import canonical, digest
 from greedy.filetable import FileTable
-from greedy.manifest import StageRecord, StoreRecord
+from greedy.manifest import DataChoices, StageRecord, StoreRecord
 from greedy.models import Shape
+from greedy.recipes import Recipe
+from greedy.reporting import Reporter
 from greedy.runs import SPLITS, RunDirectory, new_stage
 from greedy.seeds import numpy_generator
+from greedy.text import legible
 from greedy.versions import versions
 
 READ_ROWS = 1024  # rows decoded at a time
@@ -90,7 +95,9 @@ def write_stage0(
         class_names = dataset.class_names or _numbered(labels)
         if output is not None:
             require_one_logit_a_class(output, len(class_names))
-        if files:
+        if files and isinstance(dataset.train, FolderSplit):
+            skipped = np.arange(len(dataset.train) + len(dataset.test), len(files.names))
+            files.take_digests(dataset.train.root, skipped)
             _require_at_rest(files, dataset)
             files.write(directory)
         encoding = stored_encoding(dataset.train).name
@@ -104,7 +111,7 @@ def write_stage0(
             row_shape=dataset.train.shape,
             class_names=class_names,
             network=network,
-            resolved=moments.mean_and_std(),
+            resolved=moments.mean_and_std() | _of_files(dataset),
             store=store,
             rows={name: len(labels[name]) for name in SPLITS},
             seconds=time.perf_counter() - started,
@@ -112,9 +119,40 @@ def write_stage0(
         ).write(directory)
 
 
+def readable(recipe: Recipe, dataset: Dataset, reporter: Reporter) -> Dataset:
+    """Returns the data set without the image files that cannot be read, where the recipe skips
+    these; else they are refused, all at once."""
+    skip = recipe.data.broken == "skip"
+    dataset = checked(dataset, skip=skip, progress=reporter.files_checked)
+    for note in dataset.notes:
+        reporter.noted(note)
+    return dataset
+
+
+def pixels_of(data: StageRecord) -> Kind:
+    """Which numbers the image files of a run hold; those of other data are not known."""
+    return DataChoices.model_validate(data.resolved).pixels
+
+
+def normalisation_of(recipe: Recipe, data: StageRecord) -> tuple[list[float], list[float]]:
+    """Returns mean and deviation of each channel: the recipe's, which are of bytes scaled to
+    [0, 1] where images are files, or those measured."""
+    moments, given = DataChoices.model_validate(data.resolved), recipe.data
+    if moments.pixels != "bytes" or given.mean is None or given.std is None:
+        return moments.mean, moments.std
+    return given.mean, given.std
+
+
 def stored_encoding(split: Split) -> Encoding:
     """How a split's images are stored."""
     return pixels(split.shape) if split.dtype == np.uint8 else Encoding("float32", split.shape)
+
+
+def _of_files(dataset: Dataset) -> dict[str, Any]:
+    """What the record says of image files."""
+    pixels = {"pixels": dataset.pixels} if dataset.pixels else {}
+    skipped = {legible(file): legible(why) for file, why in dataset.skipped.items()}
+    return pixels | ({"skipped": skipped} if skipped else {})
 
 
 def _read(

@@ -1,8 +1,10 @@
 """The stages of a run at a glance."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from greedy.runs import RunDirectory, State
+from greedy.files import bytes_below
+from greedy.runs import SET_ASIDE, RunDirectory, State
 
 
 @dataclass(frozen=True)
@@ -74,3 +76,28 @@ def _stage(run: RunDirectory, number: int, name: str) -> StageStatus:
         step_memory_bytes=record.resolved["planned_peak_bytes"],
         peak_memory_bytes=record.peak_memory_bytes,
     )
+
+
+@dataclass(frozen=True)
+class SetAside:
+    """A training that could not go on where it was, and is kept.
+
+    Attributes:
+        path: its directory, beside that of the stage or network.
+        progress: how far it is, such as ``epoch 4``; ``None`` if that cannot be read.
+        bytes: what it takes on disk.
+    """
+
+    path: Path
+    progress: str | None
+    bytes: int
+
+
+def trainings_set_aside(run: RunDirectory) -> list[SetAside]:
+    """Returns all trainings of a run that were set aside, by their names."""
+    places = [path for path in sorted(run.path.glob(f"*{SET_ASIDE}*")) if path.is_dir()]
+    if not places:
+        return []
+    from greedy.training.checkpoint import progress_of  # noqa: PLC0415 - torch takes seconds
+
+    return [SetAside(path, progress_of(path), bytes_below(path)) for path in places]

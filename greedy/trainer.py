@@ -33,7 +33,7 @@ from greedy.settings import python_recipe, require_optimizer
 from greedy.source import Source
 from greedy.sourcing import Sources
 from greedy.space import require_room, until_full
-from greedy.stage0 import stored_encoding, write_stage0
+from greedy.stage0 import readable, stored_encoding, write_stage0
 from greedy.training.checkpoint import Start
 from greedy.training.network import NetworkTraining
 from greedy.training.resolve import compiles, for_stage, repeated, resolve, within_budget
@@ -50,8 +50,9 @@ class GreedyTrainer:
             ``greedy.models.cut``. Its weights are the first weights; it is not changed.
         run_dir: the run directory; training goes on where it stopped.
         loss: the local loss of every stage but the output layer.
-        optimizer: from parameters to an optimiser; by default Adam at ``learning_rate``.
-            The schedule sets its rate.
+        optimizer: from parameters to an optimiser; by default Adam at ``learning_rate``. Each
+            of its groups begins at its own rate, or at ``learning_rate`` where that is given, and
+            the schedule scales it.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         reporter: is told of progress.
         settings: fields of a recipe's ``data``, ``training`` and ``store`` sections by their
@@ -79,6 +80,7 @@ class GreedyTrainer:
         self._set_up(
             python_recipe(settings, loss), run_dir, device, reporter, model, loss, optimizer
         )
+        self._own_rates = "learning_rate" not in settings
 
     @classmethod
     def from_recipe(
@@ -111,6 +113,7 @@ class GreedyTrainer:
         self.reporter = reporter or Reporter()
         self.loss = loss
         self.optimizer = optimizer
+        self._own_rates = False
         self._model = model
         self._planned: MemoryPlan | None = None
 
@@ -120,7 +123,8 @@ class GreedyTrainer:
         """Trains every stage on two map-style data sets, see ``greedy.data.dataset_from_torch``,
         which ``prepare`` compares with those that are stored. Returns the records of all
         stages."""
-        data = dataset_from_torch(train_set, test_set)
+        background = self.recipe.data.background
+        data = dataset_from_torch(train_set, test_set, "python", background)
         self.prepare(data, ignore_changes=ignore_changes)
         return self.train()
 
@@ -146,6 +150,7 @@ class GreedyTrainer:
         memory = self._memory_of(stages, shapes, shapes[-1].output[0], images)  # a logit a class
         memory.require(range(1, len(stages) + 1), plan_disk(self.run, shapes, rows, needed))
         self._planned = memory
+        dataset = readable(self.recipe, dataset, self.reporter)
         self.run.make()
         with self.run.writing():
             if is_prepared(self.run, dataset, again=again, ignore=ignore_changes):
@@ -216,7 +221,8 @@ class GreedyTrainer:
         self._announce(numbers)
         source = Sources(self.run, stages, data, self.device, self.reporter).for_training(1, 0)
         what = (self.run, stages, shapes, self.loss, source, data, memory)
-        return NetworkTraining(*what, self.device, self.reporter, self.optimizer).train()
+        how = (self.device, self.reporter, self.optimizer, self._own_rates)
+        return NetworkTraining(*what, *how).train()
 
     def _announce(self, numbers: Iterable[int]) -> None:
         data, epochs = self.run.complete(0), self.recipe.training.epochs
@@ -339,6 +345,7 @@ class GreedyTrainer:
             device=self.device,
             reporter=self.reporter,
             optimizer=self.optimizer,
+            own_rates=self._own_rates,
         )
 
     def _resolved(

@@ -3,40 +3,14 @@
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 from greedy.cache.files import rename
 from greedy.commands import command
 from greedy.errors import UserError
-from greedy.files import bytes_below
 from greedy.reporting import Reporter
 from greedy.runs import SET_ASIDE, RunDirectory, stage_numbers
 from greedy.training.checkpoint import Start, progress_of
-
-
-@dataclass(frozen=True)
-class SetAside:
-    """A training that could not go on where it was, and is kept.
-
-    Attributes:
-        path: its directory, beside that of the stage or network.
-        progress: how far it is, such as ``epoch 4``; ``None`` if that cannot be read.
-        bytes: what it takes on disk.
-    """
-
-    path: Path
-    progress: str | None
-    bytes: int
-
-
-def trainings_set_aside(run: RunDirectory) -> list[SetAside]:
-    """Returns all trainings of a run that were set aside, by their names."""
-    return [
-        SetAside(path, progress_of(path), bytes_below(path))
-        for path in sorted(run.path.glob(f"*{SET_ASIDE}*"))
-        if path.is_dir()
-    ]
 
 
 def find_training(directory: Path, start: Start, reporter: Reporter) -> Start | None:

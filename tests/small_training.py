@@ -1,5 +1,6 @@
 """A small network, images that it learns within seconds, and what a run holds."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +41,13 @@ def trainer(run: Path, model: nn.Sequential | None = None, **settings) -> Greedy
 
 def weights(run: Path, stage: int) -> dict[str, torch.Tensor]:
     return load_file(run / f"stage{stage}/encoder.safetensors")
+
+
+def learned(run: Path, stage: int) -> bool:
+    """Whether a stage's loss was lower in its last epoch than in its first."""
+    lines = (run / f"stage{stage}/history.jsonl").read_text().splitlines()
+    first, *_, last = (json.loads(line)["loss"] for line in lines)
+    return last < first
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

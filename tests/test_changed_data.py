@@ -142,7 +142,7 @@ def test_all_that_goes_on_from_stored_images_looks_at_the_folder(photos):
         refused = greedy(*asked)
         assert refused.exit_code == 2, refused.output
         assert CHANGES[edit] in refused.output
-        assert greedy(*asked, "--ignore-changes").exit_code == 0
+        said(*asked, "--ignore-changes")
     for asked in (("evaluate", "--run", "run"), ("cache", "repair", "run")):
         result = greedy(*asked)
         assert result.exit_code == 0
@@ -260,3 +260,13 @@ def test_images_of_a_python_data_set_are_compared(in_python):
         again(in_python).fit(TensorDataset(one, labels), TEST)
     with pytest.raises(UserError, match="of the test split"):
         again(in_python).fit(TRAIN, TensorDataset(255 - TEST.tensors[0], TEST.tensors[1]))
+
+
+def test_files_that_were_left_out_are_compared_too(photos):
+    broken = photos / "train/ant/8.bmp"
+    broken.write_bytes(b"BM")
+    asked = ("train", "--recipe", "tiny.toml", "--run", "new", "--set", "data.broken=skip")
+    said(*asked)
+    assert "error" in said(*asked)
+    write(broken)
+    assert "of 17 files 1 changed: train/ant/8.bmp" in greedy(*asked).output

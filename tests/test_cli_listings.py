@@ -16,12 +16,23 @@ def test_version():
 
 
 @pytest.mark.parametrize(
-    "line", ["--help", "train --help", "recipes list", "recipes show demo", "--version"]
+    "line",
+    [
+        "--help",
+        "train --help",
+        "recipes list",
+        "recipes show demo",
+        "--version",
+        "status --run RUN",
+        "cache info RUN/stage1",
+        "cache verify RUN",
+    ],
 )
-def test_answers_without_loading_torch(line):
+def test_answers_without_loading_torch(line, runs):
+    words = line.replace("RUN", str(runs / "predsim")).split()
     code = (
         "import sys; from greedy.cli.main import cli\n"
-        f"try: cli({line.split()})\n"
+        f"try: cli({words})\n"
         "except SystemExit as end: assert not end.code\n"
         "sys.exit('torch' in sys.modules)"
     )

@@ -139,3 +139,61 @@ def test_the_sentence_goes_to_standard_error(folder):
     assert result.returncode == 2
     assert result.stdout == ""
     assert len(result.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("import absent_module", "cannot import the module of mine1:sets (No module named"),
+        ("def f(:", "cannot import the module of mine2:sets (invalid syntax (mine2.py, line 1))"),
+        ("\nraise KeyError('a')", "(KeyError: 'a', {folder}/mine3.py, line 2): mend it"),
+        (
+            "def sets():\n    raise OSError('no disk\\nat all')",
+            "mine4:sets fails (OSError: no disk, {folder}/mine4.py, line 2): mend it",
+        ),
+        ("sets = 3", "mine5:sets is not a function: define sets in"),
+    ],
+)
+def test_what_a_users_own_code_raises_says_where(folder, code, message, request):
+    number = request.node.callspec.indices["code"] + 1
+    (folder / f"mine{number}.py").write_text(code)
+    result = greedy(*TINY.split(), "--data", f"mine{number}:sets")
+    assert result.exit_code == 2
+    assert message.format(folder=folder) in result.output
+    assert not (folder / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (b"[data]\nname = \n", "bad.toml is not valid TOML: Invalid value (at line 2, column"),
+        (b"[data]\n# caf\xe9\n", "bad.toml is no UTF-8 in line 2, as TOML has to be"),
+    ],
+)
+def test_a_recipe_that_is_no_toml_says_the_line(folder, recipe, message):
+    (folder / "bad.toml").write_bytes(recipe)
+    for command in ("train --recipe bad.toml", "recipes show bad.toml", "plan --recipe bad.toml"):
+        result = greedy(*command.split())
+        assert result.exit_code == 2
+        assert message in result.output
+
+
+def test_files_that_cannot_be_written_are_named_with_the_option(folder):
+    assert greedy(*TINY.split()).exit_code == 0
+    commands = {
+        "report new --to": "html",
+        "export --run new --to": "pt2",
+        "plot new --to": "svg",
+    }
+    for command, suffix in commands.items():
+        for place, reason in {
+            "tiny.toml": "tiny.toml is no folder: choose another --to",
+            "absent": "the folder absent does not exist: create it first",
+            "/proc": "/proc",  # of which only the kernel's own user learns when it is too late
+        }.items():
+            result = greedy(*command.split(), f"{place}/net.{suffix}")
+            assert result.exit_code == 2
+            assert reason in result.output
+            assert place != "/proc" or "cannot be written" in result.output
+    tuned = greedy(*["finetune", "--run", "new", "--to", "tiny.toml/tuned"])
+    assert tuned.output.endswith("(Not a directory): choose another place with --to\n")

@@ -83,7 +83,7 @@ def test_a_compiled_step_is_the_same_but_for_rounding() -> None:
     expected, compiled = found(0), found(12)
     for name, value in expected.items():
         worst = (compiled[name] - value).abs().max()
-        assert worst <= 1e-5 * value.abs().max() + 1e-6, name
+        assert worst <= 1e-4 * value.abs().max() + 1e-5, name
 
 
 def test_a_compiled_run_goes_on_bit_for_bit(tmp_path: Path) -> None:

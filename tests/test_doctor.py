@@ -2,6 +2,7 @@
 
 import json
 import platform
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 
@@ -46,7 +47,10 @@ def test_the_disk_is_that_of_the_runs(here):
     assert answer("doctor")["disk"]["path"] == str(here / "runs")
 
 
-def test_the_choices_are_those_of_a_run_that_begins_now(here):
+def test_the_choices_are_those_of_a_run_that_begins_now(here, monkeypatch):
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(here)  # as if nobody else took any
+    monkeypatch.setattr("psutil.virtual_memory", lambda: memory)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: disk)
     auto = answer("doctor")["automatic"]
     (here / "tiny.toml").write_text(RECIPE)
     planned = answer("plan", "--recipe", "tiny.toml")

@@ -107,12 +107,14 @@ def test_sigterm_keeps_what_was_done_and_a_second_process_is_told(tmp_path: Path
         for line in process.stdout:
             if "epoch 1/" in line:
                 break
+        process.send_signal(signal.SIGSTOP)  # it holds the run, and others have the processor
         second = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
         drop = [*command[:3], "cache", "drop", "run"]
         dropped = subprocess.run(drop, capture_output=True, text=True, check=False, cwd=tmp_path)
         status = [*command[:3], "status", "--run", "run"]
         subprocess.run(status, capture_output=True, check=True, cwd=tmp_path)
         process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGCONT)
         process.stdout.read()
         complaint = process.stderr.read()
     for refused in (second, dropped):

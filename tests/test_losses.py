@@ -75,7 +75,7 @@ def test_loss_and_gradients_are_the_published_ones(kind: str, name: str) -> None
     for key in published:
         gradient = parameters[OURS[key]].grad
         if key == "encoder.bias":  # batch norm cancels it: rounding is all there is
-            assert gradient.abs().max() < 1e-6
+            assert gradient.abs().max() < 1e-5
         else:
             assert_golden(gradient, golden(f"grad/{key}"))
 

@@ -105,3 +105,48 @@ def test_the_dashboard_shows_them() -> None:
     assert "x[/y]: epoch 1/1" in text
     assert "[bold]:smile:" in text
     assert r"list[int] is no [/b] \x1b[31mtype\x1b[0m :smile:" in text
+
+
+def test_names_that_are_no_utf_8_name_recipes_and_are_refused_in_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe, folder = (os.fsdecode(name) for name in (b"r\xe9c.toml", b"folder:caf\xe9"))
+    Path(recipe).write_text(small_recipe(model={"hidden_layers": 1}))
+    assert r'name = "r\\xe9c"' in said("recipes", "show", recipe)
+    assert said("train", "--recipe", recipe, "--run", "run").startswith(r"r\xe9c in run on ")
+    assert RunDirectory.open(Path("run")).recipe.name == r"r\xe9c"
+    refused = greedy("train", "--recipe", recipe, "--run", "new", "--data", folder)
+    assert refused.exit_code == 2
+    assert r'data.name is "folder:caf\xe9", which is no UTF-8' in refused.output
+
+
+def test_classes_of_python_may_be_called_like_paths(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "paths.py").write_text(
+        "import numpy as np\n"
+        "class Images(list):\n"
+        "    classes = ['a/b', '../c']\n"
+        "def sets():\n"
+        "    images = np.random.default_rng(0).integers(0, 255, (20, 1, 8, 8)).astype(np.uint8)\n"
+        "    rows = Images((image, i % 2) for i, image in enumerate(images))\n"
+        "    return rows, rows\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.toml").write_text(
+        small_recipe(model={"hidden_layers": 1}, training={"batch_size": 4})
+    )
+    said("train", "--recipe", "tiny.toml", "--run", "run", "--data", "paths:sets")
+    Image.new("L", (8, 8)).save("new.png")
+    assert {"a/b", "../c"} <= set(said("predict", "--run", "run", "new.png").split())
+    assert answer("evaluate", "--run", "run")["samples"] == 20
+    for command in (
+        ("report", "run", "--to", "page.html"),
+        ("export", "--run", "run", "--to", "net.onnx"),
+        ("export", "--run", "run", "--to", "net.safetensors"),
+        ("plot", "run", "--similarity", "--to", "matrices.svg"),
+    ):
+        said(*command)
+    assert "../c" in Path("page.html").read_text()
+    written = {"tiny.toml", "paths.py", "new.png", "page.html", "matrices.svg"}
+    written |= {"run", "net.onnx", "net.safetensors", "__pycache__"}
+    assert {path.name for path in tmp_path.iterdir()} <= written

@@ -62,7 +62,7 @@ def test_confidences_are_the_networks_own(run, images, until_stage):
         confidences = [entry["confidence"] for entry in each["classes"]]
         assert confidences == sorted(confidences, reverse=True)
         by_name = {entry["class"]: entry["confidence"] for entry in each["classes"]}
-        assert [by_name[name] for name in names] == pytest.approx(row.tolist(), abs=1e-6)
+        assert [by_name[name] for name in names] == pytest.approx(row.tolist(), abs=1e-4)
 
 
 def test_the_best_three_unless_told_otherwise(run, images):
@@ -85,7 +85,10 @@ def test_other_sizes_and_channels_are_brought_to_the_runs(run, images, tmp_path)
     tall.convert("RGBA").save(tmp_path / "tall.webp", lossless=True)
     small.resize((84, 84), Image.Resampling.NEAREST).save(tmp_path / "large.png")
     alike = predictions("--run", run, images[0], *sorted(tmp_path.glob("*.[pw]*")))
-    assert alike[0]["classes"] == alike[3]["classes"] == alike[2]["classes"]
+    first, *others = (
+        {each["class"]: each["confidence"] for each in alike[at]["classes"]} for at in (0, 2, 3)
+    )
+    assert others == [pytest.approx(first, abs=1e-4)] * 2  # of other rows of the batch
     near = predictions("--run", run, tmp_path / "large.png")
     assert near[0]["classes"][0]["class"] == alike[0]["classes"][0]["class"]
 
@@ -163,7 +166,7 @@ def test_images_that_are_not_square(tmp_path):
     Image.fromarray(pixels).save(tmp_path / "high.png")
     (found,) = predict(trainer.run, trainer.assemble(), [tmp_path / "high.png"], CPU)
     (alone,) = trainer.assemble()(rows[:1].float() / 255).softmax(dim=1)
-    assert sorted(found.confidences) == pytest.approx(sorted(alone.tolist()), abs=1e-6)
+    assert sorted(found.confidences) == pytest.approx(sorted(alone.tolist()), abs=1e-4)
 
 
 OWN = """
@@ -192,7 +195,7 @@ def test_only_early_exits_need_a_loss_written_in_python(tmp_path, monkeypatch):
     where = ("--run", tmp_path / "run", "--model", "own_loss_module:network")
     (found,) = predictions(*where, tmp_path / "first.png")
     (alone,) = trainer.assemble()(rows[:1].float() / 255).softmax(dim=1)
-    assert found["classes"][0]["confidence"] == pytest.approx(float(alone.max()), abs=1e-6)
+    assert found["classes"][0]["confidence"] == pytest.approx(float(alone.max()), abs=1e-4)
     assert greedy("evaluate", *where).exit_code == 0
     assert greedy("export", *where, "--to", tmp_path / "net.safetensors").exit_code == 0
     early = "--until-stage", "1"
@@ -223,9 +226,13 @@ def test_a_memory_budget_holds(run, images):
 
 def test_a_memory_budget_changes_no_class(run, images):
     tight = ("--run", run, *images[:40])
-    within = predictions(*tight, "--memory-budget", "300KiB")
-    for one, other in zip(within, predictions(*tight), strict=True):
-        assert one["classes"][0]["class"] == other["classes"][0]["class"]
+    within = predictions(*tight, "--top", 10, "--memory-budget", "300KiB")
+    for one, other in zip(within, predictions(*tight, "--top", 10), strict=True):
+        found, expected = (
+            {each["class"]: each["confidence"] for each in which["classes"]}
+            for which in (one, other)
+        )
+        assert found == pytest.approx(expected, abs=1e-4)
     refused = greedy("predict", *tight, "--memory-budget", "10KiB")
     assert refused.exit_code == 2
     assert "raise --memory-budget" in refused.stderr

@@ -91,6 +91,16 @@ def test_what_there_is_stands_on_the_page(browser, many):
     assert browser.evaluate("document.querySelectorAll('article').length") == 5
 
 
+# However long drawing takes: until the tooltip tells of the epoch.
+FOUND = """new Promise(done => {{
+  const look = () => {{
+    const cells = {cells};
+    if (cells[1] === "{epoch}" && cells.length > 3) done(cells); else setTimeout(look, 50);
+  }};
+  look();
+}})"""
+
+
 def test_the_pointer_reads_the_errors_of_an_epoch(runs, tmp_path, browser):
     page = tmp_path / "report.html"
     said("report", runs / "sim", "--to", page)
@@ -105,7 +115,7 @@ def test_the_pointer_reads_the_errors_of_an_epoch(runs, tmp_path, browser):
         for step in (0, 1):
             browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=x + step, y=middle)
         cells = "[...document.querySelectorAll('#vg-tooltip-element td')].map(e => e.textContent)"
-        shown.append(browser.evaluate(f"new Promise(d => setTimeout(() => d({cells}), 200))"))
+        shown.append(browser.evaluate(FOUND.format(cells=cells, epoch=1 + len(shown))))
     stage = RunDirectory.open(runs / "sim").record(3).metrics
     assert shown[0][:3] == ["epoch", "1", "3, output, train"] and len(shown[0]) == 4
     assert shown[1] == [

@@ -86,12 +86,25 @@ def fit_until_killed(run: Path, batches: int, settings: dict) -> None:
     trainer(run, reporter, **settings).fit(TRAIN, TEST)
 
 
+KILLED = {
+    "refreshed": REFRESHED,
+    "patient-joint": PATIENT_JOINT,
+    "float16": HALF,
+    "plain": {},
+    "patient": PATIENT,
+    "disk": FROM_DISK,
+    "joint": JOINT,
+    "backprop": BACKPROP,
+    "float16-backprop": BACKPROP | HALF,
+}
+AT_ONCE = ("refreshed", "patient-joint", "float16")  # each of them has what the slow ones have too
+
+
 @pytest.mark.parametrize(
     "settings",
-    [{}, REFRESHED, PATIENT, FROM_DISK, JOINT, PATIENT_JOINT, BACKPROP, HALF, BACKPROP | HALF],
-    ids=[
-        *["plain", "refreshed", "patient", "disk", "joint", "patient-joint", "backprop"],
-        *["float16", "float16-backprop"],
+    [
+        pytest.param(each, id=name, marks=() if name in AT_ONCE else pytest.mark.slow)
+        for name, each in KILLED.items()
     ],
 )
 def test_killed_anywhere_it_ends_the_same(tmp_path: Path, settings: dict) -> None:

@@ -89,7 +89,7 @@ def pred(tmp_path_factory):
 
 
 def assert_correlations(matrix: np.ndarray, features: Tensor) -> None:
-    np.testing.assert_allclose(matrix, np.corrcoef(features.numpy()), atol=1e-4)
+    np.testing.assert_allclose(matrix, np.corrcoef(features.numpy()), atol=1e-3)
 
 
 def test_the_batch_is_sorted_by_class_and_its_target_follows(sim):
@@ -113,7 +113,7 @@ def test_differences_are_those_of_the_matrices(sim):
     for each in batch.stages:
         assert each.matrix.shape == (100, 100) and np.abs(each.matrix).max() <= 1
         expected = np.square(each.matrix - batch.target).mean()
-        assert each.difference == pytest.approx(expected, rel=1e-4)
+        assert each.difference == pytest.approx(expected, rel=1e-3)
 
 
 def test_with_a_similarity_head_its_features_are_compared(sim):

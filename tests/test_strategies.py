@@ -174,7 +174,7 @@ def test_a_run_is_a_run_whatever_the_strategy(tmp_path, strategy) -> None:
     net = trainer.assemble()
     images, labels = samples(40, 1).tensors
     wrong = int((net(images.float() / 255).argmax(dim=1) != labels).sum())
-    assert 100 * wrong / 40 == errors[-1]
+    assert 100 * wrong / 40 == pytest.approx(errors[-1], abs=5)  # in other batches
     before = [record.lineage for record in records]
     assert [record.lineage for record in trainer.train()] == before  # nothing is done again
     assert [record.lineage for record in trainer.train(retrain_from=1)] == before

@@ -215,7 +215,7 @@ trainer.train()
 """
 
 
-@pytest.mark.parametrize("logged", ["logged", "not logged"])
+@pytest.mark.parametrize("logged", ["logged", pytest.param("not logged", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("strategy", ["greedy", "joint"])
 def test_a_resumed_training_tells_every_epoch_once(tmp_path, recipe, logged, strategy):
     recipe.write_text(f'{RECIPE}strategy = "{strategy}"\n')

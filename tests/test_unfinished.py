@@ -13,7 +13,7 @@ from torch import nn
 from greedy import Reporter
 from greedy.errors import Interrupted
 from greedy.planning import disk_budget
-from greedy.unfinished import trainings_set_aside
+from greedy.status import trainings_set_aside
 
 
 class Cut(Reporter):

@@ -2,6 +2,8 @@
 
 from greedy.data.augmentation import Augmentation, Draws, normalise, prepare
 from greedy.data.catalogue import DATASETS, Entry
+from greedy.data.checking import checked
+from greedy.data.images import Reading
 from greedy.data.loading import find_dataset, is_available, load_dataset
 from greedy.data.mapstyle import dataset_from_torch, require_repeatable
 from greedy.data.splits import Dataset, Split
@@ -13,6 +15,8 @@ __all__ = [
     "Split",
     "load_dataset",
     "find_dataset",
+    "Reading",
+    "checked",
     "dataset_from_torch",
     "require_repeatable",
     "is_available",

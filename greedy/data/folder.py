@@ -1,149 +1,190 @@
 """Image folders: ``train/CLASS/IMAGE`` and ``test/CLASS/IMAGE``, or ``CLASS/IMAGE`` alone; decoded
 when they are read."""
 
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
+from copy import copy
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
 
-from greedy.data.images import converted, fit, opened
+from greedy.data.images import AS_THEY_ARE, ImageFile, Reading, UnreadableImage, opened
+from greedy.data.listing import Listing, few
+from greedy.data.modes import KINDS, Kind
 from greedy.data.splits import Dataset, Images, Labels, Rows, Shape
 from greedy.errors import UserError
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+TESTS = ("test", "val", "valid", "validation")  # folders to test on, the first that is there
 HELD_OUT = 5  # one image in so many is for testing, where the user has not sorted them
+CHANNELS = 3
 
-Files = list[list[Path]]  # of each class
+Files = dict[str, list[Path]]  # of each class
 
 
-def load_folder(name: str, root: Path, image_size: int | None) -> Dataset:
-    """The data set of the folders ``train`` and ``test`` under ``root``; classes in the order of
-    their names. Where there is neither, or they are classes themselves, the classes stand in
-    ``root`` itself and one image in ``HELD_OUT`` of each, evenly in the order of their names, is
-    for testing.
+def load_folder(
+    name: str, root: Path, image_size: int | None, reading: Reading = AS_THEY_ARE
+) -> Dataset:
+    """The data set of the folders ``train`` and ``test``, or another of ``TESTS``, under ``root``;
+    classes in the order of their names. Where there is neither ``train`` nor ``test``, or they are
+    classes themselves, the classes stand in ``root`` itself and one image in ``HELD_OUT`` of each,
+    evenly in the order of their names, is for testing. ``Dataset.notes`` says what is left out.
 
-    Raises UserError if a folder is missing, a class has no image or is in one split alone.
+    Raises UserError if a folder is missing, a class has no image or none to train on.
     """
     if not root.is_dir():
         what = "is a file" if root.exists() else "is missing"
         raise UserError(f"{root} {what}: name a folder that holds images as CLASS/IMAGE")
-    folders = root / "train", root / "test"
-    if any(folder.is_dir() and not _images_in(folder) for folder in folders):
-        names, train, test = _sorted_by_user(*folders)
+    listing, notes = Listing(), []
+    splits = [
+        folder
+        for folder in ("train", *TESTS)
+        if (root / folder).is_dir() and not listing.has_images(root / folder)
+    ]
+    if {"train", "test"} & {*splits}:
+        train, test = _sorted_by_user(root, splits, listing)
+        used, *unused = [folder for folder in TESTS if folder in splits]
+        notes += [f"{root / folder} is not used, since {root / used} is" for folder in unused]
+        for entry in root.iterdir():
+            if entry.name not in splits:
+                listing.ignore(entry)
     else:
-        names, train, test = _held_out(root)
-    training, testing = (
-        FolderSplit(files, root, train[0][0], image_size) for files in (train, test)
-    )
-    return Dataset(name, training, testing, names)
+        train, test = _held_out(root, listing)
+    if count := len(listing.ignored):
+        named = few(listing.ignored, root)
+        notes.append(f"left out of {root}, not being images in class folders: {count:,} ({named})")
+    first = _first_readable(train, root, image_size, reading)
+    names = list(train)
+    training, testing = (FolderSplit(files, names, root, first, reading) for files in (train, test))
+    pixels = None if first.kind == "bytes" else first.kind
+    return Dataset(name, training, testing, names, notes, pixels=pixels)
 
 
-def _sorted_by_user(train: Path, test: Path) -> tuple[list[str], Files, Files]:
-    for folder in (train, test):
-        if not folder.is_dir():
-            raise UserError(
-                f"{folder} is missing: put images there as CLASS/IMAGE, or leave both train and "
-                f"test out, and one image in {HELD_OUT} is for testing"
-            )
-    names, test_names = _class_names(train), _class_names(test)
-    if alone := sorted(set(names) ^ set(test_names)):
+def _sorted_by_user(root: Path, splits: list[str], listing: Listing) -> tuple[Files, Files]:
+    tests = [root / folder for folder in TESTS if folder in splits]
+    if "train" not in splits or not tests:
         raise UserError(
-            f"{train} and {test} must hold the same classes, but "
-            f"{', '.join(map(repr, alone))} is in one of them alone"
+            f"{root / ('train' if tests else 'test')} is missing: put images there as CLASS/IMAGE, "
+            f"or leave both train and test out, and one image in {HELD_OUT} is for testing"
         )
-    if not names:
-        raise UserError(f"{train} holds no class: put images there as CLASS/IMAGE")
-    return names, _files(train, names), _files(test, names)
+    train = _with_images(root / "train", listing)
+    test = {name: files for name, files in listing.classes(tests[0]).items() if files}
+    if unknown := [name for name in test if name not in train]:
+        raise UserError(
+            f"{tests[0]} has classes that {root / 'train'} lacks: {', '.join(map(repr, unknown))}; "
+            f"put images of them there to train on, or leave them out"
+        )
+    return train, test
 
 
-def _held_out(root: Path) -> tuple[list[str], Files, Files]:
-    names = _class_names(root)
-    if not names:
-        raise UserError(f"{root} holds no class: put images there as CLASS/IMAGE")
-    files = _files(root, names)
-    for name, members in zip(names, files, strict=True):
+def _held_out(root: Path, listing: Listing) -> tuple[Files, Files]:
+    found = _with_images(root, listing)
+    for name, members in found.items():
         if len(members) < 2:
             raise UserError(
                 f"{root / name} holds one image, and one is needed to train on and one to test "
                 f"on: add some"
             )
-    train = [[file for i, file in enumerate(members) if i % HELD_OUT] for members in files]
-    return names, train, [members[::HELD_OUT] for members in files]
+    train = {
+        name: [file for i, file in enumerate(members) if i % HELD_OUT]
+        for name, members in found.items()
+    }
+    return train, {name: members[::HELD_OUT] for name, members in found.items()}
+
+
+def _with_images(folder: Path, listing: Listing) -> Files:
+    found = listing.classes(folder)
+    if not found:
+        raise UserError(f"{folder} holds no class: put images there as CLASS/IMAGE")
+    for name, files in found.items():
+        if not files:
+            raise UserError(
+                f"{folder / name} holds no image that Pillow reads, such as JPEG, PNG, WebP or "
+                f"TIFF: add some, or remove the class"
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class First:
+    """What the first image that can be read says of all."""
+
+    file: Path
+    kind: Kind
+    size: tuple[int, int]
+    resized: bool
+
+    def require_like(self, file: Path, image: ImageFile) -> None:
+        """Raises UserError for an image that has no place beside the first."""
+        if image.kind != self.kind:
+            raise UserError(
+                f"{self.file} holds {KINDS[self.kind]} and {file} {KINDS[image.kind]}, which have "
+                f"no scale in common: bring all images to one of these"
+            )
+        if not self.resized and image.size != self.size:
+            raise UserError(
+                f"{self.file} is {'x'.join(map(str, self.size))} pixels and {file} "
+                f"{'x'.join(map(str, image.size))}: set data.image_size to bring all images "
+                "to one size"
+            )
+
+
+def _first_readable(files: Files, root: Path, image_size: int | None, reading: Reading) -> First:
+    for file in (file for members in files.values() for file in members):
+        try:
+            with opened(file, reading) as image:
+                size = (image_size, image_size) if image_size else image.size
+                return First(file, image.kind, size, image_size is not None)
+        except UnreadableImage as error:
+            unreadable = error
+    raise UserError(f"none of the images of {root} can be read; the last one: {unreadable}")
 
 
 class FolderSplit:
-    """Image files, a list for each class, as RGB.
+    """Image files of classes as RGB: bytes, or float32 where they hold more than bytes.
 
-    With ``image_size`` the short side is resized to it (bilinear, antialiased) and the centre cut
-    out; without, every image must have the size of the image ``first``.
+    Where ``first`` is resized the short side is (bilinear, antialiased) and the centre cut out;
+    else every image must have its size.
 
     Attributes:
         root: the folder that all files are in.
         files, labels: of the rows, in their order.
+        first: what all of them are like.
     """
 
-    dtype: np.dtype[Any] = np.dtype(np.uint8)
-
-    def __init__(self, files: Files, root: Path, first: Path, image_size: int | None) -> None:
-        self.root = root
-        self.files = [file for members in files for file in members]
-        self.labels: Labels = np.repeat(np.arange(len(files)), [len(members) for members in files])
-        self._first, self._image_size = first, image_size
-        with opened(first) as image:
-            width, height = (image_size, image_size) if image_size else image.size
-        self.shape: Shape = (3, height, width)
+    def __init__(
+        self, files: Files, class_names: list[str], root: Path, first: First, reading: Reading
+    ) -> None:
+        self.root, self.first, self.reading = root, first, reading
+        self.files = [file for members in files.values() for file in members]
+        numbers = [class_names.index(name) for name in files]
+        self.labels = np.repeat(numbers, [len(members) for members in files.values()])
+        width, height = first.size
+        self.shape: Shape = (CHANNELS, height, width)
+        self.dtype: np.dtype[Any] = np.dtype(np.uint8 if first.kind == "bytes" else np.float32)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def read(self, indices: Rows) -> tuple[Images, Labels]:
-        images = np.empty((len(indices), *self.shape), np.uint8)
+        images = np.empty((len(indices), *self.shape), self.dtype)
         with ThreadPoolExecutor() as pool:
             # Exhausting the iterator raises the first failure and drops what has not begun.
             for _ in pool.map(self._decode, (self.files[i] for i in indices), images):
                 pass
         return images, self.labels[indices]
 
-    def _decode(self, file: Path, out: npt.NDArray[np.uint8]) -> None:
-        height, width = self.shape[1:]
-        with opened(file) as image:
-            if self._image_size is None and image.size != (width, height):
-                raise UserError(
-                    f"{self._first} is {width}x{height} pixels and {file} "
-                    f"{image.width}x{image.height}: set data.image_size to bring all images "
-                    "to one size"
-                )
-            pixels = converted(image, "RGB")
-        if self._image_size is not None:
-            pixels = fit(pixels, height, width)
-        out[:] = np.asarray(pixels).transpose(2, 0, 1)
+    def without(self, files: Collection[Path]) -> Self:
+        """Returns the split without some of its files."""
+        kept = [i for i, file in enumerate(self.files) if file not in files]
+        rest = copy(self)
+        rest.files, rest.labels = [self.files[i] for i in kept], self.labels[kept]
+        return rest
 
-
-def _class_names(folder: Path) -> list[str]:
-    return sorted(
-        entry.name
-        for entry in folder.iterdir()
-        if entry.is_dir() and entry.name[0] != "." and entry.name != "__MACOSX"
-    )
-
-
-def _files(folder: Path, names: list[str]) -> Files:
-    return [_image_files(folder / name) for name in names]
-
-
-def _image_files(folder: Path) -> list[Path]:
-    if files := _images_in(folder):
-        return files
-    raise UserError(
-        f"{folder} holds no image ({', '.join(SUFFIXES)}): add some, or remove the class"
-    )
-
-
-def _images_in(folder: Path) -> list[Path]:
-    return sorted(
-        file
-        for file in folder.iterdir()
-        if file.suffix.lower() in SUFFIXES and not file.name.startswith(".")
-    )
+    def _decode(self, file: Path, out: npt.NDArray[Any]) -> None:
+        with opened(file, self.reading) as image:
+            self.first.require_like(file, image)
+            size = self.shape[1:] if self.first.resized else None
+            out[:] = image.values(CHANNELS, self.reading.background, size)

@@ -40,7 +40,7 @@ def read_splits(folder: Traversable) -> tuple[ArraySplit, ArraySplit]:
 def _read(folder: Traversable, name: str) -> npt.NDArray[Any]:
     file = find(folder, name)
     if file is None:
-        raise UserError(f"{folder} has neither {name} nor {name}.gz")
+        raise UserError(f"{folder} has neither {name} nor {name}.gz: put one there")
     raw = file.read_bytes()
     try:
         return parse(gzip.decompress(raw) if file.name.endswith(".gz") else raw)

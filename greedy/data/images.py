@@ -1,15 +1,35 @@
 """Image files: decoded, or named in the error, and brought to one size."""
 
+import math
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
+from typing import Any, Self
 
 import numpy as np
+import numpy.typing as npt
 from PIL import ExifTags, Image
+from PIL.ImageFile import ImageFile as PillowFile
 
+from greedy.data.modes import (
+    WHITE,
+    Kind,
+    channels_16,
+    flattened,
+    kind_of,
+    loses_bits,
+    stacked,
+)
 from greedy.errors import UserError
+from greedy.recipes.schema import Data
 
+MODES = {1: "L", 3: "RGB"}  # of Pillow, by the number of channels
+MAX_PIXELS = 178_956_970  # Pillow's own limit
+LONG = 4  # times the pixels wanted, in an image resized to cover them
+LARGE = 2**25  # pixels of images that are decoded one at a time, for the memory they take
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -19,21 +39,137 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_large, _unlimited = Lock(), Lock()
+
+
+class UnreadableImage(UserError):
+    """An image file that cannot be read.
+
+    Attributes:
+        reason: why, in few words.
+    """
+
+    def __init__(self, file: Path, reason: object) -> None:
+        self.reason = str(reason)
+        super().__init__(f"cannot read the image {file} ({self.reason}): replace or remove it")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How image files are read.
+
+    Attributes:
+        background: the colour behind what is transparent, as Pillow names colours.
+        max_pixels: the most that an image may have.
+    """
+
+    background: str = WHITE
+    max_pixels: int = MAX_PIXELS
+
+    @classmethod
+    def of(cls, data: Data) -> Self:
+        """Returns how a recipe wants them read."""
+        return cls(data.background, data.max_pixels)
+
+
+AS_THEY_ARE = Reading()
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image file, decoded and upright.
+
+    Attributes:
+        kind: which numbers it holds.
+        size: (width, height).
+        animated: whether it holds several pictures, of which this is the first.
+        parts: as ``greedy.data.modes.flattened`` takes them.
+    """
+
+    kind: Kind
+    size: tuple[int, int]
+    animated: bool
+    parts: list[Image.Image]
+
+    def values(
+        self, channels: int, background: str, size: tuple[int, int] | None = None
+    ) -> npt.NDArray[Any]:
+        """Returns (C, H, W), uint8 of bytes and else float32, brought to the ``size`` (H, W): the
+        image is resized (bilinear, antialiased) until it just covers that, and the centre cut
+        out."""
+        if size is None:
+            parts = flattened(self.parts, background)
+        else:
+            parts = fit(self.parts, background, size)
+        if self.kind == "bytes":
+            return stacked([part.convert(MODES[channels]) for part in parts])
+        return stacked(parts * channels if len(parts) == 1 else parts)
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[Image.Image]:
-    """The image, turned upright if its camera says how; any failure to read it is a ``UserError``
-    that names the file."""
+def opened(file: Path, reading: Reading) -> Iterator[ImageFile]:
+    """The image of a file, decoded; any failure to read it, also inside, is an ``UnreadableImage``,
+    and too little memory a ``UserError``."""
     try:
-        with Image.open(file) as image:
-            image.load()
-            turn = TURNS.get(_orientation(image))
-            yield image if turn is None else image.transpose(turn)
-    # What Pillow raises for a damaged file depends on the format.
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read the image {file} ({reason}): replace or remove it") from error
+        with _header(file) as image:
+            if (pixels := image.width * image.height) > reading.max_pixels:
+                raise UnreadableImage(
+                    file,
+                    f"{image.width} x {image.height} pixels, more than data.max_pixels = "
+                    f"{reading.max_pixels}",
+                )
+            with _large if pixels > LARGE else nullcontext():
+                yield _decoded(image, file)
+    except MemoryError as error:
+        raise UserError(
+            f"there is not enough memory to decode the image {file}: scale it down, or set "
+            f"data.max_pixels below its size to have all such images named"
+        ) from error
+    except UserError:
+        raise
+    except Exception as error:  # what Pillow raises for a damaged file depends on the format
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UnreadableImage(file, reason) from error
+
+
+def _header(file: Path) -> PillowFile:
+    with _no_limit():  # Pillow's is half of ours, and a warning
+        return Image.open(file)
+
+
+@contextmanager
+def _no_limit() -> Iterator[None]:
+    with _unlimited:
+        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = before
+
+
+def _decoded(image: PillowFile, file: Path) -> ImageFile:
+    deep, codings = loses_bits(image), [str(tile.args) for tile in image.tile]
+    unsigned = image.format == "TIFF" and any(
+        "I;32" in coding and "S" not in coding for coding in codings
+    )
+    if deep:
+        with _header(file) as again:
+            parts = channels_16(image, again)
+    else:
+        image.load()
+        parts = [image]
+    if unsigned and image.mode == "I":  # read as signed
+        values = np.asarray(image).view(np.uint32).astype(np.float32)
+        parts = [Image.fromarray(values)]
+    elif image.mode == "F" and not np.isfinite(np.asarray(image)).all():
+        raise ValueError("values that are not finite")
+    kind: Kind = "integers" if deep or unsigned else kind_of(image)
+    turn = TURNS.get(_orientation(image))
+    if turn is not None:
+        parts = [part.transpose(turn) for part in parts]
+    # The others of a photo are previews and depths, those of a drawing its layers.
+    animated = image.format not in ("MPO", "PSD") and getattr(image, "is_animated", False)
+    return ImageFile(kind, parts[0].size, animated, parts)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -43,22 +179,41 @@ def _orientation(image: Image.Image) -> int:
     return 1
 
 
-def converted(image: Image.Image, mode: str) -> Image.Image:
-    """The image in one of Pillow's modes of a byte a channel; of 16 bits the upper 8, where Pillow
-    would make white of all but the darkest."""
-    if image.mode.startswith("I"):  # older versions of Pillow open them in 32
-        upper = (np.asarray(image) >> 8).clip(0, 255)
-        image = Image.fromarray(upper.astype(np.uint8))
-    return image.convert(mode)
-
-
-def fit(image: Image.Image, height: int, width: int) -> Image.Image:
-    """The image resized (bilinear, antialiased) until it just covers the size in pixels, and its
-    centre cut out. Of a square that is the short side resized and the centre cropped."""
-    if image.width * height < image.height * width:
-        covering = width, image.height * width // image.width
+def fit(parts: list[Image.Image], background: str, size: tuple[int, int]) -> list[Image.Image]:
+    """The parts of an image, flattened, resized (bilinear, antialiased) until they just cover
+    ``size`` (H, W), and the centre cut out: of a square that is torchvision's ``Resize`` and
+    ``CenterCrop``. Of long images only the part that stays is resized, which may differ from these
+    in the last bit."""
+    (width, height), (high, wide) = parts[0].size, size
+    if width * high < height * wide:
+        covering = wide, height * wide // width
     else:
-        covering = image.width * height // image.height, height
-    left, top = round((covering[0] - width) / 2), round((covering[1] - height) / 2)
-    resized = image.resize(covering, Image.Resampling.BILINEAR)
-    return resized.crop((left, top, left + width, top + height))
+        covering = width * high // height, high
+    left, top = round((covering[0] - wide) / 2), round((covering[1] - high) / 2)
+    if covering[0] * covering[1] <= LONG * wide * high:
+        edges = left, top, left + wide, top + high
+        return [
+            part.resize(covering, Image.Resampling.BILINEAR).crop(edges)
+            for part in flattened(parts, background)
+        ]
+    x, across = _source(width, covering[0], left, wide)
+    y, down = _source(height, covering[1], top, high)
+    with _no_limit():  # of Pillow's, which looks at what is cut out too
+        cut = [part.crop((x[0], y[0], x[1], y[1])) for part in parts]
+    region = across[0], down[0], across[1], down[1]
+    return [
+        part.resize((wide, high), Image.Resampling.BILINEAR, region)
+        for part in flattened(cut, background)
+    ]
+
+
+def _source(
+    length: int, covering: int, start: int, side: int
+) -> tuple[tuple[int, int], tuple[float, float]]:
+    """Along an axis that is resized from ``length`` to ``covering`` pixels, the pixels that so many
+    from ``start`` on are made of, and the region in these that they stand for."""
+    scale = length / covering
+    first, last = start * scale, min((start + side) * scale, length)
+    reach = math.ceil(max(scale, 1)) + 1  # of the filter beyond the region
+    low, high = max(0, math.floor(first) - reach), min(length, math.ceil(last) + reach)
+    return (low, high), (first - low, last - low)

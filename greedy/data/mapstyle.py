@@ -12,25 +12,28 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from greedy.data.classes import Lookup, Told, settled, told_by
 from greedy.data.labels import meaning, numbered, require_classes, wrong_labels
+from greedy.data.modes import WHITE, pixel_values
 from greedy.data.randomness import generators_kept, transform_names
 from greedy.data.samples import image_and_label
 from greedy.data.splits import Dataset, Images, Labels, Rows, Shape
 from greedy.errors import UserError
 from greedy.functions import call_function
 
-PIL_MODES = {"1": "L", "L": "L", "LA": "L", "P": "RGB", "RGB": "RGB", "RGBA": "RGB", "CMYK": "RGB"}
 CHANNELS = (1, 3, 4)  # what the length of an axis of channels looks like
 LOOKED_AT = 16  # samples that are read to see whether a set does as it says
 READINGS = 64  # of these samples together, so that a flip of every second image shows
 
 
-def dataset_from_torch(train_set: Any, test_set: Any, name: str = "python") -> Dataset:
+def dataset_from_torch(
+    train_set: Any, test_set: Any, name: str = "python", background: str = WHITE
+) -> Dataset:
     """Returns the data set of two map-style sets, torch's, torchvision's, Hugging Face's or others.
 
     A sample is a pair (image, label), or a dictionary, named tuple or object with ``image``,
     ``img`` or ``pixel_values`` and ``label``, ``labels`` or ``fine_label``. An image is
 
-    - a PIL image, grey or RGB;
+    - a PIL image of any mode, which becomes grey or RGB with its transparent parts over the colour
+      ``background``; those of the modes I, I;16 and F become float32 and hold what they held;
     - a tensor (C, H, W), or an array, (H, W, C) where only its last axis has the length 1, 3 or 4
       and (C, H, W) where only its first has;
     - a tensor or array (H, W), or a vector of floats (F,), which becomes (F, 1, 1), so that
@@ -52,7 +55,7 @@ def dataset_from_torch(train_set: Any, test_set: Any, name: str = "python") -> D
         train, test = (_told_truly(samples, split) for split, samples in sets.items())
     class_names, *lookups = settled(train, test, names)
     train_split, test_split = (
-        MapSplit(samples, split, lookup, told.labels)
+        MapSplit(samples, split, lookup, told.labels, background)
         for samples, split, told, lookup in zip(
             sets.values(), names, (train, test), lookups, strict=True
         )
@@ -61,7 +64,7 @@ def dataset_from_torch(train_set: Any, test_set: Any, name: str = "python") -> D
     return Dataset(name, train_split, test_split, class_names)
 
 
-def load_function(name: str) -> Dataset:
+def load_function(name: str, background: str = WHITE) -> Dataset:
     """Returns the data set of ``module:function``, called without arguments for its two map-style
     sets.
 
@@ -76,7 +79,7 @@ def load_function(name: str) -> Dataset:
         )
     if not (isinstance(sets, tuple) and len(sets) == 2):
         raise UserError(f"{name} must return two map-style data sets, (train, test)")
-    return dataset_from_torch(*sets, name=name)
+    return dataset_from_torch(*sets, name=name, background=background)
 
 
 def require_repeatable(dataset: Dataset) -> None:
@@ -95,9 +98,15 @@ class MapSplit:
     """
 
     def __init__(
-        self, samples: Any, name: str, lookup: Lookup, labels: npt.NDArray[Any] | None
+        self,
+        samples: Any,
+        name: str,
+        lookup: Lookup,
+        labels: npt.NDArray[Any] | None,
+        background: str = WHITE,
     ) -> None:
         self._samples, self._name, self._lookup = samples, name, lookup
+        self._background = background
         self.labels = None if labels is None else self._classes(np.arange(len(samples)), labels)
         image, label = self._sample(0)
         self._classes(np.array([0]), [label])
@@ -147,7 +156,7 @@ class MapSplit:
     def _sample(self, index: int) -> tuple[npt.NDArray[Any], Any]:
         image, label = _read(self._samples, index, self._name)
         try:
-            return _as_image(image), label
+            return _as_image(image, self._background), label
         except (TypeError, ValueError) as error:
             raise UserError(f"the image of sample {index} of {self._name} {error}") from error
 
@@ -248,10 +257,10 @@ def _read(samples: Any, index: int, name: str) -> tuple[Any, Any]:
         raise UserError(f"sample {index} of {name} {error}") from error
 
 
-def _as_image(image: Any) -> npt.NDArray[Any]:
+def _as_image(image: Any, background: str) -> npt.NDArray[Any]:
     """Returns an image as (C, H, W), or raises ValueError with the end of a sentence about it."""
     if isinstance(image, Image.Image):
-        return _pil_pixels(image)
+        return pixel_values(image, background)
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu().to_dense()
         array = _pixels((image.float() if image.is_floating_point() else image).numpy())
@@ -265,13 +274,6 @@ def _as_image(image: Any) -> npt.NDArray[Any]:
         raise ValueError(f"is of type {kind}: give a PIL image, a tensor or an array of numbers")
     array = _pixels(array)
     return _moved(array) if array.ndim == 3 else _with_channels(array)
-
-
-def _pil_pixels(image: Image.Image) -> npt.NDArray[Any]:
-    if image.mode not in PIL_MODES:
-        raise ValueError(f"is of the mode {image.mode}: convert it to L or RGB")
-    pixels = np.asarray(image.convert(PIL_MODES[image.mode]))
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
 def _pixels(array: npt.NDArray[Any]) -> npt.NDArray[Any]:

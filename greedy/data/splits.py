@@ -1,11 +1,13 @@
 """A data set: two splits whose rows are read by index."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from greedy.data.modes import Kind
 from greedy.errors import UserError
 
 Shape = tuple[int, int, int]
@@ -42,7 +44,9 @@ class Split(Protocol):
 class Dataset:
     """A training and a test split of one shape and dtype.
 
-    ``class_names`` is None where the source does not know its classes.
+    ``class_names`` is None where the source does not know its classes; ``notes`` are sentences
+    about what was left out, ``skipped`` the files that cannot be read and are, with reasons, and
+    ``pixels`` the numbers of image files that hold more than bytes.
     Raises UserError if the splits do not agree or one is empty.
     """
 
@@ -50,6 +54,9 @@ class Dataset:
     train: Split
     test: Split
     class_names: list[str] | None
+    notes: Sequence[str] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    pixels: Kind | None = None
 
     def __post_init__(self) -> None:
         for kind, split in (("training", self.train), ("test", self.test)):

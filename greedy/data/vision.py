@@ -55,7 +55,10 @@ def load_vision(name: str, root: Path, download: bool) -> Dataset:
     except (RuntimeError, OSError) as error:
         if download:
             reason = " ".join(str(error).split())
-            raise UserError(f"cannot download {name} to {root} ({reason}): try again") from error
+            raise UserError(
+                f"cannot download {name} to {root} ({reason}): try again, or name another folder "
+                f"with --data-dir"
+            ) from error
         raise UserError(
             f"the files of {name} in {root} are damaged or cannot be read: "
             f"fetch them again with `greedy data prepare {name} --download`"

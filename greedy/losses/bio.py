@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from greedy.losses.local import Features, LocalHeads
-from greedy.losses.prediction import PredictionHead, average_pooling
+from greedy.losses.prediction import PredictionHead, pooling_of
 from greedy.losses.similarity import feature_deviation, similarity_loss
 from greedy.models import Shape
 from greedy.precision import widened
@@ -53,14 +53,14 @@ class FeedbackHead(PredictionHead):
 
 class PooledDeviation(nn.Module):
     """What takes the similarity head's place: the prediction head's average pooling, then the
-    standard deviation over each feature map. Vectors stay as they are.
+    standard deviation over each feature map, or over the tokens. Vectors stay as they are.
 
     Takes h (B, *shape), gives z (B, F).
     """
 
     def __init__(self, shape: Shape, pool_target: int) -> None:
         super().__init__()
-        self.pool = average_pooling(shape, pool_target) if len(shape) == 3 else nn.Identity()
+        self.pool = pooling_of(shape, pool_target) or nn.Identity()
 
     def forward(self, h: Tensor) -> Tensor:
         return feature_deviation(self.pool(h))

@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -45,8 +46,26 @@ def average_pooling(shape: Shape, target: int) -> nn.AvgPool2d:
     return nn.AvgPool2d(kernel, padding=(padding[0], padding[1]))
 
 
+def token_pooling(shape: Shape, target: int) -> nn.AvgPool2d:
+    """The same for tokens (T, D): neighbours are averaged, twice as many at a time while more than
+    ``target`` values are left. Tokens pass as one image whose channels are the samples."""
+    tokens, width = shape
+    kernel = 1
+    while math.ceil(tokens / kernel) * width > target and kernel < tokens:
+        kernel *= 2
+    return nn.AvgPool2d((min(kernel, tokens), 1), ceil_mode=True)
+
+
+def pooling_of(shape: Shape, target: int) -> nn.AvgPool2d | None:
+    """The pooling that makes about ``target`` values of h; ``None`` for vectors."""
+    if len(shape) == 1:
+        return None
+    return token_pooling(shape, target) if len(shape) == 2 else average_pooling(shape, target)
+
+
 class PredictionHead(nn.Sequential):
-    """The local classifier W of equation (6), with average pooling before it for feature maps.
+    """The local classifier W of equation (6), with average pooling before it for feature maps
+    and tokens.
 
     Takes h (B, *shape), gives logits p (B, classes) in float32. Its weight starts at zero.
 
@@ -64,11 +83,9 @@ class PredictionHead(nn.Sequential):
             self.add_module(f"hidden{number}", same_width(shape))
             self.add_module(f"activation{number}", nn.ReLU(inplace=True))
         width = shape[0]
-        if len(shape) == 3:
-            height, breadth = pooling_kernel(shape, pool_target)
-            self.pool = average_pooling(shape, pool_target)
-            self.flatten = nn.Flatten()
-            width *= math.ceil(shape[1] / height) * math.ceil(shape[2] / breadth)
+        if (pool := pooling_of(shape, pool_target)) is not None:
+            self.pool, self.flatten = pool, nn.Flatten()
+            width = pool(torch.empty(1, *shape, device="meta")).numel()
         self.classifier = nn.Linear(width, num_classes)
         nn.init.zeros_(self.classifier.weight)
 

@@ -31,11 +31,14 @@ def similarity_loss(z: Tensor, y: Tensor) -> Tensor:
 
 
 def feature_deviation(h: Tensor) -> Tensor:
-    """One number a feature map: its standard deviation over space, at least in float32.
+    """One number a feature: its standard deviation over space or tokens, at least in float32.
 
-    (B, C, H, W) to (B, C). Maps of at most 3 channels or of height 1 are only flattened, and
-    vectors stay as they are. The gradient of a map without any deviation is zero.
+    (B, C, H, W) to (B, C), and (B, T, D) to (B, D). Maps of at most 3 channels or of height 1,
+    tokens of at most 3 features and single ones are only flattened, and vectors stay as they are.
+    The gradient of a feature without any deviation is zero.
     """
+    if h.dim() == 3:
+        h = h.mT[..., None]  # a token is a place of a map
     if h.dim() == 4 and h.shape[1] > 3 and h.shape[2] > 1:
         if torch.compiler.is_compiling():  # which fuses torch's own into passes over h
             return widened(h).flatten(2).std(dim=2)
@@ -45,7 +48,7 @@ def feature_deviation(h: Tensor) -> Tensor:
 
 class SimilarityHead(nn.Module):
     """NeuralNet(H) of equation (4): a 3x3 convolution or a linear layer that keeps the width,
-    then the standard deviation over each feature map.
+    then the standard deviation over each feature map, or over the tokens.
 
     Takes h (B, *shape), gives z (B, F).
     """

@@ -79,7 +79,7 @@ def _fastest(demand: StepDemand, budget: int | None, micro_batch: int | None) ->
     with torch.device("meta"):
         heads = demand.loss.heads(demand.shapes.hidden, demand.num_classes)
     fitting = []
-    if parts_of(demand.stage, heads) is not None:
+    if parts_of(demand.stage, heads, demand.shapes.hidden) is not None:
         for mode in modes(demand.device_type)[1:]:
             tried.append(_count(demand, mode, micro_batch or 1))
             if tried[-1].peak_bytes <= budget:
@@ -97,7 +97,8 @@ def _fastest(demand: StepDemand, budget: int | None, micro_batch: int | None) ->
 def _worthwhile(demand: StepDemand) -> int:
     """Rows of a micro-batch below which reading the weights takes longer than using them, so
     that a mode which computes more is the faster one."""
-    positions = math.prod(demand.shapes.hidden[1:])
+    hidden = demand.shapes.hidden
+    positions = hidden[0] if len(hidden) == 2 else math.prod(hidden[1:])
     return min(LARGEST_MICRO_BATCH, demand.batch_size // 2, math.ceil(POSITIONS / positions))
 
 

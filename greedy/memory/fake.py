@@ -1,8 +1,9 @@
-"""Stages, losses and optimisers on fake tensors, which have sizes and no numbers."""
+"""Networks, losses and optimisers on fake tensors, which have sizes and no numbers."""
 
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -14,7 +15,9 @@ from torch._subclasses.fake_tensor import (
 
 from greedy.errors import UserError
 from greedy.losses import Features, LocalHeads, LocalLoss
-from greedy.models import Shape, Stage
+from greedy.models import Shape
+
+Module = TypeVar("Module", bound=nn.Module)
 
 LOOKS_AT_NUMBERS = (DataDependentOutputException, DynamicOutputShapeException)
 
@@ -25,11 +28,11 @@ def fake_tensors() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def materialised(stage: Stage) -> Stage:
-    """A stage of the meta device with its parameters and buffers in memory; what was one tensor
+def materialised(network: Module) -> Module:
+    """A network of the meta device with its parameters and buffers in memory; what was one tensor
     under two names stays one."""
     made: dict[int, torch.Tensor] = {}
-    for module in stage.modules():
+    for module in network.modules():
         parameters = module.named_parameters(recurse=False, remove_duplicate=False)
         buffers = module.named_buffers(recurse=False, remove_duplicate=False)
         for name, tensor in [*parameters, *buffers]:
@@ -40,7 +43,7 @@ def materialised(stage: Stage) -> Stage:
                     nn.Parameter(empty, tensor.requires_grad) if is_trained else empty
                 )
             setattr(module, name, made[id(tensor)])
-    return stage
+    return network
 
 
 def counted(count: Callable[[LocalLoss], int], loss: LocalLoss, what: str) -> int:

@@ -141,6 +141,7 @@ class StepDemand:
             memory=memory,
             host=host,
             rehearsed=True,
+            shape=self.shapes.hidden,
         )
         learner.train()
         return learner

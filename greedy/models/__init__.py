@@ -3,10 +3,12 @@
 from greedy.models.initial import initialise, seeded
 from greedy.models.networks import ACTIVATIONS, mlp, vgg, vgg8b, vgg11b
 from greedy.models.shapes import StageShapes, shapes
-from greedy.models.stages import InputDropout, Shape, Stage, cut
+from greedy.models.skeleton import skeleton
+from greedy.models.stages import ENCODERS, InputDropout, Shape, Stage, cut
 
 __all__ = [
     "ACTIVATIONS",
+    "ENCODERS",
     "InputDropout",
     "Shape",
     "Stage",
@@ -16,6 +18,7 @@ __all__ = [
     "mlp",
     "seeded",
     "shapes",
+    "skeleton",
     "vgg",
     "vgg8b",
     "vgg11b",

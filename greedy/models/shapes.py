@@ -1,14 +1,16 @@
 """What goes into and comes out of each stage, found without computing."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
-from itertools import chain
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from greedy.errors import UserError
+from greedy.models.skeleton import skeleton
 from greedy.models.stages import Shape, Stage
 
 ROWS = 2  # of the probe: batch norm takes no single one
@@ -25,30 +27,34 @@ class StageShapes:
     operations: int
 
 
-class _Probe(nn.Module):
-    def __init__(self, stage: Stage) -> None:
-        super().__init__()
-        self.stage = stage
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        h = self.stage.hidden(x)
-        return h, self.stage.pool(h)
-
-
 def _probed(stage: Stage, shape: Shape) -> tuple[Tensor, Tensor]:
     """Activation and output of some rows, on the meta device; computed for modules that cannot go
-    there, since they look at numbers, hold tensors as plain attributes, or share weights."""
-    probe = _Probe(stage).eval()  # batch statistics are not for the meta device
-    held = dict(chain(probe.named_parameters(), probe.named_buffers()))
-    weights = {k: v.to("meta") for k, v in held.items()}
+    there, since they look at numbers or hold tensors as plain attributes. Both with copies: the
+    stage may be a user's own."""
+    rows = torch.empty((ROWS, *shape), device="meta")
     try:
-        rows = torch.empty((ROWS, *shape), device="meta")
-        return torch.func.functional_call(probe, weights, (rows,), tie_weights=False)
+        return _passed(skeleton(stage), rows)
     except RuntimeError:
-        if any(v.is_meta for v in held.values()):
+        held = [*stage.parameters(), *stage.buffers()]
+        if any(tensor.is_meta for tensor in held):
             raise
-        with torch.no_grad():
-            return probe(torch.zeros((ROWS, *shape), device=next(iter(held.values())).device))
+        return _passed(deepcopy(stage), torch.zeros_like(rows, device=held[0].device))
+
+
+@torch.no_grad()
+def _passed(stage: Stage, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Activation and output of a copy, with running statistics: batch statistics are not for the
+    meta device."""
+    h = stage.eval().hidden(x)
+    return h, stage.pool(h) if isinstance(h, Tensor) else h
+
+
+def _require_tensor(stage: Stage, h: Any) -> None:
+    if not isinstance(h, Tensor):
+        raise UserError(
+            f"stage {stage.number} ({stage.name}) gives a {type(h).__name__} where a tensor is "
+            f"needed: put its last module into one of your own that returns the tensor"
+        )
 
 
 def shapes(stages: Sequence[Stage], input_shape: Shape) -> list[StageShapes]:
@@ -62,7 +68,8 @@ def shapes(stages: Sequence[Stage], input_shape: Shape) -> list[StageShapes]:
         try:
             with FlopCounterMode(display=False) as counter:
                 h, out = _probed(stage, shape)
-        except (RuntimeError, ValueError) as error:
+                _require_tensor(stage, h)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise UserError(
                 f"stage {stage.number} ({stage.name}) cannot take an input of shape "
                 f"{'x'.join(map(str, shape))}: change the layer or the image size "

@@ -22,7 +22,7 @@ POOLS = (
 PROBABILITIES = (nn.Softmax, nn.LogSoftmax, nn.Softmax2d, nn.Sigmoid)
 
 Shape = tuple[int, ...]
-"""Of one row: (C, H, W) or (F,)."""
+"""Of one row: maps (C, H, W), tokens (T, D) or features (F,)."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,12 @@ class Stage(nn.Module):
 
     @property
     def name(self) -> str:
-        """What the stage is called in tables: ``conv128``, ``linear1024``, ``conv128+conv256``."""
-        encoders = [m for m in self.layer.modules() if isinstance(m, ENCODERS)]
-        return "+".join(
-            f"linear{m.out_features}" if isinstance(m, nn.Linear) else f"conv{m.out_channels}"
-            for m in encoders
-        )
+        """What the stage is called in tables: ``conv128``, ``linear1024``, ``conv128+conv256``,
+        ``transformer64``."""
+        blocks = [m for m in self.layer.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+        within = {id(part) for block in blocks for part in block.modules() if part is not block}
+        named = (_name(m) for m in self.layer.modules() if id(m) not in within)
+        return "+".join(filter(None, named))
 
     @property
     def kinds(self) -> list[str]:
@@ -94,6 +94,14 @@ class Stage(nn.Module):
             yield nn.Flatten()
         yield from self.layer
         yield from self.pool
+
+
+def _name(module: nn.Module) -> str | None:
+    if isinstance(module, nn.TransformerEncoderLayer):
+        return f"transformer{module.self_attn.embed_dim}"
+    if isinstance(module, nn.Linear):
+        return f"linear{module.out_features}"
+    return f"conv{module.out_channels}" if isinstance(module, ENCODERS) else None
 
 
 def cut(network: nn.Sequential, layers: int = 1) -> list[Stage]:
@@ -126,7 +134,7 @@ def cut(network: nn.Sequential, layers: int = 1) -> list[Stage]:
         else:
             (groups[-1] if groups else leading).append(child)
     if not groups:
-        raise UserError("the network has no convolution or linear layer, so there is no stage")
+        raise UserError("the network has no convolution or linear layer to train: add one")
     stages = []
     for number, group in enumerate(_blocks(groups, layers), start=1):
         stage, leading = _stage(number, leading + group)
@@ -166,6 +174,7 @@ def _stage(number: int, modules: list[nn.Module]) -> tuple[Stage, list[nn.Module
     )
     # Activations, normalisation or pooling in front of the first encoder, and what follows them.
     entry, layer = entry[:plain], entry[plain:] + layer
+    _require_samples_first(number, layer)
     stage = Stage(
         number,
         nn.Sequential(*layer),
@@ -192,6 +201,18 @@ def _require_movable(number: int, entry: Sequence[nn.Module], end: Sequence[nn.M
                 f"stage {number} has {module} before its pooling, where it does something else "
                 f"than after it: put it after the pooling"
             )
+
+
+def _require_samples_first(number: int, layer: Sequence[nn.Module]) -> None:
+    """Transformers take tokens (T, B, D) unless told otherwise, and torch would not notice."""
+    for module in layer:
+        within = module.layers if isinstance(module, nn.TransformerEncoder) else [module]
+        for each in within:
+            if isinstance(each, nn.TransformerEncoderLayer) and not each.self_attn.batch_first:
+                raise UserError(
+                    f"stage {number} has a {type(each).__name__} that takes samples for tokens: "
+                    f"make it with batch_first=True"
+                )
 
 
 def _dropout(number: int, entry: Sequence[nn.Module]) -> InputDropout | None:

@@ -48,6 +48,11 @@ def _explained(key: str, error: ErrorDetails, document: Mapping[str, Any]) -> st
     for part in key.split("."):
         found = found.get(part)
     shown = "not set" if found is None else json.dumps(found, ensure_ascii=False, default=str)
+    if error["type"] == "string_unicode":
+        return (
+            f"{key} is {shown}, which is no UTF-8, as TOML has to be: rename what it names, or "
+            f"give a link to it"
+        )
     if error["type"] == "value_error":
         return f"{key} is {shown} but must {error['ctx']['error']}"
     field = allowed(key)

@@ -15,6 +15,7 @@ from greedy.files import read_limited
 from greedy.recipes import explain, milestones
 from greedy.recipes.identity import differences
 from greedy.recipes.schema import Model, Recipe
+from greedy.text import legible
 
 SHIPPED: Final = Path(__file__).parent
 REQUIRED: Final = ("data", "model", "loss", "training")
@@ -43,12 +44,12 @@ def load(
     that may not inherit is of that file alone. Raises UserError for any mistake in it."""
     path, name = Path(name_or_path), str(name_or_path)
     if path.suffix == ".toml" or path.is_file():
-        name = path.stem
+        name = legible(path.stem)
     else:
         path = _shipped_path(name, names)
     layer = _Layer(str(name_or_path), _read(path))
     if "extends" in layer.document and not inherits:
-        raise layer.error("extends another recipe, and a run's own stands alone")
+        raise layer.error("extends another recipe, and a run's own stands alone: remove that line")
     layers = _layers(layer, path)
     if overrides:
         layers.append(_Layer("", _override_document(overrides)))
@@ -168,7 +169,12 @@ def _read(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"the recipe {path} cannot be read: {error.strerror}") from None
     except RecursionError:
-        raise UserError(f"the recipe {path} is nested too deeply") from None
+        raise UserError(f"the recipe {path} is nested too deeply: write it flat") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(
+            f"the recipe {path} is no UTF-8 in line {line}, as TOML has to be: save it as that"
+        ) from None
     except ValueError as error:
         raise UserError(f"the recipe {path} is not valid TOML: {error}") from None
 
@@ -184,7 +190,9 @@ def _layers(layer: _Layer, path: Path | None) -> list[_Layer]:
         is_path = parent.endswith(".toml")
         path = folder / parent if is_path else _shipped_path(parent, _shipped)
         if path.resolve() in chain:
-            raise layers[0].error(f"extends {parent}, which extends this recipe in turn")
+            raise layers[0].error(
+                f"extends {parent}, which extends this recipe in turn: remove one of the two lines"
+            )
         chain.append(path.resolve())
         folder = path.parent
         document = _read(path)

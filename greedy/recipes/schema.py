@@ -13,6 +13,7 @@ from pydantic import (
 )
 
 from greedy.recipes import milestones as rule
+from greedy.recipes.colour import Colour
 
 CROPS: Final = {"jitter2", "crop4"}
 
@@ -63,7 +64,7 @@ class Data(_Section):
         lt=1,
         description="Share of the training rows held out when patience is set.",
     )
-    background: str = Field(
+    background: Colour = Field(
         default="white",
         description="Colour behind the transparent parts of images: a name such as black, or "
         "#rrggbb.",

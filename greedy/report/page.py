@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from greedy.cache.files import write_whole
 from greedy.curves import network_curve
 from greedy.devices import pick_device
 from greedy.errors import UserError, lacking
-from greedy.files import require_new
+from greedy.files import require_new, write_asked
 from greedy.losses import LocalLoss
 from greedy.recipes import loss_label, network_label, to_toml
 from greedy.report import charts
@@ -58,7 +57,7 @@ def write_report(
     """
     require_report(to, overwrite)
     page = render(facts_of(runs, pick_device(device), model, loss))
-    write_whole(to, legible(page).encode())
+    write_asked(to, legible(page).encode())
     return to
 
 

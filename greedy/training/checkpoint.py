@@ -24,7 +24,7 @@ from greedy.manifest import Choices
 from greedy.reporting import EpochReport
 from greedy.training.modes import StepMemory
 from greedy.training.packing import pack, unpack
-from greedy.training.schedule import Patience, Schedule
+from greedy.training.schedule import FIRST, Patience, Schedule, set_first_rates
 from greedy.training.strategies import Strategy
 
 START, PROGRESS = "start.json", "progress.json"
@@ -208,6 +208,8 @@ class Checkpoints:
             kept = unpack(packed, tensors)
             _require_same_settings(optimizer, kept["param_groups"])
             optimizer.load_state_dict(kept)
+            # Kept before groups had rates of their own, it began at the schedule's.
+            set_first_rates([optimizer], self.schedule.rate)
             _require_same_shapes(optimizer)
         if isinstance(self.schedule, Patience):
             for name in _PATIENCE:
@@ -232,15 +234,17 @@ def progress_of(training: Path) -> str | None:
     return str(document.progress) if document else None
 
 
+RATES = (int, float, Tensor, type(None))  # a group may have none
 _PATIENCE = ("best", "waited", "dropped")
 
 
 def _require_same_settings(optimizer: torch.optim.Optimizer, kept: list[dict[str, Any]]) -> None:
     """An optimiser's settings are not the checkpoint's to change: Adam's are those it was made
-    with, but for the rate, which the schedule sets; those of others may be numbers that move."""
-    free = {"params", "lr"}
+    with, but for the rates, which go on as they are; those of others may be numbers that move."""
+    free = {"params", "lr", FIRST}
     for group, other in zip(optimizer.param_groups, kept, strict=True):
-        if group.keys() != other.keys():
+        known = group.keys() | {FIRST} == other.keys() | {FIRST}
+        if not known or not all(isinstance(other.get(name), RATES) for name in ("lr", FIRST)):
             raise ValueError("other settings of the optimiser")
         for name in group.keys() - free:
             mine, theirs = group[name], other[name]

@@ -155,7 +155,8 @@ class ExactStep:
         # Batch norm takes a bias away again: what would add up to its gradient is rounding.
         if self.parts.norm is None and encoder.bias is not None:
             assert encoder.bias.grad is not None
-            encoder.bias.grad += g.sum(per_channel(g), dtype=encoder.bias.dtype)
+            others = range(g.dim() - 1) if isinstance(encoder, nn.Linear) else per_channel(g)
+            encoder.bias.grad += g.sum(tuple(others), dtype=encoder.bias.dtype)
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def outputs_from(
 def fit(name: str, source: Source, row_shape: Shape, batch: int, seed: int, stage: int) -> Encoding:
     """The encoding for a source's outputs, its ranges taken from the first rows of view 0 (rows
     are in random order): at all positions of small feature maps and some of large ones, drawn
-    anew for each batch."""
+    anew for each batch; likewise of tokens."""
     parts: list[np.ndarray] = []
     rows = 0
     for read in source.view("train", 0, batch):
@@ -92,6 +92,10 @@ def fit(name: str, source: Source, row_shape: Shape, batch: int, seed: int, stag
             generator = torch_generator(seed, "sample", stage, rows)
             positions = torch.randperm(sample[0, 0].numel(), generator=generator)
             sample = sample.flatten(2)[:, :, positions[:SAMPLE_POSITIONS], None]
+        elif sample.dim() == 3 and sample.shape[1] > SAMPLE_POSITIONS:
+            generator = torch_generator(seed, "sample", stage, rows)
+            sample = sample[:, torch.randperm(sample.shape[1], generator=generator)]
+            sample = sample[:, :SAMPLE_POSITIONS].contiguous()
         parts.append(sample.numpy())
         rows += len(sample)
         if rows >= SAMPLE_ROWS:

@@ -14,7 +14,7 @@ from greedy.training.host_adam import HostAdam
 from greedy.training.modes import Mode, StepMemory
 from greedy.training.resolve import for_stage, graphs
 from greedy.training.scaling import LossScale
-from greedy.training.schedule import Milestones, Patience, Schedule
+from greedy.training.schedule import Milestones, Patience, Schedule, set_first_rates
 from greedy.training.step import Learner
 
 
@@ -45,6 +45,7 @@ def new_learner(
         compiled_rows=recipe.training.batch_size if resolved.get("compile") else 0,
         graphs=graphs(recipe, resolved, device),
         memory=StepMemory(Mode(resolved["memory_mode"]), resolved["micro_batch"]),
+        shape=shapes.hidden,
     )
 
 
@@ -56,12 +57,20 @@ def _is_channels_last(shapes: StageShapes, resolved: dict[str, Any], device: tor
 
 
 def new_optimizer(
-    parameters: list[nn.Parameter], recipe: Recipe, number: int, factory: OptimizerFactory | None
+    parameters: list[nn.Parameter],
+    recipe: Recipe,
+    number: int,
+    factory: OptimizerFactory | None,
+    *,
+    own_rates: bool = False,
 ) -> torch.optim.Optimizer:
-    """The optimiser of stage ``number``: by a factory if there is one, else Adam."""
-    if factory is not None:
-        return factory(parameters)
+    """The optimiser of stage ``number``: by a factory if there is one, else Adam. All its groups
+    begin at the recipe's rate, unless they are to begin at their own."""
     rate = for_stage(recipe.training.learning_rate, number)
+    if factory is not None:
+        optimizer = factory(parameters)
+        set_first_rates([optimizer], None if own_rates else rate)
+        return optimizer
     if recipe.memory.optimizer_state == "host":
         return HostAdam(parameters, lr=rate)
     return torch.optim.Adam(parameters, lr=rate, fused=True)

@@ -9,19 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from greedy.errors import Interrupted, TrainingError
+from greedy.devices import is_out_of_memory
+from greedy.errors import Interrupted, TrainingError, first_line
 from greedy.heap import kept_memory
 from greedy.interrupts import Postponed
 from greedy.losses import Features
 from greedy.models import Shape
+from greedy.precision import all_finite
 from greedy.recipes import Recipe
 from greedy.reporting import EpochReport, Reporter
 from greedy.seeds import derive
 from greedy.source import Batch, Source
 from greedy.training.checkpoint import Checkpoints, Progress, Sums
-from greedy.training.guard import Guard
+from greedy.training.guard import Guard, OptimizerFailed
 from greedy.training.resolve import for_stage
-from greedy.training.schedule import Schedule
+from greedy.training.schedule import FIRST, Schedule, scale_rates, set_first_rates
 from greedy.training.step import Learner
 from greedy.training.strategies import Outcome, Strategy
 
@@ -81,6 +83,7 @@ class Epochs:
 
     def _epochs(self) -> Iterator[list[EpochReport]]:
         began = time.perf_counter()
+        set_first_rates(self.strategy.optimizers)
         done = self.checkpoints.load() if self.checkpoints else None
         progress, sums = done or (Progress(), [])
         before = progress.before + progress.seconds
@@ -110,10 +113,9 @@ class Epochs:
     ) -> list[EpochReport]:
         started = time.perf_counter() - progress.seconds
         epoch, first = progress.epoch, progress.position
-        rate = self.schedule.rate_at(epoch)
-        for optimizer in self.strategy.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        if first == 0:  # within an epoch it is as it was kept
+            scale_rates(self.strategy.optimizers, self.schedule.factor_at(epoch))
+        rate = self._rate
         size, limited = self.recipe.training.batch_size, self.recipe.data.classes_per_batch
         batches = self.source.epoch(
             self.number,
@@ -157,6 +159,12 @@ class Epochs:
             for total, held_out in zip(totals, self._held_out(), strict=True)
         ]
 
+    @property
+    def _rate(self) -> float:
+        """To be reported: of the first group, if it has one."""
+        group = self.strategy.optimizers[0].param_groups[0]
+        return float(group["lr"]) if FIRST in group else self.schedule.rate
+
     def _keep(self, progress: Progress, totals: Sequence[Totals], stop: Postponed) -> None:
         """A checkpoint, and the end of the training where a signal has asked for it."""
         if self.checkpoints:
@@ -189,7 +197,10 @@ class Epochs:
             learner.mask(self.recipe.seed, len(batch.labels), shape, epoch, position)
             for learner, shape in zip(learners, self.input_shapes, strict=True)
         ]
-        outcomes = self.strategy.step(batch, masks, guard, position)
+        try:
+            outcomes = self.strategy.step(batch, masks, guard, position)
+        except OptimizerFailed as error:
+            raise self._optimizer_failed(epoch, position, error.__cause__) from error
         for learner, memory in zip(learners, planned, strict=True):
             if learner.memory != memory:
                 self.reporter.memory_reduced(learner.stage.number, learner.memory)
@@ -203,15 +214,38 @@ class Epochs:
         return outcomes
 
     def _require_finite(self, guard: Guard, epoch: int, rate: float) -> None:
-        if (number := guard.step) is None:
+        trained = (p for each in self.strategy.learners for p in each.parameters())
+        title, also = self.strategy.title, ""
+        if (number := guard.step) is not None:
+            found, where = f"the loss of {title} is", f"in epoch {epoch + 1}, step {number}"
+            if not guard.in_loss:
+                found = f"the loss of {title} is finite and its gradient is"
+                also = ", keep a loss of your own from square roots and logarithms of 0,"
+        elif not all_finite(p for p in trained if p.requires_grad):
+            found, where = f"what {title} has learned is", f"in epoch {epoch + 1}"
+        else:
             return
-        last = self.checkpoints.last if self.checkpoints else ""
-        kept = f"the last good checkpoint is after {last}" if last else "there is no checkpoint yet"
         raise TrainingError(
-            f"the loss of {self.strategy.title} is not finite in epoch {epoch + 1}, "
-            f"step {number}, at a learning rate of {rate:g} ({kept}): lower "
-            f"training.learning_rate and begin another run"
+            f"{found} not finite {where}, at a learning rate of {rate:g} ({self._kept}): lower "
+            f"training.learning_rate{also} and begin another run"
         )
+
+    def _optimizer_failed(
+        self, epoch: int, position: int, error: BaseException | None
+    ) -> TrainingError:
+        """Weights may be half of one step and half of the next: only a checkpoint is whole."""
+        assert error is not None
+        way = "free memory on its device" if is_out_of_memory(error) else "mend it"
+        return TrainingError(
+            f"the optimiser of {self.strategy.title} failed in epoch {epoch + 1}, step "
+            f"{position + 1} ({first_line(error)}; {self._kept}): {way} and give the same command "
+            f"again, which goes on from the last checkpoint"
+        )
+
+    @property
+    def _kept(self) -> str:
+        last = self.checkpoints.last if self.checkpoints else ""
+        return f"the last good checkpoint is after {last}" if last else "there is no checkpoint yet"
 
 
 def _sum(values: Iterable[float | None]) -> float | None:

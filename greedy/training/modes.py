@@ -69,12 +69,12 @@ class StepMemory:
     micro_batch: int = DEFAULT_MICRO_BATCH
 
     def smaller(self, device_type: str) -> "StepMemory | None":
-        """What to try when this does not fit: the next mode, and after the last one halves of
-        its micro-batch. ``None`` after a micro-batch of one row."""
-        following = modes(device_type)
-        following = following[following.index(self.mode) + 1 :]
-        if following:
-            return StepMemory(following[0], self.micro_batch)
+        """What to try when this does not fit: the next mode that makes a difference, and after
+        the last one halves of its micro-batch. ``None`` after a micro-batch of one row."""
+        order = list(Mode)
+        for mode in order[order.index(self.mode) + 1 :]:
+            if mode in modes(device_type):
+                return StepMemory(mode, self.micro_batch)
         if self.micro_batch > 1:
             return StepMemory(self.mode, self.micro_batch // 2)
         return None

@@ -33,7 +33,8 @@ from greedy.unfinished import find_training
 @dataclass
 class NetworkTraining:
     """All that training a network at once takes. ``data`` is stage 0's record, ``source`` its
-    images, ``loss`` the recipe's local loss, ``memory`` what a step takes."""
+    images, ``loss`` the recipe's local loss, ``memory`` what a step takes; ``own_rates`` says
+    that an ``optimizer`` of the user's begins at its own rates."""
 
     run: RunDirectory
     stages: Sequence[Stage]
@@ -45,6 +46,7 @@ class NetworkTraining:
     device: torch.device
     reporter: Reporter
     optimizer: OptimizerFactory | None = None
+    own_rates: bool = False
 
     @property
     def recipe(self) -> Recipe:
@@ -123,7 +125,9 @@ class NetworkTraining:
             training.strategy,
             learners,
             training.accumulate,
-            lambda parameters: new_optimizer(parameters, self.recipe, 1, self.optimizer),
+            lambda parameters: new_optimizer(
+                parameters, self.recipe, 1, self.optimizer, own_rates=self.own_rates
+            ),
         )
 
     def _run_epochs(self, checkpoints: Checkpoints) -> list[list[EpochReport]]:

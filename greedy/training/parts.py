@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from greedy.lean import Layer
 from greedy.losses import LocalHeads
-from greedy.models import Stage
+from greedy.models import Shape, Stage
 from greedy.training.statistics import Statistics
 
 ELEMENTWISE = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Identity)
@@ -49,13 +49,14 @@ class Parts:
         return self.activation(c)
 
 
-def parts_of(stage: Stage, heads: LocalHeads) -> Parts | None:
+def parts_of(stage: Stage, heads: LocalHeads, hidden: Shape = ()) -> Parts | None:
     """The parts of a stage, or ``None`` for one that is not of the pattern and can therefore only
-    be trained in the plain mode."""
+    be trained in the plain mode. By ``hidden``, the shape of a row of its activation, tokens are
+    told from vectors."""
     encoder, *others = stage.layer
     norm = others[0] if others and isinstance(others[0], BatchNorm) else None
     activation = others[1:] if norm else others
-    if not isinstance(encoder, Layer) or not _is_plain(encoder):
+    if not isinstance(encoder, Layer) or not _is_plain(encoder, norm, hidden):
         return None
     is_of_the_pattern = (
         (norm is None or (norm.affine and norm.track_running_stats))
@@ -73,8 +74,9 @@ def _is_torchs_own(module: nn.Module) -> bool:
     return type(module) in TORCHS_OWN and not (module._forward_hooks or module._forward_pre_hooks)
 
 
-def _is_plain(encoder: Layer) -> bool:
+def _is_plain(encoder: Layer, norm: BatchNorm | None, hidden: Shape) -> bool:
+    """Whether what it gives has a channel for each of its own, and the norm has the same."""
     if isinstance(encoder, nn.Linear):
-        return True
+        return len(hidden) < 2 or (len(hidden) == 2 and norm is None)
     zeros = encoder.padding_mode == "zeros" and isinstance(encoder.padding, tuple)
     return encoder.groups == 1 and zeros

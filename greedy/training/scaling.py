@@ -5,6 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from greedy.precision import all_finite
+
 FIRST, LEAST = 2.0**16, 2.0**-14
 GROWTH_INTERVAL = 2000
 
@@ -34,7 +36,7 @@ class LossScale(nn.Module):
         gradients = [p.grad for p in parameters if p.grad is not None]
         for gradient in gradients:
             gradient.div_(self.factor)
-        overflow = ~torch.isfinite(nn.utils.get_total_norm(gradients, float("inf")))
+        overflow = ~all_finite(gradients)
         self.steps.copy_(torch.where(overflow, 0, self.steps + 1))
         grown = torch.where(self.steps >= GROWTH_INTERVAL, 2 * self.factor, self.factor)
         self.steps.remainder_(GROWTH_INTERVAL)

@@ -1,7 +1,11 @@
 """The learning rate over the epochs of a stage."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor
 
 IMPROVEMENT = 0.001  # a relative gain below this does not count
 LAST_DROP = 4  # after this many drops a patient stage ends
@@ -15,9 +19,9 @@ class Milestones:
     decay: float
     milestones: Sequence[int]
 
-    def rate_at(self, epoch: int) -> float:
-        """The learning rate in an epoch counted from 0."""
-        return self.rate * self.decay ** self.drops(epoch)
+    def factor_at(self, epoch: int) -> float:
+        """On the first rates, in an epoch counted from 0."""
+        return self.decay ** self.drops(epoch)
 
     def drops(self, epoch: int) -> int:
         """How often the rate has dropped before this epoch."""
@@ -40,9 +44,9 @@ class Patience:
     waited: int = 0
     dropped: int = 0
 
-    def rate_at(self, epoch: int) -> float:
-        """The learning rate now."""
-        return self.rate * self.decay**self.dropped
+    def factor_at(self, epoch: int) -> float:
+        """On the first rates, now."""
+        return self.decay**self.dropped
 
     def drops(self, epoch: int) -> int:
         """How often the rate has dropped so far."""
@@ -61,3 +65,24 @@ class Patience:
 
 
 Schedule = Milestones | Patience
+
+FIRST = "initial_lr"  # of a group: torch's own name for what a schedule scales
+
+
+def set_first_rates(optimizers: Iterable[torch.optim.Optimizer], rate: float | None = None) -> None:
+    """Notes each group's rate as the one that it begins with, unless that is known: its own, or
+    the one given. A group may have none."""
+    for group in chain.from_iterable(each.param_groups for each in optimizers):
+        if (own := group.get("lr")) is not None and FIRST not in group:
+            group[FIRST] = float(own) if rate is None else rate
+
+
+def scale_rates(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:
+    """Sets the rate of each group to so many times its first one."""
+    for group in chain.from_iterable(each.param_groups for each in optimizers):
+        if (first := group.get(FIRST)) is None:
+            continue
+        if isinstance(group["lr"], Tensor):  # some are compiled with it
+            group["lr"].fill_(first * factor)
+        else:
+            group["lr"] = first * factor

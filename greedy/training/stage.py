@@ -35,6 +35,7 @@ from greedy.training.strategies import Greedy
 class StageTraining:
     """All that training one stage takes. ``train`` makes the stage in a directory.
 
+    ``own_rates`` says that an ``optimizer`` of the user's begins at its own rates.
     ``written_before`` are bytes of the stores that this one replaces, for the record.
     """
 
@@ -50,6 +51,7 @@ class StageTraining:
     device: torch.device
     reporter: Reporter
     optimizer: OptimizerFactory | None = None
+    own_rates: bool = False
     written_before: int = 0
 
     @property
@@ -129,7 +131,11 @@ class StageTraining:
             zero=self.is_output,
         )
         learner.optimizer = new_optimizer(
-            learner.parameters(), self.recipe, self.stage.number, self.optimizer
+            learner.parameters(),
+            self.recipe,
+            self.stage.number,
+            self.optimizer,
+            own_rates=self.own_rates,
         )
         return learner
 

@@ -7,9 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from greedy.devices import to_device
+from greedy.devices import is_out_of_memory, to_device
+from greedy.errors import first_line
 from greedy.losses import Features, LocalHeads, LocalLoss
 from greedy.models import Shape, Stage
+from greedy.places import prepare_compiling
 from greedy.precision import HALVES, autocast
 from greedy.seeds import torch_generator
 from greedy.source import Batch
@@ -36,6 +38,7 @@ class Learner:
         host: where a mode that streams keeps its input.
         rehearsed: only the first two and the last micro-batch are computed, which show what
             memory a step takes.
+        shape: of a row of its activation h, by which tokens are told from vectors.
     """
 
     stage: Stage
@@ -52,6 +55,7 @@ class Learner:
     memory: StepMemory = field(default_factory=StepMemory)
     host: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rehearsed: bool = False
+    shape: Shape = ()
     _compiled: Callable[[Tensor], Features] | None = field(default=None, init=False, repr=False)
 
     @property
@@ -61,11 +65,15 @@ class Learner:
     @property
     def parts(self) -> Parts | None:
         """Encoder, batch norm and activation of a stage of the usual pattern."""
-        return parts_of(self.stage, self.heads)
+        return parts_of(self.stage, self.heads, self.shape)
 
     def parameters(self) -> list[nn.Parameter]:
         """The encoder's and the heads' parameters."""
         return [*self.stage.parameters(), *self.heads.parameters()]
+
+    def buffers(self) -> list[Tensor]:
+        """What a step changes besides: running statistics."""
+        return [*self.stage.buffers(), *self.heads.buffers()]
 
     def mask(self, seed: int, rows: int, shape: Shape, epoch: int, position: int) -> Tensor | None:
         """Of dropout on so many inputs of this shape, named by (seed, stage, step)."""
@@ -119,6 +127,7 @@ class Learner:
         if len(x) != self.compiled_rows:
             return self.features(x)
         if self._compiled is None:
+            prepare_compiling()
             torch.compiler.reset()  # of the stages before, whose number is limited
             mode = "reduce-overhead" if self.graphs else None
             self._compiled = torch.compile(self.features, dynamic=False, mode=mode)
@@ -149,57 +158,51 @@ class Learner:
 def step(
     learner: Learner, batch: Batch, guard: Guard, position: int
 ) -> tuple[Tensor, Tensor | None]:
-    """Trains on one batch, number ``position`` of its epoch, unless the loss is not finite.
+    """Trains on one batch, number ``position`` of its epoch, unless loss or gradients are not
+    finite.
 
     Returns the loss, a scalar, and the local classifier's logits (B, classes) or ``None``;
-    neither is waited for. Where memory runs out, nothing has been changed yet, and the step is
-    repeated in the next smaller mode; the smallest one's ``torch.OutOfMemoryError`` is raised.
+    neither is waited for. Where memory runs out before the optimiser's step, nothing has been
+    changed yet, and the gradients are computed again in the next smaller mode; the smallest one's
+    ``torch.OutOfMemoryError`` is raised. The optimiser steps once: if it fails, it may have
+    changed some weights, and ``OptimizerFailed`` is raised.
     """
-    while (done := _try(learner, batch, guard, position)) is None:
-        pass
-    return done
-
-
-def _try(
-    learner: Learner, batch: Batch, guard: Guard, position: int
-) -> tuple[Tensor, Tensor | None] | None:
-    """A step, or ``None`` where it took too much memory and a smaller mode is to be tried, or
-    could not be compiled. CUDA graphs give way first."""
     assert learner.optimizer is not None
-    before = [buffer.clone() for buffer in learner.stage.buffers()]
+    while (done := _try(learner, batch)) is None:
+        pass
+    loss, logits = done
+    guard.update(learner.optimizer, loss, position, learner.parameters(), learner.scale)
+    return loss, logits
+
+
+def _try(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None] | None:
+    """The gradients, or ``None`` where they took too much memory and a smaller mode is to be
+    tried, or could not be compiled. CUDA graphs give way first."""
+    before = [buffer.clone() for buffer in learner.buffers()]
     try:
-        loss, logits = gradients(learner, batch)
-        guard.update(learner.optimizer, loss, position, learner.scale, learner.parameters())
-        return loss, logits
+        return gradients(learner, batch)
     except Exception as error:
-        smaller = learner.memory.smaller(learner.device.type)
         if learner.graphs:
             learner.graphs = False
-        elif _is_out_of_memory(error) and smaller is not None and learner.parts is not None:
+        elif is_out_of_memory(error) and (smaller := _smaller(learner)):
             learner.memory = smaller
         elif learner.compiled_rows:  # an error of the stage's own will come again
-            learner.compiled_rows, learner.compiling_failed = 0, _first_line(error)
+            learner.compiled_rows, learner.compiling_failed = 0, first_line(error)
         else:
             raise
     learner.forget_compiled()
     for parameter in learner.parameters():
         parameter.grad = None
-    for buffer, value in zip(learner.stage.buffers(), before, strict=True):
+    for buffer, value in zip(learner.buffers(), before, strict=True):
         buffer.copy_(value)
+    torch.manual_seed(torch.initial_seed())  # what draws from it draws the same again
     if learner.device.type == "cuda":
         torch.cuda.empty_cache()
     return None
 
 
-def _is_out_of_memory(error: Exception) -> bool:
-    """CUDA's allocator has an error of its own; the CPU's and CUDA's libraries say it in words."""
-    words = ("can't allocate memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    said = isinstance(error, RuntimeError) and any(each in str(error) for each in words)
-    return said or isinstance(error, torch.OutOfMemoryError)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__
+def _smaller(learner: Learner) -> StepMemory | None:
+    return None if learner.parts is None else learner.memory.smaller(learner.device.type)
 
 
 def gradients(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None]:

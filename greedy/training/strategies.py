@@ -100,7 +100,7 @@ class Joint:
             _scaled(outcome.loss, learner.scale).backward()
             x = learner.stage.pool(h.detach())
             del h
-            guard.update(optimizer, outcome.loss, position, learner.scale, learner.parameters())
+            guard.update(optimizer, outcome.loss, position, learner.parameters(), learner.scale)
             _clear(learner)
             outcomes.append(_detached(outcome))
         return outcomes
@@ -143,7 +143,7 @@ class Backprop:
             parts.append([_detached(each) for each in outcomes])
         found = [_joined(stage) for stage in zip(*parts, strict=True)]
         every = [p for learner in self.learners for p in learner.parameters()]
-        guard.update(self.optimizer, _sum(found), position, scale, every)
+        guard.update(self.optimizer, _sum(found), position, every, scale)
         return found
 
     def _micro_batches(self, count: int) -> list[slice]:
