@@ -285,7 +285,8 @@ def test_the_rows_that_pass_frozen_stages_are_those_of_a_run(changes, tmp_path):
 def test_seconds_are_those_of_all_rows(tmp_path):
     """Three epochs of 80 rows at 10 a second, and of the frozen stage, which nothing replays, 20
     test rows, two views of 80, 20 more, and 80 for the encoding's ranges at 100 a second."""
-    run = RunDirectory.create(tmp_path / "run", from_document(DOCUMENT, name="unbegun"))
+    twice_drawn = DOCUMENT | {"data": {"name": "python", "augmentation": "hflip"}}
+    run = RunDirectory.create(tmp_path / "run", from_document(twice_drawn, name="unbegun"))
     found = shapes(cut(network()), (1, 4, 4))
     disk = plan_disk(run, found, {"train": 80, "test": 20}, 1)
     durations = Durations(run.recipe, disk, {"train": 80, "test": 20}, 0, [WORK] * 4)
