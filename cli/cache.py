@@ -9,6 +9,7 @@ import click
 
 from greedy.cli import options
 from greedy.cli.failures import Group, terminable
+from greedy.cli.results import tell_changes
 from greedy.cli.tables import print_json, print_table, say, size
 from greedy.commands import command
 
@@ -101,6 +102,7 @@ def repair(path: Path, device: str, model: str | None) -> None:
     network = load_network(run.recipe.model, model)
     trainer = GreedyTrainer.from_recipe(run.recipe, run.path, device=device, model=network)
     trainer.reporter = Lines()
+    tell_changes(run)
     with terminable():
         done, left = trainer.repair(numbers, dropped=len(numbers) == 1)
     for each in done:

@@ -21,6 +21,7 @@ from greedy.cli.train import tensorboard, train_and_show
     help="The run directory to write  [default: DIR-finetuned beside --run].",
 )
 @fields.settings
+@options.ignore_changes
 @options.device
 @options.log
 @options.model
@@ -29,6 +30,7 @@ def finetune(
     run: Path,
     to: Path | None,
     settings: tuple[str, ...],
+    ignore_changes: bool,
     device: str,
     log: str | None,
     model: str | None,
@@ -48,7 +50,9 @@ def finetune(
     to = to or run.with_name(f"{run.name}-finetuned")
     logger = tensorboard(to) if log else None
     with terminable():
-        tuned = begin_finetuning(source, to, fields.overrides(settings, field_values))
+        tuned = begin_finetuning(
+            source, to, fields.overrides(settings, field_values), ignore_changes=ignore_changes
+        )
     network = load_network(tuned.recipe.model, model)
     trainer = GreedyTrainer.from_recipe(tuned.recipe, to, device=device, model=network)
     say(f"{tuned.recipe.name}, from the weights of {run}, in {to} on {trainer.device}")

@@ -69,6 +69,11 @@ download = click.option(
     is_flag=True,
     help="Fetch the data set if it is missing.",
 )
+ignore_changes = click.option(
+    "--ignore-changes",
+    is_flag=True,
+    help="Go on with the images that the run has stored, although the data have changed.",
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 
 

@@ -12,6 +12,7 @@ from greedy.commands import command
 
 if TYPE_CHECKING:
     from greedy.exits import Exits
+    from greedy.runs import RunDirectory
 
 LOSE = 1.0  # points of error that an early exit may lose, unless told otherwise
 
@@ -117,6 +118,7 @@ def evaluate(
     recipe = directory.recipe
     network = load_network(recipe.model, model)
     place, budget = pick_device(device), parse_size(memory_budget) if memory_budget else None
+    tell_changes(directory)
     if by_stage:
         loss = build_loss(recipe.loss)
         with waiting("evaluating every early exit"):
@@ -132,6 +134,15 @@ def evaluate(
         f"{split} error {percent(result.error_percent)}, loss {result.loss:.4f} "
         f"on {result.samples:,} images"
     )
+
+
+def tell_changes(run: "RunDirectory") -> None:
+    """Says on standard error what has changed in the image folder that a run was begun with."""
+    from greedy.changes import folder_changes  # noqa: PLC0415
+
+    if what := folder_changes(run):
+        name = run.recipe.data.name
+        say(f"of the images as {run.path} stored them: {name} has changed since ({what})", err=True)
 
 
 def _show_exits(exits: "Exits", lose: float, as_json: bool) -> None:

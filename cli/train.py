@@ -36,8 +36,10 @@ if TYPE_CHECKING:
     type=int,
     is_flag=False,
     flag_value=1,
-    help="Train again from this stage on, by default from stage 1.",
+    help="Train again from this stage on, by default from stage 1; from 0 also on data that have "
+    "changed.",
 )
+@options.ignore_changes
 @options.log
 @options.model
 @options.debug
@@ -49,12 +51,14 @@ def train(
     download: bool,
     device: str,
     retrain: int | None,
+    ignore_changes: bool,
     log: str | None,
     model: str | None,
     **field_values: str | None,
 ) -> None:
     """Train every stage of a recipe in turn; the same command resumes."""
     from greedy.build import load_network  # noqa: PLC0415
+    from greedy.changes import require_unchanged  # noqa: PLC0415
     from greedy.cli.progress import preparing  # noqa: PLC0415
     from greedy.data import Reading, load_dataset  # noqa: PLC0415
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
@@ -65,19 +69,18 @@ def train(
     trainer = GreedyTrainer.from_recipe(wanted, directory, device=device, model=network)
     logger = tensorboard(directory) if log else None
     say(f"{wanted.name} in {directory} on {trainer.device}")
-    if trainer.run.state(0) != "complete":
-        dataset = load_dataset(
-            wanted.data.name,
-            data_dir,
-            download,
-            wanted.data.image_size,
-            allow_function=fields.names_data(overrides),
-            reading=Reading.of(wanted.data),
-        )
+    data, named = wanted.data, fields.names_data(overrides)
+    if retrain == 0 or trainer.run.state(0) != "complete":
+        reading = Reading.of(data)
+        dataset = load_dataset(data.name, data_dir, download, data.image_size, named, reading)
         rows = f"{len(dataset.train):,} training and {len(dataset.test):,} test images"
         say(f"stage 0: {rows} of {dataset.name}")
         with terminable(), preparing() as trainer.reporter:
-            trainer.prepare(dataset)
+            trainer.prepare(dataset, again=retrain == 0)
+        retrain = 1 if retrain == 0 else retrain
+    elif not ignore_changes:
+        with terminable(), waiting("comparing the data with those stored"):
+            require_unchanged(trainer.run, data_dir, named)
     train_and_show(trainer, retrain, logger)
 
 
@@ -102,6 +105,7 @@ def train(
     help="The stage directory to write  [default: stageN beside the source].",
 )
 @click.option("--retrain", is_flag=True, help="Train the stage again if it is complete.")
+@options.ignore_changes
 @fields.field_option("memory_budget", fields.MEMORY)
 @fields.field_option("optimizer_state", fields.MEMORY)
 @options.device
@@ -113,6 +117,7 @@ def train_stage(
     source: Path,
     to: Path | None,
     retrain: bool,
+    ignore_changes: bool,
     memory_budget: str | None,
     optimizer_state: str | None,
     device: str,
@@ -131,7 +136,9 @@ def train_stage(
         recipe, run.path, device=device, model=load_network(recipe.model, model, needed=True)
     )
     with reporting(trainer, tensorboard(run.path, to) if log else None) as progress:
-        record = trainer.train_stage(number, source=source_number, again=retrain, to=to)
+        record = trainer.train_stage(
+            number, source=source_number, again=retrain, to=to, ignore_changes=ignore_changes
+        )
     written = to or run.stage(number)
     if progress.skipped:
         say(f"{written} is as it was: --retrain trains it again")

@@ -10,6 +10,7 @@ import statistics
 import time
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Self
@@ -172,6 +173,7 @@ class Bench:
             zero=number == len(self.memory.stages),
         )
         learner.optimizer = new_optimizer(learner.parameters(), self.recipe, number, None)
+        learner.smaller = partial(self.memory.smaller, number, number - 1, None)
         return learner
 
     def _time_steps(

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from greedy.cache.files import rename, sync_below
-from greedy.manifest import ENCODER, HEADS, HISTORY
+from greedy.manifest import ENCODER, FILES, HEADS, HISTORY
 
 Found = TypeVar("Found")
 
 NEW, OLD = ".new", ".old"  # these endings exist only for the moment of the exchange
 CHECKPOINT = "checkpoint"  # of a stage in the making: a finished one has none
 # All that a stage's directory holds of ours, but for what begins with a dot or ends in .part.
-_OURS = ("stage.json", ENCODER, HEADS, HISTORY, "activations.zarr", "training")
+_OURS = ("stage.json", ENCODER, HEADS, HISTORY, FILES, "activations.zarr", "training")
 
 
 def undisturbed(places: Callable[[], Sequence[Path]], read: Callable[[], Found]) -> Found:

@@ -7,8 +7,10 @@ from pathlib import Path
 import safetensors.torch
 
 from greedy.cache.files import write_whole
+from greedy.changes import require_unchanged_folder
 from greedy.errors import UserError
 from greedy.files import bytes_below, digest, file_digest, read_tensors
+from greedy.filetable import FileTable
 from greedy.manifest import ENCODER
 from greedy.models import Stage
 from greedy.recipes import Recipe, from_document
@@ -20,14 +22,23 @@ EPOCHS = 10
 RATE = 0.1  # of the rate that the stages were trained with
 
 
-def begin_finetuning(source: RunDirectory, to: Path, overrides: Sequence[str] = ()) -> RunDirectory:
+def begin_finetuning(
+    source: RunDirectory,
+    to: Path,
+    overrides: Sequence[str] = (),
+    *,
+    ignore_changes: bool = False,
+) -> RunDirectory:
     """The run at ``to`` that goes on from a finished one by back-propagation: with its recipe,
     for 10 epochs at a tenth of its learning rate unless overridden. A new one gets a copy of the
     images and the weights; one that is there is gone on with if it is this.
 
-    Raises ``UserError`` if a stage is not finished, or what is at ``to`` is something else.
+    Raises ``UserError`` if a stage is not finished, what is at ``to`` is something else, or, unless
+    with ``ignore_changes``, the image folder has changed that the images were read from.
     """
     data = source.complete(0)
+    if not ignore_changes:
+        require_unchanged_folder(source)
 
     def trained() -> bytes:
         tensors = {
@@ -51,6 +62,8 @@ def begin_finetuning(source: RunDirectory, to: Path, overrides: Sequence[str] = 
                 write_whole(run.path / INITIAL, weights)
                 with new_stage(run.stage(0)) as directory:
                     _copy(source.store(0), directory / source.store(0).name)
+                    if files := FileTable.read(source.stage(0)):
+                        files.write(directory)
                     data.model_copy(update={"recipe": run.settings}).write(directory)
     return run
 

@@ -5,6 +5,8 @@ from pathlib import Path
 from greedy.cache import Damage, verify
 from greedy.cache.verification import unreadable
 from greedy.errors import UserError
+from greedy.filetable import FileTable
+from greedy.manifest import FILES
 from greedy.runs import SPLITS, RunDirectory, stage_numbers
 
 
@@ -49,6 +51,11 @@ def _damages(run: RunDirectory, number: int) -> list[Damage]:
             found.append(Damage(directory / name, str(error)))
         except OSError as error:
             found.append(unreadable(directory / name, error))
+    if number == 0:
+        try:
+            FileTable.read(directory)
+        except UserError as error:
+            found.append(Damage(directory / FILES, str(error)))
     if record.store and run.store(number).is_dir():
         for split in SPLITS:
             found += verify(run.store(number) / split)

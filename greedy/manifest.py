@@ -22,6 +22,7 @@ from greedy.training.modes import ModeName
 
 FORMAT = 1
 ENCODER, HEADS, HISTORY = "encoder.safetensors", "heads.safetensors", "history.jsonl"
+FILES = "files.npz"  # of stage 0, see ``greedy.filetable``
 UNKNOWN = -1  # the generation of a store whose views are just being exchanged
 
 # What a record may claim: it can come from a stranger, and others believe it.
@@ -117,6 +118,7 @@ class Choices(BaseModel):
     memory_mode: ModeName
     micro_batch: Size
     planned_peak_bytes: Count | None
+    memory_reduced: bool = False
     write_batch: Size
     threads: Annotated[int, Field(ge=1, le=4096)]
     compile: bool = False

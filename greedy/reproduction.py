@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from greedy.cache.files import write_whole
+from greedy.changes import require_unchanged
 from greedy.data import Reading, load_dataset
 from greedy.errors import UserError
 from greedy.evaluation import evaluate
@@ -75,8 +76,8 @@ class SeededRun:
         """
         if self.figure is None:
             trainer = GreedyTrainer.from_recipe(self.recipe, self.path, device=device)
+            data = self.recipe.data
             if trainer.run.state(0) != "complete":
-                data = self.recipe.data
                 found = load_dataset(
                     data.name,
                     data_dir,
@@ -87,6 +88,8 @@ class SeededRun:
                 )
                 with reporter() as trainer.reporter:
                     trainer.prepare(found)
+            else:
+                require_unchanged(trainer.run, data_dir, allow_function)
             with reporter() as trainer.reporter:
                 trainer.train()
             self._keep(trainer)

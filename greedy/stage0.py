@@ -8,12 +8,15 @@ from typing import Any
 import numpy as np
 
 from greedy.build import require_one_logit_a_class
-from greedy.cache import Encoding, Store, StoreWriter, pixels
+from greedy.cache import Encoding, StoreWriter, pixels
+from greedy.changes import files_of, listed
 from greedy.data import Dataset, Split, checked
+from greedy.data.folder import FolderSplit
 from greedy.data.labels import require_classes
 from greedy.data.modes import Kind
 from greedy.errors import UserError
 from greedy.files import canonical, digest
+from greedy.filetable import FileTable
 from greedy.manifest import DataChoices, StageRecord, StoreRecord
 from greedy.models import Shape
 from greedy.recipes import Recipe
@@ -24,7 +27,6 @@ from greedy.text import legible
 from greedy.versions import versions
 
 READ_ROWS = 1024  # rows decoded at a time
-COMPARED_ROWS = 16  # of a split, between data and what a run was begun with
 COMPRESSOR = "zstd"  # images are written once and decoded ahead of slow first stages
 
 
@@ -64,6 +66,7 @@ def write_stage0(
     started = time.perf_counter()
     moments = Moments()
     written, labels, rows = {}, {}, {}
+    files = files_of(dataset)
     run.begin()
     with new_stage(run.stage(0)) as directory:
         for name in SPLITS:
@@ -80,8 +83,11 @@ def write_stage0(
                 index=index,
                 encoded=split.dtype == np.uint8,
             ) as writer:
-                for images in _read(split, index, labels[name]):
+                for samples, images in _read(split, index, labels[name]):
                     writer.append(images)
+                    if files and isinstance(split, FolderSplit):  # still in the system's memory
+                        before = 0 if name == "train" else len(dataset.train)
+                        files.take_digests(split.root, before + samples)
                     if name == "train":
                         moments.add(images)
             written[name] = writer.summary
@@ -89,6 +95,11 @@ def write_stage0(
         class_names = dataset.class_names or _numbered(labels)
         if output is not None:
             require_one_logit_a_class(output, len(class_names))
+        if files and isinstance(dataset.train, FolderSplit):
+            skipped = np.arange(len(dataset.train) + len(dataset.test), len(files.names))
+            files.take_digests(dataset.train.root, skipped)
+            _require_at_rest(files, dataset)
+            files.write(directory)
         encoding = stored_encoding(dataset.train).name
         store = StoreRecord.of(written, encoding, COMPRESSOR, views=1)
         seed = run.recipe.seed
@@ -132,39 +143,6 @@ def normalisation_of(recipe: Recipe, data: StageRecord) -> tuple[list[float], li
     return given.mean, given.std
 
 
-def require_same_data(run: RunDirectory, dataset: Dataset) -> None:
-    """Refuses data other than those the run was begun with, as far as sizes and a few rows of each
-    split tell. Images that are others when read again, transformed at random, tell nothing."""
-    data = run.complete(0)
-    rows = {split: len(getattr(dataset, split)) for split in SPLITS}
-    if rows != data.rows or dataset.train.shape != data.row_shape:
-        begun = (
-            f"{data.rows['train']} + {data.rows['test']} rows of "
-            f"{'x'.join(map(str, data.row_shape))}"
-        )
-    elif not all(_has_rows_of(getattr(dataset, s), run.open_store(0, s)) for s in SPLITS):
-        begun = "of the same size, with other images or labels"
-    else:
-        return
-    raise UserError(f"{run.path} was begun with other data ({begun}): choose another run_dir")
-
-
-def _has_rows_of(split: Split, store: Store) -> bool:
-    rows = np.unique(np.linspace(0, store.rows - 1, COMPARED_ROWS).astype(int))
-    images, labels = split.read(store.index[rows])
-    if not np.array_equal(labels, store.labels[rows]):
-        return False
-    stored = np.concatenate([store.read_rows(0, row, row + 1) for row in rows])
-    again, _ = split.read(store.index[rows])
-    return _alike(images, stored) or not _alike(images, again)
-
-
-def _alike(images: np.ndarray, others: np.ndarray) -> bool:
-    """Whether images (n, C, H, W) differ by no more than another version of a decoder makes."""
-    difference = np.abs(images.astype(np.float32) - others).mean()
-    return bool(difference <= 0.01 * others.std(dtype=np.float64))
-
-
 def stored_encoding(split: Split) -> Encoding:
     """How a split's images are stored."""
     return pixels(split.shape) if split.dtype == np.uint8 else Encoding("float32", split.shape)
@@ -177,12 +155,28 @@ def _of_files(dataset: Dataset) -> dict[str, Any]:
     return pixels | ({"skipped": skipped} if skipped else {})
 
 
-def _read(split: Split, index: np.ndarray, labels: np.ndarray) -> Iterator[np.ndarray]:
-    """The split's images in the order of ``index``; its labels go into ``labels``."""
+def _read(
+    split: Split, index: np.ndarray, labels: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The numbers and images of the split's samples, some at a time, in the order of ``index``;
+    their labels go into ``labels``."""
     for start in range(0, len(index), READ_ROWS):
         rows = slice(start, start + READ_ROWS)
         images, labels[rows] = split.read(index[rows])
-        yield images
+        yield index[rows], images
+
+
+def _require_at_rest(files: FileTable, dataset: Dataset) -> None:
+    """Raises UserError for files that were changed while they were read."""
+    now = files_of(dataset)
+    assert now is not None
+    other = np.flatnonzero((now.sizes != files.sizes) | (now.times != files.times))
+    if len(other):
+        names = [files.names[row] for row in other]
+        raise UserError(
+            f"{len(names):,} files of {dataset.name} changed while they were read "
+            f"({listed(names)}): give the same command again"
+        )
 
 
 def _in_order(labels: dict[str, np.ndarray], rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

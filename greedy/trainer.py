@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,6 +12,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from greedy.build import build_loss, build_network, checked_shapes
 from greedy.cache import Damage
+from greedy.changes import is_prepared, require_unchanged_folder
 from greedy.commands import command
 from greedy.data import Dataset, dataset_from_torch, require_repeatable
 from greedy.devices import pick_device, pick_precision
@@ -32,7 +34,7 @@ from greedy.settings import python_recipe, require_optimizer
 from greedy.source import Source
 from greedy.sourcing import Sources
 from greedy.space import require_room, until_full
-from greedy.stage0 import readable, require_same_data, stored_encoding, write_stage0
+from greedy.stage0 import readable, stored_encoding, write_stage0
 from greedy.training.checkpoint import Start
 from greedy.training.network import NetworkTraining
 from greedy.training.resolve import compiles, for_stage, repeated, resolve, within_budget
@@ -116,17 +118,24 @@ class GreedyTrainer:
         self._model = model
         self._planned: MemoryPlan | None = None
 
-    def fit(self, train_set: TorchDataset, test_set: TorchDataset) -> list[StageRecord]:
-        """Trains every stage on two map-style data sets, see ``greedy.data.dataset_from_torch``.
-        Returns the records of all stages."""
-        self.prepare(dataset_from_torch(train_set, test_set, "python", self.recipe.data.background))
+    def fit(
+        self, train_set: TorchDataset, test_set: TorchDataset, *, ignore_changes: bool = False
+    ) -> list[StageRecord]:
+        """Trains every stage on two map-style data sets, see ``greedy.data.dataset_from_torch``,
+        which ``prepare`` compares with those that are stored. Returns the records of all
+        stages."""
+        background = self.recipe.data.background
+        data = dataset_from_torch(train_set, test_set, "python", background)
+        self.prepare(data, ignore_changes=ignore_changes)
         return self.train()
 
-    def prepare(self, dataset: Dataset) -> StageRecord:
-        """Writes stage 0; where it is there, only makes sure that it is of these data. What cannot
-        be trained is refused before anything is written, or once the labels are read."""
-        if self.run.state(0) == "complete":
-            require_same_data(self.run, dataset)
+    def prepare(
+        self, dataset: Dataset, *, again: bool = False, ignore_changes: bool = False
+    ) -> StageRecord:
+        """Writes stage 0; where it is there, only makes sure that it is of these data: of others it
+        is written ``again`` if asked to, or kept with ``ignore_changes``. What cannot be trained
+        is refused before anything is written, or once the labels are read."""
+        if is_prepared(self.run, dataset, again=again, ignore=ignore_changes):
             return self.run.complete(0)
         if not self.recipe.data.frozen_transforms:
             require_repeatable(dataset)
@@ -145,8 +154,7 @@ class GreedyTrainer:
         dataset = readable(self.recipe, dataset, self.reporter)
         self.run.make()
         with self.run.writing():
-            if self.run.state(0) == "complete":
-                require_same_data(self.run, dataset)
+            if is_prepared(self.run, dataset, again=again, ignore=ignore_changes):
                 return self.run.complete(0)
             output = shapes[-1].output if self._model else None
             with until_full(self.run.path, "stage 0", needed):
@@ -243,11 +251,15 @@ class GreedyTrainer:
         source: int | None = None,
         again: bool = False,
         to: Path | None = None,
+        ignore_changes: bool = False,
     ) -> StageRecord:
         """Trains one stage from the store of stage ``source``, by default the one before it,
         into ``to``, by default its place in the run. A complete stage is only trained
         ``again`` if asked to, and stays until the new one is whole. No store is deleted, and
-        the stage gets the views it had, or else those that ``train`` would give it."""
+        the stage gets the views it had, or else those that ``train`` would give it. Where the
+        run's image folder has changed, that is refused without ``ignore_changes``."""
+        if not ignore_changes:
+            require_unchanged_folder(self.run)
         with self.run.writing():
             return self._train_alone(number, source, again, to)
 
@@ -333,6 +345,7 @@ class GreedyTrainer:
             is_output=is_output,
             device=self.device,
             reporter=self.reporter,
+            smaller=partial(self._memory().smaller, number, source.number, written_from),
             optimizer=self.optimizer,
             own_rates=self._own_rates,
         )

@@ -4,7 +4,7 @@ from greedy.data.augmentation import Augmentation, Draws, normalise, prepare
 from greedy.data.catalogue import DATASETS, Entry
 from greedy.data.checking import checked
 from greedy.data.images import Reading
-from greedy.data.loading import is_available, load_dataset
+from greedy.data.loading import find_dataset, is_available, load_dataset
 from greedy.data.mapstyle import dataset_from_torch, require_repeatable
 from greedy.data.splits import Dataset, Split
 
@@ -14,6 +14,7 @@ __all__ = [
     "Dataset",
     "Split",
     "load_dataset",
+    "find_dataset",
     "Reading",
     "checked",
     "dataset_from_torch",

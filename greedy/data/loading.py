@@ -1,5 +1,6 @@
 """From the name of a data set to the data set."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from greedy.data.catalogue import DATASETS
@@ -34,8 +35,7 @@ def load_dataset(
     """
     if name == FOLDER:
         raise UserError("folder: names no folder: say folder:PATH")
-    if name.startswith(FOLDER):
-        root = expanded(Path(name.removeprefix(FOLDER)))
+    if root := folder_of(name):
         return load_folder(name, root, image_size, reading)
     if name not in NAMES and Path(name).is_dir():
         raise UserError(f"{name!r} is a folder and no name of a data set: say folder:{name}")
@@ -51,6 +51,28 @@ def load_dataset(
             f"command line: add --data {name}"
         )
     return load_function(name, reading.background)
+
+
+def find_dataset(
+    name: str,
+    data_dir: str | Path | None = None,
+    *,
+    allow_function: bool = False,
+    reading: Reading = AS_THEY_ARE,
+) -> Dataset | None:
+    """The data set of a name of ``DATASETS`` if it can be loaded without a download, or of a
+    function if that is called; otherwise None."""
+    if name in NAMES:
+        with suppress(UserError):  # files that are damaged by now are none
+            return load_vision(name, data_sets(data_dir), download=False)
+    elif allow_function and is_function_name(name):
+        return load_function(name, reading.background)
+    return None
+
+
+def folder_of(name: str) -> Path | None:
+    """The folder that ``folder:PATH`` names; None for other names."""
+    return expanded(Path(name.removeprefix(FOLDER))) if name.startswith(FOLDER) else None
 
 
 def is_available(name: str, data_dir: str | Path | None = None) -> bool:

@@ -60,7 +60,7 @@ def dataset_from_torch(
             sets.values(), names, (train, test), lookups, strict=True
         )
     )
-    require_classes(name, {"train": train_split.kept, "test": test_split.kept}, class_names)
+    require_classes(name, {"train": train_split.labels, "test": test_split.labels}, class_names)
     return Dataset(name, train_split, test_split, class_names)
 
 
@@ -94,7 +94,7 @@ class MapSplit:
     """A map-style data set as a split; shape and dtype are those of its first sample.
 
     Attributes:
-        kept: the numbers (n,) of the classes of all samples, where they are known beforehand.
+        labels: the numbers (n,) of the classes of all samples, where they are known beforehand.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class MapSplit:
     ) -> None:
         self._samples, self._name, self._lookup = samples, name, lookup
         self._background = background
-        self.kept = None if labels is None else self._classes(np.arange(len(samples)), labels)
+        self.labels = None if labels is None else self._classes(np.arange(len(samples)), labels)
         image, label = self._sample(0)
         self._classes(np.array([0]), [label])
         self.shape: Shape = image.shape

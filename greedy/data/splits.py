@@ -27,6 +27,10 @@ class Split(Protocol):
     def dtype(self) -> np.dtype[Any]:
         """uint8 for images of 0 to 255, or float32 for values used as they are."""
 
+    @property
+    def labels(self) -> Labels | None:
+        """(n,) of all rows, where they are known without reading the rows."""
+
     def __len__(self) -> int: ...
 
     def read(self, indices: Rows) -> tuple[Images, Labels]:
@@ -70,7 +74,7 @@ class ArraySplit:
     """Images (N, C, H, W) and labels (N,) held in memory."""
 
     def __init__(self, images: Images, labels: npt.ArrayLike) -> None:
-        self._images, self._labels = images, np.asarray(labels, dtype=np.int64)
+        self._images, self.labels = images, np.asarray(labels, dtype=np.int64)
         channels, height, width = images.shape[1:]
         self.shape: Shape = (channels, height, width)
         self.dtype: np.dtype[Any] = images.dtype
@@ -79,7 +83,7 @@ class ArraySplit:
         return len(self._images)
 
     def read(self, indices: Rows) -> tuple[Images, Labels]:
-        return np.ascontiguousarray(self._images[indices]), self._labels[indices]
+        return np.ascontiguousarray(self._images[indices]), self.labels[indices]
 
 
 class JoinedSplit:
@@ -89,6 +93,8 @@ class JoinedSplit:
         self._parts = parts
         self._ends = np.cumsum([len(part) for part in parts])
         self.shape, self.dtype = parts[0].shape, parts[0].dtype
+        known = [part.labels for part in parts if part.labels is not None]
+        self.labels = np.concatenate(known) if len(known) == len(parts) else None
 
     def __len__(self) -> int:
         return int(self._ends[-1])

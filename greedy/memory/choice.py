@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from greedy.sizes import format_size, parse_size
 from greedy.training.freeze import write_batch
 from greedy.training.modes import Mode, StepMemory, modes
 from greedy.training.parts import parts_of
+from greedy.training.step import Learner
 
 LARGEST_MICRO_BATCH = 32  # beyond it a step gains nothing
 POSITIONS = 1024  # of a feature map, over a micro-batch, that are worth a weight's reading
@@ -25,20 +27,33 @@ AUTO_SHARE = 0.85  # of the memory that is free on the device
 
 
 @dataclass(frozen=True)
-class Choice:
+class Choice(StepMemory):
     """A mode, the rows of its micro-batches, and the bytes that a step takes with them;
     ``write_batch`` are the rows computed at a time once the stage is frozen."""
 
-    mode: Mode
-    micro_batch: int
-    peak_bytes: int
+    peak_bytes: int = 0
     write_batch: int = 1
+
+    def recorded(self) -> dict[str, Any]:
+        """With the bytes and rows, see ``StepMemory.recorded``."""
+        counted = {"planned_peak_bytes": self.peak_bytes, "write_batch": self.write_batch}
+        return super().recorded() | counted
 
 
 def memory_budget(recipe: Recipe, device: torch.device) -> int:
     """Bytes on the device that a step may take."""
     setting = recipe.memory.budget
     return parse_size(setting) if setting != "auto" else int(AUTO_SHARE * free_memory(device))
+
+
+def room_for(learner: Learner) -> int:
+    """Bytes on the device that a step of a stage may take once one ran out of memory and was let
+    go of: what the stage holds there, and of what is free now the share that ``auto`` takes."""
+    state = learner.optimizer.state.values() if learner.optimizer else ()
+    moments = [each for of_weight in state for each in of_weight.values()]
+    held = [*learner.parameters(), *learner.buffers(), *filter(torch.is_tensor, moments)]
+    there = sum(t.numel() * t.element_size() for t in held if t.device == learner.device)
+    return there + int(AUTO_SHARE * free_memory(learner.device))
 
 
 def stored_row_bytes(encoding: str, shape: Shape) -> int:
@@ -66,13 +81,38 @@ def choose(
     Raises ``UserError`` where nothing fits, naming the stage and what its least consists of.
     """
     step = _fastest(demand, budget, micro_batch)
-    rows, written = write_batch(demand.shapes), writing or demand
-    while budget is not None and rows > 1 and written.writing_peak(rows) > budget:
+    if budget is not None and step.peak_bytes > budget:
+        raise UserError(_refusal(demand, step, budget, micro_batch))
+    return _with_writing(step, writing or demand, budget)
+
+
+def choose_smaller(
+    demand: StepDemand,
+    failed: StepMemory,
+    room: int,
+    micro_batch: int | None = None,
+    writing: StepDemand | None = None,
+) -> Choice | None:
+    """What ``choose`` takes for a budget of ``room`` bytes where a step with the memory ``failed``
+    ran out of it, of all that is counted below that one: the least where nothing fits, with other
+    micro-batches than of ``micro_batch`` rows only there; ``None`` where nothing is below it."""
+    too_much = _count(demand, failed.mode, failed.micro_batch).peak_bytes
+    room = min(room, too_much - 1)
+    step = _fastest(demand, room, micro_batch)
+    if step.peak_bytes > room and micro_batch is not None:
+        step = _fastest(demand, room, None)
+    return _with_writing(step, writing or demand, room) if step.peak_bytes < too_much else None
+
+
+def _with_writing(step: Choice, writing: StepDemand, budget: int | None) -> Choice:
+    rows = write_batch(writing.shapes)
+    while budget is not None and rows > 1 and writing.writing_peak(rows) > budget:
         rows //= 2
     return replace(step, write_batch=rows)
 
 
 def _fastest(demand: StepDemand, budget: int | None, micro_batch: int | None) -> Choice:
+    """The fastest that fits; where nothing does, the least of all."""
     tried = [_count(demand, Mode.PLAIN, demand.batch_size)]
     if budget is None or tried[0].peak_bytes <= budget:
         return tried[0]
@@ -90,8 +130,7 @@ def _fastest(demand: StepDemand, budget: int | None, micro_batch: int | None) ->
                     return fitting[-1]
     if fitting:
         return max(fitting, key=lambda choice: choice.micro_batch)
-    least = min(tried, key=lambda choice: choice.peak_bytes)
-    raise UserError(_refusal(demand, least, budget, micro_batch))
+    return min(tried, key=lambda choice: choice.peak_bytes)
 
 
 def _worthwhile(demand: StepDemand) -> int:

@@ -6,11 +6,19 @@ from dataclasses import dataclass, field, replace
 from greedy.disk import Plan
 from greedy.losses import Glob, LocalLoss
 from greedy.memory.baselines import choose_network
-from greedy.memory.choice import Choice, choose, fused_adam, stored_row_bytes
+from greedy.memory.choice import (
+    Choice,
+    choose,
+    choose_smaller,
+    fused_adam,
+    room_for,
+    stored_row_bytes,
+)
 from greedy.memory.peaks import OptimizerFactory, Replay, StepDemand, weight_bytes
 from greedy.models import Stage, StageShapes
 from greedy.recipes import Recipe
 from greedy.training.freeze import write_batch
+from greedy.training.step import Learner
 from greedy.training.strategies import losses_of
 
 
@@ -54,20 +62,36 @@ class MemoryPlan:
         """How stage ``number`` trains from the store of stage ``source``, and how many rows are
         computed at a time when its own is written from that of stage ``written_from``, by default
         the same. Raises ``UserError`` where nothing fits."""
-        anew = self.recipe.store.refresh_every > 0
-        demand = self._demand(number, source)
-        writing = None
-        if anew:
-            demand = replace(demand, beside=sum(map(weight_bytes, self.stages[:source])))
-            writing = self._writing(number, 0)
-        elif written_from not in (None, source):
-            writing = self._writing(number, written_from)
+        demand, writing = self._demands(number, source, written_from)
         writes = writing and (number, writing.replay)
         alike = (self._alike(number), demand.replay, demand.beside, source == 0, writes)
         if alike not in self._choices:
             micro_batch = self.recipe.memory.micro_batch
             self._choices[alike] = choose(demand, self.budget, micro_batch, writing)
         return self._choices[alike]
+
+    def smaller(
+        self, number: int, source: int, written_from: int | None, learner: Learner
+    ) -> Choice | None:
+        """How stage ``number``, planned so, goes on when a step of its ``learner`` ran out of
+        memory and was let go of: as it would have been planned for what turns out to be free, and
+        with less than it had. ``None`` where nothing takes less."""
+        demand, writing = self._demands(number, source, written_from)
+        room = room_for(learner) + demand.frozen_bytes()
+        micro_batch = self.recipe.memory.micro_batch
+        return choose_smaller(demand, learner.memory, room, micro_batch, writing)
+
+    def _demands(
+        self, number: int, source: int, written_from: int | None
+    ) -> tuple[StepDemand, StepDemand | None]:
+        """Of a stage's step, and of writing its store where that differs."""
+        demand = self._demand(number, source)
+        if self.recipe.store.refresh_every > 0:
+            demand = replace(demand, beside=sum(map(weight_bytes, self.stages[:source])))
+            return demand, self._writing(number, 0)
+        if written_from is None or written_from == source:
+            return demand, None
+        return demand, self._writing(number, written_from)
 
     def _replay(self, source: int, number: int) -> Replay | None:
         """What lies between a store and a stage."""

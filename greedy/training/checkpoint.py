@@ -127,8 +127,8 @@ class Checkpoints:
         return time.monotonic() - self._saved >= 60 * self.minutes
 
     def reduced(self, memory: StepMemory) -> None:
-        """Notes that steps take less memory from here on."""
-        self._decided(memory_mode=str(memory.mode), micro_batch=memory.micro_batch)
+        """Notes that steps take less memory from here on, since one ran out of it."""
+        self._decided(**memory.recorded(), memory_reduced=True)
 
     def not_compiled(self) -> None:
         """Notes that steps are not compiled from here on."""

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator
 
@@ -68,9 +68,14 @@ class StepMemory:
     mode: Mode = Mode.PLAIN
     micro_batch: int = DEFAULT_MICRO_BATCH
 
+    def recorded(self) -> dict[str, Any]:
+        """As a stage's record has it: JSON values by name."""
+        return {"memory_mode": str(self.mode), "micro_batch": self.micro_batch}
+
     def smaller(self, device_type: str) -> "StepMemory | None":
-        """What to try when this does not fit: the next mode that makes a difference, and after
-        the last one halves of its micro-batch. ``None`` after a micro-batch of one row."""
+        """What to try when this does not fit and nothing was counted: the next mode that makes a
+        difference, and after the last one halves of its micro-batch. ``None`` after a micro-batch
+        of one row."""
         order = list(Mode)
         for mode in order[order.index(self.mode) + 1 :]:
             if mode in modes(device_type):

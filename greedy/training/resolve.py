@@ -37,7 +37,7 @@ def resolve(
         "encoding": encoding(recipe),
         "shuffle": shuffle(recipe, store.stored_bytes),
         "chunk_rows": store.chunk_rows,
-        **_of_memory(memory),
+        **memory.recorded(),
         "threads": torch.get_num_threads(),
         "compile": compiled,
         "deterministic": recipe.training.deterministic,
@@ -48,13 +48,15 @@ def repeated(
     recipe: Recipe, before: dict[str, Any], views: Views, memory: Choice
 ) -> dict[str, Any]:
     """The choices that a stage was trained with ``before``, decided once: memory may be less by
-    now. Anew are the views, and what is asked for by name."""
+    now. Anew are the views, what is asked for by name, and the memory where it was reduced on the
+    way, which no training could repeat."""
     training = recipe.training
     found = before | {"views": views, "deterministic": training.deterministic}
     if training.compile != "auto":
         found["compile"] = training.compile == "on"
-    if recipe.memory.budget != "auto":
-        found |= _of_memory(memory)
+    reduced = found.pop("memory_reduced", False)
+    if reduced or recipe.memory.budget != "auto":
+        found |= memory.recorded()
     return found
 
 
@@ -64,16 +66,7 @@ def within_budget(recipe: Recipe, kept: dict[str, Any], memory: Choice) -> dict[
     budget, planned = recipe.memory.budget, kept["planned_peak_bytes"]
     if budget == "auto" or planned is None or planned <= parse_size(budget):
         return dict(kept)
-    return kept | _of_memory(memory)
-
-
-def _of_memory(memory: Choice) -> dict[str, Any]:
-    return {
-        "memory_mode": str(memory.mode),
-        "micro_batch": memory.micro_batch,
-        "planned_peak_bytes": memory.peak_bytes,
-        "write_batch": memory.write_batch,
-    }
+    return kept | memory.recorded()
 
 
 def shuffle(recipe: Recipe, stored_bytes: int) -> str:

@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from greedy.disk import COMPRESSED, UNCOMPRESSED
 from greedy.files import bytes_below
 from greedy.losses import LocalLoss
 from greedy.manifest import HISTORY, StageRecord, StoreRecord
+from greedy.memory.choice import Choice
 from greedy.memory.peaks import OptimizerFactory
 from greedy.models import Stage, StageShapes
 from greedy.recipes import Recipe
@@ -35,8 +37,9 @@ from greedy.training.strategies import Greedy
 class StageTraining:
     """All that training one stage takes. ``train`` makes the stage in a directory.
 
-    ``own_rates`` says that an ``optimizer`` of the user's begins at its own rates.
-    ``written_before`` are bytes of the stores that this one replaces, for the record.
+    ``smaller`` is how it goes on where a step ran out of memory. ``own_rates`` says that an
+    ``optimizer`` of the user's begins at its own rates. ``written_before`` are bytes of the stores
+    that this one replaces, for the record.
     """
 
     stage: Stage
@@ -50,6 +53,7 @@ class StageTraining:
     is_output: bool
     device: torch.device
     reporter: Reporter
+    smaller: Callable[[Learner], Choice | None]
     optimizer: OptimizerFactory | None = None
     own_rates: bool = False
     written_before: int = 0
@@ -137,6 +141,7 @@ class StageTraining:
             self.optimizer,
             own_rates=self.own_rates,
         )
+        learner.smaller = self.smaller
         return learner
 
     def _run_epochs(self, checkpoints: Checkpoints) -> list[EpochReport]:

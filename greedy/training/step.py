@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from traceback import clear_frames
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 from greedy.devices import is_out_of_memory, to_device
 from greedy.errors import first_line
+from greedy.heap import give_back
 from greedy.losses import Features, LocalHeads, LocalLoss
 from greedy.models import Shape, Stage
 from greedy.places import prepare_compiling
@@ -35,6 +37,8 @@ class Learner:
             of their own. Numbers are the same.
         compiling_failed: why it did.
         memory: how much of a batch a step keeps; becomes smaller where it does not fit.
+        smaller: what it becomes, of what its plan has counted; ``None`` if nothing is smaller.
+            Without a plan it is the next mode.
         host: where a mode that streams keeps its input.
         rehearsed: only the first two and the last micro-batch are computed, which show what
             memory a step takes.
@@ -53,6 +57,7 @@ class Learner:
     graphs: bool = False
     compiling_failed: str = ""
     memory: StepMemory = field(default_factory=StepMemory)
+    smaller: Callable[["Learner"], StepMemory | None] | None = None
     host: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rehearsed: bool = False
     shape: Shape = ()
@@ -163,7 +168,7 @@ def step(
 
     Returns the loss, a scalar, and the local classifier's logits (B, classes) or ``None``;
     neither is waited for. Where memory runs out before the optimiser's step, nothing has been
-    changed yet, and the gradients are computed again in the next smaller mode; the smallest one's
+    changed yet, and the gradients are computed again with less; the smallest mode's
     ``torch.OutOfMemoryError`` is raised. The optimiser steps once: if it fails, it may have
     changed some weights, and ``OptimizerFailed`` is raised.
     """
@@ -184,25 +189,35 @@ def _try(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None] | None:
     except Exception as error:
         if learner.graphs:
             learner.graphs = False
-        elif is_out_of_memory(error) and (smaller := _smaller(learner)):
+        elif is_out_of_memory(error) and (smaller := _smaller(learner, error)):
             learner.memory = smaller
         elif learner.compiled_rows:  # an error of the stage's own will come again
             learner.compiled_rows, learner.compiling_failed = 0, first_line(error)
         else:
             raise
-    learner.forget_compiled()
-    for parameter in learner.parameters():
-        parameter.grad = None
+    _let_go(learner)
     for buffer, value in zip(learner.buffers(), before, strict=True):
         buffer.copy_(value)
     torch.manual_seed(torch.initial_seed())  # what draws from it draws the same again
-    if learner.device.type == "cuda":
-        torch.cuda.empty_cache()
     return None
 
 
-def _smaller(learner: Learner) -> StepMemory | None:
-    return None if learner.parts is None else learner.memory.smaller(learner.device.type)
+def _let_go(learner: Learner) -> None:
+    """Of what a step leaves on the device."""
+    learner.forget_compiled()
+    for parameter in learner.parameters():
+        parameter.grad = None
+    give_back(learner.device)
+
+
+def _smaller(learner: Learner, error: Exception) -> StepMemory | None:
+    if learner.parts is None:
+        return None
+    if learner.smaller is None:
+        return learner.memory.smaller(learner.device.type)
+    clear_frames(error.__traceback__)  # which hold what the step had computed
+    _let_go(learner)
+    return learner.smaller(learner)
 
 
 def gradients(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,189 @@
+"""What has changed in the data since a run stored them, so that nothing old is used silently."""
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from greedy.cache import Store
+from greedy.commands import command
+from greedy.data import Dataset, Reading, Split, find_dataset, load_dataset
+from greedy.data.folder import FolderSplit
+from greedy.data.loading import folder_of
+from greedy.data.randomness import generators_kept
+from greedy.errors import UserError
+from greedy.filetable import FileChanges, FileTable
+from greedy.runs import SPLITS, RunDirectory
+from greedy.text import legible
+
+IMAGES = 64  # of a split that are compared with those stored
+LABELS = 10_000  # of a split, where they are known only by reading
+TOGETHER = 256  # rows read at a time
+SHOWN = 3  # names in a message
+# What another version of a decoder may change, of the values' range and of their deviation.
+AT_MOST, ON_AVERAGE = 0.03, 0.01
+
+
+def is_prepared(
+    run: RunDirectory, dataset: Dataset, *, again: bool = False, ignore: bool = False
+) -> bool:
+    """Whether stage 0 is there and of these data. Where it is of others and to be written
+    ``again``, it is not; else that is a UserError, unless it is to ``ignore`` it."""
+    if run.state(0) != "complete":
+        return False
+    if again and isinstance(dataset.train, FolderSplit) and FileTable.read(run.stage(0)) is None:
+        return False  # nobody knows
+    if ignore or (what := changes(run, dataset)) is None:
+        return True
+    if again:
+        return False
+    raise _changed(run, dataset.name, what)
+
+
+def changes(run: RunDirectory, dataset: Dataset) -> str | None:
+    """Returns what is different in a data set from what stage 0 was written from, in few words;
+    None where nothing is, or nothing can be said."""
+    if not isinstance(dataset.train, FolderSplit):
+        with generators_kept():
+            return ", ".join(_differences(run, dataset)) or None
+    before = FileTable.read(run.stage(0))
+    if before is None:
+        return None
+    root, now = dataset.train.root, files_of(dataset)
+    assert now is not None
+    found = now.changed_since(before, root)
+    if found.changed or found.new or found.gone:
+        return _in_words(found)
+    if not np.array_equal(now.times, before.times) and os.access(run.stage(0), os.W_OK):
+        with run.writing():
+            now.write(run.stage(0))
+    return None
+
+
+def folder_changes(run: RunDirectory) -> str | None:
+    """Returns what has changed in the image folder that a run was begun with; None where it is not
+    there, or was none."""
+    data = run.recipe.data
+    root = folder_of(data.name)
+    if root is None or not root.is_dir() or FileTable.read(run.stage(0)) is None:
+        return None
+    try:
+        return changes(
+            run, load_dataset(data.name, image_size=data.image_size, reading=Reading.of(data))
+        )
+    except UserError as error:
+        return str(error)
+
+
+def require_unchanged(
+    run: RunDirectory, data_dir: Path | None = None, allow_function: bool = False
+) -> None:
+    """Raises UserError where the data have changed that a run was begun with, as far as they are
+    here; ``data_dir`` and ``allow_function`` are those of ``greedy.data.load_dataset``."""
+    name, reading = run.recipe.data.name, Reading.of(run.recipe.data)
+    if folder_of(name) is not None:
+        require_unchanged_folder(run)
+        return
+    found = find_dataset(name, data_dir, allow_function=allow_function, reading=reading)
+    if found is not None:
+        is_prepared(run, found)
+
+
+def require_unchanged_folder(run: RunDirectory) -> None:
+    """Raises UserError where the image folder has changed that a run was begun with."""
+    if what := folder_changes(run):
+        raise _changed(run, run.recipe.data.name, what)
+
+
+def files_of(dataset: Dataset) -> FileTable | None:
+    """The files of an image folder's data set, without digests: of the training split, the test
+    split, and those that are skipped; None for other data sets."""
+    train, test = dataset.train, dataset.test
+    if isinstance(train, FolderSplit) and isinstance(test, FolderSplit):
+        skipped = [train.root / name for name in dataset.skipped]
+        return FileTable.of(train.root, [*train.files, *test.files, *skipped])
+    return None
+
+
+def listed(names: Sequence[object]) -> str:
+    """The first few of some names."""
+    return ", ".join(map(str, names[:SHOWN])) + (", …" if len(names) > SHOWN else "")
+
+
+def _changed(run: RunDirectory, name: str, what: str) -> UserError:
+    return UserError(
+        f"{name} holds other data than {run.path} was begun with ({what}): "
+        f"{command('train', '--run', run.path, '--retrain', 0)} trains the run on what is there "
+        f"now, another run directory leaves it as it is, and --ignore-changes (in Python "
+        f"ignore_changes=True) goes on with what it has stored"
+    )
+
+
+def _in_words(found: FileChanges) -> str:
+    kinds = (("changed", found.changed), ("new", found.new), ("gone", found.gone))
+    parts = [f"{len(names):,} {kind}: {listed(names)}" for kind, names in kinds if names]
+    return f"of {found.files:,} files {'; '.join(parts)}"
+
+
+def _differences(run: RunDirectory, dataset: Dataset) -> Iterator[str]:
+    data = run.complete(0)
+    rows = {split: len(getattr(dataset, split)) for split in SPLITS}
+    if rows != data.rows or dataset.train.shape != data.row_shape:
+        shape = "x".join(map(str, data.row_shape))
+        yield f"there were {data.rows['train']} + {data.rows['test']} rows of {shape}"
+        return
+    names = dataset.class_names and [legible(name) for name in dataset.class_names]
+    numbers = [str(number) for number in range(len(data.class_names))]
+    if names and data.class_names not in (names, numbers):
+        yield f"the classes were {listed(data.class_names)}"
+    for name in SPLITS:
+        split, store = getattr(dataset, name), run.open_store(0, name)
+        if other := _other_labels(split, store):
+            yield f"{len(other):,} labels of the {name} split: samples {listed(other)}"
+        if other := _other_images(split, store):
+            looked_at = min(IMAGES, store.rows)
+            yield (
+                f"{len(other)} of {looked_at} images of the {name} split that were looked at: "
+                f"samples {listed(other)}"
+            )
+
+
+def _other_labels(split: Split, store: Store) -> list[int]:
+    """The samples whose labels are not those stored, of all where labels are known, else of a
+    number that can be read."""
+    rows = np.arange(store.rows) if split.labels is not None else _spread(store.rows, LABELS)
+    samples = store.index[rows]
+    if split.labels is not None:
+        labels = split.labels[samples]
+    else:
+        parts = (samples[start : start + TOGETHER] for start in range(0, len(rows), TOGETHER))
+        labels = np.concatenate([split.read(part)[1] for part in parts])
+    return sorted(samples[labels != store.labels[rows]].tolist())
+
+
+def _other_images(split: Split, store: Store) -> list[int]:
+    """The samples whose images are not those stored, of a few. Those that are others each time they
+    are read, transformed at random, tell nothing."""
+    rows = _spread(store.rows, IMAGES)
+    samples = store.index[rows]
+    images = split.read(samples)[0].astype(np.float32)
+    stored = np.concatenate([store.read_rows(0, row, row + 1) for row in rows]).astype(np.float32)
+    differ = ~_alike(images, stored)
+    if differ.any():
+        again = split.read(samples)[0].astype(np.float32)
+        differ &= _alike(again, images)
+    return sorted(samples[differ].tolist())
+
+
+def _alike(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Which images (n, C, H, W) differ by no more than another version of a decoder makes."""
+    difference = np.abs(images - others).reshape(len(images), -1)
+    return (difference.max(axis=1) <= AT_MOST * np.ptp(others)) & (
+        difference.mean(axis=1) <= ON_AVERAGE * others.std(dtype=np.float64)
+    )
+
+
+def _spread(count: int, wanted: int) -> np.ndarray:
+    """At most ``wanted`` numbers below ``count``, evenly apart."""
+    return np.unique(np.linspace(0, count - 1, min(count, wanted)).astype(int))
