@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 from .order import EpochOrder, Positions, WindowOrder
 from .reader import Store
 from .threads import background
+
+if TYPE_CHECKING:
+    import torch
 
 _BATCHES_AHEAD = 2
 
@@ -23,13 +26,15 @@ class Batch:
     Attributes:
         rows: int64 (B,), in the store.
         views: int64 (B,).
-        values: (B, *stored_shape), in stored form.
+        values: (B, *stored_shape), in stored form, on the CPU. Whoever copies them to a GPU without
+            waiting copies this tensor or a slice of it: torch keeps page-locked memory until such a
+            copy is done if it made the tensor, and not if it was made of the same bytes again.
         labels: int64 (B,).
     """
 
     rows: NDArray[np.int64]
     views: NDArray[np.int64]
-    values: NDArray[Any]
+    values: "torch.Tensor"
     labels: NDArray[np.int64]
 
 
@@ -101,23 +106,23 @@ class BatchLoader:
         assert isinstance(self._order, WindowOrder)
         return _Windows(self._source, self._order, readers)
 
-    def _buffer(self, rows: int) -> NDArray[Any]:
+    def _buffer(self, rows: int) -> "torch.Tensor":
         if isinstance(self._source, Store):
             encoding = self._source.encoding
             shape, dtype = (rows, *encoding.stored_shape), encoding.stored_dtype
         else:
             shape, dtype = (rows, *self._source.shape[2:]), self._source.dtype
-        if not self._pin_memory:
-            return np.empty(shape, dtype)
-        import torch  # noqa: PLC0415
+        import torch  # noqa: PLC0415 - takes seconds, which commands that only look are spared
 
+        if not self._pin_memory:
+            return torch.from_numpy(np.empty(shape, dtype))
         same = torch.from_numpy(np.empty(0, dtype)).dtype
-        return torch.empty(shape, dtype=same, pin_memory=True).numpy()
+        return torch.empty(shape, dtype=same, pin_memory=True)
 
     def _gather(
-        self, memory: "_Resident | _Windows", positions: Positions, out: NDArray[Any]
+        self, memory: "_Resident | _Windows", positions: Positions, out: "torch.Tensor"
     ) -> Batch:
-        memory.gather(positions, out)
+        memory.gather(positions, out.numpy())
         rows = self._order.rows[positions]
         return Batch(rows, self._order.views[positions], out, self._labels[rows])
 

@@ -211,10 +211,7 @@ class Epoch:
 
     def __iter__(self) -> Iterator["Batch"]:
         for batch in self.loader:
-            # A tensor before it is cut: torch keeps page-locked memory until it is copied only if
-            # it knows where that begins.
-            values = torch.from_numpy(batch.values)
-            yield self.source.batch(values, batch.labels, batch.rows, self.draws)
+            yield self.source.batch(batch.values, batch.labels, batch.rows, self.draws)
 
 
 @dataclass(frozen=True)

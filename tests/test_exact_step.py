@@ -232,3 +232,20 @@ def test_adam_in_host_memory_is_adam() -> None:
 
     device, host = trained(torch.optim.Adam, fused=True), trained(HostAdam)
     torch.testing.assert_close(host, device, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_backward_passes_are_outside_autocast(mode, monkeypatch):
+    """Within it the thread of autograd may compute in float16, whatever was asked for."""
+    learner, seen = make_learner("conv", LOSSES["predsim"], torch.float32, "bfloat16"), []
+    learner.memory = StepMemory(mode, 5)
+    backward = torch.autograd.backward
+
+    def watched(*tensors, **options):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return backward(*tensors, **options)
+
+    monkeypatch.setattr(torch.autograd, "backward", watched)
+    gradients(learner, make_batch("conv", learner))
+    assert len(seen) >= (1 if mode is Mode.PLAIN else 4)  # the loss's, and each micro-batch's
+    assert not any(seen)

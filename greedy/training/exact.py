@@ -54,13 +54,11 @@ class ExactStep:
         """Puts the gradients of the batch's loss into every parameter's ``grad``, given its
         targets, a row a sample. Returns the loss, and the logits (B, classes) or ``None``."""
         clear_gradients(self.parts.parameters())
-        with self.autocast:
-            statistics = self._statistics()
-            features = self._features(statistics)
+        statistics = self._statistics()
+        features = self._features(statistics)
         loss, slopes = differentiate(self.loss, features, y, self.scale)
-        with self.autocast:
-            moments = self._backward(statistics, slopes)
-            self._close(statistics, moments)
+        moments = self._backward(statistics, slopes)
+        self._close(statistics, moments)
         return loss, self.parts.heads.logits(features)
 
     def _input(self, rows: slice) -> Tensor:
@@ -73,7 +71,14 @@ class ExactStep:
     def _encoded(self, rows: slice) -> Tensor:
         if self.c is not None:
             return self.c[rows]
-        return forward(self.parts.encoder, self._input(rows))
+        with self.autocast:
+            return forward(self.parts.encoder, self._input(rows))
+
+    def _local(self, c: Tensor, statistics: Statistics | None) -> Features:
+        """What the heads make of c. Here and in ``_encoded`` alone autocast is on: a backward pass
+        within it may compute in float16 on the thread of autograd, whatever was asked for."""
+        with self.autocast:
+            return self.parts.heads(self.parts.hidden(c, statistics))
 
     def _statistics(self) -> Statistics | None:
         """First pass: the batch's statistics, from which the running ones learn, and c where it
@@ -96,7 +101,7 @@ class ExactStep:
         """Second pass: z and p of the whole batch, without gradient."""
         whole: list[Any] = [None, None]
         for rows in self.slices:
-            features = self.parts.heads(self.parts.hidden(self._encoded(rows), statistics))
+            features = self._local(self._encoded(rows), statistics)
             whole = [
                 None if part is None else put(place, len(self.x), rows, part)
                 for place, part in zip(whole, features, strict=True)
@@ -126,7 +131,7 @@ class ExactStep:
     ) -> Tensor:
         leaf = c.detach().requires_grad_()
         with torch.enable_grad():
-            features = self.parts.heads(self.parts.hidden(leaf, statistics))
+            features = self._local(leaf, statistics)
         pairs = [(f, s[rows]) for f, s in zip(features, slopes, strict=True) if f is not None]
         torch.autograd.backward([f for f, _ in pairs], [s for _, s in pairs])
         assert leaf.grad is not None
