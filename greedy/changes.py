@@ -1,7 +1,7 @@
 """What has changed in the data since a run stored them, so that nothing old is used silently."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +12,15 @@ from greedy.data import Dataset, Reading, Split, find_dataset, load_dataset
 from greedy.data.folder import FolderSplit
 from greedy.data.loading import folder_of
 from greedy.data.randomness import generators_kept
+from greedy.data.splits import spread
 from greedy.errors import UserError
 from greedy.filetable import FileChanges, FileTable
 from greedy.runs import SPLITS, RunDirectory
-from greedy.text import legible
+from greedy.text import legible, listed
 
 IMAGES = 64  # of a split that are compared with those stored
 LABELS = 10_000  # of a split, where they are known only by reading
 TOGETHER = 256  # rows read at a time
-SHOWN = 3  # names in a message
 # What another version of a decoder may change, of the values' range and of their deviation.
 AT_MOST, ON_AVERAGE = 0.03, 0.01
 
@@ -106,11 +106,6 @@ def files_of(dataset: Dataset) -> FileTable | None:
     return None
 
 
-def listed(names: Sequence[object]) -> str:
-    """The first few of some names."""
-    return ", ".join(map(str, names[:SHOWN])) + (", …" if len(names) > SHOWN else "")
-
-
 def _changed(run: RunDirectory, name: str, what: str) -> UserError:
     return UserError(
         f"{name} holds other data than {run.path} was begun with ({what}): "
@@ -152,7 +147,7 @@ def _differences(run: RunDirectory, dataset: Dataset) -> Iterator[str]:
 def _other_labels(split: Split, store: Store) -> list[int]:
     """The samples whose labels are not those stored, of all where labels are known, else of a
     number that can be read."""
-    rows = np.arange(store.rows) if split.labels is not None else _spread(store.rows, LABELS)
+    rows = np.arange(store.rows) if split.labels is not None else spread(store.rows, LABELS)
     samples = store.index[rows]
     if split.labels is not None:
         labels = split.labels[samples]
@@ -165,7 +160,7 @@ def _other_labels(split: Split, store: Store) -> list[int]:
 def _other_images(split: Split, store: Store) -> list[int]:
     """The samples whose images are not those stored, of a few. Those that are others each time they
     are read, transformed at random, tell nothing."""
-    rows = _spread(store.rows, IMAGES)
+    rows = spread(store.rows, IMAGES)
     samples = store.index[rows]
     images = split.read(samples)[0].astype(np.float32)
     stored = np.concatenate([store.read_rows(0, row, row + 1) for row in rows]).astype(np.float32)
@@ -182,8 +177,3 @@ def _alike(images: np.ndarray, others: np.ndarray) -> np.ndarray:
     return (difference.max(axis=1) <= AT_MOST * np.ptp(others)) & (
         difference.mean(axis=1) <= ON_AVERAGE * others.std(dtype=np.float64)
     )
-
-
-def _spread(count: int, wanted: int) -> np.ndarray:
-    """At most ``wanted`` numbers below ``count``, evenly apart."""
-    return np.unique(np.linspace(0, count - 1, min(count, wanted)).astype(int))

@@ -9,7 +9,7 @@ import numpy as np
 
 from greedy.build import require_one_logit_a_class
 from greedy.cache import Encoding, StoreWriter, pixels
-from greedy.changes import files_of, listed
+from greedy.changes import files_of
 from greedy.data import Dataset, Split, checked
 from greedy.data.folder import FolderSplit
 from greedy.data.labels import require_classes
@@ -23,7 +23,7 @@ from greedy.recipes import Recipe
 from greedy.reporting import Reporter
 from greedy.runs import SPLITS, RunDirectory, new_stage
 from greedy.seeds import numpy_generator
-from greedy.text import legible
+from greedy.text import legible, listed
 from greedy.versions import versions
 
 READ_ROWS = 1024  # rows decoded at a time

@@ -3,11 +3,18 @@
 import json
 import re
 import unicodedata
+from collections.abc import Sequence
 from typing import Any
 
+SHOWN = 3  # names in a message
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # Control characters, which a terminal obeys, and separators of lines and paragraphs.
 _UNSHOWN = {"Cc", "Zl", "Zp"}
+
+
+def listed(names: Sequence[object]) -> str:
+    """Returns the first three of some names, and whether there are more."""
+    return ", ".join(map(str, names[:SHOWN])) + (", …" if len(names) > SHOWN else "")
 
 
 def legible(text: str) -> str:

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Iterator
+from glob import escape
 from pathlib import Path
 
 from greedy.cache.files import rename
@@ -86,7 +87,7 @@ def _free_place(directory: Path) -> Path:
 
 
 def _kept(directory: Path) -> list[Path]:
-    found = directory.parent.glob(f"{directory.name}{SET_ASIDE}*")
+    found = directory.parent.glob(f"{escape(directory.name)}{SET_ASIDE}*")
     return sorted(path for path in found if path.is_dir() and not path.is_symlink())
 
 

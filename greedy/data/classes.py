@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
-from greedy.data.labels import outside
+from greedy.data.labels import as_array, outside
 from greedy.data.samples import LABEL_KEYS
 from greedy.errors import UserError
 
@@ -221,7 +221,7 @@ def _text(name: Any) -> str:
 def _own_labels(samples: Any) -> npt.NDArray[Any] | None:
     """The labels that a set keeps apart from its images, in the order of its samples."""
     if column := label_column(samples):
-        return _array(samples.select_columns([column]).with_format("numpy")[:][column])
+        return as_array(samples.select_columns([column]).with_format("numpy")[:][column])
     kept = (getattr(samples, attribute, None) for attribute in ("targets", "labels"))
     tensors, files = getattr(samples, "tensors", ()), getattr(samples, "samples", None)
     files = files if isinstance(files, list) else []
@@ -233,17 +233,7 @@ def _own_labels(samples: Any) -> npt.NDArray[Any] | None:
     ]
     for candidate in candidates:
         if isinstance(candidate, torch.Tensor | np.ndarray | list | tuple):
-            array = _array(candidate)
+            array = as_array(candidate)
             if array is not None and array.ndim and len(array) == len(samples):
                 return array
     return None
-
-
-def _array(labels: Any) -> npt.NDArray[Any] | None:
-    if isinstance(labels, torch.Tensor):
-        labels = labels.detach().cpu()
-        labels = labels.double() if labels.is_floating_point() else labels
-    try:
-        return np.asarray(labels)
-    except (TypeError, ValueError):  # rows of several lengths
-        return None

@@ -8,16 +8,27 @@ import numpy.typing as npt
 import torch
 
 from greedy.errors import UserError
+from greedy.text import SHOWN, listed
 
-SHOWN = 3  # wrong labels that a message names
 Numbered = tuple[npt.NDArray[np.int64], dict[int, str]]
 MOST = 2**31  # no data set has as many classes
+
+
+def as_array(labels: Any) -> npt.NDArray[Any] | None:
+    """Returns a label, or all those of a set, as an array; ``None`` where there is none."""
+    if isinstance(labels, torch.Tensor):
+        labels = labels.detach().cpu()
+        labels = labels.double() if labels.is_floating_point() else labels
+    try:
+        return np.asarray(labels)
+    except (TypeError, ValueError):  # rows of several lengths
+        return None
 
 
 def as_label(label: Any) -> int:
     """Returns a label as the number of a class: an integer from 0, or a truth value, alone or the
     only entry of a tensor or array. Raises ValueError with the remedy for anything else."""
-    array = _as_array(label)
+    array = as_array(label)
     if array is None or array.dtype.kind not in "biufUS":
         raise ValueError("give each image the number of its class, and leave out those without one")
     if array.dtype.kind in "US":
@@ -91,10 +102,9 @@ def outside(values: npt.NDArray[np.int64], classes: Sequence[int], names: Sequen
     first, last = min(classes), max(classes)
     if values.min() == first + 1 and values.max() == last + 1:
         return f"labels run from {first + 1} to {last + 1} and classes from {first}: subtract 1"
-    listed = ", ".join(names[:SHOWN]) + (", …" if len(names) > SHOWN else "")
     whole = len(classes) == last - first + 1
     numbers = f"{first} to {last}" if whole else ", ".join(map(str, sorted(classes)))
-    return f"the classes are {numbers} ({listed}): use these numbers, or name every class"
+    return f"the classes are {numbers} ({listed(names)}): use these numbers, or name every class"
 
 
 def require_classes(
@@ -140,25 +150,15 @@ def _require_numbers(name: str, train: npt.NDArray[np.int64], test: npt.NDArray[
             f"images: number the classes one after the other, from 0"
         )
     if len(lacking := np.setdiff1d(test, train)):
-        listed = ", ".join(map(str, lacking[:SHOWN])) + (", …" if len(lacking) > SHOWN else "")
         raise UserError(
-            f"no training label of {name} is {listed}, and test labels are: train on images of "
-            f"these classes, or name all classes in the training set's attribute `classes`"
+            f"no training label of {name} is {listed(lacking.tolist())}, and test labels are: "
+            f"train on images of these classes, or name all classes in the training set's "
+            f"attribute `classes`"
         )
 
 
-def _as_array(label: Any) -> npt.NDArray[Any] | None:
-    if isinstance(label, torch.Tensor):
-        label = label.detach().cpu()
-        label = label.double() if label.is_floating_point() else label
-    try:
-        return np.asarray(label)
-    except (TypeError, ValueError):  # rows of several lengths
-        return None
-
-
 def _shown(label: Any) -> str:
-    array = _as_array(label)
+    array = as_array(label)
     if array is None or array.dtype.kind not in "biufUS":
         return f"a {type(label).__name__}" if label is not None else "None"
     return repr(array.item()) if array.size == 1 else f"{array.size} values"

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from PIL import Image, ImageFile
 
+from greedy.text import listed
+
 SILENT = {"Thumbs.db", "desktop.ini", "__MACOSX"}  # what systems leave behind
 WITHOUT_PICTURES = {"MPEG"}  # formats that Pillow knows and cannot decode
 
@@ -96,5 +98,4 @@ def _raised(error: OSError) -> None:
 
 def few(paths: list[Path], root: Path) -> str:
     """The first three of some paths, as they are below ``root``."""
-    named = ", ".join(str(path.relative_to(root)) for path in sorted(paths)[:3])
-    return named + (", …" if len(paths) > 3 else "")
+    return listed([path.relative_to(root) for path in sorted(paths)])

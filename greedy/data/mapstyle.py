@@ -15,9 +15,10 @@ from greedy.data.labels import meaning, numbered, require_classes, wrong_labels
 from greedy.data.modes import WHITE, pixel_values
 from greedy.data.randomness import generators_kept, transform_names
 from greedy.data.samples import image_and_label
-from greedy.data.splits import Dataset, Images, Labels, Rows, Shape
+from greedy.data.splits import Dataset, Images, Labels, Rows, Shape, spread
 from greedy.errors import UserError
 from greedy.functions import call_function
+from greedy.text import listed
 
 CHANNELS = (1, 3, 4)  # what the length of an axis of channels looks like
 LOOKED_AT = 16  # samples that are read to see whether a set does as it says
@@ -133,7 +134,7 @@ class MapSplit:
 
     def require_repeatable(self) -> None:
         """Raises UserError where one of a few samples is another when it is read again."""
-        rows = _spread(len(self))
+        rows = spread(len(self), LOOKED_AT).tolist()
         with generators_kept():
             for row in rows:
                 first = self._content(row)
@@ -181,11 +182,10 @@ class MapSplit:
             for row, image in zip(rows, images, strict=True)
             if not np.isfinite(image).all()
         ]
-        listed = ", ".join(map(str, sorted(bad)[:3])) + (", …" if len(bad) > 3 else "")
         raise UserError(
             f"values of {self._name} are not finite (NaN, infinite or beyond float32) in "
-            f"{len(bad):,} of {len(rows):,} samples looked at ({listed}): replace these values, or "
-            f"leave the samples out"
+            f"{len(bad):,} of {len(rows):,} samples looked at ({listed(sorted(bad))}): replace "
+            f"these values, or leave the samples out"
         )
 
 
@@ -239,14 +239,9 @@ def _told_truly(samples: Any, name: str) -> Told:
 def _rows_of_all_kinds(labels: npt.NDArray[Any]) -> list[int]:
     """A few rows, with as many different labels as may be."""
     if labels.ndim > 1 or labels.dtype.kind == "O":
-        return _spread(len(labels))
+        return spread(len(labels), LOOKED_AT).tolist()
     _, rows = np.unique(labels, return_index=True)
-    return [int(rows[i]) for i in _spread(len(rows))]
-
-
-def _spread(count: int) -> list[int]:
-    """At most ``LOOKED_AT`` numbers from 0 to ``count`` - 1, as far apart as may be."""
-    return np.unique(np.linspace(0, count - 1, LOOKED_AT).astype(int)).tolist()
+    return rows[spread(len(rows), LOOKED_AT)].tolist()
 
 
 def _read(samples: Any, index: int, name: str) -> tuple[Any, Any]:

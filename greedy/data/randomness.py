@@ -14,9 +14,11 @@ from greedy.data.classes import inner_set
 @contextmanager
 def generators_kept() -> Iterator[None]:
     """Leaves the global generators of Python, NumPy and torch as they were."""
+    # Of all devices, if this process uses them: else it would begin to.
+    used = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - what others draw from
     try:
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(range(used)):
             yield
     finally:
         random.setstate(python)

@@ -70,6 +70,11 @@ class Dataset:
             )
 
 
+def spread(count: int, most: int) -> Rows:
+    """Returns at most so many of ``count`` rows, as far apart as may be."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.intp))
+
+
 class ArraySplit:
     """Images (N, C, H, W) and labels (N,) held in memory."""
 
