@@ -14,7 +14,9 @@ from greedy.memory.counting import Counter
 from greedy.models import cut, shapes
 from greedy.source import Batch
 from greedy.training.guard import Guard, OptimizerFailed
+from greedy.training.host_adam import HostAdam
 from greedy.training.modes import Mode, StepMemory
+from greedy.training.moments import make_moments
 from greedy.training.scaling import LossScale
 from greedy.training.step import Learner, step
 
@@ -281,3 +283,41 @@ def test_a_streaming_mode_on_a_cpu_goes_on_to_those_that_make_a_difference() -> 
             allocator.reset_peak()
             mine.step(position, Guard())
     assert mine.learner.memory.mode is Mode.KEEP_NOTHING
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (torch.optim.Adam, {"fused": True}),
+        (torch.optim.Adam, {"foreach": True, "weight_decay": 0.1}),
+        (torch.optim.AdamW, {"amsgrad": True}),
+        (HostAdam, {"lr": 0.01}),
+    ],
+)
+def test_moments_made_before_the_first_step_are_those_that_it_would_make(kind, settings):
+    ahead, lazy = Seeded(kind, **settings), Seeded(kind, **settings)
+    make_moments(ahead.learner.optimizer, 1)
+    assert len(ahead.learner.optimizer.state) == len(ahead.weights)
+    assert not lazy.learner.optimizer.state
+    for position in range(3):
+        ahead.step(position, Guard())
+        lazy.step(position, Guard())
+    assert all(torch.equal(a, b) for a, b in zip(ahead.weights, lazy.weights, strict=True))
+    mine, other = (each.learner.optimizer.state_dict() for each in (ahead, lazy))
+    assert mine["param_groups"] == other["param_groups"]
+    for number, state in other["state"].items():
+        assert list(mine["state"][number]) == list(state)
+        for name, value in state.items():
+            same_kind = mine["state"][number][name].dtype == value.dtype
+            assert same_kind and torch.equal(mine["state"][number][name], value)
+
+
+def test_moments_that_do_not_fit_are_a_sentence_before_the_first_step(tmp_path, monkeypatch):
+    def no_room(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("greedy.training.moments._zeros", no_room)
+    with pytest.raises(TrainingError, match="moments of stage 1's optimiser do not fit"):
+        trainer(tmp_path / "run", epochs=1).fit(TRAIN, TEST)
+    monkeypatch.undo()
+    trainer(tmp_path / "run", epochs=1).fit(TRAIN, TEST)

@@ -12,6 +12,7 @@ from greedy.precision import HALVES
 from greedy.recipes import Recipe
 from greedy.training.host_adam import HostAdam
 from greedy.training.modes import Mode, StepMemory
+from greedy.training.moments import make_moments
 from greedy.training.resolve import for_stage, graphs
 from greedy.training.scaling import LossScale
 from greedy.training.schedule import Milestones, Patience, Schedule, set_first_rates
@@ -65,15 +66,17 @@ def new_optimizer(
     own_rates: bool = False,
 ) -> torch.optim.Optimizer:
     """The optimiser of stage ``number``: by a factory if there is one, else Adam. All its groups
-    begin at the recipe's rate, unless they are to begin at their own."""
+    begin at the recipe's rate, unless they are to begin at their own. Adam has its moments."""
     rate = for_stage(recipe.training.learning_rate, number)
     if factory is not None:
         optimizer = factory(parameters)
         set_first_rates([optimizer], None if own_rates else rate)
-        return optimizer
-    if recipe.memory.optimizer_state == "host":
-        return HostAdam(parameters, lr=rate)
-    return torch.optim.Adam(parameters, lr=rate, fused=True)
+    elif recipe.memory.optimizer_state == "host":
+        optimizer = HostAdam(parameters, lr=rate)
+    else:
+        optimizer = torch.optim.Adam(parameters, lr=rate, fused=True)
+    make_moments(optimizer, number)
+    return optimizer
 
 
 def new_schedule(recipe: Recipe, number: int) -> Schedule:
