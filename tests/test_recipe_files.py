@@ -172,7 +172,7 @@ def test_malformed_overrides(override: str) -> None:
         ),
         (
             "store.ram_budget=lots",
-            'demo: store.ram_budget is "lots" but must be a size such as 4GiB or 512MiB',
+            'demo: store.ram_budget is "lots" but must be a size such as 4GiB or 768MiB',
         ),
     ],
 )

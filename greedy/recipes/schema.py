@@ -1,6 +1,5 @@
 """What a recipe may say: every section, field, type, range and default."""
 
-import re
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
@@ -14,6 +13,7 @@ from pydantic import (
 
 from greedy.recipes import milestones as rule
 from greedy.recipes.colour import Colour
+from greedy.recipes.limits import AutoLimit, Limit
 
 CROPS: Final = {"jitter2", "crop4"}
 
@@ -268,7 +268,7 @@ class Memory(_Section):
     """The device's memory while a stage trains. Whatever it is, gradients are those of the whole
     batch."""
 
-    budget: str = Field(
+    budget: AutoLimit = Field(
         default="auto",
         description="Most memory on the device, e.g. 768MiB; auto: 85 % of what is free.",
     )
@@ -278,18 +278,6 @@ class Memory(_Section):
     optimizer_state: Literal["device", "host"] = Field(
         default="device", description="Where Adam's moments are."
     )
-
-    @field_validator("budget", mode="before")
-    @classmethod
-    def _numbers_are_text(cls, value: object) -> object:
-        return str(value) if isinstance(value, int | float) else value
-
-    @field_validator("budget")
-    @classmethod
-    def _budget_is_a_size(cls, value: str) -> str:
-        if value != "auto" and not _is_size(value):
-            raise ValueError("be auto, or a size such as 768MiB")
-        return value
 
 
 class Store(_Section):
@@ -309,10 +297,10 @@ class Store(_Section):
     compressor: Literal["none", "lz4", "zstd"] = Field(
         default="lz4", description="Lossless compression of chunks; results do not depend on it."
     )
-    ram_budget: str | None = Field(
+    ram_budget: Limit | None = Field(
         default=None, description="Most memory for holding a store, e.g. 4GiB; absent: automatic."
     )
-    disk_budget: str = Field(
+    disk_budget: AutoLimit = Field(
         default="auto",
         description="Most disk for the run, e.g. 40GiB; auto: 70 % of what is free without it.",
     )
@@ -327,29 +315,6 @@ class Store(_Section):
         if value and info.data.get("views") == "live":
             raise ValueError("be 0 where store.views is live")
         return value
-
-    @field_validator("ram_budget")
-    @classmethod
-    def _ram_budget_is_a_size(cls, value: str | None) -> str | None:
-        if value is not None and not _is_size(value):
-            raise ValueError("be a size such as 4GiB or 512MiB")
-        return value
-
-    @field_validator("ram_budget", "disk_budget", mode="before")
-    @classmethod
-    def _numbers_are_text(cls, value: object) -> object:
-        return str(value) if isinstance(value, int | float) else value
-
-    @field_validator("disk_budget")
-    @classmethod
-    def _disk_budget_is_a_size(cls, value: str) -> str:
-        if value != "auto" and not _is_size(value):
-            raise ValueError("be auto, or a size such as 40GiB")
-        return value
-
-
-def _is_size(text: str) -> bool:
-    return re.fullmatch(r"\d+(\.\d+)? ?([KMGT]i?)?B", text) is not None
 
 
 class Paper(_Section):

@@ -1,0 +1,36 @@
+"""Limits of memory and disk: sizes such as 4GiB."""
+
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, BeforeValidator
+
+A_SIZE = "a size such as 4GiB or 768MiB"
+
+
+def _as_text(value: object) -> object:
+    """A number without a unit as text, so that it is told that it is no size."""
+    return str(value) if isinstance(value, int | float) else value
+
+
+def _is_size(text: str) -> bool:
+    return re.fullmatch(r"\d+(\.\d+)? ?([KMGT]i?)?B", text) is not None
+
+
+def _size(text: str) -> str:
+    if not _is_size(text):
+        raise ValueError(f"be {A_SIZE}")
+    return text
+
+
+def _auto_or_size(text: str) -> str:
+    if text != "auto" and not _is_size(text):
+        raise ValueError(f"be auto, or {A_SIZE}")
+    return text
+
+
+Limit = Annotated[str, BeforeValidator(_as_text), AfterValidator(_size)]
+"""A size."""
+
+AutoLimit = Annotated[str, BeforeValidator(_as_text), AfterValidator(_auto_or_size)]
+"""A size, or ``auto``."""
