@@ -1,5 +1,6 @@
 """One process at a time writes into a run."""
 
+import errno
 import json
 import os
 import socket
@@ -51,9 +52,10 @@ class RunLock:
                 raise UserError(f"{self._directory} is read-only: {way}") from error
             if (way_out := remedy(error)) is None:
                 raise
+            then = "that as --run" if error.errno == errno.ENOLCK else "the same command again"
             raise UserError(
                 f"{self._directory} cannot be locked against other processes ({error.strerror}): "
-                f"{way_out}, and give that as --run"
+                f"{way_out}, and give {then}"
             ) from error
         try:
             if first:

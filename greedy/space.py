@@ -1,6 +1,7 @@
 """Room on disk: asked for before it is needed, and missed in one sentence."""
 
 import errno
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,8 +27,9 @@ def require_room(place: Path, what: str, needed: int) -> None:
 
 @contextmanager
 def until_full(place: Path, what: str, needed: int = 0) -> Iterator[None]:
-    """Inside, a file that cannot be written ends in one sentence with its path and what to do.
-    ``needed`` bytes were thought enough."""
+    """Inside, a file below ``place`` that cannot be written ends in one sentence with its path and
+    what to do. ``needed`` bytes were thought enough. Errors of files elsewhere, such as those that
+    a data set of a user's own reads, are their own."""
     try:
         yield
     except OSError as error:
@@ -39,12 +41,17 @@ def until_full(place: Path, what: str, needed: int = 0) -> Iterator[None]:
                 f"the disk of {place} is full while {what} is written{wanted}, and {free} are "
                 f"free: free some and give the same command again, all that is finished is kept"
             ) from error
-        if (way := remedy(error)) is None:
+        if (way := remedy(error)) is None or not _is_below(path, place):
             raise
         raise TrainingError(
             f"{path} cannot be written ({error.strerror}): {way}, and give the same command "
             f"again, all that is finished is kept"
         ) from error
+
+
+def _is_below(path: object, place: Path) -> bool:
+    named = isinstance(path, str | bytes | os.PathLike)
+    return named and Path(os.fsdecode(path)).absolute().is_relative_to(place.absolute())
 
 
 def remedy(error: OSError) -> str | None:

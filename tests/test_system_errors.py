@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from command_line import greedy, said, small_recipe, train
 from small_training import TEST, TRAIN, trainer
+from torch.utils.data import Dataset
 
 from greedy import RunDirectory, TrainingError, UserError
 from greedy.cache import DamagedStore, verify
@@ -101,18 +103,42 @@ def test_what_a_write_is_refused_for(
     assert len(trainer(run).train()) == 3
 
 
+class Photos(Dataset):
+    """Of which the file of one sample is missing, though not one of those that are tried first."""
+
+    def __len__(self) -> int:
+        return len(TRAIN)
+
+    def __getitem__(self, row: int) -> object:
+        if row == 50:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "photos/50.png")
+        return TRAIN[row]
+
+
+def test_a_file_that_a_data_set_misses_is_not_said_to_be_written(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=re.escape("photos/50.png")):
+        trainer(tmp_path / "run").fit(Photos(), TEST)
+
+
 def test_no_locks_on_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = train(tmp_path, small_recipe())
 
-    def refused(*rest: object) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+    remedies = {
+        errno.ENOLCK: "choose a place on a local disk, and give that as --run",
+        errno.EDQUOT: "or have it raised, and give the same command again",
+    }
+    for code, remedy in remedies.items():
 
-    with monkeypatch.context() as patch:
-        patch.setattr("fcntl.flock", refused)
-        result = greedy("train", "--run", run)
-    assert result.exit_code == 2
-    assert f"{run} cannot be locked against other processes (No locks available): " in result.output
-    assert "choose a place on a local disk, and give that as --run" in result.output
+        def refused(*rest: object, code: int = code) -> None:
+            raise OSError(code, os.strerror(code))
+
+        with monkeypatch.context() as patch:
+            patch.setattr("fcntl.flock", refused)
+            result = greedy("train", "--run", run)
+        assert result.exit_code == 2
+        told = f"{run} cannot be locked against other processes ({os.strerror(code)}): "
+        assert told in result.output
+        assert remedy in result.output
     said("status", "--run", run)
 
 
