@@ -50,8 +50,9 @@ def until_full(place: Path, what: str, needed: int = 0) -> Iterator[None]:
 
 
 def _is_below(path: object, place: Path) -> bool:
-    named = isinstance(path, str | bytes | os.PathLike)
-    return named and Path(os.fsdecode(path)).absolute().is_relative_to(place.absolute())
+    if not isinstance(path, str | bytes | os.PathLike):
+        return False
+    return Path(os.fsdecode(path)).absolute().is_relative_to(place.absolute())
 
 
 def remedy(error: OSError) -> str | None:
