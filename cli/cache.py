@@ -142,7 +142,7 @@ def drop(path: Path, force: bool) -> None:
             require_unneeded(run, number)
         for number, record in records.items():
             if record and record.store and run.store(number).is_dir():
-                run.drop_store(number)
+                run.drop_stores(number)
                 freed = format_size(record.store.bytes)
                 say(f"stage {number}: {freed} freed; {_rebuilding(run, number)}")
 

@@ -110,8 +110,7 @@ class SeededRun:
         ]
         if there:
             with run.writing():
-                for number in there:
-                    run.drop_store(number)
+                run.drop_stores(*there)
 
 
 @dataclass(frozen=True)

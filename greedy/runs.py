@@ -12,16 +12,7 @@ from greedy.cache import Store
 from greedy.cache.files import part_of, rename, write_whole
 from greedy.commands import command
 from greedy.errors import TrainingError, UserError, no_stage
-from greedy.exchange import (
-    CHECKPOINT,
-    NEW,
-    OLD,
-    beside,
-    exchange,
-    identities,
-    replacing,
-    undisturbed,
-)
+from greedy.exchange import NEW, OLD, beside, exchange, identities, replacing, undisturbed
 from greedy.files import canonical, digest
 from greedy.locking import HOLDER, LOCK, RunLock
 from greedy.manifest import HISTORY, StageRecord
@@ -240,13 +231,13 @@ class RunDirectory:
         if not 1 <= number <= count:
             raise no_stage(number, count)
 
-    def drop_store(self, number: int) -> None:
-        """Deletes a stage's store, if it is there. The stage stays complete. Whether an interrupted
-        training needs it, ``greedy.unfinished`` knows."""
-        store = self.store(number)
-        if store.is_dir():
-            rename(store, beside(store, OLD))
-            exchange(store)
+    def drop_stores(self, *numbers: int) -> None:
+        """Deletes the stores of stages, where they are there. The stages stay complete. Whether an
+        interrupted training needs one, ``greedy.unfinished`` knows."""
+        for store in map(self.store, numbers):
+            if store.is_dir():
+                rename(store, beside(store, OLD))
+                exchange(store)
 
     def _finish_exchanges(self) -> None:
         if (old := beside(self.network, OLD)).exists():
@@ -261,40 +252,6 @@ class RunDirectory:
 def new_stage(directory: Path, *, go_on: bool = False) -> AbstractContextManager[Path]:
     """A place in which to make a stage that then becomes ``directory``, see ``replacing``."""
     return replacing(directory, directory / "training", go_on=go_on)
-
-
-def require_outside(directory: Path) -> None:
-    """Refuses a directory for a stage of its own that lies in a run, or that holds anything but
-    what a training left that was cut short. Raises ``UserError``."""
-    begun = _is_half_exchanged(directory) or _is_unfinished(directory)
-    if directory.exists() and not begun:
-        raise UserError(f"{directory} exists already: give a --to that does not")
-    for parent in directory.absolute().parents:
-        if (parent / "run.toml").is_file():
-            raise UserError(
-                f"{directory} would stand for another stage, or in another run: give a --to "
-                f"outside of {parent}"
-            )
-
-
-def finish_exchange(directory: Path) -> bool:
-    """Puts a stage of its own into its place, if that was cut short; says whether it was."""
-    if half := _is_half_exchanged(directory):
-        exchange(directory)
-    return half
-
-
-def _is_half_exchanged(directory: Path) -> bool:
-    """Whether a finished stage is beside its directory, which is empty or not there."""
-    finished = (beside(directory, NEW) / "stage.json").is_file()
-    return finished and not (directory.exists() and any(directory.iterdir()))
-
-
-def _is_unfinished(directory: Path) -> bool:
-    """Whether a directory holds a stage whose training was interrupted, and nothing else."""
-    require_own_files(directory)
-    inside = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    return inside == ["training"] and (directory / "training" / CHECKPOINT).is_dir()
 
 
 def run_of_stage(path: Path) -> tuple[RunDirectory, int]:

@@ -24,12 +24,13 @@ from greedy.memory.choice import Choice, fused_adam, memory_budget
 from greedy.memory.plan import MemoryPlan
 from greedy.models import Stage, StageShapes, cut
 from greedy.network import assemble, stages_of
+from greedy.outside import finished_outside
 from greedy.planning import former, plan_disk
 from greedy.recipes import Recipe
 from greedy.repair import Mender, Repair
 from greedy.reporting import Reporter, RunOutline
 from greedy.retraining import Retraining
-from greedy.runs import SPLITS, RunDirectory, finish_exchange, new_stage, require_outside
+from greedy.runs import SPLITS, RunDirectory, new_stage
 from greedy.settings import python_recipe, require_optimizer
 from greedy.source import Source
 from greedy.sourcing import Sources
@@ -124,8 +125,7 @@ class GreedyTrainer:
         """Trains every stage on two map-style data sets, see ``greedy.data.dataset_from_torch``,
         which ``prepare`` compares with those that are stored. Returns the records of all
         stages."""
-        background = self.recipe.data.background
-        data = dataset_from_torch(train_set, test_set, "python", background)
+        data = dataset_from_torch(train_set, test_set, background=self.recipe.data.background)
         self.prepare(data, ignore_changes=ignore_changes)
         return self.train()
 
@@ -193,14 +193,14 @@ class GreedyTrainer:
         records = []
         for number in numbers:
             if number == first:
-                self._drop_stores(plan.dropped_first)
+                self.run.drop_stores(*plan.dropped_first)
             if number in todo:
                 record = self._train_stage(number, None, self.run.stage(number), plan.views(number))
             else:
                 record = self._skip(number)
             records.append(record)
             due = {n for done in range(1, number + 1) for n in plan.dropped_after(done)}
-            self._drop_stores(due.difference(needed_stores(self.run)))
+            self.run.drop_stores(*due.difference(needed_stores(self.run)))
             if retraining and number >= first:
                 retraining.finished(number, self.run.path, last=number == count)
         return records
@@ -234,10 +234,6 @@ class GreedyTrainer:
         budget = memory_budget(self.recipe, self.device)
         assert data.store is not None
         self.reporter.run_started(RunOutline(data.network, operations, data.store.bytes, budget))
-
-    def _drop_stores(self, numbers: Iterable[int]) -> None:
-        for number in numbers:
-            self.run.drop_store(number)
 
     def _skip(self, number: int) -> StageRecord:
         record = self.run.complete(number)
@@ -281,14 +277,10 @@ class GreedyTrainer:
             self._announce(())
             return self._skip(number)
         parent = self.run.complete(number - 1)
-        if to is not None:
-            require_outside(to)
-            if finish_exchange(to):
-                if (record := StageRecord.read(to)).follows(parent):
-                    self._announce(())
-                    self.reporter.stage_finished(record)
-                    return record
-                require_outside(to)
+        if to is not None and (record := finished_outside(to, parent)):
+            self._announce(())
+            self.reporter.stage_finished(record)
+            return record
         before = former(self.run, number)
         views = before.resolved["views"] if before else self._plan_disk().views(number)
         self._announce([number])
@@ -359,14 +351,8 @@ class GreedyTrainer:
             return repeated(self.recipe, before.resolved, views, memory)
         hidden = self._memory().shapes[number - 1].hidden
         store = source.stores["train"]
-        return resolve(
-            self.recipe,
-            store,
-            views,
-            memory,
-            self.device,
-            compiled=compiles(self.recipe, number, hidden, store.rows, memory, self.device),
-        )
+        compiled = compiles(self.recipe, number, hidden, store.rows, memory, self.device)
+        return resolve(self.recipe, store, views, memory, self.device, compiled=compiled)
 
     def _memory(self) -> MemoryPlan:
         """How the steps of the run's stages fit the memory budget."""
@@ -380,18 +366,10 @@ class GreedyTrainer:
     def _memory_of(
         self, stages: Sequence[Stage], shapes: Sequence[StageShapes], classes: int, images: str
     ) -> MemoryPlan:
-        return MemoryPlan(
-            self.recipe,
-            stages,
-            shapes,
-            self.loss,
-            classes,
-            pick_precision(self.recipe.training.precision, self.device),
-            memory_budget(self.recipe, self.device),
-            self.device.type,
-            self.optimizer or fused_adam,
-            images,
-        )
+        precision = pick_precision(self.recipe.training.precision, self.device)
+        budget = memory_budget(self.recipe, self.device)
+        what = (self.recipe, stages, shapes, self.loss, classes, precision, budget)
+        return MemoryPlan(*what, self.device.type, self.optimizer or fused_adam, images)
 
     def _plan_disk(self, retrain_from: int | None = None) -> Plan:
         data = self.run.complete(0)

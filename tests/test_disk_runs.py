@@ -200,8 +200,7 @@ def test_deleting_a_store_ends_after_a_crash(run: Path) -> None:
         pass
     assert not list((run / "stage3").glob("*activations*")) + list((run / "stage3").glob(".*"))
     assert directory.state(3) == "complete"
-    directory.drop_store(3)
-    directory.drop_store(4)
+    directory.drop_stores(3, 4)
     assert list(stores(run)) == [0, 5]
 
 
@@ -250,7 +249,7 @@ def test_status_counts_what_was_written_since_the_run_began(run: Path, tmp_path:
     mine.train_stage(4, again=True)
     more = records[5].bytes + 2 * records[4].bytes
     assert use() == (on_disk, written + more)
-    mine.run.drop_store(4)
+    mine.run.drop_stores(4)
     assert use() == (on_disk - records[4].bytes, written + more)
     mine.train_stage(5, again=True, to=tmp_path / "elsewhere")
     assert use()[1] == written + more

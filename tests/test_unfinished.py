@@ -75,7 +75,7 @@ def test_a_training_whose_store_is_gone_is_kept_and_taken_up_again(
 ) -> None:
     trainer(tmp_path / "whole").fit(TRAIN, TEST)
     kept = files(run / "stage2/training")
-    trainer(run).run.drop_store(1)
+    trainer(run).run.drop_stores(1)
     mine, reporter = heard(run, 2)
     with pytest.raises(Interrupted):
         mine.train()
