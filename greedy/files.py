@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from greedy.errors import UserError
+from greedy.text import legible
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,10 +30,12 @@ def file_digest(path: Path) -> str:
 
 
 def read_tensors(path: Path) -> "dict[str, Tensor]":
-    """Returns the tensors of a safetensors file. The library's own reader takes no path that is not
-    UTF-8."""
+    """Returns the tensors of a safetensors file, mapped: they take memory once they are used. The
+    library takes no path that is not UTF-8, so that such a file is read whole."""
     import safetensors.torch  # noqa: PLC0415
 
+    if legible(str(path)) == str(path):
+        return safetensors.torch.load_file(path)
     return safetensors.torch.load(path.read_bytes())
 
 
