@@ -8,6 +8,7 @@ from pathlib import Path
 # One thread a process, here and in those that tests start: networks are tiny, and the other cores
 # belong to other workers. Before torch is imported, which looks at this once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 from hypothesis import HealthCheck, settings
 from reported import all_trained
