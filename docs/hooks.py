@@ -86,7 +86,7 @@ def _with_code(example: str) -> str:
 
 def _linked(meaning: str) -> str:
     """Fields that an option sets lead to what the recipe says of them."""
-    return re.sub(r"\[(\w+\.\w+)(; default: .+)?\]$", r"([`\1`](recipe.md#\1)\2)", meaning)
+    return re.sub(r"\[(\w+\.\w+)(; default: .+)?\]$", r"\\[[`\1`](recipe.md#\1)\2\\]", meaning)
 
 
 RECIPE = """\

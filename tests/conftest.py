@@ -8,13 +8,19 @@ from pathlib import Path
 # One thread a process, here and in those that tests start: networks are tiny, and the other cores
 # belong to other workers. Before torch is imported, which looks at this once.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# A shell that starts tests in the background lets them ignore Ctrl-C, which tests send themselves.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 from hypothesis import HealthCheck, settings
 from reported import all_trained
+
+# A shell that starts tests in the background lets them ignore Ctrl-C, and nohup a terminal that is
+# closed. Tests send themselves both.
+for number, handler in (
+    (signal.SIGINT, signal.default_int_handler),
+    (signal.SIGHUP, signal.SIG_DFL),
+):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")

@@ -12,7 +12,8 @@ from greedy.errors import UserError
 from greedy.memory.choice import reserved
 from greedy.memory.counting import Counter
 from greedy.memory.fake import fake_tensors, materialised
-from greedy.models import Shape, skeleton
+from greedy.models import Shape
+from greedy.models.skeleton import skeleton
 from greedy.sizes import format_size
 
 LARGEST_BATCH = 256

@@ -3,7 +3,6 @@
 from greedy.models.initial import initialise, seeded
 from greedy.models.networks import ACTIVATIONS, mlp, vgg, vgg8b, vgg11b
 from greedy.models.shapes import StageShapes, shapes
-from greedy.models.skeleton import skeleton
 from greedy.models.stages import ENCODERS, InputDropout, Shape, Stage, cut
 
 __all__ = [
@@ -18,7 +17,6 @@ __all__ = [
     "mlp",
     "seeded",
     "shapes",
-    "skeleton",
     "vgg",
     "vgg8b",
     "vgg11b",

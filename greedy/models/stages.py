@@ -11,6 +11,8 @@ from torch.nn.parameter import is_lazy
 from greedy.errors import UserError
 
 ENCODERS = (nn.modules.conv._ConvNd, nn.Linear)
+"""The layers that a stage begins at."""
+
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 POOLS = (
     nn.modules.pooling._MaxPoolNd,
