@@ -48,9 +48,9 @@ class Preparing(Reporter):
 @contextmanager
 def preparing() -> Iterator[Preparing]:
     """Inside, a terminal shows how far the files of a data set are that are looked at."""
-    shown = Preparing(Console(stderr=True))
-    with shown.progress:
-        yield shown
+    reporter = Preparing(Console(stderr=True))
+    with reporter.progress:
+        yield reporter
 
 
 class Lines(Reporter):

@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from greedy.cli.main import cli
 from greedy.recipes import describe, load, result_fields
 from greedy.recipes.explain import allowed
+from greedy.recipes.identity import LATER_FIELDS
 from greedy.recipes.schema import SECTIONS, Recipe
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -110,7 +111,7 @@ def recipe_page() -> str:
 
 
 def _fields(prefix: str, fields: Mapping[str, FieldInfo]) -> str:
-    decisive = result_fields(load("demo"))
+    decisive = result_fields(load("demo")) | LATER_FIELDS
     rows = []
     for name, field in fields.items():
         key = prefix + name

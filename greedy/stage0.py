@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,16 +74,8 @@ def write_stage0(
             split: Split = getattr(dataset, name)
             index = numpy_generator(run.recipe.seed, "rows", name).permutation(len(split))
             labels[name], rows[name] = np.empty(len(split), np.int64), index
-            with StoreWriter(
-                directory / "activations.zarr" / name,
-                rows=len(split),
-                views=1,
-                encoding=stored_encoding(split),
-                compressor=COMPRESSOR,
-                labels=labels[name],
-                index=index,
-                encoded=split.dtype == np.uint8,
-            ) as writer:
+            place = directory / "activations.zarr" / name
+            with _writer(place, split, labels[name], index) as writer:
                 for samples, images in _read(split, index, labels[name]):
                     writer.append(images)
                     if files and isinstance(split, FolderSplit):  # still in the system's memory
@@ -153,6 +146,19 @@ def _of_files(dataset: Dataset) -> dict[str, Any]:
     pixels = {"pixels": dataset.pixels} if dataset.pixels else {}
     skipped = {legible(file): legible(why) for file, why in dataset.skipped.items()}
     return pixels | ({"skipped": skipped} if skipped else {})
+
+
+def _writer(place: Path, split: Split, labels: np.ndarray, index: np.ndarray) -> StoreWriter:
+    return StoreWriter(
+        place,
+        rows=len(split),
+        views=1,
+        encoding=stored_encoding(split),
+        compressor=COMPRESSOR,
+        labels=labels,
+        index=index,
+        encoded=split.dtype == np.uint8,
+    )
 
 
 def _read(

@@ -372,3 +372,10 @@ def test_fields_that_came_later_leave_earlier_runs_what_they_are() -> None:
     assert recipes.result_fields(black)["data.background"] == "black"
     assert recipes.differences(plain, black) == [("data.background", "white", "black")]
     assert recipes.differences(black, plain) == [("data.background", "black", "white")]
+
+
+def test_fields_that_came_later_decide_a_result_once_they_are_set() -> None:
+    plain, black = recipes.load("demo"), recipes.load("demo", ["data.background=black"])
+    assert "data.background" not in recipes.result_fields(plain)  # as runs from before have it
+    assert recipes.differences(plain, black) == [("data.background", "white", "black")]
+    assert recipes.differences(black, plain) == [("data.background", "black", "white")]

@@ -8,7 +8,7 @@ FREE_FIELDS: Final = {
     *("max_pixels", "frozen_transforms"),
     *("compile", "deterministic", "test_every", "checkpoint_minutes"),
 }
-LATER_FIELDS: Final = {"background": "white", "broken": "refuse"}
+LATER_FIELDS: Final[dict[str, Any]] = {"data.background": "white", "data.broken": "refuse"}
 
 
 def result_fields(recipe: Recipe) -> dict[str, Any]:
@@ -21,7 +21,7 @@ def result_fields(recipe: Recipe) -> dict[str, Any]:
         f"{section}.{field}": value
         for section in ("data", "model", "loss", "training")
         for field, value in document[section].items()
-        if field not in FREE_FIELDS and (field, value) not in LATER_FIELDS.items()
+        if field not in FREE_FIELDS and (f"{section}.{field}", value) not in LATER_FIELDS.items()
     }
     store = {
         f"store.{field}": document["store"][field]
@@ -32,7 +32,5 @@ def result_fields(recipe: Recipe) -> dict[str, Any]:
 
 def differences(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
     """The result fields in which two recipes differ, as (key, value in a, value in b)."""
-    here, there = result_fields(a), result_fields(b)
-    defaults = {f"data.{field}": value for field, value in LATER_FIELDS.items()}
-    ours, others = defaults | here, defaults | there
+    ours, others = LATER_FIELDS | result_fields(a), LATER_FIELDS | result_fields(b)
     return [(key, v, others[key]) for key, v in ours.items() if v != others[key]]
