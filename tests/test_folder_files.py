@@ -87,6 +87,7 @@ def test_images_below_class_folders_and_of_every_suffix(tmp_path):
     for name, kind in others.items():
         write_image(photos / "train/ant" / name, kind=kind)
     (photos / "train/ant/2020/again").symlink_to(photos / "train/ant")
+    (photos / "train/ant/up").symlink_to(photos / "train")  # where other classes are
     elsewhere = tmp_path / "elsewhere"
     write_image(elsewhere / "x.webp", kind="WEBP")
     (photos / "train/ant/linked").symlink_to(elsewhere)

@@ -53,10 +53,12 @@ class Listing:
         return {name: sorted(found[name]) for name in sorted(found)}
 
     def below(self, folder: Path) -> list[Path]:
-        """Returns the image files in a folder and the folders in it, sorted; a folder that links
-        lead to again is looked at once."""
+        """Returns the image files in a folder and the folders in it, sorted. A folder that links
+        lead to again is looked at once, and one that holds ``folder``, with other classes, never.
+        """
         found: list[Path] = []
-        seen = set()
+        holding = (*folder.absolute().parents, *folder.resolve().parents)
+        seen = {(status.st_dev, status.st_ino) for status in map(Path.stat, holding)}
         for place, folders, names in os.walk(folder, followlinks=True, onerror=_raised):
             status = Path(place).stat()
             if (status.st_dev, status.st_ino) in seen:
