@@ -18,7 +18,7 @@ demo: $(VENV)/.installed
 	$(BIN)/greedy train --recipe demo
 
 # Lint, type check and test, all against the wheel that a user would install. Examples and the long
-# forms of kills and resumes are marked slow: with an empty MARKS they run too, as in `.ci/run`.
+# forms of kills, resumes and compiling are marked slow: with an empty MARKS they run too, as in `.ci/run`.
 MARKS ?= not slow
 test: lint types
 	PYTHONSAFEPATH=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "$(MARKS)" $(PYTEST_OPTIONS)

@@ -275,6 +275,7 @@ def test_a_run_learns_and_is_stopped_resumed_and_evaluated(tmp_path: Path, loss:
             assert errors[number - 1] < 33
 
 
+@pytest.mark.slow
 def test_feature_maps_train_in_every_mode(tmp_path: Path) -> None:
     """Through the trainer, under budgets of which the smaller allows no plain step."""
 

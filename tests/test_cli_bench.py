@@ -168,6 +168,7 @@ def test_a_damaged_calibration_is_told_and_left_to_bench(measured, folder, monke
     assert damaged.read_bytes() == path.read_bytes()[:-10]
 
 
+@pytest.mark.slow
 def test_stages_are_measured_in_the_modes_of_a_budget(folder, monkeypatch, tmp_path):
     """And in a table, a line for each stage as it begins."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))

@@ -25,6 +25,7 @@ def struck(**counts: int) -> dict[str, int]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_killed_and_rotten_runs() -> None:
     found = struck(kills=2, flips=2)
     assert found["identical"] == 2
@@ -39,6 +40,7 @@ mounting = pytest.mark.skipif(
 
 
 @mounting
+@pytest.mark.slow
 def test_full_disks() -> None:
     assert struck(**{"disk-full": 2}) == {"disk_full": 2, "clean_stops": 2, "continued": 2}
 

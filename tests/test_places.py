@@ -129,6 +129,7 @@ def test_compiled_code_has_a_folder(temporary: Path) -> None:
     assert done.stdout.strip() == "/elsewhere" and done.stderr == ""
 
 
+@pytest.mark.slow
 def test_training_compiles_and_plans(temporary: Path) -> None:
     recipe = small_recipe(model={"hidden_layers": 1}, training={"compile": "on"})
     (temporary / "tiny.toml").write_text(recipe)
