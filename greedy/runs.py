@@ -200,6 +200,10 @@ class RunDirectory:
             return "stale"
         return "stale" if self.state(parent.stage) == "stale" else "complete"
 
+    def is_stale(self, number: int) -> bool:
+        """Whether a stage is there and ``state`` says that it is stale."""
+        return self.state(number) == "stale"
+
     def complete(self, number: int) -> StageRecord:
         """The record of a stage that must be complete. Raises ``UserError`` if it is not."""
         record, state = self.record(number), self.state(number)

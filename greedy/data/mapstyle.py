@@ -17,16 +17,17 @@ from greedy.data.randomness import generators_kept, transform_names
 from greedy.data.samples import image_and_label
 from greedy.data.splits import Dataset, Images, Labels, Rows, Shape, spread
 from greedy.errors import UserError
-from greedy.functions import call_function
+from greedy.functions import call_function, telling
 from greedy.text import listed
 
+PYTHON = "python"  # the name of sets that are handed over
 CHANNELS = (1, 3, 4)  # what the length of an axis of channels looks like
 LOOKED_AT = 16  # samples that are read to see whether a set does as it says
 READINGS = 64  # of these samples together, so that a flip of every second image shows
 
 
 def dataset_from_torch(
-    train_set: Any, test_set: Any, name: str = "python", background: str = WHITE
+    train_set: Any, test_set: Any, name: str = PYTHON, background: str = WHITE
 ) -> Dataset:
     """Returns the data set of two map-style sets, torch's, torchvision's, Hugging Face's or others.
 
@@ -245,7 +246,8 @@ def _rows_of_all_kinds(labels: npt.NDArray[Any]) -> list[int]:
 
 
 def _read(samples: Any, index: int, name: str) -> tuple[Any, Any]:
-    sample = samples[index]
+    with telling(f"sample {index} of {name} cannot be read"):
+        sample = samples[index]
     try:
         return image_and_label(sample)
     except ValueError as error:
