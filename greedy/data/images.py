@@ -27,7 +27,6 @@ from greedy.errors import UserError
 from greedy.recipes.schema import Data
 
 MODES = {1: "L", 3: "RGB"}  # of Pillow, by the number of channels
-MAX_PIXELS = 178_956_970  # Pillow's own limit
 LONG = 4  # times the pixels wanted, in an image resized to cover them
 LARGE = 2**25  # pixels of images that are decoded one at a time, for the memory they take
 TURNS = {
@@ -64,7 +63,7 @@ class Reading:
     """
 
     background: str = WHITE
-    max_pixels: int = MAX_PIXELS
+    max_pixels: int = Data.model_fields["max_pixels"].default
 
     @classmethod
     def of(cls, data: Data) -> Self:
