@@ -35,7 +35,7 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def part_of(path: Path) -> Path:
-    """Where a file is written before it is renamed to `path`."""
+    """The path at which a file is written before it is renamed to `path`."""
     return path.with_name(path.name + ".part")
 
 

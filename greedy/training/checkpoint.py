@@ -52,8 +52,8 @@ class Start(BaseModel):
 
     @classmethod
     def read(cls, training: Path) -> Self | None:
-        """Of the stage in the directory ``training``, ``None`` where none was begun. Raises
-        ``UserError`` if it is damaged."""
+        """Reads that of the stage in the directory ``training``, ``None`` where none was begun.
+        Raises ``UserError`` if it is damaged."""
         return _read(training, START, cls)
 
     def write(self, training: Path) -> None:
@@ -212,7 +212,7 @@ class Checkpoints:
                 setattr(self.schedule, name, document.schedule[name])
 
     def _sums(self, tensors: dict[str, Tensor]) -> list[Sums]:
-        """Of an epoch that was kept unfinished; else none."""
+        """The sums of an epoch that was kept unfinished; else none."""
         found = []
         for index, learner in enumerate(self.strategy.learners):
             kept = {k: v.to(learner.device) for k, v in _below(f"{index}.sums.", tensors).items()}
