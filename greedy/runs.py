@@ -136,7 +136,7 @@ class RunDirectory:
 
     @property
     def network(self) -> Path:
-        """Where all stages are in the making while they train at once."""
+        """The directory where all stages are in the making while they train at once."""
         return self.path / "network"
 
     def finish_network(self) -> None:

@@ -355,7 +355,7 @@ class GreedyTrainer:
         return resolve(self.recipe, store, views, memory, self.device, compiled=compiled)
 
     def _memory(self) -> MemoryPlan:
-        """How the steps of the run's stages fit the memory budget."""
+        """The plan by which the steps of the run's stages fit the memory budget."""
         if self._planned is None:
             data = self.run.complete(0)
             assert data.store is not None

@@ -172,7 +172,7 @@ def _decoded(image: PillowFile, file: Path) -> ImageFile:
 
 
 def _orientation(image: Image.Image) -> int:
-    """As Exif has it; 1 is upright. What cannot be read of it says nothing."""
+    """The orientation that Exif has; 1 is upright. What cannot be read of it says nothing."""
     with suppress(TypeError, ValueError, SyntaxError, struct.error):
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     return 1

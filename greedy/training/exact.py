@@ -171,7 +171,7 @@ class Residue:
 
     @classmethod
     def of(cls, statistics: Statistics, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> "Residue":
-        """From the gradients of gamma and beta."""
+        """The residue that follows from the gradients of gamma and beta."""
         assert norm.weight.grad is not None and norm.bias.grad is not None
         variance = statistics.variance + norm.eps
         d_mean = -norm.weight * norm.bias.grad * variance.rsqrt()
