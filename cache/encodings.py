@@ -88,12 +88,13 @@ class Encoding:
 
     @property
     def stored_dtype(self) -> np.dtype[Any]:
-        """Of the stored array: bfloat16 is kept as uint16 bits, uint4 as pairs in uint8."""
+        """The dtype of the stored array: bfloat16 is kept as uint16 bits, uint4 as pairs in
+        uint8."""
         return np.dtype(_STORED[self.name])
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Of a stored row: (ceil(F/2),) for uint4, otherwise `row_shape`."""
+        """The shape of a stored row: (ceil(F/2),) for uint4, otherwise `row_shape`."""
         return (-(-self.row_size // 2),) if self.name == "uint4" else self.row_shape
 
     @property
@@ -213,7 +214,7 @@ class Encoding:
 
 
 def channel_axis(row_shape: tuple[int, ...]) -> int:
-    """Where a row's channels are: last in tokens (T, C), first in all others."""
+    """The axis of a row's channels: last in tokens (T, C), first in all others."""
     return 1 if len(row_shape) == 2 else 0
 
 

@@ -36,12 +36,12 @@ class Description:
 
     @property
     def chunk_shape(self) -> tuple[int, ...]:
-        """Of a stored chunk, without the view's axis."""
+        """The shape of a stored chunk, without the view's axis."""
         return (self.layout.chunk_rows, *self.encoding.stored_shape)
 
     @property
     def chunk_bytes(self) -> int:
-        """Of a chunk before compression."""
+        """Bytes of a chunk before compression."""
         return self.layout.chunk_rows * self.encoding.stored_row_bytes
 
     def shard_key(self, view: int, shard: int) -> str:

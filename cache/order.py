@@ -67,7 +67,7 @@ class WindowOrder(EpochOrder):
     def limited_batches(
         self, labels: NDArray[np.int64], size: int, classes: int
     ) -> list[Positions]:
-        """Like `EpochOrder`'s, within each window; make the order with an enlarged one."""
+        """Batches like `EpochOrder`'s, within each window; make the order with an enlarged one."""
         batches = []
         for start, end in zip([0, *self.row_ends[:-1]], self.row_ends, strict=True):
             window = limit_classes(labels[self.rows[start:end]], size, classes)

@@ -81,7 +81,7 @@ class Store:
 
     @property
     def row_shape(self) -> tuple[int, ...]:
-        """Of a decoded row."""
+        """The shape of a decoded row."""
         return self.encoding.row_shape
 
     @property

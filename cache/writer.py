@@ -201,7 +201,7 @@ class StoreWriter:
         self._pending.append(self._files.submit(self._write, encoded, view, chunk))
 
     def _wait(self, left: int) -> None:
-        """Until at most `left` chunks are on their way; here background errors surface."""
+        """Waits until at most `left` chunks are on their way; here background errors surface."""
         while len(self._pending) > left:
             self._pending.popleft().result()
 

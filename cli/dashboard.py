@@ -277,7 +277,7 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def _error(report: EpochReport) -> float | None:
-    """Of the test split where somebody looked, else of the training rows."""
+    """The error of the test split where somebody looked, else of the training rows."""
     tested = report.test_error_percent
     return report.train_error_percent if tested is None else tested
 

@@ -112,7 +112,7 @@ class Bench:
         return cls(recipe, data, place, memory)
 
     def name(self, number: int) -> str:
-        """Of a stage, as in a plan."""
+        """A stage's name, as in a plan."""
         stages = self.memory.stages
         return "output" if number == len(stages) else stages[number - 1].name
 

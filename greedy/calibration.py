@@ -76,7 +76,7 @@ class Work(_Document):
         step_flops: int,
         batch_size: int,
     ) -> Self:
-        """Of a stage whose plain step on a whole batch has ``step_flops``."""
+        """The work of a stage whose plain step on a whole batch has ``step_flops``."""
         convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in stage.modules())
         return cls.model_validate(
             {
@@ -92,14 +92,14 @@ class Work(_Document):
 
     @property
     def computed_flops(self) -> float:
-        """With what the memory mode recomputes; the heads' forward pass is a third of what the
-        plain step has beyond the encoder's two passes."""
+        """Operations of a step with what its memory mode recomputes; the heads' forward pass is a
+        third of what the plain step has beyond the encoder's two passes."""
         encoder, heads = RECOMPUTED[Mode(self.mode)]
         head_flops = max(0, self.flops - 2 * self.forward_flops) / 3
         return self.flops + encoder * self.forward_flops + heads * head_flops
 
     def distance(self, other: "Work") -> float:
-        """How little another stage says about this one, in doublings."""
+        """Distance in doublings: how little another stage says about this one."""
         pairs = (
             (self.flops, other.flops),
             (self.flops / self.values, other.flops / other.values),
@@ -118,7 +118,7 @@ class Measured(_Document):
 
     @property
     def flops_per_second(self) -> float:
-        """Of the plain step, whatever the mode: recomputation is no gain."""
+        """Operations a second of the plain step, whatever the mode: recomputation is no gain."""
         return self.rows_per_second * self.work.flops
 
 
@@ -139,7 +139,7 @@ class Calibration(_Document):
 
     @classmethod
     def path(cls, device_type: str) -> Path:
-        """Where the calibration of this machine's ``cpu``, ``cuda`` or ``mps`` is kept."""
+        """The file that keeps the calibration of this machine's ``cpu``, ``cuda`` or ``mps``."""
         return measurements() / f"{platform.node()}-{device_type}.json"
 
     @classmethod
@@ -207,18 +207,20 @@ class Calibration(_Document):
         write_whole(path, signed(self.model_dump(mode="json")))
 
     def adding(self, measured: Measured) -> Self:
-        """With one more stage, in the place of what was known of one exactly alike."""
+        """A calibration with one more stage, in the place of what was known of one exactly
+        alike."""
         others = [each for each in self.measured if each.work != measured.work]
         return self.model_copy(update={"measured": [*others, measured]})
 
     def seconds_a_row(self, work: Work) -> float | None:
-        """Of a stage's training. ``None`` if no stage of its kind and precision was measured."""
+        """Seconds of a stage's training. ``None`` if no stage of its kind and precision was
+        measured."""
         if (near := self._nearest(work)) is None:
             return None
         return work.computed_flops / near.work.computed_flops / near.rows_per_second
 
     def frozen_seconds_a_row(self, work: Work) -> float | None:
-        """Of a frozen stage, computed and written. ``None`` as above."""
+        """Seconds of a frozen stage, computed and written. ``None`` as above."""
         if (near := self._nearest(work)) is None:
             return None
         return work.forward_flops / near.work.forward_flops / near.frozen_rows_per_second

@@ -11,10 +11,12 @@ from greedy.commands import command
 from greedy.data import Dataset, Reading, Split, find_dataset, load_dataset
 from greedy.data.folder import FolderSplit
 from greedy.data.loading import folder_of
+from greedy.data.mapstyle import PYTHON
 from greedy.data.randomness import generators_kept
 from greedy.data.splits import spread
 from greedy.errors import UserError
 from greedy.filetable import FileChanges, FileTable
+from greedy.functions import is_function_name
 from greedy.runs import SPLITS, RunDirectory
 from greedy.text import legible, listed
 
@@ -108,11 +110,18 @@ def files_of(dataset: Dataset) -> FileTable | None:
 
 
 def _changed(run: RunDirectory, name: str, what: str) -> UserError:
+    told = f"{name} holds other data than {run.path} was begun with ({what})"
+    if name == PYTHON:
+        return UserError(
+            f"{told}: another run directory trains on what is there now, and ignore_changes=True "
+            f"goes on with what is stored"
+        )
+    function = folder_of(name) is None and is_function_name(name)
+    named = ("--data", name) if function else ()  # it is called only if it is named
     return UserError(
-        f"{name} holds other data than {run.path} was begun with ({what}): "
-        f"{command('train', '--run', run.path, '--retrain', 0)} trains the run on what is there "
-        f"now, another run directory leaves it as it is, and --ignore-changes (in Python "
-        f"ignore_changes=True) goes on with what it has stored"
+        f"{told}: {command('train', '--run', run.path, *named, '--retrain', 0)} trains the run on "
+        f"what is there now, another run directory leaves it as it is, and --ignore-changes (in "
+        f"Python ignore_changes=True) goes on with what it has stored"
     )
 
 
@@ -147,15 +156,15 @@ def _differences(run: RunDirectory, dataset: Dataset) -> Iterator[str]:
 
 def _other_labels(split: Split, store: Store) -> list[int]:
     """The samples whose labels are not those stored, of all where labels are known, else of a
-    number that can be read."""
+    number that can be read. Labels that a set keeps apart may be others than its samples give,
+    which were stored."""
     rows = np.arange(store.rows) if split.labels is not None else spread(store.rows, LABELS)
-    samples = store.index[rows]
     if split.labels is not None:
-        labels = split.labels[samples]
-    else:
-        parts = (samples[start : start + TOGETHER] for start in range(0, len(rows), TOGETHER))
-        labels = np.concatenate([split.read(part)[1] for part in parts])
-    return sorted(samples[labels != store.labels[rows]].tolist())
+        rows = rows[split.labels[store.index] != store.labels]
+    samples, stored = store.index[rows], store.labels[rows]
+    parts = [slice(start, start + TOGETHER) for start in range(0, len(rows), TOGETHER)]
+    other = [samples[part][split.read(samples[part])[1] != stored[part]] for part in parts]
+    return sorted(sample for part in other for sample in part.tolist())
 
 
 def _other_images(split: Split, store: Store) -> list[int]:
@@ -173,8 +182,10 @@ def _other_images(split: Split, store: Store) -> list[int]:
 
 
 def _alike(images: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Which images (n, C, H, W) differ by no more than another version of a decoder makes."""
-    difference = np.abs(images - others).reshape(len(images), -1)
-    return (difference.max(axis=1) <= AT_MOST * np.ptp(others)) & (
-        difference.mean(axis=1) <= ON_AVERAGE * others.std(dtype=np.float64)
-    )
+    """Which images (n, C, H, W) differ in no channel, which may be a feature of a scale of its own,
+    by more than another version of a decoder makes."""
+    difference, axes = np.abs(images - others), (0, 2, 3)
+    at_most = AT_MOST * np.ptp(others, axes)
+    on_average = ON_AVERAGE * others.std(axes, dtype=np.float64)
+    alike = (difference.max((2, 3)) <= at_most) & (difference.mean((2, 3)) <= on_average)
+    return alike.all(axis=1)

@@ -44,7 +44,7 @@ class Curve:
 
 
 def stage_curves(run: RunDirectory) -> list[Curve]:
-    """One for each stage of a run that has a local classifier, also for one that is being
+    """Curves, one for each stage of a run that has a local classifier, also for one that is being
     trained; stale stages have none. Raises ``UserError`` where there is no curve at all."""
     if found := curves_so_far(run):
         return found
@@ -85,7 +85,7 @@ def run_curves(runs: Sequence[RunDirectory]) -> list[Curve]:
 
 
 def network_curve(found: Sequence[Curve], name: str, stages: int) -> Curve:
-    """Of a run's curves that of its output layer, whose errors are the network's, under the run's
+    """The curve of a run's output layer, whose errors are the network's, under the run's
     name. Of a run that has not come to it the last, and the name then says which."""
     last = found[-1]
     stage = "" if last.stage == stages else f" (stage {last.stage} of {stages})"

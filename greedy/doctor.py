@@ -158,8 +158,8 @@ def _disk(place: Path) -> Disk:
 
 
 def _fill(file: BinaryIO, size: int) -> None:
-    """Until so many bytes are on the disk, or the time is over. Random ones: file systems may
-    compress."""
+    """Writes until so many bytes are on the disk, or the time is over. Random ones: file systems
+    may compress."""
     block = os.urandom(BLOCK)
     began = time.perf_counter()
     for _ in range(size // BLOCK):

@@ -35,8 +35,8 @@ class Durations:
     work: Sequence[Work]
 
     def seconds(self, calibration: Calibration, number: int, source: int) -> float | None:
-        """Of stage ``number``, trained from the store of stage ``source``, over all its epochs.
-        ``None`` where nothing like it, or like a stage it replays, was measured."""
+        """Seconds of stage ``number``, trained from the store of stage ``source``, over all its
+        epochs. ``None`` where nothing like it, or like a stage it replays, was measured."""
         epochs = for_stage(self.recipe.training.epochs, number)
         rows = (self.rows["train"] - self.held_out) * epochs
         parts = [(rows, calibration.seconds_a_row(self.work[number - 1]))]
@@ -52,7 +52,7 @@ class Durations:
         return total
 
     def frozen_rows(self, number: int, source: int, epochs: int) -> Counter[int]:
-        """How many rows pass through each frozen stage, by its number."""
+        """Rows that pass through each frozen stage, by its number."""
         train, test = self.rows["train"], self.rows["test"]
         store, training = self.recipe.store, self.recipe.training
         passed: Counter[int] = Counter()
@@ -73,8 +73,8 @@ class Durations:
         return passed
 
     def _views(self, number: int) -> int:
-        """Of a stage's store, 0 if it has none. The images of stage 0 are another matter: all
-        stages have to be computed from there anyway."""
+        """The views of a stage's store, 0 if it has none. The images of stage 0 are another matter:
+        all stages have to be computed from there anyway."""
         stages = self.disk.stages
         views = stages[number - 1].views if 1 <= number < len(self.work) else "live"
         return 0 if views == "live" else views

@@ -163,7 +163,7 @@ def _parameters(module: nn.Module | None) -> int:
 
 
 def _operations(head: nn.Sequential | None, shape: StageShapes) -> int:
-    """Of a local classifier, counted as those of a stage that takes h."""
+    """Operations of a local classifier, counted as those of a stage that takes h."""
     if head is None:
         return 0
     return shapes([Stage(1, head, nn.Sequential())], shape.hidden)[0].operations

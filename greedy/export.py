@@ -174,7 +174,7 @@ def _require_onnx() -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without torch 2.9's warning about its own use of a class of its own."""
+    """Silences torch 2.9's warning about its own use of a class of its own."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
         yield

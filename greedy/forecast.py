@@ -103,12 +103,12 @@ class Forecast:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """Of the stage that takes most."""
+        """The peak of the stage that takes most."""
         return max(stage.peak_memory_bytes for stage in self.stages)
 
     @property
     def seconds(self) -> float | None:
-        """Of all stages; ``None`` if that of one is not known."""
+        """Seconds of all stages; ``None`` if that of one is not known."""
         known = [stage.seconds for stage in self.stages if stage.seconds is not None]
         return sum(known) if len(known) == len(self.stages) else None
 
@@ -130,7 +130,7 @@ def data_facts(run: RunDirectory, allow_function: bool = False) -> DataFacts:
 
 
 def named_data_facts(recipe: Recipe, allow_function: bool = False) -> DataFacts:
-    """The same of a data set that is known by its name alone."""
+    """Facts of a data set that is known by its name alone."""
     name, image_size = recipe.data.name, recipe.data.image_size
     entry = next((entry for entry in DATASETS if entry.name == name), None)
     if entry is not None and image_size is None:
@@ -218,8 +218,8 @@ class _Planned:
     disk: Plan
 
     def forecast(self, number: int, at_once: Choice | None) -> StageForecast:
-        """Of a stage that trains alone, or of its share where all train at once by a choice that
-        is the network's."""
+        """The forecast of a stage that trains alone, or of its share where all train at once by a
+        choice that is the network's."""
         stage, shape = self.memory.stages[number - 1], self.memory.shapes[number - 1]
         is_output = number == len(self.memory.stages)
         source = number - 1 if at_once else self.disk.source(number)
@@ -264,6 +264,6 @@ class _Planned:
         )
 
     def _rows_trained(self) -> int:
-        """Of the training rows those that take part in an epoch."""
+        """The number of training rows that take part in an epoch."""
         rows = self.data.rows["train"]
         return rows - self.recipe.held_out(rows)

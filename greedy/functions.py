@@ -30,7 +30,7 @@ def call_function(name: str) -> Any:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
-    with _told(f"cannot import the module of {name}"):
+    with telling(f"cannot import the module of {name}"):
         module = importlib.import_module(module_name)
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -40,12 +40,12 @@ def call_function(name: str) -> Any:
             raise UserError(
                 f"{name} needs arguments and is called without: give its parameters defaults"
             )
-    with _told(f"{name} fails"):
+    with telling(f"{name} fails"):
         return function()
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def telling(what: str) -> Iterator[None]:
     """Inside, errors of a user's own code are one sentence that says where they come from."""
     try:
         yield

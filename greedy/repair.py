@@ -142,7 +142,7 @@ class Mender:
         return Repair(record.stage, split, views * layout.chunks, False)
 
     def _description(self, record: StageRecord, split: str) -> Description:
-        """Of a split whose metadata are lost: both splits have one encoding."""
+        """The description of a split whose metadata are lost: both splits have one encoding."""
         store, other = record.store, SPLITS[split == SPLITS[0]]
         found = mending.describe_store(self.run.store(record.stage) / other)
         if found is None or store is None:

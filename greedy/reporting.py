@@ -48,7 +48,7 @@ class Reporter:
     """Hears of a run's progress and does nothing; override what you want to know."""
 
     def files_checked(self, done: int, files: int) -> None:
-        """Of the image files so many are looked at. Called often: be quick."""
+        """Image files, so many of all, are looked at. Called often: be quick."""
 
     def noted(self, note: str) -> None:
         """A sentence about the data: files that are left out, or taken otherwise than might be
@@ -78,7 +78,7 @@ class Reporter:
         """A step is done. Called often: be quick."""
 
     def resumed(self, rows: int) -> None:
-        """Of the epoch or the store that has just begun, an earlier process did so many rows."""
+        """An earlier process did so many rows of the epoch or the store that has just begun."""
 
     def memory_reduced(self, number: int, memory: StepMemory) -> None:
         """A step of a stage took too much memory; from it on a smaller mode is used."""

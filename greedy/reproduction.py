@@ -122,17 +122,17 @@ class Row:
 
     @property
     def recipe(self) -> Recipe:
-        """Of the first seed."""
+        """The recipe of the first seed."""
         return self.runs[0].recipe
 
     @property
     def figures(self) -> list[float]:
-        """Of the runs that are finished."""
+        """The figures of the runs that are finished."""
         return [run.figure for run in self.runs if run.figure is not None]
 
     @property
     def mean(self) -> float | None:
-        """Over the finished runs, ``None`` if there are none."""
+        """The mean over the finished runs, ``None`` if there are none."""
         return sum(self.figures) / len(self.figures) if self.figures else None
 
     @property

@@ -1,6 +1,7 @@
 """A note in a run of what a retraining still has to do, so that one that is cut short goes on."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -23,12 +24,16 @@ class Retraining(BaseModel):
     left: Number
 
     @classmethod
-    def of(cls, run: Path, wanted: int | None) -> Self | None:
+    def of(cls, run: Path, wanted: int | None, is_stale: Callable[[int], bool]) -> Self | None:
         """What is to be trained again if that is ``wanted`` from a stage on: what is left if it is
-        what was begun before, and at least that. Raises ``UserError`` for a damaged note."""
+        what was begun before, and at least that; a stage that was done and ``is_stale`` since is
+        left too. Raises ``UserError`` for a damaged note."""
         begun = cls._read(run)
-        if wanted is None or (begun and begun.first == wanted):
-            return begun
+        if begun and wanted in (None, begun.first):
+            stale = (number for number in range(begun.first, begun.left) if is_stale(number))
+            return begun.model_copy(update={"left": next(stale, begun.left)})
+        if wanted is None:
+            return None
         return cls(first=wanted, left=min(wanted, begun.left) if begun else wanted)
 
     @classmethod

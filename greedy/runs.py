@@ -136,7 +136,7 @@ class RunDirectory:
 
     @property
     def network(self) -> Path:
-        """Where all stages are in the making while they train at once."""
+        """The directory where all stages are in the making while they train at once."""
         return self.path / "network"
 
     def finish_network(self) -> None:
@@ -199,6 +199,10 @@ class RunDirectory:
         if source is None or source.lineage != parent.lineage:
             return "stale"
         return "stale" if self.state(parent.stage) == "stale" else "complete"
+
+    def is_stale(self, number: int) -> bool:
+        """Whether a stage is there and ``state`` says that it is stale."""
+        return self.state(number) == "stale"
 
     def complete(self, number: int) -> StageRecord:
         """The record of a stage that must be complete. Raises ``UserError`` if it is not."""

@@ -206,7 +206,7 @@ class Epoch:
 
     @property
     def rows(self) -> int:
-        """How many rows take part."""
+        """The number of rows that take part."""
         return self.source.stores["train"].rows - self.source.held_out
 
     def __iter__(self) -> Iterator["Batch"]:

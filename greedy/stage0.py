@@ -137,7 +137,7 @@ def normalisation_of(recipe: Recipe, data: StageRecord) -> tuple[list[float], li
 
 
 def stored_encoding(split: Split) -> Encoding:
-    """How a split's images are stored."""
+    """The encoding in which a split's images are stored."""
     return pixels(split.shape) if split.dtype == np.uint8 else Encoding("float32", split.shape)
 
 

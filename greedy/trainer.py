@@ -177,7 +177,7 @@ class GreedyTrainer:
             self.run.require_stage(retrain_from)
         if self.recipe.training.strategy != "greedy":
             return self._train_network(count, retrain_from)
-        retraining = Retraining.of(self.run.path, retrain_from)
+        retraining = Retraining.of(self.run.path, retrain_from, self.run.is_stale)
         first = retraining.left if retraining else count + 1
         numbers = range(1, count + 1)
         todo = [n for n in numbers if n >= first or self.run.record(n) is None]
@@ -355,7 +355,7 @@ class GreedyTrainer:
         return resolve(self.recipe, store, views, memory, self.device, compiled=compiled)
 
     def _memory(self) -> MemoryPlan:
-        """How the steps of the run's stages fit the memory budget."""
+        """The plan by which the steps of the run's stages fit the memory budget."""
         if self._planned is None:
             data = self.run.complete(0)
             assert data.store is not None

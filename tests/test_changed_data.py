@@ -94,7 +94,21 @@ def remove_class(photos: Path) -> None:
         file.unlink()
 
 
+def edit_in_its_time(photos: Path) -> None:
+    file = photos / "train/ant/1.bmp"
+    before = file.stat()
+    write(file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def exchange_classes(photos: Path) -> None:
+    for old, new in (("ant", "other"), ("bee", "ant"), ("other", "bee")):
+        (photos / "test" / old).rename(photos / "test" / new)
+
+
 CHANGES = {
+    edit_in_its_time: "of 16 files 1 changed: train/ant/1.bmp",
+    exchange_classes: "of 16 files 4 changed: test/ant/0.bmp, test/ant/1.bmp, test/bee/0.bmp, …",
     edit: "of 16 files 2 changed: train/ant/1.bmp, test/bee/0.bmp",
     add: "of 16 files 1 new: train/ant/9.bmp",
     delete: "of 16 files 1 gone: train/bee/5.bmp",
@@ -111,6 +125,7 @@ def test_a_changed_folder_is_told_with_count_and_names(photos, change, what):
     refused = greedy(*AGAIN)
     assert refused.exit_code == 2
     assert what in refused.output
+    assert "`greedy train --run run --retrain 0`" in refused.output
     assert "--ignore-changes" in refused.output
     assert "error" in said(*AGAIN, "--ignore-changes")
 
@@ -181,6 +196,28 @@ def test_a_run_is_trained_again_on_changed_images(photos):
     assert RunDirectory.open(Path("fresh")).record(0).lineage == run.record(0).lineage
     assert fresh.splitlines()[-1] == said(*AGAIN).splitlines()[-1]
     assert verify_run(Path("run")) == []
+
+
+def test_images_that_change_while_a_run_is_trained_again(photos, monkeypatch):
+    training = GreedyTrainer._train_stage
+
+    def stopped(trainer, number, *how):
+        if number == 2:
+            raise KeyboardInterrupt
+        return training(trainer, number, *how)
+
+    edit(photos)
+    with monkeypatch.context() as patched:
+        patched.setattr(GreedyTrainer, "_train_stage", stopped)
+        assert greedy(*AGAIN, "--retrain", 0).exit_code == 130
+    add(photos)
+    said(*AGAIN, "--retrain", 0)
+    run = RunDirectory.open(Path("run"))
+    assert {run.state(number) for number in range(4)} == {"complete"}
+    said("train", "--recipe", "tiny.toml", "--run", "fresh")
+    for number in range(1, 4):
+        name = f"stage{number}/encoder.safetensors"
+        assert Path("run", name).read_bytes() == Path("fresh", name).read_bytes()
 
 
 def test_a_run_without_the_record_opens_and_compares_nothing(photos):
@@ -278,3 +315,57 @@ def test_files_that_were_left_out_are_compared_too(photos):
     assert "error" in said(*asked)
     write(broken)
     assert "of 17 files 1 changed: train/ant/8.bmp" in greedy(*asked).output
+
+
+class Relabelled(Unlabelled):
+    """Samples of which some have other labels than the set they are made from says."""
+
+    def __init__(self, samples: TensorDataset) -> None:
+        super().__init__(samples)
+        self.dataset = samples
+
+    def __getitem__(self, index: int):
+        image, label = self.rows[index]
+        return image, (label + 1) % 3 if index % 10 == 7 else label
+
+
+def test_labels_are_compared_as_samples_give_them(tmp_path):
+    again(tmp_path / "run").fit(Relabelled(TRAIN), TEST)
+    again(tmp_path / "run").fit(Relabelled(TRAIN), TEST)
+    images, labels = (each.clone() for each in TRAIN.tensors)
+    labels[[18, 301]] = (labels[[18, 301]] + 1) % 3
+    with pytest.raises(UserError, match="2 labels of the train split: samples 18, 301"):
+        again(tmp_path / "run").fit(Relabelled(TensorDataset(images, labels)), TEST)
+
+
+def test_each_feature_is_compared_on_its_own_scale(tmp_path):
+    features = torch.rand(60, 3, generator=torch.Generator().manual_seed(0))
+    features *= torch.tensor([1e6, 1, 1])
+    labels = torch.arange(60) % 3
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3, 3))
+
+    def fit(features: torch.Tensor) -> None:
+        samples = TensorDataset(features, labels)
+        trainer(tmp_path / "run", network, epochs=1).fit(samples, samples)
+
+    fit(features)
+    fit(features)
+    with pytest.raises(UserError, match="60 of 60 images of the train split") as refused:
+        fit(features * torch.tensor([1, 2, 1]))
+    assert "greedy train" not in str(refused.value)  # no command has these samples
+
+
+def test_a_function_s_data_are_trained_again_by_the_command_that_is_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("sets_of_a_function.py").write_text(
+        "from small_training import TRAIN, TEST\nsets = lambda: (TRAIN, TEST)\n"
+    )
+    name = "sets_of_a_function:sets"
+    Path("tiny.toml").write_text(small_recipe(data={"name": name}))
+    said(*AGAIN, "--data", name)
+    monkeypatch.setattr("sets_of_a_function.TRAIN", TensorDataset(*TRAIN[:300]))
+    refused = greedy(*AGAIN, "--data", name)
+    told = f"greedy train --run run --data {name} --retrain 0"
+    assert f"`{told}`" in refused.output
+    said(*told.split()[1:])

@@ -100,6 +100,43 @@ def test_parts_that_number_their_classes_differently_are_mapped_each(tmp_path):
     assert set(read(data.train)) == set(read(data.test)) == expected
 
 
+def test_parts_are_mapped_each_in_a_wrapper_too(tmp_path):
+    ab, bc = (images(tmp_path / names, names) for names in ("ab", "bc"))
+    data = dataset_from_torch(Wrapper(ConcatDataset([ab, Wrapper(bc)])), Wrapper(bc))
+    assert data.class_names == ["a", "b", "c"]
+    assert set(read(data.train)) == {(10, 0), (120, 1), (240, 2)}
+
+
+class Kept(Wrapper):
+    """The samples of some labels, which are numbered anew."""
+
+    def __init__(self, dataset, *labels: int) -> None:
+        super().__init__(dataset, labels.index)
+        self.rows = [row for row, (_, label) in enumerate(dataset) if label in labels]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int):
+        return super().__getitem__(self.rows[index])
+
+
+def test_names_are_not_for_labels_that_a_wrapper_numbers_anew(tmp_path):
+    train, test = images(tmp_path / "train", "abc"), images(tmp_path / "test", "bc")
+    kept = Kept(train, 1, 2)
+    assert dataset_from_torch(kept, kept).class_names is None
+    for reached in (kept, ConcatDataset([kept]), Subset(kept, range(len(kept)))):
+        with pytest.raises(UserError, match="number their classes differently.*give both an"):
+            dataset_from_torch(reached, test)
+    kept.classes = ["b", "c"]
+    data = dataset_from_torch(kept, test)
+    assert data.class_names == ["b", "c"]
+    assert set(read(data.train)) == set(read(data.test)) == {(120, 0), (240, 1)}
+    turned = Wrapper(train, lambda label: 2 - label)
+    turned.targets = [2 - label for label in train.targets]
+    assert dataset_from_torch(turned, turned).class_names is None
+
+
 def test_a_class_that_training_lacks_is_refused_by_name(tmp_path):
     train, test = images(tmp_path / "train", "ab"), images(tmp_path / "test", "bc")
     with pytest.raises(UserError, match="python test has classes that python train lacks: 'c'"):
@@ -150,11 +187,54 @@ def test_names_that_differ_in_unicode_normalisation_are_one_class():
 
 @pytest.mark.parametrize(
     ("classes", "problem"),
-    [(["crane", "crane"], "both class 0 and class 1 'crane'"), (2, "no list of names")],
+    [
+        (["crane", "crane"], "both class 0 and class 1 'crane'"),
+        (2, "no list of names"),
+        ({"cat", "dog"}, "no list of names"),  # whose order is another in each process
+        ({1: "dog", 0: "cat"}, "no list of names"),
+        ((each for each in ("cat", "dog")), "no list of names"),
+    ],
 )
 def test_names_that_name_nothing_are_refused(classes, problem):
     with pytest.raises(UserError, match=f"python train .*{problem}"):
         dataset_from_torch(Named([0, 1], classes=classes), Named([0, 1]))
+
+
+@pytest.mark.parametrize(
+    ("classes", "names"),
+    [
+        ([], None),
+        ([b"cat", b"dog"], ["cat", "dog"]),
+        ([["cat", "tom"], ("dog",)], ["cat, tom", "dog"]),
+        (np.array(["cat", "dog"]), ["cat", "dog"]),
+        ({"cat": 0, "dog": 1}.keys(), ["cat", "dog"]),
+    ],
+)
+def test_names_in_lists_of_every_kind(classes, names):
+    named = Named([0, 1], classes=classes)
+    assert dataset_from_torch(named, named).class_names == names
+
+
+@pytest.mark.parametrize("numbers", [{0: "cat", 1: "dog"}, {"cat": None}])
+def test_numbers_of_classes_that_are_none_are_refused(numbers):
+    with pytest.raises(UserError, match="`class_to_idx` that does not lead from names to numbers"):
+        dataset_from_torch(Named([0, 1], class_to_idx=numbers), Named([0, 1]))
+
+
+def test_what_fails_in_a_set_that_is_asked_what_it_holds_is_told():
+    class Lazy(Named):
+        @property
+        def classes(self):
+            raise OSError("no index")
+
+    class Endless(Named):
+        def __len__(self):
+            raise OSError("no list")
+
+    with pytest.raises(UserError, match="classes and labels of python train .*no index"):
+        dataset_from_torch(Lazy([0, 1]), Named([0, 1]))
+    with pytest.raises(UserError, match="the length of python train .*no list"):
+        dataset_from_torch(Endless([0, 1]), Named([0, 1]))
 
 
 def test_a_part_without_names_beside_parts_that_differ_is_refused(tmp_path):
@@ -171,7 +251,7 @@ def test_labels_that_a_transform_changes_do_not_take_the_names_of_others(tmp_pat
     assert set(read(data.train)) == {(10, 2), (120, 1), (240, 0)}
     named = dataset_from_torch(*[Wrapper(train, classes=["z", "y", "x"])] * 2)
     assert named.class_names == ["z", "y", "x"]
-    with pytest.raises(UserError, match="leave out the transform of labels"):
+    with pytest.raises(UserError, match="leave out what changes labels"):
         dataset_from_torch(train, images(tmp_path / "test", "bc"))
 
 
@@ -269,6 +349,8 @@ def test_labels_beyond_the_names_are_refused_with_the_names():
 def test_labels_apart_are_not_believed_where_samples_have_others():
     train = Named([0, 1, 2], targets=[1, 2, 3])
     assert dataset_from_torch(train, train).train.read(np.arange(3))[1].tolist() == [0, 1, 2]
+    never_filled = Named([0, 1, 2], targets=[0, 0, 0])
+    assert dataset_from_torch(never_filled, train).train.read(np.arange(3))[1].tolist() == [0, 1, 2]
 
 
 def test_classes_without_training_images_are_kept_where_they_are_named():

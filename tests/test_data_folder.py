@@ -136,6 +136,24 @@ def test_a_class_may_be_called_train(tmp_path):
     assert load_dataset(f"folder:{tmp_path}").class_names == ["bus", "train"]
 
 
+@pytest.mark.parametrize("strays", [["train"], ["train", "test"]])
+def test_images_beside_class_folders_are_left_out_and_named(folder, strays):
+    for split in strays:
+        write_image(folder / split / "overview.png")
+    data = load_dataset(f"folder:{folder}")
+    assert data.class_names == ["ant", "bird"]
+    assert (len(data.train), len(data.test)) == (6, 2)
+    assert f"{len(strays)} ({strays[-1]}/overview.png" in data.notes[0]
+
+
+def test_splits_without_class_folders_are_no_classes(tmp_path):
+    for name in ("test", "train"):
+        for number in range(5):
+            write_image(tmp_path / name / f"{number}.png")
+    with pytest.raises(UserError, match=r"train hold images and no classes: .*train/CLASS/IMAGE"):
+        load_dataset(f"folder:{tmp_path}")
+
+
 def test_what_cannot_be_read_of_a_header_says_nothing(folder):
     pixels = write_image(
         folder / "train/ant/0.png", 10, 12, exif=b"Exif\0\0nothing that Exif knows"

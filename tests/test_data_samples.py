@@ -12,7 +12,14 @@ from command_line import greedy
 from PIL import Image
 from small_training import network, trainer
 from torch import nn
-from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+)
 from torchvision import transforms
 
 from greedy.data import dataset_from_torch
@@ -276,3 +283,15 @@ def test_other_things_of_hugging_face_are_told_what_to_do(hugging_face):
     unlabelled = rows.map(lambda row: {"label": -1})
     with pytest.raises(UserError, match="12 labels of python train .*leave out images without"):
         dataset_from_torch(unlabelled, rows)
+
+
+def test_a_sample_that_cannot_be_read_is_named(tmp_path):
+    class Files(TensorDataset):
+        def __getitem__(self, index):
+            if index == 9:
+                raise OSError("image file is truncated")
+            return super().__getitem__(index)
+
+    samples = Files(torch.zeros(12, 1, 8, 8), torch.arange(12) % 3)
+    with pytest.raises(UserError, match="sample 9 of .*train cannot be read .*file is truncated"):
+        trainer(tmp_path / "run").fit(samples, samples)

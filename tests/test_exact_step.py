@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import spectral_norm
 from torch.nn.utils.parametrizations import weight_norm
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from greedy.losses import Pred, PredBio, PredSim, PredSimBio, Sim, SimBio
 from greedy.memory.counting import Counter
@@ -249,3 +250,21 @@ def test_backward_passes_are_outside_autocast(mode, monkeypatch):
     gradients(learner, make_batch("conv", learner))
     assert len(seen) >= (1 if mode is Mode.PLAIN else 4)  # the loss's, and each micro-batch's
     assert not any(seen)
+
+
+@pytest.mark.parametrize("mode", MICRO_MODES)
+def test_the_classifier_is_cast_once_a_pass_for_all_micro_batches(mode: Mode) -> None:
+    learner = make_learner("conv", LOSSES["predsim"], torch.float32, "bfloat16")
+    weight = learner.heads.get_submodule("prediction.classifier").get_parameter("weight")
+
+    class Casts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += function is torch.ops.aten._to_copy.default and args[0] is weight
+            return function(*args, **(kwargs or {}))
+
+    learner.memory = StepMemory(mode, 2)
+    with Casts() as casts:
+        gradients(learner, make_batch("conv", learner))
+    assert casts.count == 2  # without and with gradient

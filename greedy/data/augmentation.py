@@ -48,7 +48,7 @@ class Augmentation:
 
     @classmethod
     def parse(cls, text: str, cutout_length: int = 0) -> "Augmentation":
-        """From names joined by ``+``: ``none``, ``jitter2`` or ``crop4``, ``hflip``.
+        """Reads names joined by ``+``: ``none``, ``jitter2`` or ``crop4``, ``hflip``.
 
         Raises UserError for an unknown name, or names that exclude each other.
         """

@@ -1,6 +1,7 @@
 """What a map-style data set says of its classes and labels without being read, through the sets it
 is made of."""
 
+import os
 import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -27,7 +28,7 @@ class Told:
         tables: of the parts whose classes are numbered differently; None for one without names.
         owner: for each sample (n,) the table that its label is looked up in.
         labels: of the samples (n, ...) where the set keeps them apart from the images.
-        renumbered: whether reading a sample gives another label, so that names are not for it.
+        renumbered: whether samples have other labels than those that the names are for, or may.
     """
 
     tables: list[Table | None]
@@ -76,7 +77,10 @@ def told_by(samples: Any, name: str) -> Told:
     told = _told_by_parts(samples, name)
     if told is None:
         return Told([None], np.zeros(count, np.intp), labels)
-    return told if labels is None else replace(told, labels=labels)
+    if labels is None:
+        return told
+    other = told.labels is not None and not np.array_equal(told.labels, labels)
+    return replace(told, labels=labels, renumbered=told.renumbered or other)
 
 
 def settled(
@@ -84,7 +88,7 @@ def settled(
 ) -> tuple[list[str] | None, Lookup, Lookup]:
     """Returns the names of the classes, None where no set names any, and how labels of each set
     become their numbers: by name where both sets name theirs, else as one of them numbers its own.
-    Labels that are changed when they are read are numbers without names.
+    Labels that were changed, or may have been, are numbers without names.
 
     Raises UserError where a test set names a class that the training set does not, or parts of a
     set number their classes differently and another has no names.
@@ -94,9 +98,10 @@ def settled(
     if not tables or train.renumbered or test.renumbered:
         if differ:
             raise UserError(
-                f"{names[0]} and {names[1]} number their classes differently, and their labels are "
-                f"changed when they are read, so that names say nothing of them: leave out the "
-                f"transform of labels"
+                f"{names[0]} and {names[1]}, or parts of them, number their classes differently, "
+                f"and labels of samples are others than their names are for, or may be: give both "
+                f"an attribute `classes` with the names of their labels, or leave out what changes "
+                f"labels"
             )
         return None, Lookup(None, train.owner, []), Lookup(None, test.owner, [])
     for told, name in zip((train, test), names, strict=True):
@@ -154,15 +159,10 @@ def _told_by_parts(samples: Any, name: str) -> Told | None:
         rows = np.asarray(samples.indices, np.intp)
         used, owner = np.unique(told.owner[rows], return_inverse=True)
         labels = None if told.labels is None else told.labels[rows]
-        return Told([told.tables[i] for i in used], owner, labels)
-    if len(told.tables) > 1:
-        raise UserError(
-            f"{name} wraps sets that number their classes differently: give it an attribute "
-            f"`classes` with the names of the classes of its labels"
-        )
-    count = len(samples)
-    labels = told.labels if told.labels is not None and len(told.labels) == count else None
-    return Told(told.tables, np.zeros(count, np.intp), labels)
+        return Told([told.tables[i] for i in used], owner, labels, told.renumbered)
+    if told.labels is not None and len(told.labels) == len(samples):
+        return told  # as far as reading samples gives these labels
+    return Told(told.tables, np.zeros(len(samples), np.intp), None, renumbered=True)
 
 
 def _joined(parts: list[Told]) -> Told:
@@ -173,7 +173,8 @@ def _joined(parts: list[Told]) -> Told:
         owners.append(np.array([tables.index(table) for table in part.tables])[part.owner])
     kept = [part.labels for part in parts if part.labels is not None]
     alike = len(kept) == len(parts) and len({(a.dtype.kind, a.shape[1:]) for a in kept}) == 1
-    return Told(tables, np.concatenate(owners), np.concatenate(kept) if alike else None)
+    labels = np.concatenate(kept) if alike else None
+    return Told(tables, np.concatenate(owners), labels, any(part.renumbered for part in parts))
 
 
 def _own_table(samples: Any, name: str) -> Table | None:
@@ -182,19 +183,29 @@ def _own_table(samples: Any, name: str) -> Table | None:
     if names is None:
         column = label_column(samples)
         names = getattr(samples.features[column], "names", None) if column else None
-    if isinstance(names, str) or not (names is None or hasattr(names, "__iter__")):
+    # A set has no order, and what can be gone through once is empty the next time.
+    ordered = hasattr(names, "__iter__") and hasattr(names, "__len__")
+    if names is not None and (not ordered or isinstance(names, str | Mapping | set | frozenset)):
         raise UserError(
             f"{name} has an attribute `classes` that is no list of names: name the classes in it, "
             f"in the order of their labels"
         )
-    listed = None if names is None else [_text(entry) for entry in names]
-    if isinstance(numbers, Mapping) and (listed is None or set(listed) == set(map(_text, numbers))):
-        pairs = sorted((int(number), _text(key)) for key, number in numbers.items())
-    elif listed is None:
-        return None
+    listed = [] if names is None else [_text(entry) for entry in names]
+    if isinstance(numbers, Mapping) and (not listed or set(listed) == set(map(_text, numbers))):
+        pairs = _numbered(numbers, name)
     else:
         pairs = list(enumerate(listed))
-    return _table(pairs, name)
+    return _table(pairs, name) if pairs else None
+
+
+def _numbered(numbers: Mapping[Any, Any], name: str) -> list[tuple[int, str]]:
+    try:
+        return sorted((int(number), _text(key)) for key, number in numbers.items())
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{name} has an attribute `class_to_idx` that does not lead from names to numbers: "
+            f"give it the label of each class, by its name"
+        ) from error
 
 
 def _table(pairs: list[tuple[int, str]], name: str) -> Table:
@@ -215,7 +226,9 @@ def _table(pairs: list[tuple[int, str]], name: str) -> Table:
 
 def _text(name: Any) -> str:
     """A class may have a tuple of names, as those of ImageNet."""
-    return ", ".join(map(str, name)) if isinstance(name, tuple) else str(name)
+    if isinstance(name, tuple | list):
+        return ", ".join(map(_text, name))
+    return os.fsdecode(name) if isinstance(name, bytes) else str(name)
 
 
 def _own_labels(samples: Any) -> npt.NDArray[Any] | None:

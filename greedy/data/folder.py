@@ -38,11 +38,7 @@ def load_folder(
         what = "is a file" if root.exists() else "is missing"
         raise UserError(f"{root} {what}: name a folder that holds images as CLASS/IMAGE")
     listing, notes = Listing(), []
-    splits = [
-        folder
-        for folder in ("train", *TESTS)
-        if (root / folder).is_dir() and not listing.has_images(root / folder)
-    ]
+    splits = _splits(root, listing)
     if {"train", "test"} & {*splits}:
         train, test = _sorted_by_user(root, splits, listing)
         used, *unused = [folder for folder in TESTS if folder in splits]
@@ -60,6 +56,15 @@ def load_folder(
     training, testing = (FolderSplit(files, names, root, first, reading) for files in (train, test))
     pixels = None if first.kind == "bytes" else first.kind
     return Dataset(name, training, testing, names, notes, pixels=pixels)
+
+
+def _splits(root: Path, listing: Listing) -> list[str]:
+    """Which folders hold classes: those without images of their own, or with folders beside them
+    where both a training and a test folder are so."""
+    there = [folder for folder in ("train", *TESTS) if (root / folder).is_dir()]
+    pure = [folder for folder in there if not listing.has_images(root / folder)]
+    mixed = [folder for folder in there if folder in pure or listing.has_folders(root / folder)]
+    return mixed if "train" in mixed and len(mixed) > 1 else pure
 
 
 def _sorted_by_user(root: Path, splits: list[str], listing: Listing) -> tuple[Files, Files]:
@@ -81,6 +86,11 @@ def _sorted_by_user(root: Path, splits: list[str], listing: Listing) -> tuple[Fi
 
 def _held_out(root: Path, listing: Listing) -> tuple[Files, Files]:
     found = _with_images(root, listing)
+    if not {*found} - {"train", *TESTS}:
+        raise UserError(
+            f"{' and '.join(str(root / name) for name in found)} hold images and no classes: put "
+            f"them into a folder for each class, as {root / 'train'}/CLASS/IMAGE"
+        )
     for name, members in found.items():
         if len(members) < 2:
             raise UserError(

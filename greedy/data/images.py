@@ -27,7 +27,6 @@ from greedy.errors import UserError
 from greedy.recipes.schema import Data
 
 MODES = {1: "L", 3: "RGB"}  # of Pillow, by the number of channels
-MAX_PIXELS = 178_956_970  # Pillow's own limit
 LONG = 4  # times the pixels wanted, in an image resized to cover them
 LARGE = 2**25  # pixels of images that are decoded one at a time, for the memory they take
 TURNS = {
@@ -64,7 +63,7 @@ class Reading:
     """
 
     background: str = WHITE
-    max_pixels: int = MAX_PIXELS
+    max_pixels: int = Data.model_fields["max_pixels"].default
 
     @classmethod
     def of(cls, data: Data) -> Self:
@@ -173,7 +172,7 @@ def _decoded(image: PillowFile, file: Path) -> ImageFile:
 
 
 def _orientation(image: Image.Image) -> int:
-    """As Exif has it; 1 is upright. What cannot be read of it says nothing."""
+    """The orientation that Exif has; 1 is upright. What cannot be read of it says nothing."""
     with suppress(TypeError, ValueError, SyntaxError, struct.error):
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     return 1

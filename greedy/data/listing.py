@@ -87,6 +87,13 @@ class Listing:
         """Whether there is an image file in a folder itself."""
         return any(self.is_image(file) for file in folder.iterdir())
 
+    def has_folders(self, folder: Path) -> bool:
+        """Whether there is a folder in a folder that may be a class."""
+        return any(
+            each.is_dir() and not each.name.startswith(".") and each.name not in SILENT
+            for each in folder.iterdir()
+        )
+
     def ignore(self, path: Path) -> None:
         """Notes what is no image file, unless systems leave it behind everywhere."""
         if path.name not in SILENT and path.name != ".DS_Store" and not path.name.startswith("._"):

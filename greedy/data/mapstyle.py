@@ -17,16 +17,17 @@ from greedy.data.randomness import generators_kept, transform_names
 from greedy.data.samples import image_and_label
 from greedy.data.splits import Dataset, Images, Labels, Rows, Shape, spread
 from greedy.errors import UserError
-from greedy.functions import call_function
+from greedy.functions import call_function, telling
 from greedy.text import listed
 
+PYTHON = "python"  # the name of sets that are handed over
 CHANNELS = (1, 3, 4)  # what the length of an axis of channels looks like
 LOOKED_AT = 16  # samples that are read to see whether a set does as it says
 READINGS = 64  # of these samples together, so that a flip of every second image shows
 
 
 def dataset_from_torch(
-    train_set: Any, test_set: Any, name: str = "python", background: str = WHITE
+    train_set: Any, test_set: Any, name: str = PYTHON, background: str = WHITE
 ) -> Dataset:
     """Returns the data set of two map-style sets, torch's, torchvision's, Hugging Face's or others.
 
@@ -212,8 +213,9 @@ def _require_map_style(samples: Any, name: str) -> None:
         )
     elif not hasattr(samples, "__len__"):
         problem = "is no map-style data set, since it has no length: give it a __len__"
-    elif not len(samples):
-        problem = "is empty: give it samples"
+    else:
+        with telling(f"the length of {name} cannot be asked for"):
+            problem = None if len(samples) else "is empty: give it samples"
     if problem:
         raise UserError(f"{name} {problem}")
 
@@ -221,7 +223,8 @@ def _require_map_style(samples: Any, name: str) -> None:
 def _told_truly(samples: Any, name: str) -> Told:
     """What a set tells, its labels left out where reading samples gives others: transforms of
     labels came between, and then the names of the classes are not those of these labels."""
-    told = told_by(samples, name)
+    with telling(f"classes and labels of {name} cannot be read"):
+        told = told_by(samples, name)
     if told.labels is None:
         return told
     rows = _rows_of_all_kinds(told.labels)
@@ -233,19 +236,21 @@ def _told_truly(samples: Any, name: str) -> Told:
         (told.tables[told.owner[row]] or {}).get(label) is not None
         for row, label in zip(rows, kept, strict=True)
     )
-    return replace(told, labels=None, renumbered=named)
+    return replace(told, labels=None, renumbered=told.renumbered or named)
 
 
 def _rows_of_all_kinds(labels: npt.NDArray[Any]) -> list[int]:
-    """A few rows, with as many different labels as may be."""
-    if labels.ndim > 1 or labels.dtype.kind == "O":
-        return spread(len(labels), LOOKED_AT).tolist()
-    _, rows = np.unique(labels, return_index=True)
-    return rows[spread(len(rows), LOOKED_AT)].tolist()
+    """A few rows, some all over the set and some with as many different labels as may be."""
+    rows = spread(len(labels), LOOKED_AT)
+    if labels.ndim == 1 and labels.dtype.kind != "O":
+        _, first = np.unique(labels, return_index=True)
+        rows = np.union1d(rows, first[spread(len(first), LOOKED_AT)])
+    return rows.tolist()
 
 
 def _read(samples: Any, index: int, name: str) -> tuple[Any, Any]:
-    sample = samples[index]
+    with telling(f"sample {index} of {name} cannot be read"):
+        sample = samples[index]
     try:
         return image_and_label(sample)
     except ValueError as error:
@@ -323,7 +328,7 @@ def _moved(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _listed(keys: Mapping[Any, Any]) -> str:
-    return ", ".join(map(repr, keys))
+    return listed([repr(key) for key in keys])
 
 
 def _a(noun: str) -> str:

@@ -143,7 +143,7 @@ def _arguments(arguments: Any) -> tuple[Any, ...]:
 
 
 def _jpeg2000_bits(image: Image.Image) -> int:
-    """Of the first channel, as the marker SIZ has it (ISO/IEC 15444-1, A.5.1)."""
+    """Bits of the first channel, as the marker SIZ has it (ISO/IEC 15444-1, A.5.1)."""
     file = getattr(image, "fp", None)
     if file is None:  # loaded already
         return 8

@@ -99,7 +99,7 @@ class ProjectedHeads(LocalHeads):
         return None if p is None else p @ self._positive().to(p.dtype)
 
     def modules_for_inference(self) -> list[nn.Module]:
-        """As of other heads; the last of them sums up p."""
+        """Modules as other heads have them; the last of them sums up p."""
         before = super().modules_for_inference()
         if not before:
             return []

@@ -40,8 +40,8 @@ class _Deviation(torch.autograd.Function):
 
 
 def _mean_and_deviation(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Of each map. They are shifted by one of their values first, so that nothing cancels and
-    a constant map deviates by exactly 0."""
+    """Mean and deviation of each map. They are shifted by one of their values first, so that
+    nothing cancels and a constant map deviates by exactly 0."""
     shift = z[:, :, :1, :1]
     centred = z - shift
     mean = centred.mean((2, 3), keepdim=True)

@@ -47,8 +47,8 @@ def average_pooling(shape: Shape, target: int) -> nn.AvgPool2d:
 
 
 def token_pooling(shape: Shape, target: int) -> nn.AvgPool2d:
-    """The same for tokens (T, D): neighbours are averaged, twice as many at a time while more than
-    ``target`` values are left. Tokens pass as one image whose channels are the samples."""
+    """The pooling of tokens (T, D): neighbours are averaged, twice as many at a time while more
+    than ``target`` values are left. Tokens pass as one image whose channels are the samples."""
     tokens, width = shape
     kernel = 1
     while math.ceil(tokens / kernel) * width > target and kernel < tokens:

@@ -75,9 +75,9 @@ def choose_network(
     device_type: str,
     optimizer: OptimizerFactory | None = fused_adam,
 ) -> Choice:
-    """How a step that trains all stages at once fits a budget of bytes: in its plain mode, the
-    only one it has. Raises ``UserError`` where it does not. Without an ``optimizer`` its state is
-    in host memory."""
+    """The choice by which a step that trains all stages at once fits a budget of bytes: in its
+    plain mode, the only one it has. Raises ``UserError`` where it does not. Without an
+    ``optimizer`` its state is in host memory."""
     peak = network_peak(
         stages,
         shapes,

@@ -39,7 +39,7 @@ class Choice(StepMemory):
     write_batch: int = 1
 
     def recorded(self) -> dict[str, Any]:
-        """With the bytes and rows, see ``StepMemory.recorded``."""
+        """JSON values by name: those of ``StepMemory.recorded``, the bytes and the rows."""
         counted = {"planned_peak_bytes": self.peak_bytes, "write_batch": self.write_batch}
         return super().recorded() | counted
 
@@ -67,7 +67,8 @@ def room_for(learner: Learner) -> int:
 
 
 def stored_row_bytes(encoding: str, shape: Shape) -> int:
-    """Of a row of this shape in a store of such an encoding; ``auto`` is one of a byte a value."""
+    """Bytes of a row of this shape in a store of such an encoding; ``auto`` is one of a byte a
+    value."""
     bits = {"float32": 32, "float16": 16, "bfloat16": 16, "uint4": 4}
     return math.ceil(math.prod(shape) * bits.get(encoding, 8) / 8)
 

@@ -54,7 +54,7 @@ class Counter(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
     def reset_peak(self) -> None:
-        """From here on the peak is that of what follows."""
+        """Forgets the peak so far: it becomes that of what follows."""
         self.peak = self.live
 
     def __torch_dispatch__(

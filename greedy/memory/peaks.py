@@ -172,7 +172,7 @@ class StepDemand:
 
 
 def weight_bytes(stage: Stage) -> int:
-    """Of a stage's weights."""
+    """Bytes of a stage's weights."""
     return sum(p.numel() * p.element_size() for p in stage.parameters())
 
 

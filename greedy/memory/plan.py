@@ -59,9 +59,9 @@ class MemoryPlan:
             self.stage(number, disk.source(number))
 
     def stage(self, number: int, source: int, written_from: int | None = None) -> Choice:
-        """How stage ``number`` trains from the store of stage ``source``, and how many rows are
-        computed at a time when its own is written from that of stage ``written_from``, by default
-        the same. Raises ``UserError`` where nothing fits."""
+        """The choice by which stage ``number`` trains from the store of stage ``source``, and how
+        many rows are computed at a time when its own is written from that of stage
+        ``written_from``, by default the same. Raises ``UserError`` where nothing fits."""
         demand, writing = self._demands(number, source, written_from)
         writes = writing and (number, writing.replay)
         alike = (self._alike(number), demand.replay, demand.beside, source == 0, writes)
@@ -73,9 +73,9 @@ class MemoryPlan:
     def smaller(
         self, number: int, source: int, written_from: int | None, learner: Learner
     ) -> Choice | None:
-        """How stage ``number``, planned so, goes on when a step of its ``learner`` ran out of
-        memory and was let go of: as it would have been planned for what turns out to be free, and
-        with less than it had. ``None`` where nothing takes less."""
+        """The choice with which stage ``number``, planned so, goes on when a step of its
+        ``learner`` ran out of memory and was let go of: as it would have been planned for what
+        turns out to be free, and with less than it had. ``None`` where nothing takes less."""
         demand, writing = self._demands(number, source, written_from)
         room = room_for(learner) + demand.frozen_bytes()
         micro_batch = self.recipe.memory.micro_batch
@@ -84,7 +84,7 @@ class MemoryPlan:
     def _demands(
         self, number: int, source: int, written_from: int | None
     ) -> tuple[StepDemand, StepDemand | None]:
-        """Of a stage's step, and of writing its store where that differs."""
+        """The demand of a stage's step, and that of writing its store where that differs."""
         demand = self._demand(number, source)
         if self.recipe.store.refresh_every > 0:
             demand = replace(demand, beside=sum(map(weight_bytes, self.stages[:source])))
@@ -122,7 +122,8 @@ class MemoryPlan:
         )
 
     def network(self) -> Choice:
-        """How all stages train at once. Raises ``UserError`` where that does not fit."""
+        """The choice by which all stages train at once. Raises ``UserError`` where that does not
+        fit."""
         on_device = self.recipe.memory.optimizer_state == "device"
         return choose_network(
             self.stages,

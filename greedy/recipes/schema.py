@@ -352,7 +352,7 @@ class Recipe(_Section):
         return self.store.refresh_every if self.data.is_augmented else 0
 
     def held_out(self, rows: int) -> int:
-        """Of so many training rows, those that ``training.patience`` watches."""
+        """The number of rows, of so many to train on, that ``training.patience`` watches."""
         return max(1, round(self.data.holdout * rows)) if self.training.patience else 0
 
 

@@ -360,6 +360,6 @@ def _figures(runs: Sequence[RunFacts]) -> list[float]:
 
 
 def _chart(height: int, layers: list[Spec]) -> Spec:
-    """As wide as the page has room."""
+    """A chart as wide as the page has room."""
     fit = {"type": "fit-x", "contains": "padding"}
     return {"width": "container", "height": height, "autosize": fit, "layer": layers}

@@ -76,7 +76,7 @@ class RunFacts:
 
     @property
     def class_names(self) -> list[str]:
-        """Of all classes."""
+        """The names of all classes."""
         return self.records[0].class_names
 
     @property
@@ -86,27 +86,27 @@ class RunFacts:
 
     @property
     def device(self) -> str:
-        """On which the stages were trained, in words; empty as long as none is."""
+        """The devices on which the stages were trained, in words; empty as long as none is."""
         return " and ".join(dict.fromkeys(record.device for record in self.trained))
 
     @property
     def precisions(self) -> list[str]:
-        """In which they were trained."""
+        """The precisions in which they were trained, each once."""
         return list(dict.fromkeys(record.resolved["precision"] for record in self.trained))
 
     @property
     def versions(self) -> Mapping[str, str]:
-        """With which the last of them was trained."""
+        """Versions by package with which the last of them was trained."""
         return self.trained[-1].versions if self.trained else {}
 
     def epochs(self, stage: int) -> int:
-        """For which a stage is trained, at most."""
+        """The most epochs for which a stage is trained."""
         found: int = for_stage(self.recipe.training.epochs, stage)
         return found
 
     @property
     def seconds(self) -> float | None:
-        """Of training and writing stores, as far as the run has come."""
+        """Seconds of training and writing stores, as far as the run has come."""
         known = [each.seconds for each in self.stages if each.seconds is not None]
         if not known:
             return None
@@ -114,7 +114,7 @@ class RunFacts:
 
     @property
     def step_memory_bytes(self) -> int | None:
-        """Of the stage whose step takes most, counted."""
+        """Bytes, counted, of the stage whose step takes most."""
         known = [b for each in self.stages if (b := each.step_memory_bytes) is not None]
         return max(known, default=None)
 

@@ -48,12 +48,12 @@ class TestResult:
 
     @property
     def images(self) -> int:
-        """How many."""
+        """The number of images."""
         return int(self.confusion.sum())
 
     @property
     def wrong(self) -> int:
-        """How many are taken for what they are not."""
+        """The number of images taken for what they are not."""
         return self.images - int(np.trace(self.confusion))
 
     @property

@@ -54,11 +54,13 @@ class ExactStep:
         """Puts the gradients of the batch's loss into every parameter's ``grad``, given its
         targets, a row a sample. Returns the loss, and the logits (B, classes) or ``None``."""
         clear_gradients(self.parts.parameters())
-        statistics = self._statistics()
-        features = self._features(statistics)
+        with self.autocast:  # which casts a weight once for all micro-batches
+            statistics = self._statistics()
+            features = self._features(statistics)
         loss, slopes = differentiate(self.loss, features, y, self.scale)
-        moments = self._backward(statistics, slopes)
-        self._close(statistics, moments)
+        with self.autocast:
+            moments = self._backward(statistics, slopes)
+            self._close(statistics, moments)
         return loss, self.parts.heads.logits(features)
 
     def _input(self, rows: slice) -> Tensor:
@@ -71,14 +73,7 @@ class ExactStep:
     def _encoded(self, rows: slice) -> Tensor:
         if self.c is not None:
             return self.c[rows]
-        with self.autocast:
-            return forward(self.parts.encoder, self._input(rows))
-
-    def _local(self, c: Tensor, statistics: Statistics | None) -> Features:
-        """What the heads make of c. Here and in ``_encoded`` alone autocast is on: a backward pass
-        within it may compute in float16 on the thread of autograd, whatever was asked for."""
-        with self.autocast:
-            return self.parts.heads(self.parts.hidden(c, statistics))
+        return forward(self.parts.encoder, self._input(rows))
 
     def _statistics(self) -> Statistics | None:
         """First pass: the batch's statistics, from which the running ones learn, and c where it
@@ -101,7 +96,7 @@ class ExactStep:
         """Second pass: z and p of the whole batch, without gradient."""
         whole: list[Any] = [None, None]
         for rows in self.slices:
-            features = self._local(self._encoded(rows), statistics)
+            features = self.parts.heads(self.parts.hidden(self._encoded(rows), statistics))
             whole = [
                 None if part is None else put(place, len(self.x), rows, part)
                 for place, part in zip(whole, features, strict=True)
@@ -131,9 +126,11 @@ class ExactStep:
     ) -> Tensor:
         leaf = c.detach().requires_grad_()
         with torch.enable_grad():
-            features = self._local(leaf, statistics)
+            features = self.parts.heads(self.parts.hidden(leaf, statistics))
         pairs = [(f, s[rows]) for f, s in zip(features, slopes, strict=True) if f is not None]
-        torch.autograd.backward([f for f, _ in pairs], [s for _, s in pairs])
+        # Within autocast the thread of autograd may compute in float16, whatever was asked for.
+        with torch.autocast(c.device.type, enabled=False):
+            torch.autograd.backward([f for f, _ in pairs], [s for _, s in pairs])
         assert leaf.grad is not None
         return leaf.grad
 
@@ -174,7 +171,7 @@ class Residue:
 
     @classmethod
     def of(cls, statistics: Statistics, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> "Residue":
-        """From the gradients of gamma and beta."""
+        """The residue that follows from the gradients of gamma and beta."""
         assert norm.weight.grad is not None and norm.bias.grad is not None
         variance = statistics.variance + norm.eps
         d_mean = -norm.weight * norm.bias.grad * variance.rsqrt()

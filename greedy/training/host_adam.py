@@ -24,7 +24,7 @@ class HostAdam(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One step with the gradients of the parameters on the device."""
+        """Takes one step with the gradients of the parameters on the device."""
         pairs = list(zip(self.param_groups[0]["params"], self.trained, strict=True))
         for (mine, trained), place in zip(pairs, self._gradients, strict=True):
             mine.copy_(trained, non_blocking=self._pinned)

@@ -161,7 +161,7 @@ class Epochs:
 
     @property
     def _rate(self) -> float:
-        """To be reported: of the first group, if it has one."""
+        """The rate to be reported: that of the first group, if it has one."""
         group = self.strategy.optimizers[0].param_groups[0]
         return float(group["lr"]) if FIRST in group else self.schedule.rate
 

@@ -69,7 +69,7 @@ class StepMemory:
     micro_batch: int = DEFAULT_MICRO_BATCH
 
     def recorded(self) -> dict[str, Any]:
-        """As a stage's record has it: JSON values by name."""
+        """JSON values by name, as a stage's record has them."""
         return {"memory_mode": str(self.mode), "micro_batch": self.micro_batch}
 
     def smaller(self, device_type: str) -> "StepMemory | None":

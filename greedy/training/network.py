@@ -50,7 +50,7 @@ class NetworkTraining:
 
     @property
     def recipe(self) -> Recipe:
-        """Of the run."""
+        """The run's recipe."""
         return self.run.recipe
 
     def train(self) -> list[StageRecord]:
@@ -169,8 +169,8 @@ class NetworkTraining:
         resolved: dict[str, Any],
         seconds: float,
     ) -> list[StageRecord]:
-        """Every stage as if it had been trained alone, but for its record's times and memory,
-        which are those of the network."""
+        """Writes every stage as if it had been trained alone, but for its record's times and
+        memory, which are those of the network."""
         records = [self.data]
         for learner, shape, reports in zip(strategy.learners, self.shapes, histories, strict=True):
             learner.release()

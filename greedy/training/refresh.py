@@ -65,8 +65,8 @@ class Refresh:
 
 
 def _workshop(path: Path, record: StageRecord, generation: int) -> Path:
-    """Where the views of a generation are written: named by what they follow from, so that one
-    that was interrupted goes on and any other goes."""
+    """The place where the views of a generation are written: named by what they follow from, so
+    that one that was interrupted goes on and any other goes."""
     place = path.with_name(f".train.{digest(canonical([record.lineage, generation]))}.part")
     for other in path.parent.glob(".train.*.part"):
         if other != place:

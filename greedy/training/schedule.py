@@ -20,11 +20,11 @@ class Milestones:
     milestones: Sequence[int]
 
     def factor_at(self, epoch: int) -> float:
-        """On the first rates, in an epoch counted from 0."""
+        """The factor on the first rates in an epoch, counted from 0."""
         return self.decay ** self.drops(epoch)
 
     def drops(self, epoch: int) -> int:
-        """How often the rate has dropped before this epoch."""
+        """The number of drops of the rate before this epoch."""
         return sum(m <= epoch for m in self.milestones)
 
     def observe(self, holdout_loss: float | None) -> bool:
@@ -45,11 +45,11 @@ class Patience:
     dropped: int = 0
 
     def factor_at(self, epoch: int) -> float:
-        """On the first rates, now."""
+        """The factor on the first rates now."""
         return self.decay**self.dropped
 
     def drops(self, epoch: int) -> int:
-        """How often the rate has dropped so far."""
+        """The number of drops of the rate so far."""
         return self.dropped
 
     def observe(self, holdout_loss: float | None) -> bool:

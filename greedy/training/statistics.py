@@ -19,14 +19,14 @@ class Statistics:
 
     @classmethod
     def of(cls, c: Tensor) -> "Statistics":
-        """Of a micro-batch (m, C, ...), taken in float32."""
+        """Statistics of a micro-batch (m, C, ...), taken in float32."""
         dims = [d for d in range(c.dim()) if d != 1]
         variance, mean = torch.var_mean(widened(c), dims, correction=0)
         wide = torch.float32 if c.device.type == "mps" else torch.float64
         return cls(c.numel() // c.shape[1], mean.to(wide), variance.to(wide))
 
     def merged(self, other: "Statistics") -> "Statistics":
-        """Of both sets of values together."""
+        """Statistics of both sets of values together."""
         count = self.count + other.count
         share = other.count / count
         shift = other.mean - self.mean
@@ -38,7 +38,7 @@ class Statistics:
         )
 
     def to(self, dtype: torch.dtype) -> "Statistics":
-        """In the precision of the parameters."""
+        """These statistics in the precision of the parameters."""
         return Statistics(self.count, self.mean.to(dtype), self.variance.to(dtype))
 
     @torch.no_grad()

@@ -81,7 +81,7 @@ class Learner:
         return [*self.stage.buffers(), *self.heads.buffers()]
 
     def mask(self, seed: int, rows: int, shape: Shape, epoch: int, position: int) -> Tensor | None:
-        """Of dropout on so many inputs of this shape, named by (seed, stage, step)."""
+        """The mask of dropout on so many inputs of this shape, named by (seed, stage, step)."""
         if self.stage.dropout is None:
             return None
         generator = torch_generator(seed, "dropout", self.stage.number, epoch, position)
@@ -128,7 +128,7 @@ class Learner:
         return self.local(self.hidden(x))
 
     def compiled(self, x: Tensor) -> Features:
-        """The same, compiled if it is to be for so many rows."""
+        """What ``features`` gives, compiled if it is to be for so many rows."""
         if len(x) != self.compiled_rows:
             return self.features(x)
         if self._compiled is None:
@@ -140,7 +140,7 @@ class Learner:
         return self._compiled(x)
 
     def forget_compiled(self) -> None:
-        """With the memory of its CUDA graphs."""
+        """Drops what was compiled, with the memory of its CUDA graphs."""
         if self._compiled is not None:
             self._compiled = None
             torch.compiler.reset()
@@ -203,7 +203,7 @@ def _try(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None] | None:
 
 
 def _let_go(learner: Learner) -> None:
-    """Of what a step leaves on the device."""
+    """Lets go of what a step leaves on the device."""
     learner.forget_compiled()
     for parameter in learner.parameters():
         parameter.grad = None

@@ -41,7 +41,7 @@ class Strategy(Protocol):
 
     @property
     def learners(self) -> Sequence[Learner]:
-        """Of the stages, in order."""
+        """The learners of the stages, in order."""
 
     @property
     def optimizers(self) -> Sequence[torch.optim.Optimizer]:
@@ -147,7 +147,7 @@ class Backprop:
         return found
 
     def _micro_batches(self, count: int) -> list[slice]:
-        """Of nearly equal size, and of two rows at least: batch norm takes no single one."""
+        """Slices of nearly equal size, of two rows at least: batch norm takes no single one."""
         number = max(1, min(self.accumulate, count // 2))
         edges = [count * i // number for i in range(number + 1)]
         found = [slice(start, stop) for start, stop in pairwise(edges)]
