@@ -168,7 +168,8 @@ def run(part: Part, log: Path) -> dict[str, Any]:
 
 def _run(command: list[str], seconds: float, log: Path) -> dict[str, Any]:
     began = time.perf_counter()
-    environment = os.environ | {"PYTHONPATH": str(HERE), "PYTHONSAFEPATH": "1"}
+    paths = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1"}
     with log.open("a", encoding="utf-8") as errors:
         errors.write(f"\n$ {shlex.join(command)}\n")
         errors.flush()
