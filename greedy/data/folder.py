@@ -103,7 +103,7 @@ def _held_out(root: Path, listing: Listing) -> tuple[Files, Files]:
     found = _with_images(root, listing)
     if not {*found} - {"train", *TESTS}:
         raise UserError(
-            f"{' and '.join(str(root / name) for name in found)} hold images and no classes: put "
+            f"images in {' and '.join(str(root / name) for name in found)} are of no class: put "
             f"them into a folder for each class, as {root / 'train'}/CLASS/IMAGE"
         )
     for name, members in found.items():
