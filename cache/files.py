@@ -1,7 +1,7 @@
 """Files that are whole or absent, also after a power cut."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -9,9 +9,15 @@ from typing import BinaryIO
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write `data` beside `path` and rename it into place."""
+    write_parts(path, [data])
+
+
+def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """The same for data in parts, of which one is in memory at a time."""
     part = part_of(path)
     with naming(part), new_file(part) as file:
-        file.write(data)
+        for data in parts:
+            file.write(data)
         file.flush()
         os.fsync(file.fileno())
     rename(part, path)

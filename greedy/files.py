@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,15 @@ MAX_DOCUMENT_BYTES = 64 * 2**20
 
 def digest(data: bytes) -> str:
     """The hash that names contents everywhere in a run: 128 bits of BLAKE2b, in hex."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+    return digest_of_parts([data])
+
+
+def digest_of_parts(parts: Iterable[bytes | memoryview]) -> str:
+    """The same of contents in parts."""
+    found = hashlib.blake2b(digest_size=16)
+    for data in parts:
+        found.update(data)
+    return found.hexdigest()
 
 
 def file_digest(path: Path) -> str:

@@ -94,7 +94,21 @@ def remove_class(photos: Path) -> None:
         file.unlink()
 
 
+def edit_in_its_time(photos: Path) -> None:
+    file = photos / "train/ant/1.bmp"
+    before = file.stat()
+    write(file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def exchange_classes(photos: Path) -> None:
+    for old, new in (("ant", "other"), ("bee", "ant"), ("other", "bee")):
+        (photos / "test" / old).rename(photos / "test" / new)
+
+
 CHANGES = {
+    edit_in_its_time: "of 16 files 1 changed: train/ant/1.bmp",
+    exchange_classes: "of 16 files 4 changed: test/ant/0.bmp, test/ant/1.bmp, test/bee/0.bmp, …",
     edit: "of 16 files 2 changed: train/ant/1.bmp, test/bee/0.bmp",
     add: "of 16 files 1 new: train/ant/9.bmp",
     delete: "of 16 files 1 gone: train/bee/5.bmp",
@@ -136,6 +150,26 @@ def test_files_that_were_only_touched_or_copied_are_the_same(photos):
     Path("copied").rename(photos)
     Path("run").chmod(0o555)
     assert "error" in said(*AGAIN)
+
+
+def test_a_folder_that_cannot_be_read_is_told_and_stops_what_trains(photos, monkeypatch):
+    scanning = os.scandir
+
+    def refused(path="."):
+        if Path(path).name == "bee":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scanning(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    what = "photos/train/bee cannot be read (Permission denied): have reading it permitted"
+    for asked in (AGAIN, ("data", "prepare", "folder:photos")):
+        result = greedy(*asked)
+        assert result.exit_code == 2
+        assert what in result.output
+    assert "error" in said(*AGAIN, "--ignore-changes")
+    looked = greedy("evaluate", "--run", "run")
+    assert looked.exit_code == 0
+    assert what in looked.stderr
 
 
 def test_a_finished_run_needs_no_folder(photos):

@@ -11,17 +11,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Self, TypeVar
 
-import safetensors.torch
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
-from greedy.cache.files import write_whole
+from greedy.cache.files import write_parts, write_whole
 from greedy.errors import UserError
 from greedy.exchange import CHECKPOINT
-from greedy.files import digest, file_digest, read_signed, read_tensors, signed
+from greedy.files import digest_of_parts, file_digest, read_signed, read_tensors, signed
 from greedy.manifest import Choices
 from greedy.reporting import EpochReport
+from greedy.tensorfile import file_parts
 from greedy.training.modes import StepMemory
 from greedy.training.packing import pack, unpack
 from greedy.training.schedule import FIRST, Patience, Schedule, set_first_rates
@@ -153,17 +153,13 @@ class Checkpoints:
             pack(optimizer.state_dict(), f"optimizer.{index}", tensors)
             for index, optimizer in enumerate(self.strategy.optimizers)
         ]
-        data = safetensors.torch.save(
-            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        )
         schedule = self.schedule
         state = {k: getattr(schedule, k) for k in _PATIENCE if isinstance(schedule, Patience)}
-        document = _Document(
-            progress=progress, schedule=state, optimizers=optimizers, tensors=digest(data)
-        )
+        name = digest_of_parts(file_parts(tensors))
+        document = _Document(progress=progress, schedule=state, optimizers=optimizers, tensors=name)
         directory = self.training / CHECKPOINT
-        kept = directory / f"{document.tensors}.safetensors"
-        write_whole(kept, data)
+        kept = directory / f"{name}.safetensors"
+        write_parts(kept, file_parts(tensors))
         write_whole(directory / PROGRESS, signed(document.model_dump(mode="json")))
         for old in directory.glob("*.safetensors"):
             if old != kept:

@@ -6,15 +6,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-
-from greedy.cache.files import write_whole
+from greedy.cache.files import write_parts
 from greedy.devices import describe, peak_memory
 from greedy.files import canonical, digest, file_digest
 from greedy.manifest import ENCODER, HEADS, Metrics, Parent, StageRecord, StoreRecord
 from greedy.models import StageShapes
 from greedy.recipes import Recipe
 from greedy.reporting import EpochReport
+from greedy.tensorfile import file_parts
 from greedy.training.step import Learner
 from greedy.versions import versions
 
@@ -22,9 +21,7 @@ from greedy.versions import versions
 def save_weights(learner: Learner, directory: Path) -> None:
     """The encoder and the local heads, as safetensors."""
     for name, module in ((ENCODER, learner.stage), (HEADS, learner.heads)):
-        # Each a copy: safetensors takes no two names for the same memory.
-        tensors = {k: v.cpu().contiguous().clone() for k, v in module.state_dict().items()}
-        write_whole(directory / name, safetensors.torch.save(tensors))
+        write_parts(directory / name, file_parts(module.state_dict()))
 
 
 def history_line(report: EpochReport) -> str:
