@@ -61,13 +61,9 @@ wheel: $(VENV)/.wheel
 experiments: $(VENV)/.installed
 	$(BENCHMARK)/experiments.py --to $(EXPERIMENTS)
 
-# What only a GPU can show, in about ten minutes; the figures belong in docs/results.md.
-STEP := $(BENCHMARK)/stage_step.py --device cuda --steps 20 --json
+# What only a GPU can show, in about fifteen minutes; the figures belong in docs/results.md.
 gpu: $(VENV)/.wheel
-	PYTHONSAFEPATH=1 $(BIN)/python -m pytest -m gpu
-	$(BENCHMARK)/memory.py --json
-	$(STEP) --multiplier 1
-	$(STEP) --network vgg11b --multiplier 3
+	$(BENCHMARK)/gpu.py --to $(EXPERIMENTS)/gpu
 
 clean:
 	rm -rf build dist *.egg-info

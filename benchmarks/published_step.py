@@ -62,6 +62,11 @@ class Layer(nn.Module):
         nn.init.zeros_(self.classifier.weight)
         self.optimizer = torch.optim.Adam(self.parameters(), lr=RATE)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """What the next layer gets."""
+        out = self.dropout(F.leaky_relu(self.norm(self.encoder(x)), 0.01))
+        return F.max_pool2d(out, 2) if self.pool else out
+
     def step(self, x: Tensor, labels: Tensor, onehot: Tensor) -> Tensor:
         """Trains on the activations of the layer before; returns what the next one gets."""
         h = F.leaky_relu(self.norm(self.encoder(x)), 0.01)
@@ -84,6 +89,11 @@ class Output(nn.Module):
         self.classifier = nn.Linear(inputs, classes)
         nn.init.zeros_(self.classifier.weight)
         self.optimizer = torch.optim.Adam(self.parameters(), lr=RATE)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The logits."""
+        logits: Tensor = self.classifier(x)
+        return logits
 
     def step(self, x: Tensor, labels: Tensor, onehot: Tensor) -> Tensor:
         """Trains; returns the logits."""
@@ -127,6 +137,35 @@ class Published:
                 torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
         return seconds
+
+
+class EndToEnd(Published):
+    """The same layers without local heads, trained by back-propagation with one optimiser."""
+
+    def __init__(self, multiplier: float, network: str = "vgg8b") -> None:
+        super().__init__(multiplier, network)
+        parameters: list[nn.Parameter] = []
+        for layer in self.layers:
+            if isinstance(layer, Layer):
+                parameters += [*layer.encoder.parameters(), *layer.norm.parameters()]
+                del layer.similarity, layer.classifier
+            else:
+                parameters += layer.parameters()
+            del layer.optimizer
+        self.optimizer = torch.optim.Adam(parameters, lr=RATE)
+
+    def whole_step(self, images: Tensor, labels: Tensor) -> float:
+        """Trains on a batch. Returns the seconds that it took."""
+        start = time.perf_counter()
+        x = images
+        for layer in self.layers:
+            x = layer.forward(x if isinstance(layer, Layer) and layer.side else x.flatten(1))
+        self.optimizer.zero_grad()
+        F.cross_entropy(x, labels).backward()
+        self.optimizer.step()
+        if x.is_cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
 
 
 def batch(rows: int, side: int = 32, classes: int = 10) -> tuple[Tensor, Tensor]:

@@ -11,13 +11,16 @@ step and layer, which only makes ours slower: a run does not wait.
 - `wait_share`: of a step, for its rows to be there.
 - `ratio_published_step`: the published step's time for the same layer, over ours.
 - `epoch_ratio_published_step`: the published step's time, over the sum of ours.
+- `epoch_ratio_backprop`: with `--backprop`, the time of a step of plain end-to-end back-propagation
+  (float32, eager) through the same network, over the sum of ours.
 """
 
 import json
+import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ from typing import Any
 import click
 import numpy as np
 import torch
-from published_step import NETWORKS, Published, batch
+from published_step import NETWORKS, EndToEnd, Published, batch
 
 from greedy.bench import peak_flops
 from greedy.build import build_loss, build_network
@@ -44,10 +47,12 @@ from greedy.training.loop import Epochs
 from greedy.training.modes import Mode
 from greedy.training.resolve import compiles
 from greedy.training.schedule import Milestones
+from greedy.training.step import Learner
 from greedy.training.strategies import Greedy
 
 IMAGE: Shape = (3, 32, 32)
 CLASSES = 10
+BLOCK_VALUES = 2**24  # drawn once and repeated
 RUN_ROWS = 50_000  # of the data set whose run decides about compiling
 
 
@@ -102,9 +107,10 @@ class TimedSource(Source):
 class Timed:
     """A stage in training, with what its steps took so far."""
 
+    number: int
     name: str
     flops: int
-    compiled: bool
+    learner: Learner
     epochs: Epochs
     clock: Clock
     waits: list[float]
@@ -129,13 +135,14 @@ class Timed:
 def write_store(path: Path, shape: Shape, rows: int, *, raw: bool) -> Store:
     """Images, or activations like those of a trained stage: leaky ReLU of normal numbers."""
     random = np.random.default_rng(0)
+    block = (min(rows, max(1, BLOCK_VALUES // math.prod(shape))), *shape)
     values: np.ndarray
     if raw:
-        values, encoding = random.integers(0, 256, (rows, *shape), np.uint8), pixels(shape)
+        values, encoding = random.integers(0, 256, block, np.uint8), pixels(shape)
     else:
-        values = random.standard_normal((rows, *shape), dtype=np.float32)
+        values = random.standard_normal(block, dtype=np.float32)
         values = np.where(values > 0, values, np.float32(0.01) * values)
-        encoding = fit_encoding("uint8", values[:2048])
+        encoding = fit_encoding("uint8", values)
     with StoreWriter(
         path,
         rows=rows,
@@ -146,18 +153,28 @@ def write_store(path: Path, shape: Shape, rows: int, *, raw: bool) -> Store:
         index=np.arange(rows),
         encoded=raw,
     ) as writer:
-        writer.append(values)
+        for start in range(0, rows, len(values)):
+            writer.append(values[: rows - start])
     return Store(path)
 
 
 def stages(
-    recipe: Recipe, precision: str, steps: int, device: torch.device, directory: Path
+    recipe: Recipe,
+    precision: str,
+    steps: int,
+    device: torch.device,
+    directory: Path,
+    numbers: Sequence[int],
+    *,
+    graphs: bool,
 ) -> Iterator[Timed]:
-    """Every stage of the recipe's network with its own store."""
+    """Those stages of the recipe's network, or all, each with its own store."""
     network = cut(build_network(recipe.model, IMAGE, CLASSES))
     size = recipe.training.batch_size
     once = recipe.training.model_copy(update={"epochs": 1})
     for stage, shape in zip(network, shapes(network, IMAGE), strict=True):
+        if numbers and stage.number not in numbers:
+            continue
         is_output = stage is network[-1]
         hidden = build_loss(recipe.loss)
         loss = Output(hidden.output_scale) if is_output else hidden
@@ -181,6 +198,7 @@ def stages(
         images = Images([0.4] * 3, [0.3] * 3, augmentation) if first else None
         source = TimedSource(stage.number - 1, path, stores, device, 0, images)
         learner = new_learner(stage, shape, loss, CLASSES, recipe, choices, device, zero=is_output)
+        learner.graphs = learner.graphs and graphs
         learner.optimizer = new_optimizer(learner.parameters(), recipe, stage.number, None)
         clock = Clock(device)
         epochs = Epochs(
@@ -193,34 +211,49 @@ def stages(
             ample_memory=True,
         )
         name = "output" if is_output else stage.name
-        yield Timed(name, flops, compiled, epochs, clock, source.waits)
+        yield Timed(stage.number, name, flops, learner, epochs, clock, source.waits)
 
 
 def measure(
-    recipe: Recipe, precision: str, steps: int, rounds: int, device: torch.device
+    recipe: Recipe,
+    precision: str,
+    steps: int,
+    rounds: int,
+    device: torch.device,
+    numbers: Sequence[int] = (),
+    *,
+    graphs: bool = True,
+    backprop: bool = False,
 ) -> dict[str, Any]:
     """The document that is printed."""
     size = recipe.training.batch_size
     with device:
-        published = Published(recipe.model.feature_multiplier, recipe.model.network)
+        what = (recipe.model.feature_multiplier, recipe.model.network)
+        published, whole = Published(*what), EndToEnd(*what) if backprop else None
         given = batch(size)
     theirs: list[list[float]] = []
-    peaks = []
+    peaks, through = [], []
     with tempfile.TemporaryDirectory() as directory:
-        timed = list(stages(recipe, precision, steps, device, Path(directory)))
+        place = Path(directory)
+        timed = list(stages(recipe, precision, steps, device, place, numbers, graphs=graphs))
         published.step(*given)
+        if whole:
+            whole.whole_step(*given)
         for _ in range(2):  # compiling a stage for the first time throws away those before it
             for each in timed:
                 each.warm_up()
         for _ in range(rounds):
             peaks.append(peak_flops(device))
             theirs.append(published.step(*given))
+            if whole:
+                through.append(whole.whole_step(*given))
             for each in timed:
                 each.train()
     peak = statistics.median(peaks)
     layers = [statistics.median(seconds) for seconds in zip(*theirs, strict=True)]
     joint = statistics.median(map(sum, theirs))
-    return {
+    ours = sum(each.seconds for each in timed)
+    found = {
         "network": recipe.model.network,
         "device": describe(device),
         "multiplier": recipe.model.feature_multiplier,
@@ -230,18 +263,26 @@ def measure(
         "published_images_per_second": round(size / joint, 2),
         "stages": [
             {
-                "stage": number,
+                "stage": each.number,
                 "name": each.name,
-                "compiled": each.compiled,
+                "compiled": bool(each.learner.compiled_rows),
+                "graphs": each.learner.graphs,
                 "images_per_second": round(size / each.seconds, 1),
                 "share_of_peak": round(each.flops / each.seconds / peak, 3),
                 "wait_share": round(statistics.median(each.waits) / each.seconds, 4),
-                "ratio_published_step": round(layer / each.seconds, 2),
+                "ratio_published_step": round(layers[each.number - 1] / each.seconds, 2),
             }
-            for number, (each, layer) in enumerate(zip(timed, layers, strict=True), start=1)
+            for each in timed
         ],
-        "epoch_ratio_published_step": round(joint / sum(each.seconds for each in timed), 2),
     }
+    if not numbers:
+        found["epoch_ratio_published_step"] = round(joint / ours, 2)
+    if whole:
+        seconds = statistics.median(through)
+        found["backprop_images_per_second"] = round(size / seconds, 2)
+        if not numbers:
+            found["epoch_ratio_backprop"] = round(seconds / ours, 2)
+    return found
 
 
 @click.command()
@@ -251,6 +292,9 @@ def measure(
 @click.option("--multiplier", default=0.5, show_default=True, help="Of the network's channels.")
 @click.option("--precision", default="auto", show_default=True)
 @click.option("--compile", "compiling", default="auto", show_default=True)
+@click.option("--graphs/--no-graphs", default=True, help="As CUDA graphs, where compiled.")
+@click.option("--stages", default="", help="Numbers of those that are timed  [default: all].")
+@click.option("--backprop", is_flag=True, help="Time end-to-end back-propagation too.")
 @click.option("--rows", default=128, show_default=True, help="Of a batch.")
 @click.option("--steps", default=2, show_default=True, help="Timed, of a stage in a round.")
 @click.option("--rounds", default=3, show_default=True)
@@ -261,6 +305,9 @@ def main(
     multiplier: float,
     precision: str,
     compiling: str,
+    graphs: bool,
+    stages: str,
+    backprop: bool,
     rows: int,
     steps: int,
     rounds: int,
@@ -275,7 +322,9 @@ def main(
         ],
     )
     device = pick_device(place)
-    found = measure(recipe, pick_precision(precision, device), steps, rounds, device)
+    numbers = [int(each) for each in stages.split(",") if each]
+    what = (recipe, pick_precision(precision, device), steps, rounds, device, numbers)
+    found = measure(*what, graphs=graphs, backprop=backprop)
     if as_json:
         click.echo(json.dumps(found))
         return
@@ -290,7 +339,9 @@ def main(
             f"{row['share_of_peak']:.0%} of the peak, waits {row['wait_share']:.1%}, "
             f"{row['ratio_published_step']:.2f} times the published step"
         )
-    click.echo(f"all stages: {found['epoch_ratio_published_step']:.2f} times the published epoch")
+    for name in ("published_step", "backprop"):
+        if (ratio := found.get(f"epoch_ratio_{name}")) is not None:
+            click.echo(f"all stages: {ratio:.2f} times an epoch of {name}")
 
 
 if __name__ == "__main__":

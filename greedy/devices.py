@@ -73,20 +73,46 @@ def available_memory() -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be taken on a device now."""
+    """Bytes that can be taken on a device now, within what this process may take of it."""
     if device.type != "cuda":
         return available_memory()
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info(device)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    can_be = min(free + torch.cuda.memory_reserved(device), allowed)
+    return max(0, can_be - torch.cuda.memory_allocated(device))
+
+
+@contextmanager
+def memory_limited(device: torch.device, budget: int | None) -> Iterator[None]:
+    """Inside, CUDA's allocator takes at most a budget of bytes, as on a card with no more. Other
+    devices have no such limit."""
+    if device.type != "cuda" or budget is None:
+        yield
+        return
+    before = torch.cuda.get_per_process_memory_fraction(device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(before, budget / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: on CUDA the allocator's peak since it was last reset, else the process's highest
-    resident memory so far."""
+    """Bytes: on CUDA the most that the allocator took of the device since ``reset_peak_memory``,
+    else the process's highest resident memory so far."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """On CUDA, what is free in the allocator goes back to the device, and its peak is that of what
+    follows."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def describe(device: torch.device) -> str:
@@ -98,13 +124,19 @@ def describe(device: torch.device) -> str:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Inside, convolutions on CUDA compute float32 in float32, without TF32."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
+    """Inside, convolutions on CUDA compute float32 in float32, without TF32. Torch's older switch
+    can always be set, but not read where a user has set the newer ones, of torch 2.9."""
+    cudnn = torch.backends.cudnn
+    newer = (cudnn.conv, cudnn.rnn) if hasattr(cudnn, "conv") else ()
+    before = [each.fp32_precision for each in newer]
+    allowed = "tf32" in before if newer else cudnn.allow_tf32
+    cudnn.allow_tf32 = False
     try:
         yield
     finally:
-        torch.backends.cudnn.allow_tf32 = before
+        cudnn.allow_tf32 = allowed
+        for each, precision in zip(newer, before, strict=True):
+            each.fp32_precision = precision
 
 
 def to_device(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:

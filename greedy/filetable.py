@@ -42,7 +42,8 @@ class FileTable:
     Attributes:
         names: relative to the folder.
         sizes: in bytes (n,); -1 for a file that is not there.
-        times: of modification, in nanoseconds (n,).
+        times: a number (n,) that is another once a file was touched, or others took its place: of
+            its times and of where it lies.
         digests: of the contents (n,), taken when they are wanted.
     """
 
@@ -130,7 +131,8 @@ def _status(file: Path) -> tuple[int, int]:
         status = file.stat()
     except OSError:
         return -1, 0
-    return status.st_size, status.st_mtime_ns
+    # Folders that change their names leave the times of the files in them.
+    return status.st_size, hash((status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
 
 
 def _digest(file: Path) -> int:

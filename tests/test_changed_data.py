@@ -94,7 +94,21 @@ def remove_class(photos: Path) -> None:
         file.unlink()
 
 
+def edit_in_its_time(photos: Path) -> None:
+    file = photos / "train/ant/1.bmp"
+    before = file.stat()
+    write(file)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def exchange_classes(photos: Path) -> None:
+    for old, new in (("ant", "other"), ("bee", "ant"), ("other", "bee")):
+        (photos / "test" / old).rename(photos / "test" / new)
+
+
 CHANGES = {
+    edit_in_its_time: "of 16 files 1 changed: train/ant/1.bmp",
+    exchange_classes: "of 16 files 4 changed: test/ant/0.bmp, test/ant/1.bmp, test/bee/0.bmp, …",
     edit: "of 16 files 2 changed: train/ant/1.bmp, test/bee/0.bmp",
     add: "of 16 files 1 new: train/ant/9.bmp",
     delete: "of 16 files 1 gone: train/bee/5.bmp",

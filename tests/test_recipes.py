@@ -367,7 +367,9 @@ def test_training_jointly_is_how_local_losses_were_published() -> None:
 
 def test_fields_that_came_later_leave_earlier_runs_what_they_are() -> None:
     plain = recipes.load("demo")
-    assert not {"data.background", "data.broken"} & recipes.result_fields(plain).keys()
+    later = {"data.background", "data.broken", "data.max_pixels"}
+    for same in (plain, recipes.load("demo", ["data.max_pixels=100"])):
+        assert not later & recipes.result_fields(same).keys()
     black = recipes.load("demo", ["data.background=black", "data.max_pixels=100"])
     assert recipes.result_fields(black)["data.background"] == "black"
     assert recipes.differences(plain, black) == [("data.background", "white", "black")]
@@ -379,3 +381,9 @@ def test_fields_that_came_later_decide_a_result_once_they_are_set() -> None:
     assert "data.background" not in recipes.result_fields(plain)  # as runs from before have it
     assert recipes.differences(plain, black) == [("data.background", "white", "black")]
     assert recipes.differences(black, plain) == [("data.background", "black", "white")]
+
+
+def test_the_size_above_which_images_are_skipped_decides_a_result() -> None:
+    skip = ["data.broken=skip"]
+    plain, smaller = recipes.load("demo", skip), recipes.load("demo", [*skip, "data.max_pixels=9"])
+    assert recipes.differences(plain, smaller) == [("data.max_pixels", 178_956_970, 9)]

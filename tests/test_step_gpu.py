@@ -11,9 +11,11 @@ from torch.utils.data import TensorDataset
 from greedy import GreedyTrainer, Reporter
 from greedy.devices import set_determinism
 from greedy.losses import PredSim
+from greedy.losses.deviation import deviation
 from greedy.models import cut, shapes, vgg8b
 from greedy.source import Batch
 from greedy.training.guard import Guard
+from greedy.training.host_adam import HostAdam
 from greedy.training.modes import Mode
 from greedy.training.step import Learner, step
 
@@ -145,3 +147,63 @@ def test_no_step_waits_for_the_device(tmp_path: Path, precision: str, compiling:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [record.resolved["compile"] for record in records] == [compiling == "on"] * 2
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_constant_map_deviates_by_nothing_where_compiled_too(precision: torch.dtype) -> None:
+    """The map is made in the same kernel, so that it could be rounded in two ways."""
+
+    def deviations(x: torch.Tensor) -> torch.Tensor:
+        return deviation(F.leaky_relu(x * 3.0 - 0.7, 0.01))
+
+    x = torch.full((8, 16, 12, 12), 0.1, device=DEVICE, dtype=precision, requires_grad=True)
+    found = torch.compile(deviations)(x)
+    found.sum().backward()
+    assert x.grad is not None
+    assert not found.any()
+    assert not x.grad.any()
+
+
+def test_adam_on_the_host_learns_the_same() -> None:
+    """But for the order of its sums, also where it reads gradients that were copied without
+    waiting."""
+    torch.manual_seed(0)
+    weights = [torch.randn(512, 512, device=DEVICE) for _ in range(4)]
+    learned = []
+    for make in (torch.optim.Adam, HostAdam):
+        parameters = [nn.Parameter(weight.clone()) for weight in weights]
+        optimizer = make(parameters, lr=0.01)
+        for _ in range(5):
+            loss = torch.stack([(p @ p).sin().mean() for p in parameters]).sum()
+            for parameter in parameters:
+                parameter.grad = None
+            loss.backward()
+            optimizer.step()
+        learned.append(parameters)
+    for device, host in zip(*learned, strict=True):
+        torch.testing.assert_close(host, device, rtol=1e-4, atol=1e-4)
+
+
+def test_no_more_is_taken_than_a_named_budget(tmp_path: Path) -> None:
+    """By a whole run, whose steps would take more."""
+    network = vgg8b(1, 16, CLASSES, feature_multiplier=0.5)
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (512, 1, 16, 16), dtype=torch.uint8, generator=random)
+    data = TensorDataset(images, torch.arange(512) % CLASSES)
+    budget = 160 * 2**20
+    trainer = GreedyTrainer(
+        network,
+        run_dir=tmp_path / "run",
+        device=DEVICE.type,
+        epochs=1,
+        views=1,
+        batch_size=512,
+        precision="float32",
+        memory_budget="160MiB",
+    )
+    torch.cuda.empty_cache()
+    records = trainer.fit(data, data)
+    modes = {record.resolved["memory_mode"] for record in records}
+    assert modes > {Mode.PLAIN}, "no stage was short of memory"
+    assert all((record.peak_memory_bytes or 0) <= budget for record in records)
+    assert torch.cuda.get_per_process_memory_fraction() == 1

@@ -21,7 +21,11 @@ from greedy.training.step import Learner
 
 LARGEST_MICRO_BATCH = 32  # beyond it a step gains nothing
 POSITIONS = 1024  # of a feature map, over a micro-batch, that are worth a weight's reading
-WORKSPACE = 16 * 2**20  # of convolutions on CUDA
+# On CUDA, see `benchmarks/workspace.py`: of cuBLAS, in the threads of the forward and the backward
+# pass each, by the GPU's major version; and of cuDNN's convolutions.
+CUBLAS_WORKSPACE = {9: 32 * 2**20}
+USUAL_CUBLAS_WORKSPACE = 2 * 2**22 + 8 * 2**14
+CUDNN_WORKSPACE = 16 * 2**20
 FRAGMENTATION = 1.05  # what CUDA's allocator reserves beyond what is asked of it
 AUTO_SHARE = 0.85  # of the memory that is free on the device
 
@@ -42,8 +46,14 @@ class Choice(StepMemory):
 
 def memory_budget(recipe: Recipe, device: torch.device) -> int:
     """Bytes on the device that a step may take."""
+    named = named_budget(recipe)
+    return int(AUTO_SHARE * free_memory(device)) if named is None else named
+
+
+def named_budget(recipe: Recipe) -> int | None:
+    """Bytes, where the recipe names them."""
     setting = recipe.memory.budget
-    return parse_size(setting) if setting != "auto" else int(AUTO_SHARE * free_memory(device))
+    return None if setting == "auto" else parse_size(setting)
 
 
 def room_for(learner: Learner) -> int:
@@ -148,8 +158,13 @@ def _count(demand: StepDemand, mode: Mode, micro_batch: int) -> Choice:
 
 
 def reserved(peak: int, device_type: str) -> int:
-    """What a device's allocator takes for tensors of so many bytes."""
-    return int(peak * FRAGMENTATION) + WORKSPACE if device_type == "cuda" else peak
+    """What a device's allocator takes for tensors of so many bytes. A GPU that is not there is
+    taken for a usual one."""
+    if device_type != "cuda":
+        return peak
+    major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
+    cublas = CUBLAS_WORKSPACE.get(major, USUAL_CUBLAS_WORKSPACE)
+    return int(peak * FRAGMENTATION) + 2 * cublas + CUDNN_WORKSPACE
 
 
 def _enlarged(demand: StepDemand, choice: Choice, budget: int) -> Choice:

@@ -2,13 +2,16 @@
 
 from typing import Any, Final
 
-from greedy.recipes.schema import Recipe
+from greedy.recipes.schema import Data, Recipe
 
 FREE_FIELDS: Final = {
     *("max_pixels", "frozen_transforms"),
     *("compile", "deterministic", "test_every", "checkpoint_minutes"),
 }
-LATER_FIELDS: Final[dict[str, Any]] = {"data.background": "white", "data.broken": "refuse"}
+_LATER_OF_DATA = ("background", "broken", "max_pixels")
+LATER_FIELDS: Final[dict[str, Any]] = {
+    f"data.{field}": Data.model_fields[field].default for field in _LATER_OF_DATA
+}
 
 
 def result_fields(recipe: Recipe) -> dict[str, Any]:
@@ -16,12 +19,14 @@ def result_fields(recipe: Recipe) -> dict[str, Any]:
     paper, checkpoints, the store's compressor, budgets and ``keep``; what may change a last digit,
     as a device does) may change at any time. Fields that came later are left out where they have
     their default, so that runs from before them stay what they are."""
-    document = recipe.model_dump()
+    document, free = recipe.model_dump(), FREE_FIELDS
+    if recipe.data.broken == "skip":  # larger images are among those that are skipped
+        free = free - {"max_pixels"}
     whole = {
         f"{section}.{field}": value
         for section in ("data", "model", "loss", "training")
         for field, value in document[section].items()
-        if field not in FREE_FIELDS and (f"{section}.{field}", value) not in LATER_FIELDS.items()
+        if field not in free and (f"{section}.{field}", value) not in LATER_FIELDS.items()
     }
     store = {
         f"store.{field}": document["store"][field]

@@ -4,37 +4,40 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class HostAdam(torch.optim.Adam):
     """Adam for parameters on a device, computed by the CPU: of what is as large as the weights,
     the device holds weights and gradients alone. Each step copies both to the host and the
-    weights back."""
+    weights back; for CUDA through page-locked memory, all copies at once."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
         self.trained = list(parameters)
-        pinned = self.trained[0].device.type == "cuda"
-        super().__init__(
-            [
-                nn.Parameter(torch.empty(p.shape, dtype=p.dtype, pin_memory=pinned))
-                for p in self.trained
-            ],
-            lr=lr,
-            fused=True,
-        )
+        self._pinned = self.trained[0].device.type == "cuda"
+        self._gradients = [self._beside(p) if self._pinned else None for p in self.trained]
+        super().__init__([nn.Parameter(self._beside(p)) for p in self.trained], lr=lr, fused=True)
+
+    def _beside(self, parameter: nn.Parameter) -> Tensor:
+        """A tensor on the host of a parameter's size, not filled."""
+        return torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=self._pinned)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Takes one step with the gradients of the parameters on the device."""
         pairs = list(zip(self.param_groups[0]["params"], self.trained, strict=True))
-        for mine, trained in pairs:
-            mine.copy_(trained)
-            mine.grad = None if trained.grad is None else trained.grad.cpu()
+        for (mine, trained), place in zip(pairs, self._gradients, strict=True):
+            mine.copy_(trained, non_blocking=self._pinned)
+            if trained.grad is None or place is None:
+                mine.grad = None if trained.grad is None else trained.grad.cpu()
+            else:
+                mine.grad = place.copy_(trained.grad, non_blocking=True)
         # Set by the guard, on the device: torch would copy it without waiting, and read it at once.
         if (bad := getattr(self, "found_inf", None)) is not None:
             self.found_inf = bad.cpu()
+        if self._pinned:
+            torch.cuda.current_stream(self.trained[0].device).synchronize()
         super().step(closure)
         for mine, trained in pairs:
-            trained.copy_(mine)
+            trained.copy_(mine, non_blocking=self._pinned)
             mine.grad = None

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from greedy.devices import set_determinism
+from greedy.devices import memory_limited, reset_peak_memory, set_determinism
 from greedy.files import bytes_below
 from greedy.finetuning import load_initial
 from greedy.losses import LocalLoss
 from greedy.manifest import HISTORY, StageRecord
-from greedy.memory.choice import Choice
+from greedy.memory.choice import Choice, named_budget
 from greedy.memory.peaks import OptimizerFactory
 from greedy.models import Stage, StageShapes
 from greedy.recipes import Recipe
@@ -63,8 +63,13 @@ class NetworkTraining:
         set_determinism(self.device, start.resolved.get("deterministic", False))
         if start.resolved["shuffle"] == "rows":
             self.source.hold_in_memory()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        reset_peak_memory(self.device)
+        with memory_limited(self.device, named_budget(self.recipe)):
+            records = self._train(place, start, began)
+        self.run.finish_network()
+        return records
+
+    def _train(self, place: Path, start: Start, began: float) -> list[StageRecord]:
         strategy = self._strategy(start.resolved)
         needed = 7 * 4 * sum(p.numel() for each in strategy.learners for p in each.parameters())
         require_room(place, "the network", needed - bytes_below(place))
@@ -78,9 +83,7 @@ class NetworkTraining:
             )
             histories = self._run_epochs(checkpoints)
             seconds = checkpoints.before + time.perf_counter() - began
-            records = self._write(strategy, histories, start.resolved, seconds)
-        self.run.finish_network()
-        return records
+            return self._write(strategy, histories, start.resolved, seconds)
 
     def _start(self, place: Path) -> Start:
         """What an interrupted training began with if it was this one, else a new start."""

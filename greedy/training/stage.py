@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 
-from greedy.devices import set_determinism
+from greedy.devices import memory_limited, reset_peak_memory, set_determinism
 from greedy.disk import COMPRESSED, UNCOMPRESSED
 from greedy.files import bytes_below
 from greedy.heap import give_back
 from greedy.losses import LocalLoss
 from greedy.manifest import HISTORY, StageRecord, StoreRecord
-from greedy.memory.choice import Choice
+from greedy.memory.choice import Choice, named_budget
 from greedy.memory.peaks import OptimizerFactory
 from greedy.models import Stage, StageShapes
 from greedy.recipes import Recipe
@@ -71,13 +71,13 @@ class StageTraining:
         self.start.write(directory)
         torch.set_num_threads(self.resolved["threads"])
         set_determinism(self.device, self.resolved.get("deterministic", False))
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        learner = self._learner()
-        needed = self._room(learner)
-        require_room(directory, f"stage {self.stage.number}", needed - bytes_below(directory))
-        with until_full(directory, f"stage {self.stage.number}", needed):
-            return self._train(learner, directory, started)
+        reset_peak_memory(self.device)
+        with memory_limited(self.device, named_budget(self.recipe)):
+            learner = self._learner()
+            needed = self._room(learner)
+            require_room(directory, f"stage {self.stage.number}", needed - bytes_below(directory))
+            with until_full(directory, f"stage {self.stage.number}", needed):
+                return self._train(learner, directory, started)
 
     def _train(self, learner: Learner, directory: Path, started: float) -> StageRecord:
         checkpoints = Checkpoints(

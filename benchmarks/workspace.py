@@ -1,0 +1,111 @@
+"""What cuBLAS and cuDNN take of CUDA's allocator while they compute, beyond their tensors.
+
+Convolutions are those of VGG11B(3x) on CIFAR-10 shapes: forward, the gradient of the weight and the
+gradient of the input, each alone, in micro-batches of some rows. The memory plan reckons with these
+bytes (`greedy/memory/choice.py`).
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import click
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from greedy.devices import pick_device
+from greedy.precision import HALVES
+
+MIB = 2**20
+# Input and output channels, side
+CONVOLUTIONS = ((3, 384, 32), (384, 384, 32), (384, 768, 32), (768, 768, 16), (1536, 1536, 8))
+
+
+def extra(compute: Callable[[], object]) -> int:
+    """Bytes at most, while it computes, beyond what is alive before and what it returns."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = compute()
+    torch.cuda.synchronize()
+    made = sum(t.numel() * t.element_size() for t in [result] if isinstance(t, Tensor))
+    return max(0, torch.cuda.max_memory_allocated() - before - made)
+
+
+def cublas() -> dict[str, int]:
+    """Bytes that stay after products in the thread of the forward pass, with a bias, and after
+    their gradients in the thread of the backward pass."""
+    found = {}
+    for precision in (torch.float32, torch.bfloat16):
+        x, weight = (torch.randn((512, 512), device="cuda", dtype=precision) for _ in range(2))
+        bias = torch.zeros(512, device="cuda", dtype=precision)
+        weight.requires_grad_()
+
+        def kept(compute: Callable[[], object]) -> int:
+            before = torch.cuda.memory_allocated()
+            compute()
+            return torch.cuda.memory_allocated() - before
+
+        name = str(precision).removeprefix("torch.")
+        weight.grad = torch.zeros_like(weight)
+        found[f"{name}, product"] = kept(partial(torch.matmul, x, weight))
+        found[f"{name}, linear"] = kept(partial(F.linear, x, weight, bias))
+        found[f"{name}, gradients"] = kept((x @ weight).sum().backward)
+    return found
+
+
+def convolutions(rows: int, precision: str, *, channels_last: bool) -> Iterator[dict[str, Any]]:
+    """The extra MiB of each convolution."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    dtype = HALVES.get(precision, torch.float32)
+    for inputs, outputs, side in CONVOLUTIONS:
+
+        def random(*shape: int, layout: torch.memory_format = layout) -> Tensor:
+            return torch.randn(shape, device="cuda").to(dtype, memory_format=layout)
+
+        x, weight = random(rows, inputs, side, side), random(outputs, inputs, 3, 3)
+        g = random(rows, outputs, side, side)
+        passes: dict[str, Callable[[], Tensor]] = {
+            "forward": lambda x=x, w=weight: F.conv2d(x, w, padding=1),
+            "weight": lambda x=x, w=weight, g=g: conv2d_weight(x, w.shape, g, padding=1),
+            "input": lambda x=x, w=weight, g=g: conv2d_input(x.shape, w, g, padding=1),
+        }
+        sizes = {f"{name}_mib": round(extra(each) / MIB, 1) for name, each in passes.items()}
+        what = f"{inputs} to {outputs}, side {side}"
+        yield (
+            {"convolution": what, "rows": rows, "precision": precision}
+            | sizes
+            | {"channels_last": channels_last}
+        )
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--rows", default="1,8,32,128", show_default=True, help="Of a micro-batch.")
+def main(as_json: bool, rows: str) -> None:
+    """Measure the workspaces; needs a GPU."""
+    device = pick_device("cuda")
+    torch.backends.cudnn.benchmark = False
+    kept = {name: round(size / MIB, 3) for name, size in cublas().items()}
+    found = [
+        each
+        for precision in ("float32", "bfloat16")
+        for channels_last in (False, True)
+        for count in map(int, rows.split(","))
+        for each in convolutions(count, precision, channels_last=channels_last)
+    ]
+    if as_json:
+        name = torch.cuda.get_device_name(device)
+        click.echo(json.dumps({"device": name, "cublas_mib": kept, "convolutions": found}))
+        return
+    for name, size in kept.items():
+        click.echo(f"cuBLAS, {name}: {size:.2f} MiB")
+    for each in found:
+        click.echo(", ".join(f"{name} {value}" for name, value in each.items()))
+
+
+if __name__ == "__main__":
+    main()
