@@ -107,15 +107,15 @@ def _budgets(given: Setting) -> Iterator[Part]:
 def _steps(given: Setting) -> Iterator[Part]:
     """How fast steps are, eager, compiled and as CUDA graphs."""
     step = [*_script("stage_step"), "--json", "--device", given.device]
-    step += ["--steps", "2", "--rounds", "1", "--rows", "8"] if given.little else ["--steps", "20"]
+    step += ["--steps", "2", "--rounds", "1", "--rows", "8"] if given.little else ["--steps", "10"]
     narrow = ["--multiplier", "0.0625" if given.little else "1"]
     wide = ["--multiplier", "0.0625" if given.little else "3", "--network", "vgg11b"]
-    some = ["--stages", "1,2,4,6"]
-    whole = ["--compile", "off", "--backprop"]
-    yield Part("step-vgg8b-eager", 40, [[*step, *narrow, *whole]])
-    yield Part("step-vgg8b-compiled", 60, [[*step, *narrow, *some, "--compile=on", "--no-graphs"]])
-    yield Part("step-vgg8b-graphs", 60, [[*step, *narrow, *some, "--compile=on"]])
-    yield Part("step-vgg11b-3x-eager", 60, [[*step, *wide, *whole]])
+    plain = ["--compile", "off"]
+    some = ["--compile", "on", "--stages", "1,2,4,6"]
+    yield Part("step-vgg8b-graphs", 40, [[*step, *narrow, *plain, "--backprop"]])
+    yield Part("step-vgg8b-eager", 40, [[*step, *narrow, *plain, "--no-graphs"]])
+    yield Part("step-vgg8b-compiled", 60, [[*step, *narrow, *some]])
+    yield Part("step-vgg11b-3x", 60, [[*step, *wide, *plain, "--backprop"]])
 
 
 def _trainings(given: Setting) -> Iterator[Part]:

@@ -16,7 +16,7 @@ import click
 import torch
 
 from greedy.build import build_loss, build_network
-from greedy.devices import memory_limited, peak_memory, reset_peak_memory
+from greedy.devices import laid_out, memory_limited, peak_memory, reset_peak_memory, set_determinism
 from greedy.losses import LocalLoss, Output
 from greedy.memory.baselines import baselines
 from greedy.memory.choice import Choice, choose, fused_adam, stored_row_bytes
@@ -27,6 +27,7 @@ from greedy.sizes import format_size
 from greedy.source import Batch
 from greedy.training.guard import Guard
 from greedy.training.host_adam import HostAdam
+from greedy.training.learners import placed
 from greedy.training.modes import StepMemory
 from greedy.training.step import Learner, step
 
@@ -107,6 +108,7 @@ def reserved(
     """Bytes that CUDA's allocator reserves at most in three real steps when it may take no more
     than the target, and whether they ran in the memory mode that was planned."""
     device = torch.device("cuda")
+    set_determinism(device, False)
     reset_peak_memory(device)
     with memory_limited(device, target.budget):
         as_planned = _steps(target, stage, shape, loss, memory)
@@ -118,8 +120,9 @@ def _steps(
     target: Target, stage: Stage, shape: StageShapes, loss: LocalLoss, memory: StepMemory
 ) -> bool:
     initialise(stage, seed=0, zero=False)
-    heads = loss.heads(shape.hidden, CLASSES).cuda()
-    learner = Learner(stage.cuda(), heads, loss, CLASSES, target.precision, memory=memory)
+    device = torch.device("cuda")
+    heads = placed(loss.heads(shape.hidden, CLASSES), device)
+    learner = Learner(placed(stage, device), heads, loss, CLASSES, target.precision, memory=memory)
     if target.optimizer_state == "host":
         learner.optimizer = HostAdam(learner.parameters(), lr=1e-4)
     else:
@@ -130,7 +133,7 @@ def _steps(
     if stage.dropout is not None:
         mask = stage.dropout.mask(BATCH, shape.input, torch.Generator()).cuda()
     labels = torch.arange(BATCH, device="cuda") % CLASSES
-    batch = Batch(labels, lambda part: stored[part].cuda().float() / 255, mask)
+    batch = Batch(labels, lambda part: laid_out(stored[part].cuda()).float() / 255, mask)
     for position in range(3):
         step(learner, batch, Guard(), position)
     return learner.memory == memory

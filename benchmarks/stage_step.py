@@ -34,7 +34,7 @@ from greedy.bench import peak_flops
 from greedy.build import build_loss, build_network
 from greedy.cache import Store, StoreWriter, fit_encoding, pixels
 from greedy.data import Augmentation
-from greedy.devices import describe, pick_device, pick_precision
+from greedy.devices import describe, pick_device, pick_precision, set_determinism
 from greedy.losses import Output
 from greedy.memory.choice import Choice, fused_adam
 from greedy.memory.peaks import StepDemand
@@ -198,7 +198,7 @@ def stages(
         images = Images([0.4] * 3, [0.3] * 3, augmentation) if first else None
         source = TimedSource(stage.number - 1, path, stores, device, 0, images)
         learner = new_learner(stage, shape, loss, CLASSES, recipe, choices, device, zero=is_output)
-        learner.graphs = learner.graphs and graphs
+        learner.graph_rows = learner.graph_rows if graphs else 0
         learner.optimizer = new_optimizer(learner.parameters(), recipe, stage.number, None)
         clock = Clock(device)
         epochs = Epochs(
@@ -227,6 +227,7 @@ def measure(
 ) -> dict[str, Any]:
     """The document that is printed."""
     size = recipe.training.batch_size
+    set_determinism(device, False)
     with device:
         what = (recipe.model.feature_multiplier, recipe.model.network)
         published, whole = Published(*what), EndToEnd(*what) if backprop else None
@@ -266,7 +267,7 @@ def measure(
                 "stage": each.number,
                 "name": each.name,
                 "compiled": bool(each.learner.compiled_rows),
-                "graphs": each.learner.graphs,
+                "graphs": bool(each.learner.graph_rows),
                 "images_per_second": round(size / each.seconds, 1),
                 "share_of_peak": round(each.flops / each.seconds / peak, 3),
                 "wait_share": round(statistics.median(each.waits) / each.seconds, 4),
@@ -292,7 +293,7 @@ def measure(
 @click.option("--multiplier", default=0.5, show_default=True, help="Of the network's channels.")
 @click.option("--precision", default="auto", show_default=True)
 @click.option("--compile", "compiling", default="auto", show_default=True)
-@click.option("--graphs/--no-graphs", default=True, help="As CUDA graphs, where compiled.")
+@click.option("--graphs/--no-graphs", default=True, help="As CUDA graphs.")
 @click.option("--stages", default="", help="Numbers of those that are timed  [default: all].")
 @click.option("--backprop", is_flag=True, help="Time end-to-end back-propagation too.")
 @click.option("--rows", default=128, show_default=True, help="Of a batch.")

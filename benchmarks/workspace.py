@@ -1,7 +1,8 @@
 """What cuBLAS and cuDNN take of CUDA's allocator while they compute, beyond their tensors.
 
 Convolutions are those of VGG11B(3x) on CIFAR-10 shapes: forward, the gradient of the weight and the
-gradient of the input, each alone, in micro-batches of some rows. The memory plan reckons with these
+gradient of the input, each alone, in micro-batches of some rows; what `greedy.lean` takes beside, a
+slice of a weight's gradient, is among it. The memory plan reckons with these
 bytes (`greedy/memory/choice.py`).
 """
 
@@ -13,10 +14,10 @@ from typing import Any
 import click
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from torch.nn.grad import conv2d_input, conv2d_weight
+from torch import Tensor, nn
 
-from greedy.devices import pick_device
+from greedy.devices import pick_device, set_determinism
+from greedy.lean import add_weight_gradient, forward, input_gradient
 from greedy.precision import HALVES
 
 MIB = 2**20
@@ -57,21 +58,24 @@ def cublas() -> dict[str, int]:
     return found
 
 
+@torch.no_grad()
 def convolutions(rows: int, precision: str, *, channels_last: bool) -> Iterator[dict[str, Any]]:
     """The extra MiB of each convolution."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     dtype = HALVES.get(precision, torch.float32)
     for inputs, outputs, side in CONVOLUTIONS:
 
-        def random(*shape: int, layout: torch.memory_format = layout) -> Tensor:
+        def random(*shape: int) -> Tensor:
             return torch.randn(shape, device="cuda").to(dtype, memory_format=layout)
 
-        x, weight = random(rows, inputs, side, side), random(outputs, inputs, 3, 3)
-        g = random(rows, outputs, side, side)
-        passes: dict[str, Callable[[], Tensor]] = {
-            "forward": lambda x=x, w=weight: F.conv2d(x, w, padding=1),
-            "weight": lambda x=x, w=weight, g=g: conv2d_weight(x, w.shape, g, padding=1),
-            "input": lambda x=x, w=weight, g=g: conv2d_input(x.shape, w, g, padding=1),
+        layer = nn.Conv2d(inputs, outputs, 3, padding=1, bias=False, device="cuda", dtype=dtype)
+        layer.weight.data = random(*layer.weight.shape)
+        x, g = random(rows, inputs, side, side), random(rows, outputs, side, side)
+        total = torch.zeros_like(layer.weight)
+        passes: dict[str, Callable[[], object]] = {
+            "forward": partial(forward, layer, x),
+            "weight": partial(add_weight_gradient, layer, x, g, total),
+            "input": partial(input_gradient, layer, x, g),
         }
         sizes = {f"{name}_mib": round(extra(each) / MIB, 1) for name, each in passes.items()}
         what = f"{inputs} to {outputs}, side {side}"
@@ -88,7 +92,7 @@ def convolutions(rows: int, precision: str, *, channels_last: bool) -> Iterator[
 def main(as_json: bool, rows: str) -> None:
     """Measure the workspaces; needs a GPU."""
     device = pick_device("cuda")
-    torch.backends.cudnn.benchmark = False
+    set_determinism(device, False)
     kept = {name: round(size / MIB, 3) for name, size in cublas().items()}
     found = [
         each

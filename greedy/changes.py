@@ -69,14 +69,18 @@ def folder_changes(run: RunDirectory) -> str | None:
     there, or was none."""
     data = run.recipe.data
     root = folder_of(data.name)
-    if root is None or not root.is_dir() or FileTable.read(run.stage(0)) is None:
+    if root is None or FileTable.read(run.stage(0)) is None:
         return None
     try:
+        if not root.is_dir():
+            return None
         return changes(
             run, load_dataset(data.name, image_size=data.image_size, reading=Reading.of(data))
         )
     except UserError as error:
         return str(error)
+    except OSError as error:
+        return f"{root} cannot be looked at: {error.strerror}"
 
 
 def require_unchanged(

@@ -50,8 +50,9 @@ def set_determinism(device: torch.device, wanted: bool) -> None:
     losses' among them, never do."""
     torch.use_deterministic_algorithms(wanted, warn_only=True)
     if device.type == "cuda":
-        if wanted:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        # Of cuBLAS, in each thread, before it is first used; 32 MiB on some GPUs else. A step's
+        # matrix products are small, and torch calls only the first of the two deterministic.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8" if wanted else ":4096:2:16:8")
         torch.backends.cudnn.deterministic = wanted
         torch.backends.cudnn.allow_tf32 = not wanted
 
@@ -80,7 +81,7 @@ def free_memory(device: torch.device) -> int:
     if device.type != "cuda":
         return available_memory()
     free, total = torch.cuda.mem_get_info(device)
-    allowed = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    allowed = int(torch.cuda.get_per_process_memory_fraction(device.index) * total)
     can_be = min(free + torch.cuda.memory_reserved(device), allowed)
     return max(0, can_be - torch.cuda.memory_allocated(device))
 
@@ -92,13 +93,13 @@ def memory_limited(device: torch.device, budget: int | None) -> Iterator[None]:
     if device.type != "cuda" or budget is None:
         yield
         return
-    before = torch.cuda.get_per_process_memory_fraction(device)
+    before = torch.cuda.get_per_process_memory_fraction(device.index)
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(before, budget / total), device)
+    torch.cuda.set_per_process_memory_fraction(min(before, budget / total), device.index)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(before, device)
+        torch.cuda.set_per_process_memory_fraction(before, device.index)
 
 
 def peak_memory(device: torch.device) -> int:
@@ -147,6 +148,14 @@ def full_float32() -> Iterator[None]:
         cudnn.allow_tf32 = allowed
         for each, precision in zip(newer, before, strict=True):
             each.fp32_precision = precision
+
+
+def laid_out(values: torch.Tensor) -> torch.Tensor:
+    """Feature maps (B, C, H, W), or a convolution's weight, as they are best laid out where they
+    are: on CUDA channels-last, which cuDNN else makes copies of."""
+    if not values.is_cuda or values.dim() != 4:
+        return values
+    return values.contiguous(memory_format=torch.channels_last)
 
 
 def to_device(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:

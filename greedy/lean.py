@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.grad import conv2d_input, conv2d_weight
+from torch.nn.grad import conv2d_weight
 
 Layer = nn.Conv2d | nn.Linear
 
@@ -65,13 +65,14 @@ def add_weight_gradient(layer: Layer, x: Tensor, g: Tensor, total: Tensor) -> No
 def input_gradient(layer: Layer, x: Tensor, g: Tensor) -> Tensor:
     """The gradient of a layer's input ``x`` from that of its output ``g``, in g's precision."""
     if g.dtype == layer.weight.dtype:
-        return _input_gradient(layer, x, g, layer.weight)
-    total = torch.zeros_like(x, dtype=layer.weight.dtype)
+        return _input_gradient(layer, x.to(g.dtype), g, layer.weight)
+    total, dtype = torch.zeros_like(x, dtype=layer.weight.dtype), x.dtype
+    x = x.to(g.dtype)
     for rows in output_slices(layer.weight):
         weight = layer.weight[rows].to(g.dtype)
         part = g.narrow(_channels(layer), rows.start, len(weight))
         total += _input_gradient(layer, x, part, weight)
-    return total.to(x.dtype)
+    return total.to(dtype)
 
 
 class _Lean(torch.autograd.Function):
@@ -103,7 +104,20 @@ def _apply(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 def _input_gradient(layer: Layer, x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
         return g @ weight
-    return conv2d_input(x.shape, weight, g, **_geometry(layer))
+    # Not torch's own `conv2d_input`, which takes a copy as large as x.
+    found: Tensor
+    found, _, _ = torch.ops.aten.convolution_backward(
+        g,
+        x,
+        weight,
+        None,
+        *_geometry(layer).values(),
+        transposed=False,
+        output_padding=[0, 0],
+        groups=1,
+        output_mask=[True, False, False],
+    )
+    return found
 
 
 def _geometry(layer: nn.Conv2d) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from greedy.cache import (
     window_order,
 )
 from greedy.data import Augmentation, Draws, prepare
-from greedy.devices import to_device
+from greedy.devices import laid_out, to_device
 from greedy.models import Stage
 from greedy.precision import autocast
 from greedy.seeds import derive, torch_generator
@@ -177,8 +177,9 @@ class Source:
         stored = to_device(values, self.device)
         if self.images:
             x = self.images.prepare(stored, draws)
-        else:
-            x = self.stores["train"].encoding.decode(stored)
+        else:  # before they are floats, where each is a number already
+            x = self.stores["train"].encoding.decode(laid_out(stored))
+        x = laid_out(x)
         with torch.no_grad(), autocast(x.device.type, self.precision):
             return replay(self.replayed, x, self.replay_rows).float()
 

@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 # One thread a process, here and in those that tests start: networks are tiny, and the other cores
@@ -10,6 +11,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from reported import all_trained
 
@@ -48,5 +50,25 @@ def write(tmp_path: Path) -> Callable[[str, str], Path]:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """See ``reported.all_trained``. Tests leave them as they are."""
-    return all_trained(tmp_path_factory.mktemp("reported"))
+    """See ``reported.all_trained``. Tests leave them as they are. All workers share them: the first
+    that asks trains them."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "reported"
+    done = folder / "done"
+    with FileLock(f"{folder}.lock"):
+        if not done.exists():
+            folder.mkdir(exist_ok=True)
+            all_trained(folder)
+            done.touch()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def script() -> Iterator[Callable[[str], str]]:
+    """The script that reports embed is put together once, in seconds. Gives what does that."""
+    import vl_convert
+
+    bundle = vl_convert.javascript_bundle
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vl_convert, "javascript_bundle", cache(bundle))
+        yield bundle

@@ -152,6 +152,26 @@ def test_files_that_were_only_touched_or_copied_are_the_same(photos):
     assert "error" in said(*AGAIN)
 
 
+def test_a_folder_that_cannot_be_read_is_told_and_stops_what_trains(photos, monkeypatch):
+    scanning = os.scandir
+
+    def refused(path="."):
+        if Path(path).name == "bee":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scanning(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    what = "photos/train/bee cannot be read (Permission denied): have reading it permitted"
+    for asked in (AGAIN, ("data", "prepare", "folder:photos")):
+        result = greedy(*asked)
+        assert result.exit_code == 2
+        assert what in result.output
+    assert "error" in said(*AGAIN, "--ignore-changes")
+    looked = greedy("evaluate", "--run", "run")
+    assert looked.exit_code == 0
+    assert what in looked.stderr
+
+
 def test_a_finished_run_needs_no_folder(photos):
     shutil.rmtree(photos)
     assert "error" in said(*AGAIN)

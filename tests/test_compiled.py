@@ -144,15 +144,15 @@ def test_what_is_compiled(wanted: str, settings: dict, expected: bool) -> None:
     [
         ("cuda", {}, True),
         ("cuda", {"planned_peak_bytes": 2**29 + 1}, False),
-        ("cuda", {"compile": False}, False),
+        ("cuda", {"memory_mode": "heads"}, False),
         ("cpu", {}, False),
     ],
 )
-def test_graphs_are_for_compiled_steps_with_room_for_two(
+def test_graphs_are_for_plain_steps_with_room_for_two(
     device: str, resolved: dict, expected: bool
 ) -> None:
     recipe = load("cifar10/vgg8b-predsim", ["memory.budget=1GiB"])
-    resolved = {"compile": True, "planned_peak_bytes": 2**29} | resolved
+    resolved = {"memory_mode": "plain", "planned_peak_bytes": 2**29} | resolved
     assert graphs(recipe, resolved, torch.device(device)) == expected
 
 

@@ -150,7 +150,7 @@ def test_splits_without_class_folders_are_no_classes(tmp_path):
     for name in ("test", "train"):
         for number in range(5):
             write_image(tmp_path / name / f"{number}.png")
-    with pytest.raises(UserError, match=r"train hold images and no classes: .*train/CLASS/IMAGE"):
+    with pytest.raises(UserError, match=r"images in .*train are of no class: .*train/CLASS/IMAGE"):
         load_dataset(f"folder:{tmp_path}")
 
 

@@ -1,5 +1,6 @@
 """Every recipe, at its full size, takes a training step: each stage, or all of them at once. One of
-each kind does so in numbers, the others on tensors that have sizes alone."""
+each kind does so in numbers, the others on tensors that have sizes alone. What several recipes have
+in common, such as the same stage of the same sizes and loss, does so once."""
 
 from functools import partial
 
@@ -19,6 +20,7 @@ from greedy.training.strategies import Greedy, Strategy, losses_of, together
 
 ENTRIES = {entry.name: entry for entry in DATASETS}
 ROWS, RATE = 2, 1e-3
+trained: set[tuple] = set()
 
 
 def batch_of(recipe: Recipe, stages: list[Stage], shapes: list[StageShapes]) -> tuple[Batch, list]:
@@ -79,6 +81,20 @@ def a_step_of_sizes(strategy: Strategy, batch: Batch, masks: list, classes: int)
         assert state[parameter]["exp_avg_sq"].shape == parameter.shape
 
 
+def is_new(recipe: Recipe, learners: list[Learner], shapes: list[StageShapes], *rest) -> bool:
+    """Whether no other recipe had stages, heads, losses and sizes such as these: all that a step
+    follows from, but for the numbers in it."""
+    training = recipe.training.strategy, recipe.training.accumulate
+    stages = [
+        (repr(each.stage), type(each.stage.dropout), repr(each.heads), type(each.loss))
+        for each in learners
+    ]
+    kind = (*training, *stages, *shapes, *rest)
+    known = kind in trained
+    trained.add(kind)
+    return not known
+
+
 def train(recipe: Recipe, *, numbers: bool = True) -> None:
     """Where stages train alone, one is in memory at a time, as in training."""
     data, strategy = ENTRIES[recipe.data.name], recipe.training.strategy
@@ -91,14 +107,16 @@ def train(recipe: Recipe, *, numbers: bool = True) -> None:
         here, shapes = shapes[:size], shapes[size:]
         learners = learners_of(recipe, own, here, losses[:size], data.classes, numbers)
         losses = losses[size:]
+        if not is_new(recipe, learners, here, data.classes, numbers):
+            continue
         adam = partial(torch.optim.Adam, lr=RATE, fused=True)
         if strategy == "greedy":
             learners[0].optimizer = adam(learners[0].parameters())
-            trained: Strategy = Greedy(learners[0])
+            way: Strategy = Greedy(learners[0])
         else:
-            trained = together(strategy, learners, recipe.training.accumulate, adam)
+            way = together(strategy, learners, recipe.training.accumulate, adam)
         steps = two_steps if numbers else a_step_of_sizes
-        steps(trained, *batch_of(recipe, own, here), data.classes)
+        steps(way, *batch_of(recipe, own, here), data.classes)
 
 
 def narrowest() -> list[str]:

@@ -185,6 +185,12 @@ def test_images_of_other_sizes_are_named_at_once(tmp_path):
     assert result.exit_code == 2
     for part in ("2 images", "8x8", "wide.png (9x8)", "high.png (8x9)", "data.image_size"):
         assert part in result.stderr
+    for number in range(3):
+        write_image(photos / f"train/bird/wide{number}.png", 9, 8)
+    result = greedy("data", "prepare", f"folder:{photos}")
+    assert "5 images" in result.stderr
+    assert "wide1.png (9x8), …; set data.image_size" in result.stderr
+    assert "wide2.png" not in result.stderr  # as there may be very many
 
 
 def test_the_first_of_several_images_is_used_and_said(tmp_path):

@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from greedy.devices import laid_out
 from greedy.losses import PredSim
 from greedy.memory.choice import choose, fused_adam
 from greedy.memory.peaks import StepDemand
 from greedy.models import cut, initialise, shapes, vgg8b
 from greedy.source import Batch
 from greedy.training.guard import Guard
+from greedy.training.learners import placed
 from greedy.training.modes import StepMemory
 from greedy.training.step import Learner, step
 
@@ -32,15 +34,15 @@ def test_what_is_reserved_is_what_was_planned(precision: str, share: float) -> N
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     initialise(stage, seed=0, zero=False)
-    learner = Learner(
-        stage.cuda(), loss.heads(shape.hidden, 10).cuda(), loss, 10, precision, memory=memory
-    )
+    heads = placed(loss.heads(shape.hidden, 10), torch.device("cuda"))
+    stage = placed(stage, torch.device("cuda"))
+    learner = Learner(stage, heads, loss, 10, precision, memory=memory)
     learner.optimizer = torch.optim.Adam(learner.parameters(), fused=True)
     learner.train()
     stored = torch.randint(256, (256, *shape.input), dtype=torch.uint8)
     mask = stage.dropout.mask(256, shape.input, torch.Generator()).cuda()
     labels = torch.arange(256, device="cuda") % 10
-    batch = Batch(labels, lambda rows: stored[rows].cuda().float() / 255, mask)
+    batch = Batch(labels, lambda rows: laid_out(stored[rows].cuda()).float() / 255, mask)
     for position in range(3):
         step(learner, batch, Guard(), position)
     assert learner.memory == memory

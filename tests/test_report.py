@@ -31,6 +31,8 @@ from greedy.report.page import render
 from greedy.runs import RunDirectory
 from greedy.status import status
 
+pytestmark = pytest.mark.usefixtures("script")
+
 CPU = torch.device("cpu")
 MODEL = """
 from torch import nn
@@ -174,8 +176,10 @@ def test_a_recipe_that_does_not_ship_is_in_the_page(runs, facts):
     assert from_document(document) == RunDirectory.open(runs / "predsim").recipe
 
 
-def test_the_same_facts_give_the_same_page(facts):
-    assert render([facts["predsim"]]) == render([facts["predsim"]])
+def test_the_same_facts_give_the_same_page(facts, script, monkeypatch):
+    page = render([facts["predsim"]])
+    monkeypatch.setattr(vl_convert, "javascript_bundle", script)
+    assert render([facts["predsim"]]) == page
 
 
 def test_a_loss_of_ones_own_is_shown_as_far_as_it_is_known(tmp_path):

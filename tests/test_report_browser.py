@@ -11,9 +11,12 @@ from reported import RUNS
 from greedy.manifest import StageRecord
 from greedy.runs import RunDirectory
 
-pytestmark = pytest.mark.skipif(
-    chromium.PROGRAM is None, reason="Chromium is not installed: apt-get install chromium"
-)
+pytestmark = [
+    pytest.mark.usefixtures("script"),
+    pytest.mark.skipif(
+        chromium.PROGRAM is None, reason="Chromium is not installed: apt-get install chromium"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from greedy.data.listing import few
 from greedy.data.modes import KINDS
 from greedy.data.splits import Dataset
 from greedy.errors import UserError
+from greedy.text import listed
 
 TOGETHER = 1024  # files that are given to the threads at a time
 
@@ -28,7 +29,7 @@ def checked(
     files that cannot be read are left out, and are in ``Dataset.skipped``.
 
     Raises UserError that names all files that cannot be read, or counts those that are not like
-    the others in size or kind.
+    the first in size or kind.
     """
     train, test = dataset.train, dataset.test
     if not (isinstance(train, FolderSplit) and isinstance(test, FolderSplit)):
@@ -93,13 +94,13 @@ def _require_alike(split: FolderSplit, found: Mapping[Finding, dict[Path, str]])
     if others := found.get("other kind"):
         raise UserError(
             f"{len(others):,} images of {split.root} do not hold {KINDS[first.kind]} as {named} "
-            f"does: {_all(others, split.root)}; bring all images to one kind, since different "
+            f"does: {_few(others, split.root)}; bring all images to one kind, since different "
             f"kinds have no scale in common"
         )
     if others := found.get("other size"):
         raise UserError(
             f"{len(others):,} images of {split.root} are not of {size} pixels as {named} is: "
-            f"{_all(others, split.root)}; set data.image_size to bring all images to one size"
+            f"{_few(others, split.root)}; set data.image_size to bring all images to one size"
         )
 
 
@@ -113,4 +114,12 @@ def _require_all_classes(train: FolderSplit, class_names: list[str]) -> None:
 
 
 def _all(files: Mapping[Path, str], root: Path) -> str:
-    return ", ".join(f"{file.relative_to(root)} ({what})" for file, what in files.items())
+    return ", ".join(_told(files, root))
+
+
+def _few(files: Mapping[Path, str], root: Path) -> str:
+    return listed(_told(files, root))
+
+
+def _told(files: Mapping[Path, str], root: Path) -> list[str]:
+    return [f"{file.relative_to(root)} ({what})" for file, what in files.items()]

@@ -1,8 +1,9 @@
 """Image folders: ``train/CLASS/IMAGE`` and ``test/CLASS/IMAGE``, or ``CLASS/IMAGE`` alone; decoded
 when they are read."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,19 @@ CHANNELS = 3
 Files = dict[str, list[Path]]  # of each class
 
 
+@contextmanager
+def _told() -> Iterator[None]:
+    """In a function that it decorates, a folder that cannot be read is a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{error.filename} cannot be read ({error.strerror}): have reading it permitted, or "
+            f"take it out of the folder of images"
+        ) from error
+
+
+@_told()
 def load_folder(
     name: str, root: Path, image_size: int | None, reading: Reading = AS_THEY_ARE
 ) -> Dataset:
@@ -32,7 +46,8 @@ def load_folder(
     classes themselves, the classes stand in ``root`` itself and one image in ``HELD_OUT`` of each,
     evenly in the order of their names, is for testing. ``Dataset.notes`` says what is left out.
 
-    Raises UserError if a folder is missing, a class has no image or none to train on.
+    Raises UserError if a folder is missing or cannot be read, a class has no image or none to train
+    on.
     """
     if not root.is_dir():
         what = "is a file" if root.exists() else "is missing"
@@ -88,7 +103,7 @@ def _held_out(root: Path, listing: Listing) -> tuple[Files, Files]:
     found = _with_images(root, listing)
     if not {*found} - {"train", *TESTS}:
         raise UserError(
-            f"{' and '.join(str(root / name) for name in found)} hold images and no classes: put "
+            f"images in {' and '.join(str(root / name) for name in found)} are of no class: put "
             f"them into a folder for each class, as {root / 'train'}/CLASS/IMAGE"
         )
     for name, members in found.items():

@@ -12,6 +12,7 @@ from torch import Tensor
 from greedy.precision import widened
 
 SLICE_BYTES = 8 * 2**20  # of maps in float32 that exist at a time
+CUDA_SLICE_BYTES = 2 * SLICE_BYTES  # there every slice is some kernels to be launched
 
 
 def deviation(z: Tensor) -> Tensor:
@@ -40,8 +41,11 @@ class _Deviation(torch.autograd.Function):
 
 
 def _mean_and_deviation(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each map. They are shifted by one of their values first, so that
-    nothing cancels and a constant map deviates by exactly 0."""
+    """Mean and deviation of each map. On a CPU they are shifted by one of their values first, so
+    that nothing cancels and a constant map deviates by exactly 0; CUDA's kernel sees to that."""
+    if z.is_cuda:
+        variance, mean = torch.var_mean(z, (2, 3), keepdim=True)
+        return mean, variance[..., 0, 0].sqrt()
     shift = z[:, :, :1, :1]
     centred = z - shift
     mean = centred.mean((2, 3), keepdim=True)
@@ -50,5 +54,6 @@ def _mean_and_deviation(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _slices(z: Tensor) -> list[slice]:
-    step = max(1, SLICE_BYTES // (z[0].numel() * max(z.element_size(), 4)))
+    size = CUDA_SLICE_BYTES if z.is_cuda else SLICE_BYTES
+    step = max(1, size // (z[0].numel() * max(z.element_size(), 4)))
     return [slice(start, start + step) for start in range(0, len(z), step)]

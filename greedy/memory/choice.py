@@ -22,9 +22,8 @@ from greedy.training.step import Learner
 LARGEST_MICRO_BATCH = 32  # beyond it a step gains nothing
 POSITIONS = 1024  # of a feature map, over a micro-batch, that are worth a weight's reading
 # On CUDA, see `benchmarks/workspace.py`: of cuBLAS, in the threads of the forward and the backward
-# pass each, by the GPU's major version; and of cuDNN's convolutions.
-CUBLAS_WORKSPACE = {9: 32 * 2**20}
-USUAL_CUBLAS_WORKSPACE = 2 * 2**22 + 8 * 2**14
+# pass each, and once for products with a bias; and of cuDNN's convolutions.
+CUBLAS_WORKSPACE = 2 * (2 * 2**22 + 8 * 2**14) + 2**20
 CUDNN_WORKSPACE = 16 * 2**20
 FRAGMENTATION = 1.05  # what CUDA's allocator reserves beyond what is asked of it
 AUTO_SHARE = 0.85  # of the memory that is free on the device
@@ -158,13 +157,10 @@ def _count(demand: StepDemand, mode: Mode, micro_batch: int) -> Choice:
 
 
 def reserved(peak: int, device_type: str) -> int:
-    """What a device's allocator takes for tensors of so many bytes. A GPU that is not there is
-    taken for a usual one."""
+    """What a device's allocator takes for tensors of so many bytes."""
     if device_type != "cuda":
         return peak
-    major = torch.cuda.get_device_capability()[0] if torch.cuda.is_available() else 0
-    cublas = CUBLAS_WORKSPACE.get(major, USUAL_CUBLAS_WORKSPACE)
-    return int(peak * FRAGMENTATION) + 2 * cublas + CUDNN_WORKSPACE
+    return int(peak * FRAGMENTATION) + CUBLAS_WORKSPACE + CUDNN_WORKSPACE
 
 
 def _enlarged(demand: StepDemand, choice: Choice, budget: int) -> Choice:

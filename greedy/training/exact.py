@@ -238,9 +238,20 @@ def put(
 ) -> Tensor:
     """A tensor of ``count`` rows, made when the first part arrives, with a part in its place."""
     if whole is None:
-        whole = part.new_empty((count, *part.shape[1:]), pin_memory=pinned)
+        whole = torch.empty(
+            (count, *part.shape[1:]),
+            dtype=part.dtype,
+            device=part.device,
+            memory_format=_layout(part),
+            pin_memory=pinned,
+        )
     whole[rows] = part
     return whole
+
+
+def _layout(part: Tensor) -> torch.memory_format:
+    last = part.dim() == 4 and part.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last and not part.is_contiguous() else torch.contiguous_format
 
 
 def per_channel(values: Tensor) -> list[int]:

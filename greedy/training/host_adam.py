@@ -19,8 +19,8 @@ class HostAdam(torch.optim.Adam):
         super().__init__([nn.Parameter(self._beside(p)) for p in self.trained], lr=lr, fused=True)
 
     def _beside(self, parameter: nn.Parameter) -> Tensor:
-        """A tensor on the host of a parameter's size, not filled."""
-        return torch.empty(parameter.shape, dtype=parameter.dtype, pin_memory=self._pinned)
+        """A tensor on the host like a parameter, not filled."""
+        return torch.empty_like(parameter, device="cpu", pin_memory=self._pinned)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]

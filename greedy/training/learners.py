@@ -1,14 +1,14 @@
 """What a stage begins its training with: first weights, local heads, optimiser, schedule."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
+from greedy.devices import laid_out
 from greedy.losses import LocalLoss
 from greedy.memory.peaks import OptimizerFactory
 from greedy.models import Stage, StageShapes, initialise, seeded
-from greedy.precision import HALVES
 from greedy.recipes import Recipe
 from greedy.training.host_adam import HostAdam
 from greedy.training.modes import Mode, StepMemory
@@ -17,6 +17,8 @@ from greedy.training.resolve import for_stage, graphs
 from greedy.training.scaling import LossScale
 from greedy.training.schedule import Milestones, Patience, Schedule, set_first_rates
 from greedy.training.step import Learner
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def new_learner(
@@ -36,25 +38,25 @@ def new_learner(
     with seeded(recipe.seed, stage.number, "heads"):
         heads = loss.heads(shapes.hidden, num_classes)
     return Learner(
-        stage.to(device),
-        heads.to(device),
+        placed(stage, device),
+        placed(heads, device),
         loss,
         num_classes,
         resolved["precision"],
         scale=LossScale().to(device) if resolved["precision"] == "float16" else None,
-        channels_last=_is_channels_last(shapes, resolved, device),
         compiled_rows=recipe.training.batch_size if resolved.get("compile") else 0,
-        graphs=graphs(recipe, resolved, device),
+        graph_rows=recipe.training.batch_size if graphs(recipe, resolved, device) else 0,
         memory=StepMemory(Mode(resolved["memory_mode"]), resolved["micro_batch"]),
         shape=shapes.hidden,
     )
 
 
-def _is_channels_last(shapes: StageShapes, resolved: dict[str, Any], device: torch.device) -> bool:
-    """Tensor cores want it. On a CPU it was measured to gain in convolutions what it loses in
-    pooling."""
-    halved = device.type == "cuda" and resolved["precision"] in HALVES
-    return halved and len(shapes.input) == len(shapes.hidden) == 3
+def placed(module: Module, device: torch.device) -> Module:
+    """A module moved to a device, the weights of its convolutions as they are best laid out."""
+    module.to(device)
+    for parameter in module.parameters():
+        parameter.data = laid_out(parameter.data)
+    return module
 
 
 def new_optimizer(

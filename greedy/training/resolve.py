@@ -91,10 +91,10 @@ def compiles(
 
 
 def graphs(recipe: Recipe, resolved: dict[str, Any], device: torch.device) -> bool:
-    """Whether a compiled step's kernels are launched as CUDA graphs. These keep the memory of a
-    step, also while the last batch of an epoch is computed without them."""
+    """Whether the gradients of a plain step are launched as a CUDA graph. It keeps the memory of a
+    step, also while the last batch of an epoch is computed without it."""
     planned = resolved["planned_peak_bytes"]
-    if device.type != "cuda" or not resolved.get("compile") or planned is None:
+    if device.type != "cuda" or resolved["memory_mode"] != Mode.PLAIN or planned is None:
         return False
     return 2 * planned <= memory_budget(recipe, device)
 

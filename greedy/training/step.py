@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from traceback import clear_frames
 
 import torch
@@ -18,6 +19,7 @@ from greedy.precision import HALVES, autocast
 from greedy.seeds import torch_generator
 from greedy.source import Batch
 from greedy.training.exact import ExactStep, put
+from greedy.training.graph import WARM_UP, Gradients, StepGraph
 from greedy.training.guard import Guard
 from greedy.training.modes import Mode, StepMemory
 from greedy.training.parts import Parts, parts_of
@@ -30,12 +32,11 @@ class Learner:
 
     Attributes:
         scale: of the loss, where the precision is float16.
-        channels_last: feature maps are laid out so in the plain mode.
         compiled_rows: of a batch whose step is compiled, in the plain mode; 0 for none. Others, the
             last of an epoch, would have to be compiled once more.
-        graphs: a compiled step's kernels are launched together, as CUDA graphs, which keep memory
-            of their own. Numbers are the same.
         compiling_failed: why it did.
+        graph_rows: of a batch whose gradients, in the plain mode, are launched as a CUDA graph,
+            which keeps memory of its own; 0 for none. Numbers are the same.
         memory: how much of a batch a step keeps; becomes smaller where it does not fit.
         smaller: what it becomes, of what its plan has counted; ``None`` if nothing is smaller.
             Without a plan it is the next mode.
@@ -52,16 +53,17 @@ class Learner:
     precision: str
     optimizer: torch.optim.Optimizer | None = None
     scale: LossScale | None = None
-    channels_last: bool = False
     compiled_rows: int = 0
-    graphs: bool = False
     compiling_failed: str = ""
+    graph_rows: int = 0
     memory: StepMemory = field(default_factory=StepMemory)
     smaller: Callable[["Learner"], StepMemory | None] | None = None
     host: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rehearsed: bool = False
     shape: Shape = ()
     _compiled: Callable[[Tensor], Features] | None = field(default=None, init=False, repr=False)
+    _graph: StepGraph | None = field(default=None, init=False, repr=False)
+    _steps: int = field(default=0, init=False, repr=False)  # of graph_rows
 
     @property
     def device(self) -> torch.device:
@@ -102,7 +104,7 @@ class Learner:
         """Lets go of what only training needs: gradients, the optimiser with its state, and what
         was compiled."""
         self.optimizer = None
-        self.forget_compiled()
+        self.forget_made()
         for parameter in self.parameters():
             parameter.grad = None
 
@@ -112,9 +114,6 @@ class Learner:
 
     def hidden(self, x: Tensor) -> Tensor:
         """h of inputs (B, *shape) on which dropout has been applied."""
-        if self.channels_last:
-            dtype = HALVES.get(self.precision, x.dtype)
-            x = x.to(dtype, memory_format=torch.channels_last)  # in one pass
         with self.autocast():
             return self.stage.hidden(x)
 
@@ -134,13 +133,22 @@ class Learner:
         if self._compiled is None:
             prepare_compiling()
             torch.compiler.reset()  # of the stages before, whose number is limited
-            mode = "reduce-overhead" if self.graphs else None
-            self._compiled = torch.compile(self.features, dynamic=False, mode=mode)
-        torch.compiler.cudagraph_mark_step_begin()  # features of the step before are done with
+            self._compiled = torch.compile(self.features, dynamic=False)
         return self._compiled(x)
 
-    def forget_compiled(self) -> None:
-        """Drops what was compiled, with the memory of its CUDA graphs."""
+    def recorded(self, x: Tensor, y: Tensor, compute: Gradients) -> StepGraph | None:
+        """The CUDA graph that does for such inputs and targets what ``compute`` does, made once
+        libraries are warm; ``None`` where there is none."""
+        if len(x) != self.graph_rows:
+            return None
+        self._steps += 1
+        if self._graph is None and self._steps > WARM_UP:
+            self._graph = StepGraph.of(compute, self.parameters(), x, y)
+        return self._graph
+
+    def forget_made(self) -> None:
+        """Drops what was compiled, and the graph with its memory."""
+        self._graph, self._steps = None, 0
         if self._compiled is not None:
             self._compiled = None
             torch.compiler.reset()
@@ -187,8 +195,8 @@ def _try(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None] | None:
     try:
         return gradients(learner, batch)
     except Exception as error:
-        if learner.graphs:
-            learner.graphs = False
+        if learner.graph_rows:
+            learner.graph_rows = 0
         elif is_out_of_memory(error) and (smaller := _smaller(learner, error)):
             learner.memory = smaller
         elif learner.compiled_rows:  # an error of the stage's own will come again
@@ -204,7 +212,7 @@ def _try(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None] | None:
 
 def _let_go(learner: Learner) -> None:
     """Lets go of what a step leaves on the device."""
-    learner.forget_compiled()
+    learner.forget_made()
     for parameter in learner.parameters():
         parameter.grad = None
     give_back(learner.device)
@@ -242,6 +250,11 @@ def gradients(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None]:
 
 
 def _plain_gradients(learner: Learner, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    compute = partial(_by_autograd, learner)
+    return (learner.recorded(x, y, compute) or compute)(x, y)
+
+
+def _by_autograd(learner: Learner, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
     for parameter in learner.parameters():
         parameter.grad = None
     features = learner.compiled(x)
