@@ -1,11 +1,13 @@
 """Where a stage computes, and in which precision."""
 
 import os
+import re
 import resource
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -14,6 +16,7 @@ import torch
 from greedy.errors import UserError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+PROCESS = Path("/proc/self")  # of Linux, whose status counts in kB; 5 resets the highest memory
 
 
 def pick_device(name: str) -> torch.device:
@@ -113,19 +116,26 @@ def memory_limited(device: torch.device, budget: int | None) -> Iterator[None]:
 
 def peak_memory(device: torch.device) -> int:
     """Bytes: on CUDA the most that the allocator took of the device since ``reset_peak_memory``,
-    else the process's highest resident memory so far."""
+    else the process's highest resident memory, also since then where the system is Linux."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
+    status = PROCESS / "status"
+    text = status.read_text(encoding="utf-8") if status.is_file() else ""
+    if found := re.search(r"^VmHWM:\s*(\d+) kB$", text, re.MULTILINE):
+        return 1024 * int(found[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """On CUDA, what is free in the allocator goes back to the device, and its peak is that of what
-    follows."""
+    """``peak_memory`` is that of what follows. On CUDA, what is free in the allocator goes back to
+    the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+    elif PROCESS.is_dir():
+        with suppress(OSError):  # not everywhere may it be written
+            (PROCESS / "clear_refs").write_text("5", encoding="ascii")
 
 
 def give_back_workspaces() -> None:
