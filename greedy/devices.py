@@ -1,10 +1,13 @@
 """Where a stage computes, and in which precision."""
 
 import os
+import re
 import resource
 import sys
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -13,11 +16,15 @@ import torch
 from greedy.errors import UserError
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
+PROCESS = Path("/proc/self")  # of Linux, whose status counts in kB; 5 resets the highest memory
 
 
 def pick_device(name: str) -> torch.device:
     """The device called ``auto``, ``cpu``, ``cuda`` or ``mps``; ``auto`` is the fastest there is.
     Raises ``UserError`` for one this machine lacks."""
+    # Blocks that grow in place, if nothing has been taken yet: of fixed ones a third of a small
+    # budget was free in pieces that fitted nothing.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return torch.device(next((d for d, there in available.items() if there), "cpu"))
@@ -51,7 +58,15 @@ def set_determinism(device: torch.device, wanted: bool) -> None:
         # matrix products are small, and torch calls only the first of the two deterministic.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8" if wanted else ":4096:2:16:8")
         torch.backends.cudnn.deterministic = wanted
-        torch.backends.cudnn.allow_tf32 = not wanted
+        _allow_tf32(not wanted)
+
+
+def _allow_tf32(allowed: bool) -> None:
+    """Sets torch's older switch, which sets the newer ones of torch 2.9 too and can still be read
+    by others; torch 2.9 to 2.11 advise against it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Please use the new API settings to control TF32")
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -101,19 +116,31 @@ def memory_limited(device: torch.device, budget: int | None) -> Iterator[None]:
 
 def peak_memory(device: torch.device) -> int:
     """Bytes: on CUDA the most that the allocator took of the device since ``reset_peak_memory``,
-    else the process's highest resident memory so far."""
+    else the process's highest resident memory, also since then where the system is Linux."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
+    status = PROCESS / "status"
+    text = status.read_text(encoding="utf-8") if status.is_file() else ""
+    if found := re.search(r"^VmHWM:\s*(\d+) kB$", text, re.MULTILINE):
+        return 1024 * int(found[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """On CUDA, what is free in the allocator goes back to the device, and its peak is that of what
-    follows."""
+    """``peak_memory`` is that of what follows. On CUDA, what is free in the allocator goes back to
+    the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+    elif PROCESS.is_dir():
+        with suppress(OSError):  # not everywhere may it be written
+            (PROCESS / "clear_refs").write_text("5", encoding="ascii")
+
+
+def give_back_workspaces() -> None:
+    """cuBLAS lets go of its workspaces on CUDA, and takes others when it needs them."""
+    torch._C._cuda_clearCublasWorkspaces()
 
 
 def describe(device: torch.device) -> str:
@@ -131,11 +158,11 @@ def full_float32() -> Iterator[None]:
     newer = (cudnn.conv, cudnn.rnn) if hasattr(cudnn, "conv") else ()
     before = [each.fp32_precision for each in newer]
     allowed = "tf32" in before if newer else cudnn.allow_tf32
-    cudnn.allow_tf32 = False
+    _allow_tf32(False)
     try:
         yield
     finally:
-        cudnn.allow_tf32 = allowed
+        _allow_tf32(allowed)
         for each, precision in zip(newer, before, strict=True):
             each.fp32_precision = precision
 

@@ -18,6 +18,7 @@ from greedy.data import Dataset, dataset_from_torch, require_repeatable
 from greedy.devices import pick_device, pick_precision
 from greedy.disk import Plan, Views
 from greedy.errors import UserError
+from greedy.heap import give_back
 from greedy.losses import LocalLoss, Output, PredSim, require_local_loss
 from greedy.manifest import StageRecord
 from greedy.memory.choice import Choice, fused_adam, memory_budget
@@ -296,6 +297,8 @@ class GreedyTrainer:
         full = until_full(self.run.path, f"stage {number}")
         with full, new_stage(directory, go_on=True) as place:
             record = training.train(place)
+        del training  # its weights, and the store where that was held in memory
+        give_back(self.device)
         self.reporter.stage_finished(record)
         return record
 

@@ -1,5 +1,6 @@
 """Samples of Python data sets: which part is what, where the channels are, what draws at random."""
 
+import io
 import random
 from collections import namedtuple
 from dataclasses import dataclass
@@ -295,3 +296,13 @@ def test_a_sample_that_cannot_be_read_is_named(tmp_path):
     samples = Files(torch.zeros(12, 1, 8, 8), torch.arange(12) % 3)
     with pytest.raises(UserError, match="sample 9 of .*train cannot be read .*file is truncated"):
         trainer(tmp_path / "run").fit(samples, samples)
+
+
+def test_a_picture_that_is_decoded_late_and_damaged_is_named():
+    whole, cut = io.BytesIO(), io.BytesIO()
+    Image.effect_noise((32, 32), 80).save(whole, "PNG")
+    cut.write(whole.getvalue()[:500])
+    rows = [(Image.open(file), label) for label, file in enumerate((whole, cut))]
+    data = dataset_from_torch(rows, rows[:1])
+    with pytest.raises(UserError, match="image of sample 1 of python train cannot be read .*OSErr"):
+        data.train.read(np.arange(2))

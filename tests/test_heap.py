@@ -1,6 +1,7 @@
 """Memory that stays with the process between steps."""
 
 import ctypes
+import json
 import subprocess
 import sys
 
@@ -48,10 +49,13 @@ print(faults(10))
 """
 
 
-@pytest.mark.skipif(
+on_glibc = pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"),
-    reason="only glibc can be told to keep memory",
+    reason="only glibc can be told what to keep, and Linux to count the highest memory anew",
 )
+
+
+@on_glibc
 def test_freed_memory_is_kept_between_steps_and_given_back_at_the_end() -> None:
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True
@@ -59,3 +63,57 @@ def test_freed_memory_is_kept_between_steps_and_given_back_at_the_end() -> None:
     inside, given_back, outside = map(int, done.stdout.split())
     assert outside > 4 * inside
     assert given_back > 32 * 2**20  # of at least 64 MiB
+
+
+# Two wide stages and a narrow one, under a budget that leaves no room for memory that is kept.
+TRAINING = """
+import ctypes, json, sys
+from pathlib import Path
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+from greedy import GreedyTrainer
+from greedy.reporting import Reporter
+
+def resident():
+    return 1024 * int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0])
+
+class Watching(Reporter):
+    def stage_finished(self, record):
+        before = resident()
+        ctypes.CDLL(None).malloc_trim(0)
+        print(json.dumps([record.peak_memory_bytes, before, before - resident()]))
+
+images = torch.randint(0, 256, (96, 3, 32, 32), dtype=torch.uint8)
+data = TensorDataset(images, torch.arange(96) % 2)
+wide = (nn.Conv2d(3, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU())
+also = (nn.Conv2d(64, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(8))
+network = nn.Sequential(*wide, *also, nn.Flatten(), nn.Linear(1024, 2))
+settings = {"epochs": 1, "views": 1, "batch_size": 96, "memory_budget": "64MiB"}
+trainer = GreedyTrainer(
+    network, run_dir=sys.argv[1], device="cpu", reporter=Watching(), **settings
+)
+trainer.fit(data, data)
+"""
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
+    """Of each stage, in bytes: the highest memory by its record, what the process has after it, and
+    how much of that the C library could still give back."""
+    run = tmp_path_factory.mktemp("resident") / "run"
+    command = [sys.executable, "-c", TRAINING, str(run)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@on_glibc
+def test_a_finished_stage_leaves_nothing_in_memory(stages: list[list[int]]) -> None:
+    assert max(left for _, _, left in stages) < 8 * 2**20
+
+
+@on_glibc
+def test_the_memory_of_a_stage_is_not_that_of_the_one_before(stages: list[list[int]]) -> None:
+    _, (wide, after, _), (narrow, _, _) = stages
+    assert wide > after + 32 * 2**20
+    assert narrow < after + 32 * 2**20

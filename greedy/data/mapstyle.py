@@ -157,10 +157,11 @@ class MapSplit:
 
     def _sample(self, index: int) -> tuple[npt.NDArray[Any], Any]:
         image, label = _read(self._samples, index, self._name)
-        try:
-            return _as_image(image, self._background), label
-        except (TypeError, ValueError) as error:
-            raise UserError(f"the image of sample {index} of {self._name} {error}") from error
+        with telling(f"the image of sample {index} of {self._name} cannot be read"):
+            try:
+                return _as_image(image, self._background), label
+            except ValueError as error:
+                raise UserError(f"the image of sample {index} of {self._name} {error}") from error
 
     def _classes(self, rows: Rows, labels: Sequence[Any] | npt.NDArray[Any]) -> Labels:
         """The numbers (n,) of the classes of the samples ``rows`` (n,), given their labels."""

@@ -12,6 +12,7 @@ import torch
 from greedy.devices import memory_limited, reset_peak_memory, set_determinism
 from greedy.disk import COMPRESSED, UNCOMPRESSED
 from greedy.files import bytes_below
+from greedy.heap import give_back
 from greedy.losses import LocalLoss
 from greedy.manifest import HISTORY, StageRecord, StoreRecord
 from greedy.memory.choice import Choice, named_budget
@@ -88,6 +89,7 @@ class StageTraining:
         )
         reports = self._run_epochs(checkpoints)
         learner.release()
+        give_back(self.device)
         save_weights(learner, directory)
         return write_record(
             directory,

@@ -1,0 +1,161 @@
+"""What a process that trains a network on a CPU takes, beside what its budget counts.
+
+A budget is of tensors. The process also has its libraries, what operators need while they
+compute, and what the C library keeps. A narrow VGG11B, or with `--multiplier 3` the paper's largest
+network, is trained on noise by `greedy.GreedyTrainer` in a process of its own and then evaluated.
+Linux counts the process's highest resident memory (VmHWM) anew for each phase of a stage. Prints a
+line a stage: what was counted for its step, the highest of each phase, and by how much the highest
+of all is beyond a process that only imports the package; the ratio is that to what was counted. The
+limit of the whole is the budget plus 1 GiB.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from torch.utils.data import TensorDataset
+
+from greedy import GreedyTrainer
+from greedy.evaluation import evaluate
+from greedy.manifest import StageRecord
+from greedy.recipes import load
+from greedy.reporting import EpochReport, Reporter
+from greedy.sizes import format_size, parse_size
+
+ALLOWANCE = 2**30
+BARE = "import greedy.trainer; print(open('/proc/self/status').read())"
+PHASES = ("steps", "checkpoint", "store", "rest")
+
+
+def resident(name: str, status: str) -> int:
+    """Bytes of a process's status file: ``VmRSS`` now, ``VmHWM`` at most."""
+    line = next(line for line in status.splitlines() if line.startswith(f"{name}:"))
+    return 1024 * int(line.split()[1])
+
+
+def peak_since_last() -> int:
+    """The most bytes that this process had in memory since it was last asked."""
+    found = resident("VmHWM", Path("/proc/self/status").read_text(encoding="ascii"))
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return found
+
+
+class Phases(Reporter):
+    """Peaks by stage and phase, in bytes. The test images are with the checkpoint of an epoch, the
+    weights and what a store's ranges are taken from with the store."""
+
+    def __init__(self) -> None:
+        self.stages: list[dict[str, Any]] = []
+        self._peaks = dict.fromkeys(PHASES, 0)
+        self._writing = False
+
+    def _passed(self, phase: str) -> None:
+        self._peaks[phase] = max(self._peaks[phase], peak_since_last())
+
+    def stage_started(self, number: int, name: str, epochs: int, resolved: dict[str, Any]) -> None:
+        self._passed("rest")
+        self._writing = False
+
+    def writing_started(self, number: int, split: str, rows: int) -> None:
+        self._passed("store")
+        self._writing = True
+
+    def batch_finished(self, rows: int) -> None:
+        self._passed("store" if self._writing else "steps")
+
+    def epoch_finished(self, report: EpochReport) -> None:
+        self._passed("checkpoint")
+
+    def stage_finished(self, record: StageRecord) -> None:
+        self._passed("store" if self._writing else "rest")
+        about = {"stage": record.stage, "name": record.name}
+        about |= {name: record.resolved[name] for name in ("memory_mode", "micro_batch")}
+        counted = record.resolved["planned_peak_bytes"]
+        self.stages.append(about | {"counted_bytes": counted, "resident_bytes": self._peaks})
+        self._peaks = dict.fromkeys(PHASES, 0)
+        click.echo(f"stage {record.stage} of {len(record.network)}", err=True)
+
+
+def noise(rows: int) -> TensorDataset:
+    """Images of CIFAR-10's shape, of ten classes."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(0, 256, (rows, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return TensorDataset(values, torch.arange(rows) % 10)
+
+
+def measured(run: Path, settings: tuple[str, ...], images: int, test_images: int) -> dict[str, Any]:
+    """Of this process, which trains and evaluates."""
+    phases = Phases()
+    recipe = load("cifar10/vgg11b-3x-predsim", settings)
+    trainer = GreedyTrainer.from_recipe(recipe, run, device="cpu", reporter=phases)
+    trainer.fit(noise(images), noise(test_images))
+    evaluate(trainer.run, trainer.assemble(), "test", trainer.device)
+    return {"stages": phases.stages, "evaluate_bytes": peak_since_last()}
+
+
+def in_new_process(*arguments: str) -> str:
+    """What Python prints, given these arguments."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def summary(found: dict[str, Any], bare: int, budget: int) -> dict[str, Any]:
+    """With the highest of each stage and of all, and what they are beyond a bare process."""
+    for stage in found["stages"]:
+        stage["beyond_bare_bytes"] = max(stage["resident_bytes"].values()) - bare
+        stage["ratio"] = round(stage["beyond_bare_bytes"] / stage["counted_bytes"], 2)
+    peak = max(*(bare + s["beyond_bare_bytes"] for s in found["stages"]), found["evaluate_bytes"])
+    whole = {"budget_bytes": budget, "bare_bytes": bare, "peak_bytes": peak}
+    limit = budget + ALLOWANCE
+    return found | whole | {"limit_bytes": limit, "within_limit": peak <= limit}
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+@click.option("--multiplier", default=1.0, show_default=True, help="Of the network's channels.")
+@click.option("--budget", default="128MiB", show_default=True, help="Of memory.")
+@click.option("--precision", default="float32", show_default=True)
+@click.option("--images", default=130, show_default=True, help="That are trained on.")
+@click.option("--test-images", default=20, show_default=True)
+@click.option("--measure", type=click.Path(path_type=Path), hidden=True)
+def main(
+    as_json: bool,
+    multiplier: float,
+    budget: str,
+    precision: str,
+    images: int,
+    test_images: int,
+    measure: Path | None,
+) -> None:
+    """Prints what training stage by stage takes in resident memory."""
+    if measure:
+        settings = (f"model.feature_multiplier={multiplier}", f"memory.budget={budget}")
+        settings += (f"training.precision={precision}", "training.epochs=1", "store.views=1")
+        click.echo(json.dumps(measured(measure, settings, images, test_images)))
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        again = [__file__, *sys.argv[1:], "--measure", f"{directory}/run"]
+        found = json.loads(in_new_process(*again))
+    bare = resident("VmRSS", in_new_process("-c", BARE))
+    found = summary(found, bare, parse_size(budget))
+    if as_json:
+        click.echo(json.dumps(found))
+        return
+    for stage in found["stages"]:
+        peaks = ", ".join(f"{k} {format_size(v)}" for k, v in stage["resident_bytes"].items() if v)
+        click.echo(
+            f"{stage['stage']} {stage['name']}, {stage['memory_mode']}: counted "
+            f"{format_size(stage['counted_bytes'])}; {peaks}; beyond a bare process "
+            f"{format_size(stage['beyond_bare_bytes'])}, {stage['ratio']:.2f} times counted"
+        )
+    for name in ("bare_bytes", "evaluate_bytes", "peak_bytes", "limit_bytes", "within_limit"):
+        click.echo(f"{name}: {found[name]}")
+
+
+if __name__ == "__main__":
+    main()
