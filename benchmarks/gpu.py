@@ -191,6 +191,8 @@ def _run(command: list[str], seconds: float, log: Path) -> dict[str, Any]:
         found["found"] = json.loads(said)
     except ValueError:
         found["said"] = said[-TAIL:]
+        with log.open("a", encoding="utf-8") as whole:
+            whole.write(said)
     return found
 
 
