@@ -30,7 +30,7 @@ def test_they_open(kind: str, older: Path) -> None:
     run = older / kind
     stages = json.loads(greedy("status", "--run", run, "--json").output)["stages"]
     assert [stage["state"] for stage in stages] == ["complete"] * 3
-    verified = greedy("cache", "verify", "--run", run)
+    verified = greedy("cache", "verify", run)
     assert verified.exit_code == 0, verified.output
     before, again = files(run), trainer(kind, run)
     records = again.fit(TRAIN, TEST)  # nothing is left to do
