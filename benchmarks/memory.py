@@ -16,7 +16,15 @@ import click
 import torch
 
 from greedy.build import build_loss, build_network
-from greedy.devices import laid_out, memory_limited, peak_memory, reset_peak_memory, set_determinism
+from greedy.devices import (
+    laid_out,
+    memory_limited,
+    peak_memory,
+    pick_device,
+    reset_peak_memory,
+    set_determinism,
+)
+from greedy.errors import UserError
 from greedy.losses import LocalLoss, Output
 from greedy.memory.baselines import baselines
 from greedy.memory.choice import Choice, choose, fused_adam, stored_row_bytes
@@ -79,7 +87,10 @@ def row(
     adam = fused_adam if target.optimizer_state == "device" else None
     what = (stage, shape, loss, CLASSES, BATCH, target.precision)
     demand = StepDemand(*what, adam, "cuda", row_bytes)
-    choice = choose(demand, target.budget)
+    try:
+        choice = choose(demand, target.budget)
+    except UserError as error:
+        return {"stage": stage.number, "name": name, "refused": str(error), "met": False}
     memory = StepMemory(choice.mode, choice.micro_batch)
     measured, as_planned = None, None
     if torch.cuda.is_available():
@@ -107,7 +118,7 @@ def reserved(
 ) -> tuple[int, bool]:
     """Bytes that CUDA's allocator reserves at most in three real steps when it may take no more
     than the target, and whether they ran in the memory mode that was planned."""
-    device = torch.device("cuda")
+    device = pick_device("cuda")
     set_determinism(device, False)
     reset_peak_memory(device)
     with memory_limited(device, target.budget):
@@ -170,6 +181,8 @@ def main(as_json: bool) -> None:
 
 
 def _line(each: dict[str, Any]) -> str:
+    if "refused" in each:
+        return f"  {each['stage']} {each['name']}: {each['refused']}: MISSED"
     planned, counted = (format_size(each[f"{n}_peak_bytes"]) for n in ("planned", "counted"))
     measured = each["measured_peak_bytes"]
     real = "" if measured is None else f", {format_size(measured)} measured"

@@ -21,3 +21,14 @@ def torch_generator(seed: int, purpose: str, *keys: int | str) -> torch.Generato
 def numpy_generator(seed: int, purpose: str, *keys: int | str) -> np.random.Generator:
     """A NumPy generator at the start of the named stream."""
     return np.random.default_rng(derive(seed, purpose, *keys))
+
+
+def seed_torch(seed: int, device: torch.device) -> None:
+    """Seeds torch's own generators, of the CPU and of a device, as ``torch.manual_seed`` does; that
+    looks for devices of every kind each time, for up to a millisecond."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)

@@ -180,6 +180,8 @@ class Source:
         else:  # before they are floats, where each is a number already
             x = self.stores["train"].encoding.decode(laid_out(stored))
         x = laid_out(x)
+        if not self.replayed:
+            return x.float()
         with torch.no_grad(), autocast(x.device.type, self.precision):
             return replay(self.replayed, x, self.replay_rows).float()
 

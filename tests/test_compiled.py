@@ -21,7 +21,7 @@ from greedy.training.modes import Mode
 from greedy.training.resolve import compiles, graphs
 from greedy.training.step import Learner, gradients
 
-CLASSES = 3
+CLASSES, ROWS = 3, 32  # what is compiled for one test is found by the next
 
 
 def network() -> nn.Sequential:
@@ -31,7 +31,7 @@ def network() -> nn.Sequential:
 
 
 def trainer(run: Path, reporter: Reporter | None = None, **settings) -> GreedyTrainer:
-    defaults = {"epochs": 2, "batch_size": 32, "views": 1, "checkpoint_minutes": 0}
+    defaults = {"epochs": 2, "batch_size": ROWS, "views": 1, "checkpoint_minutes": 0}
     settings = defaults | {"learning_rate": 0.01, "precision": "float32"} | settings
     return GreedyTrainer(network(), run_dir=run, device="cpu", reporter=reporter, **settings)
 
@@ -74,13 +74,13 @@ def test_a_compiled_step_is_the_same_but_for_rounding() -> None:
         heads = loss.heads((6, 8, 8), CLASSES)
         learner = Learner(stage, heads, loss, CLASSES, "float32", compiled_rows=compiled_rows)
         learner.train()
-        x = torch.randn(12, 1, 8, 8)
-        value, logits = gradients(learner, Batch(torch.arange(12) % CLASSES, x.__getitem__))
+        x = torch.randn(ROWS, 1, 8, 8)
+        value, logits = gradients(learner, Batch(torch.arange(ROWS) % CLASSES, x.__getitem__))
         named = {k: p.grad for m in (stage, heads) for k, p in m.named_parameters()}
         assert compiled_rows == learner.compiled_rows
         return named | dict(stage.named_buffers()) | {"loss": value, "logits": logits}
 
-    expected, compiled = found(0), found(12)
+    expected, compiled = found(0), found(ROWS)
     for name, value in expected.items():
         worst = (compiled[name] - value).abs().max()
         assert worst <= 1e-4 * value.abs().max() + 1e-5, name

@@ -14,6 +14,7 @@ from greedy.losses import PredSim
 from greedy.losses.deviation import deviation
 from greedy.models import cut, shapes, vgg8b
 from greedy.source import Batch
+from greedy.training.graph import WARM_UP
 from greedy.training.guard import Guard
 from greedy.training.host_adam import HostAdam
 from greedy.training.learners import placed
@@ -119,7 +120,8 @@ class NeverWaiting(Reporter):
 
     def batch_finished(self, rows: int) -> None:
         self.done += 1
-        inside = 1 <= self.done < self.steps
+        # The first steps warm up libraries and are recorded.
+        inside = WARM_UP + 2 <= self.done < self.steps
         torch.cuda.set_sync_debug_mode("error" if inside else "default")
 
 

@@ -159,10 +159,10 @@ def test_a_repeated_step_draws_the_same_and_moves_statistics_once(
     def trained(failures: int) -> dict[str, torch.Tensor]:
         monkeypatch.setattr(Own, "failures", failures)
         mine = Seeded(loss=Own())
-        mine.learner.graphs = bool(failures)  # they give way to whatever fails
+        mine.learner.graph_rows = failures  # a graph gives way to whatever fails
         torch.manual_seed(5)
         mine.step(0, Guard())
-        assert not mine.learner.graphs
+        assert not mine.learner.graph_rows
         heads = mine.learner.heads.state_dict()
         return heads | {f"stage.{k}": v for k, v in mine.learner.stage.state_dict().items()}
 

@@ -135,9 +135,9 @@ def network(activation: str = "leaky_relu") -> nn.Sequential:
         )
 
 
-def run_of(path: Path, **settings) -> GreedyTrainer:
+def run_of(path: Path, model: nn.Sequential | None = None, **settings) -> GreedyTrainer:
     trainer = GreedyTrainer(
-        network(), run_dir=path, epochs=1, batch_size=32, precision="float32", **settings
+        model or network(), run_dir=path, epochs=1, batch_size=32, precision="float32", **settings
     )
     trainer.fit(samples(96, 0), samples(40, 1))
     return trainer
@@ -146,11 +146,15 @@ def run_of(path: Path, **settings) -> GreedyTrainer:
 def test_first_weights_do_not_depend_on_the_strategy_but_for_the_output_layer(tmp_path) -> None:
     """The weights before the first step, at a rate too small to change any of them."""
     tiny = {"learning_rate": 1e-30}
+    with torch.device("meta"):
+        convolution = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveMaxPool2d(2)]
+        linear = [nn.Flatten(), nn.Linear(16, 6), nn.BatchNorm1d(6), nn.ReLU()]
+        model = nn.Sequential(*convolution, *linear, nn.Linear(6, CLASSES))
     encoders = {}
     for strategy in ("joint", "backprop", "glob+sim", "greedy"):
-        run_of(tmp_path / strategy, strategy=strategy, **tiny)
+        run_of(tmp_path / strategy, model, strategy=strategy, **tiny)
         encoders[strategy] = [
-            load_file(tmp_path / strategy / f"stage{n}/encoder.safetensors") for n in range(1, 9)
+            load_file(tmp_path / strategy / f"stage{n}/encoder.safetensors") for n in (1, 2, 3)
         ]
     for strategy, found in encoders.items():
         for mine, theirs in zip(found[:-1], encoders["greedy"][:-1], strict=True):

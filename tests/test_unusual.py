@@ -274,18 +274,25 @@ def test_a_learning_rate_that_is_given_is_that_of_all_groups(tmp_path: Path) -> 
     assert [0.8, 0.8] in firsts
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was not cut."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    with_rates(run, Rates()).fit(TRAIN, TEST)
+    return run
+
+
 @pytest.mark.parametrize("batches", [20, 26, 39])
-def test_rates_of_groups_go_on_where_they_were(tmp_path: Path, batches: int) -> None:
+def test_rates_of_groups_go_on_where_they_were(tmp_path: Path, whole: Path, batches: int) -> None:
     """Cut within an epoch and at its end, after the rates have dropped."""
-    with_rates(tmp_path / "whole", Rates()).fit(TRAIN, TEST)
     with pytest.raises(Interrupted):
         with_rates(tmp_path / "cut", Rates(batches)).fit(TRAIN, TEST)
     rest = Rates()
     with_rates(tmp_path / "cut", rest).fit(TRAIN, TEST)
     assert [0.1, 0.01] not in rest.seen[:1]
     for stage in (1, 2, 3):
-        cut, whole = (weights(tmp_path / name, stage) for name in ("cut", "whole"))
-        assert all(torch.equal(cut[k], whole[k]) for k in whole)
+        cut, uncut = (weights(run, stage) for run in (tmp_path / "cut", whole))
+        assert all(torch.equal(cut[k], uncut[k]) for k in uncut)
 
 
 def test_a_rate_that_is_a_tensor_or_absent(tmp_path: Path) -> None:

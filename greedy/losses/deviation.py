@@ -12,6 +12,7 @@ from torch import Tensor
 from greedy.precision import widened
 
 SLICE_BYTES = 8 * 2**20  # of maps in float32 that exist at a time
+ROUNDING = 2**-18  # of a map's mean: a constant one deviates by less, where compiled
 CUDA_SLICE_BYTES = 2 * SLICE_BYTES  # there every slice is some kernels to be launched
 
 
@@ -42,10 +43,12 @@ class _Deviation(torch.autograd.Function):
 
 def _mean_and_deviation(z: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each map. On a CPU they are shifted by one of their values first, so
-    that nothing cancels and a constant map deviates by exactly 0; CUDA's kernel sees to that."""
+    that nothing cancels and a constant map deviates by exactly 0. CUDA's kernel sees to that, but
+    not one that it is compiled into, with what gives z."""
     if z.is_cuda:
         variance, mean = torch.var_mean(z, (2, 3), keepdim=True)
-        return mean, variance[..., 0, 0].sqrt()
+        std = torch.where(variance.sqrt() > ROUNDING * mean.abs(), variance.sqrt(), 0)
+        return mean, std[..., 0, 0]
     shift = z[:, :, :1, :1]
     centred = z - shift
     mean = centred.mean((2, 3), keepdim=True)

@@ -25,7 +25,7 @@ POSITIONS = 1024  # of a feature map, over a micro-batch, that are worth a weigh
 # pass each, and once for products with a bias; and of cuDNN's convolutions.
 CUBLAS_WORKSPACE = 2 * (2 * 2**22 + 8 * 2**14) + 2**20
 CUDNN_WORKSPACE = 16 * 2**20
-FRAGMENTATION = 1.05  # what CUDA's allocator reserves beyond what is asked of it
+FRAGMENTATION = 1.02  # what CUDA's allocator reserves beyond what is asked of it
 AUTO_SHARE = 0.85  # of the memory that is free on the device
 
 

@@ -18,7 +18,7 @@ from greedy.models import Shape
 from greedy.precision import all_finite
 from greedy.recipes import Recipe
 from greedy.reporting import EpochReport, Reporter
-from greedy.seeds import derive
+from greedy.seeds import derive, seed_torch
 from greedy.source import Batch, Source
 from greedy.training.checkpoint import Checkpoints, Progress, Sums
 from greedy.training.guard import Guard, OptimizerFailed
@@ -134,7 +134,8 @@ class Epochs:
             self.reporter.resumed(progress.rows)
         for position, batch in enumerate(batches, start=first):
             # For layers and losses that draw from torch's own generators.
-            torch.manual_seed(derive(self.recipe.seed, "step", self.number, epoch, position))
+            drawn = derive(self.recipe.seed, "step", self.number, epoch, position)
+            seed_torch(drawn, self.source.device)
             outcomes = self._step(batch, epoch, position, guard)
             for total, outcome in zip(totals, outcomes, strict=True):
                 total.add(*outcome, batch.labels)
