@@ -16,7 +16,14 @@ import click
 import torch
 
 from greedy.build import build_loss, build_network
-from greedy.devices import laid_out, memory_limited, peak_memory, reset_peak_memory, set_determinism
+from greedy.devices import (
+    laid_out,
+    memory_limited,
+    peak_memory,
+    pick_device,
+    reset_peak_memory,
+    set_determinism,
+)
 from greedy.errors import UserError
 from greedy.losses import LocalLoss, Output
 from greedy.memory.baselines import baselines
@@ -111,7 +118,7 @@ def reserved(
 ) -> tuple[int, bool]:
     """Bytes that CUDA's allocator reserves at most in three real steps when it may take no more
     than the target, and whether they ran in the memory mode that was planned."""
-    device = torch.device("cuda")
+    device = pick_device("cuda")
     set_determinism(device, False)
     reset_peak_memory(device)
     with memory_limited(device, target.budget):

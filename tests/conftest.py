@@ -15,6 +15,8 @@ from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from reported import all_trained
 
+from greedy.devices import pick_device
+
 # A shell that starts tests in the background lets them ignore Ctrl-C, and nohup a terminal that is
 # closed. Tests send themselves both.
 for number, handler in (
@@ -33,6 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
     need one, when they are asked for."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    pick_device("auto")  # which also says how memory is to be taken
 
 
 @pytest.fixture
