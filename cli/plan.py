@@ -94,6 +94,7 @@ def _document(recipe: "Recipe", machine: "Machine", found: "Forecast") -> dict[s
         "batch_size": recipe.training.batch_size,
         "stages": [asdict(stage) for stage in found.stages],
         "peak_memory_bytes": found.peak_memory_bytes,
+        "resident_bytes": found.resident_bytes,
         "parameters": sum(stage.parameters for stage in found.stages),
         "flops": sum(stage.flops for stage in found.stages),
         "replay_flops": sum(stage.replay_flops for stage in found.stages),
@@ -168,6 +169,11 @@ def _print_totals(found: "Forecast", unknown: str) -> None:
         f"{count(sum(each.flops for each in found.stages))} flop"
         + ("" if found.seconds is None else f", {duration(found.seconds)}")
     )
+    if found.resident_bytes is not None:
+        click.echo(
+            f"that is tensors: the process takes about {size(found.resident_bytes)}, with its "
+            f"libraries and what operators need, besides stores that it holds"
+        )
     if found.seconds is None:
         click.echo(unknown)
     if replayed := sum(each.replay_flops for each in found.stages):

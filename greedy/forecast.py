@@ -21,6 +21,7 @@ from greedy.errors import UserError
 from greedy.memory.baselines import baselines
 from greedy.memory.choice import Choice, memory_budget
 from greedy.memory.plan import MemoryPlan
+from greedy.memory.resident import resident
 from greedy.models import Shape, cut
 from greedy.planning import plan_disk
 from greedy.recipes import Recipe
@@ -95,11 +96,16 @@ class StageForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will take, and what its network would take by other means."""
+    """What a run will take, and what its network would take by other means.
+
+    Attributes:
+        resident_bytes: of the whole process that trains it on a CPU, about; ``None`` elsewhere.
+    """
 
     stages: Sequence[StageForecast]
     disk: Plan
     baselines: Mapping[str, int]
+    resident_bytes: int | None = None
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -205,7 +211,10 @@ def forecast(
     if calibration is not None and at_once is None:
         found = planned.timed(found, calibration)
     others = baselines(stages, shapes, loss, data.classes, recipe.training.batch_size)
-    return Forecast(found, disk, others)
+    process = None
+    if machine.device == "cpu":  # now that counting has brought in the modules that training needs
+        process = resident(max(each.peak_memory_bytes for each in found))
+    return Forecast(found, disk, others, process)
 
 
 @dataclass(frozen=True)

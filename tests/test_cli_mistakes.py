@@ -177,7 +177,6 @@ def test_a_recipe_that_is_no_toml_says_the_line(folder, recipe, message):
         assert message in result.output
 
 
-@pytest.mark.usefixtures("script")
 def test_files_that_cannot_be_written_are_named_with_the_option(folder):
     assert greedy(*TINY.split()).exit_code == 0
     commands = {

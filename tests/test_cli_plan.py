@@ -127,6 +127,15 @@ def test_the_figures_of_a_small_network(folder):
     assert state + batch < hidden["peak_memory_bytes"] < 1.5 * (state + batch)
 
 
+def test_on_a_cpu_the_process_takes_more_than_is_counted(folder):
+    """At least its libraries, which torch makes large."""
+    found = planned("--recipe", "mlp.toml", "--device", "cpu")
+    assert found["resident_bytes"] > found["peak_memory_bytes"] + 100 * MIB
+    there = planned("--recipe", "mlp.toml", "--device", "cuda", "--memory-budget", "1GiB")
+    assert there["resident_bytes"] is None
+    assert "the process takes about" in said("plan", "--recipe", "mlp.toml", "--device", "cpu")
+
+
 def test_settings_are_those_of_train(folder):
     plan = ("--recipe", "mlp.toml", "--device", "cpu")
     usual = planned(*plan)

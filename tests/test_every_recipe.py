@@ -81,17 +81,23 @@ def a_step_of_sizes(strategy: Strategy, batch: Batch, masks: list, classes: int)
         assert state[parameter]["exp_avg_sq"].shape == parameter.shape
 
 
-def is_new(recipe: Recipe, learners: list[Learner], shapes: list[StageShapes], *rest) -> bool:
+def is_new(
+    recipe: Recipe,
+    learners: list[Learner],
+    shapes: list[StageShapes],
+    classes: int,
+    numbers: bool,
+) -> bool:
     """Whether no other recipe had stages, heads, losses and sizes such as these: all that a step
-    follows from, but for the numbers in it."""
+    follows from, but for the numbers in it. A step in numbers is one of sizes, too."""
     training = recipe.training.strategy, recipe.training.accumulate
     stages = [
         (repr(each.stage), type(each.stage.dropout), repr(each.heads), type(each.loss))
         for each in learners
     ]
-    kind = (*training, *stages, *shapes, *rest)
-    known = kind in trained
-    trained.add(kind)
+    kind = (*training, *stages, *shapes, classes)
+    known = (kind, True) in trained or (kind, numbers) in trained
+    trained.add((kind, numbers))
     return not known
 
 
