@@ -15,8 +15,7 @@ from typing import Any
 import click
 import torch
 
-from greedy.build import build_loss, build_network
-from greedy.devices import (
+from greedy.base.devices import (
     laid_out,
     memory_limited,
     peak_memory,
@@ -24,20 +23,21 @@ from greedy.devices import (
     reset_peak_memory,
     set_determinism,
 )
-from greedy.errors import UserError
+from greedy.base.errors import UserError
+from greedy.base.sizes import format_size
+from greedy.build.modules import build_loss, build_network
 from greedy.losses import LocalLoss, Output
 from greedy.memory.baselines import baselines
 from greedy.memory.choice import Choice, choose, fused_adam, stored_row_bytes
 from greedy.memory.peaks import StepDemand
 from greedy.models import Stage, StageShapes, cut, initialise, shapes
 from greedy.recipes import load
-from greedy.sizes import format_size
-from greedy.source import Batch
-from greedy.training.guard import Guard
-from greedy.training.host_adam import HostAdam
+from greedy.runs.choices import StepMemory
+from greedy.steps.guard import Guard
+from greedy.steps.host_adam import HostAdam
+from greedy.steps.step import Learner, step
+from greedy.stores.source import Batch
 from greedy.training.learners import placed
-from greedy.training.modes import StepMemory
-from greedy.training.step import Learner, step
 
 RECIPE = load("cifar10/vgg11b-3x-predsim")
 IMAGES, CLASSES, BATCH = (3, 32, 32), 10, RECIPE.training.batch_size

@@ -21,11 +21,11 @@ import torch
 from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer
-from greedy.evaluation import evaluate
-from greedy.manifest import StageRecord
+from greedy.base.sizes import format_size, parse_size
 from greedy.recipes import load
-from greedy.reporting import EpochReport, Reporter
-from greedy.sizes import format_size, parse_size
+from greedy.results.evaluation import evaluate
+from greedy.runs.events import EpochReport, Reporter
+from greedy.runs.record import StageRecord
 
 ALLOWANCE = 2**30
 BARE = "import greedy.trainer; print(open('/proc/self/status').read())"

@@ -19,10 +19,10 @@ from greedy.losses import PredSim
 from greedy.memory.choice import Choice, choose, fused_adam
 from greedy.memory.peaks import StepDemand
 from greedy.models import Stage, StageShapes, cut, shapes, vgg11b
-from greedy.source import Batch
-from greedy.training.guard import Guard
-from greedy.training.modes import StepMemory
-from greedy.training.step import Learner, step
+from greedy.runs.choices import StepMemory
+from greedy.steps.guard import Guard
+from greedy.steps.step import Learner, step
+from greedy.stores.source import Batch
 
 CLASSES, BATCH = 10, 128
 BUDGETS = {"768MiB": (768 * 2**20, 1.9), "1.5GiB": (1536 * 2**20, 1.35)}

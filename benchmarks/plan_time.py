@@ -12,12 +12,12 @@ from typing import Any
 
 import click
 
-from greedy.bench import Bench, peak_flops
-from greedy.calibration import Calibration
 from greedy.data import load_dataset
-from greedy.forecast import data_facts, forecast, machine
+from greedy.forecasts.bench import Bench, peak_flops
+from greedy.forecasts.calibration import Calibration
+from greedy.forecasts.forecast import data_facts, forecast, machine
 from greedy.recipes import load
-from greedy.runs import RunDirectory
+from greedy.runs.directory import RunDirectory
 from greedy.trainer import GreedyTrainer
 
 

@@ -17,13 +17,13 @@ import numpy as np
 from chromium import Browser
 
 from greedy.data import load_dataset
-from greedy.manifest import HISTORY, Metrics, StageRecord
 from greedy.recipes import load
 from greedy.report import write_report
-from greedy.reporting import EpochReport
-from greedy.runs import RunDirectory
+from greedy.runs.directory import RunDirectory
+from greedy.runs.events import EpochReport
+from greedy.runs.record import HISTORY, Metrics, StageRecord
 from greedy.trainer import GreedyTrainer
-from greedy.training.finished import history_line
+from greedy.training.finish import history_line
 
 STAGES, EPOCHS = 10, 400
 MOST_BYTES, MOST_SECONDS = 5e6, 2.0

@@ -22,12 +22,12 @@ from greedy.cache import Store, StoreWriter, fit_encoding
 from greedy.losses import PredSim
 from greedy.models import Shape, cut, mlp, seeded, shapes, vgg8b
 from greedy.recipes import load
-from greedy.reporting import Reporter
-from greedy.source import Batch, Source
+from greedy.runs.events import Reporter
+from greedy.steps.step import Learner
+from greedy.steps.strategies import Greedy
+from greedy.stores.source import Batch, Source
 from greedy.training.loop import Epochs
 from greedy.training.schedule import Milestones
-from greedy.training.step import Learner
-from greedy.training.strategies import Greedy
 
 RECIPE = load("cifar10/vgg8b-predsim", ["training.epochs=1"])
 BATCH = RECIPE.training.batch_size

@@ -30,25 +30,25 @@ import numpy as np
 import torch
 from published_step import NETWORKS, EndToEnd, Published, batch
 
-from greedy.bench import peak_flops
-from greedy.build import build_loss, build_network
+from greedy.base.devices import describe, pick_device, pick_precision, set_determinism
+from greedy.build.modules import build_loss, build_network
 from greedy.cache import Store, StoreWriter, fit_encoding, pixels
 from greedy.data import Augmentation
-from greedy.devices import describe, pick_device, pick_precision, set_determinism
+from greedy.forecasts.bench import peak_flops
 from greedy.losses import Output
 from greedy.memory.choice import Choice, fused_adam
 from greedy.memory.peaks import StepDemand
 from greedy.models import Shape, cut, shapes
 from greedy.recipes import Recipe, load
-from greedy.reporting import Reporter
-from greedy.source import Epoch, Images, Source
+from greedy.runs.choices import Mode
+from greedy.runs.events import Reporter
+from greedy.steps.step import Learner
+from greedy.steps.strategies import Greedy
+from greedy.stores.source import Epoch, Images, Source
 from greedy.training.learners import new_learner, new_optimizer
 from greedy.training.loop import Epochs
-from greedy.training.modes import Mode
 from greedy.training.resolve import compiles
 from greedy.training.schedule import Milestones
-from greedy.training.step import Learner
-from greedy.training.strategies import Greedy
 
 IMAGE: Shape = (3, 32, 32)
 CLASSES = 10

@@ -1,9 +1,9 @@
 """What cuBLAS and cuDNN take of CUDA's allocator while they compute, beyond their tensors.
 
 Convolutions are those of VGG11B(3x) on CIFAR-10 shapes: forward, the gradient of the weight and the
-gradient of the input, each alone, in micro-batches of some rows; what `greedy.lean` takes beside, a
-slice of a weight's gradient, is among it. The memory plan reckons with these
-bytes (`greedy/memory/choice.py`).
+gradient of the input, each alone, in micro-batches of some rows; what `greedy.models.lean` takes
+beside, a slice of a weight's gradient, is among it. The memory plan reckons with these bytes
+(`greedy/memory/choice.py`).
 """
 
 import json
@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from greedy.devices import pick_device, set_determinism
-from greedy.lean import add_weight_gradient, forward, input_gradient
-from greedy.precision import HALVES
+from greedy.base.devices import pick_device, set_determinism
+from greedy.base.precision import HALVES
+from greedy.models.lean import add_weight_gradient, forward, input_gradient
 
 MIB = 2**20
 # Input and output channels, side

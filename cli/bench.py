@@ -13,8 +13,8 @@ from greedy.cli.failures import terminable
 from greedy.cli.tables import count, print_json, print_table, say
 
 if TYPE_CHECKING:
-    from greedy.bench import StageSpeed
-    from greedy.calibration import Calibration
+    from greedy.forecasts.bench import StageSpeed
+    from greedy.forecasts.calibration import Calibration
     from greedy.recipes import Recipe
 
 DEFAULT = "demo"
@@ -52,10 +52,10 @@ def bench(
     of bfloat16 matrix products on the same threads; waiting is the share of a step between asking
     for a batch and having it. `plan` knows times best for a recipe that was itself measured.
     """
-    from greedy.bench import Bench, peak_flops  # noqa: PLC0415
-    from greedy.build import load_network  # noqa: PLC0415
-    from greedy.calibration import Calibration  # noqa: PLC0415
-    from greedy.devices import describe  # noqa: PLC0415
+    from greedy.base.devices import describe  # noqa: PLC0415
+    from greedy.build.modules import load_network  # noqa: PLC0415
+    from greedy.forecasts.bench import Bench, peak_flops  # noqa: PLC0415
+    from greedy.forecasts.calibration import Calibration  # noqa: PLC0415
     from greedy.recipes import load  # noqa: PLC0415
 
     overrides = fields.overrides(settings, field_values)
@@ -81,7 +81,7 @@ def bench(
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """Inside, an interruption tells what is left of the measurements."""
-    from greedy.errors import Interrupted  # noqa: PLC0415
+    from greedy.base.errors import Interrupted  # noqa: PLC0415
 
     try:
         yield

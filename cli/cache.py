@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 import click
 
+from greedy.base.commands import command
 from greedy.cli import options
 from greedy.cli.failures import Group, terminable
 from greedy.cli.results import tell_changes
 from greedy.cli.tables import print_json, print_table, say, size
-from greedy.commands import command
 
 if TYPE_CHECKING:
     from greedy.cache import StoreInfo
-    from greedy.runs import RunDirectory
+    from greedy.runs.directory import RunDirectory
 
 BAR = 40  # columns of the widest bar of a histogram
 
@@ -62,7 +62,7 @@ def info(path: Path, as_json: bool) -> None:
 @options.debug
 def verify(path: Path, as_json: bool) -> None:
     """Check every file of a run or a stage: exit code 1 if any is damaged."""
-    from greedy.integrity import verify_run, verify_stage  # noqa: PLC0415
+    from greedy.runs.integrity import verify_run, verify_stage  # noqa: PLC0415
 
     if (path / "run.toml").exists():
         damages = verify_run(path)
@@ -94,7 +94,7 @@ def repair(path: Path, device: str, model: str | None) -> None:
     is there. Otherwise their views are computed anew. Exit code 1 if any damage is left. The
     store of a stage that is named is also written if it was dropped.
     """
-    from greedy.build import load_network  # noqa: PLC0415
+    from greedy.build.modules import load_network  # noqa: PLC0415
     from greedy.cli.progress import Lines  # noqa: PLC0415
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
 
@@ -128,9 +128,9 @@ def _counted(chunks: int) -> str:
 @options.debug
 def drop(path: Path, force: bool) -> None:
     """Delete the stores of a run or a stage. Weights and records stay."""
-    from greedy.errors import UserError  # noqa: PLC0415
-    from greedy.sizes import format_size  # noqa: PLC0415
-    from greedy.unfinished import require_unneeded  # noqa: PLC0415
+    from greedy.base.errors import UserError  # noqa: PLC0415
+    from greedy.base.sizes import format_size  # noqa: PLC0415
+    from greedy.runs.unfinished import require_unneeded  # noqa: PLC0415
 
     run, numbers = _stages(path)
     if numbers == [0]:
@@ -158,7 +158,7 @@ def _rebuilding(run: "RunDirectory", number: int) -> str:
 
 def _stages(path: Path) -> tuple["RunDirectory", list[int]]:
     """The run and the numbers of the stages that a run or stage directory stands for."""
-    from greedy.runs import RunDirectory, run_of_stage  # noqa: PLC0415
+    from greedy.runs.directory import RunDirectory, run_of_stage  # noqa: PLC0415
 
     if path.name.startswith("stage") and not (path / "run.toml").exists():
         run, number = run_of_stage(path)

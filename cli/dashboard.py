@@ -12,13 +12,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from greedy.base.sizes import format_size
+from greedy.base.text import shown
 from greedy.cli.progress import Lines
 from greedy.cli.tables import percent, size
-from greedy.disk import Plan
-from greedy.manifest import StageRecord
-from greedy.reporting import EpochReport, RunOutline
-from greedy.sizes import format_size
-from greedy.text import shown
+from greedy.runs.disk_plan import Plan
+from greedy.runs.events import EpochReport, RunOutline
+from greedy.runs.record import StageRecord
 
 TICKS = "▁▂▃▄▅▆▇█"
 SPARKS = 16  # epochs that a sparkline shows

@@ -10,7 +10,7 @@ from greedy.cli import options
 from greedy.cli.tables import print_json, print_table, say, size
 
 if TYPE_CHECKING:
-    from greedy.doctor import Disk, Examination
+    from greedy.forecasts.doctor import Disk, Examination
 
 PAGE_CACHE = {
     "dropped": "from the disk (posix_fadvise dropped the page cache)",
@@ -28,7 +28,7 @@ def doctor(as_json: bool) -> None:
     The disk is that of ./runs, or of the current directory: a temporary file of at most 256 MiB
     is written to it and read.
     """
-    from greedy.doctor import examine  # noqa: PLC0415
+    from greedy.forecasts.doctor import examine  # noqa: PLC0415
 
     runs = Path("runs")
     found = examine(runs if runs.is_dir() else Path.cwd())

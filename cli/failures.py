@@ -10,8 +10,8 @@ from typing import Any
 
 import click
 
-from greedy.errors import Interrupted, TrainingError, UserError, unknown
-from greedy.text import shown
+from greedy.base.errors import Interrupted, TrainingError, UserError, unknown
+from greedy.base.text import shown
 
 DEBUG = "greedy.debug"  # the key of the context's `meta` under which --debug is kept
 
@@ -87,7 +87,7 @@ class Group(click.Group):
 def terminable() -> Iterator[None]:
     """Inside, SIGTERM and a closed terminal stop a run as Ctrl-C does, and all say how to go on
     wherever they come."""
-    from greedy.interrupts import SIGNALS, stop  # noqa: PLC0415
+    from greedy.base.interrupts import SIGNALS, stop  # noqa: PLC0415
 
     before = {number: signal.signal(number, stop) for number in SIGNALS}
     try:
@@ -113,7 +113,7 @@ def failure_of(error: BaseException) -> Failure:
                 "such as smaller images or batches"
             )
         case OSError(strerror=str(reason), filename=path):
-            from greedy.space import remedy  # noqa: PLC0415
+            from greedy.base.disk_space import remedy  # noqa: PLC0415
 
             named = f"{os.fsdecode(path)}: {reason}" if isinstance(path, str | bytes) else reason
             return Failure(f"{named}: {way}" if (way := remedy(error)) else named)

@@ -41,10 +41,10 @@ def finetune(
     The result is a run of its own, trained for 10 epochs by back-propagation at a tenth of the
     learning rate unless the settings say otherwise. The run it comes from stays as it is.
     """
-    from greedy.build import load_network  # noqa: PLC0415
-    from greedy.finetuning import begin_finetuning  # noqa: PLC0415
-    from greedy.runs import RunDirectory  # noqa: PLC0415
+    from greedy.build.modules import load_network  # noqa: PLC0415
+    from greedy.runs.directory import RunDirectory  # noqa: PLC0415
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
+    from greedy.training.finetuning import begin_finetuning  # noqa: PLC0415
 
     source = RunDirectory.open(run)
     to = to or run.with_name(f"{run.name}-finetuned")

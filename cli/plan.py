@@ -12,7 +12,7 @@ from greedy.cli.tables import count, duration, print_json, print_table, size
 from greedy.cli.train import recipe_and_run
 
 if TYPE_CHECKING:
-    from greedy.forecast import DataFacts, Forecast, Machine
+    from greedy.forecasts.forecast import DataFacts, Forecast, Machine
     from greedy.recipes import Recipe
 
 UNLIKE = (
@@ -49,10 +49,10 @@ def plan(
     are those of the plain step over all epochs, a multiply-add counting 2. Times are known once
     `greedy bench` has measured this machine: of training a stage and writing its store.
     """
-    from greedy.build import load_network  # noqa: PLC0415
-    from greedy.calibration import Calibration, NotCalibrated  # noqa: PLC0415
-    from greedy.forecast import data_facts, forecast, machine  # noqa: PLC0415
-    from greedy.runs import RunDirectory  # noqa: PLC0415
+    from greedy.build.modules import load_network  # noqa: PLC0415
+    from greedy.forecasts.calibration import Calibration, NotCalibrated  # noqa: PLC0415
+    from greedy.forecasts.forecast import data_facts, forecast, machine  # noqa: PLC0415
+    from greedy.runs.directory import RunDirectory  # noqa: PLC0415
 
     overrides = fields.overrides(settings, field_values)
     wanted, directory = recipe_and_run(recipe, run, overrides)
@@ -77,8 +77,8 @@ def plan(
 
 def _goes_on(directory: Path, recipe: "Recipe") -> bool:
     """Whether a recipe would be trained in the run that is there: of another plan nobody asks."""
-    from greedy.errors import UserError  # noqa: PLC0415
-    from greedy.runs import RunDirectory  # noqa: PLC0415
+    from greedy.base.errors import UserError  # noqa: PLC0415
+    from greedy.runs.directory import RunDirectory  # noqa: PLC0415
 
     try:
         RunDirectory.create(directory, recipe)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import click
 
+from greedy.base.errors import UserError
 from greedy.cli import options
 from greedy.cli.tables import say, size
-from greedy.errors import UserError
 
 
 @click.command(epilog="Example: greedy plot runs/pred runs/predsim --to curves.svg")
@@ -35,16 +35,11 @@ def plot(
     one picture. With --similarity: the similarity matrix of a batch of test images after each stage
     of one run, and the target it is trained towards.
     """
-    from greedy.build import load_network  # noqa: PLC0415
-    from greedy.curves import run_curves, run_names, stage_curves  # noqa: PLC0415
-    from greedy.figures import (  # noqa: PLC0415
-        curves_figure,
-        require_picture,
-        save,
-        similarity_figure,
-    )
-    from greedy.runs import RunDirectory  # noqa: PLC0415
-    from greedy.similarity import similarity_by_stage  # noqa: PLC0415
+    from greedy.build.modules import load_network  # noqa: PLC0415
+    from greedy.results.curves import run_curves, run_names, stage_curves  # noqa: PLC0415
+    from greedy.results.figures import curves_figure, require_picture, save, similarity_figure  # noqa: PLC0415
+    from greedy.results.similarity import similarity_by_stage  # noqa: PLC0415
+    from greedy.runs.directory import RunDirectory  # noqa: PLC0415
 
     require_picture(to, force)
     directories = [RunDirectory.open(run) for run in runs]

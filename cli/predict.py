@@ -10,7 +10,7 @@ from greedy.cli import options
 from greedy.cli.tables import percent, print_json, print_table, say
 
 if TYPE_CHECKING:
-    from greedy.prediction import Prediction
+    from greedy.results.prediction import Prediction
 
 
 @click.command(epilog="Example: greedy predict --run runs/demo shoe.png bag.jpg")
@@ -40,12 +40,12 @@ def predict(
     An image is converted to the channels of the run's own, resized until it covers their size,
     and cropped at the centre. Exit code 1 if one could not be read.
     """
-    from greedy.build import build_loss, load_network  # noqa: PLC0415
-    from greedy.devices import pick_device  # noqa: PLC0415
-    from greedy.network import assemble  # noqa: PLC0415
-    from greedy.prediction import Prediction, Unreadable, predict  # noqa: PLC0415
-    from greedy.runs import RunDirectory  # noqa: PLC0415
-    from greedy.sizes import parse_size  # noqa: PLC0415
+    from greedy.base.devices import pick_device  # noqa: PLC0415
+    from greedy.base.sizes import parse_size  # noqa: PLC0415
+    from greedy.build.modules import build_loss, load_network  # noqa: PLC0415
+    from greedy.results.prediction import Prediction, Unreadable, predict  # noqa: PLC0415
+    from greedy.runs.directory import RunDirectory  # noqa: PLC0415
+    from greedy.runs.network import assemble  # noqa: PLC0415
 
     directory = RunDirectory.open(run)
     recipe = directory.recipe

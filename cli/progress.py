@@ -15,13 +15,13 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from greedy.base.sizes import format_size
+from greedy.base.text import shown
 from greedy.cli.tables import percent, say
-from greedy.disk import Plan
-from greedy.manifest import StageRecord
-from greedy.reporting import EpochReport, Reporter, RunOutline
-from greedy.sizes import format_size
-from greedy.text import shown
-from greedy.training.modes import StepMemory
+from greedy.runs.choices import StepMemory
+from greedy.runs.disk_plan import Plan
+from greedy.runs.events import EpochReport, Reporter, RunOutline
+from greedy.runs.record import StageRecord
 
 
 class Preparing(Reporter):

@@ -30,9 +30,9 @@ def report(runs: tuple[Path, ...], to: Path, force: bool, device: str, model: st
     the recipe and the commands that repeat it. A run that is not finished is shown as far as it has
     come. Finished networks classify their test images on --device.
     """
-    from greedy.build import load_network  # noqa: PLC0415
+    from greedy.build.modules import load_network  # noqa: PLC0415
     from greedy.report import require_report, write_report  # noqa: PLC0415
-    from greedy.runs import RunDirectory  # noqa: PLC0415
+    from greedy.runs.directory import RunDirectory  # noqa: PLC0415
 
     require_report(to, force)
     directories = [RunDirectory.open(run) for run in runs]

@@ -13,7 +13,7 @@ from greedy.cli.failures import failure_of, terminable
 from greedy.cli.tables import percent, print_json, print_table, say
 
 if TYPE_CHECKING:
-    from greedy.reproduction import Row
+    from greedy.results.reproduction import Row
 
 Failures = dict[Path, str]  # why a run is not finished, by its directory
 
@@ -73,8 +73,8 @@ def reproduce(
     The same command skips what is finished and goes on with what is not. Once a run's figure is
     kept, its activation stores are deleted; images, weights and records stay.
     """
-    from greedy.devices import pick_device  # noqa: PLC0415
-    from greedy.reproduction import rows  # noqa: PLC0415
+    from greedy.base.devices import pick_device  # noqa: PLC0415
+    from greedy.results.reproduction import rows  # noqa: PLC0415
 
     overrides = fields.overrides(settings, field_values)
     table = rows(wanted, overrides, epochs_scale=epochs_scale, seeds=seeds, to=to)

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import click
 
+from greedy.base.commands import command
 from greedy.cli import options
 from greedy.cli.tables import count, percent, print_json, print_table, say, size, waiting
-from greedy.commands import command
 
 if TYPE_CHECKING:
-    from greedy.exits import Exits
-    from greedy.runs import RunDirectory
+    from greedy.results.exits import Exits
+    from greedy.runs.directory import RunDirectory
 
 LOSE = 1.0  # points of error that an early exit may lose, unless told otherwise
 
@@ -23,8 +23,8 @@ LOSE = 1.0  # points of error that an early exit may lose, unless told otherwise
 @options.debug
 def status(run: Path, as_json: bool) -> None:
     """Show the stages of a run: state, errors, store and time."""
-    from greedy.runs import RunDirectory  # noqa: PLC0415
-    from greedy.status import disk_use, status, trainings_set_aside  # noqa: PLC0415
+    from greedy.runs.directory import RunDirectory  # noqa: PLC0415
+    from greedy.runs.status import disk_use, status, trainings_set_aside  # noqa: PLC0415
 
     directory = RunDirectory.open(run)
     stages, disk = directory.undisturbed(lambda: (status(directory), disk_use(directory)))
@@ -104,13 +104,13 @@ def evaluate(
 
     Operations are multiply-adds of convolutions and linear layers for one image.
     """
-    from greedy.build import build_loss, load_network  # noqa: PLC0415
-    from greedy.devices import pick_device  # noqa: PLC0415
-    from greedy.evaluation import evaluate  # noqa: PLC0415
-    from greedy.exits import evaluate_exits  # noqa: PLC0415
-    from greedy.network import assemble  # noqa: PLC0415
-    from greedy.runs import RunDirectory  # noqa: PLC0415
-    from greedy.sizes import parse_size  # noqa: PLC0415
+    from greedy.base.devices import pick_device  # noqa: PLC0415
+    from greedy.base.sizes import parse_size  # noqa: PLC0415
+    from greedy.build.modules import build_loss, load_network  # noqa: PLC0415
+    from greedy.results.evaluation import evaluate  # noqa: PLC0415
+    from greedy.results.exits import evaluate_exits  # noqa: PLC0415
+    from greedy.runs.directory import RunDirectory  # noqa: PLC0415
+    from greedy.runs.network import assemble  # noqa: PLC0415
 
     if lose is not None and not by_stage:
         raise click.UsageError("--lose is about early exits: give --by-stage with it")
@@ -138,7 +138,7 @@ def evaluate(
 
 def tell_changes(run: "RunDirectory") -> None:
     """Says on standard error what has changed in the image folder that a run was begun with."""
-    from greedy.changes import folder_changes  # noqa: PLC0415
+    from greedy.stores.changes import folder_changes  # noqa: PLC0415
 
     if what := folder_changes(run):
         name = run.recipe.data.name
@@ -194,9 +194,9 @@ def export(
     run: Path, to: Path, format: str | None, until_stage: int | None, force: bool, model: str | None
 ) -> None:
     """Write the trained network as one file, with its normalisation inside."""
-    from greedy.build import build_loss, load_network  # noqa: PLC0415
-    from greedy.export import export, format_of  # noqa: PLC0415
-    from greedy.runs import RunDirectory  # noqa: PLC0415
+    from greedy.build.modules import build_loss, load_network  # noqa: PLC0415
+    from greedy.results.export import export, format_of  # noqa: PLC0415
+    from greedy.runs.directory import RunDirectory  # noqa: PLC0415
 
     format = format or format_of(to)
     directory = RunDirectory.open(run)

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from greedy.sizes import format_duration, format_size
-from greedy.text import legible_json, shown
+from greedy.base.sizes import format_duration, format_size
+from greedy.base.text import legible_json, shown
 
 
 def percent(value: float | None) -> str:

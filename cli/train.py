@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 
 import click
 
+from greedy.base.commands import command
 from greedy.cli import fields, options
 from greedy.cli.failures import terminable
 from greedy.cli.tables import percent, print_table, say, size, waiting
-from greedy.commands import command
 
 if TYPE_CHECKING:
     from greedy.cli.progress import Lines
-    from greedy.manifest import StageRecord
     from greedy.recipes import Recipe
-    from greedy.tensorboard import TensorBoard
+    from greedy.results.tensorboard import TensorBoard
+    from greedy.runs.record import StageRecord
     from greedy.trainer import GreedyTrainer
 
 
@@ -57,10 +57,10 @@ def train(
     **field_values: str | None,
 ) -> None:
     """Train every stage of a recipe in turn; the same command resumes."""
-    from greedy.build import load_network  # noqa: PLC0415
-    from greedy.changes import require_unchanged  # noqa: PLC0415
+    from greedy.build.modules import load_network  # noqa: PLC0415
     from greedy.cli.progress import preparing  # noqa: PLC0415
     from greedy.data import Reading, load_dataset  # noqa: PLC0415
+    from greedy.stores.changes import require_unchanged  # noqa: PLC0415
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
 
     overrides = fields.overrides(settings, field_values)
@@ -125,8 +125,8 @@ def train_stage(
     model: str | None,
 ) -> None:
     """Train one stage from the store of an earlier one."""
-    from greedy.build import load_network  # noqa: PLC0415
-    from greedy.runs import run_of_stage  # noqa: PLC0415
+    from greedy.build.modules import load_network  # noqa: PLC0415
+    from greedy.runs.directory import run_of_stage  # noqa: PLC0415
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
 
     run, source_number = run_of_stage(source)
@@ -163,7 +163,7 @@ def train_and_show(
 
 def tensorboard(run: Path, to: Path | None = None) -> "TensorBoard":
     """What writes a run's logs, refused before anything is trained."""
-    from greedy.tensorboard import TensorBoard  # noqa: PLC0415
+    from greedy.results.tensorboard import TensorBoard  # noqa: PLC0415
 
     return TensorBoard(run, to=to)
 
@@ -172,7 +172,7 @@ def tensorboard(run: Path, to: Path | None = None) -> "TensorBoard":
 def reporting(trainer: "GreedyTrainer", log: "TensorBoard | None") -> Iterator["Lines"]:
     """Inside, what the trainer does is shown, and logged if there is a log; signals stop it."""
     from greedy.cli.dashboard import reporter  # noqa: PLC0415
-    from greedy.reporting import Reporters  # noqa: PLC0415
+    from greedy.runs.events import Reporters  # noqa: PLC0415
 
     progress = reporter()
     trainer.reporter = Reporters(progress, log) if log else progress
@@ -185,7 +185,7 @@ def recipe_and_run(
 ) -> tuple["Recipe", Path]:
     """The recipe and the run directory that --recipe and --run stand for."""
     from greedy.recipes import load, names  # noqa: PLC0415
-    from greedy.runs import RunDirectory  # noqa: PLC0415
+    from greedy.runs.directory import RunDirectory  # noqa: PLC0415
 
     if name is not None:
         label = name if name in names() else Path(name).stem
@@ -210,9 +210,9 @@ def _origin(record: "StageRecord") -> str:
 
 
 def _print_results(trainer: "GreedyTrainer") -> None:
-    from greedy.evaluation import evaluate  # noqa: PLC0415
     from greedy.recipes import departures  # noqa: PLC0415
-    from greedy.status import status  # noqa: PLC0415
+    from greedy.results.evaluation import evaluate  # noqa: PLC0415
+    from greedy.runs.status import status  # noqa: PLC0415
 
     print_table(
         ("stage", "name", "train err", "test err", "store", "memory", "images/s", "seconds"),

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 def train_and_export(run: Path, to: Path, epochs: int) -> None:
     import greedy  # noqa: PLC0415  # the other process does without
-    from greedy.export import FORMATS, export  # noqa: PLC0415
+    from greedy.results.export import FORMATS, export  # noqa: PLC0415
 
     settings = [f"training.epochs={epochs}", "model.feature_multiplier=0.05"]
     trainer = greedy.GreedyTrainer.from_recipe(greedy.recipes.load("demo", settings), run)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import greedy
-from greedy.exits import evaluate_exits
+from greedy.results.exits import evaluate_exits
 
 
 def network() -> nn.Sequential:

@@ -12,9 +12,9 @@ from pathlib import Path
 import click
 
 import greedy
+from greedy.base.sizes import format_size
 from greedy.recipes import load
-from greedy.sizes import format_size
-from greedy.status import status
+from greedy.runs.status import status
 
 LINE = "{:9s}  {:>10s}  {:>10s}  {:>8s}"
 

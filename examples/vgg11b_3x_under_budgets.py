@@ -12,9 +12,9 @@ from pathlib import Path
 import click
 
 from greedy import RunDirectory, UserError
-from greedy.forecast import data_facts, forecast, machine
+from greedy.base.sizes import format_size
+from greedy.forecasts.forecast import data_facts, forecast, machine
 from greedy.recipes import load
-from greedy.sizes import format_size
 
 RECIPE = "cifar10/vgg11b-3x-predsim"
 LINE = "{:>8}  {:>10}  {:>12}  {}"

@@ -8,15 +8,19 @@ if not (Path(__file__).parent / "cache").is_dir():  # in a checkout it stands be
     __path__.append(str(Path(__file__).parents[1]))
 
 if TYPE_CHECKING:
-    from greedy import cache, curves, data, figures, losses, models, recipes, report, similarity
-    from greedy.errors import TrainingError, UserError
-    from greedy.evaluation import Evaluation, evaluate
-    from greedy.manifest import StageRecord
-    from greedy.prediction import Prediction, predict
-    from greedy.reporting import EpochReport, Reporter, Reporters
-    from greedy.runs import RunDirectory
-    from greedy.tensorboard import TensorBoard
+    from greedy import cache, data, losses, models, recipes, report
+    from greedy.base.errors import TrainingError, UserError
+    from greedy.forecasts import forecast
+    from greedy.results import curves, exits, export, figures, similarity
+    from greedy.results.evaluation import Evaluation, evaluate
+    from greedy.results.prediction import Prediction, predict
+    from greedy.results.tensorboard import TensorBoard
+    from greedy.runs import status
+    from greedy.runs.directory import RunDirectory
+    from greedy.runs.events import EpochReport, Reporter, Reporters
+    from greedy.runs.record import StageRecord
     from greedy.trainer import GreedyTrainer
+
 
 __all__ = [
     "GreedyTrainer",
@@ -35,28 +39,42 @@ __all__ = [
     "cache",
     "curves",
     "data",
+    "exits",
+    "export",
     "figures",
+    "forecast",
     "losses",
     "models",
     "recipes",
     "report",
     "similarity",
+    "status",
 ]
 
+# Where what is not a room of this name is found.
 _HOME = {
     "GreedyTrainer": "trainer",
-    "RunDirectory": "runs",
-    "StageRecord": "manifest",
-    "Reporter": "reporting",
-    "Reporters": "reporting",
-    "TensorBoard": "tensorboard",
-    "EpochReport": "reporting",
-    "Evaluation": "evaluation",
-    "evaluate": "evaluation",
-    "Prediction": "prediction",
-    "predict": "prediction",
-    "UserError": "errors",
-    "TrainingError": "errors",
+    "RunDirectory": "runs.directory",
+    "StageRecord": "runs.record",
+    "Reporter": "runs.events",
+    "Reporters": "runs.events",
+    "TensorBoard": "results.tensorboard",
+    "EpochReport": "runs.events",
+    "Evaluation": "results.evaluation",
+    "evaluate": "results.evaluation",
+    "Prediction": "results.prediction",
+    "predict": "results.prediction",
+    "UserError": "base.errors",
+    "TrainingError": "base.errors",
+}
+_MODULES = {
+    "curves": "results",
+    "exits": "results",
+    "export": "results",
+    "figures": "results",
+    "forecast": "forecasts",
+    "similarity": "results",
+    "status": "runs",
 }
 
 
@@ -66,4 +84,5 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'greedy' has no attribute {name!r}")
     if name in _HOME:
         return getattr(import_module(f"greedy.{_HOME[name]}"), name)
-    return import_module(f"greedy.{name}")
+    room = f"{_MODULES[name]}." if name in _MODULES else ""
+    return import_module(f"greedy.{room}{name}")

@@ -10,38 +10,39 @@ from typing import Any, Self
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 
-from greedy.build import build_loss, build_network, checked_shapes
+from greedy.base.commands import command
+from greedy.base.devices import pick_device, pick_precision
+from greedy.base.disk_space import require_room, until_full
+from greedy.base.errors import UserError
+from greedy.base.heap import give_back
+from greedy.build.modules import build_loss, build_network, checked_shapes
+from greedy.build.python_recipe import python_recipe, require_optimizer
 from greedy.cache import Damage
-from greedy.changes import is_prepared, require_unchanged_folder
-from greedy.commands import command
 from greedy.data import Dataset, dataset_from_torch, require_repeatable
-from greedy.devices import pick_device, pick_precision
-from greedy.disk import Plan, Views
-from greedy.errors import UserError
-from greedy.heap import give_back
 from greedy.losses import LocalLoss, Output, PredSim, require_local_loss
-from greedy.manifest import StageRecord
 from greedy.memory.choice import Choice, fused_adam, memory_budget
 from greedy.memory.plan import MemoryPlan
 from greedy.models import Stage, StageShapes, cut
-from greedy.network import assemble, stages_of
-from greedy.outside import finished_outside
-from greedy.planning import former, plan_disk
 from greedy.recipes import Recipe
-from greedy.repair import Mender, Repair
-from greedy.reporting import Reporter, RunOutline
-from greedy.retraining import Retraining
-from greedy.runs import SPLITS, RunDirectory, new_stage
-from greedy.settings import python_recipe, require_optimizer
-from greedy.source import Source
-from greedy.sourcing import Sources
-from greedy.space import require_room, until_full
-from greedy.stage0 import readable, stored_encoding, write_stage0
-from greedy.training.checkpoint import Start
+from greedy.recipes.per_stage import for_stage
+from greedy.runs.begun import Start
+from greedy.runs.directory import SPLITS, RunDirectory, new_stage
+from greedy.runs.disk_budget import former, plan_disk
+from greedy.runs.disk_plan import Plan, Views
+from greedy.runs.events import Reporter, RunOutline
+from greedy.runs.network import assemble, stages_of
+from greedy.runs.outside import finished_outside
+from greedy.runs.record import StageRecord
+from greedy.runs.retraining import Retraining
+from greedy.runs.unfinished import find_training, needed_stores, source_begun
+from greedy.stores.changes import is_prepared, require_unchanged_folder
+from greedy.stores.opening import Sources
+from greedy.stores.repair import Mender, Repair
+from greedy.stores.source import Source
+from greedy.stores.stage0 import readable, stored_encoding, write_stage0
 from greedy.training.network import NetworkTraining
-from greedy.training.resolve import compiles, for_stage, repeated, resolve, within_budget
+from greedy.training.resolve import compiles, repeated, resolve, within_budget
 from greedy.training.stage import OptimizerFactory, StageTraining
-from greedy.unfinished import find_training, needed_stores, source_begun
 
 
 class GreedyTrainer:
@@ -388,8 +389,8 @@ class GreedyTrainer:
     def repair(
         self, numbers: Iterable[int], *, dropped: bool = False
     ) -> tuple[list[Repair], list[Damage]]:
-        """Computes anew what is damaged in the stores of stages, and stores that were dropped if
-        asked to; returns what was done and what is damaged still. See ``greedy.repair.Mender``."""
+        """Computes again what is damaged in the stores of stages, and stores that were dropped if
+        asked to; returns what was done and what is damaged still. See ``greedy.stores.repair``."""
         with self.run.writing():
             stages, _ = self._stages(self.run.complete(0))
             mender = Mender(self.run, stages, self.device, self.reporter)
@@ -397,5 +398,5 @@ class GreedyTrainer:
         return [r for done, _ in found for r in done], [d for _, left in found for d in left]
 
     def assemble(self, until_stage: int | None = None) -> nn.Sequential:
-        """The trained network, see ``greedy.network.assemble``."""
+        """The trained network, see ``greedy.runs.network.assemble``."""
         return assemble(self.run, self.loss, self._model, until_stage=until_stage)

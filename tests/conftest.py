@@ -15,7 +15,7 @@ from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from reported import all_trained
 
-from greedy.devices import pick_device
+from greedy.base.devices import pick_device
 
 # A shell that starts tests in the background lets them ignore Ctrl-C, and nohup a terminal that is
 # closed. Tests send themselves both.

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from greedy.base.errors import UserError
 from greedy.data import Augmentation, Draws, normalise, prepare
-from greedy.errors import UserError
 
 MEAN, STD = [0.4, 0.5, 0.6], [0.2, 0.25, 0.3]
 

@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, Reporter, UserError, recipes
-from greedy.build import build_loss, loss_settings
-from greedy.errors import Interrupted
-from greedy.evaluation import evaluate
+from greedy.base.errors import Interrupted
+from greedy.build.modules import build_loss, loss_settings
 from greedy.losses import LocalLoss, Pred, PredBio, PredSim, PredSimBio, Sim, SimBio
 from greedy.memory.choice import fused_adam
 from greedy.memory.peaks import StepDemand
 from greedy.models import cut, mlp, shapes, vgg8b
 from greedy.recipes import Loss
-from greedy.training.modes import StepMemory
+from greedy.results.evaluation import evaluate
+from greedy.runs.choices import StepMemory
 
 GOLDEN = np.load(Path(__file__).parent / "data/local_loss_blocks.npz")
 LOSSES = {

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, Reporter, UserError, evaluate
-from greedy.errors import Interrupted
+from greedy.base.errors import Interrupted
 from greedy.models import cut, mlp, shapes, vgg8b
 
 CPU = torch.device("cpu")

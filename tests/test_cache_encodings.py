@@ -9,14 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from greedy.cache import (
-    ENCODINGS,
-    Encoding,
-    NonFiniteActivation,
-    StoreError,
-    fit_encoding,
-    pixels,
-)
+from greedy.cache import ENCODINGS, Encoding, NonFiniteActivation, StoreError, fit_encoding, pixels
 
 MODEST = settings(max_examples=60, deadline=None)
 ROW_SHAPES = st.sampled_from([(1,), (7,), (10,), (3, 3, 5), (4, 2, 2), (1, 1, 1)])

@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 from greedy import GreedyTrainer
-from greedy.calibration import Calibration, Measured, NotCalibrated, Work
-from greedy.duration import Durations
-from greedy.files import signed
+from greedy.base.files import signed
+from greedy.forecasts.calibration import Calibration, Measured, NotCalibrated, Work
+from greedy.forecasts.duration import Durations
 from greedy.losses import Sim
 from greedy.models import cut, shapes
-from greedy.planning import plan_disk
 from greedy.recipes import from_document
-from greedy.runs import RunDirectory
-from greedy.training.modes import Mode
+from greedy.runs.choices import Mode
+from greedy.runs.directory import RunDirectory
+from greedy.runs.disk_budget import plan_disk
 
 CPU = torch.device("cpu")
 WORK = Work(

@@ -13,10 +13,10 @@ from small_training import TEST, TRAIN, trainer
 from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer
-from greedy.errors import UserError
-from greedy.integrity import verify_run
-from greedy.manifest import FILES
-from greedy.runs import RunDirectory
+from greedy.base.errors import UserError
+from greedy.runs.directory import RunDirectory
+from greedy.runs.integrity import verify_run
+from greedy.runs.record import FILES
 
 RNG = np.random.default_rng(0)
 LATER = 1_900_000_000 * 10**9  # when files are edited

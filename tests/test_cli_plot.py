@@ -9,8 +9,8 @@ import pytest
 from command_line import BUILT_IN_PYTHON, greedy, said, small_recipe, train
 from PIL import Image
 
-from greedy.curves import Curve
-from greedy.figures import curves_figure, render
+from greedy.results.curves import Curve
+from greedy.results.figures import curves_figure, render
 
 RECIPE = small_recipe(
     model={"hidden_layers": 1},

@@ -13,9 +13,9 @@ from torch.utils.data import TensorDataset
 from greedy import GreedyTrainer
 from greedy.cli.dashboard import Dashboard, reporter, sparkline
 from greedy.cli.progress import Lines
-from greedy.manifest import Metrics, Parent, StageRecord, StoreRecord
 from greedy.models import mlp
-from greedy.reporting import EpochReport, RunOutline
+from greedy.runs.events import EpochReport, RunOutline
+from greedy.runs.record import Metrics, Parent, StageRecord, StoreRecord
 
 RECORD = StageRecord(
     recipe="",

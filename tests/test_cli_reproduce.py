@@ -11,7 +11,7 @@ import pytest
 from command_line import answer, greedy, written
 
 from greedy.recipes import of_table
-from greedy.reproduction import rows
+from greedy.results.reproduction import rows
 
 SMALL = ["--data", "fashion-mnist-sample", "--set", "model.hidden_width=16", "--views", "1"]
 SMALL += ["--set", "training.batch_size=256", "--precision", "float32"]

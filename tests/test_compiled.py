@@ -11,15 +11,15 @@ import torch
 from torch import nn
 
 from greedy import GreedyTrainer, Reporter
-from greedy.errors import Interrupted
+from greedy.base.errors import Interrupted
 from greedy.losses import PredSim
 from greedy.memory.choice import Choice
 from greedy.models import cut
 from greedy.recipes import load
-from greedy.source import Batch
-from greedy.training.modes import Mode
+from greedy.runs.choices import Mode
+from greedy.steps.step import Learner, gradients
+from greedy.stores.source import Batch
 from greedy.training.resolve import compiles, graphs
-from greedy.training.step import Learner, gradients
 
 CLASSES, ROWS = 3, 32  # what is compiled for one test is found by the next
 

@@ -11,11 +11,11 @@ import torch
 from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, Reporter, RunDirectory, UserError
-from greedy.curves import run_curves, run_names, stage_curves
-from greedy.errors import Interrupted
+from greedy.base.errors import Interrupted
 from greedy.losses import LocalLoss, Pred, Sim
-from greedy.manifest import StageRecord
 from greedy.models import mlp
+from greedy.results.curves import run_curves, run_names, stage_curves
+from greedy.runs.record import StageRecord
 
 EPOCHS = 3
 

@@ -14,8 +14,8 @@ from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, rand
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from greedy.base.errors import UserError
 from greedy.data import dataset_from_torch
-from greedy.errors import UserError
 
 SHADES = {"a": 10, "b": 120, "c": 240}
 

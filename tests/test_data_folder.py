@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
+from greedy.base.errors import UserError
 from greedy.data import load_dataset
-from greedy.errors import UserError
 
 RNG = np.random.default_rng(0)
 

@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, TensorDataset
 
+from greedy.base.errors import UserError
 from greedy.data import dataset_from_torch, load_dataset
-from greedy.errors import UserError
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (10, 12), dtype=np.uint8)

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from greedy.base.errors import UserError
 from greedy.data import DATASETS, Dataset, is_available, load_dataset, vision
-from greedy.errors import UserError
 
 RNG = np.random.default_rng(0)
 

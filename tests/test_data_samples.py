@@ -23,8 +23,8 @@ from torch.utils.data import (
 )
 from torchvision import transforms
 
+from greedy.base.errors import UserError
 from greedy.data import dataset_from_torch
-from greedy.errors import UserError
 
 RNG = np.random.default_rng(0)
 IMAGE = RNG.integers(0, 256, (5, 6, 3), dtype=np.uint8)

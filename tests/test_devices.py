@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from greedy.devices import full_float32, set_determinism
+from greedy.base.devices import full_float32, set_determinism
 
 CUDNN = torch.backends.cudnn
 NEW = hasattr(CUDNN, "conv")  # torch 2.9 and newer

@@ -12,8 +12,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from greedy import UserError
-from greedy.disk import COMPRESSED, Demand, Plan, StageDemand, plan
 from greedy.models import cut, shapes, vgg11b
+from greedy.runs.disk_plan import COMPRESSED, Demand, Plan, StageDemand, plan
 
 
 def demands(most: int = 6) -> st.SearchStrategy[Demand]:

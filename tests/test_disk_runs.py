@@ -15,9 +15,9 @@ from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, Reporter, UserError, evaluate
 from greedy.cache import Store
-from greedy.disk import COMPRESSED, Plan
-from greedy.planning import disk_budget
-from greedy.runs import RunDirectory
+from greedy.runs.directory import RunDirectory
+from greedy.runs.disk_budget import disk_budget
+from greedy.runs.disk_plan import COMPRESSED, Plan
 
 SIDE, CLASSES, WIDTHS = 8, 3, (256, 256, 64, 256, 64)
 ROWS = {"train": 300, "test": 60}
@@ -217,7 +217,7 @@ def test_auto_is_a_share_of_what_is_free_without_the_run(run: Path, monkeypatch)
     def left(free: int) -> int:
         usage = SimpleNamespace(free=free)
         with monkeypatch.context() as patch:
-            patch.setattr("greedy.planning.shutil.disk_usage", lambda path: usage)
+            patch.setattr("greedy.runs.disk_budget.shutil.disk_usage", lambda path: usage)
             return disk_budget(trainer(run, "auto").run)
 
     before = left(2**40)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from command_line import answer, said, small_recipe
 
-from greedy import doctor
-from greedy.doctor import examine
+from greedy.forecasts import doctor
+from greedy.forecasts.doctor import examine
 
 RECIPE = small_recipe(model={"hidden_layers": 1}, training={"precision": None})
 

@@ -7,16 +7,17 @@ from functools import partial
 import pytest
 import torch
 
-from greedy.build import build_loss, build_network, checked_shapes
+from greedy.build.modules import build_loss, build_network, checked_shapes
 from greedy.data import DATASETS
 from greedy.losses import Output
+from greedy.losses.strategies import losses_of
 from greedy.memory.fake import fake_tensors, materialised
 from greedy.models import Stage, StageShapes, cut, initialise
 from greedy.recipes import Recipe, load, names
-from greedy.source import Batch
-from greedy.training.guard import Guard
-from greedy.training.step import Learner
-from greedy.training.strategies import Greedy, Strategy, losses_of, together
+from greedy.steps.guard import Guard
+from greedy.steps.step import Learner
+from greedy.steps.strategies import Greedy, Strategy, together
+from greedy.stores.source import Batch
 
 ENTRIES = {entry.name: entry for entry in DATASETS}
 ROWS, RATE = 2, 1e-3

@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from greedy.losses import Pred, PredBio, PredSim, PredSimBio, Sim, SimBio
 from greedy.memory.counting import Counter
 from greedy.models import Stage, cut, shapes
-from greedy.source import Batch
-from greedy.training.guard import Guard
-from greedy.training.host_adam import HostAdam
-from greedy.training.modes import Mode, StepMemory
-from greedy.training.parts import parts_of
-from greedy.training.scaling import LossScale
-from greedy.training.step import Learner, gradients, step
+from greedy.runs.choices import Mode, StepMemory
+from greedy.steps.guard import Guard
+from greedy.steps.host_adam import HostAdam
+from greedy.steps.parts import parts_of
+from greedy.steps.scaling import LossScale
+from greedy.steps.step import Learner, gradients, step
+from greedy.stores.source import Batch
 
 ROWS, CLASSES = 12, 4
 LOSSES = {

@@ -18,16 +18,16 @@ from small_training import TEST, TRAIN, network, trainer
 from torch.utils.data import TensorDataset
 
 from greedy import RunDirectory, evaluate
-from greedy.curves import stage_curves
-from greedy.exits import evaluate_exits
-from greedy.export import export
-from greedy.finetuning import begin_finetuning
-from greedy.integrity import verify_run
 from greedy.losses import PredSim
-from greedy.manifest import ENCODER
-from greedy.network import assemble
-from greedy.similarity import similarity_by_stage
-from greedy.status import status
+from greedy.results.curves import stage_curves
+from greedy.results.exits import evaluate_exits
+from greedy.results.export import export
+from greedy.results.similarity import similarity_by_stage
+from greedy.runs.integrity import verify_run
+from greedy.runs.network import assemble
+from greedy.runs.record import ENCODER
+from greedy.runs.status import status
+from greedy.training.finetuning import begin_finetuning
 
 CPU = torch.device("cpu")
 steps: list[Callable[[], None]] = []

@@ -7,8 +7,8 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, RunDirectory, evaluate
-from greedy.exits import Exit, Exits, evaluate_exits
 from greedy.losses import LocalHeads, Pred
+from greedy.results.exits import Exit, Exits, evaluate_exits
 
 RECIPE = small_recipe(
     model={

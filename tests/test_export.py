@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer
+from greedy.base.errors import UserError
 from greedy.cache import Store
-from greedy.errors import UserError
-from greedy.evaluation import evaluate, raw_to_float
-from greedy.export import FORMATS, export, format_of
 from greedy.losses import LocalLoss, PredSim, Sim
+from greedy.results.evaluation import evaluate, raw_to_float
+from greedy.results.export import FORMATS, export, format_of
 
 Loaded = tuple[Callable[[Tensor], Tensor], dict[str, str]]
 CPU = torch.device("cpu")

@@ -16,10 +16,10 @@ from PIL import Image
 from rich.console import Console
 
 from greedy import RunDirectory
+from greedy.base.errors import UserError
 from greedy.cache import Store
 from greedy.cli.progress import Preparing
 from greedy.data import checked, load_dataset
-from greedy.errors import UserError
 
 RNG = np.random.default_rng(0)
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from greedy.recipes import load
-from greedy.training.modes import Mode
+from greedy.runs.choices import Mode
 from greedy.training.resolve import ample_memory
 
 

@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, Reporter, RunDirectory, TrainingError, UserError, evaluate
+from greedy.base.errors import Interrupted
+from greedy.base.files import canonical, digest
 from greedy.cache import StoreError
-from greedy.errors import Interrupted
-from greedy.files import canonical, digest
-from greedy.integrity import verify_run
 from greedy.models import mlp
-from greedy.status import disk_use, status
+from greedy.runs.integrity import verify_run
+from greedy.runs.status import disk_use, status
 
 SIDE, CLASSES = 6, 3
 REFUSED = (UserError, StoreError, TrainingError)

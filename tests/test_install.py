@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from greedy.errors import lacking
+from greedy.base.errors import lacking
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = "onnx", "plot", "report", "svhn", "tensorboard"

@@ -12,12 +12,12 @@ from small_training import CLASSES, SIDE, TEST, TRAIN, trainer
 from torch import nn
 
 from greedy import GreedyTrainer, evaluate, predict
-from greedy.exits import evaluate_exits
-from greedy.export import export
 from greedy.losses import PredSim
 from greedy.memory.counting import Counter
 from greedy.memory.forward import fit_forward
-from greedy.similarity import similarity_by_stage
+from greedy.results.exits import evaluate_exits
+from greedy.results.export import export
+from greedy.results.similarity import similarity_by_stage
 
 CPU, ELSEWHERE = torch.device("cpu"), torch.device("meta")
 

@@ -11,16 +11,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, Reporter, RunDirectory, UserError
-from greedy.evaluation import evaluate
 from greedy.losses import PredSim
 from greedy.memory.choice import choose, fused_adam, reserved
 from greedy.memory.counting import Counter
 from greedy.memory.forward import fit_forward
 from greedy.memory.peaks import StepDemand
 from greedy.models import cut, shapes, vgg11b
-from greedy.network import assemble
-from greedy.source import replay
-from greedy.training.modes import Mode, StepMemory
+from greedy.results.evaluation import evaluate
+from greedy.runs.choices import Mode, StepMemory
+from greedy.runs.network import assemble
+from greedy.stores.source import replay
 
 CLASSES, SIDE = 4, 12
 RUNS = ("plain", "small")

@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from greedy.losses import Sim
 from greedy.memory.counting import Counter
 from greedy.models import cut, vgg8b
-from greedy.source import Batch
-from greedy.training.guard import Guard
-from greedy.training.step import Learner, gradients, step
+from greedy.steps.guard import Guard
+from greedy.steps.step import Learner, gradients, step
+from greedy.stores.source import Batch
 
 FLOAT = 4
 

@@ -10,16 +10,16 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, Reporter
-from greedy.errors import Interrupted
+from greedy.base.errors import Interrupted
 from greedy.losses import Pred
-from greedy.manifest import StageRecord
 from greedy.memory import choice
 from greedy.memory.choice import Choice, choose, fused_adam
 from greedy.memory.peaks import StepDemand
 from greedy.models import cut, shapes
-from greedy.training import step
-from greedy.training.modes import Mode, StepMemory
-from greedy.training.step import Learner
+from greedy.runs.choices import Mode, StepMemory
+from greedy.runs.record import StageRecord
+from greedy.steps import step
+from greedy.steps.step import Learner
 
 CLASSES, SIDE, BATCH = 4, 12, 64
 KIB = 1024

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from greedy.devices import laid_out, memory_limited, peak_memory, reset_peak_memory
+from greedy.base.devices import laid_out, memory_limited, peak_memory, reset_peak_memory
 from greedy.losses import PredSim
 from greedy.memory.choice import choose, fused_adam
 from greedy.memory.peaks import StepDemand
 from greedy.models import cut, initialise, shapes, vgg8b
-from greedy.source import Batch
-from greedy.training.guard import Guard
+from greedy.runs.choices import StepMemory
+from greedy.steps.guard import Guard
+from greedy.steps.step import Learner, step
+from greedy.stores.source import Batch
 from greedy.training.learners import placed
-from greedy.training.modes import StepMemory
-from greedy.training.step import Learner, step
 
 MIB = 2**20
 DEVICE = torch.device("cuda")

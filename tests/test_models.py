@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from greedy.errors import UserError
+from greedy.base.errors import UserError
 from greedy.losses import PredSim
 from greedy.models import cut, initialise, mlp, shapes, vgg8b, vgg11b
 

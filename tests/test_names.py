@@ -14,7 +14,7 @@ from rich.console import Console
 
 from greedy import RunDirectory
 from greedy.cli.dashboard import reporter
-from greedy.reporting import RunOutline
+from greedy.runs.events import RunOutline
 
 NAMES = [b"cat[a]", b"x]y[", b"[bold]", b":smile:", b"new\nline", b"\x1b[31mred", b"caf\xe9"]
 SHOWN = ["cat[a]", "x]y[", "[bold]", ":smile:", r"new\nline", r"\x1b[31mred", r"caf\xe9"]

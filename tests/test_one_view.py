@@ -8,8 +8,8 @@ from small_training import TEST, TRAIN, same, trainer, weights
 
 from greedy import Reporter, RunDirectory
 from greedy.cache import Store
-from greedy.disk import Plan
 from greedy.recipes import Recipe, load, names
+from greedy.runs.disk_plan import Plan
 
 SAYS = "nothing is drawn at random when images are read, so a store has one view instead of 4 that "
 

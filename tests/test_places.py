@@ -21,7 +21,7 @@ STRANGER = [
     sys.executable,
 ]
 NAMED = ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "TORCHINDUCTOR_CACHE_DIR")
-PLACES = "from greedy.places import *; print(data_sets(), measurements(), sep='\\n')"
+PLACES = "from greedy.base.places import *; print(data_sets(), measurements(), sep='\\n')"
 GREEDY = "-m", "greedy.cli.main"
 
 
@@ -120,9 +120,8 @@ def test_what_a_stranger_may_have_put_there_is_not_used(temporary: Path, kind: s
 
 def test_compiled_code_has_a_folder(temporary: Path) -> None:
     """Also under versions of torch that do not find one themselves."""
-    code = (
-        "import os; from greedy.places import *; prepare_compiling(); print(os.environ[COMPILED])"
-    )
+    code = "import os; from greedy.base import places; places.prepare_compiling()"
+    code += "; print(os.environ[places.COMPILED])"
     done = as_stranger(temporary, "-c", code)
     assert done.stdout.strip() == str(temporary / f"greedy-{UID}/compiled"), done.stderr
     done = as_stranger(temporary, "-c", code, TORCHINDUCTOR_CACHE_DIR="/elsewhere")

@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from greedy import GreedyTrainer, RunDirectory, UserError, predict
 from greedy.cache import Store
 from greedy.memory.counting import Counter
-from greedy.network import assemble
+from greedy.runs.network import assemble
 
 RECIPE = small_recipe(
     model={"hidden_layers": 1, "hidden_width": 32}, training={"epochs": 2, "batch_size": 128}

@@ -14,9 +14,9 @@ from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer
 from greedy.cache import Store
-from greedy.evaluation import evaluate, raw_to_float
-from greedy.export import export, format_of
 from greedy.losses import Pred, PredictionHead, PredSim
+from greedy.results.evaluation import evaluate, raw_to_float
+from greedy.results.export import export, format_of
 
 CPU = torch.device("cpu")
 CLASSES = 3

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from greedy.cache import Store, window_chunks
+from greedy.forecasts.random_data import random_source
 from greedy.models import StageShapes
-from greedy.random_data import random_source
 from greedy.recipes import from_document
 
 MAPS = StageShapes(input=(4, 6, 6), hidden=(8, 6, 6), output=(8, 6, 6), operations=1)

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from greedy import recipes
-from greedy.errors import UserError
+from greedy.base.errors import UserError
 
 Write = Callable[[str, str], Path]
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from greedy import recipes
-from greedy.errors import UserError
+from greedy.base.errors import UserError
 from greedy.recipes import explain, milestones, schema
 
 DATASETS = {

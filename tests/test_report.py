@@ -17,19 +17,19 @@ from reported import RUNS
 from torch import nn
 
 from greedy import GreedyTrainer
-from greedy.build import build_loss
+from greedy.base.files import bytes_below
+from greedy.build.modules import build_loss
 from greedy.cache import Store
-from greedy.curves import Curve
-from greedy.evaluation import evaluate
-from greedy.files import bytes_below
 from greedy.losses import Pred
 from greedy.memory.baselines import BASELINES
-from greedy.network import assemble
 from greedy.recipes import from_document
 from greedy.report import charts, facts_of
 from greedy.report.page import render
-from greedy.runs import RunDirectory
-from greedy.status import status
+from greedy.results.curves import Curve
+from greedy.results.evaluation import evaluate
+from greedy.runs.directory import RunDirectory
+from greedy.runs.network import assemble
+from greedy.runs.status import status
 
 pytestmark = pytest.mark.usefixtures("script")
 

@@ -8,8 +8,8 @@ import pytest
 from command_line import said
 from reported import RUNS
 
-from greedy.manifest import StageRecord
-from greedy.runs import RunDirectory
+from greedy.runs.directory import RunDirectory
+from greedy.runs.record import StageRecord
 
 pytestmark = [
     pytest.mark.usefixtures("script"),

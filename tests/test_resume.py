@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, Reporter, RunDirectory, TrainingError, UserError
-from greedy.errors import Interrupted
+from greedy.base.errors import Interrupted
 from greedy.losses import Pred
 from greedy.models import mlp
 

@@ -6,11 +6,11 @@ from torch import nn
 
 from greedy.losses import PredSim
 from greedy.models import cut
-from greedy.source import Batch
-from greedy.training.guard import Guard
-from greedy.training.modes import Mode, StepMemory
-from greedy.training.scaling import FIRST, GROWTH_INTERVAL, LEAST, LossScale
-from greedy.training.step import Learner, step
+from greedy.runs.choices import Mode, StepMemory
+from greedy.steps.guard import Guard
+from greedy.steps.scaling import FIRST, GROWTH_INTERVAL, LEAST, LossScale
+from greedy.steps.step import Learner, step
+from greedy.stores.source import Batch
 
 CLASSES = 3
 

@@ -12,9 +12,9 @@ from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, UserError
 from greedy.cache import Store
-from greedy.evaluation import raw_to_float
 from greedy.losses import LocalHeads, LocalLoss, Pred, PredSim, Sim, SimilarityHead, similarity_loss
-from greedy.similarity import BatchSimilarity, similarity_by_stage
+from greedy.results.evaluation import raw_to_float
+from greedy.results.similarity import BatchSimilarity, similarity_by_stage
 
 CLASSES = 4
 SETTINGS = {"epochs": 5, "batch_size": 32, "learning_rate": 0.01, "views": 1, "device": "cpu"}

@@ -9,17 +9,17 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, Reporter
-from greedy.devices import laid_out, set_determinism
+from greedy.base.devices import laid_out, set_determinism
 from greedy.losses import PredSim
 from greedy.losses.deviation import deviation
 from greedy.models import cut, shapes, vgg8b
-from greedy.source import Batch
-from greedy.training.graph import WARM_UP
-from greedy.training.guard import Guard
-from greedy.training.host_adam import HostAdam
+from greedy.runs.choices import Mode
+from greedy.steps.graph import WARM_UP
+from greedy.steps.guard import Guard
+from greedy.steps.host_adam import HostAdam
+from greedy.steps.step import Learner, step
+from greedy.stores.source import Batch
 from greedy.training.learners import placed
-from greedy.training.modes import Mode
-from greedy.training.step import Learner, step
 
 pytestmark = [
     pytest.mark.gpu,

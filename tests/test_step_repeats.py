@@ -8,17 +8,17 @@ from safetensors.torch import load_file
 from small_training import TEST, TRAIN, same, trainer, weights
 from torch import nn
 
-from greedy.errors import TrainingError
+from greedy.base.errors import TrainingError
 from greedy.losses import Features, LocalHeads, Pred, Sim
 from greedy.memory.counting import Counter
 from greedy.models import cut, shapes
-from greedy.source import Batch
-from greedy.training.guard import Guard, OptimizerFailed
-from greedy.training.host_adam import HostAdam
-from greedy.training.modes import Mode, StepMemory
-from greedy.training.moments import make_moments
-from greedy.training.scaling import LossScale
-from greedy.training.step import Learner, step
+from greedy.runs.choices import Mode, StepMemory
+from greedy.steps.guard import Guard, OptimizerFailed
+from greedy.steps.host_adam import HostAdam
+from greedy.steps.moments import make_moments
+from greedy.steps.scaling import LossScale
+from greedy.steps.step import Learner, step
+from greedy.stores.source import Batch
 
 CLASSES, ROWS = 3, 12
 STEPS = 400 // 32 + 1  # an epoch's
@@ -316,7 +316,7 @@ def test_moments_that_do_not_fit_are_a_sentence_before_the_first_step(tmp_path, 
     def no_room(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("greedy.training.moments._zeros", no_room)
+    monkeypatch.setattr("greedy.steps.moments._zeros", no_room)
     with pytest.raises(TrainingError, match="moments of stage 1's optimiser do not fit"):
         trainer(tmp_path / "run", epochs=1).fit(TRAIN, TEST)
     monkeypatch.undo()

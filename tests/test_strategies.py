@@ -14,11 +14,12 @@ from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, UserError
 from greedy.losses import Pred, PredSim, Sim
+from greedy.losses.strategies import losses_of
 from greedy.models import Stage, cut, shapes, vgg8b
-from greedy.source import Batch
-from greedy.training.guard import Guard
-from greedy.training.step import Learner
-from greedy.training.strategies import Greedy, losses_of, together
+from greedy.steps.guard import Guard
+from greedy.steps.step import Learner
+from greedy.steps.strategies import Greedy, together
+from greedy.stores.source import Batch
 
 CLASSES, ROWS, SIDE = 4, 12, 16
 SGD = partial(torch.optim.SGD, lr=0.1)

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from greedy import RunDirectory, TrainingError, UserError
 from greedy.cache import DamagedStore, verify
 from greedy.data import dataset_from_torch
-from greedy.network import assemble
+from greedy.runs.network import assemble
 
 AGAIN = "give the same command again, all that is finished is kept"
 

@@ -20,7 +20,7 @@ from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, Reporter, Reporters, TensorBoard, UserError
 from greedy.cache import Store
-from greedy.tensorboard import first_filters
+from greedy.results.tensorboard import first_filters
 
 RECIPE = small_recipe(model={"hidden_layers": 1}, training={"epochs": 3, "test_every": 2})
 FIGURES = {

@@ -8,8 +8,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from greedy.errors import TrainingError
-from greedy.tensorfile import NAMES, file_parts
+from greedy.base.errors import TrainingError
+from greedy.base.tensorfile import NAMES, file_parts
 
 
 def written(tensors: dict[str, torch.Tensor]) -> bytes:

@@ -14,17 +14,17 @@ from small_training import CLASSES, SIDE, TEST, TRAIN, same, trainer, weights
 from torch import nn
 
 from greedy import Reporter, UserError, evaluate
+from greedy.base.errors import Interrupted
 from greedy.cache import Store
 from greedy.cache.encodings import fit_encoding
-from greedy.errors import Interrupted
-from greedy.export import export
 from greedy.losses import Pred, PredictionHead, PredSimBio, feature_deviation
 from greedy.losses.similarity import SimilarityHead
 from greedy.models import Stage, cut
-from greedy.similarity import similarity_by_stage
-from greedy.source import Batch
-from greedy.training.modes import Mode, StepMemory
-from greedy.training.step import Learner, gradients
+from greedy.results.export import export
+from greedy.results.similarity import similarity_by_stage
+from greedy.runs.choices import Mode, StepMemory
+from greedy.steps.step import Learner, gradients
+from greedy.stores.source import Batch
 
 TOKENS, WIDTH = 16, 8
 

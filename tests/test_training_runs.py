@@ -21,10 +21,10 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from greedy import RunDirectory, TrainingError, UserError
-from greedy.integrity import verify_run
 from greedy.losses import Pred
 from greedy.models import mlp
-from greedy.planning import disk_budget
+from greedy.runs.disk_budget import disk_budget
+from greedy.runs.integrity import verify_run
 
 
 class NotANumber(Pred):

@@ -11,9 +11,9 @@ from small_training import TEST, TRAIN, files, network, same, trainer, weights
 from torch import nn
 
 from greedy import Reporter
-from greedy.errors import Interrupted
-from greedy.planning import disk_budget
-from greedy.status import trainings_set_aside
+from greedy.base.errors import Interrupted
+from greedy.runs.disk_budget import disk_budget
+from greedy.runs.status import trainings_set_aside
 
 
 class Cut(Reporter):
@@ -165,7 +165,8 @@ def test_a_joint_training_is_kept_too(tmp_path: Path) -> None:
 
 def test_what_is_set_aside_is_no_stage_and_takes_of_the_budget(run: Path, monkeypatch) -> None:
     mine = trainer(run)
-    monkeypatch.setattr("greedy.planning.shutil.disk_usage", lambda path: type("", (), {"free": 0}))
+    full = type("", (), {"free": 0})
+    monkeypatch.setattr("greedy.runs.disk_budget.shutil.disk_usage", lambda path: full)
     before = disk_budget(mine.run)
     place = run / "stage2.unfinished"
     place.mkdir()

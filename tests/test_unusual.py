@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from greedy import GreedyTrainer, Reporter, UserError
-from greedy.errors import Interrupted
+from greedy.base.errors import Interrupted
 from greedy.losses import LocalHeads, Pred
 
 

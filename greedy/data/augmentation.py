@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from greedy.errors import UserError, unknown
+from greedy.base.errors import UserError, unknown
 
 PADDINGS = {"jitter2": 2, "crop4": 4}
 NAMES = ("none", *PADDINGS, "hflip")

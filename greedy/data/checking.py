@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from greedy.base.errors import UserError
+from greedy.base.text import listed
 from greedy.data.folder import FolderSplit
 from greedy.data.images import UnreadableImage, opened
 from greedy.data.listing import few
 from greedy.data.modes import KINDS
 from greedy.data.splits import Dataset
-from greedy.errors import UserError
-from greedy.text import listed
 
 TOGETHER = 1024  # files that are given to the threads at a time
 

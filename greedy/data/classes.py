@@ -12,9 +12,9 @@ import numpy.typing as npt
 import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
+from greedy.base.errors import UserError
 from greedy.data.labels import as_array, outside
 from greedy.data.samples import LABEL_KEYS
-from greedy.errors import UserError
 
 Table = dict[int, str]  # from labels to the names of their classes
 Positions = npt.NDArray[np.integer[Any]]

@@ -12,11 +12,11 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from greedy.base.errors import UserError
 from greedy.data.images import AS_THEY_ARE, ImageFile, Reading, UnreadableImage, opened
 from greedy.data.listing import Listing, few
 from greedy.data.modes import KINDS, Kind
 from greedy.data.splits import Dataset, Images, Labels, Rows, Shape
-from greedy.errors import UserError
 
 TESTS = ("test", "val", "valid", "validation")  # folders to test on, the first that is there
 HELD_OUT = 5  # one image in so many is for testing, where the user has not sorted them

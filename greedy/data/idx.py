@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from greedy.base.errors import UserError
 from greedy.data.splits import ArraySplit
-from greedy.errors import UserError
 
 UNSIGNED_BYTE = 0x08
 NAMES = tuple(

@@ -14,16 +14,8 @@ import numpy.typing as npt
 from PIL import ExifTags, Image
 from PIL.ImageFile import ImageFile as PillowFile
 
-from greedy.data.modes import (
-    WHITE,
-    Kind,
-    channels_16,
-    flattened,
-    kind_of,
-    loses_bits,
-    stacked,
-)
-from greedy.errors import UserError
+from greedy.base.errors import UserError
+from greedy.data.modes import WHITE, Kind, channels_16, flattened, kind_of, loses_bits, stacked
 from greedy.recipes.schema import Data
 
 MODES = {1: "L", 3: "RGB"}  # of Pillow, by the number of channels

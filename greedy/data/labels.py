@@ -7,8 +7,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from greedy.errors import UserError
-from greedy.text import SHOWN, listed
+from greedy.base.errors import UserError
+from greedy.base.text import SHOWN, listed
 
 Numbered = tuple[npt.NDArray[np.int64], dict[int, str]]
 MOST = 2**31  # no data set has as many classes

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageFile
 
-from greedy.text import listed
+from greedy.base.text import listed
 
 SILENT = {"Thumbs.db", "desktop.ini", "__MACOSX"}  # what systems leave behind
 WITHOUT_PICTURES = {"MPEG"}  # formats that Pillow knows and cannot decode

@@ -3,15 +3,15 @@
 from contextlib import suppress
 from pathlib import Path
 
+from greedy.base.errors import UserError, unknown
+from greedy.base.functions import is_function_name
+from greedy.base.places import data_sets, expanded
 from greedy.data.catalogue import DATASETS
 from greedy.data.folder import load_folder
 from greedy.data.images import AS_THEY_ARE, Reading
 from greedy.data.mapstyle import load_function
 from greedy.data.splits import Dataset
 from greedy.data.vision import is_present, load_vision
-from greedy.errors import UserError, unknown
-from greedy.functions import is_function_name
-from greedy.places import data_sets, expanded
 
 NAMES = [entry.name for entry in DATASETS]
 FOLDER = "folder:"

@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
+from greedy.base.errors import UserError
+from greedy.base.functions import call_function, telling
+from greedy.base.text import listed
 from greedy.data.classes import Lookup, Told, settled, told_by
 from greedy.data.labels import meaning, numbered, require_classes, wrong_labels
 from greedy.data.modes import WHITE, pixel_values
 from greedy.data.randomness import generators_kept, transform_names
 from greedy.data.samples import image_and_label
 from greedy.data.splits import Dataset, Images, Labels, Rows, Shape, spread
-from greedy.errors import UserError
-from greedy.functions import call_function, telling
-from greedy.text import listed
 
 PYTHON = "python"  # the name of sets that are handed over
 CHANNELS = (1, 3, 4)  # what the length of an axis of channels looks like

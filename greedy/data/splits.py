@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from greedy.base.errors import UserError
 from greedy.data.modes import Kind
-from greedy.errors import UserError
 
 Shape = tuple[int, int, int]
 Rows = npt.NDArray[np.integer[Any]]

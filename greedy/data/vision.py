@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from greedy.base.errors import UserError, lacking
 from greedy.data import idx
 from greedy.data.splits import ArraySplit, Dataset, JoinedSplit, Split
-from greedy.errors import UserError, lacking
 
 SAMPLE = "fashion-mnist-sample"
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from greedy.base.precision import widened
 from greedy.losses.local import Features, LocalHeads
 from greedy.losses.prediction import PredictionHead, pooling_of
 from greedy.losses.similarity import feature_deviation, similarity_loss
 from greedy.models import Shape
-from greedy.precision import widened
 
 
 def projected_prediction_loss(p: Tensor, t: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from greedy.precision import widened
+from greedy.base.precision import widened
 
 SLICE_BYTES = 8 * 2**20  # of maps in float32 that exist at a time
 ROUNDING = 2**-18  # of a map's mean: a constant one deviates by less, where compiled

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from greedy.errors import UserError
+from greedy.base.errors import UserError
+from greedy.base.precision import widened
 from greedy.losses.prediction import PredictionHead, prediction_loss
 from greedy.losses.similarity import SimilarityHead, similarity_loss
 from greedy.models import Shape
-from greedy.precision import widened
 
 
 class Features(NamedTuple):

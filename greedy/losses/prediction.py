@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from greedy.lean import Layer, lean
+from greedy.base.precision import widened
 from greedy.losses.layers import same_width
 from greedy.models import Shape
-from greedy.precision import widened
+from greedy.models.lean import Layer, lean
 
 
 def prediction_loss(p: Tensor, y: Tensor) -> Tensor:

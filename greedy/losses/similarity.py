@@ -4,11 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from greedy.lean import lean
+from greedy.base.precision import widened
 from greedy.losses.deviation import deviation
 from greedy.losses.layers import same_width
 from greedy.models import Shape
-from greedy.precision import widened
+from greedy.models.lean import lean
 
 
 def similarity_matrix(x: Tensor) -> Tensor:

@@ -13,22 +13,23 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from greedy.errors import UserError
+from greedy.base.errors import UserError
+from greedy.base.sizes import format_size
 from greedy.losses import Glob, LocalLoss, heads_of
+from greedy.losses.strategies import losses_of
 from greedy.memory.choice import Choice, fused_adam, reserved
 from greedy.memory.counting import Counter
 from greedy.memory.fake import counted, fake_tensors, make_state, materialised
 from greedy.memory.peaks import OptimizerFactory
 from greedy.models import Stage, StageShapes
 from greedy.recipes import Training
-from greedy.sizes import format_size
-from greedy.source import Batch
-from greedy.training.freeze import write_batch
-from greedy.training.guard import Guard
-from greedy.training.loop import measure
-from greedy.training.modes import Mode
-from greedy.training.step import Learner
-from greedy.training.strategies import Strategy, losses_of, together
+from greedy.runs.choices import Mode
+from greedy.steps.guard import Guard
+from greedy.steps.measuring import measure
+from greedy.steps.step import Learner
+from greedy.steps.strategies import Strategy, together
+from greedy.stores.source import Batch
+from greedy.stores.writing import write_batch
 
 MICRO_BATCH = 8  # rows, of the accumulated step
 BASELINES = {

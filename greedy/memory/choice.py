@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from greedy.devices import free_memory
-from greedy.errors import UserError
+from greedy.base.devices import free_memory
+from greedy.base.errors import UserError
+from greedy.base.sizes import format_size, parse_size
 from greedy.memory.peaks import StepDemand
 from greedy.models import Shape
 from greedy.recipes import Recipe
-from greedy.sizes import format_size, parse_size
-from greedy.training.freeze import write_batch
-from greedy.training.modes import Mode, StepMemory, modes
-from greedy.training.parts import parts_of
-from greedy.training.step import Learner
+from greedy.runs.choices import Mode, StepMemory, modes
+from greedy.steps.parts import parts_of
+from greedy.steps.step import Learner
+from greedy.stores.writing import write_batch
 
 LARGEST_MICRO_BATCH = 32  # beyond it a step gains nothing
 POSITIONS = 1024  # of a feature map, over a micro-batch, that are worth a weight's reading

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from greedy.sizes import format_size
+from greedy.base.sizes import format_size
 
 
 class Counter(TorchDispatchMode):

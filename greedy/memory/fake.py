@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from greedy.errors import UserError
+from greedy.base.errors import UserError
 from greedy.losses import Features, LocalHeads, LocalLoss
 from greedy.models import Shape
 

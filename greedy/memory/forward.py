@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from greedy.errors import UserError
+from greedy.base.errors import UserError
+from greedy.base.sizes import format_size
 from greedy.memory.choice import reserved
 from greedy.memory.counting import Counter
 from greedy.memory.fake import fake_tensors, materialised
 from greedy.models import Shape
 from greedy.models.skeleton import skeleton
-from greedy.sizes import format_size
 
 LARGEST_BATCH = 256
 

@@ -12,9 +12,9 @@ from greedy.losses import LocalLoss, heads_of
 from greedy.memory.counting import Counter
 from greedy.memory.fake import counted, fake_tensors, make_state, materialised
 from greedy.models import Shape, Stage, StageShapes
-from greedy.source import WRITE_ROWS, Batch, replay
-from greedy.training.modes import StepMemory
-from greedy.training.step import Learner, gradients
+from greedy.runs.choices import StepMemory
+from greedy.steps.step import Learner, gradients
+from greedy.stores.source import WRITE_ROWS, Batch, replay
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 

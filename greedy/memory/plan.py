@@ -3,8 +3,8 @@
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from greedy.disk import Plan
 from greedy.losses import Glob, LocalLoss
+from greedy.losses.strategies import losses_of
 from greedy.memory.baselines import choose_network
 from greedy.memory.choice import (
     Choice,
@@ -17,9 +17,9 @@ from greedy.memory.choice import (
 from greedy.memory.peaks import OptimizerFactory, Replay, StepDemand, weight_bytes
 from greedy.models import Stage, StageShapes
 from greedy.recipes import Recipe
-from greedy.training.freeze import write_batch
-from greedy.training.step import Learner
-from greedy.training.strategies import losses_of
+from greedy.runs.disk_plan import Plan
+from greedy.steps.step import Learner
+from greedy.stores.writing import write_batch
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from greedy.base.seeds import derive
 from greedy.models.stages import Stage
-from greedy.seeds import derive
 
 
 @contextmanager

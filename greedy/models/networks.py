@@ -4,7 +4,7 @@ from functools import partial
 
 from torch import nn
 
-from greedy.errors import UserError
+from greedy.base.errors import UserError
 
 POOL = "pool"
 VGG8B = (128, 256, POOL, 256, 512, POOL, 512, POOL, 512, POOL)

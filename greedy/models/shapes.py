@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from greedy.errors import UserError
+from greedy.base.errors import UserError
 from greedy.models.skeleton import skeleton
 from greedy.models.stages import Shape, Stage
 

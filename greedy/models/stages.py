@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from greedy.errors import UserError
+from greedy.base.errors import UserError
 
 ENCODERS = (nn.modules.conv._ConvNd, nn.Linear)
 """The layers that a stage begins at."""

@@ -13,16 +13,7 @@ from greedy.recipes.loader import (
     summary,
     to_toml,
 )
-from greedy.recipes.schema import (
-    Data,
-    Loss,
-    Memory,
-    Model,
-    Paper,
-    Recipe,
-    Store,
-    Training,
-)
+from greedy.recipes.schema import Data, Loss, Memory, Model, Paper, Recipe, Store, Training
 
 __all__ = [
     "Recipe",

@@ -10,12 +10,12 @@ from typing import Any, Final, NamedTuple
 import tomli_w
 from pydantic import ValidationError
 
-from greedy.errors import UserError
-from greedy.files import read_limited
+from greedy.base.errors import UserError
+from greedy.base.files import read_limited
+from greedy.base.text import legible
 from greedy.recipes import explain, milestones
 from greedy.recipes.identity import differences
 from greedy.recipes.schema import Model, Recipe
-from greedy.text import legible
 
 SHIPPED: Final = Path(__file__).parent
 REQUIRED: Final = ("data", "model", "loss", "training")

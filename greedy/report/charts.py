@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from greedy.curves import Curve
+from greedy.base.sizes import format_duration, format_size
 from greedy.memory.baselines import BASELINES
 from greedy.report.facts import RunFacts
-from greedy.sizes import format_duration, format_size
+from greedy.results.curves import Curve
 
 Spec = dict[str, Any]
 

@@ -6,21 +6,21 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from greedy.build import build_loss
-from greedy.commands import command
-from greedy.curves import Curve, curves_so_far, run_names
+from greedy.base.commands import command
+from greedy.build.modules import build_loss
 from greedy.losses import Glob, LocalLoss
-from greedy.manifest import StageRecord
 from greedy.memory.baselines import baselines
 from greedy.models import shapes
-from greedy.network import assemble, stages_of
 from greedy.recipes import Recipe, departures
+from greedy.recipes.per_stage import for_stage
 from greedy.report.mistakes import TestResult, classify_test_images
 from greedy.report.repeating import commands
-from greedy.runs import RunDirectory, State
-from greedy.similarity import BatchSimilarity, similarity_by_stage
-from greedy.status import DiskUse, StageStatus, disk_use, status
-from greedy.training.resolve import for_stage
+from greedy.results.curves import Curve, curves_so_far, run_names
+from greedy.results.similarity import BatchSimilarity, similarity_by_stage
+from greedy.runs.directory import RunDirectory, State
+from greedy.runs.network import assemble, stages_of
+from greedy.runs.record import StageRecord
+from greedy.runs.status import DiskUse, StageStatus, disk_use, status
 
 
 @dataclass(frozen=True)

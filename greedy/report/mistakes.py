@@ -8,8 +8,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from greedy.evaluation import classified
-from greedy.runs import RunDirectory
+from greedy.results.evaluation import classified
+from greedy.runs.directory import RunDirectory
 
 SHOWN = 20  # of the mistakes
 

@@ -11,19 +11,19 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from greedy.curves import network_curve
-from greedy.devices import pick_device
-from greedy.errors import UserError, lacking
-from greedy.files import require_new, write_asked
+from greedy.base.devices import pick_device
+from greedy.base.errors import UserError, lacking
+from greedy.base.files import require_new, write_asked
+from greedy.base.sizes import format_duration, format_size
+from greedy.base.text import legible
 from greedy.losses import LocalLoss
 from greedy.recipes import loss_label, network_label, to_toml
 from greedy.report import charts
 from greedy.report.charts import Spec
 from greedy.report.facts import RunFacts, facts_of
 from greedy.report.pictures import matrix_picture, palette, picture
-from greedy.runs import RunDirectory
-from greedy.sizes import format_duration, format_size
-from greedy.text import legible
+from greedy.results.curves import network_curve
+from greedy.runs.directory import RunDirectory
 
 MODULES = {"jinja2": "jinja2", "vl_convert": "vl-convert-python"}
 LIBRARY = "window.vegaEmbed = vegaEmbed;"  # what the page's script finds of the bundle

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from greedy.similarity import Matrix
+from greedy.results.similarity import Matrix
 
 # From -1 through 0 to 1: blue, white, red.
 SCALE = np.array([[33, 102, 172], [247, 247, 247], [178, 24, 43]], np.float64)

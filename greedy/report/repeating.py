@@ -4,10 +4,10 @@ import json
 import shlex
 from typing import Any
 
+from greedy.base.errors import UserError
 from greedy.data import DATASETS
-from greedy.errors import UserError
 from greedy.recipes import Recipe, differences, load, names
-from greedy.runs import RunDirectory
+from greedy.runs.directory import RunDirectory
 
 SHIPPED_DATA = "fashion-mnist-sample"
 MILESTONES = "training.milestones"

@@ -1,98 +1,27 @@
-"""A stage in the making, kept so that its training goes on after anything that ends a process.
+"""Checkpoints: a stage's training is kept so that it goes on after anything that ends a process.
 
-In the stage's ``training/checkpoint``: ``start.json``, what the training began with, by which
-another one is told from it; ``progress.json``, how far it is, which names the file of tensors
-that belongs to it by its digest and is renamed into place once that file is safe.
+In the stage's ``training/checkpoint``, beside the documents of ``greedy.runs.begun``: the tensors
+that ``progress.json`` names by their digest, which is renamed into place once they are safe.
 """
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
+from greedy.base.files import digest_of_parts, file_digest, read_tensors, signed
+from greedy.base.tensorfile import file_parts
 from greedy.cache.files import write_parts, write_whole
-from greedy.errors import UserError
-from greedy.exchange import CHECKPOINT
-from greedy.files import digest_of_parts, file_digest, read_signed, read_tensors, signed
-from greedy.manifest import Choices
-from greedy.reporting import EpochReport
-from greedy.tensorfile import file_parts
-from greedy.training.modes import StepMemory
+from greedy.runs.begun import PROGRESS, Kept, Progress, Start, damaged
+from greedy.runs.choices import StepMemory
+from greedy.runs.exchange import CHECKPOINT
+from greedy.steps.strategies import Strategy
 from greedy.training.packing import pack, unpack
 from greedy.training.schedule import FIRST, Patience, Schedule, set_first_rates
-from greedy.training.strategies import Strategy
-
-START, PROGRESS = "start.json", "progress.json"
-Count = Annotated[int, Field(ge=0, le=2**62)]
-Document = TypeVar("Document", bound=BaseModel)
-
-
-class Start(BaseModel):
-    """What the training of a stage follows from, and the choices made for it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    stage: Count
-    recipe: str
-    parent: str
-    source: Count
-    layers: list[str]
-    resolved: dict[str, Any]
-
-    @field_validator("resolved")
-    @classmethod
-    def _is_complete(cls, value: dict[str, Any]) -> dict[str, Any]:
-        Choices.model_validate(value)
-        return value
-
-    @classmethod
-    def read(cls, training: Path) -> Self | None:
-        """Reads that of the stage in the directory ``training``, ``None`` where none was begun.
-        Raises ``UserError`` if it is damaged."""
-        return _read(training, START, cls)
-
-    def write(self, training: Path) -> None:
-        """The first thing to be written."""
-        (training / CHECKPOINT).mkdir(parents=True, exist_ok=True)
-        write_whole(training / CHECKPOINT / START, signed(self.model_dump(mode="json")))
-
-    def is_of(self, other: Self) -> bool:
-        """Whether the two trainings come to the same, whatever was chosen."""
-        return self.model_copy(update={"resolved": other.resolved}) == other
-
-
-class Progress(BaseModel):
-    """How far a stage is: ``epoch`` epochs and ``position`` batches of the next. ``rows`` and
-    ``seconds`` are those of that next one, ``before`` the seconds of the stage till then."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    epoch: Count = 0
-    position: Count = 0
-    rows: Count = 0
-    seconds: float = 0.0
-    before: float = 0.0
-    finished: bool = False
-    reports: list[list[EpochReport]] = []
-
-    def __str__(self) -> str:
-        if self.position:
-            return f"step {self.position} of epoch {self.epoch + 1}"
-        return f"epoch {self.epoch}"
-
-
-class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    progress: Progress
-    schedule: dict[str, float]
-    optimizers: list[Any]
-    tensors: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 
 
 class Sums(NamedTuple):
@@ -156,7 +85,7 @@ class Checkpoints:
         schedule = self.schedule
         state = {k: getattr(schedule, k) for k in _PATIENCE if isinstance(schedule, Patience)}
         name = digest_of_parts(file_parts(tensors))
-        document = _Document(progress=progress, schedule=state, optimizers=optimizers, tensors=name)
+        document = Kept(progress=progress, schedule=state, optimizers=optimizers, tensors=name)
         directory = self.training / CHECKPOINT
         kept = directory / f"{name}.safetensors"
         write_parts(kept, file_parts(tensors))
@@ -169,17 +98,17 @@ class Checkpoints:
     def load(self) -> tuple[Progress, list[Sums]] | None:
         """Gives strategy and schedule the state that was kept last; ``None`` where none was.
         Raises ``UserError`` naming a file that is damaged."""
-        document = _read(self.training, PROGRESS, _Document)
+        document = Kept.read(self.training)
         if document is None:
             return None
         path = self.training / CHECKPOINT / f"{document.tensors}.safetensors"
         if not path.is_file() or file_digest(path) != document.tensors:
-            raise _damaged(path, self.training, "it is not the file that was written")
+            raise damaged(path, self.training, "it is not the file that was written")
         try:
             tensors = read_tensors(path)
             self._restore(document, tensors)
         except Exception as error:  # whatever torch makes of a stranger's numbers
-            raise _damaged(path, self.training, "it fits another stage or optimiser") from error
+            raise damaged(path, self.training, "it fits another stage or optimiser") from error
         progress = document.progress
         self.last, self.before = str(progress), progress.before + progress.seconds
         return progress, self._sums(tensors)
@@ -197,7 +126,7 @@ class Checkpoints:
             if module is not None
         }
 
-    def _restore(self, document: _Document, tensors: dict[str, Tensor]) -> None:
+    def _restore(self, document: Kept, tensors: dict[str, Tensor]) -> None:
         for name, module in self._modules().items():
             module.load_state_dict(_below(f"{name}.", tensors))
         for optimizer, packed in zip(self.strategy.optimizers, document.optimizers, strict=True):
@@ -219,15 +148,6 @@ class Checkpoints:
             if "loss" in kept:
                 found.append(Sums(kept["loss"], kept.get("wrong")))
         return found
-
-
-def progress_of(training: Path) -> str | None:
-    """Returns how far the training in a directory is, in words; ``None`` if that is not known."""
-    try:
-        document = _read(training, PROGRESS, _Document)
-    except UserError:
-        return None
-    return str(document.progress) if document else None
 
 
 RATES = (int, float, Tensor, type(None))  # a group may have none
@@ -266,20 +186,3 @@ def _require_same_shapes(optimizer: torch.optim.Optimizer) -> None:
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def _read(training: Path, name: str, kind: type[Document]) -> Document | None:
-    path = training / CHECKPOINT / name
-    if not path.is_file():
-        return None
-    try:
-        return kind.model_validate(read_signed(path))
-    except (ValueError, RecursionError) as error:
-        raise _damaged(path, training, str(error).splitlines()[0]) from error
-
-
-def _damaged(path: Path, training: Path, reason: str) -> UserError:
-    return UserError(
-        f"{path} is damaged ({reason}): delete {training} and give the same command again, which "
-        f"begins the stage anew"
-    )

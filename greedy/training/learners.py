@@ -5,18 +5,19 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from greedy.devices import laid_out
+from greedy.base.devices import laid_out
 from greedy.losses import LocalLoss
 from greedy.memory.peaks import OptimizerFactory
 from greedy.models import Stage, StageShapes, initialise, seeded
 from greedy.recipes import Recipe
-from greedy.training.host_adam import HostAdam
-from greedy.training.modes import Mode, StepMemory
-from greedy.training.moments import make_moments
-from greedy.training.resolve import for_stage, graphs
-from greedy.training.scaling import LossScale
+from greedy.recipes.per_stage import for_stage
+from greedy.runs.choices import Mode, StepMemory
+from greedy.steps.host_adam import HostAdam
+from greedy.steps.moments import make_moments
+from greedy.steps.scaling import LossScale
+from greedy.steps.step import Learner
+from greedy.training.resolve import graphs
 from greedy.training.schedule import Milestones, Patience, Schedule, set_first_rates
-from greedy.training.step import Learner
 
 Module = TypeVar("Module", bound=nn.Module)
 

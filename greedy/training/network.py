@@ -8,26 +8,28 @@ from typing import Any
 
 import torch
 
-from greedy.devices import memory_limited, reset_peak_memory, set_determinism
-from greedy.files import bytes_below
-from greedy.finetuning import load_initial
+from greedy.base.devices import memory_limited, reset_peak_memory, set_determinism
+from greedy.base.disk_space import require_room, until_full
+from greedy.base.files import bytes_below
 from greedy.losses import LocalLoss
-from greedy.manifest import HISTORY, StageRecord
+from greedy.losses.strategies import losses_of
 from greedy.memory.choice import Choice, named_budget
 from greedy.memory.peaks import OptimizerFactory
 from greedy.models import Stage, StageShapes
 from greedy.recipes import Recipe
-from greedy.reporting import EpochReport, Reporter
-from greedy.runs import RunDirectory, new_stage
-from greedy.source import Source
-from greedy.space import require_room, until_full
-from greedy.training.checkpoint import Checkpoints, Start
-from greedy.training.finished import history_line, save_weights, write_record
+from greedy.runs.begun import Start
+from greedy.runs.directory import RunDirectory, new_stage
+from greedy.runs.events import EpochReport, Reporter
+from greedy.runs.record import HISTORY, StageRecord
+from greedy.runs.unfinished import find_training
+from greedy.steps.strategies import Strategy, together
+from greedy.stores.source import Source
+from greedy.training.checkpoint import Checkpoints
+from greedy.training.finetuning import load_initial
+from greedy.training.finish import history_line, save_weights, write_record
 from greedy.training.learners import new_learner, new_optimizer, new_schedule
 from greedy.training.loop import Epochs
 from greedy.training.resolve import ample_memory, resolve
-from greedy.training.strategies import Strategy, losses_of, together
-from greedy.unfinished import find_training
 
 
 @dataclass

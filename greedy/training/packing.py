@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from greedy.errors import TrainingError
+from greedy.base.errors import TrainingError
 
 
 def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

@@ -1,20 +1,19 @@
 """Every automatic choice of a stage, made once when it starts and written down."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from greedy.base.devices import available_memory, pick_precision
+from greedy.base.sizes import parse_size
 from greedy.cache import Store
-from greedy.devices import available_memory, pick_precision
-from greedy.disk import Views
 from greedy.memory.choice import Choice, memory_budget
 from greedy.models import Shape
 from greedy.recipes import Recipe
-from greedy.sizes import parse_size
-from greedy.training.modes import Mode
+from greedy.recipes.per_stage import encoding, for_stage
+from greedy.runs.choices import Mode
+from greedy.runs.disk_plan import Views
 
-AUTO_ENCODING = "uint8"  # docs/architecture.md, "Encodings", has the measurements
 COMPILED_STEPS = 5000  # each saves a tenth, compiling takes 10 to 40 s
 KEPT_SHARE = 1 / 3  # of a step's memory, at most, is kept besides
 RESIDENT_SHARE = 0.5  # of the memory that is free, for holding a store, unless told otherwise
@@ -106,14 +105,3 @@ def ample_memory(recipe: Recipe, resolved: dict[str, Any]) -> bool:
     if resolved["memory_mode"] != Mode.PLAIN or planned is None:
         return False
     return budget == "auto" or planned * (1 + KEPT_SHARE) <= parse_size(budget)
-
-
-def encoding(recipe: Recipe) -> str:
-    """The encoding of the run's stores."""
-    named = recipe.store.encoding
-    return AUTO_ENCODING if named == "auto" else named
-
-
-def for_stage(value: Any | Sequence[Any], number: int) -> Any:
-    """A setting of the recipe for one stage: the same for all, or an entry of a list."""
-    return value[number - 1] if isinstance(value, list) else value

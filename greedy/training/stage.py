@@ -9,29 +9,31 @@ from typing import Any
 
 import torch
 
-from greedy.devices import memory_limited, reset_peak_memory, set_determinism
-from greedy.disk import COMPRESSED, UNCOMPRESSED
-from greedy.files import bytes_below
-from greedy.heap import give_back
+from greedy.base.devices import memory_limited, reset_peak_memory, set_determinism
+from greedy.base.disk_space import require_room, until_full
+from greedy.base.files import bytes_below
+from greedy.base.heap import give_back
 from greedy.losses import LocalLoss
-from greedy.manifest import HISTORY, StageRecord, StoreRecord
 from greedy.memory.choice import Choice, named_budget
 from greedy.memory.peaks import OptimizerFactory
 from greedy.models import Stage, StageShapes
 from greedy.recipes import Recipe
-from greedy.reporting import EpochReport, Reporter
-from greedy.runs import SPLITS
-from greedy.source import Source
-from greedy.sourcing import Sources
-from greedy.space import require_room, until_full
-from greedy.training.checkpoint import Checkpoints, Start
-from greedy.training.finished import history_line, save_weights, write_record
-from greedy.training.freeze import fit, write_split
+from greedy.recipes.per_stage import for_stage
+from greedy.runs.begun import Start
+from greedy.runs.directory import SPLITS
+from greedy.runs.disk_plan import COMPRESSED, UNCOMPRESSED
+from greedy.runs.events import EpochReport, Reporter
+from greedy.runs.record import HISTORY, StageRecord, StoreRecord
+from greedy.steps.step import Learner
+from greedy.steps.strategies import Greedy
+from greedy.stores.opening import Sources
+from greedy.stores.source import Source
+from greedy.stores.writing import fit, write_split
+from greedy.training.checkpoint import Checkpoints
+from greedy.training.finish import history_line, save_weights, write_record
 from greedy.training.learners import new_learner, new_optimizer, new_schedule
 from greedy.training.loop import Epochs
-from greedy.training.resolve import ample_memory, for_stage
-from greedy.training.step import Learner
-from greedy.training.strategies import Greedy
+from greedy.training.resolve import ample_memory
 
 
 @dataclass

@@ -1,0 +1,79 @@
+"""Room on disk: asked for before it is needed, and missed in one sentence."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from greedy.base.errors import TrainingError
+from greedy.base.sizes import format_size
+
+READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def require_room(place: Path, what: str, needed: int) -> None:
+    """Raises ``TrainingError`` if the disk of a directory, which may be yet to be made, has no room
+    for so many bytes more."""
+    standing = next(each for each in (place.absolute(), *place.absolute().parents) if each.exists())
+    free = shutil.disk_usage(standing).free
+    if free < needed:
+        raise TrainingError(
+            f"{what} needs up to {format_size(needed)} in {place} and {format_size(free)} are "
+            f"free: free some and give the same command again"
+        )
+
+
+@contextmanager
+def until_full(place: Path, what: str, needed: int = 0) -> Iterator[None]:
+    """Inside, a file below ``place`` that cannot be written ends in one sentence with its path and
+    what to do. ``needed`` bytes were thought enough. Errors of files elsewhere, such as those that
+    a data set of a user's own reads, are their own."""
+    try:
+        yield
+    except OSError as error:
+        path = error.filename or place
+        if error.errno == errno.ENOSPC:
+            free = format_size(shutil.disk_usage(place).free)
+            wanted = f", which needs up to {format_size(needed)}" if needed else ""
+            raise TrainingError(
+                f"the disk of {place} is full while {what} is written{wanted}, and {free} are "
+                f"free: free some and give the same command again, all that is finished is kept"
+            ) from error
+        if (way := remedy(error)) is None or not _is_below(path, place):
+            raise
+        raise TrainingError(
+            f"{path} cannot be written ({error.strerror}): {way}, and give the same command "
+            f"again, all that is finished is kept"
+        ) from error
+
+
+def _is_below(path: object, place: Path) -> bool:
+    if not isinstance(path, str | bytes | os.PathLike):
+        return False
+    return Path(os.fsdecode(path)).absolute().is_relative_to(place.absolute())
+
+
+def remedy(error: OSError) -> str | None:
+    """Returns what to do about an error of the system, ``None`` where that is not known."""
+    limits = {
+        errno.ENOSPC: "free some space on its disk",
+        errno.EDQUOT: "free some of your disk quota, or have it raised",
+        errno.EFBIG: "raise the limit on the size of a file (ulimit -f unlimited), or use a file "
+        "system that allows large files",
+        errno.EMFILE: "raise the limit on open files (ulimit -n 1024)",
+        errno.ENFILE: "close programs that hold many files open",
+        errno.ENOLCK: "its file system has no locks, so mount it with them, or choose a place on a "
+        "local disk",
+        errno.EIO: "the disk could not read or write it, so look at the system's log, and copy "
+        "what can be read to another disk",
+        errno.ENAMETOOLONG: "choose a shorter name",
+        errno.ELOOP: "put what its links point to in its place",
+        errno.ENOENT: "make sure that the path is right",
+        errno.ENOTDIR: "give a path whose folders are none of them a file",
+        errno.EISDIR: "give the path of a file, this is a folder",
+        errno.ENOTEMPTY: "choose another place, or move away what is there",
+    }
+    read_only = "choose a place where you may write, or have that permitted"
+    return read_only if error.errno in READ_ONLY else limits.get(error.errno or 0)

@@ -1,0 +1,133 @@
+"""Digests of files and documents; sizes; documents whose claims are limited; files that may be
+written."""
+
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from greedy.base.errors import UserError
+from greedy.base.text import legible
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MAX_DOCUMENT_BYTES = 64 * 2**20
+
+
+def digest(data: bytes) -> str:
+    """The hash that names contents everywhere in a run: 128 bits of BLAKE2b, in hex."""
+    return digest_of_parts([data])
+
+
+def digest_of_parts(parts: Iterable[bytes | memoryview]) -> str:
+    """The same of contents in parts."""
+    found = hashlib.blake2b(digest_size=16)
+    for data in parts:
+        found.update(data)
+    return found.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """The digest of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def read_tensors(path: Path) -> "dict[str, Tensor]":
+    """Returns the tensors of a safetensors file, mapped: they take memory once they are used. The
+    library takes no path that is not UTF-8, so that such a file is read whole."""
+    import safetensors.torch  # noqa: PLC0415
+
+    if legible(str(path)) == str(path):
+        return safetensors.torch.load_file(path)
+    return safetensors.torch.load(path.read_bytes())
+
+
+def require_new(to: Path, overwrite: bool) -> None:
+    """Refuses to write a file that exists, unless it is to be overwritten, or that has no folder
+    to be in, or one that cannot be written."""
+    if to.is_dir():
+        raise UserError(f"{to} is a folder: give the name of a file in it as --to")
+    if to.exists() and not overwrite:
+        raise UserError(f"{to} exists already: choose another --to, or add --force")
+    if not to.parent.is_dir():
+        if os.path.lexists(to.parent):
+            raise UserError(f"{to.parent} is no folder: choose another --to")
+        raise UserError(f"the folder {to.parent} does not exist: create it first")
+    if not os.access(to.parent, os.W_OK):
+        raise UserError(f"the folder {to.parent} cannot be written: choose another --to")
+
+
+def write_asked(to: Path, data: bytes) -> None:
+    """Writes a file that was asked for by ``--to``, whole. Raises ``UserError`` where it cannot be;
+    what a disk has no room for is the system's error."""
+    from greedy.cache.files import write_whole  # noqa: PLC0415
+
+    try:
+        write_whole(to, data)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise
+        raise UserError(
+            f"{to} cannot be written ({error.strerror}): choose another --to"
+        ) from error
+
+
+def bytes_below(directory: Path) -> int:
+    """Bytes of all files in a directory and below, of what is there while it is looked at; 0 where
+    there is none."""
+    total = 0
+    for top, _, names in os.walk(directory):
+        for name in names:
+            with suppress(FileNotFoundError):
+                total += Path(top, name).stat().st_size
+    return total
+
+
+def canonical(document: Any) -> bytes:
+    """The one JSON text of a document that digests are taken of."""
+    return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
+
+
+def read_limited(path: Path) -> bytes:
+    """A small file's bytes. Raises ``ValueError`` for one that is too large to be one of ours."""
+    with path.open("rb") as file:
+        data = file.read(MAX_DOCUMENT_BYTES + 1)
+    if len(data) > MAX_DOCUMENT_BYTES:
+        raise ValueError("it is too large")
+    return data
+
+
+def read_document(path: Path) -> dict[str, Any]:
+    """A JSON object from a file that may be a stranger's. Raises ``ValueError`` saying what is
+    wrong with it."""
+    try:
+        document = json.loads(read_limited(path))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(document, dict):
+        raise ValueError("it is not a JSON object")
+    return document
+
+
+def signed(document: dict[str, Any]) -> bytes:
+    """A document as text with a digest of itself."""
+    whole = {**document, "digest": digest(canonical(document))}
+    return json.dumps(whole, indent=2).encode()
+
+
+def read_signed(path: Path) -> dict[str, Any]:
+    """The document of ``signed``. Raises ``ValueError`` saying what is wrong with it."""
+    document = read_document(path)
+    try:
+        intact = document.pop("digest", None) == digest(canonical(document))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not intact:
+        raise ValueError("its digest does not match")
+    return document

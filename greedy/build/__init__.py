@@ -1,0 +1,1 @@
+"""Networks and losses from recipes, and recipes of networks given in Python."""

@@ -1,0 +1,198 @@
+"""From what a recipe says to modules and losses."""
+
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from greedy import models
+from greedy.base.errors import UserError
+from greedy.base.functions import call_function
+from greedy.data import Augmentation
+from greedy.losses import Glob, LocalLoss, Pred, PredBio, PredSim, PredSimBio, Sim, SimBio
+from greedy.models import ENCODERS, Shape, Stage, StageShapes
+from greedy.recipes import Loss, Model, Recipe
+
+NETWORKS: dict[str, Callable[..., nn.Sequential]] = {
+    "mlp": models.mlp,
+    "vgg8b": models.vgg8b,
+    "vgg11b": models.vgg11b,
+}
+
+LOSSES: dict[str, type[LocalLoss]] = {
+    "pred": Pred,
+    "sim": Sim,
+    "predsim": PredSim,
+    "pred-bio": PredBio,
+    "sim-bio": SimBio,
+    "predsim-bio": PredSimBio,
+    "glob": Glob,
+}
+NOT_NAMED = (
+    "this run's network was built in Python: name the function that returns it with --model "
+    "module:function"
+)
+LOSS_FIELDS = {  # of a recipe, and what the losses call them
+    "beta": "beta",
+    "pred_pool_target": "pool_target",
+    "pred_hidden_layers": "hidden_layers",
+    "target_projection": "target_projection",
+}
+
+
+def build_network(model: Model, row_shape: Shape, num_classes: int) -> nn.Sequential:
+    """The recipe's network for images of ``row_shape`` (C, H, W), on the meta device: its
+    stages get their weights one at a time, when each is trained."""
+    if model.network == "python":
+        raise UserError(NOT_NAMED)
+    channels, height, width = row_shape
+    if height != width:
+        raise UserError(
+            f"the images are {height}x{width} and {model.network} takes square ones: "
+            f"set data.image_size"
+        )
+    convolutional = {"feature_multiplier": model.feature_multiplier}
+    with torch.device("meta"):
+        return NETWORKS[model.network](
+            channels,
+            height,
+            num_classes,
+            hidden_layers=model.hidden_layers,
+            hidden_width=model.hidden_width,
+            dropout=model.dropout,
+            activation=model.activation,
+            **({} if model.network == "mlp" else convolutional),
+        )
+
+
+def checked_shapes(
+    recipe: Recipe, stages: Sequence[Stage], row_shape: Shape, classes: int
+) -> list[StageShapes]:
+    """The shapes along the stages, of a network that fits the data (0 classes: not known
+    yet) and the recipe's lists."""
+    found = models.shapes(stages, row_shape)
+    if classes == 1:
+        raise UserError("the data have one class: give two at least, to be told apart")
+    if len(found[-1].output) != 1:
+        raise UserError(
+            f"the network ends in {_kind(found[-1].output)} ({_sides(found[-1].output)} an image): "
+            f"end it with the linear layer that gives the logits"
+        )
+    if classes:
+        require_one_logit_a_class(found[-1].output, classes)
+    for stage, shape in zip(stages[:-1], found[:-1], strict=True):
+        _require_heads_and_store(recipe, stage, shape)
+    augmentation = Augmentation.parse(recipe.data.augmentation, recipe.data.cutout_length)
+    augmentation.require_room(*row_shape[1:])
+    mean = recipe.data.mean
+    if mean is not None and len(mean) != row_shape[0]:
+        raise UserError(
+            f"data.mean has {len(mean)} entries and the images {row_shape[0]} channels: "
+            f"give data.mean and data.std one a channel, or leave them out to be measured"
+        )
+    strategy = recipe.training.strategy
+    if recipe.loss.name == "glob" and strategy in ("greedy", "joint"):
+        raise UserError(
+            f"glob is no local loss, and {strategy} training needs one: set loss.name, or give "
+            f"--strategy backprop"
+        )
+    for field in ("epochs", "learning_rate"):
+        value = getattr(recipe.training, field)
+        if isinstance(value, list) and len(value) != len(stages):
+            raise UserError(
+                f"training.{field} has {len(value)} entries and the network {len(stages)} "
+                f"stages: give one number, or one a stage"
+            )
+    return found
+
+
+def _require_heads_and_store(recipe: Recipe, stage: Stage, shape: StageShapes) -> None:
+    """Refuses a stage whose activation our losses have no heads for, or whose output no store
+    holds."""
+    strategy, loss = recipe.training.strategy, recipe.loss.name
+    ours = strategy != "backprop" and loss not in ("python", "glob")
+    stored = strategy == "greedy" and recipe.store.views != "live"
+    given = f"stage {stage.number} ({stage.name}) gives {{}} an image"
+    for each in {shape.hidden: ours, shape.output: stored}.items():
+        if each[1] and not 1 <= len(each[0]) <= 3:
+            raise UserError(
+                f"{given.format(_sides(each[0]))}, and stages are trained on features (F,), tokens "
+                f"(T, D) and maps (C, H, W): let it end with what gives one of these"
+            )
+    last = [m for m in stage.layer.modules() if isinstance(m, ENCODERS)][-1]
+    if not ours or len(shape.hidden) == 1:
+        return
+    if isinstance(last, nn.Conv1d) and shape.hidden[-1] != last.out_channels:
+        raise UserError(
+            f"{given.format(_sides(shape.hidden))} by a 1-d convolution, and of two sides the last "
+            f"are features: use nn.Conv2d with a kernel of height 1, or let the stage end with "
+            f"what gives tokens (T, D)"
+        )
+    is_last = isinstance(last, nn.Linear) and shape.hidden[-1] == last.out_features
+    if is_last and len(shape.hidden) == 3 and shape.hidden[0] != last.out_features:
+        raise UserError(
+            f"{given.format(_sides(shape.hidden))} with features last, and of three sides the "
+            f"first are features: let it end with what gives (C, H, W), or tokens (T, D)"
+        )
+
+
+def _kind(shape: Shape) -> str:
+    return "tokens" if len(shape) == 2 else "feature maps"
+
+
+def _sides(shape: Shape) -> str:
+    return "x".join(map(str, shape))
+
+
+def require_one_logit_a_class(output: Shape, classes: int) -> None:
+    """Refuses a network whose output is not one of logits for so many classes."""
+    if output != (classes,):
+        raise UserError(
+            f"the network ends in {'x'.join(map(str, output))} values and the data have {classes} "
+            f"classes: let its last layer give one logit a class, or name all of them in the "
+            f"training set's attribute `classes`"
+        )
+
+
+def load_network(
+    model: Model, function: str | None, *, needed: bool = False
+) -> nn.Sequential | None:
+    """The network that ``module:function`` returns, for a run whose network was built in Python;
+    ``None`` without a function. Raises ``UserError`` for one that is not wanted or of no use, and
+    for one that is ``needed`` and not named."""
+    if function is None:
+        if needed and model.network == "python":
+            raise UserError(NOT_NAMED)
+        return None
+    if model.network != "python":
+        raise UserError(f"this run's network is {model.network}: leave out --model {function}")
+    network = call_function(function)
+    if not isinstance(network, nn.Sequential):
+        raise UserError(f"{function} must return an nn.Sequential, not a {type(network).__name__}")
+    return network
+
+
+def loss_settings(loss: LocalLoss) -> dict[str, str | float | int]:
+    """The recipe's ``loss`` section for a loss given in Python."""
+    names = [name for name, kind in LOSSES.items() if type(loss) is kind]
+    if not names:
+        return {"name": "python"}
+    found = {f: getattr(loss, argument) for f, argument in _arguments(type(loss)).items()}
+    return {"name": names[0], **found}
+
+
+def build_loss(loss: Loss) -> LocalLoss:
+    """The recipe's local loss."""
+    if loss.name == "python":
+        raise UserError(
+            "this run's local loss was written in Python: go on with it from Python, as it began"
+        )
+    kind = LOSSES[loss.name]
+    return kind(**{argument: getattr(loss, f) for f, argument in _arguments(kind).items()})
+
+
+def _arguments(kind: type[LocalLoss]) -> dict[str, str]:
+    """A loss's arguments by the fields of a recipe that set them."""
+    taken = inspect.signature(kind).parameters
+    return {field: argument for field, argument in LOSS_FIELDS.items() if argument in taken}

@@ -1,0 +1,243 @@
+"""How fast a machine trains the stages of a recipe: real steps on random data.
+
+Each stage trains from a temporary store as in a run, in the memory mode that the run would
+choose, and then computes and writes the output of some rows. One stage is in memory at a time.
+"""
+
+import itertools
+import math
+import statistics
+import time
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Self
+
+import numpy as np
+import torch
+from torch import nn
+
+from greedy.base.devices import pick_device
+from greedy.base.errors import UserError
+from greedy.build.modules import build_loss, build_network, checked_shapes
+from greedy.cache import StoreWriter, fit_encoding
+from greedy.forecasts.calibration import Measured, Work
+from greedy.forecasts.forecast import DataFacts, machine, named_data_facts
+from greedy.forecasts.random_data import random_source
+from greedy.memory.choice import Choice
+from greedy.memory.plan import MemoryPlan
+from greedy.models import StageShapes, cut
+from greedy.recipes import Recipe
+from greedy.recipes.per_stage import encoding
+from greedy.steps.guard import Guard
+from greedy.steps.step import Learner, step
+from greedy.stores.source import Epoch, Source
+from greedy.training.learners import new_learner, new_optimizer
+from greedy.training.resolve import compiles
+
+SIDES = (1024, 2048, 4096)  # of the matrix products that stand for the peak
+PRODUCTS, PRODUCT_SECONDS = 5, 2.0  # at most of each
+
+
+def peak_flops(device: torch.device) -> float:
+    """Floating-point operations a second: the best, over ``SIDES``, of the median bfloat16 matrix
+    product, on as many threads as torch uses."""
+    best = 0.0
+    for side in SIDES:
+        if best and 2 * side**3 / best > PRODUCT_SECONDS:
+            break  # a processor that has to emulate bfloat16 takes minutes
+        a, b = (torch.randn((side, side), device=device).bfloat16() for _ in range(2))
+        times: list[float] = []
+        while len(times) <= PRODUCTS and sum(times) < PRODUCT_SECONDS:
+            started = time.perf_counter()
+            torch.matmul(a, b)
+            _finish(device)
+            times.append(time.perf_counter() - started)
+        best = max(best, 2 * side**3 / statistics.median(times[1:] or times))  # the first warms up
+    return best
+
+
+@dataclass(frozen=True)
+class StageSpeed:
+    """What was measured of a stage. ``wait_share`` is, of a step's time, the share between asking
+    for a batch and having it; decoding and augmenting it are part of the step."""
+
+    stage: int
+    name: str
+    measured: Measured
+    wait_share: float
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The stages of a recipe, to be measured one after the other. Make one with ``of``."""
+
+    recipe: Recipe
+    data: DataFacts
+    device: torch.device
+    memory: MemoryPlan
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        device: str = "auto",
+        model: nn.Sequential | None = None,
+        allow_function: bool = False,
+    ) -> Self:
+        """The data set need not be there, see ``greedy.forecasts.forecast.named_data_facts``.
+        ``model`` only where the recipe's network is ``python``. Raises ``UserError`` for what could
+        not be trained as asked."""
+        if recipe.training.strategy != "greedy":
+            raise UserError(
+                f"stages are measured one at a time and training.strategy is "
+                f"{recipe.training.strategy}: add --set training.strategy=greedy"
+            )
+        place, data = pick_device(device), named_data_facts(recipe, allow_function)
+        network = model or build_network(recipe.model, data.shape, data.classes)
+        stages = cut(network, recipe.model.stage_layers)
+        shapes = checked_shapes(recipe, stages, data.shape, data.classes)
+        computer = machine(recipe, place.type)
+        memory = MemoryPlan(
+            recipe,
+            stages,
+            shapes,
+            build_loss(recipe.loss),
+            data.classes,
+            computer.precision,
+            computer.memory_budget_bytes,
+            computer.device,
+        )
+        return cls(recipe, data, place, memory)
+
+    def name(self, number: int) -> str:
+        """A stage's name, as in a plan."""
+        stages = self.memory.stages
+        return "output" if number == len(stages) else stages[number - 1].name
+
+    def measure(self, number: int, seconds: float) -> StageSpeed:
+        """Trains stage ``number`` for about so many seconds, in two steps at least, and then
+        computes and writes its output for up to half as long.
+
+        Raises ``UserError`` where its step does not fit the memory budget, ``TrainingError`` where
+        the disk has no room for its temporary store.
+        """
+        shapes, choice = self.memory.shapes[number - 1], self.memory.stage(number, number - 1)
+        learner = self._learner(number, choice)
+        with TemporaryDirectory(prefix="greedy-bench-") as place:
+            source = random_source(
+                Path(place) / "source",
+                self.recipe,
+                number,
+                shapes,
+                self.data.classes,
+                self.data.rows["train"],
+                self.memory.precision,
+                self.device,
+            )
+            waited, computed = self._time_steps(learner, source, shapes, seconds)
+            rows = int(seconds / 2 / (waited + computed))
+            frozen = self._time_frozen(learner, source, rows, choice.write_batch, Path(place))
+        memory = learner.memory  # smaller than chosen where that did not fit after all
+        choice = replace(choice, mode=memory.mode, micro_batch=memory.micro_batch)
+        flops, batch_size = self.memory.flops(number), self.recipe.training.batch_size
+        what = (learner.stage, shapes, self.memory.precision, choice)
+        measured = Measured(
+            work=Work.of(*what, flops, batch_size),
+            rows_per_second=1 / (waited + computed),
+            frozen_rows_per_second=1 / frozen,
+        )
+        return StageSpeed(number, self.name(number), measured, waited / (waited + computed))
+
+    def _learner(self, number: int, choice: Choice) -> Learner:
+        learner = new_learner(
+            deepcopy(self.memory.stages[number - 1]),
+            self.memory.shapes[number - 1],
+            self.memory.loss_of(number),
+            self.data.classes,
+            self.recipe,
+            {
+                "precision": self.memory.precision,
+                "memory_mode": choice.mode,
+                "micro_batch": choice.micro_batch,
+                "planned_peak_bytes": choice.peak_bytes,
+                "compile": compiles(
+                    self.recipe,
+                    number,
+                    self.memory.shapes[number - 1].hidden,
+                    self.data.rows["train"],
+                    choice,
+                    self.device,
+                ),
+            },
+            self.device,
+            zero=number == len(self.memory.stages),
+        )
+        learner.optimizer = new_optimizer(learner.parameters(), self.recipe, number, None)
+        learner.smaller = partial(self.memory.smaller, number, number - 1, None)
+        return learner
+
+    def _time_steps(
+        self, learner: Learner, source: Source, shapes: StageShapes, seconds: float
+    ) -> tuple[float, float]:
+        """Seconds a row, waiting for it and computing it. The first batch of an epoch warms up: the
+        store is opened and read ahead then, and in the first epoch the step is compiled."""
+        learner.train()
+        rows, waited, computed = 0, 0.0, 0.0
+        guard, deadline = Guard(), math.inf
+        for epoch in itertools.count():
+            asked = time.perf_counter()
+            for position, batch in enumerate(self._epoch(source, learner.stage.number, epoch)):
+                had = time.perf_counter()
+                rows_here = len(batch.labels)
+                mask = learner.mask(self.recipe.seed, rows_here, shapes.input, epoch, position)
+                step(learner, replace(batch, mask=mask), guard, position)
+                _finish(self.device)
+                done = time.perf_counter()
+                deadline = min(deadline, done + seconds)
+                if position:
+                    rows += len(batch.labels)
+                    waited += had - asked
+                    computed += done - had
+                    if done > deadline:
+                        return waited / rows, computed / rows
+                asked = done
+        raise AssertionError("epochs never end")
+
+    def _epoch(self, source: Source, number: int, epoch: int) -> Epoch:
+        training, data = self.recipe.training, self.recipe.data
+        return source.epoch(number, epoch, training.batch_size, data.classes_per_batch)
+
+    def _time_frozen(
+        self, learner: Learner, source: Source, rows: int, batch: int, place: Path
+    ) -> float:
+        """Seconds a row: read, computed by the frozen stage, encoded and written. The first batch
+        warms up and gives the encoding its ranges."""
+        learner.release()
+        learner.eval()
+        frozen = replace(source, replayed=[learner.stage], replay_rows=batch)
+        rows = min(max(rows, batch), source.stores["train"].rows)
+        first = next(frozen.view("train", 0, batch, stop=min(batch, rows)))
+        form = fit_encoding(encoding(self.recipe), first.inputs().cpu().numpy())
+        started = time.perf_counter()
+        with StoreWriter(
+            place / "frozen",
+            rows=rows,
+            views=1,
+            encoding=form,
+            compressor=self.recipe.store.compressor,
+            labels=np.zeros(rows, np.int64),
+            index=np.arange(rows),
+        ) as writer:
+            for read in frozen.view("train", 0, batch, stop=rows):
+                writer.append(read.inputs().cpu().numpy())
+            taken = time.perf_counter() - started  # closing a store does not grow with its rows
+        return taken / rows
+
+
+def _finish(device: torch.device) -> None:
+    """Waits for what a device still computes."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

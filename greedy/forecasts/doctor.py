@@ -1,0 +1,195 @@
+"""What this machine has, and what every ``auto`` would choose on it."""
+
+import errno
+import mmap
+import os
+import platform
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import psutil
+import torch
+
+from greedy.base.devices import available_memory, describe, free_memory, pick_device, pick_precision
+from greedy.base.versions import versions
+from greedy.memory import choice
+from greedy.recipes.per_stage import AUTO_ENCODING
+from greedy.runs import disk_budget as planning
+from greedy.training.resolve import RESIDENT_SHARE
+
+OPTIONAL = ("scipy", "onnx", "onnxscript", "onnxruntime", "matplotlib", "tensorboard")
+PROBE_BYTES, PROBE_SECONDS = 256 * 2**20, 1.0  # at most, to write and again to read
+BLOCK = 8 * 2**20
+
+PageCache = Literal["dropped", "kept", "unknown"]
+
+
+@dataclass(frozen=True)
+class Device:
+    """Somewhere to compute.
+
+    Attributes:
+        type: as ``--device`` names it; of several GPUs the first is used.
+        total_bytes, free_bytes: of the memory it computes in.
+        fast_bfloat16: whether it computes bfloat16 faster than float32. All compute both.
+    """
+
+    type: str
+    name: str
+    total_bytes: int
+    free_bytes: int
+    fast_bfloat16: bool
+
+
+@dataclass(frozen=True)
+class Disk:
+    """The file system on which runs are kept.
+
+    Attributes:
+        read_bytes_per_second: of one file read from front to back; ``None`` where none could be
+            written.
+        page_cache: what had become of the pages in memory when it was read. ``dropped``: the rate
+            is the disk's. ``kept``: it is that of memory. ``unknown``: of one of the two.
+    """
+
+    path: str
+    total_bytes: int
+    free_bytes: int
+    read_bytes_per_second: float | None
+    page_cache: PageCache
+
+
+@dataclass(frozen=True)
+class Automatic:
+    """What ``auto``, or no word, would come to in a run that began now."""
+
+    device: str
+    precision: str
+    encoding: str
+    memory_budget_bytes: int
+    disk_budget_bytes: int
+    ram_budget_bytes: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class Examination:
+    """All that was found. Packages that are not installed have no version."""
+
+    versions: Mapping[str, str | None]
+    system: str
+    devices: Sequence[Device]
+    memory_total_bytes: int
+    memory_free_bytes: int
+    disk: Disk
+    automatic: Automatic
+
+
+def examine(place: Path) -> Examination:
+    """Looks at the machine, and at the disk of the directory ``place`` with a temporary file of
+    at most 256 MiB, which takes a second or two."""
+    disk = _disk(place)
+    return Examination(
+        versions=_versions(),
+        system=f"{platform.system()} {platform.release()}, {platform.machine()}",
+        devices=_devices(),
+        memory_total_bytes=psutil.virtual_memory().total,
+        memory_free_bytes=available_memory(),
+        disk=disk,
+        automatic=_automatic(disk.free_bytes),
+    )
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {**versions(), "cuda of torch": torch.version.cuda}
+    for name in ("torchvision", "safetensors", "pillow", *OPTIONAL):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _devices() -> list[Device]:
+    found = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        found.append(torch.device("mps"))
+    return [_device(each) for each in (*found, torch.device("cpu"))]
+
+
+def _device(device: torch.device) -> Device:
+    total = psutil.virtual_memory().total
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+    fast = pick_precision("auto", device) == "bfloat16"
+    return Device(device.type, describe(device), total, free_memory(device), fast)
+
+
+def _automatic(disk_free: int) -> Automatic:
+    device = pick_device("auto")
+    return Automatic(
+        device=device.type,
+        precision=pick_precision("auto", device),
+        encoding=AUTO_ENCODING,
+        memory_budget_bytes=int(choice.AUTO_SHARE * free_memory(device)),
+        disk_budget_bytes=int(planning.AUTO_SHARE * disk_free),
+        ram_budget_bytes=int(RESIDENT_SHARE * available_memory()),
+        threads=torch.get_num_threads(),
+    )
+
+
+def _disk(place: Path) -> Disk:
+    usage = shutil.disk_usage(place)
+    rate: float | None = None
+    page_cache: PageCache = "unknown"
+    try:
+        with tempfile.TemporaryFile(dir=place, buffering=0) as file:
+            _fill(file, min(PROBE_BYTES, usage.free // 4))
+            page_cache = _drop_pages(file)
+            rate = _read_rate(file)
+    except OSError:  # no right to write, or no room: the rest can be told all the same
+        pass
+    return Disk(str(place.absolute()), usage.total, usage.free, rate, page_cache)
+
+
+def _fill(file: BinaryIO, size: int) -> None:
+    """Writes until so many bytes are on the disk, or the time is over. Random ones: file systems
+    may compress."""
+    block = os.urandom(BLOCK)
+    began = time.perf_counter()
+    for _ in range(size // BLOCK):
+        file.write(block)
+        os.fsync(file.fileno())
+        if time.perf_counter() - began > PROBE_SECONDS:
+            break
+
+
+def _drop_pages(file: BinaryIO) -> PageCache:
+    """Asks the system to forget a file's pages, and looks whether it did."""
+    if not hasattr(os, "posix_fadvise") or not hasattr(os, "RWF_NOWAIT"):
+        return "unknown"
+    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    byte = bytearray(1)
+    try:  # reads what is in memory, and fails where it would have to wait for the disk
+        os.preadv(file.fileno(), [byte], os.fstat(file.fileno()).st_size // 2, os.RWF_NOWAIT)
+    except OSError as error:
+        return "dropped" if error.errno == errno.EAGAIN else "unknown"
+    return "kept"
+
+
+def _read_rate(file: BinaryIO) -> float | None:
+    """Bytes a second, from the start until the end or the time is over."""
+    file.seek(0)
+    buffer, done = mmap.mmap(-1, BLOCK), 0
+    began = time.perf_counter()
+    while time.perf_counter() - began < PROBE_SECONDS and (
+        read := os.readv(file.fileno(), [buffer])
+    ):
+        done += read
+    return done / (time.perf_counter() - began) if done else None

@@ -1,0 +1,180 @@
+"""The trained network as one file that others can use without greedy."""
+
+import inspect
+import io
+import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+import safetensors.torch
+import torch
+from torch import nn
+
+from greedy.base.errors import UserError, lacking, unknown
+from greedy.base.files import require_new, write_asked
+from greedy.losses import LocalLoss
+from greedy.models import Shape
+from greedy.runs.directory import RunDirectory
+from greedy.runs.network import assemble
+from greedy.runs.record import StageRecord
+
+FORMATS: Final = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onnx"}
+
+
+def format_of(path: Path) -> str:
+    """The format that a file's suffix stands for. Raises ``UserError`` where it is none."""
+    for name, suffix in FORMATS.items():
+        if path.suffix == suffix:
+            return name
+    known = ", ".join(f"{suffix} ({name})" for name, suffix in FORMATS.items())
+    raise UserError(
+        f"the suffix of {path} stands for no format: end it with one of {known}, or name a --format"
+    )
+
+
+def export(
+    run: RunDirectory,
+    loss: LocalLoss | None,
+    model: nn.Sequential | None,
+    to: Path,
+    format: str,
+    until_stage: int | None = None,
+    *,
+    overwrite: bool = False,
+) -> Path:
+    """Writes the network of ``greedy.runs.network.assemble`` to a file, by default only to a new
+    one, and returns its path.
+
+    The network takes ``images`` (B, C, H, W) for any B and gives ``logits`` (B, classes). With
+    it, as metadata, go ``input`` (what the images are, in words), ``input_shape`` and
+    ``class_names`` (both JSON). By format:
+
+    - ``safetensors``: the state dict; the metadata's ``modules`` is a JSON list of torch.nn's
+      modules in order, each as [class, keyword arguments], and
+      ``nn.Sequential(*(getattr(nn, name)(**arguments) for name, arguments in modules))``
+      is the network, once put into evaluation mode.
+    - ``torch-export``: for ``torch.export.load``, which reads the metadata as extra files.
+    - ``onnx``: the metadata are the model's ``metadata_props``.
+
+    Raises:
+        UserError: the file exists (and ``overwrite`` is not given) or its folder does not; the
+            format is unknown, lacks a package or cannot express a module; or as ``assemble``.
+    """
+    if format not in FORMATS:
+        raise unknown("format", format, FORMATS)
+    if format == "onnx":
+        _require_onnx()
+    require_new(to, overwrite)
+    network = assemble(run, loss, model, until_stage=until_stage)
+    data = run.complete(0)
+    metadata = _metadata(data)
+    match format:
+        case "safetensors":
+            contents = _safetensors(network, metadata)
+        case "torch-export":
+            contents = _torch_export(network, data.row_shape, metadata)
+        case "onnx":
+            contents = _onnx(network, data.row_shape, metadata)
+    write_asked(to, contents)
+    return to
+
+
+def _metadata(data: StageRecord) -> dict[str, str]:
+    as_stored = data.store is not None and data.store.encoding == "float32"
+    values = "with the values they have in the data set" if as_stored else "in [0, 1]"
+    return {
+        "input": f"images (batch, {', '.join(map(str, data.row_shape))}), float32, {values}",
+        "input_shape": json.dumps(data.row_shape),
+        "class_names": json.dumps(data.class_names),
+    }
+
+
+def _safetensors(network: nn.Sequential, metadata: dict[str, str]) -> bytes:
+    flat = nn.Sequential(*_flat(network))
+    modules = json.dumps([_description(module) for module in flat])
+    return safetensors.torch.save(flat.state_dict(), {**metadata, "modules": modules})
+
+
+def _flat(network: nn.Sequential) -> Iterator[nn.Module]:
+    for module in network:
+        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+            yield from _flat(module)
+        else:
+            yield module
+
+
+def _description(module: nn.Module) -> tuple[str, dict[str, Any]]:
+    """A module's class and the arguments in which it differs from the class's defaults. Data
+    and not an expression, so that nobody has to evaluate a stranger's text."""
+    kind = type(module)
+    arguments = {}
+    try:
+        if getattr(nn, kind.__name__, None) is not kind:
+            raise TypeError("not one of torch.nn's own")
+        for name, parameter in inspect.signature(kind).parameters.items():
+            if name not in ("device", "dtype"):
+                value = getattr(module, name)
+                if name == "bias":  # without a weight there is none to leave out
+                    value = value is not None or module.weight is None
+                if value != parameter.default:
+                    arguments[name] = value
+        json.dumps(arguments)
+    except (AttributeError, TypeError) as error:
+        raise UserError(
+            f"a safetensors file cannot say how to rebuild {kind.__name__} ({error}): "
+            f"export with --format torch-export"
+        ) from error
+    return kind.__name__, arguments
+
+
+def _torch_export(network: nn.Sequential, shape: Shape, metadata: dict[str, str]) -> bytes:
+    contents = io.BytesIO()
+    with _quiet():
+        extra_files: dict[str, Any] = {**metadata}
+        torch.export.save(_program(network, shape), contents, extra_files=extra_files)
+    return contents.getvalue()
+
+
+def _onnx(network: nn.Sequential, shape: Shape, metadata: dict[str, str]) -> bytes:
+    with _quiet():
+        exported = torch.onnx.export(
+            _program(network, shape),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes=_dynamic_shapes(),  # known to the program, but for the name
+            verbose=False,
+        )
+    assert exported is not None
+    exported.model.metadata_props.update(metadata)
+    return exported.model_proto.SerializeToString()
+
+
+def _program(network: nn.Sequential, shape: Shape) -> torch.export.ExportedProgram:
+    example = torch.zeros(2, *shape)  # a batch of 1 would be taken for a constant
+    program = torch.export.export(network, (example,), dynamic_shapes=_dynamic_shapes())
+    for node in program.graph.nodes:
+        node.meta.pop("stack_trace", None)  # paths of this machine, of no use elsewhere
+    return program
+
+
+def _dynamic_shapes() -> tuple[dict[int, Any]]:
+    return ({0: torch.export.Dim("batch")},)
+
+
+def _require_onnx() -> None:
+    missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
+    if missing:
+        raise lacking("the format onnx", missing, "onnx")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silences torch 2.9's warning about its own use of a class of its own."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
+        yield

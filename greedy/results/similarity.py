@@ -1,0 +1,140 @@
+"""How alike the samples of one test batch are to each stage of a trained network."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from greedy.build.modules import build_loss
+from greedy.losses import LocalLoss, feature_deviation, similarity_matrix
+from greedy.losses.strategies import losses_of
+from greedy.models import Stage
+from greedy.results.evaluation import raw_to_float
+from greedy.runs.directory import RunDirectory
+from greedy.runs.network import load_heads, load_stage, normalisation, stages_of
+
+MOST_CLASSES = 10  # of more, a batch of 100 rows would have a row or two each
+CPU = torch.device("cpu")
+
+Matrix = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class StageSimilarity:
+    """S of one stage, equation (5).
+
+    Attributes:
+        stage: its number; 0 is the images themselves.
+        name: of the stage.
+        features: what is compared: ``pixels``; ``similarity head``, the features its sim loss
+            matched; ``activation``, the standard deviation of each of its feature maps, or its
+            values where it has none; ``logits`` of the output layer.
+        matrix: S, (rows, rows) in [-1, 1].
+        difference: the mean squared difference between S and the target, the sim loss of
+            equation (4) over this batch.
+    """
+
+    stage: int
+    name: str
+    features: str
+    matrix: Matrix
+    difference: float
+
+
+@dataclass(frozen=True)
+class BatchSimilarity:
+    """The similarity matrices of one batch.
+
+    Attributes:
+        rows: its rows in the test split of the run's stores, sorted by class.
+        labels: their classes, in the same order, which is that of the matrices.
+        class_names: of all classes.
+        target: S(Y) of the one-hot labels, (rows, rows).
+        stages: the images and the trained stages, in order.
+    """
+
+    rows: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    class_names: list[str]
+    target: Matrix
+    stages: list[StageSimilarity]
+
+
+@torch.no_grad()
+def similarity_by_stage(
+    run: RunDirectory,
+    loss: LocalLoss | None = None,
+    model: nn.Sequential | None = None,
+    *,
+    rows: int = 100,
+) -> BatchSimilarity:
+    """The similarity matrix of a test batch after each stage that is trained, in evaluation mode
+    and float32 on the CPU; activation stores take no part in it.
+
+    The batch is the first ``rows`` test images, which the run's seed has permuted, of at most ten
+    classes. ``loss`` and ``model`` are for what was given in Python; without such a loss its
+    similarity heads are not known, and activations are compared.
+
+    Raises:
+        UserError: no stage is trained, one is damaged, or the network is not known.
+    """
+    return run.undisturbed(lambda: _similarity_by_stage(run, loss, model, rows))
+
+
+def _similarity_by_stage(
+    run: RunDirectory, loss: LocalLoss | None, model: nn.Sequential | None, rows: int
+) -> BatchSimilarity:
+    data = run.complete(0)
+    run.complete(1)
+    if loss is None and run.recipe.loss.name != "python":
+        loss = build_loss(run.recipe.loss)
+    chosen, labels, images = _batch(run, rows)
+    target = similarity_matrix(F.one_hot(torch.from_numpy(labels), len(data.class_names)).float())
+
+    def compared(number: int, name: str, features: str, x: Tensor) -> StageSimilarity:
+        matrix = similarity_matrix(x)
+        return StageSimilarity(
+            number, name, features, matrix.numpy(), float(F.mse_loss(matrix, target))
+        )
+
+    x = normalisation(run.recipe, data)(raw_to_float(images, CPU))
+    found = [compared(0, "images", "pixels", x.flatten(1))]
+    for stage in stages_of(run.recipe, data, model):
+        if run.state(stage.number) != "complete":
+            break
+        load_stage(run, stage, CPU)
+        h = stage.hidden(x)
+        is_output = stage.number == len(data.network)
+        features, z = ("logits", h) if is_output else _features(run, stage, loss, h)
+        found.append(compared(stage.number, data.network[stage.number - 1], features, z))
+        x = stage.pool(h)
+        stage.to("meta")  # one stage in memory at a time
+    return BatchSimilarity(chosen, labels, data.class_names, target.numpy(), found)
+
+
+def _batch(
+    run: RunDirectory, count: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.generic]]:
+    """Rows of the test split sorted by class, their labels and raw images."""
+    store = run.open_store(0, "test")
+    classes = list(dict.fromkeys(store.labels.tolist()))[:MOST_CLASSES]
+    first = np.flatnonzero(np.isin(store.labels, classes))[:count]
+    rows = first[np.argsort(store.labels[first], kind="stable")]
+    images = np.concatenate([store.read_rows(0, row, row + 1) for row in rows.tolist()])
+    return rows, store.labels[rows], images
+
+
+def _features(
+    run: RunDirectory, stage: Stage, loss: LocalLoss | None, h: Tensor
+) -> tuple[str, Tensor]:
+    """What represents each sample of an activation h, and its name."""
+    if loss is not None:
+        strategy, count = run.recipe.training.strategy, len(run.complete(0).network)
+        own = losses_of(strategy, loss, count)[stage.number - 1]
+        heads = load_heads(run, own, stage.number, tuple(h.shape[1:]))
+        if heads.similarity is not None:
+            return "similarity head", heads.similarity(h)
+    return "activation", feature_deviation(h)

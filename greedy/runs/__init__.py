@@ -1,0 +1,1 @@
+"""A run directory: its records, its choices, and what its disk has room for."""

@@ -1,0 +1,1 @@
+"""One optimiser step of a stage, in as little memory as there is."""

@@ -1,0 +1,264 @@
+"""The gradients of a whole batch with only a micro-batch of activations in memory.
+
+Within a batch only two things couple samples: the batch's mean and variance, and the loss, which
+sees z and p. Between them all is per sample and may be computed a micro-batch at a time. Notation
+of docs/exact-step.md: c is the encoder's output, mu and v its mean and biased variance over the
+batch, h the activation of normalised c; g is dL/dc with mu and v held fixed.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from greedy.losses import Features, LocalLoss
+from greedy.models.lean import Layer, add_weight_gradient, forward
+from greedy.runs.choices import Mode
+from greedy.steps.parts import Parts
+from greedy.steps.scaling import LossScale
+from greedy.steps.statistics import Statistics
+
+SHARE = 2**-8  # a power of two, which changes no digit
+
+
+@dataclass
+class ExactStep:
+    """One batch's way through a stage, in passes that meet only in small tensors.
+
+    Attributes:
+        parts: of the stage.
+        loss: of the stage's heads.
+        mode: any but ``plain``.
+        slices: the rows of each micro-batch.
+        x: the stage's input (B, ...), in host memory if the mode streams it.
+        autocast: the precision of encoder and heads.
+        scale: of the loss, and so of all gradients; ``None`` for 1.
+        c: the encoder's output (B, ...), where the mode keeps it.
+        g: its gradient with the statistics held fixed (B, ...), where the mode keeps it.
+    """
+
+    parts: Parts
+    loss: LocalLoss
+    mode: Mode
+    slices: Sequence[slice]
+    x: Tensor
+    autocast: torch.autocast
+    scale: LossScale | None = None
+    c: Tensor | None = field(default=None, init=False)
+    g: Tensor | None = field(default=None, init=False)
+
+    @torch.no_grad()
+    def gradients(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Puts the gradients of the batch's loss into every parameter's ``grad``, given its
+        targets, a row a sample. Returns the loss, and the logits (B, classes) or ``None``."""
+        clear_gradients(self.parts.parameters())
+        with self.autocast:  # which casts a weight once for all micro-batches
+            statistics = self._statistics()
+            features = self._features(statistics)
+        loss, slopes = differentiate(self.loss, features, y, self.scale)
+        with self.autocast:
+            moments = self._backward(statistics, slopes)
+            self._close(statistics, moments)
+        return loss, self.parts.heads.logits(features)
+
+    def _input(self, rows: slice) -> Tensor:
+        x = self.x[rows]
+        if not self.mode.streams:
+            return x
+        device = self.parts.encoder.weight.device
+        return x.to(device, non_blocking=device.type == "cuda", copy=True)  # from pinned memory
+
+    def _encoded(self, rows: slice) -> Tensor:
+        if self.c is not None:
+            return self.c[rows]
+        return forward(self.parts.encoder, self._input(rows))
+
+    def _statistics(self) -> Statistics | None:
+        """First pass: the batch's statistics, from which the running ones learn, and c where it
+        is kept."""
+        found, kept = None, None
+        for rows in self.slices:
+            c = self._encoded(rows)
+            if self.mode.keeps_c:
+                kept = put(kept, len(self.x), rows, c)
+            if self.parts.norm is not None:
+                part = Statistics.of(c)
+                found = found.merged(part) if found else part
+        self.c = kept
+        if found is None or self.parts.norm is None:
+            return None
+        found.teach(self.parts.norm)
+        return found.to(self.parts.norm.weight.dtype)
+
+    def _features(self, statistics: Statistics | None) -> Features:
+        """Second pass: z and p of the whole batch, without gradient."""
+        whole: list[Any] = [None, None]
+        for rows in self.slices:
+            features = self.parts.heads(self.parts.hidden(self._encoded(rows), statistics))
+            whole = [
+                None if part is None else put(place, len(self.x), rows, part)
+                for place, part in zip(whole, features, strict=True)
+            ]
+        return Features(*whole)
+
+    def _backward(self, statistics: Statistics | None, slopes: Features) -> "Moments | None":
+        """Third pass: the gradients of heads and batch norm; and g, which is kept, or else adds
+        its part to the encoder's gradients."""
+        moments = None
+        if statistics is not None and not self.mode.keeps_c:
+            moments = Moments.of(self.parts.encoder.weight)
+        for rows in self.slices:
+            c = self._encoded(rows)
+            g = self._slope(c, statistics, slopes, rows)
+            if self.mode.keeps_gradient:
+                self.g = put(self.g, len(self.x), rows, g)
+                continue
+            x = self._input(rows)
+            self._add_to_encoder(x, g)
+            if moments is not None and statistics is not None:
+                moments.add(self.parts.encoder, x, c - along(statistics.mean, c))
+        return moments
+
+    def _slope(
+        self, c: Tensor, statistics: Statistics | None, slopes: Features, rows: slice
+    ) -> Tensor:
+        leaf = c.detach().requires_grad_()
+        with torch.enable_grad():
+            features = self.parts.heads(self.parts.hidden(leaf, statistics))
+        pairs = [(f, s[rows]) for f, s in zip(features, slopes, strict=True) if f is not None]
+        # Within autocast the thread of autograd may compute in float16, whatever was asked for.
+        with torch.autocast(c.device.type, enabled=False):
+            torch.autograd.backward([f for f, _ in pairs], [s for _, s in pairs])
+        assert leaf.grad is not None
+        return leaf.grad
+
+    def _close(self, statistics: Statistics | None, moments: "Moments | None") -> None:
+        """Last pass: the encoder's gradients get what is missing of them."""
+        residue = None
+        if statistics is not None and self.parts.norm is not None:
+            residue = Residue.of(statistics, self.parts.norm)
+        if moments is not None and residue is not None:
+            moments.close(self.parts.encoder, residue)
+            return
+        for rows in self.slices:
+            missing = None if self.g is None else self.g[rows]
+            if residue is not None and self.c is not None:
+                r = residue(self.c[rows])
+                missing = r if missing is None else r.add_(missing)
+            if missing is not None:
+                self._add_to_encoder(self._input(rows), missing)
+
+    def _add_to_encoder(self, x: Tensor, g: Tensor) -> None:
+        encoder = self.parts.encoder
+        assert encoder.weight.grad is not None
+        add_weight_gradient(encoder, x, g.to(x.dtype), encoder.weight.grad)
+        # Batch norm takes a bias away again: what would add up to its gradient is rounding.
+        if self.parts.norm is None and encoder.bias is not None:
+            assert encoder.bias.grad is not None
+            others = range(g.dim() - 1) if isinstance(encoder, nn.Linear) else per_channel(g)
+            encoder.bias.grad += g.sum(tuple(others), dtype=encoder.bias.dtype)
+
+
+@dataclass(frozen=True)
+class Residue:
+    """r = dL/dc - g, what reaches c through mu and v: a + b (c - mu), a number each a channel."""
+
+    mean: Tensor
+    a: Tensor
+    b: Tensor
+
+    @classmethod
+    def of(cls, statistics: Statistics, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> "Residue":
+        """The residue that follows from the gradients of gamma and beta."""
+        assert norm.weight.grad is not None and norm.bias.grad is not None
+        variance = statistics.variance + norm.eps
+        d_mean = -norm.weight * norm.bias.grad * variance.rsqrt()
+        d_variance = -norm.weight * norm.weight.grad / (2 * variance)
+        n = statistics.count
+        return cls(statistics.mean, d_mean / n, 2 * d_variance / n)
+
+    def __call__(self, c: Tensor) -> Tensor:
+        """r of a micro-batch, in the precision of the parameters."""
+        return (c - along(self.mean, c)).mul_(along(self.b, c)).add_(along(self.a, c))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Weight gradients that stand for r where c is not kept: ``ones`` is that of a gradient of 1
+    everywhere, the same for all output channels, ``centred`` that of c - mu; both times ``SHARE``,
+    so that their sums over a micro-batch fit float16."""
+
+    ones: Tensor
+    centred: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "Moments":
+        """Empty sums for a weight."""
+        return cls(torch.zeros_like(weight[:1]), torch.zeros_like(weight))
+
+    def add(self, encoder: Layer, x: Tensor, centred: Tensor) -> None:
+        """Takes in a micro-batch, whose ``centred`` c is overwritten."""
+        add_weight_gradient(encoder, x, centred.mul_(SHARE).to(x.dtype), self.centred)
+        ones = torch.full_like(centred[:, :1], SHARE, dtype=x.dtype)
+        add_weight_gradient(encoder, x, ones, self.ones)
+
+    def close(self, encoder: Layer, residue: Residue) -> None:
+        """Adds r's part to the encoder's gradients."""
+        weight = encoder.weight
+        assert weight.grad is not None
+        a, b = (v.reshape(-1, *[1] * (weight.dim() - 1)) / SHARE for v in (residue.a, residue.b))
+        weight.grad.addcmul_(self.ones, a).addcmul_(self.centred, b)
+
+
+def differentiate(
+    loss: LocalLoss, features: Features, y: Tensor, scale: LossScale | None = None
+) -> tuple[Tensor, Features]:
+    """The loss of a batch, and its gradients, scaled, with respect to z and p."""
+    with torch.enable_grad():
+        leaves = Features(*(f if f is None else f.requires_grad_() for f in features))
+        value = loss(leaves, y)
+        (value if scale is None else scale(value)).backward()
+    slopes: Any = [f if f is None else f.grad for f in leaves]
+    return value.detach(), Features(*slopes)
+
+
+def clear_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Zero gradients, in the memory of the last step's."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        else:
+            parameter.grad.zero_()
+
+
+def put(
+    whole: Tensor | None, count: int, rows: slice, part: Tensor, *, pinned: bool = False
+) -> Tensor:
+    """A tensor of ``count`` rows, made when the first part arrives, with a part in its place."""
+    if whole is None:
+        whole = torch.empty(
+            (count, *part.shape[1:]),
+            dtype=part.dtype,
+            device=part.device,
+            memory_format=_layout(part),
+            pin_memory=pinned,
+        )
+    whole[rows] = part
+    return whole
+
+
+def _layout(part: Tensor) -> torch.memory_format:
+    last = part.dim() == 4 and part.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last and not part.is_contiguous() else torch.contiguous_format
+
+
+def per_channel(values: Tensor) -> list[int]:
+    """The dimensions over which a channel's numbers are summed."""
+    return [d for d in range(values.dim()) if d != 1]
+
+
+def along(channels: Tensor, like: Tensor) -> Tensor:
+    """A number a channel, shaped to meet (B, C, ...)."""
+    return channels.reshape(1, -1, *[1] * (like.dim() - 2))

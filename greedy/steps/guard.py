@@ -1,0 +1,76 @@
+"""What happens to a step whose loss or gradients are not finite: nothing, and the stage is told
+later."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from greedy.base.precision import all_finite
+from greedy.steps.scaling import LossScale
+
+
+class OptimizerFailed(Exception):
+    """An optimiser failed within its step, of which some weights may have seen their part; its own
+    error is the cause."""
+
+
+@dataclass
+class Guard:
+    """Notes on the device the first step whose loss or gradients are not finite, and keeps such a
+    step from changing a parameter. Nothing waits for it until it is asked."""
+
+    _first: Tensor | None = None
+    _in_loss: Tensor | None = None
+
+    def update(
+        self,
+        optimizer: torch.optim.Optimizer,
+        loss: Tensor,
+        step: int,
+        parameters: Sequence[nn.Parameter],
+        scale: LossScale | None = None,
+    ) -> None:
+        """The optimiser's step, number ``step`` of its epoch, unless its loss or a gradient of
+        ``parameters`` is not finite. Where the loss was scaled, the gradients are unscaled first,
+        and one that is not finite is noted only if no scale would help.
+
+        Raises ``OptimizerFailed``.
+        """
+        in_loss = ~torch.isfinite(loss.detach())
+        if scale is None:
+            left_out = in_loss | ~all_finite(p.grad for p in parameters if p.grad is not None)
+            bad = left_out
+        else:
+            left_out = in_loss | scale.unscale(parameters)
+            bad = in_loss | scale.exhausted
+        self._note(step, bad, in_loss)
+        try:
+            if getattr(optimizer, "_step_supports_amp_scaling", False):
+                # Torch's own way: fused optimisers look at this on the device, as for GradScaler.
+                optimizer.found_inf = left_out.float()  # type: ignore[attr-defined]
+                optimizer.step()
+            elif not left_out:  # any other has to wait for the answer
+                optimizer.step()
+        except Exception as error:
+            raise OptimizerFailed from error
+
+    def _note(self, step: int, bad: Tensor, in_loss: Tensor) -> None:
+        if self._first is None or self._in_loss is None:
+            self._first = torch.full_like(bad, -1, dtype=torch.int64)
+            self._in_loss = torch.zeros_like(bad)
+        new = (self._first < 0) & bad
+        self._first = torch.where(new, step, self._first)
+        self._in_loss = torch.where(new, in_loss, self._in_loss)
+
+    @property
+    def step(self) -> int | None:
+        """The first step of the epoch that was not finite, counted from 1."""
+        number = -1 if self._first is None else int(self._first)
+        return number + 1 if number >= 0 else None
+
+    @property
+    def in_loss(self) -> bool:
+        """Whether that step's loss was not finite, and not its gradients alone."""
+        return self._in_loss is not None and bool(self._in_loss)

@@ -1,0 +1,70 @@
+"""Loss and errors over batches, and of stages that are looked at alone."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from greedy.losses import Features
+from greedy.steps.step import Learner
+from greedy.stores.source import Batch
+
+
+@dataclass
+class Totals:
+    """Sums over rows, kept on the device so that no step waits for them. In float32: MPS has no
+    other."""
+
+    rows: int = 0
+    loss: Tensor | float = 0.0
+    wrong: Tensor | None = None
+
+    def add(self, loss: Tensor, logits: Tensor | None, labels: Tensor) -> None:
+        """Takes in a batch's mean loss and its logits."""
+        self.rows += len(labels)
+        self.loss = self.loss + loss.float() * len(labels)
+        if logits is not None:
+            wrong = (logits.argmax(dim=1) != labels).sum()
+            self.wrong = wrong if self.wrong is None else self.wrong + wrong
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean over the rows."""
+        return float(self.loss) / self.rows
+
+    @property
+    def error_percent(self) -> float | None:
+        """The share of wrong predictions, or ``None`` without a local classifier."""
+        return None if self.wrong is None else 100 * int(self.wrong) / self.rows
+
+
+@torch.no_grad()
+def measure(learners: Sequence[Learner], batches: Iterable[Batch]) -> list[Totals]:
+    """Loss and errors of stages one after the other, given batches of the first, in evaluation
+    mode: running statistics, no dropout."""
+    for learner in learners:
+        learner.eval()
+    totals = [Totals() for _ in learners]
+    for batch in batches:
+        given = batch
+        for learner, total in zip(learners, totals, strict=True):
+            features, outputs = _passed(learner, given, onward=learner is not learners[-1])
+            loss = learner.loss(features, learner.targets(batch.labels))
+            total.add(loss, learner.heads.logits(features), batch.labels)
+            if outputs is not None:
+                given = Batch(batch.labels, outputs.__getitem__)
+    return totals
+
+
+def _passed(learner: Learner, batch: Batch, *, onward: bool) -> tuple[Features, Tensor | None]:
+    """A whole batch's features, computed a micro-batch at a time, and its output if it goes on."""
+    parts, outputs = [], []
+    for rows in learner.slices(len(batch.labels)):
+        h = learner.hidden(batch.inputs(rows))
+        parts.append(learner.local(h))
+        if onward:
+            outputs.append(learner.stage.pool(h))
+    whole: Any = [None if part[0] is None else torch.cat(part) for part in zip(*parts, strict=True)]
+    return Features(*whole), torch.cat(outputs) if onward else None

@@ -1,0 +1,49 @@
+"""Loss scaling, for gradients that float16 would round to zero."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from greedy.base.precision import all_finite
+
+FIRST, LEAST = 2.0**16, 2.0**-14
+GROWTH_INTERVAL = 2000
+
+
+class LossScale(nn.Module):
+    """The factor on a loss whose gradients pass through float16, by the rule and with the numbers
+    of ``torch.amp.GradScaler``: halved when a gradient overflows, which also suppresses that
+    update, doubled after 2,000 steps without. Unlike that, it needs no optimiser that holds the
+    gradients, and its state is kept like a module's. Nothing here waits for the device."""
+
+    factor: Tensor
+    steps: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.tensor(FIRST))
+        self.register_buffer("steps", torch.tensor(0))
+
+    def forward(self, loss: Tensor) -> Tensor:
+        """The loss to differentiate."""
+        return loss * self.factor
+
+    @torch.no_grad()
+    def unscale(self, parameters: Iterable[nn.Parameter]) -> Tensor:
+        """Divides the gradients by the factor, then sets it for the next step. Returns whether a
+        gradient was not finite."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        for gradient in gradients:
+            gradient.div_(self.factor)
+        overflow = ~all_finite(gradients)
+        self.steps.copy_(torch.where(overflow, 0, self.steps + 1))
+        grown = torch.where(self.steps >= GROWTH_INTERVAL, 2 * self.factor, self.factor)
+        self.steps.remainder_(GROWTH_INTERVAL)
+        self.factor.copy_(torch.where(overflow, self.factor / 2, grown))
+        return overflow
+
+    @property
+    def exhausted(self) -> Tensor:
+        """Whether no factor keeps the gradients finite."""
+        return self.factor < LEAST

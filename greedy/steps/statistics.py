@@ -1,0 +1,54 @@
+"""The mean and variance of a batch, gathered a micro-batch at a time."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from greedy.base.precision import widened
+
+
+@dataclass
+class Statistics:
+    """Mean and biased variance of each channel over ``count`` values, merged by Chan's formula in
+    float64: sums of squares would cancel."""
+
+    count: int
+    mean: Tensor
+    variance: Tensor
+
+    @classmethod
+    def of(cls, c: Tensor) -> "Statistics":
+        """Statistics of a micro-batch (m, C, ...), taken in float32."""
+        dims = [d for d in range(c.dim()) if d != 1]
+        variance, mean = torch.var_mean(widened(c), dims, correction=0)
+        wide = torch.float32 if c.device.type == "mps" else torch.float64
+        return cls(c.numel() // c.shape[1], mean.to(wide), variance.to(wide))
+
+    def merged(self, other: "Statistics") -> "Statistics":
+        """Statistics of both sets of values together."""
+        count = self.count + other.count
+        share = other.count / count
+        shift = other.mean - self.mean
+        within = (1 - share) * self.variance + share * other.variance
+        return Statistics(
+            count,
+            self.mean + share * shift,
+            within + share * (1 - share) * shift.square(),
+        )
+
+    def to(self, dtype: torch.dtype) -> "Statistics":
+        """These statistics in the precision of the parameters."""
+        return Statistics(self.count, self.mean.to(dtype), self.variance.to(dtype))
+
+    @torch.no_grad()
+    def teach(self, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
+        """Moves a batch norm's running statistics towards these, as its own forward pass would:
+        the variance unbiased, a momentum of ``None`` being the mean over all batches."""
+        assert norm.running_mean is not None and norm.running_var is not None
+        assert norm.num_batches_tracked is not None
+        norm.num_batches_tracked += 1
+        weight = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked
+        unbiased = self.variance * (self.count / max(self.count - 1, 1))
+        for running, value in ((norm.running_mean, self.mean), (norm.running_var, unbiased)):
+            running.lerp_(value.to(running.dtype), weight)

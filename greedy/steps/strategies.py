@@ -1,0 +1,213 @@
+"""How the stages of a network are trained together, or one of them alone.
+
+All strategies share the stages, the losses and the loop; they differ in who holds the graph and
+who the optimiser.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from greedy.steps.guard import Guard
+from greedy.steps.scaling import LossScale
+from greedy.steps.step import Learner, step
+from greedy.stores.source import Batch
+
+
+class Outcome(NamedTuple):
+    """Of a stage's step on a batch: its loss, a scalar, and its local classifier's logits
+    (B, classes), or ``None`` without one."""
+
+    loss: Tensor
+    logits: Tensor | None
+
+
+WHOLE = "the network"  # what trains where all stages do
+
+Masks = Sequence[Tensor | None]  # of dropout on each stage's input, for a whole batch
+
+
+class Strategy(Protocol):
+    """What the loop trains."""
+
+    @property
+    def title(self) -> str:
+        """What trains, in words."""
+
+    @property
+    def learners(self) -> Sequence[Learner]:
+        """The learners of the stages, in order."""
+
+    @property
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        """All that step."""
+
+    def step(self, batch: Batch, masks: Masks, guard: Guard, position: int) -> list[Outcome]:
+        """Trains on one batch, number ``position`` of its epoch; an outcome a stage."""
+
+
+@dataclass(frozen=True)
+class Greedy:
+    """One stage, on what its source gives: the stages before it are frozen."""
+
+    learner: Learner
+
+    @property
+    def title(self) -> str:
+        return f"stage {self.learner.stage.number}"
+
+    @property
+    def learners(self) -> Sequence[Learner]:
+        return (self.learner,)
+
+    @property
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        return _optimizers(self.learners)
+
+    def step(self, batch: Batch, masks: Masks, guard: Guard, position: int) -> list[Outcome]:
+        masked = replace(batch, mask=masks[0])
+        return [Outcome(*step(self.learner, masked, guard, position))]
+
+
+@dataclass(frozen=True)
+class Joint:
+    """All stages in the same pass, each on its own loss with its own optimiser, as the authors
+    published it. No gradient goes from a stage to the one before, and the next stage gets what
+    was computed before this one's step."""
+
+    learners: Sequence[Learner]
+
+    @property
+    def title(self) -> str:
+        return WHOLE
+
+    @property
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        return _optimizers(self.learners)
+
+    def step(self, batch: Batch, masks: Masks, guard: Guard, position: int) -> list[Outcome]:
+        x = batch.inputs()
+        outcomes = []
+        for learner, mask, optimizer in zip(self.learners, masks, self.optimizers, strict=True):
+            _clear(learner)
+            h = learner.hidden(_dropped(x, mask))
+            outcome = _outcome(learner, h, batch.labels)
+            _scaled(outcome.loss, learner.scale).backward()
+            x = learner.stage.pool(h.detach())
+            del h
+            guard.update(optimizer, outcome.loss, position, learner.parameters(), learner.scale)
+            _clear(learner)
+            outcomes.append(_detached(outcome))
+        return outcomes
+
+
+@dataclass(frozen=True)
+class Backprop:
+    """All stages by the gradient of the sum of their losses, with one optimiser: only the output
+    layer has a loss, or every stage has one besides. In float16 the first learner's scale is that
+    of the sum.
+
+    Attributes:
+        accumulate: micro-batches that a batch is cut into, whose gradients are added up. Batch
+            norm, and losses that couple samples, then see a micro-batch alone.
+    """
+
+    learners: Sequence[Learner]
+    optimizer: torch.optim.Optimizer
+    accumulate: int = 1
+
+    @property
+    def title(self) -> str:
+        return WHOLE
+
+    @property
+    def optimizers(self) -> Sequence[torch.optim.Optimizer]:
+        return (self.optimizer,)
+
+    def step(self, batch: Batch, masks: Masks, guard: Guard, position: int) -> list[Outcome]:
+        for learner in self.learners:
+            _clear(learner)
+        count, scale = len(batch.labels), self.learners[0].scale
+        parts = []
+        for rows in self._micro_batches(count):
+            share = (rows.stop - rows.start) / count
+            outcomes = [
+                Outcome(share * loss, logits) for loss, logits in self._forward(batch, masks, rows)
+            ]
+            _scaled(_sum(outcomes), scale).backward()
+            parts.append([_detached(each) for each in outcomes])
+        found = [_joined(stage) for stage in zip(*parts, strict=True)]
+        every = [p for learner in self.learners for p in learner.parameters()]
+        guard.update(self.optimizer, _sum(found), position, every, scale)
+        return found
+
+    def _micro_batches(self, count: int) -> list[slice]:
+        """Slices of nearly equal size, of two rows at least: batch norm takes no single one."""
+        number = max(1, min(self.accumulate, count // 2))
+        edges = [count * i // number for i in range(number + 1)]
+        found = [slice(start, stop) for start, stop in pairwise(edges)]
+        return found[:2] if self.learners[0].rehearsed else found  # two show what all take
+
+    def _forward(self, batch: Batch, masks: Masks, rows: slice) -> list[Outcome]:
+        x = batch.inputs(rows)
+        outcomes = []
+        for learner, mask in zip(self.learners, masks, strict=True):
+            h = learner.hidden(_dropped(x, mask if mask is None else mask[rows]))
+            outcomes.append(_outcome(learner, h, batch.labels[rows]))
+            x = learner.stage.pool(h)
+        return outcomes
+
+
+def together(
+    strategy: str,
+    learners: Sequence[Learner],
+    accumulate: int,
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+) -> Joint | Backprop:
+    """All stages of a network in one strategy, by its name, with new optimisers."""
+    if strategy == "joint":
+        for learner in learners:
+            learner.optimizer = optimizer(learner.parameters())
+        return Joint(learners)
+    every = [parameter for learner in learners for parameter in learner.parameters()]
+    return Backprop(learners, optimizer(every), accumulate)
+
+
+def _optimizers(learners: Sequence[Learner]) -> list[torch.optim.Optimizer]:
+    return [learner.optimizer for learner in learners if learner.optimizer is not None]
+
+
+def _clear(learner: Learner) -> None:
+    for parameter in learner.parameters():
+        parameter.grad = None
+
+
+def _scaled(loss: Tensor, scale: LossScale | None) -> Tensor:
+    return loss if scale is None else scale(loss)
+
+
+def _dropped(x: Tensor, mask: Tensor | None) -> Tensor:
+    return x if mask is None else x * mask.to(x.dtype)
+
+
+def _outcome(learner: Learner, h: Tensor, labels: Tensor) -> Outcome:
+    features = learner.local(h)
+    return Outcome(learner.loss(features, learner.targets(labels)), learner.heads.logits(features))
+
+
+def _detached(outcome: Outcome) -> Outcome:
+    return Outcome(outcome.loss.detach(), outcome.logits)
+
+
+def _sum(outcomes: Sequence[Outcome]) -> Tensor:
+    return torch.stack([each.loss for each in outcomes]).sum()
+
+
+def _joined(parts: Sequence[Outcome]) -> Outcome:
+    """A stage's outcome of a batch from those of its micro-batches, whose losses are shares."""
+    logits = [part.logits for part in parts if part.logits is not None]
+    return Outcome(_sum(parts), torch.cat(logits) if logits else None)

@@ -1,0 +1,1 @@
+"""What a stage trains from, and what it writes."""

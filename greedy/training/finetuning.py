@@ -1,0 +1,126 @@
+"""End-to-end fine-tuning: a run that begins with the weights of another."""
+
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import safetensors.torch
+
+from greedy.base.disk_space import require_room, until_full
+from greedy.base.errors import UserError
+from greedy.base.files import bytes_below, digest, file_digest, read_tensors
+from greedy.cache.files import write_whole
+from greedy.models import Stage
+from greedy.recipes import Recipe, from_document
+from greedy.runs.directory import RunDirectory, new_stage
+from greedy.runs.file_table import FileTable
+from greedy.runs.record import ENCODER
+from greedy.stores.changes import require_unchanged_folder
+
+INITIAL = "initial.safetensors"
+EPOCHS = 10
+RATE = 0.1  # of the rate that the stages were trained with
+
+
+def begin_finetuning(
+    source: RunDirectory,
+    to: Path,
+    overrides: Sequence[str] = (),
+    *,
+    ignore_changes: bool = False,
+) -> RunDirectory:
+    """The run at ``to`` that goes on from a finished one by back-propagation: with its recipe,
+    for 10 epochs at a tenth of its learning rate unless overridden. A new one gets a copy of the
+    images and the weights; one that is there is gone on with if it is this.
+
+    Raises ``UserError`` if a stage is not finished, what is at ``to`` is something else, or, unless
+    with ``ignore_changes``, the image folder has changed that the images were read from.
+    """
+    data = source.complete(0)
+    if not ignore_changes:
+        require_unchanged_folder(source)
+
+    def trained() -> bytes:
+        tensors = {
+            f"{number}.{name}": tensor
+            for number in range(1, len(data.network) + 1)
+            for name, tensor in read_tensors(
+                source.complete(number).check_file(source.stage(number), ENCODER)
+            ).items()
+        }
+        return safetensors.torch.save(tensors)
+
+    weights = source.undisturbed(trained)
+    run = RunDirectory.create(to, _recipe(source.recipe, digest(weights), overrides))
+    run.make("--to")
+    needed = len(weights) + bytes_below(source.store(0))
+    with run.writing():
+        if run.record(0) is None:
+            require_room(run.path, "the images and first weights", needed)
+            with until_full(run.path, "the images and first weights", needed):
+                run.begin()
+                write_whole(run.path / INITIAL, weights)
+                with new_stage(run.stage(0)) as directory:
+                    _copy(source.store(0), directory / source.store(0).name)
+                    if files := FileTable.read(source.stage(0)):
+                        files.write(directory)
+                    data.model_copy(update={"recipe": run.settings}).write(directory)
+    return run
+
+
+def _copy(store: Path, to: Path) -> None:
+    """File by file: ``shutil.copytree`` hides among others the error of a full disk."""
+    for path in sorted(store.rglob("*")):
+        place = to / path.relative_to(store)
+        if path.is_file():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place)
+
+
+def load_initial(run: RunDirectory, stages: Sequence[Stage]) -> None:
+    """Gives stages the weights that the run begins with, if it is one that goes on from another."""
+    expected = run.recipe.model.initial_weights
+    if expected is None:
+        return
+    path = run.path / INITIAL
+    if not path.is_file() or file_digest(path) != expected:
+        raise UserError(
+            f"{path} is not the file that was written: delete {run.path} and give `greedy "
+            f"finetune` again"
+        )
+    tensors = read_tensors(path)
+    for stage in stages:
+        prefix = f"{stage.number}."
+        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        stage.load_state_dict(own, assign=True)
+
+
+def _given(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """The fields that the images and the weights of a run have decided."""
+    yield from (("data", field) for field in ("name", "image_size"))
+    free = {"dropout", "initial_weights"}
+    yield from (("model", field) for field in type(recipe.model).model_fields if field not in free)
+
+
+def _recipe(recipe: Recipe, weights: str, overrides: Sequence[str]) -> Recipe:
+    document = recipe.model_dump(exclude_none=True)
+    training = document["training"]
+    rate = training["learning_rate"]
+    del training["milestones"]
+    training |= {"strategy": "backprop", "epochs": EPOCHS}
+    training["learning_rate"] = RATE * (rate[0] if isinstance(rate, list) else rate)
+    document["model"]["initial_weights"] = weights
+    document.pop("paper", None)  # the published figure is not that of fine-tuning
+    found = from_document(document, overrides=overrides)
+    for section, field in _given(recipe):
+        if getattr(getattr(found, section), field) != getattr(getattr(recipe, section), field):
+            raise UserError(
+                f"{section}.{field} cannot be changed by fine-tuning, which goes on with the "
+                f"images and the network of the run: leave it out"
+            )
+    if found.training.strategy == "greedy":
+        raise UserError(
+            "fine-tuning trains all stages at once: leave out --strategy greedy, or use `greedy "
+            "train`"
+        )
+    return found

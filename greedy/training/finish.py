@@ -1,0 +1,95 @@
+"""What a trained stage leaves: its weights, its history and its record."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from greedy.base.devices import describe, peak_memory
+from greedy.base.files import canonical, digest, file_digest
+from greedy.base.tensorfile import file_parts
+from greedy.base.versions import versions
+from greedy.cache.files import write_parts
+from greedy.models import StageShapes
+from greedy.recipes import Recipe
+from greedy.runs.events import EpochReport
+from greedy.runs.record import ENCODER, HEADS, Metrics, Parent, StageRecord, StoreRecord
+from greedy.steps.step import Learner
+
+
+def save_weights(learner: Learner, directory: Path) -> None:
+    """The encoder and the local heads, as safetensors."""
+    for name, module in ((ENCODER, learner.stage), (HEADS, learner.heads)):
+        write_parts(directory / name, file_parts(module.state_dict()))
+
+
+def history_line(report: EpochReport) -> str:
+    """An epoch as ``history.jsonl`` has it."""
+    return json.dumps(asdict(report)) + "\n"
+
+
+def write_record(
+    directory: Path,
+    learner: Learner,
+    shapes: StageShapes,
+    reports: Sequence[EpochReport],
+    recipe: Recipe,
+    resolved: dict[str, Any],
+    parent: StageRecord,
+    *,
+    source: int,
+    is_output: bool,
+    seconds: float,
+    store: StoreRecord | None = None,
+    written_before: int = 0,
+) -> StageRecord:
+    """The last thing to be written into a stage's directory. ``source`` is the stage from whose
+    store it was trained, ``seconds`` what that took."""
+    last = reports[-1]
+    rows = sum(report.images_per_second * report.seconds for report in reports)
+    return StageRecord(
+        stage=learner.stage.number,
+        name="output" if is_output else learner.stage.name,
+        lineage=_lineage(directory, recipe, resolved, parent, source),
+        recipe=parent.recipe,
+        layers=learner.stage.kinds,
+        parent=Parent(stage=parent.stage, lineage=parent.lineage),
+        source=source,
+        row_shape=shapes.output,
+        class_names=parent.class_names,
+        network=parent.network,
+        resolved=resolved,
+        metrics=Metrics(
+            train_error_percent=last.train_error_percent,
+            test_error_percent=last.test_error_percent,
+            train_loss=last.loss,
+        ),
+        store=store,
+        written_before=written_before,
+        rows=parent.rows,
+        seconds=seconds,
+        images_per_second=rows / sum(report.seconds for report in reports),
+        peak_memory_bytes=peak_memory(learner.device),
+        versions=versions(),
+        device=describe(learner.device),
+    ).write(directory)
+
+
+def _lineage(
+    directory: Path, recipe: Recipe, resolved: dict[str, Any], parent: StageRecord, source: int
+) -> str:
+    """Names everything the result follows from."""
+    return digest(
+        canonical(
+            {
+                "weights": file_digest(directory / ENCODER),
+                "parent": parent.lineage,
+                "source": source,
+                "seed": recipe.seed,
+                "views": resolved["views"],
+                "refresh_every": recipe.store.refresh_every,
+                "encoding": resolved["encoding"],
+            }
+        )
+    )
