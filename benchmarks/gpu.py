@@ -219,8 +219,8 @@ def main(
     runs = runs or to / "runs"
     for folder in (to, runs):
         folder.mkdir(parents=True, exist_ok=True)
-    places = [each.absolute() for each in (runs, data_dir, cifar10)]
-    for part in parts(Setting(*places, device, little, epochs)):
+    runs, data_dir, cifar10 = runs.absolute(), data_dir.absolute(), cifar10.absolute()
+    for part in parts(Setting(runs, data_dir, cifar10, device, little, epochs)):
         if only and part.name not in only:
             continue
         found = run(part, to / "log")

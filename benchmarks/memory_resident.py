@@ -134,8 +134,13 @@ def main(
 ) -> None:
     """Prints what training stage by stage takes in resident memory."""
     if measure:
-        settings = (f"model.feature_multiplier={multiplier}", f"memory.budget={budget}")
-        settings += (f"training.precision={precision}", "training.epochs=1", "store.views=1")
+        settings: tuple[str, ...] = (
+            f"model.feature_multiplier={multiplier}",
+            f"memory.budget={budget}",
+            f"training.precision={precision}",
+            "training.epochs=1",
+            "store.views=1",
+        )
         click.echo(json.dumps(measured(measure, settings, images, test_images)))
         return
     with tempfile.TemporaryDirectory() as directory:
