@@ -27,8 +27,10 @@ lint: $(VENV)/.wheel
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The installed package, from outside the checkout: there `cache/` is `greedy.cache`.
+# Of the installed package, from outside the checkout: there `cache/` is `greedy.cache`. Its rooms
+# import from those below them alone, and its types agree.
 types: $(VENV)/.wheel
+	cd $(VENV) && bin/lint-imports --no-cache ../pyproject.toml
 	cd $(VENV) && bin/mypy --config-file ../pyproject.toml --cache-dir .mypy_cache -p greedy
 	cd $(VENV) && bin/mypy --config-file ../pyproject.toml --cache-dir .mypy_cache ../benchmarks/*.py
 
@@ -41,7 +43,7 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-SOURCES := pyproject.toml $(shell find greedy cache cli -name '*.py' -o -name '*.toml' -o -name '*.gz' -o -name 'page.*')
+SOURCES := pyproject.toml setup.py $(shell find greedy cache cli -name '*.py' -o -name '*.toml' -o -name '*.gz' -o -name 'page.*')
 
 $(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
 	rm -rf build
