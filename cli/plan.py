@@ -171,8 +171,8 @@ def _print_totals(found: "Forecast", unknown: str) -> None:
     )
     if found.resident_bytes is not None:
         click.echo(
-            f"that is tensors: the process takes about {size(found.resident_bytes)}, with its "
-            f"libraries and what operators need, besides stores that it holds"
+            f"that is tensors: the process takes about {size(found.resident_bytes)}, and stores "
+            f"that it holds"
         )
     if found.seconds is None:
         click.echo(unknown)

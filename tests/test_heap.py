@@ -29,7 +29,7 @@ def test_it_stays_only_where_the_budget_has_room(budget: str, mode: Mode, ample:
 # In a process of its own: what others freed before would serve as well.
 SCRIPT = """
 import resource, torch
-from greedy.heap import kept_memory
+from greedy.base.heap import kept_memory
 
 def faults(steps):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -73,7 +73,7 @@ import torch
 from torch import nn
 from torch.utils.data import TensorDataset
 from greedy import GreedyTrainer
-from greedy.reporting import Reporter
+from greedy.runs.events import Reporter
 
 def resident():
     return 1024 * int(Path("/proc/self/status").read_text().split("VmRSS:")[1].split()[0])

@@ -13,6 +13,7 @@ from torch import nn
 
 from greedy import GreedyTrainer, evaluate, predict
 from greedy.losses import PredSim
+from greedy.memory.choice import reserved
 from greedy.memory.counting import Counter
 from greedy.memory.forward import fit_forward
 from greedy.results.exits import evaluate_exits
@@ -167,7 +168,9 @@ def test_another_device_gets_copies_and_each_weight_once(share: float) -> None:
     network = nn.Sequential(nn.Flatten(), twice, *layers, twice)
     before = state(network)
     size = sum(p.numel() * p.element_size() for p in network.parameters())  # the shared one once
-    forward = fit_forward(network, (1, 16, 16), int(share * size) + 17 * 2**20, "cuda")
+    forward = fit_forward(
+        network, (1, 16, 16), int(share * size) + 2**20 + reserved(0, "cuda"), "cuda"
+    )
     assert forward.resident == (share > 1)
     with Counter("meta") as counter:
         for _ in range(2):
