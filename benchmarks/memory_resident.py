@@ -24,6 +24,7 @@ from greedy import GreedyTrainer
 from greedy.base.sizes import format_size, parse_size
 from greedy.recipes import load
 from greedy.results.evaluation import evaluate
+from greedy.runs.choices import Choices
 from greedy.runs.events import EpochReport, Reporter
 from greedy.runs.record import StageRecord
 
@@ -57,7 +58,7 @@ class Phases(Reporter):
     def _passed(self, phase: str) -> None:
         self._peaks[phase] = max(self._peaks[phase], peak_since_last())
 
-    def stage_started(self, number: int, name: str, epochs: int, resolved: dict[str, Any]) -> None:
+    def stage_started(self, number: int, name: str, epochs: int, choices: Choices) -> None:
         self._passed("rest")
         self._writing = False
 
@@ -74,8 +75,8 @@ class Phases(Reporter):
     def stage_finished(self, record: StageRecord) -> None:
         self._passed("store" if self._writing else "rest")
         about = {"stage": record.stage, "name": record.name}
-        about |= {name: record.resolved[name] for name in ("memory_mode", "micro_batch")}
-        counted = record.resolved["planned_peak_bytes"]
+        about |= {name: getattr(record.choices, name) for name in ("memory_mode", "micro_batch")}
+        counted = record.choices.planned_peak_bytes
         self.stages.append(about | {"counted_bytes": counted, "resident_bytes": self._peaks})
         self._peaks = dict.fromkeys(PHASES, 0)
         click.echo(f"stage {record.stage} of {len(record.network)}", err=True)

@@ -47,7 +47,7 @@ from greedy.steps.strategies import Greedy
 from greedy.stores.source import Epoch, Images, Source
 from greedy.training.learners import new_learner, new_optimizer
 from greedy.training.loop import Epochs
-from greedy.training.resolve import compiles
+from greedy.training.resolve import compiles, resolve
 from greedy.training.schedule import Milestones
 
 IMAGE: Shape = (3, 32, 32)
@@ -183,13 +183,6 @@ def stages(
         ).flops()
         plain = Choice(Mode.PLAIN, size, 0)
         compiled = compiles(recipe, stage.number, shape.hidden, RUN_ROWS, plain, device)
-        choices = {
-            "precision": precision,
-            "memory_mode": plain.mode,
-            "micro_batch": plain.micro_batch,
-            "planned_peak_bytes": plain.peak_bytes,
-            "compile": compiled,
-        }
         path = directory / f"stage{stage.number - 1}"
         first = stage.number == 1
         rows = {"train": size * (steps + 1), "test": 2}  # the test split is not what is timed
@@ -197,6 +190,7 @@ def stages(
         augmentation = Augmentation.parse("crop4+hflip")
         images = Images([0.4] * 3, [0.3] * 3, augmentation) if first else None
         source = TimedSource(stage.number - 1, path, stores, device, 0, images)
+        choices = resolve(recipe, stores["train"], 1, plain, device, compiled=compiled)
         learner = new_learner(stage, shape, loss, CLASSES, recipe, choices, device, zero=is_output)
         learner.graph_rows = learner.graph_rows if graphs else 0
         learner.optimizer = new_optimizer(learner.parameters(), recipe, stage.number, None)
@@ -320,6 +314,7 @@ def main(
             f"model.feature_multiplier={multiplier}",
             f"training.batch_size={rows}",
             f"training.compile={compiling}",
+            f"training.precision={precision}",
         ],
     )
     device = pick_device(place)

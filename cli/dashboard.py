@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -16,6 +15,7 @@ from greedy.base.sizes import format_size
 from greedy.base.text import shown
 from greedy.cli.progress import Lines
 from greedy.cli.tables import percent, size
+from greedy.runs.choices import Choices
 from greedy.runs.disk_plan import Plan
 from greedy.runs.events import EpochReport, RunOutline
 from greedy.runs.record import StageRecord
@@ -87,7 +87,7 @@ class Dashboard(Lines):
         self._outline: RunOutline | None = None
         self._plan: Plan | None = None
         self._running: range = range(0)
-        self._resolved: dict[str, Any] = {}
+        self._choices: Choices | None = None
         self._reports: list[EpochReport] = []
         self._epoch = 0
         self._training: _Work | None = None
@@ -119,19 +119,19 @@ class Dashboard(Lines):
         self._plan = plan
         super().disk_planned(plan)
 
-    def stage_started(self, number: int, name: str, epochs: int, resolved: dict[str, Any]) -> None:
-        self._begin(range(number, number + 1), self._named(number, name), epochs, resolved)
+    def stage_started(self, number: int, name: str, epochs: int, choices: Choices) -> None:
+        self._begin(range(number, number + 1), self._named(number, name), epochs, choices)
 
-    def network_started(self, strategy: str, epochs: int, resolved: dict[str, Any]) -> None:
+    def network_started(self, strategy: str, epochs: int, choices: Choices) -> None:
         numbers = range(1, len(self._rows) + 1)
-        self._begin(numbers, f"{strategy}, {self._stages} stages", epochs, resolved)
+        self._begin(numbers, f"{strategy}, {self._stages} stages", epochs, choices)
 
-    def _begin(self, numbers: range, title: str, epochs: int, resolved: dict[str, Any]) -> None:
+    def _begin(self, numbers: range, title: str, epochs: int, choices: Choices) -> None:
         self._running, self._title, self._epochs = numbers, title, epochs
-        self._resolved, self._reports, self._training = resolved, [], None
+        self._choices, self._reports, self._training = choices, [], None
         for number in numbers:
             row = self._rows[number - 1]
-            row.state, row.memory = "running", resolved.get("planned_peak_bytes")
+            row.state, row.memory = "running", choices.planned_peak_bytes
             row.began = time.monotonic()
 
     def epoch_started(self, epoch: int, rows: int) -> None:
@@ -176,7 +176,7 @@ class Dashboard(Lines):
             record.name,
             "done",
             record.metrics.test_error_percent,
-            record.resolved.get("planned_peak_bytes"),
+            record.choices.planned_peak_bytes,
             record.store.bytes if record.store else None,
             record.seconds,
         )
@@ -244,7 +244,8 @@ class Dashboard(Lines):
         """Memory and disk against their budgets, and what is left of the run."""
         parts = []
         outline = self._outline
-        if outline and (memory := self._resolved.get("planned_peak_bytes")):
+        memory = self._choices.planned_peak_bytes if self._choices else None
+        if outline and memory:
             parts.append(f"memory {size(memory)} of {size(outline.memory_budget)}")
         if self._plan is not None:
             used = sum(row.disk or 0 for row in self._rows) + (outline.images if outline else 0)

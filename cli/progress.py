@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import click
 from rich.console import Console
@@ -18,7 +18,7 @@ from rich.progress import (
 from greedy.base.sizes import format_size
 from greedy.base.text import shown
 from greedy.cli.tables import percent, say
-from greedy.runs.choices import StepMemory
+from greedy.runs.choices import Choices, StepMemory
 from greedy.runs.disk_plan import Plan
 from greedy.runs.events import EpochReport, Reporter, RunOutline
 from greedy.runs.record import StageRecord
@@ -97,17 +97,17 @@ class Lines(Reporter):
             f"deleted"
         )
 
-    def stage_started(self, number: int, name: str, epochs: int, resolved: dict[str, Any]) -> None:
+    def stage_started(self, number: int, name: str, epochs: int, choices: Choices) -> None:
         self._title, self._epochs = self._named(number, name), epochs
-        self._announce(resolved)
+        self._announce(choices)
 
-    def network_started(self, strategy: str, epochs: int, resolved: dict[str, Any]) -> None:
+    def network_started(self, strategy: str, epochs: int, choices: Choices) -> None:
         self._title, self._epochs = f"{strategy}, {self._stages} stages", epochs
-        self._announce(resolved)
+        self._announce(choices)
 
-    def _announce(self, resolved: dict[str, Any]) -> None:
+    def _announce(self, choices: Choices) -> None:
         unit = "epoch" if self._epochs == 1 else "epochs"
-        self._print(f"{self._title}: training, {self._epochs} {unit} in {resolved['precision']}")
+        self._print(f"{self._title}: training, {self._epochs} {unit} in {choices.precision}")
 
     def memory_reduced(self, number: int, memory: StepMemory) -> None:
         self._print(

@@ -26,6 +26,7 @@ from greedy.models import Stage, StageShapes, cut
 from greedy.recipes import Recipe
 from greedy.recipes.per_stage import for_stage
 from greedy.runs.begun import Start
+from greedy.runs.choices import Choices
 from greedy.runs.directory import SPLITS, RunDirectory, new_stage
 from greedy.runs.disk_budget import former, plan_disk
 from greedy.runs.disk_plan import Plan, Views
@@ -41,7 +42,7 @@ from greedy.stores.repair import Mender, Repair
 from greedy.stores.source import Source
 from greedy.stores.stage0 import readable, stored_encoding, write_stage0
 from greedy.training.network import NetworkTraining
-from greedy.training.resolve import compiles, repeated, resolve, within_budget
+from greedy.training.resolve import compiles, resolve, resolve_again, within_budget
 from greedy.training.stage import OptimizerFactory, StageTraining
 
 
@@ -284,7 +285,7 @@ class GreedyTrainer:
             self.reporter.stage_finished(record)
             return record
         before = former(self.run, number)
-        views = before.resolved["views"] if before else self._plan_disk().views(number)
+        views = before.choices.views if before else self._plan_disk().views(number)
         self._announce([number])
         return self._train_stage(number, source, to or self.run.stage(number), views)
 
@@ -314,20 +315,19 @@ class GreedyTrainer:
         source = sources.for_training(number, wanted)
         written_from = sources.written_from(number, views)
         memory = self._memory().stage(number, source.number, written_from)
-        resolved = self._resolved(number, source, views, memory)
         start = Start(
             stage=number,
             recipe=parent.recipe,
             parent=parent.lineage,
             source=source.number,
             layers=stages[number - 1].kinds,
-            resolved=resolved,
+            resolved=self._choices(number, source, views, memory),
         )
         if begun := find_training(directory, start, self.reporter):
-            start, resolved = begun, begun.resolved
-            resolved.update(within_budget(self.recipe, resolved, memory))
-        source.precision = resolved["precision"]
-        if resolved["shuffle"] == "rows":
+            choices = within_budget(self.recipe, begun.resolved, memory)
+            start = begun.model_copy(update={"resolved": choices})
+        source.precision = start.resolved.precision
+        if start.resolved.shuffle == "rows":
             source.hold_in_memory()
         return StageTraining(
             stage=stages[number - 1],
@@ -346,13 +346,11 @@ class GreedyTrainer:
             own_rates=self._own_rates,
         )
 
-    def _resolved(
-        self, number: int, source: Source, views: Views, memory: Choice
-    ) -> dict[str, Any]:
+    def _choices(self, number: int, source: Source, views: Views, memory: Choice) -> Choices:
         """The choices for a stage: those of its earlier training from the same source, or new."""
         before = former(self.run, number)
         if before is not None and before.source == source.number:
-            return repeated(self.recipe, before.resolved, views, memory)
+            return resolve_again(self.recipe, before.choices, views, memory)
         hidden = self._memory().shapes[number - 1].hidden
         store = source.stores["train"]
         compiled = compiles(self.recipe, number, hidden, store.rows, memory, self.device)

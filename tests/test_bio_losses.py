@@ -295,7 +295,7 @@ def test_feature_maps_train_in_every_mode(tmp_path: Path) -> None:
         images, labels = (tensor[:128] for tensor in TRAIN.tensors)
         data = TensorDataset(F.interpolate(images.float(), 16).byte(), labels)
         records = mine.fit(data, data)
-        return {r.resolved["memory_mode"] for r in records}, records[0].metrics.train_loss
+        return {r.choices.memory_mode for r in records}, records[0].metrics.train_loss
 
     modes, loss = trained("large", "1GiB")
     assert modes == {"plain"}

@@ -16,7 +16,7 @@ from greedy.losses import PredSim
 from greedy.memory.choice import Choice
 from greedy.models import cut
 from greedy.recipes import load
-from greedy.runs.choices import Mode
+from greedy.runs.choices import Choices, Mode
 from greedy.steps.step import Learner, gradients
 from greedy.stores.source import Batch
 from greedy.training.resolve import compiles, graphs
@@ -93,7 +93,7 @@ def test_a_compiled_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         trainer(tmp_path / "cut", Notes(3), compile="on").fit(samples(112), samples(32))
     done = trainer(tmp_path / "cut", compile="off").fit(samples(112), samples(32))
-    assert [record.resolved["compile"] for record in done] == [True, False]
+    assert [record.choices.compile for record in done] == [True, False]
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
 
@@ -103,7 +103,7 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(tmp_path: Path) -> None:
         "from test_compiled import *\n"
         "notes, run = Notes(), pathlib.Path(sys.argv[2])\n"
         "records = trainer(run, notes, compile='on').fit(samples(96), samples(32))\n"
-        "print(notes.failures, [r.resolved['compile'] for r in records], sep='\\n')\n"
+        "print(notes.failures, [r.choices.compile for r in records], sep='\\n')\n"
     )
     environment = os.environ | {
         "CXX": str(tmp_path / "there-is-no-compiler"),
@@ -140,7 +140,7 @@ def test_what_is_compiled(wanted: str, settings: dict, expected: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "resolved", "expected"),
+    ("device", "other", "expected"),
     [
         ("cuda", {}, True),
         ("cuda", {"planned_peak_bytes": 2**29 + 1}, False),
@@ -149,11 +149,13 @@ def test_what_is_compiled(wanted: str, settings: dict, expected: bool) -> None:
     ],
 )
 def test_graphs_are_for_plain_steps_with_room_for_two(
-    device: str, resolved: dict, expected: bool
+    device: str, other: dict, expected: bool
 ) -> None:
     recipe = load("cifar10/vgg8b-predsim", ["memory.budget=1GiB"])
-    resolved = {"memory_mode": "plain", "planned_peak_bytes": 2**29} | resolved
-    assert graphs(recipe, resolved, torch.device(device)) == expected
+    step = {"memory_mode": "plain", "micro_batch": 128, "planned_peak_bytes": 2**29} | other
+    data = {"views": 1, "encoding": "uint8", "shuffle": "rows", "chunk_rows": 16}
+    choices = Choices(precision="float32", threads=1, write_batch=16, **data, **step)
+    assert graphs(recipe, choices, torch.device(device)) == expected
 
 
 def test_deterministic_is_torch_s_and_for_this_run_alone(tmp_path: Path) -> None:
@@ -163,4 +165,4 @@ def test_deterministic_is_torch_s_and_for_this_run_alone(tmp_path: Path) -> None
         assert notes.deterministic == {wanted}
     notes = Notes()
     (again, _) = trainer(run, notes, deterministic=True, epochs=1).train(retrain_from=1)
-    assert notes.deterministic == {again.resolved["deterministic"]} == {True}
+    assert notes.deterministic == {again.choices.deterministic} == {True}

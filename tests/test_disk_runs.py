@@ -107,7 +107,7 @@ def test_a_tight_budget_lowers_views_and_deletes_stores(finished: Path) -> None:
     directory = RunDirectory.open(finished)
     assert [directory.state(n) for n in range(7)] == ["complete"] * 7
     records = [directory.record(n) for n in range(1, 7)]
-    assert [r.resolved["views"] for r in records] == PLANNED
+    assert [r.choices.views for r in records] == PLANNED
     assert [r.source for r in records] == [0, 1, 2, 3, 4, 5]
     assert [path.name for path in finished.rglob(".*")] == [".lock"]
     test = trainer(finished, BUDGET).assemble()(torch.rand(2, 1, SIDE, SIDE))
@@ -174,7 +174,7 @@ def test_what_is_left_out_is_replayed_from_the_nearest_store(tmp_path: Path) -> 
     """A budget for the narrow stores alone."""
     mine = trainer(tmp_path / "run", IMAGES + estimate(64, 4))
     records = mine.fit(TRAIN, TEST)
-    assert [r.resolved["views"] for r in records] == ["live", "live", 1, "live", 2, "live"]
+    assert [r.choices.views for r in records] == ["live", "live", 1, "live", 2, "live"]
     assert [r.source for r in records] == [0, 0, 0, 3, 3, 5]
     figures = evaluate(mine.run, mine.assemble(), "test", torch.device("cpu"))
     assert figures.error_percent == pytest.approx(records[-1].metrics.test_error_percent, abs=5)

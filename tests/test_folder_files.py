@@ -158,8 +158,8 @@ def test_damaged_files_are_skipped_where_that_is_asked_for_and_recorded(tmp_path
     assert all(name in output for name in bad)
     record = RunDirectory.open(run).complete(0)
     assert record.rows == {"train": 8, "test": 4}
-    assert sorted(Path(name).name for name in record.resolved["skipped"]) == sorted(bad)
-    assert "train/ant/cut.png" in record.resolved["skipped"]
+    assert sorted(Path(name).name for name in record.data_choices.skipped) == sorted(bad)
+    assert "train/ant/cut.png" in record.data_choices.skipped
     for file in (photos / "train/bird").iterdir():
         file.write_text("damaged")
     result = greedy("train", "--recipe", wanted, "--run", tmp_path / "other")

@@ -186,8 +186,8 @@ def test_files_of_every_mode_reach_stage_0_as_what_they_hold(tmp_path, mode):
     np.testing.assert_allclose(image, expected.astype(np.float32), rtol=1e-6, atol=tolerance + 0.1)
     record = RunDirectory.open(run).complete(0)
     if image.dtype == np.float32:
-        assert record.resolved["mean"] == pytest.approx(expected.mean((1, 2)), rel=1e-5)
-        assert record.resolved["std"] == pytest.approx(expected.std((1, 2)), rel=1e-4)
+        assert record.data_choices.mean == pytest.approx(expected.mean((1, 2)), rel=1e-5)
+        assert record.data_choices.std == pytest.approx(expected.std((1, 2)), rel=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "I;16", "F", "RGBA;16"])

@@ -51,11 +51,11 @@ def fit(run: Path, model: nn.Sequential | None = None, **settings) -> list:
 def test_a_budget_chooses_the_mode_and_not_the_result(tmp_path: Path) -> None:
     plain = fit(tmp_path / "plain")
     small = fit(tmp_path / "small", memory_budget="2MiB", optimizer_state="host")
-    assert plain[0].resolved["memory_mode"] == Mode.PLAIN
-    assert small[0].resolved["memory_mode"] != Mode.PLAIN
-    assert small[0].resolved["planned_peak_bytes"] <= 2 * 2**20
-    assert plain[0].resolved["planned_peak_bytes"] > 2 * 2**20
-    assert small[0].resolved["write_batch"] < plain[0].resolved["write_batch"]
+    assert plain[0].choices.memory_mode == Mode.PLAIN
+    assert small[0].choices.memory_mode != Mode.PLAIN
+    assert small[0].choices.planned_peak_bytes <= 2 * 2**20
+    assert plain[0].choices.planned_peak_bytes > 2 * 2**20
+    assert small[0].choices.write_batch < plain[0].choices.write_batch
     one, other = (load_file(tmp_path / f"{name}/stage1/encoder.safetensors") for name in RUNS)
     # A bias before batch norm drifts with rounding, and the mean with it, both without effect.
     for name in ("layer.0.weight", "layer.1.weight", "layer.1.bias", "layer.1.running_var"):
@@ -70,10 +70,10 @@ def test_a_budget_that_nothing_meets_is_refused_before_anything_is_trained(tmp_p
 
 def test_micro_batches_can_be_of_a_size_of_ones_own(tmp_path: Path) -> None:
     first, *_ = fit(tmp_path / "four", memory_budget="2MiB", micro_batch=4)
-    assert first.resolved["micro_batch"] == 4
-    assert first.resolved["memory_mode"] != Mode.PLAIN
+    assert first.choices.micro_batch == 4
+    assert first.choices.memory_mode != Mode.PLAIN
     plain, *_ = fit(tmp_path / "plain", micro_batch=4)
-    assert plain.resolved["memory_mode"] == Mode.PLAIN
+    assert plain.choices.memory_mode == Mode.PLAIN
     least = "at least .* in mode .* and micro-batches of 32.* or lower memory.micro_batch or"
     with pytest.raises(UserError, match=least):
         fit(tmp_path / "none", memory_budget="900KiB", micro_batch=32)
@@ -100,8 +100,8 @@ def test_replayed_stages_are_within_the_budget_too(tmp_path: Path) -> None:
     with Counter() as counter:
         peaks = Peaks(counter)
         records = fit(tmp_path / "run", views="live", memory_budget="1200KiB", reporter=peaks)
-    planned = [record.resolved["planned_peak_bytes"] for record in records]
-    assert records[1].source == 0 and records[1].resolved["memory_mode"] != Mode.PLAIN
+    planned = [record.choices.planned_peak_bytes for record in records]
+    assert records[1].source == 0 and records[1].choices.memory_mode != Mode.PLAIN
     for peak, plan in zip(peaks.found.values(), planned, strict=True):
         images = 2 * 64 * SIDE**2 * 4  # of a batch while they are normalised
         assert plan <= 1200 * 1024
@@ -124,7 +124,7 @@ def test_held_out_rows_and_looks_at_the_test_split_are_within_the_budget(tmp_pat
     with Counter() as counter:
         peaks = StagePeaks(counter)
         records = fit(tmp_path / "run", memory_budget="1300KiB", reporter=peaks, patience=2)
-    assert records[0].resolved["memory_mode"] != Mode.PLAIN
+    assert records[0].choices.memory_mode != Mode.PLAIN
     images = 2 * 64 * SIDE**2 * 4  # of a batch while they are normalised
     assert max(peaks.found.values()) <= 1300 * 1024 + images
 
@@ -213,12 +213,12 @@ def test_a_smaller_budget_holds_for_a_stage_that_is_trained_again(tmp_path: Path
     settings |= {"views": 1, "device": "cpu", "precision": "float32"}
     trainer = GreedyTrainer(network(), run_dir=tmp_path / "run", **settings)
     again = trainer.train_stage(1, again=True)
-    assert again.resolved["memory_mode"] != Mode.PLAIN
-    assert again.resolved["planned_peak_bytes"] <= 2 * 2**20
+    assert again.choices.memory_mode != Mode.PLAIN
+    assert again.choices.planned_peak_bytes <= 2 * 2**20
     roomy = GreedyTrainer(
         network(), run_dir=tmp_path / "run", **settings | {"memory_budget": "1GiB"}
     )
-    assert roomy.train_stage(1, again=True).resolved["memory_mode"] == Mode.PLAIN
+    assert roomy.train_stage(1, again=True).choices.memory_mode == Mode.PLAIN
 
 
 @pytest.mark.parametrize(
@@ -267,5 +267,5 @@ def test_a_stage_that_runs_out_of_memory_says_how_it_went_on(tmp_path: Path) -> 
     with Allocator() as allocator:
         first, *_ = fit(tmp_path / "run", reporter=told)
     assert told.reduced is not None
-    assert first.resolved["memory_mode"] == told.reduced.mode != Mode.PLAIN
-    assert first.resolved["micro_batch"] == told.reduced.micro_batch
+    assert first.choices.memory_mode == told.reduced.mode != Mode.PLAIN
+    assert first.choices.micro_batch == told.reduced.micro_batch

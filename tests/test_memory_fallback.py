@@ -97,9 +97,9 @@ class Device:
 
 
 def assert_trained(record: StageRecord, expected: Choice) -> None:
-    found = (record.resolved["memory_mode"], record.resolved["micro_batch"])
+    found = (record.choices.memory_mode, record.choices.micro_batch)
     assert found == (expected.mode, expected.micro_batch)
-    assert record.resolved["planned_peak_bytes"] == expected.peak_bytes
+    assert record.choices.planned_peak_bytes == expected.peak_bytes
 
 
 @pytest.mark.parametrize("limit", [1500 * KIB, 900 * KIB])
@@ -113,7 +113,7 @@ def test_it_ends_where_the_planner_would_have_begun(
     assert_trained(first, planned(limit))
     peaks = [*map(peak, device.tried), planned(limit).peak_bytes]
     assert peaks == sorted(set(peaks), reverse=True)
-    assert last.resolved["memory_mode"] == Mode.PLAIN
+    assert last.choices.memory_mode == Mode.PLAIN
 
 
 def test_what_turns_out_to_be_free_is_asked_for(
@@ -125,7 +125,7 @@ def test_what_turns_out_to_be_free_is_asked_for(
     first, _ = trainer(tmp_path / "run").fit(data(128), data(64))
     assert [memory.mode for memory in device.tried] == [Mode.PLAIN]
     assert_trained(first, planned(limit))
-    assert first.resolved["write_batch"] == planned(limit).write_batch < planned(None).write_batch
+    assert first.choices.write_batch == planned(limit).write_batch < planned(None).write_batch
 
 
 def test_a_micro_batch_that_is_named_stays_while_any_mode_fits(

@@ -108,7 +108,7 @@ def test_memory_and_disk_are_those_of_the_records(runs, facts):
     run = RunDirectory.open(runs / "predsim")
     assert found.baselines.keys() == BASELINES.keys()
     assert found.step_memory_bytes == max(
-        run.record(n).resolved["planned_peak_bytes"] for n in (1, 2, 3)
+        run.record(n).choices.planned_peak_bytes for n in (1, 2, 3)
     )
     for each in found.stores:
         arrays = [run.store(each.stage) / split for split in ("train", "test")]

@@ -148,7 +148,7 @@ def test_no_step_waits_for_the_device(tmp_path: Path, precision: str, compiling:
         records = trainer.fit(data, data)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert [record.resolved["compile"] for record in records] == [compiling == "on"] * 2
+    assert [record.choices.compile for record in records] == [compiling == "on"] * 2
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
@@ -205,7 +205,7 @@ def test_no_more_is_taken_than_a_named_budget(tmp_path: Path) -> None:
     )
     torch.cuda.empty_cache()
     records = trainer.fit(data, data)
-    modes = {record.resolved["memory_mode"] for record in records}
+    modes = {record.choices.memory_mode for record in records}
     assert modes > {Mode.PLAIN}, "no stage was short of memory"
     assert all((record.peak_memory_bytes or 0) <= budget for record in records)
     assert torch.cuda.get_per_process_memory_fraction() == 1

@@ -175,7 +175,7 @@ def test_a_run_is_a_run_whatever_the_strategy(tmp_path, strategy) -> None:
     assert errors[-1] is not None
     assert [error is None for error in errors[:-1]] == [strategy != "joint"] * 7
     assert all(record.images_per_second > 0 for record in records)
-    assert all(record.resolved["planned_peak_bytes"] > 0 for record in records)
+    assert all(record.choices.planned_peak_bytes > 0 for record in records)
     net = trainer.assemble()
     images, labels = samples(40, 1).tensors
     wrong = int((net(images.float() / 255).argmax(dim=1) != labels).sum())
@@ -192,7 +192,7 @@ def test_a_run_is_a_run_whatever_the_strategy(tmp_path, strategy) -> None:
 )
 def test_optimisers_that_wait_for_the_loss_can_be_planned_too(tmp_path, settings) -> None:
     trainer = run_of(tmp_path / "run", strategy="joint", **settings)
-    assert trainer.run.complete(8).resolved["planned_peak_bytes"] > 0
+    assert trainer.run.complete(8).choices.planned_peak_bytes > 0
 
 
 def test_a_kill_while_the_makings_are_deleted_costs_nothing(tmp_path) -> None:
@@ -205,11 +205,11 @@ def test_a_kill_while_the_makings_are_deleted_costs_nothing(tmp_path) -> None:
 
 
 def test_evaluation_of_the_whole_network_is_within_the_budget_too(tmp_path) -> None:
-    free = run_of(tmp_path / "free", strategy="backprop").run.complete(8).resolved
+    free = run_of(tmp_path / "free", strategy="backprop").run.complete(8).choices
     tight = {"strategy": "backprop", "accumulate": 16, "memory_budget": "1300KiB"}
-    small = run_of(tmp_path / "tight", **tight).run.complete(8).resolved
-    assert small["planned_peak_bytes"] <= 1300 * 1024 < free["planned_peak_bytes"]
-    assert small["write_batch"] < free["write_batch"]
+    small = run_of(tmp_path / "tight", **tight).run.complete(8).choices
+    assert small.planned_peak_bytes <= 1300 * 1024 < free.planned_peak_bytes
+    assert small.write_batch < free.write_batch
 
 
 def test_what_trains_all_stages_at_once_trains_none_alone(tmp_path) -> None:

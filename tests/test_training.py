@@ -291,7 +291,7 @@ def test_layers_that_draw_numbers_draw_the_same_ones_again(tmp_path: Path) -> No
 def test_precision_is_that_of_the_layer_alone(finished: Path, tmp_path: Path) -> None:
     mine = trainer(tmp_path / "run", precision="bfloat16", epochs=6)
     first, *_, last = mine.fit(TRAIN, TEST)
-    assert first.resolved["precision"] == "bfloat16"
+    assert first.choices.precision == "bfloat16"
     assert last.metrics.test_error_percent < 33
     assert {v.dtype for k, v in weights(tmp_path / "run", 1).items() if "weight" in k} == {
         torch.float32

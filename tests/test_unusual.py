@@ -130,7 +130,7 @@ def test_modules_of_every_kind_are_stages(tmp_path: Path, module: type[nn.Module
     mine = trainer(tmp_path / "run", with_stage(module()), epochs=3)
     records = mine.fit(TRAIN, TEST)
     assert records[-1].metrics.test_error_percent < 33  # chance is 67
-    assert records[0].resolved["planned_peak_bytes"] > 32 * 4 * SIDE * SIDE * 4
+    assert records[0].choices.planned_peak_bytes > 32 * 4 * SIDE * SIDE * 4
     with torch.no_grad():
         assert mine.assemble().eval()(torch.rand(2, 1, SIDE, SIDE)).shape == (2, CLASSES)
 

@@ -35,7 +35,7 @@ from greedy.steps.guard import Guard
 from greedy.steps.step import Learner, step
 from greedy.stores.source import Epoch, Source
 from greedy.training.learners import new_learner, new_optimizer
-from greedy.training.resolve import compiles
+from greedy.training.resolve import compiles, resolve
 
 SIDES = (1024, 2048, 4096)  # of the matrix products that stand for the peak
 PRODUCTS, PRODUCT_SECONDS = 5, 2.0  # at most of each
@@ -125,7 +125,6 @@ class Bench:
         the disk has no room for its temporary store.
         """
         shapes, choice = self.memory.shapes[number - 1], self.memory.stage(number, number - 1)
-        learner = self._learner(number, choice)
         with TemporaryDirectory(prefix="greedy-bench-") as place:
             source = random_source(
                 Path(place) / "source",
@@ -137,6 +136,7 @@ class Bench:
                 self.memory.precision,
                 self.device,
             )
+            learner = self._learner(number, choice, source)
             waited, computed = self._time_steps(learner, source, shapes, seconds)
             rows = int(seconds / 2 / (waited + computed))
             frozen = self._time_frozen(learner, source, rows, choice.write_batch, Path(place))
@@ -151,27 +151,16 @@ class Bench:
         )
         return StageSpeed(number, self.name(number), measured, waited / (waited + computed))
 
-    def _learner(self, number: int, choice: Choice) -> Learner:
+    def _learner(self, number: int, choice: Choice, source: Source) -> Learner:
+        shapes, rows = self.memory.shapes[number - 1], self.data.rows["train"]
+        compiled = compiles(self.recipe, number, shapes.hidden, rows, choice, self.device)
         learner = new_learner(
             deepcopy(self.memory.stages[number - 1]),
-            self.memory.shapes[number - 1],
+            shapes,
             self.memory.loss_of(number),
             self.data.classes,
             self.recipe,
-            {
-                "precision": self.memory.precision,
-                "memory_mode": choice.mode,
-                "micro_batch": choice.micro_batch,
-                "planned_peak_bytes": choice.peak_bytes,
-                "compile": compiles(
-                    self.recipe,
-                    number,
-                    self.memory.shapes[number - 1].hidden,
-                    self.data.rows["train"],
-                    choice,
-                    self.device,
-                ),
-            },
+            resolve(self.recipe, source.stores["train"], 1, choice, self.device, compiled=compiled),
             self.device,
             zero=number == len(self.memory.stages),
         )

@@ -92,7 +92,7 @@ class RunFacts:
     @property
     def precisions(self) -> list[str]:
         """The precisions in which they were trained, each once."""
-        return list(dict.fromkeys(record.resolved["precision"] for record in self.trained))
+        return list(dict.fromkeys(record.choices.precision for record in self.trained))
 
     @property
     def versions(self) -> Mapping[str, str]:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torchvision.utils import make_grid
 from greedy.base.errors import lacking
 from greedy.base.files import read_tensors
 from greedy.models import Shape
+from greedy.runs.choices import Choices
 from greedy.runs.directory import RunDirectory, require_own_files
 from greedy.runs.events import EpochReport, Reporter
 from greedy.runs.record import ENCODER, StageRecord
@@ -64,7 +65,7 @@ class TensorBoard(Reporter):
         for name in list(self._writers):
             self._writers.pop(name).close()
 
-    def stage_started(self, number: int, name: str, epochs: int, resolved: dict[str, Any]) -> None:
+    def stage_started(self, number: int, name: str, epochs: int, choices: Choices) -> None:
         self._alone = _name(number)
         if self._alone in self._writers:
             self._writers.pop(self._alone).close()
@@ -72,7 +73,7 @@ class TensorBoard(Reporter):
         if number == 1:
             self._write_images()
 
-    def network_started(self, strategy: str, epochs: int, resolved: dict[str, Any]) -> None:
+    def network_started(self, strategy: str, epochs: int, choices: Choices) -> None:
         self._alone = None
         self.close()
         self._write_recipe()

@@ -7,17 +7,16 @@
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from greedy.base.errors import UserError
 from greedy.base.files import read_signed, signed
 from greedy.cache.files import write_whole
+from greedy.runs.choices import Choices, Count
 from greedy.runs.events import EpochReport
 from greedy.runs.exchange import CHECKPOINT
-from greedy.runs.record import Choices
 
 START, PROGRESS = "start.json", "progress.json"
-Count = Annotated[int, Field(ge=0, le=2**62)]
 Document = TypeVar("Document", bound=BaseModel)
 
 
@@ -31,13 +30,7 @@ class Start(BaseModel):
     parent: str
     source: Count
     layers: list[str]
-    resolved: dict[str, Any]
-
-    @field_validator("resolved")
-    @classmethod
-    def _is_complete(cls, value: dict[str, Any]) -> dict[str, Any]:
-        Choices.model_validate(value)
-        return value
+    resolved: Choices
 
     @classmethod
     def read(cls, training: Path) -> Self | None:

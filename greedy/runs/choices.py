@@ -1,10 +1,21 @@
-"""The memory modes of a step, from the fastest to the smallest."""
+"""What is decided of a stage once, when its training starts, and the memory modes of a step."""
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
+
+# What a record may claim: it can come from a stranger, and others believe it.
+Count = Annotated[int, Field(ge=0, le=2**62)]
+Size = Annotated[int, Field(ge=1, le=2**40)]
 
 
 class Mode(StrEnum):
@@ -83,3 +94,46 @@ class StepMemory:
         if self.micro_batch > 1:
             return StepMemory(self.mode, self.micro_batch // 2)
         return None
+
+
+class _Decided(BaseModel):
+    """Frozen, and written as it was decided: without what was left out."""
+
+    model_config = ConfigDict(strict=True, frozen=True)
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in dump(self).items() if name in self.model_fields_set}
+
+
+class DataChoices(_Decided):
+    """What was decided of stage 0: mean and deviation of each channel; which numbers image files
+    hold, and which of them were left out since they could not be read, with reasons."""
+
+    mean: list[float]
+    std: list[float]
+    pixels: Literal["bytes", "integers", "floats"] = "bytes"  # see data/modes.py
+    skipped: dict[str, str] = {}
+
+
+class Choices(_Decided):
+    """What was decided of a stage that trains, see ``training/resolve.py``."""
+
+    precision: Literal["float32", "bfloat16", "float16"]
+    views: Size | Literal["live"]
+    encoding: Literal["float32", "float16", "bfloat16", "uint8", "uint4"]
+    shuffle: Literal["rows", "window"]
+    chunk_rows: Size
+    memory_mode: ModeName
+    micro_batch: Size
+    planned_peak_bytes: Count | None
+    write_batch: Size
+    threads: Annotated[int, Field(ge=1, le=4096)]
+    compile: bool = False
+    deterministic: bool = False
+    memory_reduced: bool = False
+
+    @property
+    def memory(self) -> StepMemory:
+        """What a step keeps of a batch."""
+        return StepMemory(Mode(self.memory_mode), self.micro_batch)

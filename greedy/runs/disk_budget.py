@@ -93,7 +93,7 @@ def _begun(run: RunDirectory, number: int) -> Views | None:
     if start is None or parent is None:
         return None
     goes_on = (start.recipe, start.parent) == (parent.recipe, parent.lineage)
-    return start.resolved["views"] if goes_on else None
+    return start.resolved.views if goes_on else None
 
 
 def _notes(recipe: Recipe) -> Iterator[str]:

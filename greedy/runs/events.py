@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from greedy.runs.choices import StepMemory
+from greedy.runs.choices import Choices, StepMemory
 from greedy.runs.disk_plan import Plan
 from greedy.runs.record import StageRecord
 
@@ -60,10 +60,10 @@ class Reporter:
     def disk_planned(self, plan: Plan) -> None:
         """What the stages to be trained will keep on disk is settled."""
 
-    def stage_started(self, number: int, name: str, epochs: int, resolved: dict[str, Any]) -> None:
+    def stage_started(self, number: int, name: str, epochs: int, choices: Choices) -> None:
         """Training of a stage begins."""
 
-    def network_started(self, strategy: str, epochs: int, resolved: dict[str, Any]) -> None:
+    def network_started(self, strategy: str, epochs: int, choices: Choices) -> None:
         """Training of all stages at once begins."""
 
     def training_set_aside(self, number: int, path: Path, progress: str | None) -> None:

@@ -1,7 +1,7 @@
 """What a finished stage says of itself: ``stage.json``."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import (
     BaseModel,
@@ -19,16 +19,13 @@ from greedy.base.text import legible
 from greedy.cache import StoreSummary
 from greedy.cache.files import write_whole
 from greedy.recipes import Recipe
-from greedy.runs.choices import ModeName
+from greedy.runs.choices import Choices, Count, DataChoices, Size
 
 FORMAT = 1
 ENCODER, HEADS, HISTORY = "encoder.safetensors", "heads.safetensors", "history.jsonl"
 FILES = "files.npz"  # of stage 0, see ``greedy.runs.file_table``
 UNKNOWN = -1  # the generation of a store whose views are just being exchanged
 
-# What a record may claim: it can come from a stranger, and others believe it.
-Count = Annotated[int, Field(ge=0, le=2**62)]
-Size = Annotated[int, Field(ge=1, le=2**40)]
 Split = Annotated[str, Field(pattern=r"^(train|test)$")]
 # Folders are named by anybody, also in bytes that are no text.
 ClassName = Annotated[
@@ -94,38 +91,6 @@ class StoreRecord(_Document):
         )
 
 
-class DataChoices(BaseModel):
-    """What ``resolved`` holds of stage 0: mean and deviation of each channel; which numbers image
-    files hold, and which of them were left out since they could not be read, with reasons."""
-
-    model_config = ConfigDict(strict=True)
-
-    mean: list[float]
-    std: list[float]
-    pixels: Literal["bytes", "integers", "floats"] = "bytes"  # see data/modes.py
-    skipped: dict[str, str] = {}
-
-
-class Choices(BaseModel):
-    """What ``resolved`` holds of a stage that trains, see ``training/resolve.py``."""
-
-    model_config = ConfigDict(strict=True)
-
-    precision: Literal["float32", "bfloat16", "float16"]
-    views: Size | Literal["live"]
-    encoding: Literal["float32", "float16", "bfloat16", "uint8", "uint4"]
-    shuffle: Literal["rows", "window"]
-    chunk_rows: Size
-    memory_mode: ModeName
-    micro_batch: Size
-    planned_peak_bytes: Count | None
-    memory_reduced: bool = False
-    write_batch: Size
-    threads: Annotated[int, Field(ge=1, le=4096)]
-    compile: bool = False
-    deterministic: bool = False
-
-
 class Metrics(_Document):
     """Errors in percent; ``None`` where a stage has no local classifier."""
 
@@ -158,7 +123,7 @@ class StageRecord(_Document):
     row_shape: Annotated[tuple[Size, ...], Field(min_length=1, max_length=3)]
     class_names: list[ClassName]
     network: list[str]
-    resolved: dict[str, Any] = {}
+    resolved: Choices | DataChoices
     metrics: Metrics = Metrics()
     store: StoreRecord | None = None
     written_before: Count = 0
@@ -181,13 +146,25 @@ class StageRecord(_Document):
             raise ValueError("it follows from a later stage")
         if self.stage and len(earlier) < 2:
             raise ValueError("what it follows from is missing")
-        if self.stage:
-            Choices.model_validate(self.resolved)
-        else:
-            moments = DataChoices.model_validate(self.resolved)
+        if isinstance(self.resolved, Choices) != (self.stage > 0):
+            raise ValueError("its choices are those of another kind of stage")
+        if isinstance(self.resolved, DataChoices):
+            moments = self.resolved
             if {len(moments.mean), len(moments.std)} != {self.row_shape[0]}:
                 raise ValueError("its moments are of other channels")
         return self
+
+    @property
+    def choices(self) -> Choices:
+        """Of a stage that was trained."""
+        assert isinstance(self.resolved, Choices)
+        return self.resolved
+
+    @property
+    def data_choices(self) -> DataChoices:
+        """Of stage 0."""
+        assert isinstance(self.resolved, DataChoices)
+        return self.resolved
 
     @property
     def bytes_written(self) -> int:
@@ -260,7 +237,7 @@ def _reason(error: Exception) -> str:
 def normalisation_of(recipe: Recipe, data: StageRecord) -> tuple[list[float], list[float]]:
     """Returns mean and deviation of each channel: the recipe's, which are of bytes scaled to
     [0, 1] where images are files, or those measured."""
-    moments, given = DataChoices.model_validate(data.resolved), recipe.data
+    moments, given = data.data_choices, recipe.data
     if moments.pixels != "bytes" or given.mean is None or given.std is None:
         return moments.mean, moments.std
     return given.mean, given.std

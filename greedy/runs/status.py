@@ -74,7 +74,7 @@ def _stage(run: RunDirectory, number: int, name: str) -> StageStatus:
         bytes_per_value=store.bytes / store.values if store else None,
         seconds=record.seconds,
         images_per_second=record.images_per_second,
-        step_memory_bytes=record.resolved["planned_peak_bytes"],
+        step_memory_bytes=record.choices.planned_peak_bytes,
         peak_memory_bytes=record.peak_memory_bytes,
     )
 

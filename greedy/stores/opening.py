@@ -94,7 +94,7 @@ class Sources:
         augmentation = Augmentation.parse(settings.augmentation, settings.cutout_length)
         images = Images(*normalisation_of(self.run.recipe, self.data), augmentation)
         replayed = range(stored + 1, last + 1)
-        rows = [self.run.complete(n).resolved["write_batch"] for n in replayed]
+        rows = [self.run.complete(n).choices.write_batch for n in replayed]
         return Source(
             stored,
             self.run.store(stored),

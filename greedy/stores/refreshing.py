@@ -37,7 +37,7 @@ class Refresh:
         directory = self.run.stage(self.stored)
         path = self.run.store(self.stored) / "train"
         old = self.run.open_store(self.stored, "train")
-        self.source.precision = record.resolved["precision"]
+        self.source.precision = record.choices.precision
         with replacing(path, _workshop(path, record, generation), go_on=True) as place:
             written = write_split(
                 place,
@@ -47,7 +47,7 @@ class Refresh:
                 generation=generation,
                 encoding=old.encoding,
                 compressor=old.compressor,
-                batch=record.resolved["write_batch"],
+                batch=record.choices.write_batch,
                 reporter=self.reporter,
                 stage=self.stored,
             )

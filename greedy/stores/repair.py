@@ -67,8 +67,8 @@ class Mender:
         number = record.stage
         path = self.run.store(number)
         _require_known_views(self.run, store)
-        torch.set_num_threads(record.resolved["threads"])
-        source, batch = self._source(record), record.resolved["write_batch"]
+        torch.set_num_threads(record.choices.threads)
+        source, batch = self._source(record), record.choices.write_batch
         what = (source, record.row_shape, batch, self.run.recipe.seed, number)
         fitted = fit(store.encoding, *what)
         with replacing(path, path.with_name(f".{path.name}.part")) as place:
@@ -163,8 +163,8 @@ class Mender:
         assert store is not None
         if split == "train":
             _require_known_views(self.run, store)
-        torch.set_num_threads(record.resolved["threads"])
-        batch, step = record.resolved["write_batch"], description.layout.chunk_rows
+        torch.set_num_threads(record.choices.threads)
+        batch, step = record.choices.write_batch, description.layout.chunk_rows
 
         def rows_of(view: int, chunk: int) -> np.ndarray:
             wanted, parts, have = description.layout.rows_in(chunk), [], 0
@@ -183,7 +183,7 @@ class Mender:
         sources = Sources(self.run, self.stages, data, self.device, Reporter())
         assert record.store is not None
         source = sources.of_store(record.stage, record.store)
-        source.precision = record.resolved["precision"]
+        source.precision = record.choices.precision
         return source
 
 

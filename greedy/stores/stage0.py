@@ -21,10 +21,11 @@ from greedy.data.labels import require_classes
 from greedy.data.modes import Kind
 from greedy.models import Shape
 from greedy.recipes import Recipe
+from greedy.runs.choices import DataChoices
 from greedy.runs.directory import SPLITS, RunDirectory, new_stage
 from greedy.runs.events import Reporter
 from greedy.runs.file_table import FileTable
-from greedy.runs.record import DataChoices, StageRecord, StoreRecord
+from greedy.runs.record import StageRecord, StoreRecord
 from greedy.stores.changes import files_of
 
 READ_ROWS = 1024  # rows decoded at a time
@@ -104,7 +105,7 @@ def write_stage0(
             row_shape=dataset.train.shape,
             class_names=class_names,
             network=network,
-            resolved=moments.mean_and_std() | _of_files(dataset),
+            resolved=DataChoices.model_validate(moments.mean_and_std() | _of_files(dataset)),
             store=store,
             rows={name: len(labels[name]) for name in SPLITS},
             seconds=time.perf_counter() - started,
@@ -124,7 +125,7 @@ def readable(recipe: Recipe, dataset: Dataset, reporter: Reporter) -> Dataset:
 
 def pixels_of(data: StageRecord) -> Kind:
     """Which numbers the image files of a run hold; those of other data are not known."""
-    return DataChoices.model_validate(data.resolved).pixels
+    return data.data_choices.pixels
 
 
 def stored_encoding(split: Split) -> Encoding:

@@ -64,7 +64,8 @@ class Checkpoints:
         self._decided(compile=False)
 
     def _decided(self, **choices: Any) -> None:
-        self.start.resolved.update(choices)
+        resolved = self.start.resolved.model_copy(update=choices)
+        self.start = self.start.model_copy(update={"resolved": resolved})
         self.start.write(self.training)
 
     def save(self, progress: Progress, sums: Sequence[Sums] = ()) -> None:

@@ -4,7 +4,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from greedy.base.devices import describe, peak_memory
 from greedy.base.files import canonical, digest, file_digest
@@ -13,6 +12,7 @@ from greedy.base.versions import versions
 from greedy.cache.files import write_parts
 from greedy.models import StageShapes
 from greedy.recipes import Recipe
+from greedy.runs.choices import Choices
 from greedy.runs.events import EpochReport
 from greedy.runs.record import ENCODER, HEADS, Metrics, Parent, StageRecord, StoreRecord
 from greedy.steps.step import Learner
@@ -35,7 +35,7 @@ def write_record(
     shapes: StageShapes,
     reports: Sequence[EpochReport],
     recipe: Recipe,
-    resolved: dict[str, Any],
+    choices: Choices,
     parent: StageRecord,
     *,
     source: int,
@@ -51,7 +51,7 @@ def write_record(
     return StageRecord(
         stage=learner.stage.number,
         name="output" if is_output else learner.stage.name,
-        lineage=_lineage(directory, recipe, resolved, parent, source),
+        lineage=_lineage(directory, recipe, choices, parent, source),
         recipe=parent.recipe,
         layers=learner.stage.kinds,
         parent=Parent(stage=parent.stage, lineage=parent.lineage),
@@ -59,7 +59,7 @@ def write_record(
         row_shape=shapes.output,
         class_names=parent.class_names,
         network=parent.network,
-        resolved=resolved,
+        resolved=choices,
         metrics=Metrics(
             train_error_percent=last.train_error_percent,
             test_error_percent=last.test_error_percent,
@@ -77,7 +77,7 @@ def write_record(
 
 
 def _lineage(
-    directory: Path, recipe: Recipe, resolved: dict[str, Any], parent: StageRecord, source: int
+    directory: Path, recipe: Recipe, choices: Choices, parent: StageRecord, source: int
 ) -> str:
     """Names everything the result follows from."""
     return digest(
@@ -87,9 +87,9 @@ def _lineage(
                 "parent": parent.lineage,
                 "source": source,
                 "seed": recipe.seed,
-                "views": resolved["views"],
+                "views": choices.views,
                 "refresh_every": recipe.store.refresh_every,
-                "encoding": resolved["encoding"],
+                "encoding": choices.encoding,
             }
         )
     )

@@ -1,6 +1,6 @@
 """What a stage begins its training with: first weights, local heads, optimiser, schedule."""
 
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import nn
@@ -11,7 +11,7 @@ from greedy.memory.peaks import OptimizerFactory
 from greedy.models import Stage, StageShapes, initialise, seeded
 from greedy.recipes import Recipe
 from greedy.recipes.per_stage import for_stage
-from greedy.runs.choices import Mode, StepMemory
+from greedy.runs.choices import Choices
 from greedy.steps.host_adam import HostAdam
 from greedy.steps.moments import make_moments
 from greedy.steps.scaling import LossScale
@@ -28,7 +28,7 @@ def new_learner(
     loss: LocalLoss,
     num_classes: int,
     recipe: Recipe,
-    resolved: dict[str, Any],
+    choices: Choices,
     device: torch.device,
     *,
     zero: bool,
@@ -43,11 +43,11 @@ def new_learner(
         placed(heads, device),
         loss,
         num_classes,
-        resolved["precision"],
-        scale=LossScale().to(device) if resolved["precision"] == "float16" else None,
-        compiled_rows=recipe.training.batch_size if resolved.get("compile") else 0,
-        graph_rows=recipe.training.batch_size if graphs(recipe, resolved, device) else 0,
-        memory=StepMemory(Mode(resolved["memory_mode"]), resolved["micro_batch"]),
+        choices.precision,
+        scale=LossScale().to(device) if choices.precision == "float16" else None,
+        compiled_rows=recipe.training.batch_size if choices.compile else 0,
+        graph_rows=recipe.training.batch_size if graphs(recipe, choices, device) else 0,
+        memory=choices.memory,
         shape=shapes.hidden,
     )
 

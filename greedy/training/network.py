@@ -4,7 +4,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,6 +17,7 @@ from greedy.memory.peaks import OptimizerFactory
 from greedy.models import Stage, StageShapes
 from greedy.recipes import Recipe
 from greedy.runs.begun import Start
+from greedy.runs.choices import Choices
 from greedy.runs.directory import RunDirectory, new_stage
 from greedy.runs.events import EpochReport, Reporter
 from greedy.runs.record import HISTORY, StageRecord
@@ -61,9 +61,9 @@ class NetworkTraining:
         began = time.perf_counter()
         place = self.run.network / "training"
         start = self._start(place)
-        torch.set_num_threads(start.resolved["threads"])
-        set_determinism(self.device, start.resolved.get("deterministic", False))
-        if start.resolved["shuffle"] == "rows":
+        torch.set_num_threads(start.resolved.threads)
+        set_determinism(self.device, start.resolved.deterministic)
+        if start.resolved.shuffle == "rows":
             self.source.hold_in_memory()
         reset_peak_memory(self.device)
         with memory_limited(self.device, named_budget(self.recipe)):
@@ -85,7 +85,7 @@ class NetworkTraining:
             )
             histories = self._run_epochs(checkpoints)
             seconds = checkpoints.before + time.perf_counter() - began
-            return self._write(strategy, histories, start.resolved, seconds)
+            return self._write(strategy, histories, checkpoints.start.resolved, seconds)
 
     def _start(self, place: Path) -> Start:
         """What an interrupted training began with if it was this one, else a new start."""
@@ -105,7 +105,7 @@ class NetworkTraining:
         start.write(place)
         return start
 
-    def _strategy(self, resolved: dict[str, Any]) -> Strategy:
+    def _strategy(self, choices: Choices) -> Strategy:
         training, count = self.recipe.training, len(self.stages)
         load_initial(self.run, self.stages)
         learners = [
@@ -115,7 +115,7 @@ class NetworkTraining:
                 loss,
                 len(self.data.class_names),
                 self.recipe,
-                resolved,
+                choices,
                 self.device,
                 zero=stage.number == count and training.strategy != "backprop",
             )
@@ -137,10 +137,10 @@ class NetworkTraining:
 
     def _run_epochs(self, checkpoints: Checkpoints) -> list[list[EpochReport]]:
         """The reports of every stage."""
-        training, resolved = self.recipe.training, checkpoints.start.resolved
+        training, choices = self.recipe.training, checkpoints.start.resolved
         epochs = training.epochs
         assert isinstance(epochs, int)
-        self.reporter.network_started(training.strategy, epochs, resolved)
+        self.reporter.network_started(training.strategy, epochs, choices)
         histories: list[list[EpochReport]] = [[] for _ in self.stages]
         paths = [self.run.training_history(stage.number) for stage in self.stages]
         for path in paths:
@@ -153,8 +153,8 @@ class NetworkTraining:
             self.recipe,
             self.reporter,
             checkpoints,
-            resolved["write_batch"],
-            ample_memory(self.recipe, resolved),
+            choices.write_batch,
+            ample_memory(self.recipe, choices),
         ):
             for history, path, report in zip(histories, paths, reports, strict=True):
                 history.append(report)
@@ -168,7 +168,7 @@ class NetworkTraining:
         self,
         strategy: Strategy,
         histories: Sequence[Sequence[EpochReport]],
-        resolved: dict[str, Any],
+        choices: Choices,
         seconds: float,
     ) -> list[StageRecord]:
         """Writes every stage as if it had been trained alone, but for its record's times and
@@ -186,7 +186,7 @@ class NetworkTraining:
                     shape,
                     reports,
                     self.recipe,
-                    resolved,
+                    choices,
                     records[-1],
                     source=0,
                     is_output=learner is strategy.learners[-1],

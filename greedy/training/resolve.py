@@ -1,7 +1,5 @@
 """Every automatic choice of a stage, made once when it starts and written down."""
 
-from typing import Any
-
 import torch
 
 from greedy.base.devices import available_memory, pick_precision
@@ -11,7 +9,7 @@ from greedy.memory.choice import Choice, memory_budget
 from greedy.models import Shape
 from greedy.recipes import Recipe
 from greedy.recipes.per_stage import encoding, for_stage
-from greedy.runs.choices import Mode
+from greedy.runs.choices import Choices, Mode
 from greedy.runs.disk_plan import Views
 
 COMPILED_STEPS = 5000  # each saves a tenth, compiling takes 10 to 40 s
@@ -27,45 +25,50 @@ def resolve(
     device: torch.device,
     *,
     compiled: bool = False,
-) -> dict[str, Any]:
-    """The choices for a stage that trains from ``store``: JSON values by name. Its own store
-    gets as many ``views`` as the plan for the disk gives it, its step this ``memory``."""
-    return {
-        "precision": pick_precision(recipe.training.precision, device),
-        "views": views,
-        "encoding": encoding(recipe),
-        "shuffle": shuffle(recipe, store.stored_bytes),
-        "chunk_rows": store.chunk_rows,
-        **memory.recorded(),
-        "threads": torch.get_num_threads(),
-        "compile": compiled,
-        "deterministic": recipe.training.deterministic,
-    }
+) -> Choices:
+    """Decides how a stage trains from ``store``.
+
+    Args:
+        views: of the stage's own store, as the plan for the disk has it.
+        memory: of its step.
+        compiled: whether its step is compiled.
+    """
+    return Choices.model_validate(
+        {
+            "precision": pick_precision(recipe.training.precision, device),
+            "views": views,
+            "encoding": encoding(recipe),
+            "shuffle": shuffle(recipe, store.stored_bytes),
+            "chunk_rows": store.chunk_rows,
+            **memory.recorded(),
+            "threads": torch.get_num_threads(),
+            "compile": compiled,
+            "deterministic": recipe.training.deterministic,
+        }
+    )
 
 
-def repeated(
-    recipe: Recipe, before: dict[str, Any], views: Views, memory: Choice
-) -> dict[str, Any]:
-    """The choices that a stage was trained with ``before``, decided once: memory may be less by
-    now. Anew are the views, what is asked for by name, and the memory where it was reduced on the
-    way, which no training could repeat."""
+def resolve_again(recipe: Recipe, before: Choices, views: Views, memory: Choice) -> Choices:
+    """Returns the choices of a stage's last training for its next one. Decided again are the views,
+    what the recipe names, and the memory where steps had to be reduced, which no training could
+    repeat."""
     training = recipe.training
-    found = before | {"views": views, "deterministic": training.deterministic}
+    choices = before.model_dump(exclude={"memory_reduced"})
+    choices |= {"views": views, "deterministic": training.deterministic}
     if training.compile != "auto":
-        found["compile"] = training.compile == "on"
-    reduced = found.pop("memory_reduced", False)
-    if reduced or recipe.memory.budget != "auto":
-        found |= memory.recorded()
-    return found
+        choices["compile"] = training.compile == "on"
+    if before.memory_reduced or recipe.memory.budget != "auto":
+        choices |= memory.recorded()
+    return Choices.model_validate(choices)
 
 
-def within_budget(recipe: Recipe, kept: dict[str, Any], memory: Choice) -> dict[str, Any]:
-    """Choices that were made earlier, with another memory mode if theirs takes more than a budget
-    that is named now. The gradients are the same but for rounding."""
-    budget, planned = recipe.memory.budget, kept["planned_peak_bytes"]
+def within_budget(recipe: Recipe, choices: Choices, memory: Choice) -> Choices:
+    """Returns the choices of an unfinished training, with another memory mode if theirs takes more
+    than a budget that the recipe names by now. The gradients are the same but for rounding."""
+    budget, planned = recipe.memory.budget, choices.planned_peak_bytes
     if budget == "auto" or planned is None or planned <= parse_size(budget):
-        return dict(kept)
-    return kept | memory.recorded()
+        return choices
+    return choices.model_copy(update=memory.recorded())
 
 
 def shuffle(recipe: Recipe, stored_bytes: int) -> str:
@@ -89,19 +92,19 @@ def compiles(
     return training.compile == "on" or pays
 
 
-def graphs(recipe: Recipe, resolved: dict[str, Any], device: torch.device) -> bool:
+def graphs(recipe: Recipe, choices: Choices, device: torch.device) -> bool:
     """Whether the gradients of a plain step are launched as a CUDA graph. It keeps the memory of a
     step, also while the last batch of an epoch is computed without it."""
-    planned = resolved["planned_peak_bytes"]
-    if device.type != "cuda" or resolved["memory_mode"] != Mode.PLAIN or planned is None:
+    planned = choices.planned_peak_bytes
+    if device.type != "cuda" or choices.memory.mode is not Mode.PLAIN or planned is None:
         return False
     return 2 * planned <= memory_budget(recipe, device)
 
 
-def ample_memory(recipe: Recipe, resolved: dict[str, Any]) -> bool:
+def ample_memory(recipe: Recipe, choices: Choices) -> bool:
     """Whether a named budget leaves room for what a process keeps to itself of the memory that it
     frees. ``auto`` is less than what is free."""
-    budget, planned = recipe.memory.budget, resolved["planned_peak_bytes"]
-    if resolved["memory_mode"] != Mode.PLAIN or planned is None:
+    budget, planned = recipe.memory.budget, choices.planned_peak_bytes
+    if choices.memory.mode is not Mode.PLAIN or planned is None:
         return False
     return budget == "auto" or planned * (1 + KEPT_SHARE) <= parse_size(budget)

@@ -5,7 +5,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,6 +19,7 @@ from greedy.models import Stage, StageShapes
 from greedy.recipes import Recipe
 from greedy.recipes.per_stage import for_stage
 from greedy.runs.begun import Start
+from greedy.runs.choices import Choices
 from greedy.runs.directory import SPLITS
 from greedy.runs.disk_plan import COMPRESSED, UNCOMPRESSED
 from greedy.runs.events import EpochReport, Reporter
@@ -62,8 +62,8 @@ class StageTraining:
     written_before: int = 0
 
     @property
-    def resolved(self) -> dict[str, Any]:
-        """The choices made for it."""
+    def choices(self) -> Choices:
+        """What was decided of it."""
         return self.start.resolved
 
     def train(self, directory: Path) -> StageRecord:
@@ -71,8 +71,8 @@ class StageTraining:
         interrupted training from the same start left."""
         started = time.perf_counter()
         self.start.write(directory)
-        torch.set_num_threads(self.resolved["threads"])
-        set_determinism(self.device, self.resolved.get("deterministic", False))
+        torch.set_num_threads(self.choices.threads)
+        set_determinism(self.device, self.choices.deterministic)
         reset_peak_memory(self.device)
         with memory_limited(self.device, named_budget(self.recipe)):
             learner = self._learner()
@@ -90,6 +90,7 @@ class StageTraining:
             self.start,
         )
         reports = self._run_epochs(checkpoints)
+        self.start = checkpoints.start  # where memory ran out, with other choices
         learner.release()
         give_back(self.device)
         save_weights(learner, directory)
@@ -99,7 +100,7 @@ class StageTraining:
             self.shapes,
             reports,
             self.recipe,
-            self.resolved,
+            self.choices,
             self.parent,
             source=self.source.number,
             is_output=self.is_output,
@@ -112,11 +113,11 @@ class StageTraining:
         """Bytes on disk, at most: weights, two checkpoints with an optimiser's two numbers a
         weight, and the store, or before it the views of the source drawn anew."""
         weights = sum(4 * p.numel() for p in learner.parameters())
-        views, rows = self.resolved["views"], self.parent.rows
+        views, rows = self.choices.views, self.parent.rows
         store = refreshed = 0
         if not self.is_output and views != "live":
             plain = self.recipe.store.compressor == "none"
-            size = (UNCOMPRESSED if plain else COMPRESSED)[self.resolved["encoding"]]
+            size = (UNCOMPRESSED if plain else COMPRESSED)[self.choices.encoding]
             values = math.prod(self.shapes.output) * (rows["train"] * views + rows["test"])
             store = math.ceil(size * values)
         if self.source.refresh is not None:
@@ -125,7 +126,7 @@ class StageTraining:
 
     @property
     def _batch(self) -> int:
-        return self.resolved["write_batch"]
+        return self.choices.write_batch
 
     def _learner(self) -> Learner:
         learner = new_learner(
@@ -134,7 +135,7 @@ class StageTraining:
             self.loss,
             len(self.parent.class_names),
             self.recipe,
-            self.resolved,
+            self.choices,
             self.device,
             zero=self.is_output,
         )
@@ -151,7 +152,7 @@ class StageTraining:
     def _run_epochs(self, checkpoints: Checkpoints) -> list[EpochReport]:
         epochs = for_stage(self.recipe.training.epochs, self.stage.number)
         name = "output" if self.is_output else self.stage.name
-        self.reporter.stage_started(self.stage.number, name, epochs, self.resolved)
+        self.reporter.stage_started(self.stage.number, name, epochs, self.choices)
         reports = []
         lines = checkpoints.training / HISTORY
         lines.unlink(missing_ok=True)
@@ -165,7 +166,7 @@ class StageTraining:
                 self.reporter,
                 checkpoints,
                 self.recipe.training.batch_size,
-                ample_memory(self.recipe, self.resolved),
+                ample_memory(self.recipe, self.choices),
             ):
                 history.write(history_line(report))
                 history.flush()
@@ -174,16 +175,14 @@ class StageTraining:
         return reports
 
     def _write_store(self, learner: Learner, directory: Path) -> StoreRecord | None:
-        views = self.resolved["views"]
+        views = self.choices.views
         if self.is_output or views == "live":
             return None
         learner.eval()
         source = self.sources.for_writing(learner.stage, views, self._batch)
-        source.precision = self.resolved["precision"]
+        source.precision = self.choices.precision
         number, seed = learner.stage.number, self.recipe.seed
-        fitted = fit(
-            self.resolved["encoding"], source, self.shapes.output, self._batch, seed, number
-        )
+        fitted = fit(self.choices.encoding, source, self.shapes.output, self._batch, seed, number)
         compressor = self.recipe.store.compressor
         written = {
             split: write_split(
@@ -200,4 +199,4 @@ class StageTraining:
             )
             for split in SPLITS
         }
-        return StoreRecord.of(written, self.resolved["encoding"], compressor, views, source.number)
+        return StoreRecord.of(written, self.choices.encoding, compressor, views, source.number)
