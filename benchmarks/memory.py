@@ -25,6 +25,7 @@ from greedy.base.devices import (
 )
 from greedy.base.errors import UserError
 from greedy.base.sizes import format_size
+from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import build_loss, build_network
 from greedy.losses import LocalLoss, Output
 from greedy.memory.baselines import baselines
@@ -170,7 +171,7 @@ def main(as_json: bool) -> None:
         met = all(each["met"] for each in stages)
         tables.append({**settings, "target_bytes": target.budget, "met": met, "stages": stages})
     whole, along, loss = network()
-    others = baselines(whole, along, loss, CLASSES, BATCH)
+    others = baselines(CutNetwork(whole, along, loss, CLASSES), BATCH)
     found |= {"budgets": tables, "baselines": others}
     if as_json:
         click.echo(json.dumps(found, indent=2))

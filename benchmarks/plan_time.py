@@ -25,7 +25,7 @@ def calibrated(bench: Bench, seconds: float) -> Calibration:
     """Every stage measured, those of earlier days left out."""
     known = Calibration.begin(bench.device, peak_flops(bench.device))
     known = known.model_copy(update={"measured": []})
-    for number in range(1, len(bench.memory.stages) + 1):
+    for number in range(1, len(bench.memory.network) + 1):
         known = known.adding(bench.measure(number, seconds).measured)
     return known
 

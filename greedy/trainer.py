@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -15,14 +15,14 @@ from greedy.base.devices import pick_device, pick_precision
 from greedy.base.disk_space import require_room, until_full
 from greedy.base.errors import UserError
 from greedy.base.heap import give_back
+from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import build_loss, build_network, checked_shapes
 from greedy.build.python_recipe import python_recipe, require_optimizer
 from greedy.cache import Damage
 from greedy.data import Dataset, dataset_from_torch, require_repeatable
-from greedy.losses import LocalLoss, Output, PredSim, require_local_loss
+from greedy.losses import LocalLoss, PredSim, require_local_loss
 from greedy.memory.choice import Choice, fused_adam, memory_budget
 from greedy.memory.plan import MemoryPlan
-from greedy.models import Stage, StageShapes, cut
 from greedy.recipes import Recipe
 from greedy.recipes.per_stage import for_stage
 from greedy.runs.begun import Start
@@ -143,25 +143,24 @@ class GreedyTrainer:
         if not self.recipe.data.frozen_transforms:
             require_repeatable(dataset)
         shape, classes = dataset.train.shape, len(dataset.class_names or "")
-        network = self._model or build_network(self.recipe.model, shape, classes or 2)
-        stages = cut(network, self.recipe.model.stage_layers)
-        shapes = checked_shapes(self.recipe, stages, shape, classes)
-        names = [stage.name for stage in stages[:-1]]
+        model = self._model or build_network(self.recipe.model, shape, classes or 2)
+        network = CutNetwork.of(self.recipe, model, shape, classes, self.loss)
+        names = [network.name(number) for number in range(1, len(network) + 1)]
         rows = {split: len(getattr(dataset, split)) for split in SPLITS}
         needed = sum(rows.values()) * math.prod(shape) * dataset.train.dtype.itemsize
         require_room(self.run.path, "stage 0", needed)
-        images = stored_encoding(dataset.train).name
-        memory = self._memory_of(stages, shapes, shapes[-1].output[0], images)  # a logit a class
-        memory.require(range(1, len(stages) + 1), plan_disk(self.run, shapes, rows, needed))
+        memory = self._memory_of(network, stored_encoding(dataset.train).name)
+        disk = plan_disk(self.run, network.shapes, rows, needed)
+        memory.require(range(1, len(network) + 1), disk)
         self._planned = memory
         dataset = readable(self.recipe, dataset, self.reporter)
         self.run.make()
         with self.run.writing():
             if is_prepared(self.run, dataset, again=again, ignore=ignore_changes):
                 return self.run.complete(0)
-            output = shapes[-1].output if self._model else None
+            output = network.shapes[-1].output if self._model else None
             with until_full(self.run.path, "stage 0", needed):
-                return write_stage0(self.run, dataset, [*names, "output"], output)
+                return write_stage0(self.run, dataset, names, output)
 
     def train(self, retrain_from: int | None = None) -> list[StageRecord]:
         """Trains every stage that is not complete; from ``retrain_from`` on, also those that
@@ -220,19 +219,26 @@ class GreedyTrainer:
             self._announce(())
             return [self._skip(number) for number in numbers]
         data = self.run.complete(0)
-        stages, shapes = self._stages(data)
-        memory = self._memory().network()
+        network, memory = self._network(data), self._memory().at_once()
         self._announce(numbers)
-        source = Sources(self.run, stages, data, self.device, self.reporter).for_training(1, 0)
-        what = (self.run, stages, shapes, self.loss, source, data, memory)
-        how = (self.device, self.reporter, self.optimizer, self._own_rates)
-        return NetworkTraining(*what, *how).train()
+        sources = Sources(self.run, network.stages, data, self.device, self.reporter)
+        return NetworkTraining(
+            run=self.run,
+            network=network,
+            source=sources.for_training(1, 0),
+            data=data,
+            memory=memory,
+            device=self.device,
+            reporter=self.reporter,
+            optimizer=self.optimizer,
+            own_rates=self._own_rates,
+        ).train()
 
     def _announce(self, numbers: Iterable[int]) -> None:
         data, epochs = self.run.complete(0), self.recipe.training.epochs
         operations = {}
         for number in numbers:
-            row = self._memory().shapes[number - 1].operations
+            row = self._memory().network.shapes[number - 1].operations
             operations[number] = row * data.rows["train"] * for_stage(epochs, number)
         budget = memory_budget(self.recipe, self.device)
         assert data.store is not None
@@ -308,10 +314,9 @@ class GreedyTrainer:
         self, number: int, wanted: int, views: Views, directory: Path
     ) -> StageTraining:
         data, parent = self.run.complete(0), self.run.complete(number - 1)
-        stages, shapes = self._stages(data)
-        shape = shapes[number - 1]
-        is_output = number == len(stages)
-        sources = Sources(self.run, stages, data, self.device, self.reporter)
+        network = self._network(data)
+        stage, is_output = network.stages[number - 1], number == len(network)
+        sources = Sources(self.run, network.stages, data, self.device, self.reporter)
         source = sources.for_training(number, wanted)
         written_from = sources.written_from(number, views)
         memory = self._memory().stage(number, source.number, written_from)
@@ -320,7 +325,7 @@ class GreedyTrainer:
             recipe=parent.recipe,
             parent=parent.lineage,
             source=source.number,
-            layers=stages[number - 1].kinds,
+            layers=stage.kinds,
             resolved=self._choices(number, source, views, memory),
         )
         if begun := find_training(directory, start, self.reporter):
@@ -330,9 +335,9 @@ class GreedyTrainer:
         if start.resolved.shuffle == "rows":
             source.hold_in_memory()
         return StageTraining(
-            stage=stages[number - 1],
-            shapes=shape,
-            loss=Output(self.loss.output_scale) if is_output else self.loss,
+            stage=stage,
+            shapes=network.shapes[number - 1],
+            loss=network.losses("greedy")[number - 1],
             recipe=self.recipe,
             source=source,
             sources=sources,
@@ -351,7 +356,7 @@ class GreedyTrainer:
         before = former(self.run, number)
         if before is not None and before.source == source.number:
             return resolve_again(self.recipe, before.choices, views, memory)
-        hidden = self._memory().shapes[number - 1].hidden
+        hidden = self._memory().network.shapes[number - 1].hidden
         store = source.stores["train"]
         compiled = compiles(self.recipe, number, hidden, store.rows, memory, self.device)
         return resolve(self.recipe, store, views, memory, self.device, compiled=compiled)
@@ -361,28 +366,31 @@ class GreedyTrainer:
         if self._planned is None:
             data = self.run.complete(0)
             assert data.store is not None
-            what = (*self._stages(data), len(data.class_names), data.store.encoding)
-            self._planned = self._memory_of(*what)
+            self._planned = self._memory_of(self._network(data), data.store.encoding)
         return self._planned
 
-    def _memory_of(
-        self, stages: Sequence[Stage], shapes: Sequence[StageShapes], classes: int, images: str
-    ) -> MemoryPlan:
-        precision = pick_precision(self.recipe.training.precision, self.device)
-        budget = memory_budget(self.recipe, self.device)
-        what = (self.recipe, stages, shapes, self.loss, classes, precision, budget)
-        return MemoryPlan(*what, self.device.type, self.optimizer or fused_adam, images)
+    def _memory_of(self, network: CutNetwork, images: str) -> MemoryPlan:
+        return MemoryPlan(
+            self.recipe,
+            network,
+            pick_precision(self.recipe.training.precision, self.device),
+            memory_budget(self.recipe, self.device),
+            self.device.type,
+            self.optimizer or fused_adam,
+            images,
+        )
 
     def _plan_disk(self, retrain_from: int | None = None) -> Plan:
         data = self.run.complete(0)
         assert data.store is not None
-        _, shapes = self._stages(data)
-        return plan_disk(self.run, shapes, dict(data.rows.items()), data.store.bytes, retrain_from)
+        shapes, rows = self._network(data).shapes, dict(data.rows.items())
+        return plan_disk(self.run, shapes, rows, data.store.bytes, retrain_from)
 
-    def _stages(self, data: StageRecord) -> tuple[list[Stage], list[StageShapes]]:
-        """The network's stages without their trained weights, and their shapes."""
-        stages = stages_of(self.recipe, data, self._model)
-        return stages, checked_shapes(self.recipe, stages, data.row_shape, len(data.class_names))
+    def _network(self, data: StageRecord) -> CutNetwork:
+        """The run's network without its trained weights."""
+        stages, classes = stages_of(self.recipe, data, self._model), len(data.class_names)
+        shapes = checked_shapes(self.recipe, stages, data.row_shape, classes)
+        return CutNetwork(stages, shapes, self.loss, classes)
 
     def repair(
         self, numbers: Iterable[int], *, dropped: bool = False
@@ -390,8 +398,8 @@ class GreedyTrainer:
         """Computes again what is damaged in the stores of stages, and stores that were dropped if
         asked to; returns what was done and what is damaged still. See ``greedy.stores.repair``."""
         with self.run.writing():
-            stages, _ = self._stages(self.run.complete(0))
-            mender = Mender(self.run, stages, self.device, self.reporter)
+            network = self._network(self.run.complete(0))
+            mender = Mender(self.run, network.stages, self.device, self.reporter)
             found = [mender.repair(number, dropped=dropped) for number in numbers]
         return [r for done, _ in found for r in done], [d for _, left in found for d in left]
 

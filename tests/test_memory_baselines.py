@@ -4,6 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 
+from greedy.build.cut_network import CutNetwork
 from greedy.losses import Glob, Pred, PredSim, Sim
 from greedy.memory import baselines as module
 from greedy.memory.baselines import baselines
@@ -16,7 +17,7 @@ VGG = {"feature_multiplier": 1 / 8, "hidden_width": 16, "dropout": 0.2}
 def peaks(network, batch_size: int, side: int = 16, loss=None) -> dict[str, int]:
     stages = cut(network)
     row = shapes(stages, (3, side, side))
-    return baselines(stages, row, loss or PredSim(), 10, batch_size)
+    return baselines(CutNetwork(stages, row, loss or PredSim(), 10), batch_size)
 
 
 def test_where_activations_are_most_each_saves_what_it_says() -> None:

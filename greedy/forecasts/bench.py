@@ -21,14 +21,15 @@ from torch import nn
 
 from greedy.base.devices import pick_device
 from greedy.base.errors import UserError
-from greedy.build.modules import build_loss, build_network, checked_shapes
+from greedy.build.cut_network import CutNetwork
+from greedy.build.modules import build_loss, build_network
 from greedy.cache import StoreWriter, fit_encoding
 from greedy.forecasts.calibration import Measured, Work
 from greedy.forecasts.forecast import DataFacts, machine, named_data_facts
 from greedy.forecasts.random_data import random_source
 from greedy.memory.choice import Choice
 from greedy.memory.plan import MemoryPlan
-from greedy.models import StageShapes, cut
+from greedy.models import StageShapes
 from greedy.recipes import Recipe
 from greedy.recipes.per_stage import encoding
 from greedy.steps.guard import Guard
@@ -97,25 +98,16 @@ class Bench:
             )
         place, data = pick_device(device), named_data_facts(recipe, allow_function)
         network = model or build_network(recipe.model, data.shape, data.classes)
-        stages = cut(network, recipe.model.stage_layers)
-        shapes = checked_shapes(recipe, stages, data.shape, data.classes)
+        loss = build_loss(recipe.loss)
         computer = machine(recipe, place.type)
         memory = MemoryPlan(
             recipe,
-            stages,
-            shapes,
-            build_loss(recipe.loss),
-            data.classes,
+            CutNetwork.of(recipe, network, data.shape, data.classes, loss),
             computer.precision,
             computer.memory_budget_bytes,
             computer.device,
         )
         return cls(recipe, data, place, memory)
-
-    def name(self, number: int) -> str:
-        """A stage's name, as in a plan."""
-        stages = self.memory.stages
-        return "output" if number == len(stages) else stages[number - 1].name
 
     def measure(self, number: int, seconds: float) -> StageSpeed:
         """Trains stage ``number`` for about so many seconds, in two steps at least, and then
@@ -124,7 +116,10 @@ class Bench:
         Raises ``UserError`` where its step does not fit the memory budget, ``TrainingError`` where
         the disk has no room for its temporary store.
         """
-        shapes, choice = self.memory.shapes[number - 1], self.memory.stage(number, number - 1)
+        shapes, choice = (
+            self.memory.network.shapes[number - 1],
+            self.memory.stage(number, number - 1),
+        )
         with TemporaryDirectory(prefix="greedy-bench-") as place:
             source = random_source(
                 Path(place) / "source",
@@ -149,20 +144,22 @@ class Bench:
             rows_per_second=1 / (waited + computed),
             frozen_rows_per_second=1 / frozen,
         )
-        return StageSpeed(number, self.name(number), measured, waited / (waited + computed))
+        return StageSpeed(
+            number, self.memory.network.name(number), measured, waited / (waited + computed)
+        )
 
     def _learner(self, number: int, choice: Choice, source: Source) -> Learner:
-        shapes, rows = self.memory.shapes[number - 1], self.data.rows["train"]
+        shapes, rows = self.memory.network.shapes[number - 1], self.data.rows["train"]
         compiled = compiles(self.recipe, number, shapes.hidden, rows, choice, self.device)
         learner = new_learner(
-            deepcopy(self.memory.stages[number - 1]),
+            deepcopy(self.memory.network.stages[number - 1]),
             shapes,
             self.memory.loss_of(number),
             self.data.classes,
             self.recipe,
             resolve(self.recipe, source.stores["train"], 1, choice, self.device, compiled=compiled),
             self.device,
-            zero=number == len(self.memory.stages),
+            zero=number == len(self.memory.network.stages),
         )
         learner.optimizer = new_optimizer(learner.parameters(), self.recipe, number, None)
         learner.smaller = partial(self.memory.smaller, number, number - 1, None)

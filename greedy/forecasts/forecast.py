@@ -13,7 +13,8 @@ from torch import nn
 
 from greedy.base.devices import pick_device, pick_precision
 from greedy.base.errors import UserError
-from greedy.build.modules import build_loss, build_network, checked_shapes
+from greedy.build.cut_network import CutNetwork
+from greedy.build.modules import build_loss, build_network
 from greedy.data import DATASETS, Reading, load_dataset
 from greedy.forecasts.calibration import Calibration, Work
 from greedy.forecasts.duration import Durations
@@ -21,7 +22,7 @@ from greedy.memory.baselines import baselines
 from greedy.memory.choice import Choice, memory_budget
 from greedy.memory.plan import MemoryPlan
 from greedy.memory.resident import resident
-from greedy.models import Shape, cut
+from greedy.models import Shape
 from greedy.recipes import Recipe
 from greedy.recipes.per_stage import for_stage
 from greedy.runs.directory import SPLITS, RunDirectory
@@ -190,27 +191,27 @@ def forecast(
     cannot meet.
     """
     recipe = run.recipe
-    network = model or build_network(recipe.model, data.shape, data.classes)
-    stages = cut(network, recipe.model.stage_layers)
-    shapes = checked_shapes(recipe, stages, data.shape, data.classes)
-    disk = plan_disk(run, shapes, data.rows, data.stored_bytes)
-    loss = build_loss(recipe.loss)
+    network = CutNetwork.of(
+        recipe,
+        model or build_network(recipe.model, data.shape, data.classes),
+        data.shape,
+        data.classes,
+        build_loss(recipe.loss),
+    )
+    disk = plan_disk(run, network.shapes, data.rows, data.stored_bytes)
     memory = MemoryPlan(
         recipe,
-        stages,
-        shapes,
-        loss,
-        data.classes,
+        network,
         machine.precision,
         machine.memory_budget_bytes,
         machine.device,
     )
     planned = _Planned(recipe, data, memory, disk)
-    at_once = None if recipe.training.strategy == "greedy" else memory.network()
-    found = [planned.forecast(number, at_once) for number in range(1, len(stages) + 1)]
+    at_once = None if recipe.training.strategy == "greedy" else memory.at_once()
+    found = [planned.forecast(number, at_once) for number in range(1, len(network) + 1)]
     if calibration is not None and at_once is None:
         found = planned.timed(found, calibration)
-    others = baselines(stages, shapes, loss, data.classes, recipe.training.batch_size)
+    others = baselines(network, recipe.training.batch_size)
     process = None
     if machine.device == "cpu":  # now that counting has brought in the modules that training needs
         process = resident(max(each.peak_memory_bytes for each in found))
@@ -229,18 +230,21 @@ class _Planned:
     def forecast(self, number: int, at_once: Choice | None) -> StageForecast:
         """The forecast of a stage that trains alone, or of its share where all train at once by a
         choice that is the network's."""
-        stage, shape = self.memory.stages[number - 1], self.memory.shapes[number - 1]
-        is_output = number == len(self.memory.stages)
+        stage, shape = (
+            self.memory.network.stages[number - 1],
+            self.memory.network.shapes[number - 1],
+        )
+        is_output = number == len(self.memory.network.stages)
         source = number - 1 if at_once else self.disk.source(number)
         choice = at_once or self.memory.stage(number, source)
         with torch.device("meta"):
             heads = self.memory.loss_of(number).heads(shape.hidden, self.data.classes)
         rows = self._rows_trained() * for_stage(self.recipe.training.epochs, number)
-        replayed = sum(each.operations for each in self.memory.shapes[source : number - 1])
+        replayed = sum(each.operations for each in self.memory.network.shapes[source : number - 1])
         stored = at_once is None and not is_output
         return StageForecast(
             stage=number,
-            name="output" if is_output else stage.name,
+            name=self.memory.network.name(number),
             mode=choice.mode,
             micro_batch=choice.micro_batch,
             usual=at_once is not None or parts_of(stage, heads, shape.hidden) is not None,
@@ -264,8 +268,8 @@ class _Planned:
     def _work(self, number: int) -> Work:
         memory = self.memory
         return Work.of(
-            memory.stages[number - 1],
-            memory.shapes[number - 1],
+            memory.network.stages[number - 1],
+            memory.network.shapes[number - 1],
             memory.precision,
             memory.stage(number, self.disk.source(number)),
             memory.flops(number),

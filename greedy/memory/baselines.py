@@ -4,9 +4,10 @@ Counted are the bytes of weights, gradients, both moments of Adam, the batch and
 between: a real step needs what its operators take while they compute besides.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
-from functools import partial
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from greedy.base.errors import UserError
 from greedy.base.sizes import format_size
+from greedy.build.cut_network import CutNetwork
 from greedy.losses import Glob, LocalLoss, heads_of
-from greedy.losses.strategies import losses_of
 from greedy.memory.choice import Choice, fused_adam, reserved
 from greedy.memory.counting import Counter
 from greedy.memory.fake import counted, fake_tensors, make_state, materialised
@@ -45,64 +46,85 @@ BASELINES = {
 Step = Callable[[Strategy, Batch, Sequence[Tensor | None]], None]
 
 
-def baselines(
-    stages: Sequence[Stage],
-    shapes: Sequence[StageShapes],
-    loss: LocalLoss,
-    num_classes: int,
-    batch_size: int,
-) -> dict[str, int]:
-    """The peaks in bytes of steps by other means than ours, named as in ``BASELINES``, for one
-    network and batch size, in float32 but for ``backprop_bfloat16``; without a local loss there is
-    no ``joint``. The stages stay as they are."""
-    count = partial(network_peak, stages, shapes, loss, num_classes, batch_size)
-    found = {
-        "backprop": count("backprop"),
-        "backprop_bfloat16": count("backprop", precision="bfloat16"),
-        "backprop_checkpointed": count("backprop", step=_checkpointed),
-        "backprop_accumulated": count("backprop", accumulate=-(-batch_size // MICRO_BATCH)),
+@dataclass(frozen=True)
+class NetworkDemand:
+    """A step that trains all stages of a network at once, as memory sees it.
+
+    Attributes:
+        batch_size: rows of a batch.
+        strategy: by its name.
+        precision: ``float32``, ``bfloat16`` or ``float16``.
+        accumulate: micro-batches whose gradients are added up.
+        optimizer: makes the optimisers; ``None`` if their state is in host memory.
+    """
+
+    network: CutNetwork
+    batch_size: int
+    strategy: str
+    precision: str = "float32"
+    accumulate: int = 1
+    optimizer: OptimizerFactory | None = fused_adam
+
+    def peak(self, step: Step | None = None) -> int:
+        """Counts the bytes on the device at most, by default in a step of the strategy. The stages
+        stay as they are."""
+        loss = self.network.loss
+        return counted(lambda seen: self._peak(seen, step or _step), loss, "the network")
+
+    def _peak(self, loss: LocalLoss, step: Step) -> int:
+        copies = [deepcopy(stage).to("meta") for stage in self.network.stages]
+        losses = replace(self.network, loss=loss).losses(self.strategy)
+        with fake_tensors(), Counter() as counter:
+            learners = [
+                _learner(stage, shape, each, self.network.classes, self.precision)
+                for stage, shape, each in zip(copies, self.network.shapes, losses, strict=True)
+            ]
+            make = self.optimizer or _no_optimizer
+            trained = together(self.strategy, learners, self.accumulate, make)
+            make_state([p for each in learners for p in each.parameters()], trained.optimizers)
+            batch, masks = _batch(learners, self.network.shapes, self.batch_size)
+            counter.reset_peak()
+            step(trained, batch, masks)
+        return counter.peak
+
+
+def baselines(network: CutNetwork, batch_size: int) -> dict[str, int]:
+    """Counts the peaks in bytes of steps by other means than ours, named as in ``BASELINES``, in
+    float32 but for ``backprop_bfloat16``; without a local loss there is no ``joint``."""
+    backprop = NetworkDemand(network, batch_size, "backprop")
+    peaks = {
+        "backprop": backprop.peak(),
+        "backprop_bfloat16": replace(backprop, precision="bfloat16").peak(),
+        "backprop_checkpointed": backprop.peak(_checkpointed),
+        "backprop_accumulated": replace(
+            backprop, accumulate=math.ceil(batch_size / MICRO_BATCH)
+        ).peak(),
     }
-    return found if isinstance(loss, Glob) else found | {"joint": count("joint")}
+    if not isinstance(network.loss, Glob):
+        peaks["joint"] = replace(backprop, strategy="joint").peak()
+    return peaks
 
 
 def choose_network(
-    stages: Sequence[Stage],
-    shapes: Sequence[StageShapes],
-    loss: LocalLoss,
-    num_classes: int,
+    network: CutNetwork,
     training: Training,
     precision: str,
     budget: int | None,
     device_type: str,
     optimizer: OptimizerFactory | None = fused_adam,
 ) -> Choice:
-    """The choice by which a step that trains all stages at once fits a budget of bytes: in its
-    plain mode, the only one it has. Raises ``UserError`` where it does not. Without an
-    ``optimizer`` its state is in host memory."""
-    peak = network_peak(
-        stages,
-        shapes,
-        loss,
-        num_classes,
-        training.batch_size,
-        training.strategy,
-        precision=precision,
-        accumulate=training.accumulate,
-        optimizer=optimizer,
+    """Returns the choice by which a step that trains all stages at once fits a budget of bytes: in
+    its plain mode, the only one it has. Without an ``optimizer`` its state is in host memory.
+
+    Raises ``UserError`` where it does not fit.
+    """
+    demand = NetworkDemand(
+        network, training.batch_size, training.strategy, precision, training.accumulate, optimizer
     )
-    looking = partial(
-        network_peak,
-        stages,
-        shapes,
-        loss,
-        num_classes,
-        strategy=training.strategy,
-        precision=precision,
-        optimizer=optimizer,
-        step=_measured,
-    )
+    measuring = replace(demand, accumulate=1)
+    peak = demand.peak()
     if training.patience:  # held-out rows are measured a batch at a time
-        peak = max(peak, looking(batch_size=training.batch_size))
+        peak = max(peak, measuring.peak(_measured))
     peak = reserved(peak, device_type)
     if budget is not None and peak > budget:
         raise UserError(
@@ -110,60 +132,14 @@ def choose_network(
             f"{format_size(budget)}: train one stage at a time (--strategy greedy), lower "
             f"training.batch_size, or raise --memory-budget"
         )
-    test_rows = min(map(write_batch, shapes))
+    test_rows = min(map(write_batch, network.shapes))
     while budget is not None and test_rows > 1:
-        if reserved(looking(batch_size=test_rows), device_type) <= budget:
+        looked_at = replace(measuring, batch_size=test_rows).peak(_measured)
+        if reserved(looked_at, device_type) <= budget:
             break
         test_rows //= 2
-    rows = -(-training.batch_size // training.accumulate)
+    rows = math.ceil(training.batch_size / training.accumulate)
     return Choice(Mode.PLAIN, rows, peak, test_rows)
-
-
-def network_peak(
-    stages: Sequence[Stage],
-    shapes: Sequence[StageShapes],
-    loss: LocalLoss,
-    num_classes: int,
-    batch_size: int,
-    strategy: str,
-    *,
-    precision: str = "float32",
-    accumulate: int = 1,
-    optimizer: OptimizerFactory | None = fused_adam,
-    step: Step | None = None,
-) -> int:
-    """The peak in bytes of a step that trains all stages by a strategy of that name. Without an
-    ``optimizer`` its state is in host memory. The stages stay as they are."""
-    what = (num_classes, batch_size, strategy, precision, accumulate, optimizer, step or _step)
-    return counted(lambda seen: _peak(stages, shapes, seen, *what), loss, "the network")
-
-
-def _peak(
-    stages: Sequence[Stage],
-    shapes: Sequence[StageShapes],
-    loss: LocalLoss,
-    num_classes: int,
-    batch_size: int,
-    strategy: str,
-    precision: str,
-    accumulate: int,
-    optimizer: OptimizerFactory | None,
-    step: Step,
-) -> int:
-    copies = [deepcopy(stage).to("meta") for stage in stages]
-    with fake_tensors(), Counter() as counter:
-        learners = [
-            _learner(stage, shape, each, num_classes, precision)
-            for stage, shape, each in zip(
-                copies, shapes, losses_of(strategy, loss, len(stages)), strict=True
-            )
-        ]
-        trained = together(strategy, learners, accumulate, optimizer or _no_optimizer)
-        make_state([p for each in learners for p in each.parameters()], trained.optimizers)
-        batch, masks = _batch(learners, shapes, batch_size)
-        counter.reset_peak()
-        step(trained, batch, masks)
-    return counter.peak
 
 
 class _Unguarded(Guard):

@@ -1,10 +1,10 @@
 """How the steps of a run fit its memory budget."""
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
 
+from greedy.build.cut_network import CutNetwork
 from greedy.losses import Glob, LocalLoss
-from greedy.losses.strategies import losses_of
 from greedy.memory.baselines import choose_network
 from greedy.memory.choice import (
     Choice,
@@ -27,8 +27,7 @@ class MemoryPlan:
     """The memory of every stage's step, counted once.
 
     Attributes:
-        stages: of the network; they stay as they are.
-        loss: the recipe's local loss.
+        network: its stages stay as they are.
         precision: ``float32``, ``bfloat16`` or ``float16``.
         budget: bytes on the device that a step may take; ``None`` for any number.
         device_type: ``cpu``, ``cuda`` or ``mps``.
@@ -37,10 +36,7 @@ class MemoryPlan:
     """
 
     recipe: Recipe
-    stages: Sequence[Stage]
-    shapes: Sequence[StageShapes]
-    loss: LocalLoss
-    num_classes: int
+    network: CutNetwork
     precision: str
     budget: int | None
     device_type: str
@@ -53,7 +49,7 @@ class MemoryPlan:
         """Raises ``UserError`` for a stage that the budget has no room for, if each trains from
         the last store that the disk plan gives it; or for a network that trains at once."""
         if self.recipe.training.strategy != "greedy":
-            self.network()
+            self.at_once()
             return
         for number in numbers:
             self.stage(number, disk.source(number))
@@ -87,7 +83,7 @@ class MemoryPlan:
         """The demand of a stage's step, and that of writing its store where that differs."""
         demand = self._demand(number, source)
         if self.recipe.store.refresh_every > 0:
-            demand = replace(demand, beside=sum(map(weight_bytes, self.stages[:source])))
+            demand = replace(demand, beside=sum(map(weight_bytes, self.network.stages[:source])))
             return demand, self._writing(number, 0)
         if written_from is None or written_from == source:
             return demand, None
@@ -95,17 +91,17 @@ class MemoryPlan:
 
     def _replay(self, source: int, number: int) -> Replay | None:
         """What lies between a store and a stage."""
-        stages = tuple(self.stages[source : number - 1])
+        stages = tuple(self.network.stages[source : number - 1])
         if not stages:
             return None
-        rows = min(map(write_batch, self.shapes[source : number - 1]))
-        return Replay(stages, self.shapes[source].input, rows)
+        rows = min(map(write_batch, self.network.shapes[source : number - 1]))
+        return Replay(stages, self.network.shapes[source].input, rows)
 
     def _writing(self, number: int, source: int) -> StepDemand:
         """A frozen stage whose store is computed from that of stage ``source``: where views are
         drawn anew while the next stage trains, beside that."""
         next_stage = 0
-        if self.recipe.store.refresh_every and number < len(self.stages):
+        if self.recipe.store.refresh_every and number < len(self.network):
             next_stage = self._demand(number + 1, number).parameter_bytes()
         return replace(self._demand(number, source), beside=next_stage)
 
@@ -116,20 +112,17 @@ class MemoryPlan:
             self.optimizer if on_device else None,
             self.device_type,
             stored_row_bytes(
-                self.recipe.store.encoding if source else self.images, self.shapes[source].input
+                self.recipe.store.encoding if source else self.images,
+                self.network.shapes[source].input,
             ),
             self._replay(source, number),
         )
 
-    def network(self) -> Choice:
-        """The choice by which all stages train at once. Raises ``UserError`` where that does not
-        fit."""
+    def at_once(self) -> Choice:
+        """Returns how all stages train at once. Raises ``UserError`` where that does not fit."""
         on_device = self.recipe.memory.optimizer_state == "device"
         return choose_network(
-            self.stages,
-            self.shapes,
-            self.loss,
-            self.num_classes,
+            self.network,
             self.recipe.training,
             self.precision,
             self.budget,
@@ -141,7 +134,7 @@ class MemoryPlan:
         """Floating-point operations of a stage's plain step, a multiply-add counting 2; trained
         from the network's end, with those of its input's gradient."""
         through = self.recipe.training.strategy in ("backprop", "glob+sim") and number > 1
-        forward = 2 * self.recipe.training.batch_size * self.shapes[number - 1].operations
+        forward = 2 * self.recipe.training.batch_size * self.network.shapes[number - 1].operations
         return self._own_flops(number, 2 * forward) + (forward if through else 0)
 
     def _own_flops(self, number: int, without_heads: int) -> int:
@@ -155,16 +148,16 @@ class MemoryPlan:
 
     def loss_of(self, number: int) -> LocalLoss:
         """The loss of a stage."""
-        return losses_of(self.recipe.training.strategy, self.loss, len(self.stages))[number - 1]
+        return self.network.losses(self.recipe.training.strategy)[number - 1]
 
     def _what(self, number: int) -> tuple[Stage, StageShapes, LocalLoss, int, int, str]:
-        stage, shape = self.stages[number - 1], self.shapes[number - 1]
+        stage, shape = self.network.stages[number - 1], self.network.shapes[number - 1]
         batch_size = self.recipe.training.batch_size
-        return stage, shape, self.loss_of(number), self.num_classes, batch_size, self.precision
+        return stage, shape, self.loss_of(number), self.network.classes, batch_size, self.precision
 
     def _alike(self, number: int) -> Hashable:
         """Networks repeat themselves, and of stages that are alike one is counted."""
-        stage, shape = self.stages[number - 1], self.shapes[number - 1]
+        stage, shape = self.network.stages[number - 1], self.network.shapes[number - 1]
         sizes = tuple(p.shape for p in stage.parameters())
         loss = self.loss_of(number)
         named = loss if isinstance(loss, Hashable) else id(loss)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from greedy.base.commands import command
+from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import build_loss
 from greedy.losses import Glob, LocalLoss
 from greedy.memory.baselines import baselines
@@ -183,13 +184,9 @@ def _baselines(
 ) -> Mapping[str, int]:
     data = run.complete(0)
     stages = stages_of(run.recipe, data, model)
-    return baselines(
-        stages,
-        shapes(stages, data.row_shape),
-        loss,
-        len(data.class_names),
-        run.recipe.training.batch_size,
-    )
+    along = shapes(stages, data.row_shape)
+    network = CutNetwork(stages, along, loss, len(data.class_names))
+    return baselines(network, run.recipe.training.batch_size)
 
 
 def _stores(run: RunDirectory, records: Mapping[int, StageRecord]) -> list[StoreFacts]:

@@ -10,11 +10,9 @@ import torch
 from greedy.base.devices import memory_limited, reset_peak_memory, set_determinism
 from greedy.base.disk_space import require_room, until_full
 from greedy.base.files import bytes_below
-from greedy.losses import LocalLoss
-from greedy.losses.strategies import losses_of
+from greedy.build.cut_network import CutNetwork
 from greedy.memory.choice import Choice, named_budget
 from greedy.memory.peaks import OptimizerFactory
-from greedy.models import Stage, StageShapes
 from greedy.recipes import Recipe
 from greedy.runs.begun import Start
 from greedy.runs.choices import Choices
@@ -35,13 +33,11 @@ from greedy.training.resolve import ample_memory, resolve
 @dataclass
 class NetworkTraining:
     """All that training a network at once takes. ``data`` is stage 0's record, ``source`` its
-    images, ``loss`` the recipe's local loss, ``memory`` what a step takes; ``own_rates`` says
-    that an ``optimizer`` of the user's begins at its own rates."""
+    images, ``memory`` what a step takes; ``own_rates`` says that an ``optimizer`` of the user's
+    begins at its own rates."""
 
     run: RunDirectory
-    stages: Sequence[Stage]
-    shapes: Sequence[StageShapes]
-    loss: LocalLoss
+    network: CutNetwork
     source: Source
     data: StageRecord
     memory: Choice
@@ -94,7 +90,7 @@ class NetworkTraining:
             recipe=self.data.recipe,
             parent=self.data.lineage,
             source=0,
-            layers=[kind for stage in self.stages for kind in stage.kinds],
+            layers=[kind for stage in self.network.stages for kind in stage.kinds],
             resolved=resolve(
                 self.recipe, self.source.stores["train"], "live", self.memory, self.device
             ),
@@ -106,8 +102,8 @@ class NetworkTraining:
         return start
 
     def _strategy(self, choices: Choices) -> Strategy:
-        training, count = self.recipe.training, len(self.stages)
-        load_initial(self.run, self.stages)
+        training, count = self.recipe.training, len(self.network.stages)
+        load_initial(self.run, self.network.stages)
         learners = [
             new_learner(
                 stage,
@@ -120,9 +116,9 @@ class NetworkTraining:
                 zero=stage.number == count and training.strategy != "backprop",
             )
             for stage, shape, loss in zip(
-                self.stages,
-                self.shapes,
-                losses_of(training.strategy, self.loss, count),
+                self.network.stages,
+                self.network.shapes,
+                self.network.losses(training.strategy),
                 strict=True,
             )
         ]
@@ -141,14 +137,14 @@ class NetworkTraining:
         epochs = training.epochs
         assert isinstance(epochs, int)
         self.reporter.network_started(training.strategy, epochs, choices)
-        histories: list[list[EpochReport]] = [[] for _ in self.stages]
-        paths = [self.run.training_history(stage.number) for stage in self.stages]
+        histories: list[list[EpochReport]] = [[] for _ in self.network.stages]
+        paths = [self.run.training_history(stage.number) for stage in self.network.stages]
         for path in paths:
             path.unlink(missing_ok=True)
         for reports in Epochs(
             checkpoints.strategy,
             self.source,
-            [shape.input for shape in self.shapes],
+            [shape.input for shape in self.network.shapes],
             checkpoints.schedule,
             self.recipe,
             self.reporter,
@@ -174,7 +170,9 @@ class NetworkTraining:
         """Writes every stage as if it had been trained alone, but for its record's times and
         memory, which are those of the network."""
         records = [self.data]
-        for learner, shape, reports in zip(strategy.learners, self.shapes, histories, strict=True):
+        for learner, shape, reports in zip(
+            strategy.learners, self.network.shapes, histories, strict=True
+        ):
             learner.release()
             with new_stage(self.run.stage(learner.stage.number)) as directory:
                 save_weights(learner, directory)
