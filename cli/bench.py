@@ -67,11 +67,9 @@ def bench(
     with terminable(), _interruptible():
         _say(as_json, f"{wanted.name} on {describe(bench.device)}: the peak")
         calibration = Calibration.begin(bench.device, peak_flops(bench.device))
-        for number in range(1, len(bench.memory.network) + 1):
-            _say(
-                as_json,
-                f"stage {number}/{len(bench.memory.network)} {bench.memory.network.name(number)}",
-            )
+        stages = bench.memory.network
+        for number in range(1, len(stages) + 1):
+            _say(as_json, f"stage {number}/{len(stages)} {stages.name(number)}")
             found.append(bench.measure(number, seconds))
             calibration = calibration.adding(found[-1].measured)
             calibration.write(path)

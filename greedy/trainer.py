@@ -3,7 +3,6 @@
 import math
 import os
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,39 +10,31 @@ from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 
 from greedy.base.commands import command
-from greedy.base.devices import pick_device, pick_precision
+from greedy.base.devices import pick_device
 from greedy.base.disk_space import require_room, until_full
 from greedy.base.errors import UserError
 from greedy.base.heap import give_back
 from greedy.build.cut_network import CutNetwork
-from greedy.build.modules import build_loss, build_network, checked_shapes
+from greedy.build.modules import build_loss, build_network
 from greedy.build.python_recipe import python_recipe, require_optimizer
 from greedy.cache import Damage
 from greedy.data import Dataset, dataset_from_torch, require_repeatable
 from greedy.losses import LocalLoss, PredSim, require_local_loss
-from greedy.memory.choice import Choice, fused_adam, memory_budget
-from greedy.memory.plan import MemoryPlan
 from greedy.recipes import Recipe
-from greedy.recipes.per_stage import for_stage
-from greedy.runs.begun import Start
-from greedy.runs.choices import Choices
 from greedy.runs.directory import SPLITS, RunDirectory, new_stage
 from greedy.runs.disk_budget import former, plan_disk
-from greedy.runs.disk_plan import Plan, Views
-from greedy.runs.events import Reporter, RunOutline
-from greedy.runs.network import assemble, stages_of
+from greedy.runs.disk_plan import Views
+from greedy.runs.events import Reporter
+from greedy.runs.network import assemble
 from greedy.runs.outside import finished_outside
 from greedy.runs.record import StageRecord
 from greedy.runs.retraining import Retraining
-from greedy.runs.unfinished import find_training, needed_stores, source_begun
+from greedy.runs.unfinished import needed_stores, source_begun
 from greedy.stores.changes import is_prepared, require_unchanged_folder
-from greedy.stores.opening import Sources
 from greedy.stores.repair import Mender, Repair
-from greedy.stores.source import Source
 from greedy.stores.stage0 import readable, stored_encoding, write_stage0
-from greedy.training.network import NetworkTraining
-from greedy.training.resolve import compiles, resolve, resolve_again, within_budget
-from greedy.training.stage import OptimizerFactory, StageTraining
+from greedy.training.planning import StagePlanner
+from greedy.training.stage import OptimizerFactory
 
 
 class GreedyTrainer:
@@ -82,10 +73,8 @@ class GreedyTrainer:
         loss = PredSim() if loss is None else loss
         require_local_loss(loss)
         require_optimizer(settings, optimizer)
-        self._set_up(
-            python_recipe(settings, loss), run_dir, device, reporter, model, loss, optimizer
-        )
-        self._own_rates = "learning_rate" not in settings
+        recipe, own_rates = python_recipe(settings, loss), "learning_rate" not in settings
+        self._set_up(recipe, run_dir, device, reporter, model, loss, optimizer, own_rates)
 
     @classmethod
     def from_recipe(
@@ -111,16 +100,17 @@ class GreedyTrainer:
         model: nn.Sequential | None,
         loss: LocalLoss,
         optimizer: OptimizerFactory | None = None,
+        own_rates: bool = False,
     ) -> None:
         self.device = pick_device(device)
         self.run = RunDirectory.create(Path(run_dir), recipe)
         self.recipe = recipe
         self.reporter = reporter or Reporter()
         self.loss = loss
-        self.optimizer = optimizer
-        self._own_rates = False
         self._model = model
-        self._planned: MemoryPlan | None = None
+        self._planner = StagePlanner(
+            self.run, model, loss, self.device, self.reporter, optimizer, own_rates
+        )
 
     def fit(
         self, train_set: TorchDataset, test_set: TorchDataset, *, ignore_changes: bool = False
@@ -149,10 +139,9 @@ class GreedyTrainer:
         rows = {split: len(getattr(dataset, split)) for split in SPLITS}
         needed = sum(rows.values()) * math.prod(shape) * dataset.train.dtype.itemsize
         require_room(self.run.path, "stage 0", needed)
-        memory = self._memory_of(network, stored_encoding(dataset.train).name)
+        memory = self._planner.plan_memory(network, stored_encoding(dataset.train).name)
         disk = plan_disk(self.run, network.shapes, rows, needed)
         memory.require(range(1, len(network) + 1), disk)
-        self._planned = memory
         dataset = readable(self.recipe, dataset, self.reporter)
         self.run.make()
         with self.run.writing():
@@ -186,8 +175,10 @@ class GreedyTrainer:
         if not todo:
             self._announce(todo)
             return [self._skip(number) for number in numbers]
-        plan = self._plan_disk(first)
-        self._memory().require(todo, plan)  # what cannot be trained is refused before anything is
+        plan = self._planner.disk(first)
+        self._planner.memory().require(
+            todo, plan
+        )  # what cannot be trained is refused before anything is
         self._announce(todo)
         self.reporter.disk_planned(plan)
         if retraining:
@@ -218,31 +209,12 @@ class GreedyTrainer:
         if self.run.is_finished and retrain_from is None:
             self._announce(())
             return [self._skip(number) for number in numbers]
-        data = self.run.complete(0)
-        network, memory = self._network(data), self._memory().at_once()
+        training = self._planner.whole_network()
         self._announce(numbers)
-        sources = Sources(self.run, network.stages, data, self.device, self.reporter)
-        return NetworkTraining(
-            run=self.run,
-            network=network,
-            source=sources.for_training(1, 0),
-            data=data,
-            memory=memory,
-            device=self.device,
-            reporter=self.reporter,
-            optimizer=self.optimizer,
-            own_rates=self._own_rates,
-        ).train()
+        return training.train()
 
     def _announce(self, numbers: Iterable[int]) -> None:
-        data, epochs = self.run.complete(0), self.recipe.training.epochs
-        operations = {}
-        for number in numbers:
-            row = self._memory().network.shapes[number - 1].operations
-            operations[number] = row * data.rows["train"] * for_stage(epochs, number)
-        budget = memory_budget(self.recipe, self.device)
-        assert data.store is not None
-        self.reporter.run_started(RunOutline(data.network, operations, data.store.bytes, budget))
+        self.reporter.run_started(self._planner.outline(numbers))
 
     def _skip(self, number: int) -> StageRecord:
         record = self.run.complete(number)
@@ -291,7 +263,7 @@ class GreedyTrainer:
             self.reporter.stage_finished(record)
             return record
         before = former(self.run, number)
-        views = before.choices.views if before else self._plan_disk().views(number)
+        views = before.choices.views if before else self._planner.disk().views(number)
         self._announce([number])
         return self._train_stage(number, source, to or self.run.stage(number), views)
 
@@ -299,7 +271,7 @@ class GreedyTrainer:
         self, number: int, source: int | None, directory: Path, views: Views
     ) -> StageRecord:
         source = source_begun(self.run, number, directory) if source is None else source
-        training = self._stage_training(number, source, views, directory)
+        training = self._planner.stage(number, source, views, directory)
         if directory == self.run.stage(number) and (before := former(self.run, number)):
             training.written_before = before.bytes_written
         full = until_full(self.run.path, f"stage {number}")
@@ -310,95 +282,13 @@ class GreedyTrainer:
         self.reporter.stage_finished(record)
         return record
 
-    def _stage_training(
-        self, number: int, wanted: int, views: Views, directory: Path
-    ) -> StageTraining:
-        data, parent = self.run.complete(0), self.run.complete(number - 1)
-        network = self._network(data)
-        stage, is_output = network.stages[number - 1], number == len(network)
-        sources = Sources(self.run, network.stages, data, self.device, self.reporter)
-        source = sources.for_training(number, wanted)
-        written_from = sources.written_from(number, views)
-        memory = self._memory().stage(number, source.number, written_from)
-        start = Start(
-            stage=number,
-            recipe=parent.recipe,
-            parent=parent.lineage,
-            source=source.number,
-            layers=stage.kinds,
-            resolved=self._choices(number, source, views, memory),
-        )
-        if begun := find_training(directory, start, self.reporter):
-            choices = within_budget(self.recipe, begun.resolved, memory)
-            start = begun.model_copy(update={"resolved": choices})
-        source.precision = start.resolved.precision
-        if start.resolved.shuffle == "rows":
-            source.hold_in_memory()
-        return StageTraining(
-            stage=stage,
-            shapes=network.shapes[number - 1],
-            loss=network.losses("greedy")[number - 1],
-            recipe=self.recipe,
-            source=source,
-            sources=sources,
-            start=start,
-            parent=parent,
-            is_output=is_output,
-            device=self.device,
-            reporter=self.reporter,
-            smaller=partial(self._memory().smaller, number, source.number, written_from),
-            optimizer=self.optimizer,
-            own_rates=self._own_rates,
-        )
-
-    def _choices(self, number: int, source: Source, views: Views, memory: Choice) -> Choices:
-        """The choices for a stage: those of its earlier training from the same source, or new."""
-        before = former(self.run, number)
-        if before is not None and before.source == source.number:
-            return resolve_again(self.recipe, before.choices, views, memory)
-        hidden = self._memory().network.shapes[number - 1].hidden
-        store = source.stores["train"]
-        compiled = compiles(self.recipe, number, hidden, store.rows, memory, self.device)
-        return resolve(self.recipe, store, views, memory, self.device, compiled=compiled)
-
-    def _memory(self) -> MemoryPlan:
-        """The plan by which the steps of the run's stages fit the memory budget."""
-        if self._planned is None:
-            data = self.run.complete(0)
-            assert data.store is not None
-            self._planned = self._memory_of(self._network(data), data.store.encoding)
-        return self._planned
-
-    def _memory_of(self, network: CutNetwork, images: str) -> MemoryPlan:
-        return MemoryPlan(
-            self.recipe,
-            network,
-            pick_precision(self.recipe.training.precision, self.device),
-            memory_budget(self.recipe, self.device),
-            self.device.type,
-            self.optimizer or fused_adam,
-            images,
-        )
-
-    def _plan_disk(self, retrain_from: int | None = None) -> Plan:
-        data = self.run.complete(0)
-        assert data.store is not None
-        shapes, rows = self._network(data).shapes, dict(data.rows.items())
-        return plan_disk(self.run, shapes, rows, data.store.bytes, retrain_from)
-
-    def _network(self, data: StageRecord) -> CutNetwork:
-        """The run's network without its trained weights."""
-        stages, classes = stages_of(self.recipe, data, self._model), len(data.class_names)
-        shapes = checked_shapes(self.recipe, stages, data.row_shape, classes)
-        return CutNetwork(stages, shapes, self.loss, classes)
-
     def repair(
         self, numbers: Iterable[int], *, dropped: bool = False
     ) -> tuple[list[Repair], list[Damage]]:
         """Computes again what is damaged in the stores of stages, and stores that were dropped if
         asked to; returns what was done and what is damaged still. See ``greedy.stores.repair``."""
         with self.run.writing():
-            network = self._network(self.run.complete(0))
+            network = self._planner.network()
             mender = Mender(self.run, network.stages, self.device, self.reporter)
             found = [mender.repair(number, dropped=dropped) for number in numbers]
         return [r for done, _ in found for r in done], [d for _, left in found for d in left]

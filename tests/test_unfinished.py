@@ -143,7 +143,7 @@ def test_the_disk_plan_leaves_a_store_that_a_training_needs(run: Path, monkeypat
 
     mine = trainer(run)
     mine.reporter = Watch()
-    plan = mine._plan_disk(2)
+    plan = mine._planner.disk(2)
     monkeypatch.setattr(type(plan), "dropped_after", lambda self, n: [1] if n == 2 else [])
     mine.train(2)
     assert there == [(2, True), (3, True)]

@@ -116,10 +116,8 @@ class Bench:
         Raises ``UserError`` where its step does not fit the memory budget, ``TrainingError`` where
         the disk has no room for its temporary store.
         """
-        shapes, choice = (
-            self.memory.network.shapes[number - 1],
-            self.memory.stage(number, number - 1),
-        )
+        network, choice = self.memory.network, self.memory.stage(number, number - 1)
+        shapes = network.shapes[number - 1]
         with TemporaryDirectory(prefix="greedy-bench-") as place:
             source = random_source(
                 Path(place) / "source",
@@ -138,15 +136,13 @@ class Bench:
         memory = learner.memory  # smaller than chosen where that did not fit after all
         choice = replace(choice, mode=memory.mode, micro_batch=memory.micro_batch)
         flops, batch_size = self.memory.flops(number), self.recipe.training.batch_size
-        what = (learner.stage, shapes, self.memory.precision, choice)
+        precision = self.memory.precision
         measured = Measured(
-            work=Work.of(*what, flops, batch_size),
+            work=Work.of(learner.stage, shapes, precision, choice, flops, batch_size),
             rows_per_second=1 / (waited + computed),
             frozen_rows_per_second=1 / frozen,
         )
-        return StageSpeed(
-            number, self.memory.network.name(number), measured, waited / (waited + computed)
-        )
+        return StageSpeed(number, network.name(number), measured, waited / (waited + computed))
 
     def _learner(self, number: int, choice: Choice, source: Source) -> Learner:
         shapes, rows = self.memory.network.shapes[number - 1], self.data.rows["train"]

@@ -230,21 +230,19 @@ class _Planned:
     def forecast(self, number: int, at_once: Choice | None) -> StageForecast:
         """The forecast of a stage that trains alone, or of its share where all train at once by a
         choice that is the network's."""
-        stage, shape = (
-            self.memory.network.stages[number - 1],
-            self.memory.network.shapes[number - 1],
-        )
-        is_output = number == len(self.memory.network.stages)
+        network = self.memory.network
+        stage, shape = network.stages[number - 1], network.shapes[number - 1]
+        is_output = number == len(network)
         source = number - 1 if at_once else self.disk.source(number)
         choice = at_once or self.memory.stage(number, source)
         with torch.device("meta"):
             heads = self.memory.loss_of(number).heads(shape.hidden, self.data.classes)
         rows = self._rows_trained() * for_stage(self.recipe.training.epochs, number)
-        replayed = sum(each.operations for each in self.memory.network.shapes[source : number - 1])
+        replayed = sum(each.operations for each in network.shapes[source : number - 1])
         stored = at_once is None and not is_output
         return StageForecast(
             stage=number,
-            name=self.memory.network.name(number),
+            name=network.name(number),
             mode=choice.mode,
             micro_batch=choice.micro_batch,
             usual=at_once is not None or parts_of(stage, heads, shape.hidden) is not None,

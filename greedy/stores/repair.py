@@ -69,8 +69,8 @@ class Mender:
         _require_known_views(self.run, store)
         torch.set_num_threads(record.choices.threads)
         source, batch = self._source(record), record.choices.write_batch
-        what = (source, record.row_shape, batch, self.run.recipe.seed, number)
-        fitted = fit(store.encoding, *what)
+        seed = self.run.recipe.seed
+        fitted = fit(store.encoding, source, record.row_shape, batch, seed, number)
         with replacing(path, path.with_name(f".{path.name}.part")) as place:
             written = {
                 split: write_split(

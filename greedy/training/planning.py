@@ -1,0 +1,173 @@
+"""How each stage of a run trains: from what, in which memory, with which choices."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from greedy.base.devices import pick_precision
+from greedy.build.cut_network import CutNetwork
+from greedy.build.modules import checked_shapes
+from greedy.losses import LocalLoss
+from greedy.memory.choice import Choice, fused_adam, memory_budget
+from greedy.memory.peaks import OptimizerFactory
+from greedy.memory.plan import MemoryPlan
+from greedy.recipes import Recipe
+from greedy.recipes.per_stage import for_stage
+from greedy.runs.begun import Start
+from greedy.runs.choices import Choices
+from greedy.runs.directory import RunDirectory
+from greedy.runs.disk_budget import former, plan_disk
+from greedy.runs.disk_plan import Plan, Views
+from greedy.runs.events import Reporter, RunOutline
+from greedy.runs.network import stages_of
+from greedy.runs.unfinished import find_training
+from greedy.stores.opening import Sources
+from greedy.stores.source import Source
+from greedy.training.network import NetworkTraining
+from greedy.training.resolve import compiles, resolve, resolve_again, within_budget
+from greedy.training.stage import StageTraining
+
+
+@dataclass
+class StagePlanner:
+    """Plans the stages of a run whose stage 0 is complete.
+
+    Attributes:
+        model: the user's network, where the recipe has none.
+        loss: the local loss of every stage but the output layer.
+        optimizer: the user's, by default Adam.
+        own_rates: whether it begins at its own learning rates.
+    """
+
+    run: RunDirectory
+    model: nn.Sequential | None
+    loss: LocalLoss
+    device: torch.device
+    reporter: Reporter
+    optimizer: OptimizerFactory | None = None
+    own_rates: bool = False
+    _memory: MemoryPlan | None = field(default=None, init=False, repr=False)
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of the run."""
+        return self.run.recipe
+
+    def network(self) -> CutNetwork:
+        """Returns the run's network without its trained weights."""
+        data = self.run.complete(0)
+        stages, classes = stages_of(self.recipe, data, self.model), len(data.class_names)
+        shapes = checked_shapes(self.recipe, stages, data.row_shape, classes)
+        return CutNetwork(stages, shapes, self.loss, classes)
+
+    def plan_memory(self, network: CutNetwork, images: str) -> MemoryPlan:
+        """Plans how steps fit the memory budget, for this and for later; ``images`` is the encoding
+        of stage 0's store."""
+        self._memory = MemoryPlan(
+            self.recipe,
+            network,
+            pick_precision(self.recipe.training.precision, self.device),
+            memory_budget(self.recipe, self.device),
+            self.device.type,
+            self.optimizer or fused_adam,
+            images,
+        )
+        return self._memory
+
+    def memory(self) -> MemoryPlan:
+        """Returns the plan by which steps fit the memory budget."""
+        if self._memory is None:
+            store = self.run.complete(0).store
+            assert store is not None
+            return self.plan_memory(self.network(), store.encoding)
+        return self._memory
+
+    def disk(self, retrain_from: int | None = None) -> Plan:
+        """Returns the plan for the disk of a training of all stages that are not complete, or of
+        those from ``retrain_from`` on."""
+        data = self.run.complete(0)
+        assert data.store is not None
+        shapes, rows = self.network().shapes, dict(data.rows.items())
+        return plan_disk(self.run, shapes, rows, data.store.bytes, retrain_from)
+
+    def outline(self, numbers: Iterable[int]) -> RunOutline:
+        """Returns what is known of a run before the stages ``numbers`` are trained."""
+        data, epochs = self.run.complete(0), self.recipe.training.epochs
+        assert data.store is not None
+        operations = {}
+        for number in numbers:
+            row = self.memory().network.shapes[number - 1].operations
+            operations[number] = row * data.rows["train"] * for_stage(epochs, number)
+        budget = memory_budget(self.recipe, self.device)
+        return RunOutline(data.network, operations, data.store.bytes, budget)
+
+    def whole_network(self) -> NetworkTraining:
+        """Returns the training of all stages at once."""
+        network, data = self.network(), self.run.complete(0)
+        sources = Sources(self.run, network.stages, data, self.device, self.reporter)
+        return NetworkTraining(
+            run=self.run,
+            network=network,
+            source=sources.for_training(1, 0),
+            data=data,
+            memory=self.memory().at_once(),
+            device=self.device,
+            reporter=self.reporter,
+            optimizer=self.optimizer,
+            own_rates=self.own_rates,
+        )
+
+    def stage(self, number: int, source: int, views: Views, directory: Path) -> StageTraining:
+        """Returns the training of stage ``number`` in a directory, from the nearest store that is
+        there at or before stage ``source``; an unfinished one goes on as it began."""
+        data, parent = self.run.complete(0), self.run.complete(number - 1)
+        network = self.network()
+        stage = network.stages[number - 1]
+        sources = Sources(self.run, network.stages, data, self.device, self.reporter)
+        opened = sources.for_training(number, source)
+        written_from = sources.written_from(number, views)
+        memory = self.memory().stage(number, opened.number, written_from)
+        start = Start(
+            stage=number,
+            recipe=parent.recipe,
+            parent=parent.lineage,
+            source=opened.number,
+            layers=stage.kinds,
+            resolved=self._choices(number, opened, views, memory),
+        )
+        if begun := find_training(directory, start, self.reporter):
+            choices = within_budget(self.recipe, begun.resolved, memory)
+            start = begun.model_copy(update={"resolved": choices})
+        opened.precision = start.resolved.precision
+        if start.resolved.shuffle == "rows":
+            opened.hold_in_memory()
+        return StageTraining(
+            stage=stage,
+            shapes=network.shapes[number - 1],
+            loss=network.losses("greedy")[number - 1],
+            recipe=self.recipe,
+            source=opened,
+            sources=sources,
+            start=start,
+            parent=parent,
+            is_output=number == len(network),
+            device=self.device,
+            reporter=self.reporter,
+            smaller=partial(self.memory().smaller, number, opened.number, written_from),
+            optimizer=self.optimizer,
+            own_rates=self.own_rates,
+        )
+
+    def _choices(self, number: int, source: Source, views: Views, memory: Choice) -> Choices:
+        """Those of the stage's earlier training from the same source, or new ones."""
+        before = former(self.run, number)
+        if before is not None and before.source == source.number:
+            return resolve_again(self.recipe, before.choices, views, memory)
+        hidden = self.memory().network.shapes[number - 1].hidden
+        store = source.stores["train"]
+        compiled = compiles(self.recipe, number, hidden, store.rows, memory, self.device)
+        return resolve(self.recipe, store, views, memory, self.device, compiled=compiled)
