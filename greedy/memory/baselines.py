@@ -180,7 +180,7 @@ def _learner(
 ) -> Learner:
     """A stage with weights and heads on the device, ready to train."""
     heads = heads_of(loss, shape.hidden, num_classes)
-    learner = Learner(materialised(stage), heads, loss, num_classes, precision, rehearsed=True)
+    learner = Learner(materialised(stage), heads, loss, num_classes, precision, memory_trial=True)
     learner.train()
     return learner
 

@@ -26,7 +26,7 @@ POSITIONS = 1024  # of a feature map, over a micro-batch, that are worth a weigh
 CUBLAS_WORKSPACE = 2 * (2 * 2**22 + 8 * 2**14) + 2**20
 CUDNN_WORKSPACE = 16 * 2**20
 FRAGMENTATION = 1.02  # what CUDA's allocator reserves beyond what is asked of it
-AUTO_SHARE = 0.85  # of the memory that is free on the device
+FREE_MEMORY_SHARE = 0.85  # of the memory that is free on the device
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Choice(StepMemory):
 def memory_budget(recipe: Recipe, device: torch.device) -> int:
     """Bytes on the device that a step may take."""
     named = named_budget(recipe)
-    return int(AUTO_SHARE * free_memory(device)) if named is None else named
+    return int(FREE_MEMORY_SHARE * free_memory(device)) if named is None else named
 
 
 def named_budget(recipe: Recipe) -> int | None:
@@ -62,7 +62,7 @@ def room_for(learner: Learner) -> int:
     moments = [each for of_weight in state for each in of_weight.values()]
     held = [*learner.parameters(), *learner.buffers(), *filter(torch.is_tensor, moments)]
     there = sum(t.numel() * t.element_size() for t in held if t.device == learner.device)
-    return there + int(AUTO_SHARE * free_memory(learner.device))
+    return there + int(FREE_MEMORY_SHARE * free_memory(learner.device))
 
 
 def stored_row_bytes(encoding: str, shape: Shape) -> int:

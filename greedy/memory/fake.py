@@ -67,7 +67,7 @@ def counted(count: Callable[[LocalLoss], int], loss: LocalLoss, what: str) -> in
 
 def _without(loss: LocalLoss, count: Callable[[LocalLoss], int], what: str) -> int:
     try:
-        return count(Unseen(loss))
+        return count(LossStandIn(loss))
     except LOOKS_AT_NUMBERS as error:
         raise UserError(
             f"the memory of {what} cannot be told beforehand, since what it computes depends on "
@@ -76,7 +76,7 @@ def _without(loss: LocalLoss, count: Callable[[LocalLoss], int], what: str) -> i
 
 
 @dataclass(frozen=True)
-class Unseen:
+class LossStandIn:
     """Stands in for a loss, which is computed from small tensors, between its heads."""
 
     loss: LocalLoss

@@ -42,7 +42,7 @@ class StepDemand:
         device_type: of the device; on ``cpu`` host memory is the device's.
         stored_row_bytes: of a row as the source holds it.
         replay: what lies between the source and the stage.
-        beside: bytes of other frozen stages on the device, from which views are drawn anew.
+        other_resident_bytes: of frozen stages that are on the device besides, to draw views with.
     """
 
     stage: Stage
@@ -55,7 +55,7 @@ class StepDemand:
     device_type: str
     stored_row_bytes: int
     replay: Replay | None = None
-    beside: int = 0
+    other_resident_bytes: int = 0
 
     def peak(self, memory: StepMemory) -> int:
         """Bytes on the device at most, in a step with this memory after the first one: weights,
@@ -77,7 +77,7 @@ class StepDemand:
             batch = self._batch(learner, replayed)
             counter.reset_peak()
             gradients(learner, batch)
-        return counter.peak + self.beside
+        return counter.peak + self.other_resident_bytes
 
     def writing_peak(self, rows: int) -> int:
         """Bytes on the device at most, while the trained stage computes the outputs and the local
@@ -96,7 +96,7 @@ class StepDemand:
             learner.features(x)
             with learner.autocast():
                 learner.stage(x).float()
-        return counter.peak + self.beside
+        return counter.peak + self.other_resident_bytes
 
     def flops(self) -> int:
         """Floating-point operations of the plain step, a multiply-add counting 2."""
@@ -120,7 +120,7 @@ class StepDemand:
     def frozen_bytes(self) -> int:
         """Bytes of the weights of frozen stages."""
         replayed = self.replay.stages if self.replay else ()
-        return self.beside + sum(map(weight_bytes, replayed))
+        return self.other_resident_bytes + sum(map(weight_bytes, replayed))
 
     def _skeletons(self) -> list[Stage]:
         """The stage and those that are replayed, without their weights: real tensors and fake
@@ -140,7 +140,7 @@ class StepDemand:
             self.precision,
             memory=memory,
             host=host,
-            rehearsed=True,
+            memory_trial=True,
             shape=self.shapes.hidden,
         )
         learner.train()

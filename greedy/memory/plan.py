@@ -60,11 +60,17 @@ class MemoryPlan:
         ``written_from``, by default the same. Raises ``UserError`` where nothing fits."""
         demand, writing = self._demands(number, source, written_from)
         writes = writing and (number, writing.replay)
-        alike = (self._alike(number), demand.replay, demand.beside, source == 0, writes)
-        if alike not in self._choices:
+        key = (
+            self._cache_key(number),
+            demand.replay,
+            demand.other_resident_bytes,
+            source == 0,
+            writes,
+        )
+        if key not in self._choices:
             micro_batch = self.recipe.memory.micro_batch
-            self._choices[alike] = choose(demand, self.budget, micro_batch, writing)
-        return self._choices[alike]
+            self._choices[key] = choose(demand, self.budget, micro_batch, writing)
+        return self._choices[key]
 
     def smaller(
         self, number: int, source: int, written_from: int | None, learner: Learner
@@ -83,7 +89,9 @@ class MemoryPlan:
         """The demand of a stage's step, and that of writing its store where that differs."""
         demand = self._demand(number, source)
         if self.recipe.store.refresh_every > 0:
-            demand = replace(demand, beside=sum(map(weight_bytes, self.network.stages[:source])))
+            demand = replace(
+                demand, other_resident_bytes=sum(map(weight_bytes, self.network.stages[:source]))
+            )
             return demand, self._writing(number, 0)
         if written_from is None or written_from == source:
             return demand, None
@@ -103,7 +111,7 @@ class MemoryPlan:
         next_stage = 0
         if self.recipe.store.refresh_every and number < len(self.network):
             next_stage = self._demand(number + 1, number).parameter_bytes()
-        return replace(self._demand(number, source), beside=next_stage)
+        return replace(self._demand(number, source), other_resident_bytes=next_stage)
 
     def _demand(self, number: int, source: int) -> StepDemand:
         on_device = self.recipe.memory.optimizer_state == "device"
@@ -140,11 +148,11 @@ class MemoryPlan:
     def _own_flops(self, number: int, without_heads: int) -> int:
         if isinstance(self.loss_of(number), Glob):
             return without_heads
-        alike = self._alike(number)
-        if alike not in self._flops:
+        key = self._cache_key(number)
+        if key not in self._flops:
             demand = StepDemand(*self._what(number), None, self.device_type, 0)
-            self._flops[alike] = demand.flops()
-        return self._flops[alike]
+            self._flops[key] = demand.flops()
+        return self._flops[key]
 
     def loss_of(self, number: int) -> LocalLoss:
         """The loss of a stage."""
@@ -155,7 +163,7 @@ class MemoryPlan:
         batch_size = self.recipe.training.batch_size
         return stage, shape, self.loss_of(number), self.network.classes, batch_size, self.precision
 
-    def _alike(self, number: int) -> Hashable:
+    def _cache_key(self, number: int) -> Hashable:
         """Networks repeat themselves, and of stages that are alike one is counted."""
         stage, shape = self.network.stages[number - 1], self.network.shapes[number - 1]
         sizes = tuple(p.shape for p in stage.parameters())

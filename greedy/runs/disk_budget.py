@@ -16,7 +16,7 @@ from greedy.runs.disk_plan import COMPRESSED, UNCOMPRESSED, Demand, Plan, StageD
 from greedy.runs.record import StageRecord
 from greedy.runs.unfinished import start_of
 
-AUTO_SHARE = 0.7  # of the file system's free space, for a run that says nothing else
+FREE_DISK_SHARE = 0.7  # of the file system's free space, for a run that says nothing else
 
 
 def plan_disk(
@@ -68,7 +68,7 @@ def disk_budget(run: RunDirectory) -> int:
     path = run.path.absolute()
     standing = next(place for place in (path, *path.parents) if place.exists())
     aside = sum(bytes_below(place) for place in path.glob(f"*{SET_ASIDE}*"))
-    return int(AUTO_SHARE * (shutil.disk_usage(standing).free + bytes_below(path) - aside))
+    return int(FREE_DISK_SHARE * (shutil.disk_usage(standing).free + bytes_below(path) - aside))
 
 
 def former(run: RunDirectory, number: int) -> StageRecord | None:

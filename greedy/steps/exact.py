@@ -82,7 +82,7 @@ class ExactStep:
         for rows in self.slices:
             c = self._encoded(rows)
             if self.mode.keeps_c:
-                kept = put(kept, len(self.x), rows, c)
+                kept = write_rows(kept, len(self.x), rows, c)
             if self.parts.norm is not None:
                 part = Statistics.of(c)
                 found = found.merged(part) if found else part
@@ -98,7 +98,7 @@ class ExactStep:
         for rows in self.slices:
             features = self.parts.heads(self.parts.hidden(self._encoded(rows), statistics))
             whole = [
-                None if part is None else put(place, len(self.x), rows, part)
+                None if part is None else write_rows(place, len(self.x), rows, part)
                 for place, part in zip(whole, features, strict=True)
             ]
         return Features(*whole)
@@ -113,7 +113,7 @@ class ExactStep:
             c = self._encoded(rows)
             g = self._slope(c, statistics, slopes, rows)
             if self.mode.keeps_gradient:
-                self.g = put(self.g, len(self.x), rows, g)
+                self.g = write_rows(self.g, len(self.x), rows, g)
                 continue
             x = self._input(rows)
             self._add_to_encoder(x, g)
@@ -233,7 +233,7 @@ def clear_gradients(parameters: Iterable[nn.Parameter]) -> None:
             parameter.grad.zero_()
 
 
-def put(
+def write_rows(
     whole: Tensor | None, count: int, rows: slice, part: Tensor, *, pinned: bool = False
 ) -> Tensor:
     """A tensor of ``count`` rows, made when the first part arrives, with a part in its place."""

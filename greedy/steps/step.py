@@ -18,7 +18,7 @@ from greedy.base.seeds import torch_generator
 from greedy.losses import Features, LocalHeads, LocalLoss
 from greedy.models import Shape, Stage
 from greedy.runs.choices import Mode, StepMemory
-from greedy.steps.exact import ExactStep, put
+from greedy.steps.exact import ExactStep, write_rows
 from greedy.steps.graph import WARM_UP, Gradients, StepGraph
 from greedy.steps.guard import Guard
 from greedy.steps.parts import Parts, parts_of
@@ -41,7 +41,7 @@ class Learner:
         smaller: what it becomes, of what its plan has counted; ``None`` if nothing is smaller.
             Without a plan it is the next mode.
         host: where a mode that streams keeps its input.
-        rehearsed: only the first two and the last micro-batch are computed, which show what
+        memory_trial: only the first two and the last micro-batch are computed, which show what
             memory a step takes.
         shape: of a row of its activation h, by which tokens are told from vectors.
     """
@@ -59,7 +59,7 @@ class Learner:
     memory: StepMemory = field(default_factory=StepMemory)
     smaller: Callable[["Learner"], StepMemory | None] | None = None
     host: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    rehearsed: bool = False
+    memory_trial: bool = False
     shape: Shape = ()
     _compiled: Callable[[Tensor], Features] | None = field(default=None, init=False, repr=False)
     _graph: StepGraph | None = field(default=None, init=False, repr=False)
@@ -165,7 +165,7 @@ class Learner:
         """The micro-batches of a batch."""
         size = rows if self.memory.mode is Mode.PLAIN else self.memory.micro_batch
         found = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
-        return found if not self.rehearsed or len(found) < 3 else [*found[:2], found[-1]]
+        return found if not self.memory_trial or len(found) < 3 else [*found[:2], found[-1]]
 
 
 def step(
@@ -242,7 +242,7 @@ def gradients(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None]:
         learner.loss,
         learner.memory.mode,
         slices,
-        _x(learner, batch),
+        _load_input(learner, batch),
         learner.autocast(),
         learner.scale,
     )
@@ -264,7 +264,7 @@ def _by_autograd(learner: Learner, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor
 
 
 @torch.no_grad()
-def _x(learner: Learner, batch: Batch) -> Tensor:
+def _load_input(learner: Learner, batch: Batch) -> Tensor:
     """The stage's input, read a micro-batch at a time, in the precision of the encoder."""
     x: Tensor | None = None
     streams = learner.memory.mode.streams
@@ -276,6 +276,6 @@ def _x(learner: Learner, batch: Batch) -> Tensor:
         if streams:
             part = part.to(learner.host)
         pinned = streams and learner.device.type == "cuda"
-        x = put(x, len(batch.labels), rows, part, pinned=pinned)
+        x = write_rows(x, len(batch.labels), rows, part, pinned=pinned)
     assert x is not None
     return x

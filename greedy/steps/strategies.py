@@ -150,7 +150,7 @@ class Backprop:
         number = max(1, min(self.accumulate, count // 2))
         edges = [count * i // number for i in range(number + 1)]
         found = [slice(start, stop) for start, stop in pairwise(edges)]
-        return found[:2] if self.learners[0].rehearsed else found  # two show what all take
+        return found[:2] if self.learners[0].memory_trial else found  # two show what all take
 
     def _forward(self, batch: Batch, masks: Masks, rows: slice) -> list[Outcome]:
         x = batch.inputs(rows)
