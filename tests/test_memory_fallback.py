@@ -86,7 +86,7 @@ class Device:
 
     def free(self, device: torch.device) -> float:
         told = self.tells and self.tried
-        return (self.limit - held()) / choice.AUTO_SHARE if told else 2**40
+        return (self.limit - held()) / choice.FREE_MEMORY_SHARE if told else 2**40
 
     def gradients(self, learner: Learner, batch: object) -> tuple:
         memory = StepMemory(learner.memory.mode, learner.memory.micro_batch)

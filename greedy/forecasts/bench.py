@@ -43,8 +43,8 @@ PRODUCTS, PRODUCT_SECONDS = 5, 2.0  # at most of each
 
 
 def peak_flops(device: torch.device) -> float:
-    """Floating-point operations a second: the best, over ``SIDES``, of the median bfloat16 matrix
-    product, on as many threads as torch uses."""
+    """Measures floating-point operations a second: the best, over ``SIDES``, of the median bfloat16
+    matrix product, on as many threads as torch uses."""
     best = 0.0
     for side in SIDES:
         if best and 2 * side**3 / best > PRODUCT_SECONDS:
@@ -88,9 +88,12 @@ class Bench:
         model: nn.Sequential | None = None,
         allow_function: bool = False,
     ) -> Self:
-        """The data set need not be there, see ``greedy.forecasts.forecast.named_data_facts``.
-        ``model`` only where the recipe's network is ``python``. Raises ``UserError`` for what could
-        not be trained as asked."""
+        """Prepares the stages of a recipe whose data set need not be there, see
+        ``greedy.forecasts.forecast.named_data_facts``. ``model`` only where the recipe's network is
+        ``python``.
+
+        Raises ``UserError`` for a recipe that cannot be trained as asked.
+        """
         if recipe.training.strategy != "greedy":
             raise UserError(
                 f"stages are measured one at a time and training.strategy is "
@@ -110,8 +113,8 @@ class Bench:
         return cls(recipe, data, place, memory)
 
     def measure(self, number: int, seconds: float) -> StageSpeed:
-        """Trains stage ``number`` for about so many seconds, in two steps at least, and then
-        computes and writes its output for up to half as long.
+        """Trains stage ``number`` for about ``seconds``, at least two steps, then computes and
+        writes its output for up to half as long.
 
         Raises ``UserError`` where its step does not fit the memory budget, ``TrainingError`` where
         the disk has no room for its temporary store.
@@ -164,8 +167,9 @@ class Bench:
     def _time_steps(
         self, learner: Learner, source: Source, shapes: StageShapes, seconds: float
     ) -> tuple[float, float]:
-        """Seconds a row, waiting for it and computing it. The first batch of an epoch warms up: the
-        store is opened and read ahead then, and in the first epoch the step is compiled."""
+        """Measures seconds a row, waiting for it and computing it. The first batch of an epoch
+        warms up: the store is opened and read ahead then, and in the first epoch the step is
+        compiled."""
         learner.train()
         rows, waited, computed = 0, 0.0, 0.0
         guard, deadline = Guard(), math.inf
@@ -195,8 +199,8 @@ class Bench:
     def _time_frozen(
         self, learner: Learner, source: Source, rows: int, batch: int, place: Path
     ) -> float:
-        """Seconds a row: read, computed by the frozen stage, encoded and written. The first batch
-        warms up and gives the encoding its ranges."""
+        """Measures seconds a row: read, computed by the frozen stage, encoded and written. The
+        first batch warms up and gives the encoding its ranges."""
         learner.release()
         learner.eval()
         frozen = replace(source, replayed=[learner.stage], replay_rows=batch)

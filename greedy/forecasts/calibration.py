@@ -76,7 +76,7 @@ class Work(_Document):
         step_flops: int,
         batch_size: int,
     ) -> Self:
-        """The work of a stage whose plain step on a whole batch has ``step_flops``."""
+        """Computes the work of a stage whose plain step on a whole batch has ``step_flops``."""
         convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in stage.modules())
         return cls.model_validate(
             {
@@ -99,7 +99,8 @@ class Work(_Document):
         return self.flops + encoder * self.forward_flops + heads * head_flops
 
     def distance(self, other: "Work") -> float:
-        """Distance in doublings: how little another stage says about this one."""
+        """Returns the distance to another stage in doublings: how little that one says about this
+        one."""
         pairs = (
             (self.flops, other.flops),
             (self.flops / self.values, other.flops / other.values),
@@ -139,13 +140,13 @@ class Calibration(_Document):
 
     @classmethod
     def path(cls, device_type: str) -> Path:
-        """The file that keeps the calibration of this machine's ``cpu``, ``cuda`` or ``mps``."""
+        """Returns the file of this machine's calibration for ``cpu``, ``cuda`` or ``mps``."""
         return measurements() / f"{platform.node()}-{device_type}.json"
 
     @classmethod
     def begin(cls, device: torch.device, peak_flops: float) -> Self:
-        """The calibration to add stages to: that on disk if it is of the same device, threads
-        and versions, else an empty one."""
+        """Returns the calibration to add stages to: that on disk if it is of the same device,
+        threads and versions, else an empty one."""
         new = cls(
             device=describe(device),
             threads=torch.get_num_threads(),
@@ -168,8 +169,11 @@ class Calibration(_Document):
 
     @classmethod
     def load(cls, device_type: str) -> Self:
-        """The calibration of this machine as it computes now. Raises ``NotCalibrated`` if there
-        is none, or it is damaged or of another device or number of threads."""
+        """Reads the calibration of this machine as it computes now.
+
+        Raises ``NotCalibrated`` if there is none, or it is damaged or of another device or number
+        of threads.
+        """
         if device_type == "cuda" and not torch.cuda.is_available():
             raise NotCalibrated(
                 "times are unknown: `greedy bench` has to measure them where the cuda device is"
@@ -207,20 +211,20 @@ class Calibration(_Document):
         write_whole(path, signed(self.model_dump(mode="json")))
 
     def adding(self, measured: Measured) -> Self:
-        """A calibration with one more stage, in the place of what was known of one exactly
-        alike."""
+        """Returns a calibration with one more stage, which replaces one that is exactly alike."""
         others = [each for each in self.measured if each.work != measured.work]
         return self.model_copy(update={"measured": [*others, measured]})
 
     def seconds_a_row(self, work: Work) -> float | None:
-        """Seconds of a stage's training. ``None`` if no stage of its kind and precision was
-        measured."""
+        """Estimates the seconds a row of a stage's training. ``None`` if no stage of its kind and
+        precision was measured."""
         if (near := self._nearest(work)) is None:
             return None
         return work.computed_flops / near.work.computed_flops / near.rows_per_second
 
     def frozen_seconds_a_row(self, work: Work) -> float | None:
-        """Seconds of a frozen stage, computed and written. ``None`` as above."""
+        """Estimates the seconds a row of a frozen stage, computed and written. ``None`` as
+        above."""
         if (near := self._nearest(work)) is None:
             return None
         return work.forward_flops / near.work.forward_flops / near.frozen_rows_per_second

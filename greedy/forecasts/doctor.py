@@ -159,7 +159,7 @@ def _disk(place: Path) -> Disk:
 
 
 def _fill(file: BinaryIO, size: int) -> None:
-    """Writes until so many bytes are on the disk, or the time is over. Random ones: file systems
+    """Writes until ``size`` bytes are on the disk, or the time is over. Random ones: file systems
     may compress."""
     block = os.urandom(BLOCK)
     began = time.perf_counter()

@@ -35,8 +35,9 @@ class Durations:
     work: Sequence[Work]
 
     def seconds(self, calibration: Calibration, number: int, source: int) -> float | None:
-        """Seconds of stage ``number``, trained from the store of stage ``source``, over all its
-        epochs. ``None`` where nothing like it, or like a stage it replays, was measured."""
+        """Estimates the seconds of stage ``number``, trained from the store of stage ``source``,
+        over all its epochs. ``None`` where no stage like it, or like one that it replays, was
+        measured."""
         epochs = for_stage(self.recipe.training.epochs, number)
         rows = (self.rows["train"] - self.held_out) * epochs
         parts = [(rows, calibration.seconds_a_row(self.work[number - 1]))]
@@ -73,8 +74,8 @@ class Durations:
         return passed
 
     def _views(self, number: int) -> int:
-        """The views of a stage's store, 0 if it has none. The images of stage 0 are another matter:
-        all stages have to be computed from there anyway."""
+        """Returns the views of a stage's store, 0 if it has none, or if it is stage 0's: from there
+        all stages are computed anyway."""
         stages = self.disk.stages
         views = stages[number - 1].views if 1 <= number < len(self.work) else "live"
         return 0 if views == "live" else views

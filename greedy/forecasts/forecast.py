@@ -121,8 +121,8 @@ class Forecast:
 
 
 def data_facts(run: RunDirectory, allow_function: bool = False) -> DataFacts:
-    """What is known of the run's data set without reading it: from stage 0 where that is written,
-    else from its name. Of an image folder the files are listed and one header is read; a
+    """Returns what is known of the run's data set without reading it: from stage 0 where that is
+    written, else from its name. Of an image folder the files are listed and one header is read; a
     function ``module:function`` is called only if ``allow_function`` is true.
 
     Raises ``UserError`` where shape, rows or classes cannot be known.
@@ -137,7 +137,7 @@ def data_facts(run: RunDirectory, allow_function: bool = False) -> DataFacts:
 
 
 def named_data_facts(recipe: Recipe, allow_function: bool = False) -> DataFacts:
-    """Facts of a data set that is known by its name alone."""
+    """Returns the facts of a data set that is known by its name only."""
     name, image_size = recipe.data.name, recipe.data.image_size
     entry = next((entry for entry in DATASETS if entry.name == name), None)
     if entry is not None and image_size is None:
@@ -164,8 +164,8 @@ def _unwritten(shape: Shape, classes: int, rows: Mapping[str, int], value_bytes:
 
 
 def machine(recipe: Recipe, device: str) -> Machine:
-    """The machine for ``--device``, with the recipe's budget. A GPU need not be there: its
-    precision, if the recipe leaves it open, is then float32, and an open budget is none."""
+    """Describes the machine for ``--device``, with the recipe's budget. A GPU need not be there: a
+    precision that the recipe leaves open is then float32, and an open budget is none."""
     absent = device == "cuda" and not torch.cuda.is_available()
     place = torch.device(device) if absent else pick_device(device)
     precision, budget = recipe.training.precision, recipe.memory.budget
@@ -184,10 +184,10 @@ def forecast(
     model: nn.Sequential | None = None,
     calibration: Calibration | None = None,
 ) -> Forecast:
-    """What a run will take whose directory may be yet to be made. ``model`` only where the
-    recipe's network is ``python``; with a ``calibration`` of the machine also how long.
+    """Forecasts a run, whose directory need not exist. ``model`` only where the recipe's network is
+    ``python``; with a ``calibration`` of the machine, times are forecast too.
 
-    Raises ``UserError`` for what could not be trained as asked, and for a budget that a stage
+    Raises ``UserError`` for a recipe that cannot be trained as asked, and for a budget that a stage
     cannot meet.
     """
     recipe = run.recipe
@@ -228,8 +228,8 @@ class _Planned:
     disk: Plan
 
     def forecast(self, number: int, at_once: Choice | None) -> StageForecast:
-        """The forecast of a stage that trains alone, or of its share where all train at once by a
-        choice that is the network's."""
+        """Forecasts a stage that trains alone or, given the choice ``at_once`` of the whole
+        network, its share of that."""
         network = self.memory.network
         stage, shape = network.stages[number - 1], network.shapes[number - 1]
         is_output = number == len(network)
@@ -254,7 +254,7 @@ class _Planned:
         )
 
     def timed(self, found: list[StageForecast], calibration: Calibration) -> list[StageForecast]:
-        """The forecasts with their seconds."""
+        """Adds their seconds to the forecasts."""
         held_out = self.data.rows["train"] - self._rows_trained()
         work = [self._work(each.stage) for each in found]
         durations = Durations(self.recipe, self.disk, self.data.rows, held_out, work)

@@ -33,10 +33,10 @@ def random_source(
     precision: str,
     device: torch.device,
 ) -> Source:
-    """What stage ``number`` of a run on ``rows`` training rows would train from, written into an
-    empty directory: for stage 1 raw images, augmented on reading, else activations like those
-    after a leaky ReLU, in the recipe's encoding and compressor. It has fewer rows, but is
-    shuffled and read, from memory or disk, as the run's own would be.
+    """Writes, into an empty directory, what stage ``number`` of a run on ``rows`` training rows
+    would train from: for stage 1 raw images, augmented on reading, else activations like those
+    after a leaky ReLU, in the recipe's encoding and compressor. It has fewer rows, but is shuffled
+    and read, from memory or disk, as the run's own would be.
 
     Raises ``TrainingError`` where the disk has no room for it.
     """

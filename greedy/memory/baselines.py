@@ -154,15 +154,15 @@ def _step(strategy: Strategy, batch: Batch, masks: Sequence[Tensor | None]) -> N
 
 
 def _measured(strategy: Strategy, batch: Batch, masks: Sequence[Tensor | None]) -> None:
-    """A look at the test split, beside the gradients of the last step."""
+    """Measures a batch of the test split while the gradients of the last step are still there."""
     for parameter in (p for each in strategy.learners for p in each.parameters()):
         parameter.grad = torch.zeros_like(parameter)
     measure(strategy.learners, [batch])
 
 
 def _checkpointed(strategy: Strategy, batch: Batch, masks: Sequence[Tensor | None]) -> None:
-    """Back-propagation that keeps the stages' outputs alone, and computes what lies in a stage
-    again in the backward pass."""
+    """Takes a step of back-propagation that keeps the stages' outputs only, and computes what lies
+    within a stage again in the backward pass."""
     x = batch.inputs()
     for learner, mask in zip(strategy.learners, masks, strict=True):
         x = checkpoint(
@@ -178,7 +178,7 @@ def _checkpointed(strategy: Strategy, batch: Batch, masks: Sequence[Tensor | Non
 def _learner(
     stage: Stage, shape: StageShapes, loss: LocalLoss, num_classes: int, precision: str
 ) -> Learner:
-    """A stage with weights and heads on the device, ready to train."""
+    """Makes a stage with weights and heads on the device, ready to train."""
     heads = heads_of(loss, shape.hidden, num_classes)
     learner = Learner(materialised(stage), heads, loss, num_classes, precision, memory_trial=True)
     learner.train()
@@ -203,5 +203,5 @@ def _batch(
 
 
 def _no_optimizer(parameters: object) -> torch.optim.Optimizer:
-    """Stands for one whose state is not on the device."""
+    """Makes an optimiser that stands for one whose state is not on the device."""
     return torch.optim.SGD([torch.zeros(1, requires_grad=True)])

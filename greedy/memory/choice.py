@@ -38,26 +38,26 @@ class Choice(StepMemory):
     write_batch: int = 1
 
     def recorded(self) -> dict[str, Any]:
-        """JSON values by name: those of ``StepMemory.recorded``, the bytes and the rows."""
+        """Returns JSON values by name: those of ``StepMemory.recorded``, the bytes and the rows."""
         counted = {"planned_peak_bytes": self.peak_bytes, "write_batch": self.write_batch}
         return super().recorded() | counted
 
 
 def memory_budget(recipe: Recipe, device: torch.device) -> int:
-    """Bytes on the device that a step may take."""
+    """Returns the bytes on the device that a step may take."""
     named = named_budget(recipe)
     return int(FREE_MEMORY_SHARE * free_memory(device)) if named is None else named
 
 
 def named_budget(recipe: Recipe) -> int | None:
-    """Bytes, where the recipe names them."""
+    """Returns the bytes of a budget that the recipe names, else ``None``."""
     setting = recipe.memory.budget
     return None if setting == "auto" else parse_size(setting)
 
 
 def room_for(learner: Learner) -> int:
-    """Bytes on the device that a step of a stage may take once one ran out of memory and was let
-    go of: what the stage holds there, and of what is free now the share that ``auto`` takes."""
+    """Returns the bytes on the device that a stage may take after a step ran out of memory and was
+    freed: what the stage holds, and the share of free memory that ``auto`` takes."""
     state = learner.optimizer.state.values() if learner.optimizer else ()
     moments = [each for of_weight in state for each in of_weight.values()]
     held = [*learner.parameters(), *learner.buffers(), *filter(torch.is_tensor, moments)]
@@ -66,14 +66,14 @@ def room_for(learner: Learner) -> int:
 
 
 def stored_row_bytes(encoding: str, shape: Shape) -> int:
-    """Bytes of a row of this shape in a store of such an encoding; ``auto`` is one of a byte a
+    """Returns the bytes of a row of this shape in a store; ``auto`` is an encoding of one byte a
     value."""
     bits = {"float32": 32, "float16": 16, "bfloat16": 16, "uint4": 4}
     return math.ceil(math.prod(shape) * bits.get(encoding, 8) / 8)
 
 
 def fused_adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Adam as stages are trained with it; the rate is the schedule's."""
+    """Makes the Adam that stages are trained with; the schedule sets its rate."""
     return torch.optim.Adam(parameters, fused=True)
 
 
@@ -83,12 +83,19 @@ def choose(
     micro_batch: int | None = None,
     writing: StepDemand | None = None,
 ) -> Choice:
-    """The fastest mode with the largest micro-batch, or one of ``micro_batch`` rows, whose step
-    fits a budget of bytes; without a budget the plain mode. On CUDA bytes are those that the
-    allocator reserves, convolutions' workspace included. ``writing`` is what the stage's own
-    store is written with, where that differs.
+    """Chooses how a stage's step fits a budget.
 
-    Raises ``UserError`` where nothing fits, naming the stage and what its least consists of.
+    Args:
+        budget: bytes on the device, on CUDA those that the allocator reserves, libraries'
+            workspaces included; ``None`` for any number.
+        micro_batch: rows of a micro-batch, where the recipe fixes them.
+        writing: the demand of writing the stage's own store, where that differs.
+
+    Returns:
+        The fastest mode that fits, with the largest micro-batch; without a budget the plain mode.
+
+    Raises:
+        UserError: nothing fits; names the stage and what its least consists of.
     """
     step = _fastest(demand, budget, micro_batch)
     if budget is not None and step.peak_bytes > budget:
@@ -103,9 +110,19 @@ def choose_smaller(
     micro_batch: int | None = None,
     writing: StepDemand | None = None,
 ) -> Choice | None:
-    """What ``choose`` takes for a budget of ``room`` bytes where a step with the memory ``failed``
-    ran out of it, of all that is counted below that one: the least where nothing fits, with other
-    micro-batches than of ``micro_batch`` rows only there; ``None`` where nothing is below it."""
+    """Chooses how a stage goes on after a step ran out of memory.
+
+    Args:
+        failed: the memory of that step.
+        room: bytes that turned out to be free.
+        micro_batch: rows of a micro-batch, where the recipe fixes them; others are tried only where
+            these do not fit.
+        writing: the demand of writing the stage's own store, where that differs.
+
+    Returns:
+        What fits the room and takes less than ``failed``, or the least of all; ``None`` where
+            nothing takes less.
+    """
     too_much = _count(demand, failed.mode, failed.micro_batch).peak_bytes
     room = min(room, too_much - 1)
     step = _fastest(demand, room, micro_batch)
@@ -122,7 +139,7 @@ def _with_writing(step: Choice, writing: StepDemand, budget: int | None) -> Choi
 
 
 def _fastest(demand: StepDemand, budget: int | None, micro_batch: int | None) -> Choice:
-    """The fastest that fits; where nothing does, the least of all."""
+    """Returns the fastest choice that fits; where none does, the smallest."""
     tried = [_count(demand, Mode.PLAIN, demand.batch_size)]
     if budget is None or tried[0].peak_bytes <= budget:
         return tried[0]
@@ -144,8 +161,8 @@ def _fastest(demand: StepDemand, budget: int | None, micro_batch: int | None) ->
 
 
 def _worthwhile(demand: StepDemand) -> int:
-    """Rows of a micro-batch below which reading the weights takes longer than using them, so
-    that a mode which computes more is the faster one."""
+    """Returns the rows of a micro-batch below which reading the weights takes longer than using
+    them, so that a mode which recomputes more is faster."""
     hidden = demand.shapes.hidden
     positions = hidden[0] if len(hidden) == 2 else math.prod(hidden[1:])
     return min(LARGEST_MICRO_BATCH, demand.batch_size // 2, math.ceil(POSITIONS / positions))
@@ -157,14 +174,15 @@ def _count(demand: StepDemand, mode: Mode, micro_batch: int) -> Choice:
 
 
 def reserved(peak: int, device_type: str) -> int:
-    """What a device's allocator takes for tensors of so many bytes."""
+    """Returns the bytes that a device's allocator takes for tensors of ``peak`` bytes."""
     if device_type != "cuda":
         return peak
     return int(peak * FRAGMENTATION) + CUBLAS_WORKSPACE + CUDNN_WORKSPACE
 
 
 def _enlarged(demand: StepDemand, choice: Choice, budget: int) -> Choice:
-    """The largest power of two that fits, where a micro-batch of one row does."""
+    """Returns the choice with the largest micro-batch, a power of two, that fits, where one of a
+    single row does."""
     largest = min(LARGEST_MICRO_BATCH, demand.batch_size // 2)
     sizes = [1 << power for power in range(1, largest.bit_length())]
     while sizes:

@@ -54,7 +54,7 @@ class Counter(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
 
     def reset_peak(self) -> None:
-        """Forgets the peak so far: it becomes that of what follows."""
+        """Forgets the peak so far."""
         self.peak = self.live
 
     def __torch_dispatch__(
@@ -76,8 +76,8 @@ class Counter(TorchDispatchMode):
         return result
 
     def _made(self, result: Any, given: Any) -> list[Tensor]:
-        """The tensors of a result whose storages are counted or new, not those of arguments that
-        nobody has counted."""
+        """Returns the tensors of a result whose storages are counted or new, not uncounted
+        arguments."""
         tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         if all(_key(t) in self._bytes for t in tensors):
             return tensors
@@ -85,7 +85,7 @@ class Counter(TorchDispatchMode):
         return [t for t in tensors if _key(t) in self._bytes or _key(t) not in aliased]
 
     def _count(self, tensor: Tensor) -> None:
-        """Counts a tensor's storage if it is new, or what it has grown by."""
+        """Counts a tensor's storage if it is new, else what it has grown by."""
         if tensor.device.type != self.device_type:
             return
         storage, key = tensor.untyped_storage(), _key(tensor)

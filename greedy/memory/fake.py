@@ -23,14 +23,14 @@ LOOKS_AT_NUMBERS = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 def fake_tensors() -> FakeTensorMode:
-    """Inside, tensors have sizes and no numbers. Tensors that modules or losses hold as plain
-    attributes are taken for such too."""
+    """Returns a context in which tensors have sizes and no numbers, also those that modules or
+    losses hold as plain attributes."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def materialised(network: Module) -> Module:
-    """A network of the meta device with its parameters and buffers in memory; what was one tensor
-    under two names stays one."""
+    """Gives a network of the meta device parameters and buffers in memory; one tensor under two
+    names stays one. Returns the network."""
     made: dict[int, torch.Tensor] = {}
     for module in network.modules():
         parameters = module.named_parameters(recurse=False, remove_duplicate=False)
@@ -95,8 +95,11 @@ class LossStandIn:
 def make_state(
     parameters: Sequence[nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]
 ) -> None:
-    """Takes a step, after which the optimisers have their moments; of one that looks at numbers
-    they are taken for Adam's. Raises ``UserError`` for one that computes the loss itself."""
+    """Takes a step, so that the optimisers have their state; if one looks at numbers, Adam's
+    moments stand for it.
+
+    Raises ``UserError`` for an optimiser that computes the loss itself.
+    """
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
     for optimizer in optimizers:

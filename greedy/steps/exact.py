@@ -76,8 +76,8 @@ class ExactStep:
         return forward(self.parts.encoder, self._input(rows))
 
     def _statistics(self) -> Statistics | None:
-        """First pass: the batch's statistics, from which the running ones learn, and c where it
-        is kept."""
+        """First pass: computes the batch's statistics, updates the running ones, and keeps c if the
+        mode does."""
         found, kept = None, None
         for rows in self.slices:
             c = self._encoded(rows)
@@ -93,7 +93,7 @@ class ExactStep:
         return found.to(self.parts.norm.weight.dtype)
 
     def _features(self, statistics: Statistics | None) -> Features:
-        """Second pass: z and p of the whole batch, without gradient."""
+        """Second pass: computes z and p of the whole batch, without gradient."""
         whole: list[Any] = [None, None]
         for rows in self.slices:
             features = self.parts.heads(self.parts.hidden(self._encoded(rows), statistics))
@@ -104,8 +104,8 @@ class ExactStep:
         return Features(*whole)
 
     def _backward(self, statistics: Statistics | None, slopes: Features) -> "Moments | None":
-        """Third pass: the gradients of heads and batch norm; and g, which is kept, or else adds
-        its part to the encoder's gradients."""
+        """Third pass: computes the gradients of heads and batch norm, and g, which is kept or else
+        added to the encoder's gradients."""
         moments = None
         if statistics is not None and not self.mode.keeps_c:
             moments = Moments.of(self.parts.encoder.weight)
@@ -135,7 +135,7 @@ class ExactStep:
         return leaf.grad
 
     def _close(self, statistics: Statistics | None, moments: "Moments | None") -> None:
-        """Last pass: the encoder's gradients get what is missing of them."""
+        """Last pass: adds what the encoder's gradients lack."""
         residue = None
         if statistics is not None and self.parts.norm is not None:
             residue = Residue.of(statistics, self.parts.norm)
@@ -171,7 +171,7 @@ class Residue:
 
     @classmethod
     def of(cls, statistics: Statistics, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> "Residue":
-        """The residue that follows from the gradients of gamma and beta."""
+        """Computes the residue from the gradients of gamma and beta."""
         assert norm.weight.grad is not None and norm.bias.grad is not None
         variance = statistics.variance + norm.eps
         d_mean = -norm.weight * norm.bias.grad * variance.rsqrt()
@@ -180,7 +180,7 @@ class Residue:
         return cls(statistics.mean, d_mean / n, 2 * d_variance / n)
 
     def __call__(self, c: Tensor) -> Tensor:
-        """r of a micro-batch, in the precision of the parameters."""
+        """Computes r of a micro-batch, in the precision of the parameters."""
         return (c - along(self.mean, c)).mul_(along(self.b, c)).add_(along(self.a, c))
 
 
@@ -195,11 +195,11 @@ class Moments:
 
     @classmethod
     def of(cls, weight: Tensor) -> "Moments":
-        """Empty sums for a weight."""
+        """Makes empty sums for a weight."""
         return cls(torch.zeros_like(weight[:1]), torch.zeros_like(weight))
 
     def add(self, encoder: Layer, x: Tensor, centred: Tensor) -> None:
-        """Takes in a micro-batch, whose ``centred`` c is overwritten."""
+        """Adds a micro-batch, whose ``centred`` c is overwritten."""
         add_weight_gradient(encoder, x, centred.mul_(SHARE).to(x.dtype), self.centred)
         ones = torch.full_like(centred[:, :1], SHARE, dtype=x.dtype)
         add_weight_gradient(encoder, x, ones, self.ones)
@@ -215,7 +215,7 @@ class Moments:
 def differentiate(
     loss: LocalLoss, features: Features, y: Tensor, scale: LossScale | None = None
 ) -> tuple[Tensor, Features]:
-    """The loss of a batch, and its gradients, scaled, with respect to z and p."""
+    """Computes the loss of a batch and its gradients with respect to z and p, scaled."""
     with torch.enable_grad():
         leaves = Features(*(f if f is None else f.requires_grad_() for f in features))
         value = loss(leaves, y)
@@ -225,7 +225,7 @@ def differentiate(
 
 
 def clear_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Zero gradients, in the memory of the last step's."""
+    """Sets all gradients to zero, in the memory of the last step's."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -236,7 +236,8 @@ def clear_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def write_rows(
     whole: Tensor | None, count: int, rows: slice, part: Tensor, *, pinned: bool = False
 ) -> Tensor:
-    """A tensor of ``count`` rows, made when the first part arrives, with a part in its place."""
+    """Writes a part into its rows of a tensor of ``count`` rows, which is made with the first part
+    and laid out like it. Returns that tensor."""
     if whole is None:
         whole = torch.empty(
             (count, *part.shape[1:]),
@@ -255,10 +256,10 @@ def _layout(part: Tensor) -> torch.memory_format:
 
 
 def per_channel(values: Tensor) -> list[int]:
-    """The dimensions over which a channel's numbers are summed."""
+    """Returns the dimensions over which a channel's values are summed."""
     return [d for d in range(values.dim()) if d != 1]
 
 
 def along(channels: Tensor, like: Tensor) -> Tensor:
-    """A number a channel, shaped to meet (B, C, ...)."""
+    """Reshapes one number a channel so that it broadcasts over (B, C, ...)."""
     return channels.reshape(1, -1, *[1] * (like.dim() - 2))

@@ -39,7 +39,7 @@ class StepGraph:
     def of(
         cls, compute: Gradients, parameters: Sequence[nn.Parameter], x: Tensor, y: Tensor
     ) -> "StepGraph":
-        """Records what ``compute`` does with such inputs, without doing it."""
+        """Records what ``compute`` does with such inputs, without running it."""
         graph = torch.cuda.CUDAGraph()
         x, y = x.clone(), y.clone()
         give_back_workspaces()  # the graph's are from its own pool, which has to go with it
@@ -50,7 +50,7 @@ class StepGraph:
         return cls(graph, parameters, x, y, loss, logits, [p.grad for p in parameters])
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Puts the gradients into every parameter's ``grad``. Returns loss and logits."""
+        """Replays the step: every parameter gets its gradient. Returns loss and logits."""
         self.x.copy_(x)
         self.y.copy_(y)
         self.graph.replay()

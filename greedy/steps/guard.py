@@ -12,14 +12,14 @@ from greedy.steps.scaling import LossScale
 
 
 class OptimizerFailed(Exception):
-    """An optimiser failed within its step, of which some weights may have seen their part; its own
-    error is the cause."""
+    """An optimiser failed within its step, which may have changed some weights; its error is the
+    cause."""
 
 
 @dataclass
 class Guard:
-    """Notes on the device the first step whose loss or gradients are not finite, and keeps such a
-    step from changing a parameter. Nothing waits for it until it is asked."""
+    """Keeps a step whose loss or gradients are not finite from changing a parameter, and notes the
+    first such step on the device. Nothing waits for the device before it is asked."""
 
     _first: Tensor | None = None
     _in_loss: Tensor | None = None
@@ -32,9 +32,9 @@ class Guard:
         parameters: Sequence[nn.Parameter],
         scale: LossScale | None = None,
     ) -> None:
-        """The optimiser's step, number ``step`` of its epoch, unless its loss or a gradient of
-        ``parameters`` is not finite. Where the loss was scaled, the gradients are unscaled first,
-        and one that is not finite is noted only if no scale would help.
+        """Takes the optimiser's step, number ``step`` of its epoch, unless the loss or a gradient
+        of ``parameters`` is not finite. Gradients of a scaled loss are unscaled first; one that is
+        not finite is then noted only if no scale would help.
 
         Raises ``OptimizerFailed``.
         """

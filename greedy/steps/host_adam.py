@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 
 class HostAdam(torch.optim.Adam):
-    """Adam for parameters on a device, computed by the CPU: of what is as large as the weights,
-    the device holds weights and gradients alone. Each step copies both to the host and the
-    weights back; for CUDA through page-locked memory, all copies at once."""
+    """Adam for parameters on a device, computed by the CPU: the device holds weights and gradients
+    but no moments. Each step copies both to the host and the weights back; from CUDA through
+    page-locked memory, all copies at once."""
 
     def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
         self.trained = list(parameters)
@@ -19,7 +19,7 @@ class HostAdam(torch.optim.Adam):
         super().__init__([nn.Parameter(self._beside(p)) for p in self.trained], lr=lr, fused=True)
 
     def _beside(self, parameter: nn.Parameter) -> Tensor:
-        """A tensor on the host like a parameter, not filled."""
+        """Makes an empty tensor on the host, like a parameter."""
         return torch.empty_like(parameter, device="cpu", pin_memory=self._pinned)
 
     @torch.no_grad()

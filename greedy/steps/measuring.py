@@ -14,15 +14,15 @@ from greedy.stores.source import Batch
 
 @dataclass
 class Totals:
-    """Sums over rows, kept on the device so that no step waits for them. In float32: MPS has no
-    other."""
+    """Sums over rows, on the device so that no step waits for them, in float32 since MPS has
+    nothing wider."""
 
     rows: int = 0
     loss: Tensor | float = 0.0
     wrong: Tensor | None = None
 
     def add(self, loss: Tensor, logits: Tensor | None, labels: Tensor) -> None:
-        """Takes in a batch's mean loss and its logits."""
+        """Adds a batch's mean loss and its logits."""
         self.rows += len(labels)
         self.loss = self.loss + loss.float() * len(labels)
         if logits is not None:
@@ -42,8 +42,8 @@ class Totals:
 
 @torch.no_grad()
 def measure(learners: Sequence[Learner], batches: Iterable[Batch]) -> list[Totals]:
-    """Loss and errors of stages one after the other, given batches of the first, in evaluation
-    mode: running statistics, no dropout."""
+    """Computes loss and errors of consecutive stages in evaluation mode (running statistics, no
+    dropout), given batches of the first stage's inputs."""
     for learner in learners:
         learner.eval()
     totals = [Totals() for _ in learners]
@@ -59,7 +59,8 @@ def measure(learners: Sequence[Learner], batches: Iterable[Batch]) -> list[Total
 
 
 def _passed(learner: Learner, batch: Batch, *, onward: bool) -> tuple[Features, Tensor | None]:
-    """A whole batch's features, computed a micro-batch at a time, and its output if it goes on."""
+    """Computes a batch's features, a micro-batch at a time, and its output if a next stage needs
+    it."""
     parts, outputs = [], []
     for rows in learner.slices(len(batch.labels)):
         h = learner.hidden(batch.inputs(rows))

@@ -10,9 +10,9 @@ ADAMS = (torch.optim.Adam, torch.optim.AdamW, HostAdam)
 
 
 def make_moments(optimizer: torch.optim.Optimizer, number: int) -> None:
-    """Gives the Adam of stage ``number`` the moments that it would make in its first step, the same
-    zeros: once a step has begun to change weights there is no way back, before it a smaller memory
-    mode can still be tried. Other optimisers make what they need as they go.
+    """Makes the moments of an Adam before its first step, with the zeros it would begin with. Once
+    a step has begun to change weights it cannot be repeated with less memory; before, it can. Other
+    optimisers make their state as they go.
 
     Raises TrainingError where memory does not suffice.
     """
@@ -37,7 +37,7 @@ def make_moments(optimizer: torch.optim.Optimizer, number: int) -> None:
 
 
 def _zeros(parameter: torch.Tensor, amsgrad: bool, counted_there: bool) -> dict[str, torch.Tensor]:
-    """The state of a parameter, its steps counted on its device or on the host."""
+    """Makes the state of a parameter, its step count on its device or on the host."""
     device = parameter.device if counted_there else torch.device("cpu")
     names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])]
     zeros = {name: torch.zeros_like(parameter) for name in names}

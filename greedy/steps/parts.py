@@ -28,13 +28,13 @@ class Parts:
     heads: LocalHeads
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """All that is trained."""
+        """Yields all trained parameters."""
         for module in (self.encoder, self.norm, self.heads):
             if module is not None:
                 yield from module.parameters()
 
     def hidden(self, c: Tensor, statistics: Statistics | None) -> Tensor:
-        """h of the encoder's output c, normalised by the whole batch's statistics."""
+        """Computes h from the encoder's output c, normalised by the whole batch's statistics."""
         if self.norm is not None:
             assert statistics is not None
             c = F.batch_norm(
@@ -50,9 +50,14 @@ class Parts:
 
 
 def parts_of(stage: Stage, heads: LocalHeads, hidden: Shape = ()) -> Parts | None:
-    """The parts of a stage, or ``None`` for one that is not of the pattern and can therefore only
-    be trained in the plain mode. By ``hidden``, the shape of a row of its activation, tokens are
-    told from vectors."""
+    """Finds the parts of a stage.
+
+    Args:
+        hidden: the shape of a row of its activation, by which tokens are told from vectors.
+
+    Returns:
+        ``None`` for a stage of another pattern, which trains in the plain mode only.
+    """
     encoder, *others = stage.layer
     norm = others[0] if others and isinstance(others[0], BatchNorm) else None
     activation = others[1:] if norm else others
@@ -70,12 +75,13 @@ def parts_of(stage: Stage, heads: LocalHeads, hidden: Shape = ()) -> Parts | Non
 
 
 def _is_torchs_own(module: nn.Module) -> bool:
-    """Whether it computes what its class says, so that we may compute it instead."""
+    """Returns whether a module computes exactly what its class says."""
     return type(module) in TORCHS_OWN and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def _is_plain(encoder: Layer, norm: BatchNorm | None, hidden: Shape) -> bool:
-    """Whether what it gives has a channel for each of its own, and the norm has the same."""
+    """Returns whether each of an encoder's output channels has a batch-norm channel, and the
+    encoder no groups or unusual padding."""
     if isinstance(encoder, nn.Linear):
         return len(hidden) < 2 or (len(hidden) == 2 and norm is None)
     zeros = encoder.padding_mode == "zeros" and isinstance(encoder.padding, tuple)

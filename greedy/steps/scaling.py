@@ -26,7 +26,7 @@ class LossScale(nn.Module):
         self.register_buffer("steps", torch.tensor(0))
 
     def forward(self, loss: Tensor) -> Tensor:
-        """The loss to differentiate."""
+        """Scales a loss."""
         return loss * self.factor
 
     @torch.no_grad()

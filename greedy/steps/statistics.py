@@ -19,14 +19,14 @@ class Statistics:
 
     @classmethod
     def of(cls, c: Tensor) -> "Statistics":
-        """Statistics of a micro-batch (m, C, ...), taken in float32."""
+        """Computes the statistics of a micro-batch (m, C, ...), in float32."""
         dims = [d for d in range(c.dim()) if d != 1]
         variance, mean = torch.var_mean(widened(c), dims, correction=0)
         wide = torch.float32 if c.device.type == "mps" else torch.float64
         return cls(c.numel() // c.shape[1], mean.to(wide), variance.to(wide))
 
     def merged(self, other: "Statistics") -> "Statistics":
-        """Statistics of both sets of values together."""
+        """Merges two sets of values."""
         count = self.count + other.count
         share = other.count / count
         shift = other.mean - self.mean
@@ -38,13 +38,13 @@ class Statistics:
         )
 
     def to(self, dtype: torch.dtype) -> "Statistics":
-        """These statistics in the precision of the parameters."""
+        """Converts to the precision of the parameters."""
         return Statistics(self.count, self.mean.to(dtype), self.variance.to(dtype))
 
     @torch.no_grad()
     def teach(self, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
-        """Moves a batch norm's running statistics towards these, as its own forward pass would:
-        the variance unbiased, a momentum of ``None`` being the mean over all batches."""
+        """Updates a batch norm's running statistics as its own forward pass would: with the
+        unbiased variance, and for a momentum of ``None`` with the mean over all batches."""
         assert norm.running_mean is not None and norm.running_var is not None
         assert norm.num_batches_tracked is not None
         norm.num_batches_tracked += 1

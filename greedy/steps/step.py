@@ -75,15 +75,16 @@ class Learner:
         return parts_of(self.stage, self.heads, self.shape)
 
     def parameters(self) -> list[nn.Parameter]:
-        """The encoder's and the heads' parameters."""
+        """Returns the encoder's and the heads' parameters."""
         return [*self.stage.parameters(), *self.heads.parameters()]
 
     def buffers(self) -> list[Tensor]:
-        """What a step changes besides: running statistics."""
+        """Returns the running statistics, which a step changes besides."""
         return [*self.stage.buffers(), *self.heads.buffers()]
 
     def mask(self, seed: int, rows: int, shape: Shape, epoch: int, position: int) -> Tensor | None:
-        """The mask of dropout on so many inputs of this shape, named by (seed, stage, step)."""
+        """Draws the dropout mask for ``rows`` inputs of this shape, from the stream named by (seed,
+        stage, step); ``None`` without dropout."""
         if self.stage.dropout is None:
             return None
         generator = torch_generator(seed, "dropout", self.stage.number, epoch, position)
@@ -91,43 +92,44 @@ class Learner:
         return to_device(mask, self.device)
 
     def train(self) -> None:
-        """Batch statistics are taken and learned from."""
+        """Switches to training: batch statistics, from which the running ones are updated."""
         self.stage.train()
         self.heads.train()
 
     def eval(self) -> None:
-        """Running statistics are used."""
+        """Switches to evaluation: running statistics."""
         self.stage.eval()
         self.heads.eval()
 
     def release(self) -> None:
-        """Lets go of what only training needs: gradients, the optimiser with its state, and what
-        was compiled."""
+        """Frees what only training needs: gradients, the optimiser with its state, and compiled
+        code."""
         self.optimizer = None
         self.forget_made()
         for parameter in self.parameters():
             parameter.grad = None
 
     def autocast(self) -> torch.autocast:
-        """Lower precision for encoder and heads; features, losses and weights stay float32."""
+        """Returns the context in which encoder and heads compute; features, losses and weights stay
+        float32."""
         return autocast(self.device.type, self.precision)
 
     def hidden(self, x: Tensor) -> Tensor:
-        """h of inputs (B, *shape) on which dropout has been applied."""
+        """Computes h from inputs (B, *shape), dropout applied."""
         with self.autocast():
             return self.stage.hidden(x)
 
     def local(self, h: Tensor) -> Features:
-        """What the local heads make of h."""
+        """Computes the local heads' features of h."""
         with self.autocast():
             return self.heads(h)
 
     def features(self, x: Tensor) -> Features:
-        """Features of inputs (B, *shape) on which dropout has been applied."""
+        """Computes the features of inputs (B, *shape), dropout applied."""
         return self.local(self.hidden(x))
 
     def compiled(self, x: Tensor) -> Features:
-        """What ``features`` gives, compiled if it is to be for so many rows."""
+        """Computes ``features(x)``, compiled for full-size batches."""
         if len(x) != self.compiled_rows:
             return self.features(x)
         if self._compiled is None:
@@ -137,7 +139,7 @@ class Learner:
         return self._compiled(x)
 
     def recorded(self, x: Tensor, y: Tensor, compute: Gradients) -> StepGraph | None:
-        """The CUDA graph that does for such inputs and targets what ``compute`` does, made once
+        """Returns the CUDA graph that replays ``compute`` for full-size batches, recorded once
         libraries are warm; ``None`` where there is none."""
         if len(x) != self.graph_rows:
             return None
@@ -147,22 +149,22 @@ class Learner:
         return self._graph
 
     def forget_made(self) -> None:
-        """Drops what was compiled, and the graph with its memory."""
+        """Drops the compiled function and the CUDA graph with its memory pool."""
         self._graph, self._steps = None, 0
         if self._compiled is not None:
             self._compiled = None
             torch.compiler.reset()
 
     def one_hot(self, labels: Tensor) -> Tensor:
-        """Y: (B,) to (B, classes)."""
+        """Encodes labels (B,) as Y (B, classes)."""
         return F.one_hot(labels, self.num_classes).to(next(self.stage.parameters()).dtype)
 
     def targets(self, labels: Tensor) -> Tensor:
-        """What the loss aims at: Y, or what the heads make of it."""
+        """Returns what the loss aims at: Y, or what the heads make of it."""
         return self.heads.targets(self.one_hot(labels))
 
     def slices(self, rows: int) -> list[slice]:
-        """The micro-batches of a batch."""
+        """Returns the micro-batches of a batch."""
         size = rows if self.memory.mode is Mode.PLAIN else self.memory.micro_batch
         found = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
         return found if not self.memory_trial or len(found) < 3 else [*found[:2], found[-1]]
@@ -189,8 +191,8 @@ def step(
 
 
 def _try(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None] | None:
-    """The gradients, or ``None`` where they took too much memory and a smaller mode is to be
-    tried, or could not be compiled. CUDA graphs give way first."""
+    """Computes the gradients. Returns ``None`` where that is to be tried again: without its CUDA
+    graph, with a smaller memory mode, or not compiled, in this order."""
     before = [buffer.clone() for buffer in learner.buffers()]
     try:
         return gradients(learner, batch)
@@ -211,7 +213,7 @@ def _try(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None] | None:
 
 
 def _let_go(learner: Learner) -> None:
-    """Lets go of what a step leaves on the device."""
+    """Frees what a failed step left on the device."""
     learner.forget_made()
     for parameter in learner.parameters():
         parameter.grad = None
@@ -229,7 +231,7 @@ def _smaller(learner: Learner, error: Exception) -> StepMemory | None:
 
 
 def gradients(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """Gives every parameter its gradient on a batch, times the loss's scale. Returns loss and
+    """Computes every parameter's gradient on a batch, times the loss's scale. Returns loss and
     logits like ``step``."""
     y = learner.targets(batch.labels)
     if learner.memory.mode is Mode.PLAIN:
@@ -265,7 +267,7 @@ def _by_autograd(learner: Learner, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def _load_input(learner: Learner, batch: Batch) -> Tensor:
-    """The stage's input, read a micro-batch at a time, in the precision of the encoder."""
+    """Loads the stage's input a micro-batch at a time, in the encoder's precision."""
     x: Tensor | None = None
     streams = learner.memory.mode.streams
     for rows in learner.slices(len(batch.labels)):

@@ -19,8 +19,8 @@ from greedy.stores.source import Batch
 
 
 class Outcome(NamedTuple):
-    """Of a stage's step on a batch: its loss, a scalar, and its local classifier's logits
-    (B, classes), or ``None`` without one."""
+    """The loss of a stage's step on a batch, a scalar, and its local classifier's logits (B,
+    classes), or ``None`` without one."""
 
     loss: Tensor
     logits: Tensor | None
@@ -47,7 +47,7 @@ class Strategy(Protocol):
         """All that step."""
 
     def step(self, batch: Batch, masks: Masks, guard: Guard, position: int) -> list[Outcome]:
-        """Trains on one batch, number ``position`` of its epoch; an outcome a stage."""
+        """Trains on one batch, number ``position`` of its epoch. Returns an outcome a stage."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,8 @@ class Backprop:
         return found
 
     def _micro_batches(self, count: int) -> list[slice]:
-        """Slices of nearly equal size, of two rows at least: batch norm takes no single one."""
+        """Cuts a batch into slices of nearly equal size, of at least two rows, which batch norm
+        needs."""
         number = max(1, min(self.accumulate, count // 2))
         edges = [count * i // number for i in range(number + 1)]
         found = [slice(start, stop) for start, stop in pairwise(edges)]
@@ -168,7 +169,7 @@ def together(
     accumulate: int,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
 ) -> Joint | Backprop:
-    """All stages of a network in one strategy, by its name, with new optimisers."""
+    """Puts all stages of a network into one strategy, by its name, with new optimisers."""
     if strategy == "joint":
         for learner in learners:
             learner.optimizer = optimizer(learner.parameters())
@@ -208,6 +209,6 @@ def _sum(outcomes: Sequence[Outcome]) -> Tensor:
 
 
 def _joined(parts: Sequence[Outcome]) -> Outcome:
-    """A stage's outcome of a batch from those of its micro-batches, whose losses are shares."""
+    """Joins a stage's outcomes of micro-batches, whose losses are shares of the batch's."""
     logits = [part.logits for part in parts if part.logits is not None]
     return Outcome(_sum(parts), torch.cat(logits) if logits else None)

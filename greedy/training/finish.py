@@ -79,7 +79,7 @@ def write_record(
 def _lineage(
     directory: Path, recipe: Recipe, choices: Choices, parent: StageRecord, source: int
 ) -> str:
-    """Names everything the result follows from."""
+    """Hashes everything the result follows from."""
     return digest(
         canonical(
             {

@@ -33,8 +33,9 @@ def new_learner(
     *,
     zero: bool,
 ) -> Learner:
-    """A stage on a device with its first weights and its heads, both drawn from streams of their
-    own. ``zero`` for an output layer whose weight starts there."""
+    """Makes a learner on a device with its first weights and heads, each drawn from a stream of
+    random numbers named after the stage. ``zero`` says that an output layer's weight starts at
+    zero."""
     initialise(stage, recipe.seed, zero=zero)
     with seeded(recipe.seed, stage.number, "heads"):
         heads = loss.heads(shapes.hidden, num_classes)
@@ -53,7 +54,8 @@ def new_learner(
 
 
 def placed(module: Module, device: torch.device) -> Module:
-    """A module moved to a device, the weights of its convolutions as they are best laid out."""
+    """Moves a module to a device, with its convolutions' weights in the layout that is fastest
+    there."""
     module.to(device)
     for parameter in module.parameters():
         parameter.data = laid_out(parameter.data)
@@ -68,8 +70,8 @@ def new_optimizer(
     *,
     own_rates: bool = False,
 ) -> torch.optim.Optimizer:
-    """The optimiser of stage ``number``: by a factory if there is one, else Adam. All its groups
-    begin at the recipe's rate, unless they are to begin at their own. Adam has its moments."""
+    """Makes the optimiser of stage ``number``: the factory's if there is one, else Adam with its
+    moments. All groups begin at the recipe's rate, or with ``own_rates`` at their own."""
     rate = for_stage(recipe.training.learning_rate, number)
     if factory is not None:
         optimizer = factory(parameters)
@@ -83,7 +85,7 @@ def new_optimizer(
 
 
 def new_schedule(recipe: Recipe, number: int) -> Schedule:
-    """The learning rate of stage ``number``."""
+    """Makes the learning-rate schedule of stage ``number``."""
     training = recipe.training
     rate = for_stage(training.learning_rate, number)
     if training.patience:

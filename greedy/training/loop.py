@@ -135,7 +135,7 @@ class Epochs:
         return float(group["lr"]) if FIRST in group else self.schedule.rate
 
     def _keep(self, progress: Progress, totals: Sequence[Totals], stop: Postponed) -> None:
-        """A checkpoint, and the end of the training where a signal has asked for it."""
+        """Writes a checkpoint, and ends the training where a signal has asked for it."""
         if self.checkpoints:
             self.checkpoints.save(progress, [Sums(each.loss, each.wrong) for each in totals])
         if stop.requested is not None:
@@ -202,7 +202,8 @@ class Epochs:
     def _optimizer_failed(
         self, epoch: int, position: int, error: BaseException | None
     ) -> TrainingError:
-        """Weights may be half of one step and half of the next: only a checkpoint is whole."""
+        """Returns the error for an optimiser that failed: weights may be half of one step and half
+        of the next, so that only the checkpoint is whole."""
         assert error is not None
         way = "free memory on its device" if is_out_of_memory(error) else "mend it"
         return TrainingError(

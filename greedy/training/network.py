@@ -52,8 +52,8 @@ class NetworkTraining:
         return self.run.recipe
 
     def train(self) -> list[StageRecord]:
-        """Trains all stages in the run's ``network`` directory, then puts each in its place. What
-        an interrupted training left is gone on with."""
+        """Trains all stages in the run's ``network`` directory, or resumes an unfinished training
+        there, then puts each stage in its place."""
         began = time.perf_counter()
         place = self.run.network / "training"
         start = self._start(place)
@@ -84,7 +84,7 @@ class NetworkTraining:
             return self._write(strategy, histories, checkpoints.start.resolved, seconds)
 
     def _start(self, place: Path) -> Start:
-        """What an interrupted training began with if it was this one, else a new start."""
+        """Returns what an unfinished training began with if it was this one, else a new start."""
         start = Start(
             stage=0,
             recipe=self.data.recipe,
@@ -132,7 +132,7 @@ class NetworkTraining:
         )
 
     def _run_epochs(self, checkpoints: Checkpoints) -> list[list[EpochReport]]:
-        """The reports of every stage."""
+        """Trains. Returns the reports of every stage."""
         training, choices = self.recipe.training, checkpoints.start.resolved
         epochs = training.epochs
         assert isinstance(epochs, int)
@@ -167,8 +167,8 @@ class NetworkTraining:
         choices: Choices,
         seconds: float,
     ) -> list[StageRecord]:
-        """Writes every stage as if it had been trained alone, but for its record's times and
-        memory, which are those of the network."""
+        """Writes every stage as if it had been trained alone, but with the times and memory of the
+        whole network."""
         records = [self.data]
         for learner, shape, reports in zip(
             strategy.learners, self.network.shapes, histories, strict=True

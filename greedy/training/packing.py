@@ -9,8 +9,11 @@ from greedy.base.errors import TrainingError
 
 
 def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """A JSON value for nested dictionaries, lists, numbers and texts, whose tensors go into
-    ``tensors`` under names that begin with ``name``. Raises ``TrainingError`` for any other."""
+    """Converts nested dictionaries, lists, numbers and texts to a JSON value, and moves their
+    tensors into ``tensors`` under names that begin with ``name``.
+
+    Raises ``TrainingError`` for values of any other type.
+    """
     match value:
         case Tensor():
             tensors[name] = value
@@ -30,7 +33,8 @@ def pack(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def unpack(packed: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The inverse of ``pack``. Raises ``ValueError`` or ``KeyError`` for what is not its work."""
+    """Reverses ``pack``. Raises ``ValueError`` or ``KeyError`` for values that ``pack`` did not
+    write."""
     if not isinstance(packed, dict):
         return packed
     ((kind, content),) = packed.items()

@@ -163,7 +163,8 @@ class StagePlanner:
         )
 
     def _choices(self, number: int, source: Source, views: Views, memory: Choice) -> Choices:
-        """Those of the stage's earlier training from the same source, or new ones."""
+        """Repeats the choices of the stage's earlier training from the same source, or makes new
+        ones."""
         before = former(self.run, number)
         if before is not None and before.source == source.number:
             return resolve_again(self.recipe, before.choices, views, memory)

@@ -72,7 +72,7 @@ def within_budget(recipe: Recipe, choices: Choices, memory: Choice) -> Choices:
 
 
 def shuffle(recipe: Recipe, stored_bytes: int) -> str:
-    """``rows`` for a store of so many bytes that is held in memory, else ``window``."""
+    """Returns ``rows`` for a store of ``stored_bytes`` that is held in memory, else ``window``."""
     budget = recipe.store.ram_budget
     allowed = parse_size(budget) if budget else int(available_memory() * RESIDENT_SHARE)
     return "rows" if stored_bytes <= allowed else "window"
@@ -81,9 +81,9 @@ def shuffle(recipe: Recipe, stored_bytes: int) -> str:
 def compiles(
     recipe: Recipe, number: int, hidden: Shape, rows: int, memory: Choice, device: torch.device
 ) -> bool:
-    """Whether the step of stage ``number`` is compiled, which gives a row an activation of shape
-    ``hidden`` and trains on so many ``rows``. Compiling feature maps takes the time of some
-    thousand steps' savings. The micro-batched modes and MPS do not compile."""
+    """Returns whether the step of stage ``number`` is compiled, whose activation has the shape
+    ``hidden`` and which trains on ``rows``. Compiling takes the time that some thousand steps save,
+    and pays for feature maps only. The micro-batched modes and MPS do not compile."""
     training = recipe.training
     if training.compile == "off" or memory.mode != Mode.PLAIN or device.type == "mps":
         return False
@@ -93,8 +93,8 @@ def compiles(
 
 
 def graphs(recipe: Recipe, choices: Choices, device: torch.device) -> bool:
-    """Whether the gradients of a plain step are launched as a CUDA graph. It keeps the memory of a
-    step, also while the last batch of an epoch is computed without it."""
+    """Returns whether the gradients of a plain step are launched as a CUDA graph. It keeps the
+    memory of a step, also while the last batch of an epoch is computed without it."""
     planned = choices.planned_peak_bytes
     if device.type != "cuda" or choices.memory.mode is not Mode.PLAIN or planned is None:
         return False
@@ -102,8 +102,8 @@ def graphs(recipe: Recipe, choices: Choices, device: torch.device) -> bool:
 
 
 def ample_memory(recipe: Recipe, choices: Choices) -> bool:
-    """Whether a named budget leaves room for what a process keeps to itself of the memory that it
-    frees. ``auto`` is less than what is free."""
+    """Returns whether a named budget leaves room for freed memory that the process keeps. ``auto``
+    does."""
     budget, planned = recipe.memory.budget, choices.planned_peak_bytes
     if choices.memory.mode is not Mode.PLAIN or planned is None:
         return False

@@ -70,15 +70,15 @@ FIRST = "initial_lr"  # of a group: torch's own name for what a schedule scales
 
 
 def set_first_rates(optimizers: Iterable[torch.optim.Optimizer], rate: float | None = None) -> None:
-    """Notes each group's rate as the one that it begins with, unless that is known: its own, or
-    the one given. A group may have none."""
+    """Notes the rate that each group begins with, unless it is known: the given rate, or its own. A
+    group may have none."""
     for group in chain.from_iterable(each.param_groups for each in optimizers):
         if (own := group.get("lr")) is not None and FIRST not in group:
             group[FIRST] = float(own) if rate is None else rate
 
 
 def scale_rates(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:
-    """Sets the rate of each group to so many times its first one."""
+    """Sets the rate of each group to ``factor`` times its first one."""
     for group in chain.from_iterable(each.param_groups for each in optimizers):
         if (first := group.get(FIRST)) is None:
             continue

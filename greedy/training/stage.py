@@ -67,8 +67,8 @@ class StageTraining:
         return self.start.resolved
 
     def train(self, directory: Path) -> StageRecord:
-        """Trains, freezes and writes the stage into a directory that is empty, or holds what an
-        interrupted training from the same start left."""
+        """Trains, freezes and writes the stage into a directory that is empty, or resumes the
+        unfinished training there, which had the same start."""
         started = time.perf_counter()
         self.start.write(directory)
         torch.set_num_threads(self.choices.threads)
@@ -110,8 +110,8 @@ class StageTraining:
         )
 
     def _room(self, learner: Learner) -> int:
-        """Bytes on disk, at most: weights, two checkpoints with an optimiser's two numbers a
-        weight, and the store, or before it the views of the source drawn anew."""
+        """Returns the bytes on disk that the stage takes at most: weights, two checkpoints with two
+        moments a weight, and the store, or before it the source's views, written again."""
         weights = sum(4 * p.numel() for p in learner.parameters())
         views, rows = self.choices.views, self.parent.rows
         store = refreshed = 0
