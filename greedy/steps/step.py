@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from traceback import clear_frames
 
 import torch
@@ -69,7 +69,7 @@ class Learner:
     def device(self) -> torch.device:
         return next(self.stage.parameters()).device
 
-    @property
+    @cached_property
     def parts(self) -> Parts | None:
         """Encoder, batch norm and activation of a stage of the usual pattern."""
         return parts_of(self.stage, self.heads, self.shape)
