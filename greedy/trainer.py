@@ -105,12 +105,20 @@ class GreedyTrainer:
         self.device = pick_device(device)
         self.run = RunDirectory.create(Path(run_dir), recipe)
         self.recipe = recipe
-        self.reporter = reporter or Reporter()
         self.loss = loss
         self._model = model
         self._planner = StagePlanner(
-            self.run, model, loss, self.device, self.reporter, optimizer, own_rates
+            self.run, model, loss, self.device, reporter or Reporter(), optimizer, own_rates
         )
+
+    @property
+    def reporter(self) -> Reporter:
+        """What is told of progress; may be replaced between trainings."""
+        return self._planner.reporter
+
+    @reporter.setter
+    def reporter(self, reporter: Reporter) -> None:
+        self._planner.reporter = reporter
 
     def fit(
         self, train_set: TorchDataset, test_set: TorchDataset, *, ignore_changes: bool = False
