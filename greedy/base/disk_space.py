@@ -1,4 +1,4 @@
-"""Room on disk: asked for before it is needed, and missed in one sentence."""
+"""Free space on disk: checked before it is needed, and explained in one sentence where it lacks."""
 
 import errno
 import os
@@ -14,10 +14,11 @@ READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def require_room(place: Path, what: str, needed: int) -> None:
-    """Raises ``TrainingError`` if the disk of a directory, which may be yet to be made, has no room
-    for so many bytes more."""
-    standing = next(each for each in (place.absolute(), *place.absolute().parents) if each.exists())
-    free = shutil.disk_usage(standing).free
+    """Raises ``TrainingError`` if the disk of a directory, which need not exist yet, has fewer than
+    ``needed`` bytes free. ``what`` names what needs them."""
+    absolute = place.absolute()
+    existing = next(path for path in (absolute, *absolute.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise TrainingError(
             f"{what} needs up to {format_size(needed)} in {place} and {format_size(free)} are "
@@ -27,9 +28,9 @@ def require_room(place: Path, what: str, needed: int) -> None:
 
 @contextmanager
 def until_full(place: Path, what: str, needed: int = 0) -> Iterator[None]:
-    """Inside, a file below ``place`` that cannot be written ends in one sentence with its path and
-    what to do. ``needed`` bytes were thought enough. Errors of files elsewhere, such as those that
-    a data set of a user's own reads, are their own."""
+    """Turns a file below ``place`` that cannot be written inside the block into a ``TrainingError``
+    with its path and what to do. ``needed`` is the estimate in bytes that it quotes. Errors of
+    files elsewhere, such as those that a user's data set reads, pass unchanged."""
     try:
         yield
     except OSError as error:
@@ -41,10 +42,10 @@ def until_full(place: Path, what: str, needed: int = 0) -> Iterator[None]:
                 f"the disk of {place} is full while {what} is written{wanted}, and {free} are "
                 f"free: free some and give the same command again, all that is finished is kept"
             ) from error
-        if (way := remedy(error)) is None or not _is_below(path, place):
+        if (advice := remedy(error)) is None or not _is_below(path, place):
             raise
         raise TrainingError(
-            f"{path} cannot be written ({error.strerror}): {way}, and give the same command "
+            f"{path} cannot be written ({error.strerror}): {advice}, and give the same command "
             f"again, all that is finished is kept"
         ) from error
 
@@ -56,8 +57,8 @@ def _is_below(path: object, place: Path) -> bool:
 
 
 def remedy(error: OSError) -> str | None:
-    """Returns what to do about an error of the system, ``None`` where that is not known."""
-    limits = {
+    """Returns what to do about an operating system's error, ``None`` where that is unknown."""
+    remedies = {
         errno.ENOSPC: "free some space on its disk",
         errno.EDQUOT: "free some of your disk quota, or have it raised",
         errno.EFBIG: "raise the limit on the size of a file (ulimit -f unlimited), or use a file "
@@ -76,4 +77,4 @@ def remedy(error: OSError) -> str | None:
         errno.ENOTEMPTY: "choose another place, or move away what is there",
     }
     read_only = "choose a place where you may write, or have that permitted"
-    return read_only if error.errno in READ_ONLY else limits.get(error.errno or 0)
+    return read_only if error.errno in READ_ONLY else remedies.get(error.errno or 0)

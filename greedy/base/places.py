@@ -1,7 +1,7 @@
-"""Where what outlives a run is kept: data sets, what was measured of a machine, compiled code.
+"""Folders for what outlives a run: data sets, measurements of a machine, compiled code.
 
-A container may run under any user id: without a name, without a home, or with one that cannot be
-written. All this is then kept among temporary files, in a folder of that user alone.
+A container may run under any user id: without a name, without a home, or with a home that is not
+writable. Such a user gets a private folder among the temporary files.
 """
 
 import getpass
@@ -23,18 +23,18 @@ _log = logging.getLogger(__name__)
 
 
 def data_sets(data_dir: str | Path | None = None) -> Path:
-    """The folder of named data sets: ``data_dir``, by default in the user's cache."""
+    """Returns the folder of named data sets: ``data_dir``, by default one in the user's cache."""
     return _of_user(user_cache_path, "data") if data_dir is None else expanded(Path(data_dir))
 
 
 def measurements() -> Path:
-    """The folder of what ``greedy bench`` measured, among the user's data."""
+    """Returns the folder of what ``greedy bench`` measured, in the user's data directory."""
     return _of_user(user_data_path, "calibration")
 
 
 def prepare_compiling() -> None:
-    """Torch's compiler names its folder of temporary files by the user. For one who has no name,
-    older versions do not compile."""
+    """Names a folder for torch's compiler, which otherwise names one by the user; older versions
+    fail for a user without a name."""
     if COMPILED in os.environ:
         return
     try:
@@ -44,7 +44,7 @@ def prepare_compiling() -> None:
 
 
 def expanded(path: Path) -> Path:
-    """A path whose ``~`` stands for a home. Raises ``UserError`` where there is none."""
+    """Returns a path with ``~`` expanded. Raises ``UserError`` where there is no such home."""
     try:
         return path.expanduser()
     except RuntimeError:
@@ -60,25 +60,25 @@ def _of_user(folder_of: Callable[[str], Path], name: str) -> Path:
 
 
 def _serves(path: Path) -> bool:
-    """Whether a folder is there, or can be made. One that is there may have been filled by another
-    user: it is for reading."""
+    """Returns whether a folder is readable, or can be created. An existing one is only read:
+    another user may have filled it."""
     if os.path.lexists(path):
         return os.access(path, os.R_OK | os.X_OK)
-    above = next(each for each in path.parents if os.path.lexists(each))
-    return os.access(above, os.W_OK | os.X_OK)
+    parent = next(folder for folder in path.parents if os.path.lexists(folder))
+    return os.access(parent, os.W_OK | os.X_OK)
 
 
 @cache
 def _temporary() -> Path:
-    """Said once. Whoever could write there could put code there: a folder that is not this user's
-    alone is not used."""
+    """Returns a private folder among the temporary files, and warns of it once. A folder that
+    others can write to is not used, since they could put code there."""
     path = Path(tempfile.gettempdir()) / f"greedy-{os.getuid()}"
     try:
         path.mkdir(mode=0o700)
     except FileExistsError:
-        found = path.lstat()
-        is_own = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
-        if not is_own or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        status = path.lstat()
+        is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+        if not is_own or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             path = Path(tempfile.mkdtemp(prefix="greedy-"))
     _log.warning(
         "no home directory that can be written: data sets, compiled code and what is measured of "

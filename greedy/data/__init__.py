@@ -1,4 +1,4 @@
-"""Data sets, and what is done to their images before the network sees them."""
+"""Data sets, and the preparation of their images for the network."""
 
 from greedy.data.augmentation import Augmentation, Draws, normalise, prepare
 from greedy.data.catalogue import DATASETS, Entry

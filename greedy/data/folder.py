@@ -1,5 +1,5 @@
-"""Image folders: ``train/CLASS/IMAGE`` and ``test/CLASS/IMAGE``, or ``CLASS/IMAGE`` alone; decoded
-when they are read."""
+"""Image folders: ``train/CLASS/IMAGE`` and ``test/CLASS/IMAGE``, or ``CLASS/IMAGE`` alone; files
+are decoded when they are read."""
 
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,16 +18,16 @@ from greedy.data.listing import Listing, few
 from greedy.data.modes import KINDS, Kind
 from greedy.data.splits import Dataset, Images, Labels, Rows, Shape
 
-TESTS = ("test", "val", "valid", "validation")  # folders to test on, the first that is there
-HELD_OUT = 5  # one image in so many is for testing, where the user has not sorted them
+TESTS = ("test", "val", "valid", "validation")  # folders to test on; the first one present counts
+HELD_OUT = 5  # one image in 5 is for testing, where the user has not chosen them
 CHANNELS = 3
 
-Files = dict[str, list[Path]]  # of each class
+Files = dict[str, list[Path]]  # by class
 
 
 @contextmanager
-def _told() -> Iterator[None]:
-    """In a function that it decorates, a folder that cannot be read is a UserError."""
+def _os_errors_explained() -> Iterator[None]:
+    """Turns a folder that cannot be read, inside the decorated function, into a ``UserError``."""
     try:
         yield
     except OSError as error:
@@ -37,21 +37,21 @@ def _told() -> Iterator[None]:
         ) from error
 
 
-@_told()
+@_os_errors_explained()
 def load_folder(
     name: str, root: Path, image_size: int | None, reading: Reading = AS_THEY_ARE
 ) -> Dataset:
-    """The data set of the folders ``train`` and ``test``, or another of ``TESTS``, under ``root``;
-    classes in the order of their names. Where there is neither ``train`` nor ``test``, or they are
-    classes themselves, the classes stand in ``root`` itself and one image in ``HELD_OUT`` of each,
-    evenly in the order of their names, is for testing. ``Dataset.notes`` says what is left out.
+    """Returns the data set of the folders ``train`` and ``test``, or another of ``TESTS``, in
+    ``root``; classes are sorted by name. Where there is neither ``train`` nor ``test``, or they are
+    classes themselves, the classes are in ``root`` and one image in ``HELD_OUT`` of each, evenly in
+    the order of their names, is for testing. ``Dataset.notes`` says what is left out.
 
-    Raises UserError if a folder is missing or cannot be read, a class has no image or none to train
-    on.
+    Raises ``UserError`` if a folder is missing or cannot be read, or a class has no image or none
+    to train on.
     """
     if not root.is_dir():
-        what = "is a file" if root.exists() else "is missing"
-        raise UserError(f"{root} {what}: name a folder that holds images as CLASS/IMAGE")
+        problem = "is a file" if root.exists() else "is missing"
+        raise UserError(f"{root} {problem}: name a folder that holds images as CLASS/IMAGE")
     listing, notes = Listing(), []
     splits = _splits(root, listing)
     if {"train", "test"} & {*splits}:
@@ -74,11 +74,11 @@ def load_folder(
 
 
 def _splits(root: Path, listing: Listing) -> list[str]:
-    """Which folders hold classes: those without images of their own, or with folders beside them
-    where both a training and a test folder are so."""
-    there = [folder for folder in ("train", *TESTS) if (root / folder).is_dir()]
-    pure = [folder for folder in there if not listing.has_images(root / folder)]
-    mixed = [folder for folder in there if folder in pure or listing.has_folders(root / folder)]
+    """Returns the folders that hold classes: those without images of their own; or those that also
+    hold folders, where a training and a test folder do."""
+    present = [folder for folder in ("train", *TESTS) if (root / folder).is_dir()]
+    pure = [folder for folder in present if not listing.has_images(root / folder)]
+    mixed = [folder for folder in present if folder in pure or listing.has_folders(root / folder)]
     return mixed if "train" in mixed and len(mixed) > 1 else pure
 
 
@@ -100,13 +100,13 @@ def _sorted_by_user(root: Path, splits: list[str], listing: Listing) -> tuple[Fi
 
 
 def _held_out(root: Path, listing: Listing) -> tuple[Files, Files]:
-    found = _with_images(root, listing)
-    if not {*found} - {"train", *TESTS}:
+    classes = _with_images(root, listing)
+    if not {*classes} - {"train", *TESTS}:
         raise UserError(
-            f"images in {' and '.join(str(root / name) for name in found)} are of no class: put "
+            f"images in {' and '.join(str(root / name) for name in classes)} are of no class: put "
             f"them into a folder for each class, as {root / 'train'}/CLASS/IMAGE"
         )
-    for name, members in found.items():
+    for name, members in classes.items():
         if len(members) < 2:
             raise UserError(
                 f"{root / name} holds one image, and one is needed to train on and one to test "
@@ -114,27 +114,32 @@ def _held_out(root: Path, listing: Listing) -> tuple[Files, Files]:
             )
     train = {
         name: [file for i, file in enumerate(members) if i % HELD_OUT]
-        for name, members in found.items()
+        for name, members in classes.items()
     }
-    return train, {name: members[::HELD_OUT] for name, members in found.items()}
+    return train, {name: members[::HELD_OUT] for name, members in classes.items()}
 
 
 def _with_images(folder: Path, listing: Listing) -> Files:
-    found = listing.classes(folder)
-    if not found:
+    classes = listing.classes(folder)
+    if not classes:
         raise UserError(f"{folder} holds no class: put images there as CLASS/IMAGE")
-    for name, files in found.items():
+    for name, files in classes.items():
         if not files:
             raise UserError(
                 f"{folder / name} holds no image that Pillow reads, such as JPEG, PNG, WebP or "
                 f"TIFF: add some, or remove the class"
             )
-    return found
+    return classes
 
 
 @dataclass(frozen=True)
 class First:
-    """What the first image that can be read says of all."""
+    """The properties of the first readable image, which all images share.
+
+    Attributes:
+        size: (width, height) in pixels.
+        resized: whether images are resized to ``size``; if not, each must have it.
+    """
 
     file: Path
     kind: Kind
@@ -142,7 +147,7 @@ class First:
     resized: bool
 
     def require_like(self, file: Path, image: ImageFile) -> None:
-        """Raises UserError for an image that has no place beside the first."""
+        """Raises ``UserError`` for an image that differs from the first in kind or size."""
         if image.kind != self.kind:
             raise UserError(
                 f"{self.file} holds {KINDS[self.kind]} and {file} {KINDS[image.kind]}, which have "
@@ -168,15 +173,16 @@ def _first_readable(files: Files, root: Path, image_size: int | None, reading: R
 
 
 class FolderSplit:
-    """Image files of classes as RGB: bytes, or float32 where they hold more than bytes.
+    """Image files of classes as RGB: uint8, or float32 for files that hold more than 8 bits.
 
-    Where ``first`` is resized the short side is (bilinear, antialiased) and the centre cut out;
-    else every image must have its size.
+    Where ``first.resized``, the short side is resized (bilinear, antialiased) and the centre
+    cropped; else every image must have its size.
 
     Attributes:
         root: the folder that all files are in.
-        files, labels: of the rows, in their order.
-        first: what all of them are like.
+        files: of the rows, in order.
+        labels: (n,) of the rows.
+        first: the properties that all images share.
     """
 
     def __init__(
@@ -196,13 +202,13 @@ class FolderSplit:
     def read(self, indices: Rows) -> tuple[Images, Labels]:
         images = np.empty((len(indices), *self.shape), self.dtype)
         with ThreadPoolExecutor() as pool:
-            # Exhausting the iterator raises the first failure and drops what has not begun.
+            # Exhausting the iterator raises the first failure and cancels pending files.
             for _ in pool.map(self._decode, (self.files[i] for i in indices), images):
                 pass
         return images, self.labels[indices]
 
     def without(self, files: Collection[Path]) -> Self:
-        """Returns the split without some of its files."""
+        """Returns the split without the given files."""
         kept = [i for i, file in enumerate(self.files) if file not in files]
         rest = copy(self)
         rest.files, rest.labels = [self.files[i] for i in kept], self.labels[kept]
