@@ -52,7 +52,7 @@ def bench(
     of bfloat16 matrix products on the same threads; waiting is the share of a step between asking
     for a batch and having it. `plan` knows times best for a recipe that was itself measured.
     """
-    from greedy.base.devices import describe  # noqa: PLC0415
+    from greedy.base.devices import device_name  # noqa: PLC0415
     from greedy.build.modules import load_network  # noqa: PLC0415
     from greedy.forecasts.bench import Bench, peak_flops  # noqa: PLC0415
     from greedy.forecasts.calibration import Calibration  # noqa: PLC0415
@@ -65,7 +65,7 @@ def bench(
     path = Calibration.path(bench.device.type)
     found: list[StageSpeed] = []
     with terminable(), _interruptible():
-        _say(as_json, f"{wanted.name} on {describe(bench.device)}: the peak")
+        _say(as_json, f"{wanted.name} on {device_name(bench.device)}: the peak")
         calibration = Calibration.begin(bench.device, peak_flops(bench.device))
         for number in range(1, len(bench.memory.stages) + 1):
             _say(as_json, f"stage {number}/{len(bench.memory.stages)} {bench.name(number)}")

@@ -55,11 +55,11 @@ def prepare(name: str, data_dir: Path | None, download: bool, as_json: bool) -> 
     """Check that a data set is here, and fetch it if that is allowed. All files of an image folder
     are decoded, and those that cannot be are named."""
     from greedy.cli.progress import preparing  # noqa: PLC0415
-    from greedy.data import checked, load_dataset  # noqa: PLC0415
+    from greedy.data import check_files, load_dataset  # noqa: PLC0415
 
     dataset = load_dataset(name, data_dir, download, allow_function=True)
     with preparing() as reporter:
-        dataset = checked(dataset, progress=reporter.files_checked)
+        dataset = check_files(dataset, progress=reporter.files_checked)
     train, test = dataset.train, dataset.test
     if as_json:
         known = {"name": name, "shape": train.shape, "train": len(train), "test": len(test)}

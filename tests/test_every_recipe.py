@@ -10,7 +10,7 @@ import torch
 from greedy.build.modules import build_loss, build_network, checked_shapes
 from greedy.data import DATASETS
 from greedy.losses import Output
-from greedy.losses.strategies import losses_of
+from greedy.losses.strategies import stage_losses
 from greedy.memory.fake import fake_tensors, materialised
 from greedy.models import Stage, StageShapes, cut, initialise
 from greedy.recipes import Recipe, load, names
@@ -107,7 +107,7 @@ def train(recipe: Recipe, *, numbers: bool = True) -> None:
     data, strategy = ENTRIES[recipe.data.name], recipe.training.strategy
     stages = cut(build_network(recipe.model, data.shape, data.classes))
     shapes = checked_shapes(recipe, stages, data.shape, data.classes)
-    losses = losses_of(strategy, build_loss(recipe.loss), len(stages))
+    losses = stage_losses(strategy, build_loss(recipe.loss), len(stages))
     size = 1 if strategy == "greedy" else len(stages)
     while stages:
         own, stages = stages[:size], stages[size:]

@@ -29,7 +29,7 @@ def test_it_stays_only_where_the_budget_has_room(budget: str, mode: Mode, ample:
 # In a process of its own: what others freed before would serve as well.
 SCRIPT = """
 import resource, torch
-from greedy.base.heap import kept_memory
+from greedy.base.heap import freed_memory_kept
 
 def faults(steps):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -40,7 +40,7 @@ def faults(steps):
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 
-with kept_memory(torch.device("cpu")):
+with freed_memory_kept(torch.device("cpu")):
     faults(40)  # until the blocks fit
     print(faults(10))
     kept = resident()

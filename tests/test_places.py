@@ -21,7 +21,7 @@ STRANGER = [
     sys.executable,
 ]
 NAMED = ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "TORCHINDUCTOR_CACHE_DIR")
-PLACES = "from greedy.base.places import *; print(data_sets(), measurements(), sep='\\n')"
+PLACES = "from greedy.base.places import *; print(data_sets_dir(), measurements_dir(), sep='\\n')"
 GREEDY = "-m", "greedy.cli.main"
 
 

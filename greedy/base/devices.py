@@ -140,12 +140,12 @@ def reset_peak_memory(device: torch.device) -> None:
             (PROCESS / "clear_refs").write_text("5", encoding="ascii")
 
 
-def give_back_workspaces() -> None:
+def release_workspaces() -> None:
     """Frees cuBLAS' workspaces on CUDA; it allocates new ones when it needs them."""
     torch._C._cuda_clearCublasWorkspaces()
 
 
-def describe(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     """Returns the device's name for records."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
@@ -169,7 +169,7 @@ def full_float32() -> Iterator[None]:
             operators.fp32_precision = precision
 
 
-def laid_out(values: torch.Tensor) -> torch.Tensor:
+def preferred_layout(values: torch.Tensor) -> torch.Tensor:
     """Returns feature maps (B, C, H, W), or a convolution's weight, in the memory format their
     device prefers: channels-last on CUDA, where cuDNN would otherwise copy them."""
     if not values.is_cuda or values.dim() != 4:

@@ -13,7 +13,7 @@ from greedy.base.sizes import format_size
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def require_room(place: Path, what: str, needed: int) -> None:
+def require_free_space(place: Path, what: str, needed: int) -> None:
     """Raises ``TrainingError`` if the disk of a directory, which need not exist yet, has fewer than
     ``needed`` bytes free. ``what`` names what needs them."""
     absolute = place.absolute()
@@ -27,7 +27,7 @@ def require_room(place: Path, what: str, needed: int) -> None:
 
 
 @contextmanager
-def until_full(place: Path, what: str, needed: int = 0) -> Iterator[None]:
+def write_errors_explained(place: Path, what: str, needed: int = 0) -> Iterator[None]:
     """Turns a file below ``place`` that cannot be written inside the block into a ``TrainingError``
     with its path and what to do. ``needed`` is the estimate in bytes that it quotes. Errors of
     files elsewhere, such as those that a user's data set reads, pass unchanged."""

@@ -29,7 +29,7 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def lacking(what: str, packages: Iterable[str], extra: str) -> UserError:
+def missing_packages(what: str, packages: Iterable[str], extra: str) -> UserError:
     """The error that says ``what`` needs packages of an extra of ours that are not installed."""
     return UserError(
         f"{what} needs {' and '.join(packages)}: install with pip install '.[{extra}]' "

@@ -47,7 +47,7 @@ def read_tensors(path: Path) -> "dict[str, Tensor]":
     return safetensors.torch.load(path.read_bytes())
 
 
-def require_new(to: Path, overwrite: bool) -> None:
+def require_writable(to: Path, overwrite: bool) -> None:
     """Raises ``UserError`` if the file ``to`` cannot be written: it is a folder, exists and
     ``overwrite`` is false, or its folder is missing or not writable."""
     if to.is_dir():
@@ -62,7 +62,7 @@ def require_new(to: Path, overwrite: bool) -> None:
         raise UserError(f"the folder {to.parent} cannot be written: choose another --to")
 
 
-def write_asked(to: Path, data: bytes) -> None:
+def write_output(to: Path, data: bytes) -> None:
     """Writes the file that the user named with ``--to``, atomically. Raises ``UserError`` where
     that fails; a full disk stays the system's error."""
     from greedy.cache.files import write_whole  # noqa: PLC0415
@@ -88,7 +88,7 @@ def bytes_below(directory: Path) -> int:
     return total
 
 
-def canonical(document: Any) -> bytes:
+def canonical_json(document: Any) -> bytes:
     """Returns the JSON text of a document that digests are taken of: sorted keys, no spaces."""
     return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
 
@@ -114,18 +114,18 @@ def read_document(path: Path) -> dict[str, Any]:
     return document
 
 
-def signed(document: dict[str, Any]) -> bytes:
+def with_digest(document: dict[str, Any]) -> bytes:
     """Returns a document as JSON text with a ``digest`` of the rest of it."""
-    whole = {**document, "digest": digest(canonical(document))}
+    whole = {**document, "digest": digest(canonical_json(document))}
     return json.dumps(whole, indent=2).encode()
 
 
-def read_signed(path: Path) -> dict[str, Any]:
-    """Returns a document that ``signed`` wrote, without its digest. Raises ``ValueError`` saying
-    what is wrong with it."""
+def read_with_digest(path: Path) -> dict[str, Any]:
+    """Returns a document that ``with_digest`` wrote, without its digest. Raises ``ValueError`` that
+    says what is wrong with it."""
     document = read_document(path)
     try:
-        intact = document.pop("digest", None) == digest(canonical(document))
+        intact = document.pop("digest", None) == digest(canonical_json(document))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not intact:

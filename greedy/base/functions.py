@@ -30,7 +30,7 @@ def call_function(name: str) -> Any:
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
-    with telling(f"cannot import the module of {name}"):
+    with user_errors_explained(f"cannot import the module of {name}"):
         module = importlib.import_module(module_name)
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -40,12 +40,12 @@ def call_function(name: str) -> Any:
             raise UserError(
                 f"{name} needs arguments and is called without: give its parameters defaults"
             )
-    with telling(f"{name} fails"):
+    with user_errors_explained(f"{name} fails"):
         return function()
 
 
 @contextmanager
-def telling(what: str) -> Iterator[None]:
+def user_errors_explained(what: str) -> Iterator[None]:
     """Turns errors of a user's own code inside the block into a ``UserError`` that begins with
     ``what`` and names the file and line."""
     try:

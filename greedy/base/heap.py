@@ -19,7 +19,7 @@ LARGEST_DYNAMIC = 32 * 2**20  # the largest that glibc's threshold grows to
 
 
 @contextmanager
-def kept_memory(device: torch.device) -> Iterator[None]:
+def freed_memory_kept(device: torch.device) -> Iterator[None]:
     """Keeps freed memory in the process inside the block, if the device is the CPU and the C
     library supports it; free memory is returned to the system at the end."""
     library = _library(device)
@@ -37,7 +37,7 @@ def kept_memory(device: torch.device) -> Iterator[None]:
         library.malloc_trim(0)
 
 
-def give_back(device: torch.device) -> None:
+def release_free_memory(device: torch.device) -> None:
     """Returns the process's free memory to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -46,7 +46,8 @@ def give_back(device: torch.device) -> None:
 
 
 def _library(device: torch.device) -> ctypes.CDLL | None:
-    """Returns the C library, ``None`` unless it manages the device's memory and can be configured."""
+    """Returns the C library; ``None`` unless it manages the device's memory and can be
+    configured."""
     library = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
     able = hasattr(library, "mallopt") and hasattr(library, "malloc_trim")
     return library if able else None

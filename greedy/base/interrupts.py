@@ -15,7 +15,7 @@ def stop(number: int, frame: FrameType | None) -> None:
     raise Interrupted(number, "interrupted: the same command goes on where this one stopped")
 
 
-class Postponed:
+class PostponedSignals:
     """Context manager that delays SIGINT, SIGTERM and SIGHUP: the first one only sets
     ``requested``, the second stops at once. A user's handlers stay, as do signals outside the main
     thread.

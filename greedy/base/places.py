@@ -22,12 +22,12 @@ COMPILED = "TORCHINDUCTOR_CACHE_DIR"
 _log = logging.getLogger(__name__)
 
 
-def data_sets(data_dir: str | Path | None = None) -> Path:
+def data_sets_dir(data_dir: str | Path | None = None) -> Path:
     """Returns the folder of named data sets: ``data_dir``, by default one in the user's cache."""
-    return _of_user(user_cache_path, "data") if data_dir is None else expanded(Path(data_dir))
+    return _of_user(user_cache_path, "data") if data_dir is None else expand_home(Path(data_dir))
 
 
-def measurements() -> Path:
+def measurements_dir() -> Path:
     """Returns the folder of what ``greedy bench`` measured, in the user's data directory."""
     return _of_user(user_data_path, "calibration")
 
@@ -43,7 +43,7 @@ def prepare_compiling() -> None:
         os.environ[COMPILED] = str(_temporary() / "compiled")
 
 
-def expanded(path: Path) -> Path:
+def expand_home(path: Path) -> Path:
     """Returns a path with ``~`` expanded. Raises ``UserError`` where there is no such home."""
     try:
         return path.expanduser()

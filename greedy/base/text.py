@@ -12,7 +12,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _UNSHOWN = {"Cc", "Zl", "Zp"}
 
 
-def listed(names: Sequence[object]) -> str:
+def first_names(names: Sequence[object]) -> str:
     """Returns the first three of some names, joined by commas, with an ellipsis where there are
     more."""
     return ", ".join(map(str, names[:SHOWN])) + (", …" if len(names) > SHOWN else "")

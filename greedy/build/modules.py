@@ -86,7 +86,7 @@ def checked_shapes(
     for stage, shape in zip(stages[:-1], shapes[:-1], strict=True):
         _require_heads_and_store(recipe, stage, shape)
     augmentation = Augmentation.parse(recipe.data.augmentation, recipe.data.cutout_length)
-    augmentation.require_room(*row_shape[1:])
+    augmentation.require_image_size(*row_shape[1:])
     mean = recipe.data.mean
     if mean is not None and len(mean) != row_shape[0]:
         raise UserError(

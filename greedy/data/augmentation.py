@@ -65,7 +65,7 @@ class Augmentation:
             raise UserError(f"cutout_length is {cutout_length}: give 0 or more pixels")
         return cls(sum(paddings), "hflip" in names, cutout_length)
 
-    def require_room(self, height: int, width: int) -> None:
+    def require_image_size(self, height: int, width: int) -> None:
         """Raises ``UserError`` for images that are no larger than their padding."""
         if self.padding >= min(height, width):
             raise UserError(
@@ -78,7 +78,7 @@ class Augmentation:
 
         Raises ``UserError`` where the image is no larger than its padding.
         """
-        self.require_room(height, width)
+        self.require_image_size(height, width)
 
         def uniform(low: int, high: int) -> Tensor:
             return torch.randint(low, high, (rows,), generator=generator)

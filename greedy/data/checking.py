@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from greedy.base.errors import UserError
-from greedy.base.text import listed
+from greedy.base.text import first_names
 from greedy.data.folder import FolderSplit
-from greedy.data.images import UnreadableImage, opened
-from greedy.data.listing import few
+from greedy.data.images import UnreadableImage, open_image
+from greedy.data.listing import first_paths
 from greedy.data.modes import KINDS
 from greedy.data.splits import Dataset
 
@@ -21,7 +21,7 @@ Problem = Literal["unreadable", "other kind", "other size", "animated"]
 Progress = Callable[[int, int], None]
 
 
-def checked(
+def check_files(
     dataset: Dataset, *, skip: bool = False, progress: Progress = lambda done, files: None
 ) -> Dataset:
     """Decodes all files of an image folder, in parallel, and returns the data set; other data sets
@@ -55,7 +55,7 @@ def checked(
     _require_alike(train, problems)
     notes = list(dataset.notes)
     if animated := problems.get("animated"):
-        named = few([*animated], train.root)
+        named = first_paths([*animated], train.root)
         notes.append(f"images of which the first of several is used: {len(animated):,} ({named})")
     if not unreadable:
         return replace(dataset, notes=notes)
@@ -81,7 +81,7 @@ def _checked_files(split: FolderSplit) -> Iterator[tuple[Path, Problem | None, s
 
 def _check(split: FolderSplit, file: Path) -> tuple[Problem | None, str]:
     try:
-        with opened(file, split.reading) as image:
+        with open_image(file, split.reading) as image:
             if image.kind != split.first.kind:
                 return "other kind", KINDS[image.kind]
             if not split.first.resized and image.size != split.first.size:
@@ -121,7 +121,7 @@ def _all(files: Mapping[Path, str], root: Path) -> str:
 
 
 def _few(files: Mapping[Path, str], root: Path) -> str:
-    return listed(_described(files, root))
+    return first_names(_described(files, root))
 
 
 def _described(files: Mapping[Path, str], root: Path) -> list[str]:

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from greedy.base.errors import UserError
-from greedy.data.images import AS_THEY_ARE, ImageFile, Reading, UnreadableImage, opened
-from greedy.data.listing import Listing, few
+from greedy.data.images import DEFAULT_READING, ImageFile, Reading, UnreadableImage, open_image
+from greedy.data.listing import Listing, first_paths
 from greedy.data.modes import KINDS, Kind
 from greedy.data.splits import Dataset, Images, Labels, Rows, Shape
 
@@ -26,7 +26,7 @@ Files = dict[str, list[Path]]  # by class
 
 
 @contextmanager
-def _os_errors_explained() -> Iterator[None]:
+def _read_errors_explained() -> Iterator[None]:
     """Turns a folder that cannot be read, inside the decorated function, into a ``UserError``."""
     try:
         yield
@@ -37,9 +37,9 @@ def _os_errors_explained() -> Iterator[None]:
         ) from error
 
 
-@_os_errors_explained()
+@_read_errors_explained()
 def load_folder(
-    name: str, root: Path, image_size: int | None, reading: Reading = AS_THEY_ARE
+    name: str, root: Path, image_size: int | None, reading: Reading = DEFAULT_READING
 ) -> Dataset:
     """Returns the data set of the folders ``train`` and ``test``, or another of ``TESTS``, in
     ``root``; classes are sorted by name. Where there is neither ``train`` nor ``test``, or they are
@@ -64,7 +64,7 @@ def load_folder(
     else:
         train, test = _held_out(root, listing)
     if count := len(listing.ignored):
-        named = few(listing.ignored, root)
+        named = first_paths(listing.ignored, root)
         notes.append(f"left out of {root}, not being images in class folders: {count:,} ({named})")
     first = _first_readable(train, root, image_size, reading)
     names = list(train)
@@ -164,7 +164,7 @@ class First:
 def _first_readable(files: Files, root: Path, image_size: int | None, reading: Reading) -> First:
     for file in (file for members in files.values() for file in members):
         try:
-            with opened(file, reading) as image:
+            with open_image(file, reading) as image:
                 size = (image_size, image_size) if image_size else image.size
                 return First(file, image.kind, size, image_size is not None)
         except UnreadableImage as error:
@@ -215,7 +215,7 @@ class FolderSplit:
         return rest
 
     def _decode(self, file: Path, out: npt.NDArray[Any]) -> None:
-        with opened(file, self.reading) as image:
+        with open_image(file, self.reading) as image:
             self.first.require_like(file, image)
             size = self.shape[1:] if self.first.resized else None
             out[:] = image.values(CHANNELS, self.reading.background, size)

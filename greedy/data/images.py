@@ -63,7 +63,7 @@ class Reading:
         return cls(data.background, data.max_pixels)
 
 
-AS_THEY_ARE = Reading()
+DEFAULT_READING = Reading()
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class ImageFile:
 
 
 @contextmanager
-def opened(file: Path, reading: Reading) -> Iterator[ImageFile]:
+def open_image(file: Path, reading: Reading) -> Iterator[ImageFile]:
     """Yields the decoded image of a file. Turns any failure to read it, also inside the block, into
     ``UnreadableImage``, and lack of memory into ``UserError``."""
     try:

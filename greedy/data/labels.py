@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 
 from greedy.base.errors import UserError
-from greedy.base.text import SHOWN, listed
+from greedy.base.text import SHOWN, first_names
 
 Numbered = tuple[npt.NDArray[np.int64], dict[int, str]]
 MOST = 2**31  # more than the classes of any data set
@@ -57,7 +57,7 @@ def as_label(label: Any) -> int:
     return int(value)
 
 
-def meaning(label: Any) -> int | str:
+def label_or_remedy(label: Any) -> int | str:
     """Returns a label as a class number, or the remedy where it is none."""
     try:
         return as_label(label)
@@ -73,7 +73,7 @@ def numbered(labels: Sequence[Any] | npt.NDArray[Any]) -> Numbered:
         return array.astype(np.int64), {}
     values, remedies = np.full(len(labels), -1, np.int64), {}
     for i, label in enumerate(labels):
-        number = meaning(label)
+        number = label_or_remedy(label)
         if isinstance(number, str):
             remedies[i] = number
         else:
@@ -104,7 +104,9 @@ def outside(values: npt.NDArray[np.int64], classes: Sequence[int], names: Sequen
         return f"labels run from {first + 1} to {last + 1} and classes from {first}: subtract 1"
     whole = len(classes) == last - first + 1
     numbers = f"{first} to {last}" if whole else ", ".join(map(str, sorted(classes)))
-    return f"the classes are {numbers} ({listed(names)}): use these numbers, or name every class"
+    return (
+        f"the classes are {numbers} ({first_names(names)}): use these numbers, or name every class"
+    )
 
 
 def require_classes(
@@ -149,9 +151,9 @@ def _require_numbers(name: str, train: npt.NDArray[np.int64], test: npt.NDArray[
             f"a training label of {name} is {highest} and there are {len(train):,} training "
             f"images: number the classes one after the other, from 0"
         )
-    if len(lacking := np.setdiff1d(test, train)):
+    if len(unseen := np.setdiff1d(test, train)):
         raise UserError(
-            f"no training label of {name} is {listed(lacking.tolist())}, and test labels are: "
+            f"no training label of {name} is {first_names(unseen.tolist())}, and test labels are: "
             f"train on images of these classes, or name all classes in the training set's "
             f"attribute `classes`"
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, ImageFile
 
-from greedy.base.text import listed
+from greedy.base.text import first_names
 
 SYSTEM_FILES = {"Thumbs.db", "desktop.ini", "__MACOSX"}  # created by operating systems
 WITHOUT_PICTURES = {"MPEG"}  # formats that Pillow recognises but cannot decode
@@ -111,6 +111,6 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def few(paths: list[Path], root: Path) -> str:
+def first_paths(paths: list[Path], root: Path) -> str:
     """Returns the first three of some paths, relative to ``root``."""
-    return listed([path.relative_to(root) for path in sorted(paths)])
+    return first_names([path.relative_to(root) for path in sorted(paths)])

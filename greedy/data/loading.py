@@ -5,10 +5,10 @@ from pathlib import Path
 
 from greedy.base.errors import UserError, unknown
 from greedy.base.functions import is_function_name
-from greedy.base.places import data_sets, expanded
+from greedy.base.places import data_sets_dir, expand_home
 from greedy.data.catalogue import DATASETS
 from greedy.data.folder import load_folder
-from greedy.data.images import AS_THEY_ARE, Reading
+from greedy.data.images import DEFAULT_READING, Reading
 from greedy.data.mapstyle import load_function
 from greedy.data.splits import Dataset
 from greedy.data.vision import is_present, load_vision
@@ -23,7 +23,7 @@ def load_dataset(
     download: bool = False,
     image_size: int | None = None,
     allow_function: bool = False,
-    reading: Reading = AS_THEY_ARE,
+    reading: Reading = DEFAULT_READING,
 ) -> Dataset:
     """Returns the data set called by a name of ``DATASETS``, ``folder:PATH`` or
     ``module:function``.
@@ -48,7 +48,7 @@ def load_dataset(
     if image_size is not None:
         raise UserError(f"data.image_size is for folder:PATH alone: remove it for {name}")
     if name in NAMES:
-        return load_vision(name, data_sets(data_dir), download)
+        return load_vision(name, data_sets_dir(data_dir), download)
     if not allow_function:
         raise UserError(
             "a function named in a recipe is only called when the same name is given on the "
@@ -62,13 +62,13 @@ def find_dataset(
     data_dir: str | Path | None = None,
     *,
     allow_function: bool = False,
-    reading: Reading = AS_THEY_ARE,
+    reading: Reading = DEFAULT_READING,
 ) -> Dataset | None:
     """Returns the data set of a name of ``DATASETS`` if it loads without a download, or of a
     function if calling it is allowed; otherwise None."""
     if name in NAMES:
         with suppress(UserError):  # damaged files count as missing
-            return load_vision(name, data_sets(data_dir), download=False)
+            return load_vision(name, data_sets_dir(data_dir), download=False)
     elif allow_function and is_function_name(name):
         return load_function(name, reading.background)
     return None
@@ -76,11 +76,11 @@ def find_dataset(
 
 def folder_of(name: str) -> Path | None:
     """Returns the folder of ``folder:PATH``; None for other names."""
-    return expanded(Path(name.removeprefix(FOLDER))) if name.startswith(FOLDER) else None
+    return expand_home(Path(name.removeprefix(FOLDER))) if name.startswith(FOLDER) else None
 
 
 def is_available(name: str, data_dir: str | Path | None = None) -> bool:
     """Returns whether the data set of a name of ``DATASETS`` can be loaded without a download."""
     if name not in NAMES:
         raise unknown("data set", name, NAMES)
-    return is_present(name, data_sets(data_dir))
+    return is_present(name, data_sets_dir(data_dir))

@@ -12,14 +12,14 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
 from greedy.base.errors import UserError
-from greedy.base.functions import call_function, telling
-from greedy.base.text import listed
-from greedy.data.classes import ClassLookup, ClassInfo, match_classes, class_info
-from greedy.data.labels import meaning, numbered, require_classes, wrong_labels
+from greedy.base.functions import call_function, user_errors_explained
+from greedy.base.text import first_names
+from greedy.data.classes import ClassInfo, ClassLookup, class_info, match_classes
+from greedy.data.labels import label_or_remedy, numbered, require_classes, wrong_labels
 from greedy.data.modes import WHITE, pixel_values
-from greedy.data.randomness import generators_kept, transform_names
+from greedy.data.randomness import generators_restored, transform_names
 from greedy.data.samples import image_and_label
-from greedy.data.splits import Dataset, Images, Labels, Rows, Shape, spread
+from greedy.data.splits import Dataset, Images, Labels, Rows, Shape, spread_rows
 
 PYTHON = "python"  # the name of sets given in Python
 CHANNELS = (1, 3, 4)  # lengths of an axis that is taken for channels
@@ -54,7 +54,7 @@ def dataset_from_torch(
     sets = dict(zip(names, (train_set, test_set), strict=True))
     for split, samples in sets.items():
         _require_map_style(samples, split)
-    with generators_kept():
+    with generators_restored():
         train, test = (_checked_class_info(samples, split) for split, samples in sets.items())
     class_names, *lookups = match_classes(train, test, names)
     train_split, test_split = (
@@ -136,8 +136,8 @@ class MapSplit:
 
     def require_repeatable(self) -> None:
         """Raises ``UserError`` where one of a few samples differs when it is read again."""
-        rows = spread(len(self), LOOKED_AT).tolist()
-        with generators_kept():
+        rows = spread_rows(len(self), LOOKED_AT).tolist()
+        with generators_restored():
             for row in rows:
                 first = self._content(row)
                 if any(self._content(row) != first for _ in range(1, READINGS // len(rows))):
@@ -145,7 +145,7 @@ class MapSplit:
 
     def _content(self, row: int) -> tuple[Any, ...]:
         image, label = self._sample(row)
-        return image.shape, image.dtype, image.tobytes(), meaning(label)
+        return image.shape, image.dtype, image.tobytes(), label_or_remedy(label)
 
     def _random(self, row: int) -> UserError:
         transforms = transform_names(self._samples)
@@ -160,7 +160,7 @@ class MapSplit:
 
     def _sample(self, index: int) -> tuple[npt.NDArray[Any], Any]:
         image, label = _read(self._samples, index, self._name)
-        with telling(f"the image of sample {index} of {self._name} cannot be read"):
+        with user_errors_explained(f"the image of sample {index} of {self._name} cannot be read"):
             try:
                 return _as_image(image, self._background), label
             except ValueError as error:
@@ -189,8 +189,8 @@ class MapSplit:
         ]
         raise UserError(
             f"values of {self._name} are not finite (NaN, infinite or beyond float32) in "
-            f"{len(bad):,} of {len(rows):,} samples looked at ({listed(sorted(bad))}): replace "
-            f"these values, or leave the samples out"
+            f"{len(bad):,} of {len(rows):,} samples looked at ({first_names(sorted(bad))}): "
+            f"replace these values, or leave the samples out"
         )
 
 
@@ -218,7 +218,7 @@ def _require_map_style(samples: Any, name: str) -> None:
     elif not hasattr(samples, "__len__"):
         problem = "is no map-style data set, since it has no length: give it a __len__"
     else:
-        with telling(f"the length of {name} cannot be asked for"):
+        with user_errors_explained(f"the length of {name} cannot be asked for"):
             problem = None if len(samples) else "is empty: give it samples"
     if problem:
         raise UserError(f"{name} {problem}")
@@ -227,13 +227,13 @@ def _require_map_style(samples: Any, name: str) -> None:
 def _checked_class_info(samples: Any, name: str) -> ClassInfo:
     """Returns a set's class information, without its labels where reading samples gives others: a
     transform changes labels, and the class names do not apply to them."""
-    with telling(f"classes and labels of {name} cannot be read"):
+    with user_errors_explained(f"classes and labels of {name} cannot be read"):
         info = class_info(samples, name)
     if info.labels is None:
         return info
     rows = _rows_of_all_kinds(info.labels)
-    read = [meaning(_read(samples, row, name)[1]) for row in rows]
-    stored = [meaning(info.labels[row]) for row in rows]
+    read = [label_or_remedy(_read(samples, row, name)[1]) for row in rows]
+    stored = [label_or_remedy(info.labels[row]) for row in rows]
     if read == stored:
         return info
     named = all(
@@ -246,15 +246,15 @@ def _checked_class_info(samples: Any, name: str) -> ClassInfo:
 def _rows_of_all_kinds(labels: npt.NDArray[Any]) -> list[int]:
     """Returns a few rows, some spread over the set and some with as many different labels as
     possible."""
-    rows = spread(len(labels), LOOKED_AT)
+    rows = spread_rows(len(labels), LOOKED_AT)
     if labels.ndim == 1 and labels.dtype.kind != "O":
         _, first = np.unique(labels, return_index=True)
-        rows = np.union1d(rows, first[spread(len(first), LOOKED_AT)])
+        rows = np.union1d(rows, first[spread_rows(len(first), LOOKED_AT)])
     return rows.tolist()
 
 
 def _read(samples: Any, index: int, name: str) -> tuple[Any, Any]:
-    with telling(f"sample {index} of {name} cannot be read"):
+    with user_errors_explained(f"sample {index} of {name} cannot be read"):
         sample = samples[index]
     try:
         return image_and_label(sample)
@@ -335,7 +335,7 @@ def _to_channels_first(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _listed(keys: Mapping[Any, Any]) -> str:
-    return listed([repr(key) for key in keys])
+    return first_names([repr(key) for key in keys])
 
 
 def _a(noun: str) -> str:

@@ -12,7 +12,7 @@ from greedy.data.classes import inner_set
 
 
 @contextmanager
-def generators_kept() -> Iterator[None]:
+def generators_restored() -> Iterator[None]:
     """Restores the global generators of Python, NumPy and torch after the block."""
     # Not of CUDA devices that this process does not use: saving them would initialise CUDA.
     used = torch.cuda.device_count() if torch.cuda.is_initialized() else 0

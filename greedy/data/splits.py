@@ -73,7 +73,7 @@ class Dataset:
             )
 
 
-def spread(count: int, most: int) -> Rows:
+def spread_rows(count: int, most: int) -> Rows:
     """Returns at most ``most`` of ``count`` rows, evenly spaced."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.intp))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from greedy.base.errors import UserError, lacking
+from greedy.base.errors import UserError, missing_packages
 from greedy.data import idx
 from greedy.data.splits import ArraySplit, Dataset, JoinedSplit, Split
 
@@ -45,7 +45,7 @@ def load_vision(name: str, root: Path, download: bool) -> Dataset:
     damaged, or if SVHN is asked for without SciPy.
     """
     if name == "svhn" and importlib.util.find_spec("scipy") is None:
-        raise lacking("svhn", ["scipy"], "svhn")
+        raise missing_packages("svhn", ["scipy"], "svhn")
     if not (download or is_present(name, root)):
         raise UserError(
             f"{name} is not in {root}: allow the download with --download, "

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from greedy.base.precision import widened
 from greedy.losses.local import Features, LocalHeads
-from greedy.losses.prediction import PredictionHead, pooling_of
+from greedy.losses.prediction import PredictionHead, head_pooling
 from greedy.losses.similarity import feature_deviation, similarity_loss
 from greedy.models import Shape
 
@@ -64,7 +64,7 @@ class PooledDeviation(nn.Module):
 
     def __init__(self, shape: Shape, pool_target: int) -> None:
         super().__init__()
-        self.pool = pooling_of(shape, pool_target) or nn.Identity()
+        self.pool = head_pooling(shape, pool_target) or nn.Identity()
 
     def forward(self, h: Tensor) -> Tensor:
         return feature_deviation(self.pool(h))

@@ -90,7 +90,7 @@ def require_local_loss(loss: Any) -> None:
         )
 
 
-def heads_of(loss: LocalLoss, shape: Shape, num_classes: int) -> LocalHeads:
+def make_heads(loss: LocalLoss, shape: Shape, num_classes: int) -> LocalHeads:
     """Returns a loss's new heads for a stage whose activation h has this shape a row. Raises
     ``UserError`` where they are no ``LocalHeads``."""
     heads = loss.heads(shape, num_classes)
@@ -188,13 +188,13 @@ class Output:
         return self.scale
 
     def heads(self, shape: Shape, num_classes: int) -> LocalHeads:
-        return LocalHeads(prediction=Float())
+        return LocalHeads(prediction=Float32Identity())
 
     def __call__(self, features: Features, y: Tensor) -> Tensor:
         return self.scale * prediction_loss(features.p, y)
 
 
-class Float(nn.Module):
+class Float32Identity(nn.Module):
     """The identity of h, at least in float32."""
 
     def forward(self, h: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def token_pooling(shape: Shape, target: int) -> nn.AvgPool2d:
     return nn.AvgPool2d((min(kernel, tokens), 1), ceil_mode=True)
 
 
-def pooling_of(shape: Shape, target: int) -> nn.AvgPool2d | None:
+def head_pooling(shape: Shape, target: int) -> nn.AvgPool2d | None:
     """Returns the pooling that reduces h to about ``target`` values; ``None`` for vectors."""
     if len(shape) == 1:
         return None
@@ -85,7 +85,7 @@ class PredictionHead(nn.Sequential):
             self.add_module(f"hidden{number}", same_width(shape))
             self.add_module(f"activation{number}", nn.ReLU(inplace=True))
         width = shape[0]
-        if (pool := pooling_of(shape, pool_target)) is not None:
+        if (pool := head_pooling(shape, pool_target)) is not None:
             self.pool, self.flatten = pool, nn.Flatten()
             width = pool(torch.empty(1, *shape, device="meta")).numel()
         self.classifier = nn.Linear(width, num_classes)

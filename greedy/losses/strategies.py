@@ -3,7 +3,7 @@
 from greedy.losses.local import Glob, LocalLoss, Output, Sim
 
 
-def losses_of(strategy: str, loss: LocalLoss, stages: int) -> list[LocalLoss]:
+def stage_losses(strategy: str, loss: LocalLoss, stages: int) -> list[LocalLoss]:
     """Returns the loss of each stage of a network trained by ``strategy`` with the local loss
     ``loss``."""
     hidden, output = {

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from greedy.base.seeds import derive
+from greedy.base.seeds import derive_seed
 from greedy.models.stages import Stage
 
 
@@ -15,7 +15,7 @@ def seeded(seed: int, *keys: int | str) -> Iterator[None]:
     """Seeds torch's CPU generator with the stream (seed, "weights", keys) inside the block and
     restores it afterwards."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "weights", *keys))
+        torch.manual_seed(derive_seed(seed, "weights", *keys))
         yield
 
 

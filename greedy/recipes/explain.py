@@ -29,7 +29,7 @@ def allowed(key: str) -> str:
     return _words(model.model_json_schema()["properties"][field])
 
 
-def near(word: str, words: Iterable[str], most: int = 1) -> str:
+def suggestion(word: str, words: Iterable[str], most: int = 1) -> str:
     """Returns a question that suggests up to ``most`` similar ``words``, empty where none is
     similar."""
     matches = get_close_matches(word, list(words), n=most)
@@ -58,7 +58,7 @@ def _explained(key: str, error: ErrorDetails, document: Mapping[str, Any]) -> st
         return f"{key} is {shown} but must {error['ctx']['error']}"
     field = allowed(key)
     choices = field.removeprefix("one of ").split(", ") if field.startswith("one of ") else []
-    return f"{key} is {shown} but must be {field}{near(str(value), choices)}"
+    return f"{key} is {shown} but must be {field}{suggestion(str(value), choices)}"
 
 
 def _advice(key: str) -> str:

@@ -130,7 +130,8 @@ def network_label(model: Model) -> str:
 
 
 def loss_label(recipe: Recipe) -> str:
-    """Returns the loss as the paper writes it; ``glob+sim`` is ``glob`` with every layer's ``sim``."""
+    """Returns the loss as the paper writes it; ``glob+sim`` is ``glob`` with ``sim`` in every
+    layer."""
     strategy = recipe.training.strategy
     return strategy if strategy == "glob+sim" else recipe.loss.name
 
@@ -159,7 +160,7 @@ def _shipped() -> dict[str, Path]:
 def _shipped_path(name: str, candidates: Callable[[], Iterable[str]]) -> Path:
     path = _shipped().get(name)
     if path is None:
-        hint = explain.near(name, candidates(), most=3) or "; `greedy recipes list` shows all"
+        hint = explain.suggestion(name, candidates(), most=3) or "; `greedy recipes list` shows all"
         raise UserError(f"there is no recipe {name}{hint}")
     return path
 

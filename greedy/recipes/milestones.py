@@ -1,4 +1,4 @@
-"""Milestones: the epochs after which the learning rate drops, and how they scale with the epochs."""
+"""Milestones: the epochs after which the learning rate drops, scaled with the number of epochs."""
 
 from collections.abc import Iterable
 from itertools import pairwise

@@ -348,7 +348,8 @@ class Recipe(_Section):
 
     @property
     def refresh_every(self) -> int:
-        """Epochs after which views are replaced by new draws; 0, never, where these would be equal."""
+        """Epochs after which views are replaced by new draws; 0, never, where these would be the
+        same."""
         return self.store.refresh_every if self.data.is_augmented else 0
 
     def held_out(self, rows: int) -> int:

@@ -12,8 +12,8 @@ import numpy as np
 from torch import nn
 
 from greedy.base.devices import pick_device
-from greedy.base.errors import UserError, lacking
-from greedy.base.files import require_new, write_asked
+from greedy.base.errors import UserError, missing_packages
+from greedy.base.files import require_writable, write_output
 from greedy.base.sizes import format_duration, format_size
 from greedy.base.text import legible
 from greedy.losses import LocalLoss
@@ -37,8 +37,8 @@ def require_report(to: Path, overwrite: bool = False) -> None:
     if to.suffix not in SUFFIXES:
         raise UserError(f"the suffix of {to} stands for no page: end it with .html")
     if missing := [package for name, package in MODULES.items() if find_spec(name) is None]:
-        raise lacking("a report", missing, "report")
-    require_new(to, overwrite)
+        raise missing_packages("a report", missing, "report")
+    require_writable(to, overwrite)
 
 
 def write_report(
@@ -57,7 +57,7 @@ def write_report(
     """
     require_report(to, overwrite)
     page = render(facts_of(runs, pick_device(device), model, loss))
-    write_asked(to, legible(page).encode())
+    write_output(to, legible(page).encode())
     return to
 
 

@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from greedy.base.errors import UserError, lacking, unknown
-from greedy.base.files import require_new, write_asked
+from greedy.base.errors import UserError, missing_packages, unknown
+from greedy.base.files import require_writable, write_output
 from greedy.losses import LocalLoss
 from greedy.models import Shape
 from greedy.runs.directory import RunDirectory
@@ -68,7 +68,7 @@ def export(
         raise unknown("format", format, FORMATS)
     if format == "onnx":
         _require_onnx()
-    require_new(to, overwrite)
+    require_writable(to, overwrite)
     network = assemble(run, loss, model, until_stage=until_stage)
     data = run.complete(0)
     metadata = _metadata(data)
@@ -79,7 +79,7 @@ def export(
             contents = _torch_export(network, data.row_shape, metadata)
         case "onnx":
             contents = _onnx(network, data.row_shape, metadata)
-    write_asked(to, contents)
+    write_output(to, contents)
     return to
 
 
@@ -169,7 +169,7 @@ def _dynamic_shapes() -> tuple[dict[int, Any]]:
 def _require_onnx() -> None:
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
-        raise lacking("the format onnx", missing, "onnx")
+        raise missing_packages("the format onnx", missing, "onnx")
 
 
 @contextmanager

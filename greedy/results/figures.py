@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from greedy.base.errors import UserError, lacking
-from greedy.base.files import require_new, write_asked
+from greedy.base.errors import UserError, missing_packages
+from greedy.base.files import require_writable, write_output
 from greedy.results.curves import Curve
 from greedy.results.similarity import BatchSimilarity, StageSimilarity
 
@@ -38,15 +38,15 @@ def require_picture(to: Path, overwrite: bool = False) -> None:
         known = ", ".join(f".{name}" for name in FORMATS)
         raise UserError(f"the suffix of {to} stands for no picture: end it with one of {known}")
     if find_spec("matplotlib") is None:
-        raise lacking("a picture", ["matplotlib"], "plot")
-    require_new(to, overwrite)
+        raise missing_packages("a picture", ["matplotlib"], "plot")
+    require_writable(to, overwrite)
 
 
 def save(figure: "Figure", to: Path, *, overwrite: bool = False) -> Path:
     """Writes a figure to a file, by default only to a new one, and returns its path. Raises
     ``UserError`` as ``require_picture`` does."""
     require_picture(to, overwrite)
-    write_asked(to, render(figure, to.suffix.removeprefix(".")))
+    write_output(to, render(figure, to.suffix.removeprefix(".")))
     return to
 
 

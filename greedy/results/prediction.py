@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from greedy.base.devices import full_float32
 from greedy.base.errors import UserError
-from greedy.data.images import MODES, Reading, opened
+from greedy.data.images import MODES, Reading, open_image
 from greedy.data.modes import KINDS
 from greedy.memory.choice import memory_budget as memory_budget_of
 from greedy.memory.forward import fit_forward
@@ -131,7 +131,7 @@ def _read(file: Path, data: StageRecord, reading: Reading) -> np.ndarray | UserE
     channels, height, width = data.row_shape
     trained = pixels_of(data)
     try:
-        with opened(file, reading) as image:
+        with open_image(file, reading) as image:
             if image.kind != trained:
                 raise UserError(
                     f"{file} holds {KINDS[image.kind]} and the network was trained on images of "

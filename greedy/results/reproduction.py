@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from greedy.base.errors import UserError
-from greedy.base.files import canonical, digest, read_signed, signed
+from greedy.base.files import canonical_json, digest, read_with_digest, with_digest
 from greedy.cache.files import write_whole
 from greedy.data import Reading, load_dataset
 from greedy.recipes import Recipe, describe, load, names, of_table, result_fields
@@ -50,7 +50,7 @@ class SeededRun:
         if not self.document.is_file():
             return
         try:
-            figure = read_signed(self.document).get("error_percent")
+            figure = read_with_digest(self.document).get("error_percent")
             if not isinstance(figure, float):
                 raise ValueError("it holds no error")
         except ValueError as error:
@@ -98,7 +98,7 @@ class SeededRun:
     def _keep(self, trainer: GreedyTrainer) -> None:
         result = evaluate(trainer.run, trainer.assemble(), "test", trainer.device)
         known = {"recipe": self.recipe.name, "seed": self.recipe.seed}
-        write_whole(self.document, signed({**known, **asdict(result)}))
+        write_whole(self.document, with_digest({**known, **asdict(result)}))
         self.figure = result.error_percent
 
     def _drop_stores(self) -> None:
@@ -199,7 +199,7 @@ def _recipe(name: str, overrides: Sequence[str], epochs_scale: float) -> Recipe:
 def _run(recipe: Recipe, seed: int, place: Path) -> SeededRun:
     """A run in a directory of its own, and its figure if there is one."""
     seeded = recipe.model_copy(update={"seed": seed})
-    settings = digest(canonical(result_fields(seeded)))[:8]
+    settings = digest(canonical_json(result_fields(seeded)))[:8]
     run = SeededRun(seeded, place / f"{seeded.training.strategy}-seed{seed}-{settings}")
     run.read()
     return run

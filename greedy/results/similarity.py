@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from greedy.build.modules import build_loss
 from greedy.losses import LocalLoss, feature_deviation, similarity_matrix
-from greedy.losses.strategies import losses_of
+from greedy.losses.strategies import stage_losses
 from greedy.models import Stage
 from greedy.results.evaluation import raw_to_float
 from greedy.runs.directory import RunDirectory
@@ -133,7 +133,7 @@ def _features(
     """What represents each sample of an activation h, and its name."""
     if loss is not None:
         strategy, count = run.recipe.training.strategy, len(run.complete(0).network)
-        own = losses_of(strategy, loss, count)[stage.number - 1]
+        own = stage_losses(strategy, loss, count)[stage.number - 1]
         heads = load_heads(run, own, stage.number, tuple(h.shape[1:]))
         if heads.similarity is not None:
             return "similarity head", heads.similarity(h)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from greedy.base.errors import lacking
+from greedy.base.errors import missing_packages
 from greedy.base.files import read_tensors
 from greedy.models import Shape
 from greedy.runs.directory import RunDirectory, require_own_files
@@ -45,7 +45,7 @@ class TensorBoard(Reporter):
 
     def __init__(self, run_dir: str | Path, *, to: Path | None = None) -> None:
         if find_spec("tensorboard") is None:
-            raise lacking("logging for TensorBoard", ["tensorboard"], "tensorboard")
+            raise missing_packages("logging for TensorBoard", ["tensorboard"], "tensorboard")
         self._run_dir, self._to = Path(run_dir), to
         logs = self._run_dir / LOGS
         require_own_files(logs)
