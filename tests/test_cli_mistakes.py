@@ -166,7 +166,7 @@ def test_what_a_users_own_code_raises_says_where(folder, code, message, request)
     ("recipe", "message"),
     [
         (b"[data]\nname = \n", "bad.toml is not valid TOML: Invalid value (at line 2, column"),
-        (b"[data]\n# caf\xe9\n", "bad.toml is no UTF-8 in line 2, as TOML has to be"),
+        (b"[data]\n# caf\xe9\n", "bad.toml is not UTF-8 in line 2, as TOML must be"),
     ],
 )
 def test_a_recipe_that_is_no_toml_says_the_line(folder, recipe, message):

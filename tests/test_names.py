@@ -118,7 +118,7 @@ def test_names_that_are_no_utf_8_name_recipes_and_are_refused_in_them(
     assert RunDirectory.open(Path("run")).recipe.name == r"r\xe9c"
     refused = greedy("train", "--recipe", recipe, "--run", "new", "--data", folder)
     assert refused.exit_code == 2
-    assert r'data.name is "folder:caf\xe9", which is no UTF-8' in refused.output
+    assert r'data.name is "folder:caf\xe9", which is not UTF-8' in refused.output
 
 
 def test_classes_of_python_may_be_called_like_paths(tmp_path: Path, monkeypatch) -> None:

@@ -78,7 +78,7 @@ def test_without_a_home_they_are_among_temporary_files(temporary: Path) -> None:
         found, said = places(temporary)
         assert found == [own / "data", own / "calibration"]
         (line,) = said
-        assert line.startswith("no home directory that can be written: ") and str(own) in line
+        assert line.startswith("no writable home directory: ") and str(own) in line
     assert (own.stat().st_uid, own.stat().st_mode & 0o777) == (UID, 0o700)
 
 

@@ -29,20 +29,20 @@ def first_line(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def missing_packages(what: str, packages: Iterable[str], extra: str) -> UserError:
-    """The error that says ``what`` needs packages of an extra of ours that are not installed."""
+def missing_packages(feature: str, packages: Iterable[str], extra: str) -> UserError:
+    """Returns the error that ``feature`` needs packages, and names the extra that installs them."""
     return UserError(
-        f"{what} needs {' and '.join(packages)}: install with pip install '.[{extra}]' "
+        f"{feature} needs {' and '.join(packages)}: install with pip install '.[{extra}]' "
         f"in the checkout of greedy"
     )
 
 
-def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
-    """Returns the error that ``name`` is no ``what``, with the nearest of the known names."""
+def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """Returns the error that ``name`` is no ``kind``, with the nearest of the known names."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    return UserError(f"unknown {what} {name!r}: {hint}choose from {', '.join(known)}")
+    similar = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(map(repr, similar))}? " if similar else ""
+    return UserError(f"unknown {kind} {name!r}: {hint}choose from {', '.join(known)}")
 
 
 def no_stage(number: int, count: int) -> UserError:

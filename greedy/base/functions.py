@@ -45,9 +45,9 @@ def call_function(name: str) -> Any:
 
 
 @contextmanager
-def user_errors_explained(what: str) -> Iterator[None]:
+def user_errors_explained(failure: str) -> Iterator[None]:
     """Turns errors of a user's own code inside the block into a ``UserError`` that begins with
-    ``what`` and names the file and line."""
+    ``failure`` and names the file and line."""
     try:
         yield
     except (UserError, TrainingError, MemoryError):
@@ -57,7 +57,7 @@ def user_errors_explained(what: str) -> Iterator[None]:
         if not isinstance(error, ImportError | SyntaxError):  # whose messages name the place
             last = traceback.extract_tb(error.__traceback__)[-1]
             message = f"{type(error).__name__}: {message}, {last.filename}, line {last.lineno}"
-        raise UserError(f"{what} ({message}): mend it, --debug shows more") from error
+        raise UserError(f"{failure} ({message}): mend it, --debug shows more") from error
 
 
 def _is_needed(parameter: Parameter) -> bool:

@@ -81,8 +81,8 @@ def _temporary() -> Path:
         if not is_own or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             path = Path(tempfile.mkdtemp(prefix="greedy-"))
     _log.warning(
-        "no home directory that can be written: data sets, compiled code and what is measured of "
-        "this machine are kept in %s (set HOME to keep them elsewhere)",
+        "no writable home directory: data sets, compiled code and measurements of this machine are "
+        "kept in %s (set HOME to keep them elsewhere)",
         path,
     )
     return path

@@ -47,7 +47,9 @@ def file_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
     for name, tensor in tensors.items():
         if tensor.dtype not in NAMES:
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise TrainingError(f"{name} is {kind}, which no file can keep: use another type")
+            raise TrainingError(
+                f"{name} is {kind}, which safetensors files cannot hold: use another type"
+            )
     names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
     yield _header({name: tensors[name] for name in names})
     for name in names:

@@ -74,7 +74,7 @@ def checked_shapes(
     data (0 classes: unknown yet) or the recipe."""
     shapes = models.shapes(stages, row_shape)
     if classes == 1:
-        raise UserError("the data have one class: give two at least, to be told apart")
+        raise UserError("the data have one class: give images of two classes or more")
     output = shapes[-1].output
     if len(output) != 1:
         raise UserError(

@@ -102,7 +102,7 @@ def match_classes(
         if differ:
             raise UserError(
                 f"{names[0]} and {names[1]}, or parts of them, number their classes differently, "
-                f"and labels of samples are others than their names are for, or may be: give both "
+                f"and labels of samples are changed, or may be, after they are named: give both "
                 f"an attribute `classes` with the names of their labels, or leave out what changes "
                 f"labels"
             )
@@ -220,7 +220,7 @@ def _table(pairs: list[tuple[int, str]], name: str) -> Table:
         if label_of.setdefault(text, label) != label:
             raise UserError(
                 f"{name} calls both class {label_of[text]} and class {label} {text!r}: give each "
-                f"class a name of its own"
+                f"class another name"
             )
     table: Table = {}
     for label, text in pairs:

@@ -32,8 +32,8 @@ def _read_errors_explained() -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{error.filename} cannot be read ({error.strerror}): have reading it permitted, or "
-            f"take it out of the folder of images"
+            f"{error.filename} cannot be read ({error.strerror}): permit reading it, or move it "
+            f"out of the folder of images"
         ) from error
 
 

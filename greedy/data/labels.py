@@ -91,9 +91,7 @@ def wrong_labels(
     count = "1 label" if len(labels) == 1 else f"{len(labels):,} labels"
     among = "" if looked_at is None else f" (among {looked_at:,} looked at)"
     verb = "is" if len(labels) == 1 else "are"
-    return UserError(
-        f"{count} of {name}{among} {verb} no number of a class: {shown}{more}; {remedy}"
-    )
+    return UserError(f"{count} of {name}{among} {verb} no class number: {shown}{more}; {remedy}")
 
 
 def outside(values: npt.NDArray[np.int64], classes: Sequence[int], names: Sequence[str]) -> str:

@@ -153,7 +153,7 @@ class MapSplit:
             f"among its transforms ({', '.join(transforms)}) " if transforms else "in its [index] "
         )
         return UserError(
-            f"sample {row} of {self._name} is another each time it is read, and it is stored once: "
+            f"sample {row} of {self._name} changes each time it is read, and it is stored once: "
             f"leave out what is drawn at random {drawn}and set data.augmentation, or "
             f"data.frozen_transforms = true to store one draw of it"
         )
@@ -218,7 +218,7 @@ def _require_map_style(samples: Any, name: str) -> None:
     elif not hasattr(samples, "__len__"):
         problem = "is no map-style data set, since it has no length: give it a __len__"
     else:
-        with user_errors_explained(f"the length of {name} cannot be asked for"):
+        with user_errors_explained(f"the length of {name} cannot be read"):
             problem = None if len(samples) else "is empty: give it samples"
     if problem:
         raise UserError(f"{name} {problem}")

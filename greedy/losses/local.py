@@ -85,8 +85,8 @@ def require_local_loss(loss: Any) -> None:
     if isinstance(loss, type) or not (callable(loss) and hasattr(loss, "heads")):
         named = loss.__name__ if isinstance(loss, type) else repr(loss)
         raise UserError(
-            f"{named} is no local loss, which makes its own heads: give one of greedy.losses, such "
-            f"as greedy.losses.PredSim(), or write one with heads, output_scale and __call__"
+            f"{named} is no local loss: give one of greedy.losses, such as "
+            f"greedy.losses.PredSim(), or write one with heads, output_scale and __call__"
         )
 
 

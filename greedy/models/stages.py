@@ -208,8 +208,8 @@ def _require_movable(number: int, entry: Sequence[nn.Module], end: Sequence[nn.M
         drops_values = isinstance(module, nn.Dropout) and module.p > 0
         if drops_values or isinstance(module, nn.Flatten):
             raise UserError(
-                f"stage {number} has {module} before its pooling, where it does something else "
-                f"than after it: put it after the pooling"
+                f"stage {number} has {module} before its pooling, where its result differs from "
+                f"that after the pooling: put it after the pooling"
             )
 
 

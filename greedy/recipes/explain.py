@@ -51,8 +51,8 @@ def _explained(key: str, error: ErrorDetails, document: Mapping[str, Any]) -> st
     shown = "not set" if value is None else json.dumps(value, ensure_ascii=False, default=str)
     if error["type"] == "string_unicode":
         return (
-            f"{key} is {shown}, which is no UTF-8, as TOML has to be: rename what it names, or "
-            f"give a link to it"
+            f"{key} is {shown}, which is not UTF-8, as TOML must be: rename the file or folder, "
+            f"or give a link to it"
         )
     if error["type"] == "value_error":
         return f"{key} is {shown} but must {error['ctx']['error']}"

@@ -50,7 +50,7 @@ def load(
         path = _shipped_path(name, names)
     layer = _Layer(str(name_or_path), _read(path))
     if "extends" in layer.document and not inherits:
-        raise layer.error("extends another recipe, and a run's own stands alone: remove that line")
+        raise layer.error("extends another recipe, and a run's recipe may not: remove that line")
     layers = _layers(layer, path)
     if overrides:
         layers.append(_Layer("", _override_document(overrides)))
@@ -175,7 +175,7 @@ def _read(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"the recipe {path} is no UTF-8 in line {line}, as TOML has to be: save it as that"
+            f"the recipe {path} is not UTF-8 in line {line}, as TOML must be: save it as UTF-8"
         ) from None
     except ValueError as error:
         raise UserError(f"the recipe {path} is not valid TOML: {error}") from None
