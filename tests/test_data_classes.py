@@ -1,5 +1,5 @@
-"""Classes and labels of Python data sets: by name where both sets have names, checked as numbers
-where they have not."""
+"""Class names and labels of Python data sets: matched by name where both sets have names, checked
+as numbers otherwise."""
 
 import unicodedata
 from pathlib import Path
@@ -34,13 +34,13 @@ def images(root: Path, classes: str, **options) -> ImageFolder:
 
 
 def read(split) -> list[tuple[int, int]]:
-    """The shade and the label of every sample."""
+    """Returns the shade and the label of every sample."""
     pixels, labels = split.read(np.arange(len(split)))
     return [(int(p[0, 0, 0]), int(label)) for p, label in zip(pixels, labels, strict=True)]
 
 
 class Wrapper(Dataset):
-    """Another's samples."""
+    """Wraps another set's samples."""
 
     def __init__(self, dataset, label=lambda label: label, classes=None) -> None:
         self.dataset, self.label = dataset, label
@@ -56,7 +56,7 @@ class Wrapper(Dataset):
 
 
 class Renamed(Wrapper):
-    """Holds the samples under a name of its own, as many tutorials do."""
+    """Holds a set under another attribute than ``dataset``, as many tutorials do."""
 
     def __init__(self, subset) -> None:
         self.subset = subset
@@ -108,7 +108,7 @@ def test_parts_are_mapped_each_in_a_wrapper_too(tmp_path):
 
 
 class Kept(Wrapper):
-    """The samples of some labels, which are numbered anew."""
+    """The samples with some of the labels, renumbered."""
 
     def __init__(self, dataset, *labels: int) -> None:
         super().__init__(dataset, labels.index)
@@ -268,7 +268,7 @@ def test_names_reach_the_run_and_what_is_shown_of_it(tmp_path):
 
 
 class Unread(TensorDataset):
-    """Reads a few samples and no more."""
+    """Counts reads and fails after a few."""
 
     def __getitem__(self, index: int):
         self.read = getattr(self, "read", 0) + 1

@@ -1,4 +1,4 @@
-"""Which files of a folder are taken, which are named, and what becomes of damaged ones."""
+"""The files of an image folder: those used, those named in notes, and damaged ones."""
 
 import io
 import json
@@ -116,7 +116,7 @@ def test_what_is_left_out_is_named_and_what_systems_leave_behind_is_not(tmp_path
 
 
 def damaged(photos):
-    """Adds seven files of all kinds of damage; returns their names."""
+    """Adds seven damaged files of different kinds; returns their names."""
     folder = photos / "train/ant"
     intact = (folder / "0.png").read_bytes()
     (folder / "cut.png").write_bytes(intact[: len(intact) // 2])
@@ -243,7 +243,7 @@ assert len(long) == 2 and (images[long] == 200).all()
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the memory of a process")
 def test_a_long_image_takes_no_more_memory_than_others(tmp_path):
-    """Resized before it is cropped, each of them would take 2 GiB."""
+    """If they were resized before being cropped, each would take 2 GiB."""
     photos = sorted_photos(tmp_path / "photos")
     long = photos / "train/ant/long.png"
     Image.new("L", (1, 60_000), 200).save(long)

@@ -1,4 +1,4 @@
-"""Memory that stays with the process between steps."""
+"""Memory that the process keeps between steps."""
 
 import ctypes
 import json
@@ -99,8 +99,8 @@ trainer.fit(data, data)
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
-    """Of each stage, in bytes: the highest memory by its record, what the process has after it, and
-    how much of that the C library could still give back."""
+    """Returns for each stage, in bytes: the peak in its record, the process's memory after it, and
+    how much of that the C library could release."""
     run = tmp_path_factory.mktemp("resident") / "run"
     command = [sys.executable, "-c", TRAINING, str(run)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

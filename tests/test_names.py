@@ -1,4 +1,5 @@
-"""Names that users chose are data: shown as they are, never obeyed, and written into every file."""
+"""Names that users chose are displayed verbatim, never interpreted, and can be written into every
+file."""
 
 import io
 import json
@@ -22,7 +23,7 @@ KEPT = ["cat[a]", "x]y[", "[bold]", ":smile:", "new\nline", "\x1b[31mred", r"caf
 
 
 def photos(folder: Path) -> Path:
-    """A folder of images whose classes have such names, and a file of such a name beside it."""
+    """Writes a folder of images whose classes have such names, and a file with such a name."""
     random = np.random.default_rng(0)
     for name in NAMES:
         place = folder / os.fsdecode(name)
@@ -35,7 +36,7 @@ def photos(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained run in a directory with such a name."""
+    """Returns a trained run in a directory with such a name."""
     place = tmp_path_factory.mktemp("names")
     recipe = place / "[red]tiny.toml"
     name = f"folder:{photos(place / 'photos')}"

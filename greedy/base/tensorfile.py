@@ -13,7 +13,7 @@ from torch import Tensor
 from greedy.base.errors import TrainingError
 
 # The format's names, in the order in which the library writes tensors: the widest first.
-NAMES = {
+DTYPE_NAMES = {
     torch.uint64: "U64",
     torch.int64: "I64",
     torch.float64: "F64",
@@ -43,9 +43,9 @@ def file_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
 
     Raises ``TrainingError`` naming a tensor whose type the format does not have.
     """
-    order = list(NAMES)
+    order = list(DTYPE_NAMES)
     for name, tensor in tensors.items():
-        if tensor.dtype not in NAMES:
+        if tensor.dtype not in DTYPE_NAMES:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise TrainingError(
                 f"{name} is {kind}, which safetensors files cannot hold: use another type"
@@ -62,7 +62,11 @@ def _header(tensors: Mapping[str, Tensor]) -> bytes:
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
         shape, offsets = list(tensor.shape), [start, end]
-        entries[name] = {"dtype": NAMES[tensor.dtype], "shape": shape, "data_offsets": offsets}
+        entries[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": shape,
+            "data_offsets": offsets,
+        }
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNED)
     return len(text).to_bytes(8, "little") + text

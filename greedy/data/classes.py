@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from greedy.base.errors import UserError
-from greedy.data.labels import as_array, outside
+from greedy.data.labels import as_array, outside_remedy
 from greedy.data.samples import LABEL_KEYS
 
 Table = dict[int, str]  # from labels to class names
@@ -64,7 +64,7 @@ class ClassLookup:
     def remedy(self, labels: npt.NDArray[np.int64]) -> str:
         """Returns what to do about labels (n,) some of which have no class."""
         labels_of_classes = {label for table in self.tables or () for label in table}
-        return outside(labels, sorted(labels_of_classes), self.class_names)
+        return outside_remedy(labels, sorted(labels_of_classes), self.class_names)
 
 
 def class_info(samples: Any, name: str) -> ClassInfo:

@@ -10,7 +10,7 @@ import torch
 from greedy.base.errors import UserError
 from greedy.base.text import SHOWN, first_names
 
-Numbered = tuple[npt.NDArray[np.int64], dict[int, str]]
+NumbersAndRemedies = tuple[npt.NDArray[np.int64], dict[int, str]]
 MOST = 2**31  # more than the classes of any data set
 
 
@@ -65,7 +65,7 @@ def label_or_remedy(label: Any) -> int | str:
         return str(error)
 
 
-def numbered(labels: Sequence[Any] | npt.NDArray[Any]) -> Numbered:
+def class_numbers(labels: Sequence[Any] | npt.NDArray[Any]) -> NumbersAndRemedies:
     """Returns the labels (n,) as class numbers, -1 for invalid ones, and the remedy for each
     invalid one by its position."""
     array = labels if isinstance(labels, np.ndarray) else None
@@ -94,7 +94,9 @@ def wrong_labels(
     return UserError(f"{count} of {name}{among} {verb} no class number: {shown}{more}; {remedy}")
 
 
-def outside(values: npt.NDArray[np.int64], classes: Sequence[int], names: Sequence[str]) -> str:
+def outside_remedy(
+    values: npt.NDArray[np.int64], classes: Sequence[int], names: Sequence[str]
+) -> str:
     """Returns the remedy for labels outside the classes' numbers ``classes``, given all labels
     ``values`` that were looked at; ``names`` are the classes' names."""
     first, last = min(classes), max(classes)
@@ -120,7 +122,7 @@ def require_classes(
         wrong = np.flatnonzero((values < 0) | ((values >= count) if class_names else False))
         if len(wrong):
             remedy = (
-                outside(values, range(count), class_names)
+                outside_remedy(values, range(count), class_names)
                 if class_names
                 else "number the classes from 0"
             )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from greedy.base.errors import UserError, unknown
 from greedy.base.functions import is_function_name
-from greedy.base.places import data_sets_dir, expand_home
+from greedy.base.user_folders import data_sets_dir, expand_home
 from greedy.data.catalogue import DATASETS
 from greedy.data.folder import load_folder
 from greedy.data.images import DEFAULT_READING, Reading

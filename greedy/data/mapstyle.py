@@ -15,7 +15,7 @@ from greedy.base.errors import UserError
 from greedy.base.functions import call_function, user_errors_explained
 from greedy.base.text import first_names
 from greedy.data.classes import ClassInfo, ClassLookup, class_info, match_classes
-from greedy.data.labels import label_or_remedy, numbered, require_classes, wrong_labels
+from greedy.data.labels import class_numbers, label_or_remedy, require_classes, wrong_labels
 from greedy.data.modes import WHITE, pixel_values
 from greedy.data.randomness import generators_restored, transform_names
 from greedy.data.samples import image_and_label
@@ -168,7 +168,7 @@ class MapSplit:
 
     def _classes(self, rows: Rows, labels: Sequence[Any] | npt.NDArray[Any]) -> Labels:
         """Returns the class numbers (n,) of the samples ``rows`` (n,) from their labels."""
-        values, remedies = numbered(labels)
+        values, remedies = class_numbers(labels)
         classes = self._lookup.numbers(rows, values)
         if len(wrong := np.flatnonzero(classes < 0)):
             kinds = [remedies[i] for i in wrong.tolist() if i in remedies]

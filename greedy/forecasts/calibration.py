@@ -18,7 +18,7 @@ from torch import nn
 
 from greedy.base.devices import device_name
 from greedy.base.files import read_with_digest, with_digest
-from greedy.base.places import measurements_dir
+from greedy.base.user_folders import measurements_dir
 from greedy.base.versions import versions
 from greedy.cache.files import write_whole
 from greedy.memory.choice import Choice

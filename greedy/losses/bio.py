@@ -51,7 +51,7 @@ class FeedbackHead(PredictionHead):
         *before, classifier = self
         for module in before:
             h = module(h)
-        back = F.linear(h, self.feedback)  # adds zero to the output, and the gradient of h
+        back = F.linear(h, self.feedback)  # minus itself: zero, with this gradient by h
         return widened(classifier(h.detach()) + (back - back.detach()))
 
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from greedy.base.devices import is_out_of_memory, to_device
 from greedy.base.errors import first_line
 from greedy.base.heap import release_free_memory
-from greedy.base.places import prepare_compiling
 from greedy.base.precision import HALVES, autocast
 from greedy.base.seeds import torch_generator
+from greedy.base.user_folders import prepare_compiling
 from greedy.losses import Features, LocalHeads, LocalLoss
 from greedy.models import Shape, Stage
 from greedy.runs.choices import Mode, StepMemory
