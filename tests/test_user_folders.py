@@ -20,7 +20,7 @@ STRANGER = [
     sys.executable,
 ]
 NAMED = ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "TORCHINDUCTOR_CACHE_DIR")
-PLACES = (
+FOLDERS = (
     "from greedy.base.user_folders import *; print(data_sets_dir(), measurements_dir(), sep='\\n')"
 )
 GREEDY = "-m", "greedy.cli.main"
