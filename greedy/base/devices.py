@@ -49,17 +49,19 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "bfloat16" if fast else "float32"
 
 
-def set_determinism(device: torch.device, wanted: bool) -> None:
-    """Makes operators bit-reproducible if ``wanted``; torch warns of one that cannot be. On CUDA
-    float32 convolutions use TF32 unless ``wanted``; matrix products, those of the losses included,
+def set_determinism(device: torch.device, deterministic: bool) -> None:
+    """Makes operators bit-reproducible if ``deterministic``; torch warns of one that cannot be. On
+    CUDA float32 convolutions otherwise use TF32; matrix products, those of the losses included,
     never do."""
-    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
     if device.type == "cuda":
         # Read by cuBLAS when a thread first uses it; its default is 32 MiB on some GPUs. A step's
         # matrix products are small, and torch accepts only the first setting as deterministic.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8" if wanted else ":4096:2:16:8")
-        torch.backends.cudnn.deterministic = wanted
-        _allow_tf32(not wanted)
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":16:8" if deterministic else ":4096:2:16:8"
+        )
+        torch.backends.cudnn.deterministic = deterministic
+        _allow_tf32(not deterministic)
 
 
 def _allow_tf32(allowed: bool) -> None:

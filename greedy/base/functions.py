@@ -27,9 +27,9 @@ def call_function(name: str) -> Any:
     if not is_function_name(name):
         raise UserError(f"{name!r} is not of the form module:function: name a function so")
     module_name, _, function_name = name.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    current = str(Path.cwd())
+    if current not in sys.path:
+        sys.path.insert(0, current)
     with user_errors_explained(f"cannot import the module of {name}"):
         module = importlib.import_module(module_name)
     function = getattr(module, function_name, None)

@@ -29,8 +29,8 @@ class PostponedSignals:
     def __enter__(self) -> Self:
         self._before = {}
         if threading.current_thread() is threading.main_thread():
-            ours = (signal.SIG_DFL, signal.default_int_handler, stop)
-            self._before = {n: h for n in SIGNALS if (h := signal.getsignal(n)) in ours}
+            replaceable = (signal.SIG_DFL, signal.default_int_handler, stop)
+            self._before = {n: h for n in SIGNALS if (h := signal.getsignal(n)) in replaceable}
             for number in self._before:
                 signal.signal(number, self._note)
         return self

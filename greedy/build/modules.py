@@ -115,11 +115,11 @@ def _require_heads_and_store(recipe: Recipe, stage: Stage, shape: StageShapes) -
     strategy, loss = recipe.training.strategy, recipe.loss.name
     has_our_heads = strategy != "backprop" and loss not in ("python", "glob")
     stored = strategy == "greedy" and recipe.store.views != "live"
-    given = f"stage {stage.number} ({stage.name}) gives {{}} an image"
+    gives = f"stage {stage.number} ({stage.name}) gives {{}} an image"
     for row, matters in ((shape.hidden, has_our_heads), (shape.output, stored)):
         if matters and not 1 <= len(row) <= 3:
             raise UserError(
-                f"{given.format(_sides(row))}, and stages are trained on features (F,), tokens "
+                f"{gives.format(_sides(row))}, and stages are trained on features (F,), tokens "
                 f"(T, D) and maps (C, H, W): let it end with what gives one of these"
             )
     last = [m for m in stage.layer.modules() if isinstance(m, ENCODERS)][-1]
@@ -127,14 +127,14 @@ def _require_heads_and_store(recipe: Recipe, stage: Stage, shape: StageShapes) -
         return
     if isinstance(last, nn.Conv1d) and shape.hidden[-1] != last.out_channels:
         raise UserError(
-            f"{given.format(_sides(shape.hidden))} by a 1-d convolution, and of two sides the last "
+            f"{gives.format(_sides(shape.hidden))} by a 1-d convolution, and of two sides the last "
             f"are features: use nn.Conv2d with a kernel of height 1, or let the stage end with "
             f"what gives tokens (T, D)"
         )
     is_last = isinstance(last, nn.Linear) and shape.hidden[-1] == last.out_features
     if is_last and len(shape.hidden) == 3 and shape.hidden[0] != last.out_features:
         raise UserError(
-            f"{given.format(_sides(shape.hidden))} with features last, and of three sides the "
+            f"{gives.format(_sides(shape.hidden))} with features last, and of three sides the "
             f"first are features: let it end with what gives (C, H, W), or tokens (T, D)"
         )
 

@@ -53,16 +53,16 @@ def load_folder(
         problem = "is a file" if root.exists() else "is missing"
         raise UserError(f"{root} {problem}: name a folder that holds images as CLASS/IMAGE")
     listing, notes = Listing(), []
-    splits = _splits(root, listing)
+    splits = _class_folders(root, listing)
     if {"train", "test"} & {*splits}:
-        train, test = _sorted_by_user(root, splits, listing)
+        train, test = _user_splits(root, splits, listing)
         used, *unused = [folder for folder in TESTS if folder in splits]
         notes += [f"{root / folder} is not used, since {root / used} is" for folder in unused]
         for entry in root.iterdir():
             if entry.name not in splits:
                 listing.ignore(entry)
     else:
-        train, test = _held_out(root, listing)
+        train, test = _split_classes(root, listing)
     if count := len(listing.ignored):
         named = first_paths(listing.ignored, root)
         notes.append(f"left out of {root}, not being images in class folders: {count:,} ({named})")
@@ -73,7 +73,7 @@ def load_folder(
     return Dataset(name, training, testing, names, notes, pixels=pixels)
 
 
-def _splits(root: Path, listing: Listing) -> list[str]:
+def _class_folders(root: Path, listing: Listing) -> list[str]:
     """Returns the folders that hold classes: those without images of their own; or those that also
     hold folders, where a training and a test folder do."""
     present = [folder for folder in ("train", *TESTS) if (root / folder).is_dir()]
@@ -82,14 +82,14 @@ def _splits(root: Path, listing: Listing) -> list[str]:
     return mixed if "train" in mixed and len(mixed) > 1 else pure
 
 
-def _sorted_by_user(root: Path, splits: list[str], listing: Listing) -> tuple[Files, Files]:
+def _user_splits(root: Path, splits: list[str], listing: Listing) -> tuple[Files, Files]:
     tests = [root / folder for folder in TESTS if folder in splits]
     if "train" not in splits or not tests:
         raise UserError(
             f"{root / ('train' if tests else 'test')} is missing: put images there as CLASS/IMAGE, "
             f"or leave both train and test out, and one image in {HELD_OUT} is for testing"
         )
-    train = _with_images(root / "train", listing)
+    train = _nonempty_classes(root / "train", listing)
     test = {name: files for name, files in listing.classes(tests[0]).items() if files}
     if unknown := [name for name in test if name not in train]:
         raise UserError(
@@ -99,8 +99,8 @@ def _sorted_by_user(root: Path, splits: list[str], listing: Listing) -> tuple[Fi
     return train, test
 
 
-def _held_out(root: Path, listing: Listing) -> tuple[Files, Files]:
-    classes = _with_images(root, listing)
+def _split_classes(root: Path, listing: Listing) -> tuple[Files, Files]:
+    classes = _nonempty_classes(root, listing)
     if not {*classes} - {"train", *TESTS}:
         raise UserError(
             f"images in {' and '.join(str(root / name) for name in classes)} are of no class: put "
@@ -119,7 +119,7 @@ def _held_out(root: Path, listing: Listing) -> tuple[Files, Files]:
     return train, {name: members[::HELD_OUT] for name, members in classes.items()}
 
 
-def _with_images(folder: Path, listing: Listing) -> Files:
+def _nonempty_classes(folder: Path, listing: Listing) -> Files:
     classes = listing.classes(folder)
     if not classes:
         raise UserError(f"{folder} holds no class: put images there as CLASS/IMAGE")
@@ -133,7 +133,7 @@ def _with_images(folder: Path, listing: Listing) -> Files:
 
 
 @dataclass(frozen=True)
-class First:
+class FirstImage:
     """The properties of the first readable image, which all images share.
 
     Attributes:
@@ -161,12 +161,14 @@ class First:
             )
 
 
-def _first_readable(files: Files, root: Path, image_size: int | None, reading: Reading) -> First:
+def _first_readable(
+    files: Files, root: Path, image_size: int | None, reading: Reading
+) -> FirstImage:
     for file in (file for members in files.values() for file in members):
         try:
             with open_image(file, reading) as image:
                 size = (image_size, image_size) if image_size else image.size
-                return First(file, image.kind, size, image_size is not None)
+                return FirstImage(file, image.kind, size, image_size is not None)
         except UnreadableImage as error:
             unreadable = error
     raise UserError(f"none of the images of {root} can be read; the last one: {unreadable}")
@@ -186,7 +188,7 @@ class FolderSplit:
     """
 
     def __init__(
-        self, files: Files, class_names: list[str], root: Path, first: First, reading: Reading
+        self, files: Files, class_names: list[str], root: Path, first: FirstImage, reading: Reading
     ) -> None:
         self.root, self.first, self.reading = root, first, reading
         self.files = [file for members in files.values() for file in members]

@@ -186,8 +186,8 @@ def fit(parts: list[Image.Image], background: str, size: tuple[int, int]) -> lis
             part.resize(covering, Image.Resampling.BILINEAR).crop(edges)
             for part in flattened(parts, background)
         ]
-    x, across = _source(width, covering[0], left, wide)
-    y, down = _source(height, covering[1], top, high)
+    x, across = _source_range(width, covering[0], left, wide)
+    y, down = _source_range(height, covering[1], top, high)
     with _no_limit():  # Pillow's counts the pixels before the crop
         cut = [part.crop((x[0], y[0], x[1], y[1])) for part in parts]
     region = across[0], down[0], across[1], down[1]
@@ -197,7 +197,7 @@ def fit(parts: list[Image.Image], background: str, size: tuple[int, int]) -> lis
     ]
 
 
-def _source(
+def _source_range(
     length: int, covering: int, start: int, side: int
 ) -> tuple[tuple[int, int], tuple[float, float]]:
     """Returns, along an axis resized from ``length`` to ``covering`` pixels, the range of source

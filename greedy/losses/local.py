@@ -41,7 +41,7 @@ class LocalHeads(nn.Module):
         self.prediction = prediction
 
     def forward(self, h: Tensor) -> Features:
-        return Features(z=_of(self.similarity, h), p=_of(self.prediction, h))
+        return Features(z=_apply(self.similarity, h), p=_apply(self.prediction, h))
 
     def targets(self, y: Tensor) -> Tensor:
         """Returns the loss's targets for one-hot labels ``y`` (B, classes): here ``y``."""
@@ -61,7 +61,7 @@ class LocalHeads(nn.Module):
         return list(self.prediction.children()) if is_ours else [self.prediction]
 
 
-def _of(head: nn.Module | None, h: Tensor) -> Any:
+def _apply(head: nn.Module | None, h: Tensor) -> Any:
     return None if head is None else head(h)
 
 

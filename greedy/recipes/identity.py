@@ -37,5 +37,5 @@ def result_fields(recipe: Recipe) -> dict[str, Any]:
 
 def differences(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
     """Returns the result fields in which two recipes differ, as (key, value in a, value in b)."""
-    ours, others = LATER_FIELDS | result_fields(a), LATER_FIELDS | result_fields(b)
-    return [(key, v, others[key]) for key, v in ours.items() if v != others[key]]
+    of_a, of_b = LATER_FIELDS | result_fields(a), LATER_FIELDS | result_fields(b)
+    return [(key, value, of_b[key]) for key, value in of_a.items() if value != of_b[key]]
