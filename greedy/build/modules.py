@@ -115,11 +115,10 @@ def _require_heads_and_store(recipe: Recipe, stage: Stage, shape: StageShapes) -
     strategy, loss = recipe.training.strategy, recipe.loss.name
     has_our_heads = strategy != "backprop" and loss not in ("python", "glob")
     stored = strategy == "greedy" and recipe.store.views != "live"
-    gives = f"stage {stage.number} ({stage.name}) gives {{}} an image"
     for row, matters in ((shape.hidden, has_our_heads), (shape.output, stored)):
         if matters and not 1 <= len(row) <= 3:
             raise UserError(
-                f"{gives.format(_sides(row))}, and stages are trained on features (F,), tokens "
+                f"{_gives(stage, row)}, and stages are trained on features (F,), tokens "
                 f"(T, D) and maps (C, H, W): let it end with what gives one of these"
             )
     last = [m for m in stage.layer.modules() if isinstance(m, ENCODERS)][-1]
@@ -127,16 +126,20 @@ def _require_heads_and_store(recipe: Recipe, stage: Stage, shape: StageShapes) -
         return
     if isinstance(last, nn.Conv1d) and shape.hidden[-1] != last.out_channels:
         raise UserError(
-            f"{gives.format(_sides(shape.hidden))} by a 1-d convolution, and of two sides the last "
+            f"{_gives(stage, shape.hidden)} by a 1-d convolution, and of two sides the last "
             f"are features: use nn.Conv2d with a kernel of height 1, or let the stage end with "
             f"what gives tokens (T, D)"
         )
     is_last = isinstance(last, nn.Linear) and shape.hidden[-1] == last.out_features
     if is_last and len(shape.hidden) == 3 and shape.hidden[0] != last.out_features:
         raise UserError(
-            f"{gives.format(_sides(shape.hidden))} with features last, and of three sides the "
+            f"{_gives(stage, shape.hidden)} with features last, and of three sides the "
             f"first are features: let it end with what gives (C, H, W), or tokens (T, D)"
         )
+
+
+def _gives(stage: Stage, shape: Shape) -> str:
+    return f"stage {stage.number} ({stage.name}) gives {_sides(shape)} an image"
 
 
 def _kind(shape: Shape) -> str:
@@ -151,7 +154,7 @@ def require_one_logit_a_class(output: Shape, classes: int) -> None:
     """Raises ``UserError`` for a network whose output is not one logit for each of the classes."""
     if output != (classes,):
         raise UserError(
-            f"the network ends in {'x'.join(map(str, output))} values and the data have {classes} "
+            f"the network ends in {_sides(output)} values and the data have {classes} "
             f"classes: let its last layer give one logit a class, or name all of them in the "
             f"training set's attribute `classes`"
         )
