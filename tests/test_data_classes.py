@@ -121,7 +121,7 @@ class Kept(Wrapper):
         return super().__getitem__(self.rows[index])
 
 
-def test_names_are_not_for_labels_that_a_wrapper_numbers_anew(tmp_path):
+def test_names_do_not_apply_to_labels_that_a_wrapper_renumbers(tmp_path):
     train, test = images(tmp_path / "train", "abc"), images(tmp_path / "test", "bc")
     kept = Kept(train, 1, 2)
     assert dataset_from_torch(kept, kept).class_names is None

@@ -51,7 +51,7 @@ print(faults(10))
 
 on_glibc = pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"),
-    reason="only glibc can be told what to keep, and Linux to count the highest memory anew",
+    reason="only glibc can keep freed memory, and only Linux can reset the peak",
 )
 
 

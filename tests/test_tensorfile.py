@@ -52,7 +52,7 @@ def resident(name):
 
 def watched(keep):
     def kept(*args):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = resident("VmRSS:")
         keep(*args)
         print(resident("VmHWM:") - before)
