@@ -216,12 +216,12 @@ def test_names_in_lists_of_every_kind(classes, names):
 
 
 @pytest.mark.parametrize("numbers", [{0: "cat", 1: "dog"}, {"cat": None}])
-def test_numbers_of_classes_that_are_none_are_refused(numbers):
+def test_invalid_numbers_of_classes_are_refused(numbers):
     with pytest.raises(UserError, match="`class_to_idx` that does not lead from names to numbers"):
         dataset_from_torch(Named([0, 1], class_to_idx=numbers), Named([0, 1]))
 
 
-def test_what_fails_in_a_set_that_is_asked_what_it_holds_is_told():
+def test_an_error_while_classes_are_read_is_reported():
     class Lazy(Named):
         @property
         def classes(self):
@@ -346,7 +346,7 @@ def test_labels_beyond_the_names_are_refused_with_the_names():
         dataset_from_torch(Named([1, 2], classes=["cat", "dog"], targets=[1, 2]), Named([0]))
 
 
-def test_labels_apart_are_not_believed_where_samples_have_others():
+def test_stored_labels_that_samples_contradict_are_ignored():
     train = Named([0, 1, 2], targets=[1, 2, 3])
     assert dataset_from_torch(train, train).train.read(np.arange(3))[1].tolist() == [0, 1, 2]
     never_filled = Named([0, 1, 2], targets=[0, 0, 0])
@@ -358,7 +358,7 @@ def test_classes_without_training_images_are_kept_where_they_are_named():
     assert dataset_from_torch(train, train).class_names == ["a", "b", "c"]
 
 
-def test_stage_0_refuses_what_only_reading_tells(tmp_path):
+def test_stage_0_refuses_labels_that_only_reading_shows(tmp_path):
     images = [np.full((8, 8), shade, np.uint8) for shade in range(6)]
     train = list(zip(images, [1, 2, 3] * 2, strict=True))
     with pytest.raises(UserError, match="labels of python run from 1 to 3: number the classes"):

@@ -176,7 +176,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("mode", FILES)
-def test_files_of_every_mode_reach_stage_0_as_what_they_hold(tmp_path, mode):
+def test_files_of_every_mode_keep_their_values_in_stage_0(tmp_path, mode):
     contents, suffix, expected = FILES[mode]
     run = prepared(tmp_path, photos(tmp_path / "photos", contents, suffix))
     image = stage0(run)
@@ -223,7 +223,7 @@ def test_bits_are_never_dropped_without_a_word(tmp_path, form):
     )
 
 
-def test_pil_images_of_every_mode_hold_what_they_held(tmp_path):
+def test_pil_images_of_every_mode_keep_their_values(tmp_path):
     deep = {"I;16": TWELVE, "I;16L": TWELVE, "I;16B": TWELVE.astype(">u2"), "I": INTS, "F": FLOATS}
     for mode, values in deep.items():
         image = Image.frombytes(mode, (SIDE, SIDE), values.tobytes())
@@ -313,7 +313,7 @@ def test_a_python_data_set_has_the_background_too(tmp_path):
     assert not stage0(tmp_path / "run").any()
 
 
-def test_a_python_data_set_of_16_bit_colour_is_told(tmp_path):
+def test_a_python_data_set_of_16_bit_colour_is_refused(tmp_path):
     (tmp_path / "deep.png").write_bytes(rgb16(DEEP))
     with Image.open(tmp_path / "deep.png") as image:
         samples = [(image, 0)] * 2

@@ -49,9 +49,10 @@ def forward(layer: Layer, x: Tensor) -> Tensor:
 
 
 def add_weight_gradient(layer: Layer, x: Tensor, g: Tensor, total: Tensor) -> None:
-    """Adds the gradient of a layer's weight to ``total``, given the layer's input ``x`` (B, Cin,
-    ...) and the gradient ``g`` (B, Cout, ...) of its output; for a linear layer (..., in) and (...,
-    out). Where all output channels have equal gradients, ``g`` and ``total`` may hold one."""
+    """Adds the gradient of a layer's weight to ``total``, given the layer's input ``x``
+    (B, Cin, ...) and the gradient ``g`` (B, Cout, ...) of its output; for a linear layer (..., in)
+    and (..., out). Where all output channels have equal gradients, ``g`` and ``total`` may hold
+    one."""
     if isinstance(layer, nn.Linear):
         x, g = x.flatten(0, -2), g.flatten(0, -2)
     for rows in output_slices(total):

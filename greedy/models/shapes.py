@@ -70,7 +70,7 @@ def shapes(stages: Sequence[Stage], input_shape: Shape) -> list[StageShapes]:
 
     Raises ``UserError`` naming the stage that cannot take the previous stage's output.
     """
-    along: list[StageShapes] = []
+    stage_shapes: list[StageShapes] = []
     shape = input_shape
     for stage in stages:
         try:
@@ -84,6 +84,8 @@ def shapes(stages: Sequence[Stage], input_shape: Shape) -> list[StageShapes]:
                 f"(torch says: {str(error).splitlines()[0]})"
             ) from error
         operations = counter.get_total_flops() // (2 * ROWS)
-        along.append(StageShapes(shape, tuple(h.shape[1:]), tuple(out.shape[1:]), operations))
-        shape = along[-1].output
-    return along
+        stage_shapes.append(
+            StageShapes(shape, tuple(h.shape[1:]), tuple(out.shape[1:]), operations)
+        )
+        shape = stage_shapes[-1].output
+    return stage_shapes
