@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from greedy.base.errors import TrainingError
-from greedy.base.tensorfile import NAMES, file_parts
+from greedy.base.tensorfile import DTYPE_NAMES, file_parts
 
 
 def written(tensors: dict[str, torch.Tensor]) -> bytes:
@@ -17,7 +17,7 @@ def written(tensors: dict[str, torch.Tensor]) -> bytes:
 
 
 def test_they_are_those_of_the_library() -> None:
-    tensors = {f"{kind}": torch.arange(6).reshape(2, 3).to(kind) for kind in NAMES}
+    tensors = {f"{kind}": torch.arange(6).reshape(2, 3).to(kind) for kind in DTYPE_NAMES}
     tensors |= {"step": torch.tensor(3.0), "none": torch.empty(0, 4), "é\n\x7f\x01": torch.ones(3)}
     assert written(tensors) == safetensors.torch.save(tensors)
     assert written({}) == safetensors.torch.save({})

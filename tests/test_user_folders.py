@@ -136,7 +136,7 @@ def test_training_compiles_and_plans(temporary: Path) -> None:
     done = as_stranger(temporary, *GREEDY, "train", "--recipe", "tiny.toml", "--run", "run")
     assert done.returncode == 0, done.stderr
     assert "compile" not in done.stdout  # nothing failed
-    assert sum(line.startswith("no home") for line in done.stderr.splitlines()) == 1
+    assert sum(line.startswith("no writable home") for line in done.stderr.splitlines()) == 1
     done = as_stranger(temporary, *GREEDY, "plan", "--run", "run")
     assert done.returncode == 0, done.stderr
     assert "times are unknown until" in done.stdout

@@ -51,12 +51,12 @@ class RunLock:
                 copied = "copy the run to where you may write, and give that as --run"
                 advice = copied if begun else "choose another place with --run"
                 raise UserError(f"{self._directory} is read-only: {advice}") from error
-            if (advice := remedy(error)) is None:
+            if (way_out := remedy(error)) is None:
                 raise
             then = "that as --run" if error.errno == errno.ENOLCK else "the same command again"
             raise UserError(
                 f"{self._directory} cannot be locked against other processes ({error.strerror}): "
-                f"{advice}, and give {then}"
+                f"{way_out}, and give {then}"
             ) from error
         try:
             if first:
