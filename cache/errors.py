@@ -11,7 +11,7 @@ class DamagedStore(StoreError):
     """A file of a store is missing or does not hold what was written.
 
     Attributes:
-        what: is damaged, and how.
+        what: the file or chunk, and what is wrong with it.
     """
 
     def __init__(self, what: str, advice: str = ADVICE) -> None:
