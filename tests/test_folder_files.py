@@ -325,4 +325,4 @@ def test_a_terminal_shows_how_far_the_files_are(tmp_path):
     shown = Preparing(Console(file=out, force_terminal=True, width=80))
     with shown.progress:
         checked(load_dataset(f"folder:{photos}"), progress=shown.files_checked)
-    assert "looking at images" in out.getvalue() and "12/12" in out.getvalue()
+    assert "checking images" in out.getvalue() and "12/12" in out.getvalue()
