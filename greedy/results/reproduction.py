@@ -72,7 +72,9 @@ class SeededRun:
         activation stores of all stages but the images.
 
         Args:
-            data_dir, download, allow_function: as for ``load_dataset``.
+            data_dir: as for ``load_dataset``.
+            download: as for ``load_dataset``.
+            allow_function: as for ``load_dataset``.
             device: as for ``GreedyTrainer``.
             reporter: makes the reporter of each part of the work.
         """
