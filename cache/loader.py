@@ -27,8 +27,8 @@ class StoredBatch:
         rows: int64 (B,), their numbers in the store.
         views: int64 (B,), the view that each was read from.
         values: (B, *stored_shape), in stored form, on the CPU. For an asynchronous copy to a GPU,
-            copy this tensor or a slice of it: torch keeps the page-locked memory of its own
-            tensors until such a copy is done, but not that of another tensor over the same bytes.
+            copy this tensor or a slice of it: torch keeps the page-locked memory of tensors
+            that it made until such a copy is done, but not that of another tensor over the same bytes.
         labels: int64 (B,), their classes.
     """
 

@@ -204,7 +204,7 @@ class Store:
         try:
             yield
         except DamagedStore as error:
-            raise DamagedStore(error.what, self.advice) from error
+            raise DamagedStore(error.problem, self.advice) from error
 
     def _decode(self, view: int, chunk: int, out: NDArray[Any]) -> None:
         with self._advising():

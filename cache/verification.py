@@ -27,11 +27,11 @@ class Damage:
 
     Attributes:
         path: the file.
-        what: what is wrong with it; names the chunk if it is one chunk.
+        problem: what is wrong with it; names the chunk if it is one chunk.
     """
 
     path: Path
-    what: str
+    problem: str
 
 
 def verify(path: Path) -> list[Damage]:
@@ -126,7 +126,7 @@ def shard_damage(
                     damages[slot] = damage
             return damages
     except OSError as error:
-        return unreadable(path, error).what
+        return unreadable(path, error).problem
     except DamagedStore as error:
         return str(error)
 
@@ -136,7 +136,7 @@ def _verify_shard(root: Path, description: Description, view: int, shard: int) -
     damage = shard_damage(root, description, view, shard)
     if isinstance(damage, str):
         return [Damage(file, damage)]
-    return [Damage(file, what) for what in damage.values()]
+    return [Damage(file, problem) for problem in damage.values()]
 
 
 def _chunk_damage(

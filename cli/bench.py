@@ -138,7 +138,7 @@ def _print(calibration: "Calibration", speeds: Sequence["StageSpeed"], path: Pat
             )
             for speed in speeds
         ),
-        left=4,
+        text_columns=4,
     )
     threads = "1 thread" if calibration.threads == 1 else f"{calibration.threads} threads"
     say(f"{calibration.device}, {threads}: at best {count(int(peak))}flop/s")

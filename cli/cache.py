@@ -53,7 +53,7 @@ def info(path: Path, as_json: bool) -> None:
     print_table(
         ("stage", "views", "row", "encoding", "size", "B/value", "range", "zeros", "< 0"),
         (_line(number, info) for number, info in infos.items()),
-        left=1,
+        text_columns=1,
     )
     if len(infos) == 1:
         _print_histogram(*infos.values())
@@ -73,10 +73,10 @@ def verify(path: Path, as_json: bool) -> None:
         run, numbers = _stages(path)
         damages = [damage for number in numbers for damage in verify_stage(run, number)]
     if as_json:
-        print_json({"damaged": [{"path": str(d.path), "what": d.what} for d in damages]})
+        print_json({"damaged": [{"path": str(d.path), "what": d.problem} for d in damages]})
     else:
         for damage in damages:
-            say(f"{damage.path}: {damage.what}")
+            say(f"{damage.path}: {damage.problem}")
         remedy = f": {command('cache', 'repair', path)} computes damaged parts of stores again"
         in_stores = any("activations.zarr" in damage.path.parts for damage in damages)
         summary = f"{len(damages)} damaged{remedy if in_stores else ''}"
@@ -113,7 +113,7 @@ def repair(path: Path, device: str, model: str | None) -> None:
         outcome = "as before" if done.identical else "from another source: its content changed"
         say(f"stage {done.stage}, {done.split}: {_counted(done.chunks)} computed again, {outcome}")
     for damage in remaining:
-        say(f"{damage.path}: {damage.what}")
+        say(f"{damage.path}: {damage.problem}")
     if remaining:
         raise SystemExit(1)
     if not repairs:

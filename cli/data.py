@@ -40,7 +40,7 @@ def list_data(data_dir: Path | None, as_json: bool) -> None:
             )
             for entry in DATASETS
         ),
-        left=2,
+        text_columns=2,
     )
     say("Also folder:PATH, with images in PATH/CLASS, and module:function.")
 

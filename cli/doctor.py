@@ -42,7 +42,7 @@ def _print(examination: "Examination") -> None:
     print_table(
         ("package", "version"),
         ((name, version or "not installed") for name, version in examination.versions.items()),
-        left=2,
+        text_columns=2,
     )
     click.echo(f"\non {examination.system}")
     print_table(
@@ -57,7 +57,7 @@ def _print(examination: "Examination") -> None:
             )
             for device in examination.devices
         ),
-        left=2,
+        text_columns=2,
     )
     memory = size(examination.memory_total_bytes)
     say(f"memory: {size(examination.memory_free_bytes)} of {memory} free")
@@ -75,7 +75,7 @@ def _print(examination: "Examination") -> None:
             ("--ram-budget", f"{size(auto.ram_budget_bytes)} to hold a store in memory"),
             ("threads", str(auto.threads)),
         ),
-        left=2,
+        text_columns=2,
     )
 
 

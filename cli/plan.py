@@ -147,7 +147,7 @@ def _print(
             )
             for stage in forecast.stages
         ),
-        left=3,
+        text_columns=3,
     )
     for stage in forecast.stages:
         if not stage.usual:
@@ -159,7 +159,7 @@ def _print(
     print_table(
         ("by", "memory"),
         ((BASELINES[name], size(peak)) for name, peak in forecast.baselines.items()),
-        left=1,
+        text_columns=1,
     )
 
 

@@ -66,7 +66,7 @@ def predict(
         print_json({"predictions": [*map(_document, predictions)], "unreadable": failures})
     elif predictions:
         lines = (line for prediction in predictions for line in _lines(prediction))
-        print_table(("image", "class", "confidence"), lines, left=2)
+        print_table(("image", "class", "confidence"), lines, text_columns=2)
     for failure in unreadable:
         say(f"Error: {failure.error}", err=True)
     if unreadable:

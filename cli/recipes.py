@@ -35,7 +35,7 @@ def list_recipes(number: int | None, as_json: bool) -> None:
             )
             for row in rows
         ),
-        left=2,
+        text_columns=2,
     )
 
 

@@ -112,7 +112,9 @@ def _finish(table: Sequence["Row"], failures: Failures, machine: dict[str, Any])
 def _print(table: Sequence["Row"], failures: Failures) -> None:
     say("test errors in percent; ours: mean over seeds, range: largest less smallest")
     print_table(
-        ("recipe", "network", "loss", "paper", "ours", "range", "seeds"), map(_line, table), left=3
+        ("recipe", "network", "loss", "paper", "ours", "range", "seeds"),
+        map(_line, table),
+        text_columns=3,
     )
     for note in (*_departures(table), *_unfinished(table, failures)):
         say(note)

@@ -58,7 +58,7 @@ def status(run: Path, as_json: bool) -> None:
             )
             for stage in stages
         ),
-        left=3,
+        text_columns=3,
     )
     say(
         f"stores, with the images: {size(disk.bytes_on_disk)} on disk, "
@@ -176,7 +176,7 @@ def _show_exits(exits: "Exits", lose: float, as_json: bool) -> None:
             )
             for exit in exits.exits
         ),
-        left=2,
+        text_columns=2,
     )
     say(f"{exits.split} split, {exits.samples:,} images")
     if cheapest is None:

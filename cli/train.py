@@ -231,7 +231,7 @@ def _print_results(trainer: "GreedyTrainer") -> None:
             )
             for stage in status(trainer.run)
         ),
-        left=2,
+        text_columns=2,
     )
     with waiting("evaluating on the raw test images"):
         result = evaluate(trainer.run, trainer.assemble(), "test", trainer.device)

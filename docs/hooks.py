@@ -49,8 +49,8 @@ def example_page(file: Path) -> str:
 COMMANDS = """\
 # Commands
 
-`-h` or `--help` after any command shows this. The exit code is 2 for a mistake in the command, 1 for a
-failure, and 130, 143 or 129 if Ctrl-C, SIGTERM or a closed terminal stopped it.
+`-h` or `--help` after any command shows this. The exit code is 2 for a mistake in the command, 1
+for a failure, and 130, 143 or 129 if Ctrl-C, SIGTERM or a closed terminal stopped it.
 """
 
 
@@ -93,11 +93,11 @@ RECIPE = """\
 # Recipe fields
 
 A recipe is one TOML file that fully describes a run. It may begin with `extends = "NAME"` (or a
-path ending in `.toml`), and then only has the fields that differ. `--set section.field=value` changes
-a field on the command line, and `greedy recipes show NAME` prints a recipe in full.
+path ending in `.toml`), and then only has the fields that differ. `--set section.field=value`
+changes a field on the command line, and `greedy recipes show NAME` prints a recipe in full.
 
-Fields with a dot (●) decide the result of a run and cannot be changed in it; the others may be changed at
-any time.
+Fields with a dot (●) decide the result of a run and cannot be changed in it; the others may be
+changed at any time.
 """
 
 
@@ -137,8 +137,8 @@ def _default(field: FieldInfo) -> str:
 RECIPES = """\
 # Recipes
 
-The {count} results that the paper publishes, each of which is a recipe, with the reported test error in
-percent, after the last epoch of a single run. `greedy reproduce` trains them,
+The {count} results that the paper publishes, each of which is a recipe, with the reported test
+error in percent, after the last epoch of a single run. `greedy reproduce` trains them,
 `greedy recipes list --table 2` prints those of a table, and [results](../results.md) says which
 have been trained here. The fields of a recipe: [recipe fields](recipe.md).
 """
