@@ -28,7 +28,7 @@ class StoredBatch:
         views: int64 (B,), the view that each was read from.
         values: (B, *stored_shape), in stored form, on the CPU. For an asynchronous copy to a GPU,
             copy this tensor or a slice of it: torch keeps the page-locked memory of tensors
-            that it made until such a copy is done, but not that of another tensor over the same bytes.
+            that it made until such a copy is done, but not of other tensors over the same bytes.
         labels: int64 (B,), their classes.
     """
 

@@ -52,8 +52,8 @@ def say(line: str, *, err: bool = False) -> None:
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int) -> None:
-    """Prints a table whose first ``text_columns`` columns are texts and the others numbers. Cells are
-    printed as they are, never read as markup."""
+    """Prints a table whose first ``text_columns`` columns are texts and the others numbers. Cells
+    are printed as they are, never read as markup."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for i, column in enumerate(columns):
         table.add_column(column, justify="left" if i < text_columns else "right", overflow="fold")
