@@ -94,9 +94,9 @@ def repair(path: Path, device: str, model: str | None) -> None:
     """Compute the damaged chunks in the stores of a run or a stage again.
 
     Where the store or the images that they were computed from are still there, damaged chunks get
-    the same bytes again, and the others stay. Otherwise whole views are computed again, with other
-    values. Given the directory of one stage, a store that was dropped is written too. Exit code 1
-    if any damage is left.
+    the same bytes again, and the others stay. Otherwise whole views are computed again and
+    their content changes. Given the directory of one stage, a store that was dropped is written
+    too. Exit code 1 if any damage is left.
     """
     from greedy.build.modules import load_network  # noqa: PLC0415
     from greedy.cli.progress import Lines  # noqa: PLC0415
