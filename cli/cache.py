@@ -36,7 +36,7 @@ def info(path: Path, as_json: bool) -> None:
     """
     from greedy.cache import describe  # noqa: PLC0415
 
-    run, numbers = _stages(path)
+    run, numbers = _run_and_stages(path)
 
     def describe_stage(number: int) -> "StoreInfo | None":
         has_store = run.store(number).is_dir()
@@ -70,7 +70,7 @@ def verify(path: Path, as_json: bool) -> None:
     if (path / "run.toml").exists():
         damages = verify_run(path)
     else:
-        run, numbers = _stages(path)
+        run, numbers = _run_and_stages(path)
         damages = [damage for number in numbers for damage in verify_stage(run, number)]
     if as_json:
         print_json({"damaged": [{"path": str(d.path), "what": d.problem} for d in damages]})
@@ -102,7 +102,7 @@ def repair(path: Path, device: str, model: str | None) -> None:
     from greedy.cli.progress import Lines  # noqa: PLC0415
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
 
-    run, numbers = _stages(path)
+    run, numbers = _run_and_stages(path)
     network = load_network(run.recipe.model, model)
     trainer = GreedyTrainer.from_recipe(run.recipe, run.path, device=device, model=network)
     trainer.reporter = Lines()
@@ -136,7 +136,7 @@ def drop(path: Path, force: bool) -> None:
     from greedy.base.sizes import format_size  # noqa: PLC0415
     from greedy.runs.unfinished import require_unneeded  # noqa: PLC0415
 
-    run, numbers = _stages(path)
+    run, numbers = _run_and_stages(path)
     if numbers == [0]:
         raise UserError(
             "stage 0 holds the images, which cannot be computed again: name another stage"
@@ -163,7 +163,7 @@ def _consequences(run: "RunDirectory", number: int) -> str:
     )
 
 
-def _stages(path: Path) -> tuple["RunDirectory", list[int]]:
+def _run_and_stages(path: Path) -> tuple["RunDirectory", list[int]]:
     """Returns the run of a run or stage directory, and the numbers of the stages that it means."""
     from greedy.runs.directory import RunDirectory, run_of_stage  # noqa: PLC0415
 

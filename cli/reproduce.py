@@ -78,12 +78,12 @@ def reproduce(
 
     overrides = fields.overrides(settings, field_values)
     table = rows(names, overrides, epochs_scale=epochs_scale, seeds=seeds, to=to)
-    machine = {"data_dir": data_dir, "download": download, "device": pick_device(device).type}
-    machine["allow_function"] = fields.names_data(overrides)
+    run_options = {"data_dir": data_dir, "download": download, "device": pick_device(device).type}
+    run_options["allow_function"] = fields.names_data(overrides)
     failures: Failures = {}
     try:
         with terminable(), redirect_stdout(sys.stderr) if as_json else nullcontext():
-            _finish(table, failures, machine)
+            _finish(table, failures, run_options)
     finally:
         if as_json:
             print_json({"rows": [_document(row, failures) for row in table]})
@@ -93,7 +93,7 @@ def reproduce(
         raise SystemExit(1)
 
 
-def _finish(table: Sequence["Row"], failures: Failures, machine: dict[str, Any]) -> None:
+def _finish(table: Sequence["Row"], failures: Failures, run_options: dict[str, Any]) -> None:
     """Finishes all runs, one after the other; a failure ends only its run."""
     from greedy.cli.dashboard import reporter  # noqa: PLC0415
 
@@ -103,7 +103,7 @@ def _finish(table: Sequence["Row"], failures: Failures, machine: dict[str, Any])
             if run.error_percent is None:
                 say(f"{title}: {run.path}")
             try:
-                run.finish(**machine, reporter=reporter)
+                run.finish(**run_options, reporter=reporter)
             except Exception as error:
                 failures[run.path] = failure_of(error).message
                 say(f"{title}: {failures[run.path]}")
@@ -129,12 +129,12 @@ def _line(row: "Row") -> tuple[str, ...]:
         row.name,
         summarised["network"],
         summarised["loss"],
-        *map(_figure, (summarised["paper_test_error_percent"], row.mean, seed_range)),
+        *map(_bare_percent, (summarised["paper_test_error_percent"], row.mean, seed_range)),
         f"{len(errors)}/{len(row.runs)}",
     )
 
 
-def _figure(value: float | None) -> str:
+def _bare_percent(value: float | None) -> str:
     return percent(value).removesuffix(" %")
 
 
@@ -142,7 +142,7 @@ def _departures(table: Sequence["Row"]) -> Iterable[str]:
     """Yields what was not as published, one line for all rows with the same differences."""
     groups: dict[str, list[str]] = {}
     for row in table:
-        if changed := _changed(row):
+        if changed := _departures_of(row):
             groups.setdefault(", ".join(changed), []).append(row.name)
     for changes, names in groups.items():
         which = "all rows" if len(names) == len(table) else ", ".join(names)
@@ -151,7 +151,7 @@ def _departures(table: Sequence["Row"]) -> Iterable[str]:
         yield "the paper trained local losses jointly, as --strategy joint does"
 
 
-def _changed(row: "Row") -> list[str]:
+def _departures_of(row: "Row") -> list[str]:
     from greedy.recipes import departures  # noqa: PLC0415
 
     return departures(row.recipe) if row.recipe.paper else []
@@ -181,7 +181,7 @@ def _document(row: "Row", failures: Failures) -> dict[str, Any]:
         "name": row.name,
         "strategy": row.recipe.training.strategy,
         "test_error_percent": row.mean,
-        "departures": _changed(row),
+        "departures": _departures_of(row),
         "finished": row.finished,
         "runs": [
             {

@@ -149,7 +149,7 @@ def train_stage(
         later = range(number + 1, len(run.complete(0).network) + 1)
         if to is None and (stale := [n for n in later if run.state(n) == "stale"]):
             say(
-                f"{_stages(stale)} became stale with the new stage {number}: "
+                f"{_stages_in_words(stale)} became stale with the new stage {number}: "
                 f"{command('train', '--run', run.path, '--retrain', stale[0])} trains from there on"
             )
 
@@ -197,7 +197,7 @@ def recipe_and_run(
     return load(RunDirectory.open(run).path / "run.toml", overrides), run
 
 
-def _stages(numbers: list[int]) -> str:
+def _stages_in_words(numbers: list[int]) -> str:
     """Writes a range of stages in words."""
     first, last = numbers[0], numbers[-1]
     return f"stage {first}" if first == last else f"stages {first} to {last}"
