@@ -24,7 +24,7 @@ TINY = "train --recipe tiny.toml --run new"
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("train", "give --recipe to begin a run, or --run to go on with one"),
+        ("train", "give --recipe to begin a run, or --run to resume one"),
         ("train --recipe dmo", "there is no recipe dmo; did you mean demo"),
         ("train --recipe cifar10/vgg11b-3-predsim", "did you mean cifar10/vgg11b-3x-predsim"),
         ("train --recipe absent.toml", "absent.toml cannot be read: No such file"),
