@@ -11,9 +11,9 @@ from torch.utils.data import Dataset as TorchDataset
 
 from greedy.base.commands import command
 from greedy.base.devices import pick_device
-from greedy.base.disk_space import require_room, until_full
+from greedy.base.disk_space import require_free_space, write_errors_explained
 from greedy.base.errors import UserError
-from greedy.base.heap import give_back
+from greedy.base.heap import release_free_memory
 from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import build_loss, build_network
 from greedy.build.python_recipe import python_recipe, require_optimizer
@@ -146,7 +146,7 @@ class GreedyTrainer:
         names = [network.name(number) for number in range(1, len(network) + 1)]
         rows = {split: len(getattr(dataset, split)) for split in SPLITS}
         needed = sum(rows.values()) * math.prod(shape) * dataset.train.dtype.itemsize
-        require_room(self.run.path, "stage 0", needed)
+        require_free_space(self.run.path, "stage 0", needed)
         memory = self._planner.plan_memory(network, stored_encoding(dataset.train).name)
         disk = plan_disk(self.run, network.shapes, rows, needed)
         memory.require(range(1, len(network) + 1), disk)
@@ -156,7 +156,7 @@ class GreedyTrainer:
             if is_prepared(self.run, dataset, again=again, ignore=ignore_changes):
                 return self.run.complete(0)
             output = network.shapes[-1].output if self._model else None
-            with until_full(self.run.path, "stage 0", needed):
+            with write_errors_explained(self.run.path, "stage 0", needed):
                 return write_stage0(self.run, dataset, names, output)
 
     def train(self, retrain_from: int | None = None) -> list[StageRecord]:
@@ -282,11 +282,11 @@ class GreedyTrainer:
         training = self._planner.stage(number, source, views, directory)
         if directory == self.run.stage(number) and (before := former(self.run, number)):
             training.written_before = before.bytes_written
-        full = until_full(self.run.path, f"stage {number}")
+        full = write_errors_explained(self.run.path, f"stage {number}")
         with full, new_stage(directory, go_on=True) as place:
             record = training.train(place)
         del training  # its weights, and the store where that was held in memory
-        give_back(self.device)
+        release_free_memory(self.device)
         self.reporter.stage_finished(record)
         return record
 

@@ -1,4 +1,4 @@
-"""Where nothing is drawn at random all views would be the same, and a store has one."""
+"""Where nothing is drawn at random all views would be equal, and a store has one."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ class Cut(Reporter):
 
 
 def views(run: Path) -> list[int]:
-    """Those of the stores of stages 1 and 2."""
+    """Returns the numbers of views of the stores of stages 1 and 2."""
     return [Store(run / f"stage{n}/activations.zarr/train").views for n in (1, 2)]
 
 
@@ -48,7 +48,7 @@ def recorded(run: Path) -> list[int]:
 
 @pytest.fixture
 def as_before(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """What `views` says is done, as it was before."""
+    """Makes the run ask for and write the number of views that earlier versions did."""
     monkeypatch.setattr(Recipe, "views", property(lambda recipe: recipe.store.views))
     return monkeypatch
 

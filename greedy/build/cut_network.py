@@ -8,7 +8,7 @@ from torch import nn
 
 from greedy.build.modules import checked_shapes
 from greedy.losses import LocalLoss
-from greedy.losses.strategies import losses_of
+from greedy.losses.strategies import stage_losses
 from greedy.models import Shape, Stage, StageShapes, cut
 from greedy.recipes import Recipe
 
@@ -51,4 +51,4 @@ class CutNetwork:
 
     def losses(self, strategy: str) -> list[LocalLoss]:
         """The loss of each stage under a strategy of that name."""
-        return losses_of(strategy, self.loss, len(self))
+        return stage_losses(strategy, self.loss, len(self))

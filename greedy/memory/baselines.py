@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from greedy.base.errors import UserError
 from greedy.base.sizes import format_size
 from greedy.build.cut_network import CutNetwork
-from greedy.losses import Glob, LocalLoss, heads_of
+from greedy.losses import Glob, LocalLoss, make_heads
 from greedy.memory.choice import Choice, fused_adam, reserved
 from greedy.memory.counting import Counter
 from greedy.memory.fake import counted, fake_tensors, make_state, materialised
@@ -179,7 +179,7 @@ def _learner(
     stage: Stage, shape: StageShapes, loss: LocalLoss, num_classes: int, precision: str
 ) -> Learner:
     """Makes a stage with weights and heads on the device, ready to train."""
-    heads = heads_of(loss, shape.hidden, num_classes)
+    heads = make_heads(loss, shape.hidden, num_classes)
     learner = Learner(materialised(stage), heads, loss, num_classes, precision, memory_trial=True)
     learner.train()
     return learner

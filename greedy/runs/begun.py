@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from greedy.base.errors import UserError
-from greedy.base.files import read_signed, signed
+from greedy.base.files import read_with_digest, with_digest
 from greedy.cache.files import write_whole
 from greedy.runs.choices import Choices, Count
 from greedy.runs.events import EpochReport
@@ -41,7 +41,7 @@ class Start(BaseModel):
     def write(self, training: Path) -> None:
         """The first thing to be written."""
         (training / CHECKPOINT).mkdir(parents=True, exist_ok=True)
-        write_whole(training / CHECKPOINT / START, signed(self.model_dump(mode="json")))
+        write_whole(training / CHECKPOINT / START, with_digest(self.model_dump(mode="json")))
 
     def is_of(self, other: Self) -> bool:
         """Whether the two trainings come to the same, whatever was chosen."""
@@ -99,7 +99,7 @@ def _read(training: Path, name: str, kind: type[Document]) -> Document | None:
     if not path.is_file():
         return None
     try:
-        return kind.model_validate(read_signed(path))
+        return kind.model_validate(read_with_digest(path))
     except (ValueError, RecursionError) as error:
         raise damaged(path, training, str(error).splitlines()[0]) from error
 

@@ -9,14 +9,14 @@ import numpy as np
 from greedy.base.commands import command
 from greedy.base.errors import UserError
 from greedy.base.functions import is_function_name
-from greedy.base.text import legible, listed
+from greedy.base.text import first_names, legible
 from greedy.cache import Store
 from greedy.data import Dataset, Reading, Split, find_dataset, load_dataset
 from greedy.data.folder import FolderSplit
 from greedy.data.loading import folder_of
 from greedy.data.mapstyle import PYTHON
-from greedy.data.randomness import generators_kept
-from greedy.data.splits import spread
+from greedy.data.randomness import generators_restored
+from greedy.data.splits import spread_rows
 from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.file_table import FileChanges, FileTable
 
@@ -47,7 +47,7 @@ def changes(run: RunDirectory, dataset: Dataset) -> str | None:
     """Returns what is different in a data set from what stage 0 was written from, in few words;
     None where nothing is, or nothing can be said."""
     if not isinstance(dataset.train, FolderSplit):
-        with generators_kept():
+        with generators_restored():
             return ", ".join(_differences(run, dataset)) or None
     before = FileTable.read(run.stage(0))
     if before is None:
@@ -131,7 +131,7 @@ def _changed(run: RunDirectory, name: str, what: str) -> UserError:
 
 def _in_words(found: FileChanges) -> str:
     kinds = (("changed", found.changed), ("new", found.new), ("gone", found.gone))
-    parts = [f"{len(names):,} {kind}: {listed(names)}" for kind, names in kinds if names]
+    parts = [f"{len(names):,} {kind}: {first_names(names)}" for kind, names in kinds if names]
     return f"of {found.files:,} files {'; '.join(parts)}"
 
 
@@ -145,16 +145,16 @@ def _differences(run: RunDirectory, dataset: Dataset) -> Iterator[str]:
     names = dataset.class_names and [legible(name) for name in dataset.class_names]
     numbers = [str(number) for number in range(len(data.class_names))]
     if names and data.class_names not in (names, numbers):
-        yield f"the classes were {listed(data.class_names)}"
+        yield f"the classes were {first_names(data.class_names)}"
     for name in SPLITS:
         split, store = getattr(dataset, name), run.open_store(0, name)
         if other := _other_labels(split, store):
-            yield f"{len(other):,} labels of the {name} split: samples {listed(other)}"
+            yield f"{len(other):,} labels of the {name} split: samples {first_names(other)}"
         if other := _other_images(split, store):
             looked_at = min(IMAGES, store.rows)
             yield (
                 f"{len(other)} of {looked_at} images of the {name} split that were looked at: "
-                f"samples {listed(other)}"
+                f"samples {first_names(other)}"
             )
 
 
@@ -162,7 +162,7 @@ def _other_labels(split: Split, store: Store) -> list[int]:
     """The samples whose labels are not those stored, of all where labels are known, else of a
     number that can be read. Labels that a set keeps apart may be others than its samples give,
     which were stored."""
-    rows = np.arange(store.rows) if split.labels is not None else spread(store.rows, LABELS)
+    rows = np.arange(store.rows) if split.labels is not None else spread_rows(store.rows, LABELS)
     if split.labels is not None:
         rows = rows[split.labels[store.index] != store.labels]
     samples, stored = store.index[rows], store.labels[rows]
@@ -174,7 +174,7 @@ def _other_labels(split: Split, store: Store) -> list[int]:
 def _other_images(split: Split, store: Store) -> list[int]:
     """The samples whose images are not those stored, of a few. Those that are others each time they
     are read, transformed at random, tell nothing."""
-    rows = spread(store.rows, IMAGES)
+    rows = spread_rows(store.rows, IMAGES)
     samples = store.index[rows]
     images = split.read(samples)[0].astype(np.float32)
     stored = np.concatenate([store.read_rows(0, row, row + 1) for row in rows]).astype(np.float32)

@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from greedy.base.files import canonical, digest
+from greedy.base.files import canonical_json, digest
 from greedy.runs.directory import RunDirectory
 from greedy.runs.events import Reporter
 from greedy.runs.exchange import replacing
@@ -67,7 +67,7 @@ class Refresh:
 def _workshop(path: Path, record: StageRecord, generation: int) -> Path:
     """The place where the views of a generation are written: named by what they follow from, so
     that one that was interrupted goes on and any other goes."""
-    place = path.with_name(f".train.{digest(canonical([record.lineage, generation]))}.part")
+    place = path.with_name(f".train.{digest(canonical_json([record.lineage, generation]))}.part")
     for other in path.parent.glob(".train.*.part"):
         if other != place:
             shutil.rmtree(other)

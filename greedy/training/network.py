@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from greedy.base.devices import memory_limited, reset_peak_memory, set_determinism
-from greedy.base.disk_space import require_room, until_full
+from greedy.base.disk_space import require_free_space, write_errors_explained
 from greedy.base.files import bytes_below
 from greedy.build.cut_network import CutNetwork
 from greedy.memory.choice import Choice, named_budget
@@ -70,8 +70,8 @@ class NetworkTraining:
     def _train(self, place: Path, start: Start, began: float) -> list[StageRecord]:
         strategy = self._strategy(start.resolved)
         needed = 7 * 4 * sum(p.numel() for each in strategy.learners for p in each.parameters())
-        require_room(place, "the network", needed - bytes_below(place))
-        with until_full(self.run.path, "the network", needed):
+        require_free_space(place, "the network", needed - bytes_below(place))
+        with write_errors_explained(self.run.path, "the network", needed):
             checkpoints = Checkpoints(
                 place,
                 strategy,
