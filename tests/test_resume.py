@@ -224,7 +224,7 @@ def test_a_retraining_goes_on_where_the_old_stages_are_stale(tmp_path: Path) -> 
     run = tmp_path / "run"
     trainer(run).fit(TRAIN, TEST)
     cut, mine = trainer(run, Listener(interrupted=2)), trainer(run)
-    cut.loss = mine.loss = Pred()
+    cut._planner.loss = mine._planner.loss = Pred()
     with pytest.raises(Interrupted):
         cut.train(1)
     assert [mine.run.state(n) for n in (1, 2, 3)] == ["complete", "stale", "stale"]
@@ -258,7 +258,7 @@ def test_optimisers_of_ones_own_go_on(tmp_path: Path) -> None:
 
     def make(run, reporter=None):
         mine = trainer(tmp_path / run, reporter)
-        mine.optimizer = optimizer
+        mine._planner.optimizer = optimizer
         return mine
 
     make("whole").fit(TRAIN, TEST)

@@ -58,7 +58,7 @@ def test_a_finished_stage_is_trained_again_only_when_asked(run: Path) -> None:
 def test_a_retraining_that_fails_leaves_the_old_stage(run: Path) -> None:
     before = files(run / "stage2")
     mine = trainer(run)
-    mine.loss = NotANumber()
+    mine._planner.loss = NotANumber()
     with pytest.raises(TrainingError, match="stage 2 is not finite in epoch 1"):
         mine.train_stage(2, again=True)
     left = files(run / "stage2")
