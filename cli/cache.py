@@ -39,10 +39,10 @@ def info(path: Path, as_json: bool) -> None:
     run, numbers = _stages(path)
 
     def described(number: int) -> "StoreInfo | None":
-        there = run.store(number).is_dir()
+        there = run.store_path(number).is_dir()
         return describe(run.open_store(number, "train")) if there else None
 
-    looked_at = {n: run.undisturbed(partial(described, n), n) for n in numbers}
+    looked_at = {n: run.read_consistently(partial(described, n), n) for n in numbers}
     found = {n: each for n, each in looked_at.items() if each is not None}
     if as_json:
         print_json({"stores": [{"stage": n, **asdict(each)} for n, each in found.items()]})
@@ -130,29 +130,29 @@ def drop(path: Path, force: bool) -> None:
     """Delete the stores of a run or a stage. Weights and records stay."""
     from greedy.base.errors import UserError  # noqa: PLC0415
     from greedy.base.sizes import format_size  # noqa: PLC0415
-    from greedy.runs.unfinished import require_unneeded  # noqa: PLC0415
+    from greedy.runs.unfinished import require_store_unneeded  # noqa: PLC0415
 
     run, numbers = _stages(path)
     if numbers == [0]:
         raise UserError("stage 0 holds the images that all else is computed from: drop another")
-    with run.writing():
+    with run.write_lock():
         records = {number: run.record(number) for number in filter(None, numbers)}
-        there = [n for n, record in records.items() if record and run.store(n).is_dir()]
+        there = [n for n, record in records.items() if record and run.store_path(n).is_dir()]
         for number in there if not force else ():
-            require_unneeded(run, number)
+            require_store_unneeded(run, number)
         for number, record in records.items():
-            if record and record.store and run.store(number).is_dir():
+            if record and record.store and run.store_path(number).is_dir():
                 run.drop_stores(number)
                 freed = format_size(record.store.bytes)
                 say(f"stage {number}: {freed} freed; {_rebuilding(run, number)}")
 
 
 def _rebuilding(run: "RunDirectory", number: int) -> str:
-    source = next(n for n in range(number - 1, -1, -1) if run.store(n).is_dir())
+    source = next(n for n in range(number - 1, -1, -1) if run.store_path(n).is_dir())
     replayed = f"stage {number}" if source == number - 1 else f"stages {source + 1} to {number}"
     return (
         f"what trains after it replays {replayed} from stage {source}'s store, and "
-        f"{command('cache', 'repair', run.stage(number))} writes it again"
+        f"{command('cache', 'repair', run.stage_dir(number))} writes it again"
     )
 
 
@@ -164,7 +164,7 @@ def _stages(path: Path) -> tuple["RunDirectory", list[int]]:
         run, number = run_of_stage(path)
         return run, [number]
     run = RunDirectory.open(path)
-    data = run.complete(0)
+    data = run.complete_record(0)
     return run, list(range(len(data.network) + 1))
 
 

@@ -27,7 +27,7 @@ def status(run: Path, as_json: bool) -> None:
     from greedy.runs.status import disk_use, status, trainings_set_aside  # noqa: PLC0415
 
     directory = RunDirectory.open(run)
-    stages, disk = directory.undisturbed(lambda: (status(directory), disk_use(directory)))
+    stages, disk = directory.read_consistently(lambda: (status(directory), disk_use(directory)))
     aside = trainings_set_aside(directory)
     if as_json:
         listed = [asdict(each) for each in stages]
@@ -138,9 +138,9 @@ def evaluate(
 
 def tell_changes(run: "RunDirectory") -> None:
     """Says on standard error what has changed in the image folder that a run was begun with."""
-    from greedy.stores.changes import folder_changes  # noqa: PLC0415
+    from greedy.stores.changes import describe_folder_changes  # noqa: PLC0415
 
-    if what := folder_changes(run):
+    if what := describe_folder_changes(run):
         name = run.recipe.data.name
         say(f"of the images as {run.path} stored them: {name} has changed since ({what})", err=True)
 

@@ -133,7 +133,7 @@ def test_a_changed_folder_is_told_with_count_and_names(photos, change, what):
 def test_files_that_were_only_touched_are_the_same_while_another_process_trains(photos):
     for file in photos.rglob("*.bmp"):
         file.touch()
-    with RunDirectory.open(Path("run")).writing():
+    with RunDirectory.open(Path("run")).write_lock():
         assert "changed" not in greedy("evaluate", "--run", "run").output
         assert "is in use" in greedy(*AGAIN, "--retrain").output
 

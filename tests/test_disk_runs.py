@@ -17,7 +17,7 @@ from greedy import GreedyTrainer, Reporter, UserError, evaluate
 from greedy.cache import Store
 from greedy.runs.directory import RunDirectory
 from greedy.runs.disk_budget import disk_budget
-from greedy.runs.disk_plan import COMPRESSED, Plan
+from greedy.runs.disk_plan import COMPRESSED, DiskPlan
 
 SIDE, CLASSES, WIDTHS = 8, 3, (256, 256, 64, 256, 64)
 ROWS = {"train": 300, "test": 60}
@@ -40,7 +40,7 @@ class Notes(Reporter):
     """Keeps the plan and which stages were trained."""
 
     def __init__(self) -> None:
-        self.plans: list[Plan] = []
+        self.plans: list[DiskPlan] = []
         self.trained: list[int] = []
 
     def disk_planned(self, plan):
@@ -196,7 +196,7 @@ def test_deleting_a_store_ends_after_a_crash(run: Path) -> None:
     store = run / "stage3/activations.zarr"
     store.rename(run / "stage3/.activations.zarr.old")
     directory = RunDirectory.create(run, RunDirectory.open(run).recipe)
-    with directory.writing():
+    with directory.write_lock():
         pass
     assert not list((run / "stage3").glob("*activations*")) + list((run / "stage3").glob(".*"))
     assert directory.state(3) == "complete"

@@ -60,7 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     last = shutil.copytree(place / "run/stage3", place / "stage3")
     tensors = load_file(last / ENCODER)
     save_file({name: -each for name, each in tensors.items()}, last / ENCODER)
-    record = RunDirectory.open(place / "run").complete(3)
+    record = RunDirectory.open(place / "run").complete_record(3)
     metrics = record.metrics.model_copy(update={"test_error_percent": 12.5})
     lines = (last / "history.jsonl").read_text()
     (last / "history.jsonl").write_text(lines.replace('"epoch": 1', '"epoch": 2'))

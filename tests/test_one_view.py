@@ -9,9 +9,9 @@ from small_training import TEST, TRAIN, same, trainer, weights
 from greedy import Reporter, RunDirectory
 from greedy.cache import Store
 from greedy.recipes import Recipe, load, names
-from greedy.runs.disk_plan import Plan
+from greedy.runs.disk_plan import DiskPlan
 
-SAYS = "nothing is drawn at random when images are read, so a store has one view instead of 4 that "
+SAYS = "nothing is drawn at random when images are read, so a store has one view instead of 4 "
 
 
 class Cut(Reporter):
@@ -19,9 +19,9 @@ class Cut(Reporter):
 
     def __init__(self, stage: int = 0, *, writing: bool = False) -> None:
         self.stage, self.writing, self.now = stage, writing, 0
-        self.plan: Plan | None = None
+        self.plan: DiskPlan | None = None
 
-    def disk_planned(self, plan: Plan) -> None:
+    def disk_planned(self, plan: DiskPlan) -> None:
         self.plan = plan
 
     def stage_started(self, number: int, *rest: object) -> None:
@@ -61,7 +61,7 @@ def test_one_view_gives_the_network_that_four_alike_gave(tmp_path: Path, as_befo
     mine.fit(TRAIN, TEST)
     assert views(tmp_path / "one") == recorded(tmp_path / "one") == [1, 1]
     note, size = heard.plan.explain()
-    assert note == f"disk: {SAYS}would be the same"
+    assert note == f"disk: {SAYS}identical ones"
     assert size.startswith("disk: the stores take up to ")
     for stage in (1, 2, 3):
         assert same(weights(tmp_path / "one", stage), weights(tmp_path / "four", stage))
@@ -97,7 +97,7 @@ def test_views_that_come_out_the_same_are_not_drawn_anew(tmp_path: Path) -> None
     settings = {"views": 1, "refresh_every": 1, "epochs": 3}
     trainer(tmp_path / "run", **settings, reporter=(heard := Cut())).fit(TRAIN, TEST)
     (note,) = heard.plan.notes
-    assert note.endswith("so views stay as they are instead of being drawn anew")
+    assert note.endswith("so views are not drawn again")
     store = RunDirectory.open(tmp_path / "run").record(1).store
     assert (store.generation, store.bytes_written) == (0, store.bytes)
 

@@ -153,9 +153,9 @@ def test_a_crash_between_new_views_and_their_record_is_known(tmp_path: Path) -> 
     mine = trainer(tmp_path / "run", **REFRESHED)
     mine.fit(TRAIN, TEST)
     expected = outcome(tmp_path / "run")
-    record = mine.run.complete(1)
+    record = mine.run.complete_record(1)
     assert record.store.generation == 1
-    record.with_store(tmp_path / "run/stage1", generation=-1)  # as it is at the exchange
+    record.update_store(tmp_path / "run/stage1", generation=-1)  # as it is at the exchange
     mine.train_stage(2, again=True)
     found = outcome(tmp_path / "run")
     trained = {name for name in expected if name.startswith("stage1/")}
@@ -290,7 +290,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_named(tmp_path: Path) 
 def test_only_one_process_writes(tmp_path: Path) -> None:
     mine = trainer(tmp_path / "run")
     mine.fit(TRAIN, TEST)
-    with mine.run.writing():
+    with mine.run.write_lock():
         other = trainer(tmp_path / "run")
         for attempt in (other.train, lambda: other.train_stage(1), lambda: other.fit(TRAIN, TEST)):
             with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on .* since"):

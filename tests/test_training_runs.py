@@ -23,6 +23,7 @@ from torch.utils.data import TensorDataset
 from greedy import RunDirectory, TrainingError, UserError
 from greedy.losses import Pred
 from greedy.models import mlp
+from greedy.recipes import load
 from greedy.runs.disk_budget import disk_budget
 from greedy.runs.integrity import verify_run
 
@@ -201,9 +202,14 @@ def test_a_class_without_images_is_named(tmp_path: Path) -> None:
 
 def test_a_stage_is_not_written_into_a_run_from_outside(run: Path) -> None:
     for place in (run / "mine", run / "stage2/mine"):
-        with pytest.raises(UserError, match="would stand for another stage"):
+        with pytest.raises(UserError, match="is inside the run directory"):
             trainer(run).train_stage(1, to=place)
         assert not place.exists()
+
+
+def test_a_run_may_share_the_source_folder_cache_of_a_checkout() -> None:
+    cache = Path(__file__).parents[1] / "cache"
+    assert RunDirectory.create(cache, load("demo")).path == cache
 
 
 def test_settings_are_free_until_there_are_data(tmp_path: Path) -> None:

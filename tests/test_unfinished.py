@@ -126,7 +126,7 @@ def test_a_training_goes_on_from_its_own_source_while_that_is_there(tmp_path: Pa
     mine, reporter = heard(run)
     mine.train(3)
     assert (reporter.epochs[3], reporter.aside) == ([2], [])
-    assert mine.run.complete(3).source == 1
+    assert mine.run.complete_record(3).source == 1
 
 
 def test_the_disk_plan_leaves_a_store_that_a_training_needs(run: Path, monkeypatch) -> None:

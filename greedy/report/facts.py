@@ -156,7 +156,7 @@ def _facts(
         records = {n: record for n in numbers if (record := run.record(n)) is not None}
         return stages, records, _stores(run, records)
 
-    stages, records, stores = run.undisturbed(read)
+    stages, records, stores = run.read_consistently(read)
     finished = [each.stage for each in stages if each.state == "complete"]
     complete = bool(stages) and len(finished) == len(stages)
     # A whole network has no local loss in it, so any will do.
@@ -181,7 +181,7 @@ def _facts(
 def _baselines(
     run: RunDirectory, model: nn.Sequential | None, loss: LocalLoss
 ) -> Mapping[str, int]:
-    data = run.complete(0)
+    data = run.complete_record(0)
     stages = stages_of(run.recipe, data, model)
     return baselines(
         stages,
@@ -201,7 +201,7 @@ def _stores(run: RunDirectory, records: Mapping[int, StageRecord]) -> list[Store
             views=record.store.views,
             bytes=record.store.bytes,
             values=record.store.values,
-            kept=run.store(number).is_dir(),
+            kept=run.store_path(number).is_dir(),
         )
         for number, record in records.items()
         if record.store
