@@ -119,7 +119,7 @@ class RunDirectory:
             listed = ", ".join(parts + more)
             raise UserError(
                 f"{self.path} belongs to a run with other settings ({listed}): choose another "
-                f"--run, or repeat the settings it began with"
+                f"--run, or use the settings it started with"
             )
 
     @property

@@ -129,18 +129,18 @@ def file_table_of(dataset: Dataset) -> FileTable | None:
 
 
 def _changed_error(run: RunDirectory, name: str, differences: str) -> UserError:
-    fault = f"{name} holds other data than {run.path} was begun with ({differences})"
+    fault = f"{name} holds other data than {run.path} was started with ({differences})"
     if name == PYTHON:
         return UserError(
-            f"{fault}: another run directory trains on what is there now, and ignore_changes=True "
-            f"goes on with what is stored"
+            f"{fault}: choose another run directory to train on the data as they are now, or go on "
+            f"with the stored data by ignore_changes=True"
         )
     is_function = folder_of(name) is None and is_function_name(name)
     data = ("--data", name) if is_function else ()  # a function is called only if named here
     return UserError(
         f"{fault}: {command('train', '--run', run.path, *data, '--retrain', 0)} trains the run on "
-        f"what is there now, another run directory leaves it as it is, and --ignore-changes (in "
-        f"Python ignore_changes=True) goes on with what it has stored"
+        f"the data as they are now, another run directory leaves this run unchanged, and "
+        f"--ignore-changes (in Python ignore_changes=True) goes on with the stored data"
     )
 
 
