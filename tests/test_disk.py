@@ -1,4 +1,4 @@
-"""Which stores a disk budget keeps, as a plan."""
+"""The plan of which stores a disk budget keeps."""
 
 import itertools
 import re
@@ -44,7 +44,7 @@ def planned(demand: DiskDemand, budget: int) -> DiskPlan:
 
 
 def views_of(demand: DiskDemand, plan: DiskPlan) -> list[int]:
-    """Views a stage, 0 for live, without the output layer."""
+    """The views of each stage, 0 for live, without the output layer."""
     count = len(demand.stages) - 1
     return [v if isinstance(v := plan.views(n), int) else 0 for n in range(1, count + 1)]
 
@@ -55,7 +55,7 @@ def size(demand: DiskDemand, number: int, views: int, test: int = 1) -> int:
 
 
 def simulated(demand: DiskDemand, views: list[int], dropped: dict[int, int]) -> int:
-    """The most bytes on disk when stages are trained in turn and stores deleted as said."""
+    """The most bytes on disk when stages are trained in turn and stores deleted as planned."""
     disk, most, source = {0: demand.image_bytes}, 0, 0
     for number, count in enumerate([*views, 0], start=1):
         copy = size(demand, source, views[source - 1], test=0) if source else 0
@@ -70,13 +70,13 @@ def simulated(demand: DiskDemand, views: list[int], dropped: dict[int, int]) -> 
 
 
 def at_once(views: list[int]) -> dict[int, int]:
-    """Every store deleted as soon as the next one is written."""
+    """Each store deleted as soon as the next one is written."""
     stored = [n for n, count in enumerate(views, start=1) if count]
     return dict(itertools.pairwise(stored))
 
 
 def costs(demand: DiskDemand, views: list[int]) -> tuple[int, Fraction]:
-    """Multiply-adds a row spent on replaying, and the sum of 1/views."""
+    """Multiply-adds per row for replaying, and the sum of 1/views."""
     replayed, since = 0, 0
     for stage, count in zip(demand.stages, [*views, 0], strict=True):
         replayed += stage.epochs * since
@@ -197,7 +197,7 @@ def test_sources_are_deleted_before_views_are_lowered_before_stores_are_left_out
 
 
 @pytest.mark.parametrize(("operations", "gone"), [((9, 1), {2: 3}), ((1, 9), {1: 2})])
-def test_the_stores_that_stay_save_most_replaying_a_byte(operations, gone):
+def test_the_stores_that_are_kept_save_most_replaying_per_byte(operations, gone):
     first, second = (StageDemand(values=1, operations=n, epochs=1) for n in operations)
     other, large = StageDemand(1, 1, 1), StageDemand(4, 1, 1)
     demand = equal_stages(0, stages=(first, second, other, large, other))
@@ -215,7 +215,7 @@ def test_a_finished_stage_keeps_its_views_and_one_without_a_store_is_replayed():
         plan_stores(equal_stages(0, stages=finished), 64)
 
 
-def test_old_stores_go_first_where_the_new_ones_need_their_room():
+def test_old_stores_are_deleted_first_if_the_new_ones_need_their_room():
     demand = equal_stages(0, stages=(StageDemand(1, 1, 1, replaced=50),) * 2)
     assert plan_stores(demand, 145).dropped_first == ()
     assert plan_stores(demand, 144).dropped_first == (1, 2)
