@@ -16,10 +16,10 @@ import click
 import torch
 
 from greedy.base.devices import (
-    laid_out,
     memory_limited,
     peak_memory,
     pick_device,
+    preferred_layout,
     reset_peak_memory,
     set_determinism,
 )
@@ -144,7 +144,7 @@ def _steps(
     if stage.dropout is not None:
         mask = stage.dropout.mask(BATCH, shape.input, torch.Generator()).cuda()
     labels = torch.arange(BATCH, device="cuda") % CLASSES
-    batch = Batch(labels, lambda part: laid_out(stored[part].cuda()).float() / 255, mask)
+    batch = Batch(labels, lambda part: preferred_layout(stored[part].cuda()).float() / 255, mask)
     for position in range(3):
         step(learner, batch, Guard(), position)
     return learner.memory == memory

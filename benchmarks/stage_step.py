@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from published_step import NETWORKS, EndToEnd, Published, batch
 
-from greedy.base.devices import describe, pick_device, pick_precision, set_determinism
+from greedy.base.devices import device_name, pick_device, pick_precision, set_determinism
 from greedy.build.modules import build_loss, build_network
 from greedy.cache import Store, StoreWriter, fit_encoding, pixels
 from greedy.data import Augmentation
@@ -256,7 +256,7 @@ def measure(
     ours = sum(each.seconds for each in timed)
     found = {
         "network": recipe.model.network,
-        "device": describe(device),
+        "device": device_name(device),
         "multiplier": recipe.model.feature_multiplier,
         "precision": precision,
         "threads": torch.get_num_threads(),

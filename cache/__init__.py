@@ -1,15 +1,15 @@
 """The activation store: encodings, writer, reader, integrity.
 
-Knows arrays, never networks. A store is a plain Zarr v3 group of `activations` (view, row, ...),
-`labels` and `index` that any Zarr library opens.
+Knows arrays, never networks. A store is a plain Zarr v3 group of ``activations`` (view, row, ...),
+``labels`` and ``index`` that any Zarr library opens.
 """
 
-from .encodings import ENCODINGS, Encoding, fit_encoding, pixels
-from .errors import DamagedStore, NonFiniteActivation, StoreError
-from .inspection import StoreInfo, describe
-from .layout import Layout
-from .loader import Batch, BatchLoader
-from .order import (
+from greedy.cache.encodings import ENCODINGS, Encoding, fit_encoding, pixels
+from greedy.cache.errors import DamagedStore, NonFiniteActivation, StoreError
+from greedy.cache.inspection import StoreInfo, describe
+from greedy.cache.layout import Layout
+from greedy.cache.loader import BatchLoader, StoredBatch
+from greedy.cache.order import (
     LIMITED_WINDOW_ROWS,
     EpochOrder,
     WindowOrder,
@@ -18,10 +18,10 @@ from .order import (
     window_chunks,
     window_order,
 )
-from .reader import Store
-from .shards import COMPRESSORS
-from .verification import Damage, verify
-from .writer import StoreSummary, StoreWriter
+from greedy.cache.reader import Store
+from greedy.cache.shards import COMPRESSORS
+from greedy.cache.verification import Damage, verify
+from greedy.cache.writer import StoreSummary, StoreWriter
 
 __all__ = [
     "ENCODINGS",
@@ -40,7 +40,7 @@ __all__ = [
     "window_chunks",
     "LIMITED_WINDOW_ROWS",
     "limit_classes",
-    "Batch",
+    "StoredBatch",
     "BatchLoader",
     "StoreInfo",
     "describe",

@@ -1,8 +1,8 @@
 """How activations become stored numbers, and back.
 
-`Encoding.encode` runs in background threads and is NumPy only; `Encoding.decode` is the one
-place that uses torch, on the device that trains. Torch takes seconds to import, which whoever only
-looks at a store is spared.
+``Encoding.encode`` runs in background threads and is NumPy only; ``Encoding.decode`` is the one
+place that uses torch, on the device that trains. Torch takes seconds to import, so
+it is imported only where values are decoded.
 """
 
 import math
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import NonFiniteActivation, StoreError
+from greedy.cache.errors import NonFiniteActivation, StoreError
 
 if TYPE_CHECKING:
     import torch
@@ -36,13 +36,13 @@ _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True, eq=False)
 class Encoding:
-    """One of `ENCODINGS` with the shape of a row and, for integers, each channel's affine range.
+    """One of ``ENCODINGS`` with the shape of a row and, for integers, each channel's affine range.
 
     A stored level q of channel c stands for (q - zero_point[c]) * scale[c].
 
     Attributes:
-        name: one of `ENCODINGS`.
-        row_shape: of a decoded row, (C, H, W), (T, C) or (F,).
+        name: one of ``ENCODINGS``.
+        row_shape: the shape of a decoded row, (C, H, W), (T, C) or (F,).
         scale: float32 (C,), only for uint8 and uint4.
         zero_point: uint8 (C,), only for uint8 and uint4.
 
@@ -78,7 +78,7 @@ class Encoding:
 
     @property
     def integer(self) -> bool:
-        """Whether levels are stored, with a range a channel."""
+        """Whether levels are stored, with one range for each channel."""
         return self.name in _TOP
 
     @property
@@ -94,7 +94,7 @@ class Encoding:
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """The shape of a stored row: (ceil(F/2),) for uint4, otherwise `row_shape`."""
+        """The shape of a stored row: (ceil(F/2),) for uint4, otherwise ``row_shape``."""
         return (-(-self.row_size // 2),) if self.name == "uint4" else self.row_shape
 
     @property
@@ -103,7 +103,7 @@ class Encoding:
         return math.prod(self.stored_shape) * self.stored_dtype.itemsize
 
     def encode(self, values: NDArray[np.float32]) -> NDArray[Any]:
-        """Stored form, `(n, *stored_shape)`, of float32 `(n, *row_shape)`.
+        """Converts float32 ``(n, *row_shape)`` to the stored form ``(n, *stored_shape)``.
 
         Raises:
             NonFiniteActivation: naming the channel.
@@ -119,7 +119,7 @@ class Encoding:
         return levels if self.name == "uint8" else _pack(levels.reshape(len(levels), -1))
 
     def decode(self, stored: "torch.Tensor") -> "torch.Tensor":
-        """Float32 `(n, *row_shape)` of `(n, *stored_shape)`, on the same device."""
+        """Converts ``(n, *stored_shape)`` to float32 ``(n, *row_shape)``, on the same device."""
         import torch  # noqa: PLC0415
 
         if self.name == "bfloat16":
@@ -134,7 +134,7 @@ class Encoding:
         return levels.float().sub_(zero_point).mul_(scale)
 
     def decode_array(self, stored: NDArray[Any]) -> NDArray[np.float32]:
-        """`decode` for NumPy arrays; the same numbers, bit for bit."""
+        """Does what ``decode`` does for NumPy arrays, to the same numbers, bit for bit."""
         if self.name == "bfloat16":
             return (stored.astype(np.uint32) << 16).view(np.float32)
         if self.scale is None or self.zero_point is None:
@@ -148,7 +148,7 @@ class Encoding:
         return decoded
 
     def to_json(self) -> dict[str, Any]:
-        """Name, scale and zero point for a store's attributes; floats survive exactly."""
+        """Returns name, scale and zero point for a store's attributes; floats survive exactly."""
         document: dict[str, Any] = {"name": self.name}
         if self.scale is not None and self.zero_point is not None:
             document["scale"] = self.scale.tolist()
@@ -157,10 +157,10 @@ class Encoding:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any], row_shape: tuple[int, ...]) -> "Encoding":
-        """The inverse of `to_json`.
+        """Returns the encoding of which ``to_json`` made ``document``.
 
         Raises:
-            StoreError: the document does not describe an encoding of such rows.
+            StoreError: the document does not describe an encoding of rows of this shape.
         """
         try:
             name = document["name"]
@@ -201,7 +201,8 @@ class Encoding:
         return table.reshape(-1, *[1] * (len(self.row_shape) - 1 - channel_axis(self.row_shape)))
 
     def _tables_on(self, device: "torch.device") -> "tuple[torch.Tensor, torch.Tensor]":
-        """Scale and zero point on the device, copied there once: a copy a batch would wait."""
+        """Returns scale and zero point on the device, copied there once: a copy would make each
+        batch wait."""
         import torch  # noqa: PLC0415
 
         if device not in self._tables:
@@ -214,15 +215,16 @@ class Encoding:
 
 
 def channel_axis(row_shape: tuple[int, ...]) -> int:
-    """The axis of a row's channels: last in tokens (T, C), first in all others."""
+    """Returns the axis of a row's channels: last in tokens (T, C), first in all others."""
     return 1 if len(row_shape) == 2 else 0
 
 
 def fit_encoding(name: str, sample: NDArray[np.float32]) -> Encoding:
-    """The encoding `name` for rows like those of `sample`, float32 (n, *row_shape).
+    """Returns the encoding ``name``, fitted to the rows of ``sample``, float32 (n, *row_shape).
 
-    Integer encodings get one affine range a channel from its `QUANTILES` in the sample, widened
-    to contain zero, with zero exactly representable. A channel whose range is empty gets scale 1.
+    Integer encodings get one affine range for each channel, from its ``QUANTILES`` in the sample,
+    widened to contain zero, with zero exactly representable. A channel whose range is empty gets
+    scale 1.
 
     Raises:
         NonFiniteActivation: naming the channel.
@@ -248,7 +250,7 @@ def fit_encoding(name: str, sample: NDArray[np.float32]) -> Encoding:
 
 
 def pixels(row_shape: tuple[int, ...]) -> Encoding:
-    """Raw uint8 images (C, H, W), which decode to [0, 1]."""
+    """Returns the encoding of raw uint8 images (C, H, W), which decode to [0, 1]."""
     channels = row_shape[0]
     scale = np.full(channels, 1 / 255, np.float32)
     return Encoding("uint8", row_shape, scale, np.zeros(channels, np.uint8))
@@ -264,7 +266,7 @@ def _bfloat16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
 
 
 def _pack(levels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Pairs of 4-bit levels (n, F) in bytes (n, ceil(F/2)), the first in the low nibble."""
+    """Packs 4-bit levels (n, F) in pairs into bytes (n, ceil(F/2)), the first in the low nibble."""
     packed = levels[:, 0::2].copy()
     packed[:, : levels.shape[1] // 2] |= levels[:, 1::2] << 4
     return packed

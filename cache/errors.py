@@ -11,13 +11,13 @@ class DamagedStore(StoreError):
     """A file of a store is missing or does not hold what was written.
 
     Attributes:
-        what: is damaged, and how.
+        problem: the file or chunk, and what is wrong with it.
     """
 
-    def __init__(self, what: str, advice: str = ADVICE) -> None:
-        what = what.removesuffix(f"; {ADVICE}")
-        super().__init__(f"{what}; {advice}")
-        self.what = what
+    def __init__(self, problem: str, advice: str = ADVICE) -> None:
+        problem = problem.removesuffix(f"; {ADVICE}")
+        super().__init__(f"{problem}; {advice}")
+        self.problem = problem
 
 
 class NonFiniteActivation(StoreError):

@@ -8,12 +8,12 @@ from typing import BinaryIO
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write `data` beside `path` and rename it into place."""
+    """Writes ``data`` to a file beside ``path`` and renames it to ``path``."""
     write_parts(path, [data])
 
 
 def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """The same for data in parts, of which one is in memory at a time."""
+    """Writes a file as ``write_whole`` does, from parts of which one is in memory at a time."""
     part = part_of(path)
     with naming(part), new_file(part) as file:
         for data in parts:
@@ -25,7 +25,7 @@ def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Inside, an error of the system that names no file names `path`: writing never does."""
+    """Gives ``path`` to the system's errors inside that name no file, as those of writing do."""
     try:
         yield
     except OSError as error:
@@ -35,33 +35,33 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def part_of(path: Path) -> Path:
-    """The path at which a file is written before it is renamed to `path`."""
+    """Returns the path at which a file is written before it is renamed to ``path``."""
     return path.with_name(path.name + ".part")
 
 
 def new_file(path: Path) -> BinaryIO:
-    """A file opened for writing in the place of whatever was there: never through a link."""
+    """Opens a new file for writing in the place of any old one, never through a link."""
     path.unlink(missing_ok=True)
     return path.open("xb")
 
 
 def rename(part: Path, path: Path) -> None:
-    """Rename a file or directory so that the entry reaches the disk too."""
+    """Renames a file or directory and flushes the directory entry to the disk."""
     part.replace(path)
     sync(path.parent)
 
 
 def sync(path: Path) -> None:
-    """Let a file, or the entries of a directory, reach the disk."""
-    opened = os.open(path, os.O_RDONLY)
+    """Flushes a file, or the entries of a directory, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     finally:
-        os.close(opened)
+        os.close(descriptor)
 
 
 def sync_below(directory: Path) -> None:
-    """Let a directory and all that is in it reach the disk."""
+    """Flushes a directory and everything in it to the disk."""
     for path in directory.rglob("*"):
         sync(path)
     sync(directory)

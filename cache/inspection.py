@@ -1,4 +1,4 @@
-"""What a store holds, from a sample of its chunks."""
+"""Figures about a store's values, from a sample of its chunks."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .reader import Store
+from greedy.cache.reader import Store
 
 SAMPLE_CHUNKS = 32
 BINS = 32
@@ -14,23 +14,23 @@ BINS = 32
 
 @dataclass(frozen=True)
 class StoreInfo:
-    """A store in numbers; those from `sampled_rows` on are of decoded values of a sample.
+    """A store in numbers. Those from ``minimum`` on describe the decoded values of a sample.
 
     Attributes:
-        rows: of each view.
-        views: augmented copies of the data set.
-        row_shape: of a decoded row, (C, H, W), (T, C) or (F,).
-        encoding: one of `ENCODINGS`.
+        rows: rows in each view.
+        views: number of augmented copies of the data set.
+        row_shape: the shape of a decoded row, (C, H, W), (T, C) or (F,).
+        encoding: one of ``ENCODINGS``.
         compressor: "lz4", "zstd" or "none".
-        disk_bytes: of all files.
-        bytes_per_value: `disk_bytes` over the activations of all views.
-        sampled_rows: rows looked at, over all views.
+        disk_bytes: size of all files.
+        bytes_per_value: ``disk_bytes`` over the activations of all views.
+        sampled_rows: rows in the sample, over all views.
         minimum: smallest value.
         maximum: largest value.
-        zeros: share of values equal to 0.
-        negatives: share of values below 0.
-        histogram: shares of the values in bins of equal width.
-        edges: of the bins, one more than there are bins.
+        zeros: share of values equal to 0, from 0 to 1.
+        negatives: share of values below 0, from 0 to 1.
+        histogram: share of the values in each of ``BINS`` bins of equal width.
+        edges: the edges of the bins, one more than there are bins.
     """
 
     rows: int
@@ -50,7 +50,8 @@ class StoreInfo:
 
 
 def describe(store: Store) -> StoreInfo:
-    """Sizes of a store, and its values in at most `SAMPLE_CHUNKS` chunks spread over all views.
+    """Measures a store: its sizes, and the values in at most ``SAMPLE_CHUNKS`` chunks, spread over
+    all views.
 
     Reads the sample twice and holds one chunk at a time.
 

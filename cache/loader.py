@@ -1,4 +1,4 @@
-"""Batches of one epoch, read ahead of the training that consumes them."""
+"""Batches of one epoch, read before training asks for them."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .order import EpochOrder, Positions, WindowOrder
-from .reader import Store
-from .threads import background
+from greedy.cache.order import EpochOrder, Positions, WindowOrder
+from greedy.cache.reader import Store
+from greedy.cache.threads import background
 
 if TYPE_CHECKING:
     import torch
@@ -20,16 +20,16 @@ _BATCHES_AHEAD = 2
 
 
 @dataclass(frozen=True, eq=False)
-class Batch:
-    """Rows of one step.
+class StoredBatch:
+    """The rows of one training step, as a store holds them.
 
     Attributes:
-        rows: int64 (B,), in the store.
-        views: int64 (B,).
-        values: (B, *stored_shape), in stored form, on the CPU. Whoever copies them to a GPU without
-            waiting copies this tensor or a slice of it: torch keeps page-locked memory until such a
-            copy is done if it made the tensor, and not if it was made of the same bytes again.
-        labels: int64 (B,).
+        rows: int64 (B,), their numbers in the store.
+        views: int64 (B,), the view that each was read from.
+        values: (B, *stored_shape), in stored form, on the CPU. For an asynchronous copy to a GPU,
+            copy this tensor or a slice of it: torch keeps the page-locked memory of tensors
+            that it made until such a copy is done, but not of other tensors over the same bytes.
+        labels: int64 (B,), their classes.
     """
 
     rows: NDArray[np.int64]
@@ -39,18 +39,18 @@ class Batch:
 
 
 class BatchLoader:
-    """Iterates over the `Batch`es of one epoch; values are gathered in background threads.
+    """Iterates over the batches of one epoch; values are gathered in background threads.
 
-    Leaving a loop early ends the threads. From a store two windows are held in memory, the one
-    in use and the next, each read while the one before it is consumed.
+    Leaving a loop early ends the threads. From a store two windows are held in memory: the one
+    in use, and the next, which is read meanwhile.
 
     Args:
-        source: a store, read in windows, or what `Store.load` returned.
-        labels: int64, of the source's rows.
-        order: of the epoch; a `WindowOrder` for a store.
-        batches: positions in `order` of every batch, from its `batches` or `limited_batches`.
-        start_batch: where to begin; nothing before it is read.
-        threads: that read chunks; one more gathers batches.
+        source: a store, read in windows, or the array that ``Store.load`` returned.
+        labels: int64 (rows,), the classes of the source's rows.
+        order: the order of the epoch; a ``WindowOrder`` for a store.
+        batches: positions in ``order`` of every batch, from its ``batches`` or ``limited_batches``.
+        start_batch: the batch to begin with; nothing before it is read.
+        threads: number of threads that read chunks; one more gathers batches.
         pin_memory: put values in page-locked memory, for asynchronous copies to a GPU.
 
     Raises:
@@ -87,17 +87,17 @@ class BatchLoader:
     def __len__(self) -> int:
         return len(self._batches) - self._start
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[StoredBatch]:
         with background(1) as gatherer, background(self._threads) as readers:
             memory = self._open(readers)
-            pending: deque[Future[Batch]] = deque()
-            later = deque(self._batches[self._start :])
+            pending: deque[Future[StoredBatch]] = deque()
+            upcoming = deque(self._batches[self._start :])
             for positions in self._batches[self._start :]:
                 memory.advance(positions)
-                while later and len(pending) <= _BATCHES_AHEAD and memory.holds(later[0]):
-                    ahead = later.popleft()
-                    out = self._buffer(len(ahead))
-                    pending.append(gatherer.submit(self._gather, memory, ahead, out))
+                while upcoming and len(pending) <= _BATCHES_AHEAD and memory.holds(upcoming[0]):
+                    batch = upcoming.popleft()
+                    out = self._buffer(len(batch))
+                    pending.append(gatherer.submit(self._gather, memory, batch, out))
                 yield pending.popleft().result()
 
     def _open(self, readers: ThreadPoolExecutor) -> "_Resident | _Windows":
@@ -112,19 +112,19 @@ class BatchLoader:
             shape, dtype = (rows, *encoding.stored_shape), encoding.stored_dtype
         else:
             shape, dtype = (rows, *self._source.shape[2:]), self._source.dtype
-        import torch  # noqa: PLC0415 - takes seconds, which commands that only look are spared
+        import torch  # noqa: PLC0415 - takes seconds to import
 
         if not self._pin_memory:
             return torch.from_numpy(np.empty(shape, dtype))
-        same = torch.from_numpy(np.empty(0, dtype)).dtype
-        return torch.empty(shape, dtype=same, pin_memory=True)
+        torch_dtype = torch.from_numpy(np.empty(0, dtype)).dtype
+        return torch.empty(shape, dtype=torch_dtype, pin_memory=True)
 
     def _gather(
         self, memory: "_Resident | _Windows", positions: Positions, out: "torch.Tensor"
-    ) -> Batch:
+    ) -> StoredBatch:
         memory.gather(positions, out.numpy())
         rows = self._order.rows[positions]
-        return Batch(rows, self._order.views[positions], out, self._labels[rows])
+        return StoredBatch(rows, self._order.views[positions], out, self._labels[rows])
 
 
 class _Resident:
@@ -132,67 +132,67 @@ class _Resident:
 
     def __init__(self, values: NDArray[Any], order: EpochOrder) -> None:
         self._flat = values.reshape(-1, *values.shape[2:])
-        self._places = order.views * values.shape[1] + order.rows
+        self._flat_rows = order.views * values.shape[1] + order.rows
 
     def advance(self, positions: Positions) -> None:
-        """Everything is already here."""
+        """Does nothing: all values are in memory."""
 
     def holds(self, positions: Positions) -> bool:
         return True
 
     def gather(self, positions: Positions, out: NDArray[Any]) -> None:
-        _take(self._flat, self._places[positions], out)
+        _take(self._flat, self._flat_rows[positions], out)
 
 
 class _Windows:
-    """The windows of a store that are in memory or on their way."""
+    """The windows of a store that are in memory or being read."""
 
     def __init__(self, store: Store, order: WindowOrder, readers: ThreadPoolExecutor) -> None:
         self._store = store
         self._order = order
         self._readers = readers
         sizes = np.diff(order.ends, prepend=0)
-        self._buffer_rows = int(sizes.max()) * order.chunk_rows
+        self._window_rows = int(sizes.max()) * order.chunk_rows
         slots = np.empty(len(order.chunks), np.int64)
         slots[order.chunks] = np.arange(len(order.chunks)) - np.repeat(order.ends - sizes, sizes)
-        chunks, places = np.divmod(order.rows, order.chunk_rows)
-        self._places = slots[chunks] * order.chunk_rows + places
-        self._live: dict[int, tuple[NDArray[Any], list[Future[NDArray[Any]]]]] = {}
-        self._spare: list[NDArray[Any]] = []
+        chunks, rows = np.divmod(order.rows, order.chunk_rows)
+        self._buffer_rows = slots[chunks] * order.chunk_rows + rows
+        self._windows: dict[int, tuple[NDArray[Any], list[Future[NDArray[Any]]]]] = {}
+        self._spares: list[NDArray[Any]] = []
 
     def advance(self, positions: Positions) -> None:
-        """Let go of the windows before a batch, and read its own and the next one."""
+        """Releases the windows before those of a batch, and starts reading these and the next."""
         windows = self._windows_of(positions)
         first = int(windows.min())
-        for window in [window for window in self._live if window < first]:
-            self._spare.append(self._live.pop(window)[0])
+        for window in [window for window in self._windows if window < first]:
+            self._spares.append(self._windows.pop(window)[0])
         last = min(max(first + 1, int(windows.max())), len(self._order.ends) - 1)
         for window in range(first, last + 1):
-            if window not in self._live:
-                self._live[window] = self._read(window)
+            if window not in self._windows:
+                self._windows[window] = self._read(window)
 
     def holds(self, positions: Positions) -> bool:
-        return int(self._windows_of(positions).max()) in self._live
+        return int(self._windows_of(positions).max()) in self._windows
 
     def gather(self, positions: Positions, out: NDArray[Any]) -> None:
-        windows, places = self._windows_of(positions), self._places[positions]
+        windows, rows = self._windows_of(positions), self._buffer_rows[positions]
         for window in np.unique(windows).tolist():
-            buffer, reads = self._live[window]
+            buffer, reads = self._windows[window]
             for read in reads:
                 read.result()
             inside = windows == window
             if inside.all():
-                _take(buffer, places, out)
+                _take(buffer, rows, out)
             else:
-                out[inside] = buffer[places[inside]]
+                out[inside] = buffer[rows[inside]]
 
     def _windows_of(self, positions: Positions) -> NDArray[np.int64]:
         return np.searchsorted(self._order.row_ends, positions, side="right")
 
     def _read(self, window: int) -> tuple[NDArray[Any], list[Future[NDArray[Any]]]]:
         order, encoding = self._order, self._store.encoding
-        shape = (self._buffer_rows, *encoding.stored_shape)
-        buffer = self._spare.pop() if self._spare else np.empty(shape, encoding.stored_dtype)
+        shape = (self._window_rows, *encoding.stored_shape)
+        buffer = self._spares.pop() if self._spares else np.empty(shape, encoding.stored_dtype)
         start = int(order.ends[window - 1]) if window else 0
         reads = []
         for slot, number in enumerate(range(start, int(order.ends[window]))):
@@ -204,6 +204,6 @@ class _Windows:
         return buffer, reads
 
 
-def _take(rows: NDArray[Any], places: NDArray[np.int64], out: NDArray[Any]) -> None:
-    # Any mode but "raise" writes into `out` without a copy between.
-    np.take(rows, places, axis=0, out=out, mode="clip")
+def _take(values: NDArray[Any], rows: NDArray[np.int64], out: NDArray[Any]) -> None:
+    # Any mode but "raise" writes into ``out`` directly, without a temporary copy.
+    np.take(values, rows, axis=0, out=out, mode="clip")

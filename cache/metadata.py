@@ -1,7 +1,7 @@
 """A store's Zarr v3 metadata: written from a layout, and checked against one when read.
 
-The files of a store are the group's `zarr.json` and, for each of the arrays `activations`,
-`labels` and `index`, a `zarr.json` and the data. Any Zarr v3 library opens them.
+The files of a store are the group's ``zarr.json`` and, for each of the arrays ``activations``,
+``labels`` and ``index``, a ``zarr.json`` and the data. Any Zarr v3 library opens them.
 """
 
 import json
@@ -11,10 +11,10 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from .encodings import Encoding
-from .errors import DamagedStore, StoreError
-from .layout import Layout
-from .shards import BLOSC_LEVEL, COMPRESSORS, MAX_CHUNK_BYTES
+from greedy.cache.encodings import Encoding
+from greedy.cache.errors import DamagedStore, StoreError
+from greedy.cache.layout import Layout
+from greedy.cache.shards import BLOSC_LEVEL, COMPRESSORS, MAX_CHUNK_BYTES
 
 FORMAT = 1
 SIDE_ARRAYS = ("labels", "index")
@@ -28,7 +28,7 @@ _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 
 @dataclass(frozen=True)
 class Description:
-    """What a store's metadata says about it."""
+    """A store as its metadata describe it."""
 
     layout: Layout
     encoding: Encoding
@@ -45,12 +45,12 @@ class Description:
         return self.layout.chunk_rows * self.encoding.stored_row_bytes
 
     def shard_key(self, view: int, shard: int) -> str:
-        """File of a shard, relative to the store."""
-        rest = "0." * len(self.encoding.stored_shape)
-        return f"activations/c.{view}.{shard}.{rest[:-1]}"
+        """Returns the path of a shard's file, relative to the store."""
+        zeros = ".".join("0" * len(self.encoding.stored_shape))
+        return f"activations/c.{view}.{shard}.{zeros}"
 
     def documents(self) -> dict[str, bytes]:
-        """Every `zarr.json` of the store by its path, the group's last."""
+        """Returns the contents of every ``zarr.json`` by its path, the group's last."""
         documents = {
             f"{name}/zarr.json": _side_array(name, self.layout.rows) for name in SIDE_ARRAYS
         }
@@ -64,47 +64,47 @@ class Description:
 
 
 def parse(group: bytes, activations: bytes, where: str) -> Description:
-    """The description in the `zarr.json` of a group and of its activations.
+    """Reads the description in the ``zarr.json`` of a group and in that of its activations.
 
-    The files may come from a stranger: what they leave free is bounded, and the rest must be
+    The files may come from a stranger: sizes in them are bounded, and everything else must be
     exactly what this version writes.
 
     Raises:
         StoreError: they do not describe a store.
         DamagedStore: they do not match their checksum.
     """
-    ours = _object(group, where).get("attributes", {})
-    ours = ours.get("greedy") if isinstance(ours, dict) else None
+    attributes = _object(group, where).get("attributes", {})
+    attributes = attributes.get("greedy") if isinstance(attributes, dict) else None
     array = _object(activations, f"{where}/activations")
-    if not isinstance(ours, dict):
+    if not isinstance(attributes, dict):
         raise StoreError(f"{where} is a Zarr group but not an activation store")
-    if ours.get("format") != FORMAT:
+    if attributes.get("format") != FORMAT:
         raise StoreError(
-            f"{where} has format {ours.get('format')!r}, this version reads format {FORMAT}; "
+            f"{where} has format {attributes.get('format')!r}, this version reads format {FORMAT}; "
             "write the store again"
         )
     try:
-        row_shape = tuple(_bounded(side, MAX_CHUNK_BYTES) for side in ours["row_shape"])
-        encoding = Encoding.from_json(ours["encoding"], row_shape)
+        row_shape = tuple(_bounded(side, MAX_CHUNK_BYTES) for side in attributes["row_shape"])
+        encoding = Encoding.from_json(attributes["encoding"], row_shape)
         views, rows = _bounded(array["shape"][0], MAX_VIEWS), _bounded(array["shape"][1], MAX_ROWS)
         (codec,) = array["codecs"]
         shard_rows = _bounded(array["chunk_grid"]["configuration"]["chunk_shape"][1], MAX_ROWS)
         chunk_rows = _bounded(codec["configuration"]["chunk_shape"][1], shard_rows)
-        compressor = ours["compressor"]
+        compressor = attributes["compressor"]
     except (KeyError, IndexError, TypeError, ValueError, StoreError) as error:
         raise StoreError(f"{where} has metadata that cannot be read: {error}") from error
     if compressor not in COMPRESSORS:
         raise StoreError(f"{where} uses the unknown compressor {compressor!r}")
     description = Description(Layout(views, rows, chunk_rows, shard_rows), encoding, compressor)
-    sane = (
+    possible = (
         shard_rows % chunk_rows == 0
         and shard_rows // chunk_rows <= MAX_SHARD_CHUNKS
         and description.chunk_bytes <= MAX_CHUNK_BYTES
     )
     expected = _activations(description)
-    if not sane or any(array.get(key) != value for key, value in expected.items()):
+    if not possible or any(array.get(key) != value for key, value in expected.items()):
         raise StoreError(f"{where}/activations is not laid out as its attributes say")
-    if ours != _attributes(description):
+    if attributes != _attributes(description):
         raise DamagedStore(
             f"{where} has metadata that do not match their checksum; write the store again"
         )
@@ -112,16 +112,16 @@ def parse(group: bytes, activations: bytes, where: str) -> Description:
 
 
 def _attributes(description: Description) -> dict[str, Any]:
-    """What Zarr's own metadata leave open, with a CRC32C over both: a scale that lost a bit
-    would be read without complaint."""
-    ours: dict[str, Any] = {
+    """Returns what Zarr's own metadata do not say, with a CRC32C over both, so that a scale in
+    which a bit was flipped is noticed."""
+    attributes: dict[str, Any] = {
         "format": FORMAT,
         "row_shape": list(description.encoding.row_shape),
         "encoding": description.encoding.to_json(),
         "compressor": description.compressor,
     }
-    text = json.dumps([ours, _activations(description)])
-    return ours | {"crc32c": google_crc32c.value(text.encode())}
+    text = json.dumps([attributes, _activations(description)])
+    return attributes | {"crc32c": google_crc32c.value(text.encode())}
 
 
 def _activations(description: Description) -> dict[str, Any]:

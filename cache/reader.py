@@ -8,16 +8,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import shards
-from .encodings import Encoding
-from .errors import ADVICE, DamagedStore, StoreError
-from .layout import Layout
-from .metadata import parse
-from .sources import open_source
-from .threads import background, in_order
+from greedy.cache import shards
+from greedy.cache.encodings import Encoding
+from greedy.cache.errors import ADVICE, DamagedStore, StoreError
+from greedy.cache.layout import Layout
+from greedy.cache.metadata import parse
+from greedy.cache.sources import open_source
+from greedy.cache.threads import background, in_order
 
 if TYPE_CHECKING:
-    from .sources import Location
+    from greedy.cache.sources import Location
 
 _CHUNKS_AHEAD = 4
 
@@ -26,22 +26,22 @@ class Store:
     """An activation store, opened for reading; safe to use from several threads.
 
     Every chunk's checksum is verified on every read. Values come in their stored form;
-    `encoding` decodes them.
+    ``encoding`` decodes them.
 
     Args:
         location: a directory, or a store of zarr-python.
-        advice: what to do about damage, which ends the sentence about it.
+        advice: what to do about damage; it ends the messages of ``DamagedStore``.
 
     Attributes:
-        layout: where rows lie.
-        encoding: how they are stored.
+        layout: how rows are divided into chunks and shards.
+        encoding: how values are stored.
         compressor: "lz4", "zstd" or "none".
-        labels: int64 (rows,).
-        index: int64 (rows,), each row's place in the original data set.
+        labels: int64 (rows,), the classes.
+        index: int64 (rows,), each row's number in the original data set.
 
     Raises:
-        StoreError: there is no store at `location`, or not one this version reads.
-        DamagedStore: its labels or index are missing, or they or its metadata damaged.
+        StoreError: there is no store at ``location``, or none that this version reads.
+        DamagedStore: its labels or index are missing, or these or its metadata are damaged.
     """
 
     layout: Layout
@@ -71,12 +71,12 @@ class Store:
 
     @property
     def rows(self) -> int:
-        """Rows of each view."""
+        """Number of rows in each view."""
         return self.layout.rows
 
     @property
     def views(self) -> int:
-        """Augmented copies of the data set."""
+        """Number of augmented copies of the data set."""
         return self.layout.views
 
     @property
@@ -86,24 +86,24 @@ class Store:
 
     @property
     def chunk_rows(self) -> int:
-        """Rows a chunk."""
+        """Number of rows in a chunk."""
         return self.layout.chunk_rows
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all views in stored form, uncompressed: what `load` takes."""
+        """Bytes of all views in stored form, uncompressed, as ``load`` holds them."""
         return self.views * self.rows * self.encoding.stored_row_bytes
 
     @cached_property
     def disk_bytes(self) -> int:
-        """Bytes of all the store's files."""
+        """Size of all the store's files in bytes."""
         return self._source.total_bytes()
 
     def read_chunk(self, view: int, chunk: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """The first rows of a chunk, (n, *stored_shape), without padding.
+        """Reads the first rows of a chunk, (n, *stored_shape), without padding.
 
         Args:
-            out: (n, *stored_shape) to fill; by default all the chunk's rows.
+            out: (n, *stored_shape), filled and returned; by default a new array of all rows.
 
         Raises:
             DamagedStore: naming the file and the chunk.
@@ -122,7 +122,7 @@ class Store:
         return out
 
     def read_rows(self, view: int, start: int, stop: int) -> NDArray[Any]:
-        """Rows start to stop of a view, (stop - start, *stored_shape).
+        """Reads rows ``start`` to ``stop`` of a view, (stop - start, *stored_shape).
 
         Raises:
             DamagedStore: naming the file and the chunk.
@@ -140,7 +140,7 @@ class Store:
         return rows
 
     def load(self, rows: int | None = None, threads: int = 2) -> NDArray[Any]:
-        """The first `rows` rows (by default all) of all views, (views, rows, *stored_shape).
+        """Reads the first ``rows`` rows of all views, by default all: (views, rows, *stored_shape).
 
         Raises:
             DamagedStore: naming the file and the chunk.
@@ -155,7 +155,7 @@ class Store:
         for view, chunk in chunks:
             if chunk % self.layout.shard_chunks == 0:
                 with self._advising():
-                    self._span(view, chunk)  # shards are there before memory is taken for them
+                    self._span(view, chunk)  # a missing shard is found before memory is allocated
         loaded = np.empty(
             (self.views, rows, *self.encoding.stored_shape), self.encoding.stored_dtype
         )
@@ -172,7 +172,8 @@ class Store:
     def batches(
         self, view: int, size: int, start: int = 0, stop: int | None = None
     ) -> Iterator[NDArray[Any]]:
-        """Rows start to stop of a view in order, `size` at a time, the last batch shorter.
+        """Yields rows ``start`` to ``stop`` of a view in order, ``size`` at a time, the last batch
+        shorter.
 
         A background thread reads ahead; it ends with the iterator.
 
@@ -199,11 +200,11 @@ class Store:
 
     @contextmanager
     def _advising(self) -> Iterator[None]:
-        """Inside, damage is told with this store's advice."""
+        """Puts this store's advice into every ``DamagedStore`` raised inside."""
         try:
             yield
         except DamagedStore as error:
-            raise DamagedStore(error.what, self.advice) from error
+            raise DamagedStore(error.problem, self.advice) from error
 
     def _decode(self, view: int, chunk: int, out: NDArray[Any]) -> None:
         with self._advising():
@@ -217,18 +218,18 @@ class Store:
         shards.decode_chunk(data, self.compressor, out, where)
 
     def _span(self, view: int, chunk: int) -> tuple[str, str, int, int]:
-        """File, description, offset and size of a chunk."""
-        shard, place = divmod(chunk, self.layout.shard_chunks)
+        """Returns a chunk's file, its name for messages, and its offset and size in the file."""
+        shard, slot = divmod(chunk, self.layout.shard_chunks)
         key = self._description.shard_key(view, shard)
         where = f"{self._source}/{key}: chunk {chunk} of view {view}"
         if key not in self._indexes:
-            places = self.layout.shard_chunks
-            tail = self._source.tail(key, shards.index_bytes(places))
+            slots = self.layout.shard_chunks
+            tail = self._source.tail(key, shards.index_bytes(slots))
             if tail is None:
                 raise DamagedStore(f"{where} is in a missing shard; write the store again")
-            self._indexes[key] = shards.parse_index(tail, places, where)
+            self._indexes[key] = shards.parse_index(tail, slots, where)
         chunk_bytes = self._description.chunk_bytes
-        entry = shards.chunk_span(self._indexes[key], place, chunk_bytes, self.compressor, where)
+        entry = shards.chunk_span(self._indexes[key], slot, chunk_bytes, self.compressor, where)
         return key, where, *entry
 
     def _side_array(self, name: str) -> NDArray[np.int64]:

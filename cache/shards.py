@@ -2,8 +2,8 @@
 
 A shard is its chunks in index order, then an index of (offset, size) pairs, little-endian
 uint64, then the index's CRC32C. A chunk is its stored values, compressed by Blosc or plain,
-then their CRC32C. Nothing a file claims is believed before its checksum is right, and nothing
-is decoded before the Blosc header says what the layout says.
+then their CRC32C. Nothing in a file is believed before its checksum is verified, and nothing
+is decoded before the Blosc header agrees with the layout.
 """
 
 import hashlib
@@ -18,8 +18,8 @@ import numcodecs.blosc
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import DamagedStore
-from .files import naming, new_file, part_of, rename
+from greedy.cache.errors import DamagedStore
+from greedy.cache.files import naming, new_file, part_of, rename
 
 COMPRESSORS = ("lz4", "zstd", "none")
 """The names of all compressors."""
@@ -34,7 +34,7 @@ _ADVICE = "write the store again"
 
 
 def encode_chunk(stored: NDArray[Any], compressor: str) -> bytes:
-    """A chunk's bytes with their CRC32C; the same for the same values on every machine."""
+    """Returns a chunk's bytes with their CRC32C; equal values give equal bytes on every machine."""
     if compressor == "none":
         body = stored.tobytes()
     else:
@@ -47,10 +47,10 @@ def encode_chunk(stored: NDArray[Any], compressor: str) -> bytes:
 
 
 def decode_chunk(data: NDArray[np.uint8], compressor: str, out: NDArray[Any], where: str) -> None:
-    """The inverse of `encode_chunk`, into a whole C-contiguous chunk.
+    """Decodes the bytes of ``encode_chunk`` into ``out``, a whole C-contiguous chunk.
 
     Raises:
-        DamagedStore: beginning with `where`.
+        DamagedStore: the message begins with ``where``.
     """
     body = without_crc(data, where)
     if compressor == "none":
@@ -65,15 +65,15 @@ def decode_chunk(data: NDArray[np.uint8], compressor: str, out: NDArray[Any], wh
 
 
 def with_crc(body: bytes) -> bytes:
-    """`body` followed by its CRC32C."""
+    """Returns ``body`` followed by its CRC32C."""
     return body + google_crc32c.value(body).to_bytes(CRC_BYTES, "little")
 
 
 def without_crc(data: NDArray[np.uint8], where: str) -> NDArray[np.uint8]:
-    """The inverse of `with_crc`.
+    """Returns the bytes before the CRC32C that ``with_crc`` added, after verifying it.
 
     Raises:
-        DamagedStore: the checksum does not match; begins with `where`.
+        DamagedStore: the checksum does not match; the message begins with ``where``.
     """
     body, crc = data[:-CRC_BYTES], data[-CRC_BYTES:]
     if google_crc32c.value(body) != int.from_bytes(crc.tobytes(), "little"):
@@ -82,15 +82,15 @@ def without_crc(data: NDArray[np.uint8], where: str) -> NDArray[np.uint8]:
 
 
 def index_bytes(chunks: int) -> int:
-    """Size of a shard's index, which stands at the end of its file."""
+    """Returns the size of the index at the end of a shard with that many chunks."""
     return 16 * chunks + CRC_BYTES
 
 
 def parse_index(data: bytes, chunks: int, where: str) -> NDArray[np.uint64]:
-    """(chunks, 2) offsets and sizes from the last bytes of a shard.
+    """Returns offsets and sizes, uint64 (chunks, 2), from the last bytes of a shard.
 
     Raises:
-        DamagedStore: beginning with `where`.
+        DamagedStore: the message begins with ``where``.
     """
     if len(data) != index_bytes(chunks):
         raise DamagedStore(f"{where} is in a shard too short for its index; {_ADVICE}")
@@ -99,14 +99,15 @@ def parse_index(data: bytes, chunks: int, where: str) -> NDArray[np.uint64]:
 
 
 def chunk_span(
-    index: NDArray[np.uint64], place: int, chunk_bytes: int, compressor: str, where: str
+    index: NDArray[np.uint64], slot: int, chunk_bytes: int, compressor: str, where: str
 ) -> tuple[int, int]:
-    """Offset and size of the chunk at `place` in the shard's index.
+    """Returns offset and size of the chunk in ``slot`` of the shard's index.
 
     Raises:
-        DamagedStore: the entry is empty or its size is impossible; begins with `where`.
+        DamagedStore: the entry is empty or has an impossible size; the message begins with
+            ``where``.
     """
-    offset, size = (int(entry) for entry in index[place])
+    offset, size = (int(entry) for entry in index[slot])
     if _EMPTY in (offset, size):
         raise DamagedStore(f"{where} is missing from its shard; {_ADVICE}")
     header = _BLOSC_HEADER.size + CRC_BYTES
@@ -118,13 +119,17 @@ def chunk_span(
 
 
 def shard_digest(path: Path) -> bytes:
-    """What `ShardWriter.close` returned of a whole shard."""
+    """Computes the digest that ``ShardWriter.close`` returned for a finished shard."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, hashlib.blake2b).digest()
 
 
 class ShardWriter:
-    """Writes one shard beside its final name; `close` renames it into place."""
+    """Writes one shard under another name; ``close`` gives it its own.
+
+    Attributes:
+        written: number of chunks written so far.
+    """
 
     def __init__(self, path: Path, chunks: int) -> None:
         self._path = path
@@ -136,13 +141,13 @@ class ShardWriter:
         self.written = 0
 
     def append(self, chunk: bytes) -> None:
-        """Add the next chunk in index order."""
+        """Adds the next chunk in index order."""
         self._index[self.written] = self._offset, len(chunk)
         self._write(chunk)
         self.written += 1
 
     def close(self) -> bytes:
-        """Finish the shard and return its digest."""
+        """Finishes the shard and returns its digest."""
         self._write(with_crc(self._index.tobytes()))
         with naming(self._path):
             self._file.flush()
@@ -152,8 +157,8 @@ class ShardWriter:
         return self._digest.digest()
 
     def discard(self) -> None:
-        """Remove what was written of an unfinished shard."""
-        with suppress(OSError):  # of a full disk, on which the last bytes find no room
+        """Removes an unfinished shard."""
+        with suppress(OSError):  # closing writes the last bytes, which fails on a full disk
             self._file.close()
         self._part.unlink(missing_ok=True)
 

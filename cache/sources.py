@@ -1,4 +1,4 @@
-"""Where a store's bytes come from: a local directory, or any store of zarr-python."""
+"""Access to a store's bytes: in a local directory, or in any store of zarr-python."""
 
 import mmap
 import os
@@ -20,28 +20,30 @@ if TYPE_CHECKING:
 _MAX_MAPPED = 128
 
 
-class Source(Protocol):
-    """Reads the files of one store by key."""
+class ByteSource(Protocol):
+    """Access to the files of one store by key."""
 
     def whole(self, key: str) -> bytes | None:
-        """All of a file; None where it is absent."""
+        """Reads a whole file; returns ``None`` where it is absent."""
 
     def tail(self, key: str, size: int) -> bytes | None:
-        """The last `size` bytes, fewer if there are no more; None where the file is absent."""
+        """Reads the last ``size`` bytes, or all of a smaller file; returns ``None`` where it is
+        absent."""
 
     def part(self, key: str, offset: int, size: int) -> NDArray[np.uint8] | None:
-        """`size` bytes from `offset`, not to be written to; None where the file has fewer."""
+        """Reads ``size`` bytes from ``offset``, as a read-only array; returns ``None`` where the
+        file has fewer."""
 
     def total_bytes(self) -> int:
-        """Size of all files."""
+        """Returns the size of all files in bytes."""
 
 
 class LocalSource:
-    """A directory.
+    """The files of a directory.
 
-    Parts are views of mapped files: chunks are decoded from the page cache without a copy
-    between. Files may be replaced or removed, but shortening one in place, or a disk that can
-    no longer read it, ends a process that touches the missing bytes (SIGBUS).
+    Parts are views of mapped files: chunks are decoded from the page cache without a copy.
+    Files may be replaced or removed, but if one is shortened in place, or the disk can no longer
+    read it, a process that touches the missing bytes ends (SIGBUS).
     """
 
     def __init__(self, root: Path) -> None:
@@ -81,7 +83,7 @@ class LocalSource:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (FileNotFoundError, ValueError):  # absent, or empty
             return None
-        # Unadvised, a chunk that is not in memory comes in small pieces, each awaited.
+        # By default a chunk that is not in memory is read in small pieces, one after the other.
         mapped.madvise(mmap.MADV_SEQUENTIAL)
         if len(self._mapped) >= _MAX_MAPPED:
             self._mapped.clear()
@@ -90,7 +92,7 @@ class LocalSource:
 
 
 class ZarrSource:
-    """A group in a store of zarr-python: memory, zip, object storage, ..."""
+    """The files of a group in a store of zarr-python: memory, zip, object storage, ..."""
 
     def __init__(self, root: "StorePath") -> None:
         self._root = root
@@ -109,10 +111,10 @@ class ZarrSource:
     def part(self, key: str, offset: int, size: int) -> NDArray[np.uint8] | None:
         from zarr.abc.store import RangeByteRequest  # noqa: PLC0415
 
-        found = self._get(key, RangeByteRequest(offset, offset + size))
-        if found is None or len(found) != size:
+        data = self._get(key, RangeByteRequest(offset, offset + size))
+        if data is None or len(data) != size:
             return None
-        return np.frombuffer(found, np.uint8)
+        return np.frombuffer(data, np.uint8)
 
     def total_bytes(self) -> int:
         from zarr.core.sync import sync  # noqa: PLC0415
@@ -122,17 +124,17 @@ class ZarrSource:
     def _get(self, key: str, request: "ByteRequest | None") -> bytes | None:
         from zarr.core.sync import sync  # noqa: PLC0415
 
-        found = sync((self._root / key).get(byte_range=request))
-        return None if found is None else found.to_bytes()
+        buffer = sync((self._root / key).get(byte_range=request))
+        return None if buffer is None else buffer.to_bytes()
 
 
-def open_source(location: "Location") -> Source:
-    """The source for a path, or for a store (with or without a path inside) of zarr-python."""
+def open_source(location: "Location") -> ByteSource:
+    """Opens the source for a path, or for a store of zarr-python with or without a path in it."""
     if isinstance(location, str | Path):
         return LocalSource(Path(location))
-    # Imported only here: local stores, the usual ones, do without zarr-python.
+    # Imported only here: local stores, the usual ones, need no zarr-python.
     from zarr.core.sync import sync  # noqa: PLC0415
     from zarr.storage import StorePath  # noqa: PLC0415
 
-    inside = location if isinstance(location, StorePath) else StorePath(location)
-    return ZarrSource(sync(StorePath.open(inside.store, inside.path)))
+    root = location if isinstance(location, StorePath) else StorePath(location)
+    return ZarrSource(sync(StorePath.open(root.store, root.path)))

@@ -11,7 +11,7 @@ Result = TypeVar("Result")
 
 @contextmanager
 def background(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool of threads; on leaving, what has not begun is dropped and the rest awaited."""
+    """Gives a pool of threads; on leaving, jobs not begun are dropped and the others awaited."""
     pool = ThreadPoolExecutor(threads, thread_name_prefix="greedy-cache")
     try:
         yield pool
@@ -22,7 +22,7 @@ def background(threads: int) -> Iterator[ThreadPoolExecutor]:
 def in_order(
     pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], Result]], depth: int
 ) -> Iterator[Result]:
-    """Results of `jobs` in their order, computed by `pool`, at most `depth` ahead."""
+    """Yields the results of ``jobs`` in order, computed by ``pool``, at most ``depth`` ahead."""
     pending: deque[Future[Result]] = deque()
     for job in jobs:
         pending.append(pool.submit(job))

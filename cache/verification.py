@@ -1,4 +1,4 @@
-"""Looking for damage in every file of a store."""
+"""Search for damage in every file of a store."""
 
 import errno
 import json
@@ -12,10 +12,10 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from . import shards
-from .errors import DamagedStore, StoreError
-from .metadata import SIDE_ARRAYS, Description, parse
-from .threads import background, in_order
+from greedy.cache import shards
+from greedy.cache.errors import DamagedStore, StoreError
+from greedy.cache.metadata import SIDE_ARRAYS, Description, parse
+from greedy.cache.threads import background, in_order
 
 THREADS = 2
 _ADVICE = "write the store again"
@@ -27,23 +27,23 @@ class Damage:
 
     Attributes:
         path: the file.
-        what: what is wrong with it, naming the chunk where it is one.
+        problem: what is wrong with it; names the chunk if it is one chunk.
     """
 
     path: Path
-    what: str
+    problem: str
 
 
 def verify(path: Path) -> list[Damage]:
-    """Everything wrong with the store in the directory `path`, in a fixed order; empty if whole.
+    """Finds everything that is wrong with the store in the directory ``path``, in a fixed order.
 
-    Every byte is read: each chunk must match its checksum, have the Blosc header its layout asks
-    for, and decode; shard indexes, labels and index must match their checksums; metadata must
-    mean what was written. If the metadata cannot be read, where chunks lie is unknown, and only
-    labels and index are checked besides. Files are read, not mapped, so that a disk that cannot
-    read one is reported like other damage. Memory: a chunk a thread.
+    Every byte is read: each chunk must match its checksum, have the Blosc header that its layout
+    requires, and decode; shard indexes, labels and index must match their checksums; metadata
+    must be equal to those written. If the metadata cannot be read, the chunks cannot be found, and
+    only labels and index are checked. Files are read, not mapped, so that a disk that cannot read
+    one is reported like other damage. Memory: one chunk for each thread.
     """
-    description, found = _description(path)
+    description, damages = _description(path)
     rows = description.layout.rows if description else None
     jobs: list[Callable[[], list[Damage]]] = [
         partial(_verify_side_array, path / name / "c.0", rows) for name in SIDE_ARRAYS
@@ -59,24 +59,24 @@ def verify(path: Path) -> list[Damage]:
             for shard in range(description.layout.shards)
         ]
     with background(THREADS) as pool:
-        for damages in in_order(pool, jobs, 2 * THREADS):
-            found += damages
-    return found
+        for more in in_order(pool, jobs, 2 * THREADS):
+            damages += more
+    return damages
 
 
 def _description(path: Path) -> tuple[Description | None, list[Damage]]:
-    """What the metadata say, or what is wrong with them."""
-    texts, found = [], []
+    """Reads the metadata; returns the description, or the damage to them."""
+    texts, damages = [], []
     for file in (path / "zarr.json", path / "activations" / "zarr.json"):
         try:
             texts.append(file.read_bytes())
             json.loads(texts[-1])
         except OSError as error:
-            found.append(unreadable(file, error))
+            damages.append(unreadable(file, error))
         except (ValueError, RecursionError):
-            found.append(Damage(file, f"is not JSON; {_ADVICE}"))
-    if found:
-        return None, found
+            damages.append(Damage(file, f"is not JSON; {_ADVICE}"))
+    if damages:
+        return None, damages
     try:
         return parse(texts[0], texts[1], str(path)), []
     except StoreError as error:
@@ -109,24 +109,24 @@ def _verify_side_array(file: Path, rows: int | None) -> list[Damage]:
 def shard_damage(
     root: Path, description: Description, view: int, shard: int
 ) -> dict[int, str] | str:
-    """What is wrong with the chunks of a shard, by their place in it, or with the shard as a
-    whole."""
+    """Finds what is wrong with the chunks of a shard, by their slots, or with the shard as a whole,
+    as one text."""
     path, layout = root / description.shard_key(view, shard), description.layout
-    first, places = shard * layout.shard_chunks, layout.shard_chunks
+    first, slots = shard * layout.shard_chunks, layout.shard_chunks
     try:
-        with path.open("rb") as opened:
-            length = opened.seek(0, os.SEEK_END)
-            opened.seek(max(length - shards.index_bytes(places), 0))
-            index = shards.parse_index(opened.read(), places, "every chunk")
-            found = {}
-            for place in range(layout.chunks_in(shard)):
-                where = f"chunk {first + place} of view {view}"
-                what = _chunk_damage(opened, description, index, place, where)
-                if what is not None:
-                    found[place] = what
-            return found
+        with path.open("rb") as file:
+            length = file.seek(0, os.SEEK_END)
+            file.seek(max(length - shards.index_bytes(slots), 0))
+            index = shards.parse_index(file.read(), slots, "every chunk")
+            damages = {}
+            for slot in range(layout.chunks_in(shard)):
+                where = f"chunk {first + slot} of view {view}"
+                damage = _chunk_damage(file, description, index, slot, where)
+                if damage is not None:
+                    damages[slot] = damage
+            return damages
     except OSError as error:
-        return unreadable(path, error).what
+        return unreadable(path, error).problem
     except DamagedStore as error:
         return str(error)
 
@@ -136,16 +136,16 @@ def _verify_shard(root: Path, description: Description, view: int, shard: int) -
     damage = shard_damage(root, description, view, shard)
     if isinstance(damage, str):
         return [Damage(file, damage)]
-    return [Damage(file, what) for what in damage.values()]
+    return [Damage(file, problem) for problem in damage.values()]
 
 
 def _chunk_damage(
-    shard: BinaryIO, description: Description, index: NDArray[np.uint64], place: int, where: str
+    shard: BinaryIO, description: Description, index: NDArray[np.uint64], slot: int, where: str
 ) -> str | None:
     compressor = description.compressor
     chunk = np.empty(description.chunk_shape, description.encoding.stored_dtype)
     try:
-        offset, size = shards.chunk_span(index, place, chunk.nbytes, compressor, where)
+        offset, size = shards.chunk_span(index, slot, chunk.nbytes, compressor, where)
         shard.seek(offset)
         data = np.frombuffer(shard.read(size), np.uint8)
         if len(data) < size:
@@ -159,8 +159,8 @@ def _chunk_damage(
 
 
 def unreadable(file: Path, error: OSError) -> Damage:
-    """Returns what an error in reading says of a file. Raises it where it says that the process has
-    reached one of its own limits."""
+    """Returns the damage to a file that an error in reading it shows. Raises the error where the
+    cause is a limit of this process, such as its number of open files."""
     if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         raise error
     if isinstance(error, FileNotFoundError):

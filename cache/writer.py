@@ -12,20 +12,20 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from .encodings import Encoding
-from .errors import StoreError
-from .files import write_whole
-from .layout import Layout
-from .metadata import SIDE_ARRAYS, Description
-from .shards import COMPRESSORS, ShardWriter, encode_chunk, shard_digest, with_crc
-from .sources import LocalSource
-from .threads import background
-from .verification import shard_damage
+from greedy.cache.encodings import Encoding
+from greedy.cache.errors import StoreError
+from greedy.cache.files import write_whole
+from greedy.cache.layout import Layout
+from greedy.cache.metadata import SIDE_ARRAYS, Description
+from greedy.cache.shards import COMPRESSORS, ShardWriter, encode_chunk, shard_digest, with_crc
+from greedy.cache.sources import LocalSource
+from greedy.cache.threads import background
+from greedy.cache.verification import shard_damage
 
 
 @dataclass(frozen=True)
 class StoreSummary:
-    """What was written.
+    """The size and the digest of a finished store.
 
     Attributes:
         disk_bytes: size of all files.
@@ -39,32 +39,33 @@ class StoreSummary:
 
 
 class StoreWriter:
-    """Context manager that writes one store; leaving it cleanly finishes the store.
+    """Writes one store; a context manager that finishes the store when it is left without error.
 
-    The group's `zarr.json` comes last, so an interrupted store is never taken for a whole one.
-    Memory: a few chunks a thread. The bytes do not depend on `threads`, nor on how rows are
-    divided over calls of `append`.
+    The group's ``zarr.json`` comes last, so an unfinished store is never taken for a whole one.
+    Memory: a few chunks for each thread. The bytes do not depend on ``threads``, nor on how rows
+    are divided over calls of ``append``.
 
     Args:
-        path: directory to make; must not hold files.
-        rows: rows of each view.
-        views: augmented copies of the data set.
+        path: the directory to make; must not hold files.
+        rows: number of rows in each view.
+        views: number of augmented copies of the data set.
         encoding: how values are stored.
         compressor: "lz4", "zstd" or "none".
-        labels: integers (rows,), read when the store is finished: an int64 array may be filled
-            while rows are appended.
-        index: integers (rows,), each row's place in the original data set; read likewise.
-        encoded: whether `append` gets values already in stored form (raw images).
-        threads: that encode and compress; one more writes.
-        layout: instead of `Layout.fit`'s.
-        go_on: keep the whole shards that an interrupted writer of the same rows left.
+        labels: integers (rows,), the classes. They are read when the store is finished, so an int64
+            array may be filled while rows are appended.
+        index: integers (rows,), each row's number in the original data set; read at the end too.
+        encoded: whether ``append`` gets values already in stored form (raw images).
+        threads: number of threads that encode and compress; one more writes.
+        layout: by default that of ``Layout.fit``.
+        resume: keep the finished shards of an interrupted writer of the same rows.
 
     Attributes:
         summary: set when the store is finished.
-        appended: rows it has, over all views; with `go_on`, where to begin.
+        appended: number of rows appended so far, over all views. With ``resume``, those that were
+            kept: append the rows after them.
 
     Raises:
-        StoreError: `path` holds files, or the arguments do not fit together.
+        StoreError: ``path`` holds files, or the arguments do not fit together.
     """
 
     summary: StoreSummary
@@ -82,7 +83,7 @@ class StoreWriter:
         encoded: bool = False,
         threads: int = 2,
         layout: Layout | None = None,
-        go_on: bool = False,
+        resume: bool = False,
     ) -> None:
         if compressor not in COMPRESSORS:
             raise StoreError(
@@ -92,7 +93,7 @@ class StoreWriter:
             raise StoreError(f"a store needs rows and views, not {views} views of {rows} rows")
         if labels.shape != (rows,) or index.shape != (rows,):
             raise StoreError(f"labels and index must have one entry for each of {rows} rows")
-        if not go_on and path.exists() and any(path.iterdir()):
+        if not resume and path.exists() and any(path.iterdir()):
             raise StoreError(f"{path} already holds files; remove them first")
         self._path = path
         self._layout = layout or Layout.fit(views, rows, encoding)
@@ -105,7 +106,7 @@ class StoreWriter:
         self._row_shape = encoding.stored_shape if encoded else encoding.row_shape
         self._threads = threads
         self.appended = 0
-        self._go_on = go_on
+        self._resume = resume
         self._chunk = np.empty(0)
         self._pending: deque[Future[None]] = deque()
         self._shard: ShardWriter | None = None
@@ -114,11 +115,11 @@ class StoreWriter:
 
     def __enter__(self) -> Self:
         (self._path / "activations").mkdir(parents=True, exist_ok=True)
-        if self._go_on:
+        if self._resume:
             self._keep_whole_shards()
         with ExitStack() as stack:
             stack.callback(self._discard)
-            # One thread writes, in order; it ends after those it waits for.
+            # One thread writes, in order; it is ended last, since it waits for the others.
             self._files = stack.enter_context(background(1))
             self._encoders = stack.enter_context(background(self._threads))
             self._stack = stack.pop_all()
@@ -137,14 +138,14 @@ class StoreWriter:
                 self._broken = True
 
     def append(self, values: NDArray[Any]) -> None:
-        """Add the next rows, any number: all of view 0 in order, then of view 1, and so on.
+        """Adds the next rows, any number: all of view 0 in order, then of view 1, and so on.
 
         Args:
-            values: float32 `(n, *row_shape)`, or `(n, *stored_shape)` where `encoded`; copied.
+            values: float32 (n, *row_shape), or (n, *stored_shape) where ``encoded``; copied.
 
         Raises:
             StoreError: type, shape or number of rows do not fit.
-            NonFiniteActivation: now or in a later call, from the background.
+            NonFiniteActivation: for these or for earlier rows, which are encoded in the background.
         """
         if values.dtype != self._dtype or values.shape[1:] != self._row_shape:
             raise StoreError(
@@ -167,11 +168,11 @@ class StoreWriter:
                 self._submit(view, chunk)
 
     def finish(self) -> StoreSummary:
-        """Write what is left, check that all rows came, and describe the store.
+        """Writes the last rows, checks that none is missing, and describes the store.
 
         Raises:
             StoreError: rows are missing.
-            NonFiniteActivation: from the background.
+            NonFiniteActivation: for earlier rows, which are encoded in the background.
         """
         if hasattr(self, "summary"):
             return self.summary
@@ -201,7 +202,7 @@ class StoreWriter:
         self._pending.append(self._files.submit(self._write, encoded, view, chunk))
 
     def _wait(self, left: int) -> None:
-        """Waits until at most `left` chunks are on their way; here background errors surface."""
+        """Waits until at most ``left`` chunks are unwritten, and raises background errors."""
         while len(self._pending) > left:
             self._pending.popleft().result()
 
@@ -246,7 +247,8 @@ class StoreWriter:
 
 
 def encode_rows(values: NDArray[Any], description: Description, encoded: bool = False) -> bytes:
-    """The bytes of a chunk of rows, float32 (n, *row_shape), or in stored form if `encoded`."""
+    """Returns the bytes of a chunk with the given rows, float32 (n, *row_shape), or in stored form
+    if ``encoded``."""
     stored = values if encoded else description.encoding.encode(values)
     padding = description.layout.chunk_rows - len(stored)
     if padding:

@@ -1,1 +1,1 @@
-"""The command line: what people see and type, and nothing a Python user would miss."""
+"""The command line: options and output; everything else is in ``greedy``, for Python users too."""

@@ -1,4 +1,4 @@
-"""``greedy bench``: how fast this machine trains."""
+"""``greedy bench``: measures how fast this machine trains."""
 
 import signal
 from collections.abc import Iterator, Sequence
@@ -32,12 +32,12 @@ DEFAULT = "demo"
     type=click.FloatRange(min=0),
     default=3.0,
     show_default=True,
-    help="How long to train each stage: two steps at least.",
+    help="How long to train each stage; at least two steps are made.",
 )
 @options.as_json
 @options.debug
 def bench(
-    recipe: str | None,
+    recipe_name: str | None,
     settings: tuple[str, ...],
     device: str,
     model: str | None,
@@ -45,52 +45,52 @@ def bench(
     as_json: bool,
     **field_values: str | None,
 ) -> None:
-    """Measure how fast this machine trains, so that `plan` can tell times.
+    """Measure how fast this machine trains, so that `plan` can forecast times.
 
     Every stage of the recipe, by default of the demo, trains for some seconds on random data from a
-    temporary store. Operations are those of the plain step, never recomputation; the peak is that
-    of bfloat16 matrix products on the same threads; waiting is the share of a step between asking
-    for a batch and having it. `plan` knows times best for a recipe that was itself measured.
+    temporary store. Operations are those of the plain step, without recomputation; the peak is that
+    of bfloat16 matrix products on the same threads; waiting is the share of a step that is spent
+    waiting for its batch. The times of `plan` are best for a recipe that was itself measured.
     """
-    from greedy.base.devices import describe  # noqa: PLC0415
+    from greedy.base.devices import device_name  # noqa: PLC0415
     from greedy.build.modules import load_network  # noqa: PLC0415
     from greedy.forecasts.bench import Bench, peak_flops  # noqa: PLC0415
     from greedy.forecasts.calibration import Calibration  # noqa: PLC0415
     from greedy.recipes import load  # noqa: PLC0415
 
     overrides = fields.overrides(settings, field_values)
-    wanted = load(recipe or DEFAULT, overrides)
-    network = load_network(wanted.model, model)
-    bench = Bench.of(wanted, device, network, fields.names_data(overrides))
-    path = Calibration.path(bench.device.type)
-    found: list[StageSpeed] = []
+    recipe = load(recipe_name or DEFAULT, overrides)
+    network = load_network(recipe.model, model)
+    benchmark = Bench.of(recipe, device, network, fields.names_data(overrides))
+    path = Calibration.path(benchmark.device.type)
+    speeds: list[StageSpeed] = []
     with terminable(), _interruptible():
-        _say(as_json, f"{wanted.name} on {describe(bench.device)}: the peak")
-        calibration = Calibration.begin(bench.device, peak_flops(bench.device))
-        for number in range(1, len(bench.memory.stages) + 1):
-            _say(as_json, f"stage {number}/{len(bench.memory.stages)} {bench.name(number)}")
-            found.append(bench.measure(number, seconds))
-            calibration = calibration.adding(found[-1].measured)
+        _say(as_json, f"{recipe.name} on {device_name(benchmark.device)}: the peak")
+        calibration = Calibration.begin(benchmark.device, peak_flops(benchmark.device))
+        for number in range(1, len(benchmark.memory.stages) + 1):
+            _say(as_json, f"stage {number}/{len(benchmark.memory.stages)} {benchmark.name(number)}")
+            speeds.append(benchmark.measure(number, seconds))
+            calibration = calibration.adding(speeds[-1].measured)
             calibration.write(path)
     if as_json:
-        print_json(_document(wanted, calibration, found, path))
+        print_json(_document(recipe, calibration, speeds, path))
     else:
-        _print(calibration, found, path)
+        _print(calibration, speeds, path)
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Inside, an interruption tells what is left of the measurements."""
+    """Turns an interruption inside into a message that says which measurements are kept."""
     from greedy.base.errors import Interrupted  # noqa: PLC0415
 
     try:
         yield
-    except KeyboardInterrupt as stopped:
+    except KeyboardInterrupt as interruption:
         raise Interrupted(
-            getattr(stopped, "signal", signal.SIGINT),
-            "interrupted: `greedy plan` knows the stages measured so far, the same command "
+            getattr(interruption, "signal", signal.SIGINT),
+            "interrupted: `greedy plan` uses the stages measured so far, the same command "
             "measures all of them",
-        ) from stopped
+        ) from interruption
 
 
 def _say(quiet: bool, line: str) -> None:
@@ -99,7 +99,7 @@ def _say(quiet: bool, line: str) -> None:
 
 
 def _document(
-    recipe: "Recipe", calibration: "Calibration", found: Sequence["StageSpeed"], path: Path
+    recipe: "Recipe", calibration: "Calibration", speeds: Sequence["StageSpeed"], path: Path
 ) -> dict[str, object]:
     return {
         "recipe": recipe.name,
@@ -108,41 +108,41 @@ def _document(
         "peak_gflops": calibration.peak_flops / 1e9,
         "stages": [
             {
-                "stage": each.stage,
-                "name": each.name,
-                "precision": each.measured.work.precision,
-                "mode": each.measured.work.mode,
-                "images_per_second": each.measured.rows_per_second,
-                "share_of_peak": each.measured.flops_per_second / calibration.peak_flops,
-                "wait_share": each.wait_share,
+                "stage": speed.stage,
+                "name": speed.name,
+                "precision": speed.measured.work.precision,
+                "mode": speed.measured.work.mode,
+                "images_per_second": speed.measured.rows_per_second,
+                "share_of_peak": speed.measured.flops_per_second / calibration.peak_flops,
+                "wait_share": speed.wait_share,
             }
-            for each in found
+            for speed in speeds
         ],
         "calibration": str(path),
     }
 
 
-def _print(calibration: "Calibration", found: Sequence["StageSpeed"], path: Path) -> None:
+def _print(calibration: "Calibration", speeds: Sequence["StageSpeed"], path: Path) -> None:
     peak = calibration.peak_flops
     print_table(
         ("stage", "name", "precision", "mode", "images/s", "of peak", "waiting"),
         (
             (
-                str(each.stage),
-                each.name,
-                each.measured.work.precision,
-                each.measured.work.mode,
-                _rate(each.measured.rows_per_second),
-                f"{each.measured.flops_per_second / peak:.1%}",
-                f"{each.wait_share:.1%}",
+                str(speed.stage),
+                speed.name,
+                speed.measured.work.precision,
+                speed.measured.work.mode,
+                _rate(speed.measured.rows_per_second),
+                f"{speed.measured.flops_per_second / peak:.1%}",
+                f"{speed.wait_share:.1%}",
             )
-            for each in found
+            for speed in speeds
         ),
-        left=4,
+        text_columns=4,
     )
     threads = "1 thread" if calibration.threads == 1 else f"{calibration.threads} threads"
     say(f"{calibration.device}, {threads}: at best {count(int(peak))}flop/s")
-    say(f"kept in {path}, from which `greedy plan` tells times")
+    say(f"kept in {path}, from which `greedy plan` forecasts times")
 
 
 def _rate(value: float) -> str:

@@ -1,4 +1,4 @@
-"""Commands that look after activation stores: info, verify, repair, drop."""
+"""``greedy cache``: info, verify, repair and drop of activation stores."""
 
 from dataclasses import asdict
 from functools import partial
@@ -10,7 +10,7 @@ import click
 from greedy.base.commands import command
 from greedy.cli import options
 from greedy.cli.failures import Group, terminable
-from greedy.cli.results import tell_changes
+from greedy.cli.results import print_changes
 from greedy.cli.tables import print_json, print_table, say, size
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ BAR = 40  # columns of the widest bar of a histogram
 
 @click.group(cls=Group, epilog="Example: greedy cache info runs/demo")
 def cache() -> None:
-    """Look after activation stores: info, verify, repair, drop."""
+    """Inspect, verify, repair and drop activation stores."""
 
 
 @cache.command(epilog="Example: greedy cache info runs/demo/stage2")
@@ -30,30 +30,33 @@ def cache() -> None:
 @options.as_json
 @options.debug
 def info(path: Path, as_json: bool) -> None:
-    """Show what the stores of a run or a stage hold.
+    """Show the size and the values of the stores of a run or a stage.
 
-    Values are those of a sample of the training rows.
+    Figures about values are from a sample of the training rows.
     """
     from greedy.cache import describe  # noqa: PLC0415
 
-    run, numbers = _stages(path)
+    run, numbers = _run_and_stages(path)
 
-    def described(number: int) -> "StoreInfo | None":
-        there = run.store_path(number).is_dir()
-        return describe(run.open_store(number, "train")) if there else None
+    def describe_stage(number: int) -> "StoreInfo | None":
+        has_store = run.store_path(number).is_dir()
+        return describe(run.open_store(number, "train")) if has_store else None
 
-    looked_at = {n: run.read_consistently(partial(described, n), n) for n in numbers}
-    found = {n: each for n, each in looked_at.items() if each is not None}
+    infos = {
+        number: info
+        for number in numbers
+        if (info := run.read_consistently(partial(describe_stage, number), number)) is not None
+    }
     if as_json:
-        print_json({"stores": [{"stage": n, **asdict(each)} for n, each in found.items()]})
+        print_json({"stores": [{"stage": n, **asdict(info)} for n, info in infos.items()]})
         return
     print_table(
         ("stage", "views", "row", "encoding", "size", "B/value", "range", "zeros", "< 0"),
-        (_line(number, each) for number, each in found.items()),
-        left=1,
+        (_line(number, info) for number, info in infos.items()),
+        text_columns=1,
     )
-    if len(found) == 1:
-        _print_histogram(*found.values())
+    if len(infos) == 1:
+        _print_histogram(*infos.values())
 
 
 @cache.command(epilog="Example: greedy cache verify runs/demo")
@@ -67,17 +70,17 @@ def verify(path: Path, as_json: bool) -> None:
     if (path / "run.toml").exists():
         damages = verify_run(path)
     else:
-        run, numbers = _stages(path)
+        run, numbers = _run_and_stages(path)
         damages = [damage for number in numbers for damage in verify_stage(run, number)]
     if as_json:
-        print_json({"damaged": [{"path": str(d.path), "what": d.what} for d in damages]})
+        print_json({"damaged": [{"path": str(d.path), "what": d.problem} for d in damages]})
     else:
         for damage in damages:
-            say(f"{damage.path}: {damage.what}")
-        way_out = f": {command('cache', 'repair', path)} computes anew what it can of stores"
-        of_stores = any("activations.zarr" in damage.path.parts for damage in damages)
-        found = f"{len(damages)} damaged{way_out if of_stores else ''}"
-        say(found if damages else "everything is as it was written")
+            say(f"{damage.path}: {damage.problem}")
+        remedy = f": {command('cache', 'repair', path)} computes damaged parts of stores again"
+        in_stores = any("activations.zarr" in damage.path.parts for damage in damages)
+        summary = f"{len(damages)} damaged{remedy if in_stores else ''}"
+        say(summary if damages else "everything is as it was written")
     if damages:
         raise SystemExit(1)
 
@@ -88,31 +91,32 @@ def verify(path: Path, as_json: bool) -> None:
 @options.model
 @options.debug
 def repair(path: Path, device: str, model: str | None) -> None:
-    """Compute anew what is damaged in the stores of a run or a stage.
+    """Compute the damaged chunks in the stores of a run or a stage again.
 
-    Only damaged chunks are written, and are what they were while what they were computed from
-    is there. Otherwise their views are computed anew. Exit code 1 if any damage is left. The
-    store of a stage that is named is also written if it was dropped.
+    Where the store or the images that they were computed from are still there, damaged chunks get
+    the same bytes again, and the others stay. Otherwise whole views are computed again and
+    their content changes. Given the directory of one stage, a store that was dropped is written
+    too. Exit code 1 if any damage is left.
     """
     from greedy.build.modules import load_network  # noqa: PLC0415
     from greedy.cli.progress import Lines  # noqa: PLC0415
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
 
-    run, numbers = _stages(path)
+    run, numbers = _run_and_stages(path)
     network = load_network(run.recipe.model, model)
     trainer = GreedyTrainer.from_recipe(run.recipe, run.path, device=device, model=network)
     trainer.reporter = Lines()
-    tell_changes(run)
+    print_changes(run)
     with terminable():
-        done, left = trainer.repair(numbers, dropped=len(numbers) == 1)
-    for each in done:
-        outcome = "as they were" if each.identical else "from another source: its content changed"
-        say(f"stage {each.stage}, {each.split}: {_counted(each.chunks)} computed, {outcome}")
-    for damage in left:
-        say(f"{damage.path}: {damage.what}")
-    if left:
+        repairs, remaining = trainer.repair(numbers, dropped=len(numbers) == 1)
+    for done in repairs:
+        outcome = "as before" if done.identical else "from another source: its content changed"
+        say(f"stage {done.stage}, {done.split}: {_counted(done.chunks)} computed again, {outcome}")
+    for damage in remaining:
+        say(f"{damage.path}: {damage.problem}")
+    if remaining:
         raise SystemExit(1)
-    if not done:
+    if not repairs:
         say("nothing is damaged")
 
 
@@ -123,7 +127,7 @@ def _counted(chunks: int) -> str:
 @cache.command(epilog="Example: greedy cache drop runs/demo/stage2")
 @click.argument("path", type=options.PATH)
 @click.option(
-    "--force", is_flag=True, help="Also the store that an interrupted training would go on from."
+    "--force", is_flag=True, help="Also delete a store that an interrupted training needs."
 )
 @options.debug
 def drop(path: Path, force: bool) -> None:
@@ -132,32 +136,35 @@ def drop(path: Path, force: bool) -> None:
     from greedy.base.sizes import format_size  # noqa: PLC0415
     from greedy.runs.unfinished import require_store_unneeded  # noqa: PLC0415
 
-    run, numbers = _stages(path)
+    run, numbers = _run_and_stages(path)
     if numbers == [0]:
-        raise UserError("stage 0 holds the images that all else is computed from: drop another")
+        raise UserError(
+            "stage 0 holds the images, which cannot be computed again: name another stage"
+        )
     with run.write_lock():
         records = {number: run.record(number) for number in filter(None, numbers)}
-        there = [n for n, record in records.items() if record and run.store_path(n).is_dir()]
-        for number in there if not force else ():
+        stored = [n for n, record in records.items() if record and run.store_path(n).is_dir()]
+        for number in stored if not force else ():
             require_store_unneeded(run, number)
         for number, record in records.items():
             if record and record.store and run.store_path(number).is_dir():
                 run.drop_stores(number)
                 freed = format_size(record.store.bytes)
-                say(f"stage {number}: {freed} freed; {_rebuilding(run, number)}")
+                say(f"stage {number}: {freed} freed; {_consequences(run, number)}")
 
 
-def _rebuilding(run: "RunDirectory", number: int) -> str:
+def _consequences(run: "RunDirectory", number: int) -> str:
+    """Says what later stages train from without this store, and how to write it again."""
     source = next(n for n in range(number - 1, -1, -1) if run.store_path(n).is_dir())
     replayed = f"stage {number}" if source == number - 1 else f"stages {source + 1} to {number}"
     return (
-        f"what trains after it replays {replayed} from stage {source}'s store, and "
+        f"later stages train from stage {source}'s store with {replayed} replayed, and "
         f"{command('cache', 'repair', run.stage_dir(number))} writes it again"
     )
 
 
-def _stages(path: Path) -> tuple["RunDirectory", list[int]]:
-    """The run and the numbers of the stages that a run or stage directory stands for."""
+def _run_and_stages(path: Path) -> tuple["RunDirectory", list[int]]:
+    """Returns the run of a run or stage directory, and the numbers of the stages that it means."""
     from greedy.runs.directory import RunDirectory, run_of_stage  # noqa: PLC0415
 
     if path.name.startswith("stage") and not (path / "run.toml").exists():
@@ -168,21 +175,21 @@ def _stages(path: Path) -> tuple["RunDirectory", list[int]]:
     return run, list(range(len(data.network) + 1))
 
 
-def _line(number: int, found: "StoreInfo") -> tuple[str, ...]:
+def _line(number: int, info: "StoreInfo") -> tuple[str, ...]:
     return (
         str(number),
-        str(found.views),
-        "x".join(map(str, found.row_shape)),
-        f"{found.encoding} {found.compressor}",
-        size(found.disk_bytes),
-        f"{found.bytes_per_value:.2f}",
-        f"{found.minimum:.1g}..{found.maximum:.2g}",
-        f"{found.zeros:.1%}",
-        f"{found.negatives:.1%}",
+        str(info.views),
+        "x".join(map(str, info.row_shape)),
+        f"{info.encoding} {info.compressor}",
+        size(info.disk_bytes),
+        f"{info.bytes_per_value:.2f}",
+        f"{info.minimum:.1g}..{info.maximum:.2g}",
+        f"{info.zeros:.1%}",
+        f"{info.negatives:.1%}",
     )
 
 
-def _print_histogram(found: "StoreInfo") -> None:
-    most = max(found.histogram)
-    for share, left in zip(found.histogram, found.edges, strict=False):
-        say(f"{left:10.3g} {'#' * round(BAR * share / most)}")
+def _print_histogram(info: "StoreInfo") -> None:
+    largest = max(info.histogram)
+    for share, edge in zip(info.histogram, info.edges, strict=False):
+        say(f"{edge:10.3g} {'#' * round(BAR * share / largest)}")

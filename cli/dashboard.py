@@ -1,4 +1,4 @@
-"""A run on a terminal, live: its stages at a glance, and the one that trains."""
+"""A live display of a run on a terminal: all its stages, and the one in training."""
 
 import time
 from collections.abc import Sequence
@@ -21,17 +21,17 @@ from greedy.runs.events import EpochReport, RunOutline
 from greedy.runs.record import StageRecord
 
 TICKS = "▁▂▃▄▅▆▇█"
-SPARKS = 16  # epochs that a sparkline shows
-OTHER_LINES = 9  # of the display, beside those of stages
+SPARKS = 16  # epochs in a sparkline
+OTHER_LINES = 9  # lines of the display that are not stages
 
 
 def reporter(console: Console | None = None) -> Lines:
-    """What to give a trainer to see what it does: a live display on a terminal and in a notebook
-    (with ipywidgets), else plain lines. Use it in a ``with``, for one run."""
+    """Returns the reporter for one run: a live display on a terminal and in a notebook that has
+    ipywidgets, else plain lines. Use it in a ``with``."""
     console = console or Console()
-    drawn_over = console.is_terminal and not console.is_dumb_terminal
+    redrawable = console.is_terminal and not console.is_dumb_terminal
     notebook = console.is_jupyter and find_spec("ipywidgets") is not None
-    return Dashboard(console) if drawn_over or notebook else Lines()
+    return Dashboard(console) if redrawable or notebook else Lines()
 
 
 @dataclass
@@ -44,38 +44,38 @@ class _Row:
     memory: int | None = None
     disk: int | None = None
     seconds: float | None = None
-    began: float = 0.0  # while it runs
+    began: float = 0.0  # while the stage runs
 
     @property
     def time(self) -> float | None:
-        """Seconds that it took, or takes already in this process."""
+        """Seconds that the stage took, or has taken so far in this process."""
         return time.monotonic() - self.began if self.state == "running" else self.seconds
 
 
 @dataclass
 class _Work:
-    """Rows done of rows to do, and since when."""
+    """Progress in rows, and when it began."""
 
     total: int
     done: int = 0
-    ahead: int = 0  # done by an earlier process
+    done_before: int = 0  # by an earlier process
     began: float = field(default_factory=time.monotonic)
 
     @property
     def rate(self) -> float | None:
         """Rows a second in this process."""
-        here, seconds = self.done - self.ahead, time.monotonic() - self.began
-        return here / seconds if here and seconds else None
+        rows, seconds = self.done - self.done_before, time.monotonic() - self.began
+        return rows / seconds if rows and seconds else None
 
     @property
     def left(self) -> float | None:
-        """Seconds, at this rate."""
+        """Seconds left at this rate."""
         return (self.total - self.done) / self.rate if self.rate else None
 
 
 class Dashboard(Lines):
-    """Shows a run until the ``with`` ends, then leaves the screen to its results; in a notebook,
-    and if it ends by an error, what was shown last stays."""
+    """Shows a run until the ``with`` ends, and is then removed; in a notebook, and after an error,
+    the last state stays."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
@@ -99,13 +99,13 @@ class Dashboard(Lines):
 
     def __exit__(self, *error: object) -> None:
         self._live.transient = error[0] is None and not self._console.is_jupyter
-        self._live.refresh()  # in a notebook nothing else draws the end
+        self._live.refresh()  # a notebook is not redrawn by stopping
         self._live.stop()
 
     def _print(self, line: str) -> None:
         self._console.print(Text(shown(line)), soft_wrap=True)
 
-    # What is told
+    # Events
 
     def run_started(self, outline: RunOutline) -> None:
         super().run_started(outline)
@@ -120,7 +120,7 @@ class Dashboard(Lines):
         super().disk_planned(plan)
 
     def stage_started(self, number: int, name: str, epochs: int, resolved: dict[str, Any]) -> None:
-        self._begin(range(number, number + 1), self._named(number, name), epochs, resolved)
+        self._begin(range(number, number + 1), self._stage_title(number, name), epochs, resolved)
 
     def network_started(self, strategy: str, epochs: int, resolved: dict[str, Any]) -> None:
         numbers = range(1, len(self._rows) + 1)
@@ -138,12 +138,12 @@ class Dashboard(Lines):
         self._writing = None
         self._epoch = epoch
         if self._training is None:
-            before = (epoch - 1) * rows
-            self._training = _Work(self._epochs * rows, before, before)
+            done = (epoch - 1) * rows
+            self._training = _Work(self._epochs * rows, done, done)
 
     def resumed(self, rows: int) -> None:
         self.batch_finished(rows)
-        self._work.ahead += rows
+        self._work.done_before += rows
 
     def batch_finished(self, rows: int) -> None:
         self._work.done += rows
@@ -163,15 +163,15 @@ class Dashboard(Lines):
 
     def stage_finished(self, record: StageRecord) -> None:
         self._writing = None
-        self._fill(record)
+        self._show_finished(record)
         self._running = range(max(self._running.start, record.stage + 1), self._running.stop)
         self._training = self._training if self._running else None
 
     def stage_skipped(self, record: StageRecord) -> None:
         self.skipped = True
-        self._fill(record)
+        self._show_finished(record)
 
-    def _fill(self, record: StageRecord) -> None:
+    def _show_finished(self, record: StageRecord) -> None:
         self._rows[record.stage - 1] = _Row(
             record.name,
             "done",
@@ -181,13 +181,13 @@ class Dashboard(Lines):
             record.seconds,
         )
 
-    # What is shown
+    # Display
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self._rows:
             yield self._table(console.height)
         if self._training is not None or self._writing is not None:
-            yield self._now(options.max_width)
+            yield self._current(options.max_width)
 
     def _table(self, height: int) -> Table:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
@@ -195,7 +195,7 @@ class Dashboard(Lines):
             table.add_column(name, no_wrap=True)
         for name in ("test err", "memory", "disk", "time"):
             table.add_column(name, justify="right", no_wrap=True, min_width=9)
-        for number in self._shown(max(3, height - OTHER_LINES)):
+        for number in self._visible_stages(max(3, height - OTHER_LINES)):
             row = self._rows[number - 1]
             table.add_row(
                 str(number),
@@ -209,39 +209,39 @@ class Dashboard(Lines):
             )
         return table
 
-    def _shown(self, most: int) -> range:
-        """The stages around the running one that there is room for."""
+    def _visible_stages(self, most: int) -> range:
+        """Returns the numbers of at most ``most`` stages around the running one."""
         count = len(self._rows)
         first = (self._running.start if self._running else count) - most // 2
         first = max(1, min(first, count - most + 1))
         return range(first, min(first + most, count + 1))
 
-    def _now(self, width: int) -> Table:
-        work, what = self._training, f"epoch {self._epoch}/{self._epochs}"
+    def _current(self, width: int) -> Table:
+        work, activity = self._training, f"epoch {self._epoch}/{self._epochs}"
         if self._writing is not None:
-            what, work = self._writing
+            activity, work = self._writing
         assert work is not None
         rate = f", {work.rate:,.0f} images/s" if work.rate else ""
         lines = Table.grid()
-        lines.add_row(Text(shown(f"{self._title}: {what}{rate}, {_clock(work.left)} left")))
+        lines.add_row(Text(shown(f"{self._title}: {activity}{rate}, {_clock(work.left)} left")))
         lines.add_row(ProgressBar(total=work.total, completed=work.done, width=width))
-        for line in (*self._measures(), self._limits()):
+        for line in (*self._epoch_lines(), self._budget_line()):
             lines.add_row(line)
         return lines
 
-    def _measures(self) -> list[str]:
+    def _epoch_lines(self) -> list[str]:
         if not self._reports:
             return []
         last = self._reports[-1]
-        errors = [e for each in self._reports if (e := _error(each)) is not None]
-        lines = [f"loss {last.loss:<9.4g} {sparkline([each.loss for each in self._reports])}"]
+        errors = [error for report in self._reports if (error := _error(report)) is not None]
+        lines = [f"loss {last.loss:<9.4g} {sparkline([report.loss for report in self._reports])}"]
         if errors:
             train = percent(last.train_error_percent)
             lines.append(f"error {errors[-1]:.2f} % {sparkline(errors)}  (train {train})")
         return lines
 
-    def _limits(self) -> str:
-        """Memory and disk against their budgets, and what is left of the run."""
+    def _budget_line(self) -> str:
+        """Returns the line with memory and disk, their budgets, and the time left of the run."""
         parts = []
         outline = self._outline
         if outline and (memory := self._resolved.get("planned_peak_bytes")):
@@ -250,27 +250,27 @@ class Dashboard(Lines):
             image_bytes = outline.image_bytes if outline else 0
             used = image_bytes + sum(row.disk or 0 for row in self._rows)
             parts.append(f"disk {format_size(used)} of {format_size(self._plan.budget)}")
-        parts.append(f"run {_clock(self._run_left())} left")
+        parts.append(f"run {_clock(self._run_seconds_left())} left")
         return ", ".join(parts)
 
-    def _run_left(self) -> float | None:
-        """Seconds: the running stage at its rate, the waiting ones at the same operations a
-        second."""
+    def _run_seconds_left(self) -> float | None:
+        """Estimates the seconds left: the running stage at its rate, the waiting ones at the same
+        operations a second."""
         if self._outline is None or self._training is None or self._training.rate is None:
             return None
         work = self._outline.operations
-        now = sum(work.get(number, 0) for number in self._running) / self._training.total
+        running = sum(work.get(number, 0) for number in self._running) / self._training.total
         waiting = sum(
             operations
             for number, operations in work.items()
             if number not in self._running and self._rows[number - 1].state == "waiting"
         )
         left = self._training.left or 0.0
-        return left + waiting / (now * self._training.rate) if now else None
+        return left + waiting / (running * self._training.rate) if running else None
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """The last of some numbers as a line of bars, the lowest and the highest at its bounds."""
+    """Draws the last ``SPARKS`` numbers as a line of bars between the least and the largest."""
     recent = values[-SPARKS:]
     low, high = min(recent), max(recent)
     steps = (len(TICKS) - 1) / (high - low) if high > low else 0.0
@@ -278,7 +278,7 @@ def sparkline(values: Sequence[float]) -> str:
 
 
 def _error(report: EpochReport) -> float | None:
-    """The error of the test split where somebody looked, else of the training rows."""
+    """Returns the test error in percent where it was measured, else the training error."""
     tested = report.test_error_percent
     return report.train_error_percent if tested is None else tested
 

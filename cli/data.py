@@ -20,19 +20,19 @@ def data() -> None:
 @options.as_json
 @options.debug
 def list_data(data_dir: Path | None, as_json: bool) -> None:
-    """List the data sets and whether they are here."""
+    """List the data sets and whether they are on this machine."""
     from greedy.data import DATASETS, is_available  # noqa: PLC0415
 
-    here = {entry.name: is_available(entry.name, data_dir) for entry in DATASETS}
+    available = {entry.name: is_available(entry.name, data_dir) for entry in DATASETS}
     if as_json:
-        print_json([asdict(entry) | {"available": here[entry.name]} for entry in DATASETS])
+        print_json([asdict(entry) | {"available": available[entry.name]} for entry in DATASETS])
         return
     print_table(
         ("name", "here", "image", "classes", "train", "test"),
         (
             (
                 entry.name,
-                "yes" if here[entry.name] else "no",
+                "yes" if available[entry.name] else "no",
                 _shape(entry.shape),
                 str(entry.classes),
                 f"{entry.train:,}",
@@ -40,9 +40,9 @@ def list_data(data_dir: Path | None, as_json: bool) -> None:
             )
             for entry in DATASETS
         ),
-        left=2,
+        text_columns=2,
     )
-    say("Besides these: folder:PATH with CLASS/IMAGE, and module:function.")
+    say("Also folder:PATH, with images in PATH/CLASS, and module:function.")
 
 
 @data.command(epilog="Example: greedy data prepare cifar10 --download")
@@ -52,18 +52,18 @@ def list_data(data_dir: Path | None, as_json: bool) -> None:
 @options.as_json
 @options.debug
 def prepare(name: str, data_dir: Path | None, download: bool, as_json: bool) -> None:
-    """Check that a data set is here, and fetch it if that is allowed. All files of an image folder
-    are decoded, and those that cannot be are named."""
+    """Check that a data set is on this machine, or fetch it with --download. Every file of an image
+    folder is decoded; those that cannot be decoded are named."""
     from greedy.cli.progress import preparing  # noqa: PLC0415
-    from greedy.data import checked, load_dataset  # noqa: PLC0415
+    from greedy.data import check_files, load_dataset  # noqa: PLC0415
 
     dataset = load_dataset(name, data_dir, download, allow_function=True)
     with preparing() as reporter:
-        dataset = checked(dataset, progress=reporter.files_checked)
+        dataset = check_files(dataset, progress=reporter.files_checked)
     train, test = dataset.train, dataset.test
     if as_json:
-        known = {"name": name, "shape": train.shape, "train": len(train), "test": len(test)}
-        print_json(known | ({"notes": list(dataset.notes)} if dataset.notes else {}))
+        document = {"name": name, "shape": train.shape, "train": len(train), "test": len(test)}
+        print_json(document | ({"notes": list(dataset.notes)} if dataset.notes else {}))
         return
     for note in dataset.notes:
         say(note)

@@ -1,4 +1,4 @@
-"""``greedy doctor``."""
+"""``greedy doctor``: this machine and what ``auto`` would choose on it."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -31,39 +31,39 @@ def doctor(as_json: bool) -> None:
     from greedy.forecasts.doctor import examine  # noqa: PLC0415
 
     runs = Path("runs")
-    found = examine(runs if runs.is_dir() else Path.cwd())
+    examination = examine(runs if runs.is_dir() else Path.cwd())
     if as_json:
-        print_json(asdict(found))
+        print_json(asdict(examination))
     else:
-        _print(found)
+        _print(examination)
 
 
-def _print(found: "Examination") -> None:
+def _print(examination: "Examination") -> None:
     print_table(
         ("package", "version"),
-        ((name, version or "not installed") for name, version in found.versions.items()),
-        left=2,
+        ((name, version or "not installed") for name, version in examination.versions.items()),
+        text_columns=2,
     )
-    click.echo(f"\non {found.system}")
+    click.echo(f"\non {examination.system}")
     print_table(
         ("device", "name", "memory", "free", "precisions"),
         (
             (
-                each.type,
-                each.name,
-                size(each.total_bytes),
-                size(each.free_bytes),
-                "float32, bfloat16" if each.fast_bfloat16 else "float32, bfloat16 slowly",
+                device.type,
+                device.name,
+                size(device.total_bytes),
+                size(device.free_bytes),
+                "float32, bfloat16" if device.fast_bfloat16 else "float32, bfloat16 slowly",
             )
-            for each in found.devices
+            for device in examination.devices
         ),
-        left=2,
+        text_columns=2,
     )
-    memory = size(found.memory_total_bytes)
-    say(f"memory: {size(found.memory_free_bytes)} of {memory} free")
-    _print_disk(found.disk)
-    auto = found.automatic
-    click.echo("\nin a run that began now, auto would be")
+    memory = size(examination.memory_total_bytes)
+    say(f"memory: {size(examination.memory_free_bytes)} of {memory} free")
+    _print_disk(examination.disk)
+    auto = examination.automatic
+    click.echo("\nauto would choose in a run that began now")
     print_table(
         ("setting", "choice"),
         (
@@ -75,7 +75,7 @@ def _print(found: "Examination") -> None:
             ("--ram-budget", f"{size(auto.ram_budget_bytes)} to hold a store in memory"),
             ("threads", str(auto.threads)),
         ),
-        left=2,
+        text_columns=2,
     )
 
 

@@ -13,35 +13,35 @@ import click
 from greedy.base.errors import Interrupted, TrainingError, UserError, unknown
 from greedy.base.text import shown
 
-DEBUG = "greedy.debug"  # the key of the context's `meta` under which --debug is kept
+DEBUG = "greedy.debug"  # the key of --debug in the context's `meta`
 
 
 class Failure(click.ClickException):
-    """What cannot go on, as a sentence."""
+    """A failure of something that was asked for rightly, as one sentence."""
 
     exit_code = 1
 
 
 class Mistake(Failure):
-    """What was asked for wrongly."""
+    """A mistake in what was asked for, as one sentence."""
 
     exit_code = 2
 
 
 class Stopped(Failure):
-    """Ctrl-C."""
+    """A stop by Ctrl-C."""
 
     exit_code = 128 + signal.SIGINT
 
 
 class Terminated(Failure):
-    """SIGTERM."""
+    """A stop by SIGTERM."""
 
     exit_code = 128 + signal.SIGTERM
 
 
 class HungUp(Failure):
-    """The terminal was closed."""
+    """A stop because the terminal was closed."""
 
     exit_code = 128 + signal.SIGHUP
 
@@ -50,7 +50,7 @@ BY_SIGNAL = {signal.SIGINT: Stopped, signal.SIGTERM: Terminated, signal.SIGHUP: 
 
 
 class Group(click.Group):
-    """Commands whose failures are sentences, with near names for unknown ones."""
+    """A group of commands that reports failures as sentences and suggests known commands."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         return super().parse_args(ctx, args or ["--help"])
@@ -60,7 +60,7 @@ class Group(click.Group):
     ) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
         known = self.get_command(ctx, name) is not None or name.startswith("-")
-        if not known and not ctx.resilient_parsing:  # a shell that completes wants no complaint
+        if not known and not ctx.resilient_parsing:  # no message while a shell completes
             raise unknown("command", name, self.list_commands(ctx))
         return super().resolve_command(ctx, args)
 
@@ -85,8 +85,8 @@ class Group(click.Group):
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Inside, SIGTERM and a closed terminal stop a run as Ctrl-C does, and all say how to go on
-    wherever they come."""
+    """Lets SIGTERM and a closed terminal stop a run inside as Ctrl-C does, with a message that says
+    how to resume it."""
     from greedy.base.interrupts import SIGNALS, stop  # noqa: PLC0415
 
     before = {number: signal.signal(number, stop) for number in SIGNALS}
@@ -98,7 +98,7 @@ def terminable() -> Iterator[None]:
 
 
 def failure_of(error: BaseException) -> Failure:
-    """An error that was caught, with its traceback printed where --debug asks for it."""
+    """Turns an error into the failure to report; prints its traceback if --debug was given."""
     if click.get_current_context().meta.get(DEBUG):
         traceback.print_exc()
     sentence = " ".join(str(error).split())
@@ -116,18 +116,18 @@ def failure_of(error: BaseException) -> Failure:
             from greedy.base.disk_space import remedy  # noqa: PLC0415
 
             named = f"{os.fsdecode(path)}: {reason}" if isinstance(path, str | bytes) else reason
-            return Failure(f"{named}: {way}" if (way := remedy(error)) else named)
-    if kind := _kind(error):
-        return kind(sentence)
+            return Failure(f"{named}: {advice}" if (advice := remedy(error)) else named)
+    if failure := _failure_type(error):
+        return failure(sentence)
     return Failure(f"{type(error).__name__}: {sentence} (--debug shows where it comes from)")
 
 
-def _kind(error: BaseException) -> type[Failure] | None:
-    """Whose fault one of our own errors is; ``None`` for any other."""
+def _failure_type(error: BaseException) -> type[Failure] | None:
+    """Returns the kind of failure that one of our own errors is, ``None`` for other errors."""
     if isinstance(error, UserError | TrainingError):
         return Mistake if isinstance(error, UserError) else Failure
 
-    # Here and not above: the store takes seconds to import.
+    # Not imported above, since it takes seconds.
     from greedy.cache import DamagedStore, StoreError  # noqa: PLC0415
 
     if isinstance(error, StoreError):
@@ -149,7 +149,7 @@ def _sentence(error: click.ClickException) -> str:
 
 
 def _recipe_field(error: click.NoSuchOption) -> str | None:
-    """The field that an unknown option is called like, where --set could change it."""
+    """Returns the recipe field with the name of an unknown option, if the command has --set."""
     from greedy.recipes.schema import SECTIONS  # noqa: PLC0415
 
     name = error.option_name.lstrip("-").replace("-", "_")

@@ -16,7 +16,7 @@ OPTIONS, DATA, TRAINING = "Options", "Data", "Training"
 MEMORY, DISK, MACHINE = "Memory", "Disk", "Machine"
 GROUPS = (OPTIONS, DATA, TRAINING, MEMORY, DISK, MACHINE)
 
-# The fields that have an option of their own, which is called like the field unless it says more.
+# The fields that have an option, by group and by the option's name.
 FIELDS = {
     DATA: {"data": "data.name", "seed": "seed"},
     TRAINING: {
@@ -46,7 +46,7 @@ FIELDS = {
     },
 }
 FIELD_OF = {option: field for fields in FIELDS.values() for option, field in fields.items()}
-TEXTS = {"data.name": "NAME"}  # what a text stands for, where it is no size
+TEXTS = {"data.name": "NAME"}  # placeholders in help of texts that are no sizes
 
 
 class Command(click.Command):
@@ -80,7 +80,7 @@ def settings(command: F) -> F:
         "settings",
         metavar="KEY=VALUE",
         multiple=True,
-        help="Change any field of the recipe, e.g. training.epochs=10; can be repeated.",
+        help="Change any field of the recipe, e.g. training.epochs=10; may be repeated.",
     )(command)
 
 
@@ -101,21 +101,20 @@ def field_option(name: str, group: str) -> Callable[[F], F]:
 
 
 def _completed(
-    values: Sequence[str], ctx: click.Context, parameter: click.Parameter, begun: str
+    values: Sequence[str], ctx: click.Context, parameter: click.Parameter, prefix: str
 ) -> list[str]:
-    return [value for value in values if value.islower() and value.startswith(begun)]
+    return [value for value in values if value.islower() and value.startswith(prefix)]
 
 
 def overrides(settings: Sequence[str], fields: Mapping[str, str | None]) -> list[str]:
-    """Returns what all of them say as --set would say it, given the values of --set and of the
-    options for fields."""
-    given = {FIELD_OF[name]: value for name, value in fields.items() if value is not None}
-    return [*settings, *(f"{key}={value}" for key, value in given.items())]
+    """Returns the values of --set and of the options for fields together, each as KEY=VALUE."""
+    values = {FIELD_OF[name]: value for name, value in fields.items() if value is not None}
+    return [*settings, *(f"{key}={value}" for key, value in values.items())]
 
 
 def names_data(overrides: Sequence[str]) -> bool:
     """Returns whether the data set was named on this command line."""
-    return any(each.partition("=")[0].strip() == "data.name" for each in overrides)
+    return any(override.partition("=")[0].strip() == "data.name" for override in overrides)
 
 
 def _field(key: str) -> FieldInfo:
@@ -125,7 +124,7 @@ def _field(key: str) -> FieldInfo:
 
 
 def _values(key: str, kind: Any) -> Iterator[str]:
-    """What may stand for a value of this type in help."""
+    """Yields what help shows for a value of this type: the words it may be, or a placeholder."""
     if get_origin(kind) is Annotated:
         yield from _values(key, get_args(kind)[0])
     elif get_origin(kind) is Literal:

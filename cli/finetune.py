@@ -1,4 +1,4 @@
-"""``greedy finetune``."""
+"""``greedy finetune``: end-to-end training from the weights of a finished run."""
 
 from pathlib import Path
 
@@ -38,8 +38,8 @@ def finetune(
 ) -> None:
     """Train a finished run's network end to end, from its weights; the same command resumes.
 
-    The result is a run of its own, trained for 10 epochs by back-propagation at a tenth of the
-    learning rate unless the settings say otherwise. The run it comes from stays as it is.
+    The result is another run, by default trained for 10 epochs by back-propagation at a tenth of
+    the learning rate. The finished run is not changed.
     """
     from greedy.build.modules import load_network  # noqa: PLC0415
     from greedy.runs.directory import RunDirectory  # noqa: PLC0415

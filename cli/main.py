@@ -1,4 +1,4 @@
-"""The command ``greedy``."""
+"""``greedy``, the group of all commands."""
 
 import click
 

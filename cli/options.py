@@ -14,13 +14,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 PATH = click.Path(path_type=Path)
 
 recipe = click.option(
-    "--recipe", metavar="R", help="A name from `greedy recipes list`, or a TOML file."
+    "--recipe",
+    "recipe_name",
+    metavar="R",
+    help="A name from `greedy recipes list`, or a TOML file.",
 )
 run_or_new = click.option(
     "--run",
     metavar="DIR",
     type=PATH,
-    help="The run directory  [default: runs/R]; alone, the run there goes on.",
+    help="The run directory  [default: runs/R]; without --recipe, the run in it is resumed.",
 )
 run = click.option("--run", required=True, metavar="DIR", type=PATH, help="The run directory.")
 device = click.option(
@@ -30,7 +33,7 @@ device = click.option(
     metavar="auto|cpu|cuda|mps",
     default="auto",
     show_default=True,
-    help="Where to compute.",
+    help="The device to compute on.",
 )
 model = click.option(
     "--model",
@@ -46,7 +49,7 @@ until_stage = click.option(
 memory_budget = click.option(
     "--memory-budget",
     metavar="SIZE",
-    help="Most memory on the device  [default: as the run was trained].",
+    help="The most memory to use on the device  [default: memory.budget of the run's recipe].",
 )
 log = click.option(
     "--log",
@@ -60,7 +63,7 @@ data_dir = click.option(
     group=DATA,
     metavar="DIR",
     type=PATH,
-    help="Where data sets are kept  [default: the user's cache directory].",
+    help="The directory of the data sets  [default: the user's cache directory].",
 )
 download = click.option(
     "--download",
@@ -72,7 +75,7 @@ download = click.option(
 ignore_changes = click.option(
     "--ignore-changes",
     is_flag=True,
-    help="Go on with the images that the run has stored, although the data have changed.",
+    help="Use the images that the run has stored, although the data have changed since.",
 )
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 

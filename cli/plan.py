@@ -1,4 +1,4 @@
-"""``greedy plan``: what a run will take, before anything runs."""
+"""``greedy plan``: a forecast of memory, disk and time before anything runs."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from greedy.forecasts.forecast import DataFacts, Forecast, Machine
     from greedy.recipes import Recipe
 
-UNLIKE = (
-    "times are unknown where no stage like it was measured: `greedy bench` with the same recipe "
-    "and settings does that"
+UNMEASURED = (
+    "times are unknown where no similar stage was measured: `greedy bench` with the same recipe "
+    "and settings measures them"
 )
 NO_STAGES = "times are only known where stages are trained one at a time"
 
@@ -34,7 +34,7 @@ NO_STAGES = "times are only known where stages are trained one at a time"
 @options.as_json
 @options.debug
 def plan(
-    recipe: str | None,
+    recipe_name: str | None,
     run: Path | None,
     settings: tuple[str, ...],
     device: str,
@@ -42,12 +42,13 @@ def plan(
     as_json: bool,
     **field_values: str | None,
 ) -> None:
-    """Tell what a run will take of memory, disk, operations and time, a stage a line.
+    """Forecast what a run will take: memory, disk, operations and time of each stage.
 
-    Peaks of memory are counted on tensors without contents; neither data nor GPU are touched and
-    nothing is written. A named data set need not be there, nor a GPU for --device cuda. Operations
-    are those of the plain step over all epochs, a multiply-add counting 2. Times are known once
-    `greedy bench` has measured this machine: of training a stage and writing its store.
+    Peaks of memory are counted on tensors without contents; neither data nor GPU are used and
+    nothing is written. A data set that `greedy data list` shows need not be on this machine, nor a
+    GPU for --device cuda. Operations are those of the plain step over all epochs; a multiply-add
+    counts as 2. Times, known once `greedy bench` has measured this machine, are those of training
+    a stage and writing its store.
     """
     from greedy.build.modules import load_network  # noqa: PLC0415
     from greedy.forecasts.calibration import Calibration, NotCalibrated  # noqa: PLC0415
@@ -55,28 +56,28 @@ def plan(
     from greedy.runs.directory import RunDirectory  # noqa: PLC0415
 
     overrides = fields.overrides(settings, field_values)
-    wanted, directory = recipe_and_run(recipe, run, overrides)
-    network = load_network(wanted.model, model)
-    if run is None and not _goes_on(directory, wanted):
+    recipe, directory = recipe_and_run(recipe_name, run, overrides)
+    network = load_network(recipe.model, model)
+    if run is None and not _can_train_in(directory, recipe):
         directory = directory.with_name(f"{directory.name}-planned")
-    planned = RunDirectory.create(directory, wanted)
+    planned = RunDirectory.create(directory, recipe)
     data = data_facts(planned, fields.names_data(overrides))
-    computer = machine(wanted, device)
-    calibration, unknown = None, UNLIKE if wanted.training.strategy == "greedy" else NO_STAGES
+    computer = machine(recipe, device)
+    calibration, unknown = None, UNMEASURED if recipe.training.strategy == "greedy" else NO_STAGES
     try:
         calibration = Calibration.load(computer.device)
     except NotCalibrated as reason:
         unknown = str(reason)
     with Console(stderr=True).status("counting the memory of every step"):
-        found = forecast(planned, data, computer, network, calibration)
+        result = forecast(planned, data, computer, network, calibration)
     if as_json:
-        print_json(_document(wanted, computer, found))
+        print_json(_document(recipe, computer, result))
     else:
-        _print(wanted, data, computer, found, unknown)
+        _print(recipe, data, computer, result, unknown)
 
 
-def _goes_on(directory: Path, recipe: "Recipe") -> bool:
-    """Whether a recipe would be trained in the run that is there: of another plan nobody asks."""
+def _can_train_in(directory: Path, recipe: "Recipe") -> bool:
+    """Returns whether the recipe can be trained in ``directory``: it is free or holds its run."""
     from greedy.base.errors import UserError  # noqa: PLC0415
     from greedy.runs.directory import RunDirectory  # noqa: PLC0415
 
@@ -87,30 +88,30 @@ def _goes_on(directory: Path, recipe: "Recipe") -> bool:
     return True
 
 
-def _document(recipe: "Recipe", machine: "Machine", found: "Forecast") -> dict[str, object]:
+def _document(recipe: "Recipe", machine: "Machine", forecast: "Forecast") -> dict[str, object]:
     return {
         "recipe": recipe.name,
         **asdict(machine),
         "batch_size": recipe.training.batch_size,
-        "stages": [asdict(stage) for stage in found.stages],
-        "peak_memory_bytes": found.peak_memory_bytes,
-        "resident_bytes": found.resident_bytes,
-        "parameters": sum(stage.parameters for stage in found.stages),
-        "flops": sum(stage.flops for stage in found.stages),
-        "replay_flops": sum(stage.replay_flops for stage in found.stages),
-        "seconds": found.seconds,
+        "stages": [asdict(stage) for stage in forecast.stages],
+        "peak_memory_bytes": forecast.peak_memory_bytes,
+        "resident_bytes": forecast.resident_bytes,
+        "parameters": sum(stage.parameters for stage in forecast.stages),
+        "flops": sum(stage.flops for stage in forecast.stages),
+        "replay_flops": sum(stage.replay_flops for stage in forecast.stages),
+        "seconds": forecast.seconds,
         "disk": {
-            "peak_bytes": found.disk.peak,
-            "needed_bytes": found.disk.needed,
-            "budget_bytes": found.disk.budget,
-            "plan": found.disk.explain(),
+            "peak_bytes": forecast.disk.peak,
+            "needed_bytes": forecast.disk.needed,
+            "budget_bytes": forecast.disk.budget,
+            "plan": forecast.disk.explain(),
         },
-        "baselines": dict(found.baselines),
+        "baselines": dict(forecast.baselines),
     }
 
 
 def _print(
-    recipe: "Recipe", data: "DataFacts", machine: "Machine", found: "Forecast", unknown: str
+    recipe: "Recipe", data: "DataFacts", machine: "Machine", forecast: "Forecast", unknown: str
 ) -> None:
     from greedy.memory.baselines import BASELINES  # noqa: PLC0415
 
@@ -128,58 +129,58 @@ def _print(
         f"on {machine.device} in {machine.precision}, batches of {recipe.training.batch_size}, "
         f"a budget of {budget}"
     )
-    timed = any(each.seconds is not None for each in found.stages)
+    timed = any(stage.seconds is not None for stage in forecast.stages)
     if machine.device == "cuda":
         click.echo("memory is what the allocator reserves; the driver's own context comes on top")
     print_table(
         ("stage", "name", "mode", "rows", "memory", "params", "store", "time" if timed else "flop"),
         (
             (
-                str(each.stage),
-                each.name,
-                each.mode,
-                str(each.micro_batch),
-                size(each.peak_memory_bytes),
-                count(each.parameters),
-                size(each.store_bytes or None),
-                duration(each.seconds) if timed else count(each.flops),
+                str(stage.stage),
+                stage.name,
+                stage.mode,
+                str(stage.micro_batch),
+                size(stage.peak_memory_bytes),
+                count(stage.parameters),
+                size(stage.store_bytes or None),
+                duration(stage.seconds) if timed else count(stage.flops),
             )
-            for each in found.stages
+            for stage in forecast.stages
         ),
-        left=3,
+        text_columns=3,
     )
-    for each in found.stages:
-        if not each.usual:
+    for stage in forecast.stages:
+        if not stage.usual:
             click.echo(
-                f"stage {each.stage} is outside the usual pattern, so it has no mode but plain"
+                f"stage {stage.stage} is outside the usual pattern, so it has no mode but plain"
             )
-    _print_totals(found, unknown)
+    _print_totals(forecast, unknown)
     click.echo("one step of the whole network with the same batch would take:")
     print_table(
         ("by", "memory"),
-        ((BASELINES[name], size(peak)) for name, peak in found.baselines.items()),
-        left=1,
+        ((BASELINES[name], size(peak)) for name, peak in forecast.baselines.items()),
+        text_columns=1,
     )
 
 
-def _print_totals(found: "Forecast", unknown: str) -> None:
+def _print_totals(forecast: "Forecast", unknown: str) -> None:
     click.echo(
-        f"in all: {size(found.peak_memory_bytes)} of memory at most, "
-        f"{count(sum(each.parameters for each in found.stages))} parameters, "
-        f"{count(sum(each.flops for each in found.stages))} flop"
-        + ("" if found.seconds is None else f", {duration(found.seconds)}")
+        f"in all: {size(forecast.peak_memory_bytes)} of memory at most, "
+        f"{count(sum(stage.parameters for stage in forecast.stages))} parameters, "
+        f"{count(sum(stage.flops for stage in forecast.stages))} flop"
+        + ("" if forecast.seconds is None else f", {duration(forecast.seconds)}")
     )
-    if found.resident_bytes is not None:
+    if forecast.resident_bytes is not None:
         click.echo(
-            f"that is tensors: the process takes about {size(found.resident_bytes)}, and stores "
+            f"that is tensors: the process takes about {size(forecast.resident_bytes)}, and stores "
             f"that it holds"
         )
-    if found.seconds is None:
+    if forecast.seconds is None:
         click.echo(unknown)
-    if replayed := sum(each.replay_flops for each in found.stages):
+    if replayed := sum(stage.replay_flops for stage in forecast.stages):
         click.echo(f"besides, frozen stages without a store are replayed: {count(replayed)} flop")
-    if not found.disk.needed:
+    if not forecast.disk.needed:
         click.echo("disk: every stage is trained, nothing more is written")
         return
-    for line in found.disk.explain():
+    for line in forecast.disk.explain():
         click.echo(line)

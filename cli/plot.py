@@ -1,4 +1,4 @@
-"""``greedy plot``: curves of runs, and what a run's stages make of one batch."""
+"""``greedy plot``: error curves of runs, and similarity matrices of a run's stages."""
 
 from pathlib import Path
 
@@ -29,11 +29,11 @@ from greedy.cli.tables import say, size
 def plot(
     runs: tuple[Path, ...], to: Path, similarity: bool, force: bool, model: str | None
 ) -> None:
-    """Draw errors over epochs, or what a run's stages find alike.
+    """Draw errors over epochs, or the similarity matrices of a run's stages.
 
-    Training and test errors: of one run those of its stages, of several those of their networks in
-    one picture. With --similarity: the similarity matrix of a batch of test images after each stage
-    of one run, and the target it is trained towards.
+    Training and test errors: for one run those of its stages, for several those of their networks,
+    in one picture. With --similarity: the similarity matrix of a batch of test images after each
+    stage of one run, and the target of the similarity loss.
     """
     from greedy.build.modules import load_network  # noqa: PLC0415
     from greedy.results.curves import run_curves, run_names, stage_curves  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""``greedy predict``."""
+"""``greedy predict``: the classes of image files."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +18,12 @@ if TYPE_CHECKING:
 @click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=options.PATH)
 @options.until_stage
 @click.option(
-    "--top", metavar="K", type=int, default=3, show_default=True, help="Show the K best classes."
+    "--top",
+    metavar="K",
+    type=int,
+    default=3,
+    show_default=True,
+    help="Show K classes, the most likely.",
 )
 @options.memory_budget
 @options.device
@@ -37,8 +42,8 @@ def predict(
 ) -> None:
     """Classify image files with the trained network.
 
-    An image is converted to the channels of the run's own, resized until it covers their size,
-    and cropped at the centre. Exit code 1 if one could not be read.
+    Images are converted to the channels of the training images, resized to cover their size, and
+    cropped at the centre. Exit code 1 if one could not be read.
     """
     from greedy.base.devices import pick_device  # noqa: PLC0415
     from greedy.base.sizes import parse_size  # noqa: PLC0415
@@ -53,30 +58,30 @@ def predict(
     loss = None if until_stage is None else build_loss(recipe.loss)
     budget = parse_size(memory_budget) if memory_budget else None
     assembled = assemble(directory, loss, network, until_stage=until_stage)
-    found = list(predict(directory, assembled, images, pick_device(device), top, budget))
-    predictions = [each for each in found if isinstance(each, Prediction)]
-    unreadable = [each for each in found if isinstance(each, Unreadable)]
+    results = list(predict(directory, assembled, images, pick_device(device), top, budget))
+    predictions = [result for result in results if isinstance(result, Prediction)]
+    unreadable = [result for result in results if isinstance(result, Unreadable)]
     if as_json:
-        failures = [{"image": str(each.image), "error": each.error} for each in unreadable]
+        failures = [{"image": str(result.image), "error": result.error} for result in unreadable]
         print_json({"predictions": [*map(_document, predictions)], "unreadable": failures})
     elif predictions:
-        lines = (line for each in predictions for line in _lines(each))
-        print_table(("image", "class", "confidence"), lines, left=2)
+        lines = (line for prediction in predictions for line in _lines(prediction))
+        print_table(("image", "class", "confidence"), lines, text_columns=2)
     for failure in unreadable:
         say(f"Error: {failure.error}", err=True)
     if unreadable:
         raise SystemExit(1)
 
 
-def _document(found: "Prediction") -> dict[str, object]:
-    ranked = zip(found.classes, found.confidences, strict=True)
+def _document(prediction: "Prediction") -> dict[str, object]:
+    ranked = zip(prediction.classes, prediction.confidences, strict=True)
     classes = [{"class": name, "confidence": confidence} for name, confidence in ranked]
-    return {"image": str(found.image), "classes": classes}
+    return {"image": str(prediction.image), "classes": classes}
 
 
-def _lines(found: "Prediction") -> Iterator[tuple[str, str, str]]:
-    """A line a class, the image named in the first."""
-    image = str(found.image)
-    for name, confidence in zip(found.classes, found.confidences, strict=True):
+def _lines(prediction: "Prediction") -> Iterator[tuple[str, str, str]]:
+    """Yields a line for each class, with the image's name in the first."""
+    image = str(prediction.image)
+    for name, confidence in zip(prediction.classes, prediction.confidences, strict=True):
         yield image, name, percent(100 * confidence)
         image = ""

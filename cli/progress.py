@@ -1,4 +1,4 @@
-"""A run's progress in plain lines, for log files."""
+"""A run's progress as plain lines, for log files."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,10 +25,10 @@ from greedy.runs.record import StageRecord
 
 
 class Preparing(Reporter):
-    """Shows how far the files are that are looked at, and prints what is said about them."""
+    """Shows how many files of a data set have been checked, and prints notes about them."""
 
     def __init__(self, console: Console) -> None:
-        columns = TextColumn("looking at images"), BarColumn(), MofNCompleteColumn()
+        columns = TextColumn("checking images"), BarColumn(), MofNCompleteColumn()
         self.progress = Progress(
             *columns,
             TimeRemainingColumn(),
@@ -47,17 +47,17 @@ class Preparing(Reporter):
 
 @contextmanager
 def preparing() -> Iterator[Preparing]:
-    """Inside, a terminal shows how far the files of a data set are that are looked at."""
+    """Gives a reporter that shows on a terminal how many files of a data set have been checked."""
     reporter = Preparing(Console(stderr=True))
     with reporter.progress:
         yield reporter
 
 
 class Lines(Reporter):
-    """A line for each stage, epoch and store.
+    """Prints a line for each stage, epoch and store.
 
     Attributes:
-        skipped: whether the last stage was complete already.
+        skipped: whether the last stage was already complete.
     """
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class Lines(Reporter):
     def run_started(self, outline: RunOutline) -> None:
         self._stages = len(outline.stages)
 
-    def _named(self, number: int, name: str) -> str:
+    def _stage_title(self, number: int, name: str) -> str:
         return f"stage {number}/{self._stages} {name}"
 
     def noted(self, note: str) -> None:
@@ -89,16 +89,16 @@ class Lines(Reporter):
             self._print(line)
 
     def training_set_aside(self, number: int, path: Path, progress: str | None) -> None:
-        what = f"stage {number}'s" if number else "the network's"
-        where = f", interrupted after {progress}," if progress else ""
+        owner = f"stage {number}'s" if number else "the network's"
+        interruption = f", interrupted after {progress}," if progress else ""
         self._print(
-            f"{what} earlier training{where} follows from what is there no longer and cannot go "
-            f"on: it is kept in {path}, goes on by itself if that is there again, and may be "
+            f"{owner} earlier training{interruption} cannot be resumed, since what it trained from "
+            f"has changed: it is kept in {path}, is resumed if that is there again, and may be "
             f"deleted"
         )
 
     def stage_started(self, number: int, name: str, epochs: int, resolved: dict[str, Any]) -> None:
-        self._title, self._epochs = self._named(number, name), epochs
+        self._title, self._epochs = self._stage_title(number, name), epochs
         self._announce(resolved)
 
     def network_started(self, strategy: str, epochs: int, resolved: dict[str, Any]) -> None:
@@ -111,31 +111,31 @@ class Lines(Reporter):
 
     def memory_reduced(self, number: int, memory: StepMemory) -> None:
         self._print(
-            f"{self._title}: out of memory, goes on in mode {memory.mode} with micro-batches of "
+            f"{self._title}: out of memory, continues in mode {memory.mode} with micro-batches of "
             f"{memory.micro_batch}"
         )
 
     def compiling_failed(self, number: int, reason: str) -> None:
-        self._print(f"{self._title}: goes on without compiling, which failed: {reason}")
+        self._print(f"{self._title}: continues without compiling, which failed: {reason}")
 
     def epoch_finished(self, report: EpochReport) -> None:
         self._print(
-            f"{self._title}: epoch {report.epoch}/{self._epochs}, {_measures(report)}, "
+            f"{self._title}: epoch {report.epoch}/{self._epochs}, {_loss_and_error(report)}, "
             f"{report.images_per_second:,.0f} images/s"
         )
 
     def writing_started(self, number: int, split: str, rows: int) -> None:
-        title = f"{self._title}: " if self._title else ""  # none for a store that is mended
+        title = f"{self._title}: " if self._title else ""  # a repair has no title
         self._print(f"{title}writing stage {number}'s {split} store, {rows:,} rows")
 
     def stage_finished(self, record: StageRecord) -> None:
-        self._print(self._finished(record))
+        self._print(self._result_line(record))
 
     def stage_skipped(self, record: StageRecord) -> None:
         self.skipped = True
-        self._print(f"{self._named(record.stage, record.name)}: complete already")
+        self._print(f"{self._stage_title(record.stage, record.name)}: complete already")
 
-    def _finished(self, record: StageRecord) -> str:
+    def _result_line(self, record: StageRecord) -> str:
         metrics = record.metrics
         parts = [
             f"train error {percent(metrics.train_error_percent)}",
@@ -143,8 +143,8 @@ class Lines(Reporter):
             *([format_size(record.store.bytes)] if record.store else []),
             f"{record.seconds:,.1f} s",
         ]
-        return f"{self._named(record.stage, record.name)}: {', '.join(parts)}"
+        return f"{self._stage_title(record.stage, record.name)}: {', '.join(parts)}"
 
 
-def _measures(report: EpochReport) -> str:
+def _loss_and_error(report: EpochReport) -> str:
     return f"loss {report.loss:.4g}, error {percent(report.train_error_percent)}"

@@ -1,4 +1,4 @@
-"""``greedy recipes``: the recipes that ship."""
+"""``greedy recipes``: the recipes that come with the package."""
 
 import click
 
@@ -19,8 +19,8 @@ def recipes() -> None:
 @options.debug
 def list_recipes(number: int | None, as_json: bool) -> None:
     """List the recipes with the paper's test errors."""
-    wanted = shipped.names() if number is None else shipped.of_table(number)
-    rows = [row for row in shipped.describe() if row["name"] in wanted]
+    names = shipped.names() if number is None else shipped.of_table(number)
+    rows = [row for row in shipped.describe() if row["name"] in names]
     if as_json:
         print_json(rows)
         return
@@ -35,7 +35,7 @@ def list_recipes(number: int | None, as_json: bool) -> None:
             )
             for row in rows
         ),
-        left=2,
+        text_columns=2,
     )
 
 

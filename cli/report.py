@@ -1,4 +1,4 @@
-"""``greedy report``: all that is known of runs on one page."""
+"""``greedy report``: one HTML page about runs."""
 
 from pathlib import Path
 
@@ -23,12 +23,12 @@ from greedy.cli.tables import say, size, waiting
 @options.model
 @options.debug
 def report(runs: tuple[Path, ...], to: Path, force: bool, device: str, model: str | None) -> None:
-    """Write one page about runs, side by side, that needs nothing but a browser.
+    """Write one page about runs, side by side, that needs only a browser.
 
-    Errors by stage and over epochs, memory beside what other means would take, disk and time; the
-    similarity matrices of a test batch, the confusion matrix and the most confidently wrong images;
-    the recipe and the commands that repeat it. A run that is not finished is shown as far as it has
-    come. Finished networks classify their test images on --device.
+    It shows errors by stage and over epochs, disk, time, and memory next to that of other ways of
+    training; the similarity matrices of a test batch, the confusion matrix and the most confidently
+    wrong images; the recipe and the commands that repeat the run. Of an unfinished run it shows
+    what there is so far. Finished networks classify their test images on --device.
     """
     from greedy.build.modules import load_network  # noqa: PLC0415
     from greedy.report import require_report, write_report  # noqa: PLC0415
@@ -37,8 +37,8 @@ def report(runs: tuple[Path, ...], to: Path, force: bool, device: str, model: st
     require_report(to, force)
     directories = [RunDirectory.open(run) for run in runs]
     models = [directory.recipe.model for directory in directories]
-    own = next((each for each in models if each.network == "python"), models[0])
-    network = load_network(own, model)
+    python_model = next((each for each in models if each.network == "python"), models[0])
+    network = load_network(python_model, model)
     with waiting("classifying test images and drawing"):
         write_report(directories, to, device=device, model=network, overwrite=force)
     say(f"wrote {to} ({size(to.stat().st_size)})")

@@ -1,4 +1,4 @@
-"""``greedy reproduce``: the paper's tables with our own figures beside the published ones."""
+"""``greedy reproduce``: the paper's experiments, our test errors next to the published ones."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -15,13 +15,13 @@ from greedy.cli.tables import percent, print_json, print_table, say
 if TYPE_CHECKING:
     from greedy.results.reproduction import Row
 
-Failures = dict[Path, str]  # why a run is not finished, by its directory
+Failures = dict[Path, str]  # messages by the run directory
 
 
 @click.command(
     cls=fields.Command, epilog="Example: greedy reproduce 5 --epochs-scale 0.1 --seeds 3"
 )
-@click.argument("wanted", metavar="TABLE|RECIPE...", nargs=-1, required=True)
+@click.argument("names", metavar="TABLE|RECIPE...", nargs=-1, required=True)
 @click.option(
     "--epochs-scale",
     metavar="X",
@@ -36,7 +36,7 @@ Failures = dict[Path, str]  # why a run is not finished, by its directory
     type=click.IntRange(min=1),
     default=1,
     show_default=True,
-    help="Train every row with N seeds, from --seed on.",
+    help="Train every row with N seeds: --seed and those after it.",
 )
 @click.option(
     "--to",
@@ -44,7 +44,7 @@ Failures = dict[Path, str]  # why a run is not finished, by its directory
     type=options.PATH,
     default=Path("runs/reproduce"),
     show_default=True,
-    help="Where the runs are.",
+    help="The directory of the runs.",
 )
 @fields.settings
 @options.data_dir
@@ -53,7 +53,7 @@ Failures = dict[Path, str]  # why a run is not finished, by its directory
 @options.as_json
 @options.debug
 def reproduce(
-    wanted: tuple[str, ...],
+    names: tuple[str, ...],
     epochs_scale: float,
     seeds: int,
     to: Path,
@@ -66,24 +66,24 @@ def reproduce(
 ) -> None:
     """Train the paper's experiments and compare the test errors.
 
-    TABLE is the number of one of the paper's tables; RECIPE a name, a TOML file, or a pattern such
-    as 'fashion-mnist/mlp-*'. Settings are for all rows; a training.strategy is for those with a
-    local loss, as glob and glob+sim are strategies themselves.
+    TABLE is the number of one of the paper's tables; RECIPE is a name, a TOML file, or a pattern
+    such as 'fashion-mnist/mlp-*'. Settings hold for all rows; training.strategy only for those with
+    a local loss, since glob and glob+sim are strategies themselves.
 
-    The same command skips what is finished and goes on with what is not. Once a run's figure is
-    kept, its activation stores are deleted; images, weights and records stay.
+    The same command skips finished runs and resumes the others. Once a run is evaluated, its
+    activation stores are deleted; images, weights and records stay.
     """
     from greedy.base.devices import pick_device  # noqa: PLC0415
     from greedy.results.reproduction import rows  # noqa: PLC0415
 
     overrides = fields.overrides(settings, field_values)
-    table = rows(wanted, overrides, epochs_scale=epochs_scale, seeds=seeds, to=to)
-    where = {"data_dir": data_dir, "download": download, "device": pick_device(device).type}
-    where["allow_function"] = fields.names_data(overrides)
+    table = rows(names, overrides, epochs_scale=epochs_scale, seeds=seeds, to=to)
+    run_options = {"data_dir": data_dir, "download": download, "device": pick_device(device).type}
+    run_options["allow_function"] = fields.names_data(overrides)
     failures: Failures = {}
     try:
         with terminable(), redirect_stdout(sys.stderr) if as_json else nullcontext():
-            _finish(table, failures, where)
+            _finish(table, failures, run_options)
     finally:
         if as_json:
             print_json({"rows": [_document(row, failures) for row in table]})
@@ -93,17 +93,17 @@ def reproduce(
         raise SystemExit(1)
 
 
-def _finish(table: Sequence["Row"], failures: Failures, where: dict[str, Any]) -> None:
-    """All runs, one after the other; a failure ends its own alone."""
+def _finish(table: Sequence["Row"], failures: Failures, run_options: dict[str, Any]) -> None:
+    """Finishes all runs, one after the other; a failure ends only its run."""
     from greedy.cli.dashboard import reporter  # noqa: PLC0415
 
     for number, row in enumerate(table, start=1):
         for run in row.runs:
             title = f"row {number}/{len(table)}, {row.name}, seed {run.recipe.seed}"
-            if run.figure is None:
+            if run.error_percent is None:
                 say(f"{title}: {run.path}")
             try:
-                run.finish(**where, reporter=reporter)
+                run.finish(**run_options, reporter=reporter)
             except Exception as error:
                 failures[run.path] = failure_of(error).message
                 say(f"{title}: {failures[run.path]}")
@@ -112,7 +112,9 @@ def _finish(table: Sequence["Row"], failures: Failures, where: dict[str, Any]) -
 def _print(table: Sequence["Row"], failures: Failures) -> None:
     say("test errors in percent; ours: mean over seeds, range: largest less smallest")
     print_table(
-        ("recipe", "network", "loss", "paper", "ours", "range", "seeds"), map(_line, table), left=3
+        ("recipe", "network", "loss", "paper", "ours", "range", "seeds"),
+        map(_line, table),
+        text_columns=3,
     )
     for note in (*_departures(table), *_unfinished(table, failures)):
         say(note)
@@ -121,47 +123,47 @@ def _print(table: Sequence["Row"], failures: Failures) -> None:
 def _line(row: "Row") -> tuple[str, ...]:
     from greedy.recipes import summary  # noqa: PLC0415
 
-    about, figures = summary(row.recipe), row.figures
-    spread = max(figures) - min(figures) if len(figures) > 1 else None
+    summarised, errors = summary(row.recipe), row.errors_percent
+    seed_range = max(errors) - min(errors) if len(errors) > 1 else None
     return (
         row.name,
-        about["network"],
-        about["loss"],
-        *map(_figure, (about["paper_test_error_percent"], row.mean, spread)),
-        f"{len(figures)}/{len(row.runs)}",
+        summarised["network"],
+        summarised["loss"],
+        *map(_bare_percent, (summarised["paper_test_error_percent"], row.mean, seed_range)),
+        f"{len(errors)}/{len(row.runs)}",
     )
 
 
-def _figure(value: float | None) -> str:
+def _bare_percent(value: float | None) -> str:
     return percent(value).removesuffix(" %")
 
 
 def _departures(table: Sequence["Row"]) -> Iterable[str]:
-    """What was not as published, a line for all rows that share it."""
+    """Yields what was not as published, one line for all rows with the same differences."""
     groups: dict[str, list[str]] = {}
     for row in table:
-        if changed := _changed(row):
+        if changed := _departures_of(row):
             groups.setdefault(", ".join(changed), []).append(row.name)
     for changes, names in groups.items():
-        who = "all rows" if len(names) == len(table) else ", ".join(names)
-        yield f"{who}: not as published in {changes}"
+        which = "all rows" if len(names) == len(table) else ", ".join(names)
+        yield f"{which}: not as published in {changes}"
     if any(row.recipe.paper and row.recipe.training.strategy == "greedy" for row in table):
         yield "the paper trained local losses jointly, as --strategy joint does"
 
 
-def _changed(row: "Row") -> list[str]:
+def _departures_of(row: "Row") -> list[str]:
     from greedy.recipes import departures  # noqa: PLC0415
 
     return departures(row.recipe) if row.recipe.paper else []
 
 
 def _unfinished(table: Iterable["Row"], failures: Failures) -> Iterable[str]:
-    """A line for each failure, and one for all rows that something is left to do for."""
+    """Yields a line for each failure, and one that names all other unfinished rows."""
     waiting = []
     for row in table:
         seeds: dict[str | None, list[int]] = {}
         for run in row.runs:
-            if run.figure is None:
+            if run.error_percent is None:
                 seeds.setdefault(failures.get(run.path), []).append(run.recipe.seed)
         if seeds.pop(None, []):
             waiting.append(row.name)
@@ -179,13 +181,13 @@ def _document(row: "Row", failures: Failures) -> dict[str, Any]:
         "name": row.name,
         "strategy": row.recipe.training.strategy,
         "test_error_percent": row.mean,
-        "departures": _changed(row),
+        "departures": _departures_of(row),
         "finished": row.finished,
         "runs": [
             {
                 "seed": run.recipe.seed,
                 "run": str(run.path),
-                "test_error_percent": run.figure,
+                "test_error_percent": run.error_percent,
                 "failure": failures.get(run.path),
             }
             for run in row.runs

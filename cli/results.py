@@ -1,4 +1,4 @@
-"""``greedy status``, ``evaluate`` and ``export``: what has become of a run."""
+"""``greedy status``, ``evaluate`` and ``export``: the state and the results of a run."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from greedy.results.exits import Exits
     from greedy.runs.directory import RunDirectory
 
-LOSE = 1.0  # points of error that an early exit may lose, unless told otherwise
+LOSE = 1.0  # the default: points of error that an early exit may lose
 
 
 @click.command(epilog="Example: greedy status --run runs/demo")
@@ -28,44 +28,47 @@ def status(run: Path, as_json: bool) -> None:
 
     directory = RunDirectory.open(run)
     stages, disk = directory.read_consistently(lambda: (status(directory), disk_use(directory)))
-    aside = trainings_set_aside(directory)
+    set_aside = trainings_set_aside(directory)
     if as_json:
-        listed = [asdict(each) for each in stages]
-        kept = [asdict(each) | {"path": str(each.path)} for each in aside]
-        document = {"recipe": directory.recipe.name, "stages": listed, **asdict(disk)}
-        print_json(document | {"set_aside": kept})
+        document = {
+            "recipe": directory.recipe.name,
+            "stages": [asdict(stage) for stage in stages],
+            **asdict(disk),
+            "set_aside": [asdict(each) | {"path": str(each.path)} for each in set_aside],
+        }
+        print_json(document)
         return
     say(f"{directory.recipe.name} in {run}")
     if not stages:
-        way = command("train", "--run", run)
-        say(f"stage 0, the data set, is not written: {way} does it")
+        writing = command("train", "--run", run)
+        say(f"stage 0, the data set, is not written: {writing} writes it")
         return
     print_table(
         ("stage", "name", "state", "train err", "test err", "store", "B/value", "seconds"),
         (
             (
-                str(each.stage),
-                each.name,
-                each.state,
-                percent(each.train_error_percent),
-                percent(each.test_error_percent),
-                size(each.store_bytes),
-                "-" if each.bytes_per_value is None else f"{each.bytes_per_value:.2f}",
-                "-" if each.seconds is None else f"{each.seconds:,.0f}",
+                str(stage.stage),
+                stage.name,
+                stage.state,
+                percent(stage.train_error_percent),
+                percent(stage.test_error_percent),
+                size(stage.store_bytes),
+                "-" if stage.bytes_per_value is None else f"{stage.bytes_per_value:.2f}",
+                "-" if stage.seconds is None else f"{stage.seconds:,.0f}",
             )
-            for each in stages
+            for stage in stages
         ),
-        left=3,
+        text_columns=3,
     )
     say(
         f"stores, with the images: {size(disk.bytes_on_disk)} on disk, "
         f"{size(disk.bytes_written)} written since the run began"
     )
-    for each in aside:
-        where = f" after {each.progress}" if each.progress else ""
+    for training in set_aside:
+        when = f" after {training.progress}" if training.progress else ""
         say(
-            f"{each.path}: a training interrupted{where} and set aside, {size(each.bytes)}, which "
-            f"goes on by itself once what it follows from is there again; delete it otherwise"
+            f"{training.path}: a training interrupted{when} and set aside, {size(training.bytes)}: "
+            f"it is resumed once what it trained from is there again; otherwise delete it"
         )
 
 
@@ -76,10 +79,10 @@ def status(run: Path, as_json: bool) -> None:
     metavar="test|train",
     default="test",
     show_default=True,
-    help="The images to evaluate on, as they are.",
+    help="The images to evaluate on, not augmented.",
 )
 @options.memory_budget
-@click.option("--by-stage", is_flag=True, help="Also every early exit: how error falls with depth.")
+@click.option("--by-stage", is_flag=True, help="Also evaluate every early exit.")
 @click.option(
     "--lose",
     metavar="X",
@@ -113,20 +116,23 @@ def evaluate(
     from greedy.runs.network import assemble  # noqa: PLC0415
 
     if lose is not None and not by_stage:
-        raise click.UsageError("--lose is about early exits: give --by-stage with it")
+        raise click.UsageError("--lose is for early exits: give --by-stage with it")
     directory = RunDirectory.open(run)
     recipe = directory.recipe
     network = load_network(recipe.model, model)
-    place, budget = pick_device(device), parse_size(memory_budget) if memory_budget else None
-    tell_changes(directory)
+    torch_device = pick_device(device)
+    budget = parse_size(memory_budget) if memory_budget else None
+    print_changes(directory)
     if by_stage:
         loss = build_loss(recipe.loss)
         with waiting("evaluating every early exit"):
-            exits = evaluate_exits(directory, loss, network, split, place, budget)
+            exits = evaluate_exits(directory, loss, network, split, torch_device, budget)
         _show_exits(exits, LOSE if lose is None else lose, as_json)
         return
     with waiting("evaluating"):
-        result = evaluate(directory, assemble(directory, None, network), split, place, budget)
+        result = evaluate(
+            directory, assemble(directory, None, network), split, torch_device, budget
+        )
     if as_json:
         print_json(asdict(result))
         return
@@ -136,19 +142,23 @@ def evaluate(
     )
 
 
-def tell_changes(run: "RunDirectory") -> None:
-    """Says on standard error what has changed in the image folder that a run was begun with."""
+def print_changes(run: "RunDirectory") -> None:
+    """Prints on standard error how the image folder of a run has changed since it was stored."""
     from greedy.stores.changes import describe_folder_changes  # noqa: PLC0415
 
-    if what := describe_folder_changes(run):
+    if changes := describe_folder_changes(run):
         name = run.recipe.data.name
-        say(f"of the images as {run.path} stored them: {name} has changed since ({what})", err=True)
+        say(
+            f"{name} has changed since {run.path} stored its images ({changes}): the stored images "
+            f"are used",
+            err=True,
+        )
 
 
 def _show_exits(exits: "Exits", lose: float, as_json: bool) -> None:
-    chosen = exits.cheapest(lose)
+    cheapest = exits.cheapest(lose)
     if as_json:
-        stage = None if chosen is None else chosen.stage
+        stage = None if cheapest is None else cheapest.stage
         print_json({**asdict(exits), "lose_points": lose, "cheapest_stage": stage})
         return
     whole = exits.exits[-1]
@@ -156,26 +166,26 @@ def _show_exits(exits: "Exits", lose: float, as_json: bool) -> None:
         ("stage", "name", "error", "loss", "params", "operations", "of all"),
         (
             (
-                str(each.stage),
-                each.name,
-                percent(each.error_percent),
-                "-" if each.loss is None else f"{each.loss:.4f}",
-                count(each.parameters),
-                count(each.operations),
-                f"{100 * each.operations / whole.operations:.1f} %",
+                str(exit.stage),
+                exit.name,
+                percent(exit.error_percent),
+                "-" if exit.loss is None else f"{exit.loss:.4f}",
+                count(exit.parameters),
+                count(exit.operations),
+                f"{100 * exit.operations / whole.operations:.1f} %",
             )
-            for each in exits.exits
+            for exit in exits.exits
         ),
-        left=2,
+        text_columns=2,
     )
     say(f"{exits.split} split, {exits.samples:,} images")
-    if chosen is None:
+    if cheapest is None:
         say(f"no early exit loses less than {lose:g} {'point' if lose == 1 else 'points'}")
         return
-    lost, saved = exits.lost(chosen), 100 * (1 - chosen.operations / whole.operations)
+    lost, saved = exits.points_lost(cheapest), 100 * (1 - cheapest.operations / whole.operations)
     error = f"loses {lost:.2f} points" if lost >= 0 else f"is better by {-lost:.2f} points"
     work = f"saves {saved:.1f} % of the" if saved >= 0 else f"takes {-saved:.1f} % more"
-    say(f"stage {chosen.stage} {error} and {work} operations")
+    say(f"stage {cheapest.stage} {error} and {work} operations")
 
 
 @click.command(epilog="Example: greedy export --run runs/demo --to demo.onnx")

@@ -1,5 +1,4 @@
-"""Results for people, in tables of at most 80 columns, and for programs, as JSON; and what is shown
-while they are waited for."""
+"""Output: lines, tables of at most 80 columns, JSON for programs, and a sign that work goes on."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,17 +14,17 @@ from greedy.base.text import legible_json, shown
 
 
 def percent(value: float | None) -> str:
-    """An error in percent, or a dash where there is none."""
+    """Writes an error in percent, or a dash for ``None``."""
     return "-" if value is None else f"{value:.2f} %"
 
 
 def size(size_bytes: int | None) -> str:
-    """A size on disk, or a dash where there is none."""
+    """Writes a number of bytes as a size, or a dash for ``None``."""
     return "-" if size_bytes is None else format_size(size_bytes)
 
 
 def count(number: int) -> str:
-    """A large number of things, shortened: ``42.5 M``."""
+    """Writes a large number in short: ``42.5 M``."""
     value = float(number)
     for unit in ("", "K", "M", "G", "T", "P"):
         if value < 1000:
@@ -35,29 +34,29 @@ def count(number: int) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """A time to wait, or a dash where it is not known."""
+    """Writes a time, or a dash where it is not known."""
     return "-" if seconds is None else format_duration(seconds)
 
 
 @contextmanager
-def waiting(what: str) -> Iterator[None]:
-    """Inside, a terminal shows what is waited for; it is gone afterwards."""
+def waiting(activity: str) -> Iterator[None]:
+    """Shows an activity on a terminal until it ends."""
     console = Console(stderr=True)
-    with console.status(what) if console.is_interactive else nullcontext():
+    with console.status(activity) if console.is_interactive else nullcontext():
         yield
 
 
 def say(line: str, *, err: bool = False) -> None:
-    """Prints a line, on standard error if that is asked for; names in it are shown as they are."""
+    """Prints a line, with ``err`` on standard error; a terminal shows it without obeying it."""
     click.echo(shown(line), err=err)
 
 
-def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], left: int) -> None:
-    """Prints a table whose first ``left`` columns are texts and the others numbers. What is in it
-    is data and never markup."""
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int) -> None:
+    """Prints a table whose first ``text_columns`` columns are texts and the others numbers. Cells
+    are printed as they are, never read as markup."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i < left else "right", overflow="fold")
+        table.add_column(column, justify="left" if i < text_columns else "right", overflow="fold")
     for row in rows:
         table.add_row(*(Text(shown(cell)) for cell in row))
     Console(highlight=False).print(table)

@@ -1,4 +1,4 @@
-"""``greedy train`` and ``greedy train-stage``."""
+"""``greedy train`` and ``greedy train-stage``: training all stages or one."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -36,15 +36,15 @@ if TYPE_CHECKING:
     type=int,
     is_flag=False,
     flag_value=1,
-    help="Train again from this stage on, by default from stage 1; from 0 also on data that have "
-    "changed.",
+    help="Train this stage and all after it again, by default from stage 1; 0 also reads changed "
+    "data again.",
 )
 @options.ignore_changes
 @options.log
 @options.model
 @options.debug
 def train(
-    recipe: str | None,
+    recipe_name: str | None,
     run: Path | None,
     settings: tuple[str, ...],
     data_dir: Path | None,
@@ -64,15 +64,15 @@ def train(
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
 
     overrides = fields.overrides(settings, field_values)
-    wanted, directory = recipe_and_run(recipe, run, overrides)
-    network = load_network(wanted.model, model, needed=True)
-    trainer = GreedyTrainer.from_recipe(wanted, directory, device=device, model=network)
+    recipe, directory = recipe_and_run(recipe_name, run, overrides)
+    network = load_network(recipe.model, model, needed=True)
+    trainer = GreedyTrainer.from_recipe(recipe, directory, device=device, model=network)
     logger = tensorboard(directory) if log else None
-    say(f"{wanted.name} in {directory} on {trainer.device}")
-    data, named = wanted.data, fields.names_data(overrides)
+    say(f"{recipe.name} in {directory} on {trainer.device}")
+    data, data_named = recipe.data, fields.names_data(overrides)
     if retrain == 0 or trainer.run.state(0) != "complete":
         reading = Reading.of(data)
-        dataset = load_dataset(data.name, data_dir, download, data.image_size, named, reading)
+        dataset = load_dataset(data.name, data_dir, download, data.image_size, data_named, reading)
         rows = f"{len(dataset.train):,} training and {len(dataset.test):,} test images"
         say(f"stage 0: {rows} of {dataset.name}")
         with terminable(), preparing() as trainer.reporter:
@@ -80,7 +80,7 @@ def train(
         retrain = 1 if retrain == 0 else retrain
     elif not ignore_changes:
         with terminable(), waiting("comparing the data with those stored"):
-            require_unchanged(trainer.run, data_dir, named)
+            require_unchanged(trainer.run, data_dir, data_named)
     train_and_show(trainer, retrain, logger)
 
 
@@ -89,20 +89,22 @@ def train(
     cls=fields.Command,
     epilog="Example: greedy train-stage --stage 3 --from-cache cache/stage2",
 )
-@click.option("--stage", "number", required=True, type=int, metavar="N", help="The stage.")
+@click.option(
+    "--stage", "number", required=True, type=int, metavar="N", help="The number of the stage."
+)
 @click.option(
     "--from-cache",
     "source",
     required=True,
     metavar="DIR",
     type=options.PATH,
-    help="The stage directory to train from: of the stage before, or of an earlier one.",
+    help="The directory of an earlier stage, from whose store the stage is trained.",
 )
 @click.option(
     "--to",
     metavar="DIR",
     type=options.PATH,
-    help="The stage directory to write  [default: stageN beside the source].",
+    help="The stage directory to write  [default: stageN in the run].",
 )
 @click.option("--retrain", is_flag=True, help="Train the stage again if it is complete.")
 @options.ignore_changes
@@ -141,28 +143,28 @@ def train_stage(
         )
     written = to or run.stage_dir(number)
     if progress.skipped:
-        say(f"{written} is as it was: --retrain trains it again")
+        say(f"{written} is already complete: --retrain trains it again")
     else:
         say(f"wrote {written}, trained from {_origin(record)}")
         later = range(number + 1, len(run.complete_record(0).network) + 1)
         if to is None and (stale := [n for n in later if run.state(n) == "stale"]):
             say(
-                f"{_stages(stale)} followed from what was here before: "
-                f"{command('train', '--run', run.path, '--retrain', stale[0])} trains them again"
+                f"{_stages_in_words(stale)} became stale with the new stage {number}: "
+                f"{command('train', '--run', run.path, '--retrain', stale[0])} trains from there on"
             )
 
 
 def train_and_show(
     trainer: "GreedyTrainer", retrain: int | None = None, log: "TensorBoard | None" = None
 ) -> None:
-    """Trains what is to be trained of a run that has its images, and prints what came of it."""
+    """Trains the unfinished stages of a run that has its images, and prints the results."""
     with reporting(trainer, log):
         trainer.train(retrain)
     _print_results(trainer)
 
 
 def tensorboard(run: Path, to: Path | None = None) -> "TensorBoard":
-    """What writes a run's logs, refused before anything is trained."""
+    """Returns the writer of a run's logs. Raises ``UserError`` where logs cannot be written."""
     from greedy.results.tensorboard import TensorBoard  # noqa: PLC0415
 
     return TensorBoard(run, to=to)
@@ -170,7 +172,7 @@ def tensorboard(run: Path, to: Path | None = None) -> "TensorBoard":
 
 @contextmanager
 def reporting(trainer: "GreedyTrainer", log: "TensorBoard | None") -> Iterator["Lines"]:
-    """Inside, what the trainer does is shown, and logged if there is a log; signals stop it."""
+    """Shows what the trainer does inside, logs it to ``log`` if given, and lets signals stop it."""
     from greedy.cli.dashboard import reporter  # noqa: PLC0415
     from greedy.runs.events import Reporters  # noqa: PLC0415
 
@@ -183,7 +185,7 @@ def reporting(trainer: "GreedyTrainer", log: "TensorBoard | None") -> Iterator["
 def recipe_and_run(
     name: str | None, run: Path | None, overrides: list[str]
 ) -> tuple["Recipe", Path]:
-    """The recipe and the run directory that --recipe and --run stand for."""
+    """Returns the recipe and the run directory that --recipe and --run stand for."""
     from greedy.recipes import load, names  # noqa: PLC0415
     from greedy.runs.directory import RunDirectory  # noqa: PLC0415
 
@@ -191,18 +193,18 @@ def recipe_and_run(
         label = name if name in names() else Path(name).stem
         return load(name, overrides), run or Path("runs") / label
     if run is None:
-        raise click.UsageError("give --recipe to begin a run, or --run to go on with one")
+        raise click.UsageError("give --recipe to begin a run, or --run to resume one")
     return load(RunDirectory.open(run).path / "run.toml", overrides), run
 
 
-def _stages(numbers: list[int]) -> str:
-    """A range of stages in words."""
+def _stages_in_words(numbers: list[int]) -> str:
+    """Writes a range of stages in words."""
     first, last = numbers[0], numbers[-1]
     return f"stage {first}" if first == last else f"stages {first} to {last}"
 
 
 def _origin(record: "StageRecord") -> str:
-    """The store that a stage was trained from, and what lies between the two."""
+    """Describes the store that a stage was trained from, and the stages that were replayed."""
     source = record.source or 0
     between = range(source + 1, record.stage)
     replayed = f" with {', '.join(f'stage {n}' for n in between)} replayed" if between else ""
@@ -218,23 +220,23 @@ def _print_results(trainer: "GreedyTrainer") -> None:
         ("stage", "name", "train err", "test err", "store", "memory", "images/s", "seconds"),
         (
             (
-                str(each.stage),
-                each.name,
-                percent(each.train_error_percent),
-                percent(each.test_error_percent),
-                size(each.store_bytes),
-                size(each.step_memory_bytes),
-                f"{each.images_per_second:,.0f}",
-                f"{each.seconds:,.1f}",
+                str(stage.stage),
+                stage.name,
+                percent(stage.train_error_percent),
+                percent(stage.test_error_percent),
+                size(stage.store_bytes),
+                size(stage.step_memory_bytes),
+                f"{stage.images_per_second:,.0f}",
+                f"{stage.seconds:,.1f}",
             )
-            for each in status(trainer.run)
+            for stage in status(trainer.run)
         ),
-        left=2,
+        text_columns=2,
     )
     with waiting("evaluating on the raw test images"):
         result = evaluate(trainer.run, trainer.assemble(), "test", trainer.device)
     say(f"test error {percent(result.error_percent)} on {result.samples:,} images")
-    own_data = ":" in trainer.recipe.data.name  # a folder's or a function's, unlike the paper's
+    own_data = ":" in trainer.recipe.data.name  # a folder or function, not the paper's data
     if (paper := trainer.recipe.paper) and not own_data:
         changed = departures(trainer.recipe)
         note = f", but with other {', '.join(changed)}" if changed else ""

@@ -1,4 +1,4 @@
-"""The pages of the site that are made of what they describe: commands, recipes and examples."""
+"""Pages of the site that are generated from the code: commands, recipes and examples."""
 
 import ast
 import inspect
@@ -22,7 +22,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages to those that lie in docs/."""
+    """Adds the generated pages to those in docs/."""
     pages = {
         "reference/commands.md": commands_page(),
         "reference/recipe.md": recipe_page(),
@@ -35,7 +35,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """In the repository links to examples lead to scripts, on the site to their pages."""
+    """Turns links to example scripts, as in the repository, into links to their pages."""
     return re.sub(r"\.\./examples/(\w+)\.py\)", r"examples/\1.md)", markdown)
 
 
@@ -49,9 +49,8 @@ def example_page(file: Path) -> str:
 COMMANDS = """\
 # Commands
 
-`-h` or `--help` after any command shows what is here. What was asked for wrongly ends with exit
-code 2, what failed with 1, and what Ctrl-C, SIGTERM or a closed terminal stopped with 130, 143 or
-129.
+`-h` or `--help` after any command shows this. The exit code is 2 for a mistake in the command, 1
+for a failure, and 130, 143 or 129 if Ctrl-C, SIGTERM or a closed terminal stopped it.
 """
 
 
@@ -61,7 +60,7 @@ def commands_page() -> str:
 
 
 def _contexts(context: click.Context) -> Iterator[click.Context]:
-    """Of a command and, if it is a group, of those in it."""
+    """Yields the context of a command and, if it is a group, of all commands in it."""
     yield context
     if isinstance(context.command, click.Group):
         for name, command in context.command.commands.items():
@@ -86,7 +85,7 @@ def _with_code(example: str) -> str:
 
 
 def _linked(meaning: str) -> str:
-    """Fields that an option sets lead to what the recipe says of them."""
+    """Makes the recipe field in an option's help a link to its description."""
     return re.sub(r"\[(\w+\.\w+)(; default: .+)?\]$", r"\\[[`\1`](recipe.md#\1)\2\\]", meaning)
 
 
@@ -94,11 +93,11 @@ RECIPE = """\
 # Recipe fields
 
 A recipe is one TOML file that fully describes a run. It may begin with `extends = "NAME"` (or a
-path ending in `.toml`), and then says only what is different. `--set section.field=value` changes
-a field on the command line, and `greedy recipes show NAME` prints a recipe in full.
+path ending in `.toml`), and then only has the fields that differ. `--set section.field=value`
+changes a field on the command line, and `greedy recipes show NAME` prints a recipe in full.
 
-Fields with a dot (●) decide the result of a run and stay what they were when it began; the others
-may be changed at any time.
+Fields with a dot (●) decide the result of a run and cannot be changed in it; the others may be
+changed at any time.
 """
 
 
@@ -138,10 +137,10 @@ def _default(field: FieldInfo) -> str:
 RECIPES = """\
 # Recipes
 
-The {count} figures that the paper publishes, each a recipe, and what it reports: the test error in
-percent after the last epoch of a single run. `greedy reproduce` trains them,
+The {count} results that the paper publishes, each of which is a recipe, with the reported test
+error in percent, after the last epoch of a single run. `greedy reproduce` trains them,
 `greedy recipes list --table 2` prints those of a table, and [results](../results.md) says which
-have been trained here. What a recipe says field by field: [recipe fields](recipe.md).
+have been trained here. The fields of a recipe: [recipe fields](recipe.md).
 """
 
 

@@ -12,9 +12,9 @@ from torch.utils.data import Dataset as TorchDataset
 
 from greedy.base.commands import command
 from greedy.base.devices import pick_device, pick_precision
-from greedy.base.disk_space import require_room, until_full
+from greedy.base.disk_space import require_free_space, write_errors_explained
 from greedy.base.errors import UserError
-from greedy.base.heap import give_back
+from greedy.base.heap import release_free_memory
 from greedy.build.modules import build_loss, build_network, checked_shapes
 from greedy.build.python_recipe import python_recipe, require_optimizer
 from greedy.cache import Damage
@@ -148,7 +148,7 @@ class GreedyTrainer:
         names = [stage.name for stage in stages[:-1]]
         rows = {split: len(getattr(dataset, split)) for split in SPLITS}
         needed = sum(rows.values()) * math.prod(shape) * dataset.train.dtype.itemsize
-        require_room(self.run.path, "stage 0", needed)
+        require_free_space(self.run.path, "stage 0", needed)
         images = stored_encoding(dataset.train).name
         memory = self._memory_of(stages, shapes, shapes[-1].output[0], images)  # a logit a class
         memory.require(range(1, len(stages) + 1), plan_disk(self.run, shapes, rows, needed))
@@ -159,7 +159,7 @@ class GreedyTrainer:
             if is_stage0_current(self.run, dataset, again=again, ignore=ignore_changes):
                 return self.run.complete_record(0)
             output = shapes[-1].output if self._model else None
-            with until_full(self.run.path, "stage 0", needed):
+            with write_errors_explained(self.run.path, "stage 0", needed):
                 return write_stage0(self.run, dataset, [*names, "output"], output)
 
     def train(self, retrain_from: int | None = None) -> list[StageRecord]:
@@ -297,11 +297,11 @@ class GreedyTrainer:
         before = previous_record(self.run, number)
         if before and directory == self.run.stage_dir(number):
             training.written_before = before.bytes_written
-        full = until_full(self.run.path, f"stage {number}")
+        full = write_errors_explained(self.run.path, f"stage {number}")
         with full, new_stage(directory, resume=True) as place:
             record = training.train(place)
         del training  # its weights, and the store where that was held in memory
-        give_back(self.device)
+        release_free_memory(self.device)
         self.reporter.stage_finished(record)
         return record
 

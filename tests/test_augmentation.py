@@ -1,4 +1,4 @@
-"""Crop, flip and cutout against plain loops, and the tables they are drawn from."""
+"""Crop, flip and cutout compared with plain loops, and their draws."""
 
 import pytest
 import torch
@@ -16,7 +16,8 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def by_loops(image, shift, flip, centre, hole):
-    """One float image (C, H, W): shifted, flipped, normalised and with its hole, a pixel a time."""
+    """Returns one float image (C, H, W) shifted, flipped, normalised and with its hole, pixel by
+    pixel."""
     channels, height, width = image.shape
     out, half = torch.zeros_like(image), hole // 2
     for c in range(channels):

@@ -1,4 +1,5 @@
-"""The biologically plausible losses: against published values, and what sets them apart."""
+"""The biologically plausible losses: compared with published values, and their special
+properties."""
 
 import json
 import signal
@@ -198,7 +199,7 @@ SIDE = 8
 
 
 def samples(rows: int, seed: int) -> TensorDataset:
-    """Images whose class is the third that is brighter, under noise."""
+    """Returns images whose class is the brightest third, with noise."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, 3, rows)
     images = random.integers(0, 150, (rows, 1, SIDE, SIDE))
@@ -211,7 +212,7 @@ TRAIN, TEST = samples(300, 0), samples(100, 1)
 
 
 class StopAfter(Reporter):
-    """Asks the process to stop when so many batches were heard of."""
+    """Interrupts the process after ``batches`` batches."""
 
     def __init__(self, batches: int) -> None:
         self.left = batches
@@ -277,7 +278,7 @@ def test_a_run_learns_and_is_stopped_resumed_and_evaluated(tmp_path: Path, loss:
 
 @pytest.mark.slow
 def test_feature_maps_train_in_every_mode(tmp_path: Path) -> None:
-    """Through the trainer, under budgets of which the smaller allows no plain step."""
+    """The smaller budget allows no plain step."""
 
     def trained(name: str, budget: str) -> tuple[set[str], float | None]:
         torch.manual_seed(0)

@@ -78,7 +78,7 @@ def test_stages_of_a_staged_network_are_merged_too() -> None:
 
 
 def samples(rows: int, seed: int) -> TensorDataset:
-    """Images whose class is the third that is brighter, under noise."""
+    """Returns images whose class is the brightest third, with noise."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, CLASSES, rows)
     images = random.integers(0, 150, (rows, 1, SIDE, SIDE))
@@ -91,7 +91,7 @@ TRAIN, TEST = samples(300, 0), samples(100, 1)
 
 
 class StopAfter(Reporter):
-    """Asks the process to stop when so many batches were heard of."""
+    """Interrupts the process after ``batches`` batches."""
 
     def __init__(self, batches: int) -> None:
         self.left = batches

@@ -98,7 +98,7 @@ def test_every_flipped_bit_is_reported(stores: list[Path], data: st.DataObject) 
             assert found == []
         else:
             (damage,) = found
-            assert str(file.relative_to(path)) in f"{damage.path} {damage.what}"
+            assert str(file.relative_to(path)) in f"{damage.path} {damage.problem}"
     finally:
         file.write_bytes(before)
 
@@ -131,7 +131,7 @@ def damaged(stores: list[Path], tmp_path: Path) -> Path:
 
 
 def found_in(path: Path) -> list[tuple[str, str]]:
-    return [(str(damage.path.relative_to(path)), damage.what) for damage in verify(path)]
+    return [(str(damage.path.relative_to(path)), damage.problem) for damage in verify(path)]
 
 
 def flip(file: Path, *places: int) -> None:

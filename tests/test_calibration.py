@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from greedy import GreedyTrainer
-from greedy.base.files import signed
+from greedy.base.files import with_digest
 from greedy.forecasts.calibration import Calibration, Measured, NotCalibrated, Work
 from greedy.forecasts.duration import Durations
 from greedy.losses import Sim
@@ -195,7 +195,7 @@ def claims_too_much(text):
     document = json.loads(text)
     del document["digest"]
     document["measured"][0]["rows_per_second"] = -1.0
-    return signed(document).decode()
+    return with_digest(document).decode()
 
 
 @pytest.mark.parametrize("damage", [cut_short, changed, claims_too_much, lambda text: "[" * 10**5])

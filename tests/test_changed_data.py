@@ -161,7 +161,7 @@ def test_a_folder_that_cannot_be_read_is_reported_and_stops_training(photos, mon
         return scanning(path)
 
     monkeypatch.setattr(os, "scandir", refused)
-    what = "photos/train/bee cannot be read (Permission denied): have reading it permitted"
+    what = "photos/train/bee cannot be read (Permission denied): permit reading it"
     for asked in (AGAIN, ("data", "prepare", "folder:photos")):
         result = greedy(*asked)
         assert result.exit_code == 2

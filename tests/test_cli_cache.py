@@ -82,7 +82,7 @@ def test_a_dropped_store_is_done_without(run):
     before = (run / "stage3/encoder.safetensors").read_bytes()
     result = greedy("cache", "drop", run / "stage2")
     assert result.exit_code == 0
-    assert "replays stage 2 from stage 1's store" in result.output
+    assert "train from stage 1's store with stage 2 replayed" in result.output
     assert "greedy cache repair" in result.output
     assert not (run / "stage2/activations.zarr").exists()
     states = answer("status", "--run", run)["stages"]

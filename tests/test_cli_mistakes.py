@@ -24,7 +24,7 @@ TINY = "train --recipe tiny.toml --run new"
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("train", "give --recipe to begin a run, or --run to go on with one"),
+        ("train", "give --recipe to begin a run, or --run to resume one"),
         ("train --recipe dmo", "there is no recipe dmo; did you mean demo"),
         ("train --recipe cifar10/vgg11b-3-predsim", "did you mean cifar10/vgg11b-3x-predsim"),
         ("train --recipe absent.toml", "absent.toml cannot be read: No such file"),
@@ -166,7 +166,7 @@ def test_what_a_users_own_code_raises_says_where(folder, code, message, request)
     ("recipe", "message"),
     [
         (b"[data]\nname = \n", "bad.toml is not valid TOML: Invalid value (at line 2, column"),
-        (b"[data]\n# caf\xe9\n", "bad.toml is no UTF-8 in line 2, as TOML has to be"),
+        (b"[data]\n# caf\xe9\n", "bad.toml is not UTF-8 in line 2, as TOML must be"),
     ],
 )
 def test_a_recipe_that_is_no_toml_says_the_line(folder, recipe, message):

@@ -184,7 +184,7 @@ def test_a_strategy_is_for_local_losses():
         ("10", "there are no recipes of a table 10: choose from 1, 2, 3"),
         ("mnist/mlp", "loss.name is not set"),
         ("mnist/mlp-prd", "there is no recipe mnist/mlp-prd; did you mean mnist/mlp-pred"),
-        ("svnh/*", "no recipe with a published figure is called like svnh/*"),
+        ("svnh/*", "no recipe with a published error matches svnh/*"),
         ("1 --epochs-scale 0", "epochs cannot be multiplied by 0: give a number above 0"),
         ("1 --device gpu", "'gpu' is not a device: use one of auto, cpu, cuda, mps"),
         ("1 --seeds 0", "0 is not in the range x>=1"),

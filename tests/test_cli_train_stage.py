@@ -72,21 +72,19 @@ def test_a_complete_stage_is_left_unless_retrain_asks(run):
     before = times(run)
     left = greedy("train-stage", *arguments)
     assert left.exit_code == 0
-    assert f"{run / 'stage2'} is as it was: --retrain trains it again" in left.output
+    assert f"{run / 'stage2'} is already complete: --retrain trains it again" in left.output
     assert times(run) == before
     trained = greedy("train-stage", *arguments, "--retrain")
-    assert (
-        f"wrote {run / 'stage2'}" in trained.output and "followed from what" not in trained.output
-    )
+    assert f"wrote {run / 'stage2'}" in trained.output and "became stale" not in trained.output
     assert times(run / "stage2") != {k: v for k, v in before.items() if run / "stage2" in k.parents}
 
 
 def test_what_followed_from_a_retrained_stage_is_told(run):
     result = greedy("train-stage", "--stage", "1", "--from-cache", run / "stage0", "--retrain")
-    assert "followed from what" not in result.output  # the same bytes
+    assert "became stale" not in result.output  # the same bytes
     arguments = ["--stage", "2", "--from-cache", run / "stage0", "--retrain"]
     last = greedy("train-stage", *arguments).output.splitlines()[-1]
-    assert last.startswith("stage 3 followed from what was here before: `greedy train --run ")
+    assert last.startswith("stage 3 became stale with the new stage 2: `greedy train --run ")
     assert "--retrain 3`" in last
     assert greedy(*last.split("`")[1].split()[1:]).exit_code == 0
     assert greedy("evaluate", "--run", run).exit_code == 0

@@ -133,7 +133,7 @@ def test_stale_stages_have_no_curve(run, tmp_path):
     other = trained(tmp_path / "other", Pred(), rate=0.02)
     shutil.rmtree(run.stage_dir(1))
     shutil.copytree(other / "stage1", run.stage_dir(1))
-    with pytest.raises(UserError, match=rf"no stage of {run.path} has errors to draw yet: go on"):
+    with pytest.raises(UserError, match=rf"no stage of {run.path} has errors to draw yet: resume"):
         stage_curves(run)
 
 

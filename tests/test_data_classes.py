@@ -1,5 +1,5 @@
-"""Classes and labels of Python data sets: by name where both sets have names, checked as numbers
-where they have not."""
+"""Class names and labels of Python data sets: matched by name where both sets have names, checked
+as numbers otherwise."""
 
 import unicodedata
 from pathlib import Path
@@ -34,13 +34,13 @@ def images(root: Path, classes: str, **options) -> ImageFolder:
 
 
 def read(split) -> list[tuple[int, int]]:
-    """The shade and the label of every sample."""
+    """Returns the shade and the label of every sample."""
     pixels, labels = split.read(np.arange(len(split)))
     return [(int(p[0, 0, 0]), int(label)) for p, label in zip(pixels, labels, strict=True)]
 
 
 class Wrapper(Dataset):
-    """Another's samples."""
+    """Wraps another set's samples."""
 
     def __init__(self, dataset, label=lambda label: label, classes=None) -> None:
         self.dataset, self.label = dataset, label
@@ -56,7 +56,7 @@ class Wrapper(Dataset):
 
 
 class Renamed(Wrapper):
-    """Holds the samples under a name of its own, as many tutorials do."""
+    """Holds a set under another attribute than ``dataset``, as many tutorials do."""
 
     def __init__(self, subset) -> None:
         self.subset = subset
@@ -108,7 +108,7 @@ def test_parts_are_mapped_each_in_a_wrapper_too(tmp_path):
 
 
 class Kept(Wrapper):
-    """The samples of some labels, which are numbered anew."""
+    """The samples with some of the labels, renumbered."""
 
     def __init__(self, dataset, *labels: int) -> None:
         super().__init__(dataset, labels.index)
@@ -121,7 +121,7 @@ class Kept(Wrapper):
         return super().__getitem__(self.rows[index])
 
 
-def test_names_are_not_for_labels_that_a_wrapper_numbers_anew(tmp_path):
+def test_names_do_not_apply_to_labels_that_a_wrapper_renumbers(tmp_path):
     train, test = images(tmp_path / "train", "abc"), images(tmp_path / "test", "bc")
     kept = Kept(train, 1, 2)
     assert dataset_from_torch(kept, kept).class_names is None
@@ -216,12 +216,12 @@ def test_names_in_lists_of_every_kind(classes, names):
 
 
 @pytest.mark.parametrize("numbers", [{0: "cat", 1: "dog"}, {"cat": None}])
-def test_numbers_of_classes_that_are_none_are_refused(numbers):
+def test_invalid_numbers_of_classes_are_refused(numbers):
     with pytest.raises(UserError, match="`class_to_idx` that does not lead from names to numbers"):
         dataset_from_torch(Named([0, 1], class_to_idx=numbers), Named([0, 1]))
 
 
-def test_what_fails_in_a_set_that_is_asked_what_it_holds_is_told():
+def test_an_error_while_classes_are_read_is_reported():
     class Lazy(Named):
         @property
         def classes(self):
@@ -268,7 +268,7 @@ def test_names_reach_the_run_and_what_is_shown_of_it(tmp_path):
 
 
 class Unread(TensorDataset):
-    """Reads a few samples and no more."""
+    """Counts reads and fails after a few."""
 
     def __getitem__(self, index: int):
         self.read = getattr(self, "read", 0) + 1
@@ -346,7 +346,7 @@ def test_labels_beyond_the_names_are_refused_with_the_names():
         dataset_from_torch(Named([1, 2], classes=["cat", "dog"], targets=[1, 2]), Named([0]))
 
 
-def test_labels_apart_are_not_believed_where_samples_have_others():
+def test_stored_labels_that_samples_contradict_are_ignored():
     train = Named([0, 1, 2], targets=[1, 2, 3])
     assert dataset_from_torch(train, train).train.read(np.arange(3))[1].tolist() == [0, 1, 2]
     never_filled = Named([0, 1, 2], targets=[0, 0, 0])
@@ -358,7 +358,7 @@ def test_classes_without_training_images_are_kept_where_they_are_named():
     assert dataset_from_torch(train, train).class_names == ["a", "b", "c"]
 
 
-def test_stage_0_refuses_what_only_reading_tells(tmp_path):
+def test_stage_0_refuses_labels_that_only_reading_shows(tmp_path):
     images = [np.full((8, 8), shade, np.uint8) for shade in range(6)]
     train = list(zip(images, [1, 2, 3] * 2, strict=True))
     with pytest.raises(UserError, match="labels of python run from 1 to 3: number the classes"):

@@ -21,7 +21,7 @@ def write_image(path, width=12, height=10, mode="RGB", **options):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes of three training images and one test image each, 12 wide and 10 high."""
+    """Writes two classes of three training images and one test image each, 12 wide and 10 high."""
     for split, count in (("train", 3), ("test", 1)):
         for name in ("bird", "ant"):
             for i in range(count):

@@ -1,4 +1,4 @@
-"""Data sets of Python: map-style sets and functions that return them."""
+"""Data sets given in Python: map-style sets and functions that return them."""
 
 import numpy as np
 import pytest
@@ -112,7 +112,7 @@ def test_only_map_style_sets_with_samples():
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A current directory that is left, and forgotten as a place to import from."""
+    """Enters a directory for the test; afterwards it is no longer importable."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path / "elsewhere")
     return tmp_path

@@ -25,7 +25,7 @@ def md5(path: Path) -> str:
 
 
 def read_all(split):
-    """Every row, asked for in reverse, put back in order."""
+    """Reads all rows in reverse and returns them in order."""
     images, labels = split.read(np.arange(len(split))[::-1])
     assert images.flags.c_contiguous
     assert labels.dtype == np.int64
@@ -131,7 +131,7 @@ def write_pickle(path: Path, content) -> str:
 
 
 def write_cifar(root: Path, monkeypatch, name: str, key: str):
-    """Archives of 4 rows each, whose checksums torchvision is told."""
+    """Writes archives of 4 rows each and gives torchvision their checksums."""
     import torchvision.datasets as tv
 
     kind = {"cifar10": tv.CIFAR10, "cifar100": tv.CIFAR100}[name]

@@ -1,4 +1,4 @@
-"""Samples of Python data sets: which part is what, where the channels are, what draws at random."""
+"""Samples of Python data sets: image and label, the axis of channels, random transforms."""
 
 import io
 import random
@@ -241,7 +241,7 @@ def test_the_command_line_refuses_and_insists_alike(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def hugging_face():
-    """A real data set of Hugging Face in memory: images (8, 8, 3) and two classes."""
+    """Returns a Hugging Face data set in memory: images (8, 8, 3) and two classes."""
     datasets = pytest.importorskip("datasets", reason="the extra `test` holds datasets")
     pixels = np.random.default_rng(2).integers(0, 256, (12, 8, 8, 3), dtype=np.uint8)
     features = datasets.Features(

@@ -1,4 +1,4 @@
-"""What a device is told to compute, whatever a user has told it before."""
+"""Precision and memory settings of devices, whatever a user has set before."""
 
 from collections.abc import Iterator
 

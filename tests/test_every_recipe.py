@@ -1,6 +1,6 @@
-"""Every recipe, at its full size, takes a training step: each stage, or all of them at once. One of
-each kind does so in numbers, the others on tensors that have sizes alone. What several recipes have
-in common, such as the same stage of the same sizes and loss, does so once."""
+"""Every recipe, at full size, takes a training step: each stage, or all of them together. One
+recipe of each kind computes values, the others only sizes on fake tensors. Stages that several
+recipes share run once."""
 
 from functools import partial
 
@@ -10,7 +10,7 @@ import torch
 from greedy.build.modules import build_loss, build_network, checked_shapes
 from greedy.data import DATASETS
 from greedy.losses import Output
-from greedy.losses.strategies import losses_of
+from greedy.losses.strategies import stage_losses
 from greedy.memory.fake import fake_tensors, materialised
 from greedy.models import Stage, StageShapes, cut, initialise
 from greedy.recipes import Recipe, load, names
@@ -25,7 +25,7 @@ trained: set[tuple] = set()
 
 
 def batch_of(recipe: Recipe, stages: list[Stage], shapes: list[StageShapes]) -> tuple[Batch, list]:
-    """A batch of the first stage's random inputs, and masks for all."""
+    """Returns a batch of random inputs of the first stage, and masks for all stages."""
     generator = torch.Generator().manual_seed(stages[0].number)
     inputs = torch.randn((ROWS, *shapes[0].input), generator=generator)
     masks = [
@@ -57,7 +57,7 @@ def learners_of(
 
 
 def two_steps(strategy: Strategy, batch: Batch, masks: list, classes: int) -> None:
-    """With numbers: every parameter is changed and stays finite."""
+    """Checks with values that every parameter changes and stays finite."""
     parameters = [p for each in strategy.learners for p in each.parameters()]
     before = [parameter.detach().clone() for parameter in parameters]
     guard = Guard()
@@ -72,7 +72,7 @@ def two_steps(strategy: Strategy, batch: Batch, masks: list, classes: int) -> No
 
 
 def a_step_of_sizes(strategy: Strategy, batch: Batch, masks: list, classes: int) -> None:
-    """Without numbers: every parameter gets a gradient and its moments."""
+    """Checks without values that every parameter gets a gradient and its moments."""
     for loss, logits in strategy.step(batch, masks, Guard(), 0):
         assert loss.shape == ()
         assert logits is None or logits.shape == (ROWS, classes)
@@ -89,8 +89,8 @@ def is_new(
     classes: int,
     numbers: bool,
 ) -> bool:
-    """Whether no other recipe had stages, heads, losses and sizes such as these: all that a step
-    follows from, but for the numbers in it. A step in numbers is one of sizes, too."""
+    """Returns whether no earlier recipe had the same stages, heads, losses and sizes. A step with
+    values counts as one of sizes."""
     training = recipe.training.strategy, recipe.training.accumulate
     stages = [
         (repr(each.stage), type(each.stage.dropout), repr(each.heads), type(each.loss))
@@ -103,11 +103,11 @@ def is_new(
 
 
 def train(recipe: Recipe, *, numbers: bool = True) -> None:
-    """Where stages train alone, one is in memory at a time, as in training."""
+    """Trains the stages; those that train alone are in memory one at a time."""
     data, strategy = ENTRIES[recipe.data.name], recipe.training.strategy
     stages = cut(build_network(recipe.model, data.shape, data.classes))
     shapes = checked_shapes(recipe, stages, data.shape, data.classes)
-    losses = losses_of(strategy, build_loss(recipe.loss), len(stages))
+    losses = stage_losses(strategy, build_loss(recipe.loss), len(stages))
     size = 1 if strategy == "greedy" else len(stages)
     while stages:
         own, stages = stages[:size], stages[size:]
@@ -127,7 +127,7 @@ def train(recipe: Recipe, *, numbers: bool = True) -> None:
 
 
 def narrowest() -> list[str]:
-    """Of all recipes that compute the same but in other widths, the narrowest."""
+    """Returns the narrowest of all recipes that differ only in widths."""
     alike: dict[tuple, list[tuple[float, str]]] = {}
     for name in names():
         recipe = load(name)

@@ -88,7 +88,7 @@ def test_the_cheapest_exit_is_the_one_of_fewest_operations():
     found = Exits("test", 10, exits)
     cheapest = {lose: found.cheapest(lose) for lose in (0.1, 0.4, 1.0, 11.0)}
     assert cheapest == {0.1: None, 0.4: exits[3], 1.0: exits[3], 11.0: exits[0]}
-    assert found.lost(exits[2]) == 0.5
+    assert found.points_lost(exits[2]) == 0.5
 
 
 @pytest.mark.parametrize("settings", [("--set", "loss.name=sim"), ("--strategy", "backprop")])
@@ -140,7 +140,7 @@ def test_from_python_with_an_own_loss_and_network(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--lose", "2"], "--lose is about early exits: give --by-stage with it"),
+        (["--lose", "2"], "--lose is for early exits: give --by-stage with it"),
         (["--by-stage", "--split", "validation"], "'validation' is not a split"),
         (["--by-stage", "--lose", "few"], "'few' is not a valid float"),
     ],

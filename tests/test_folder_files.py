@@ -19,7 +19,7 @@ from greedy import RunDirectory
 from greedy.base.errors import UserError
 from greedy.cache import Store
 from greedy.cli.progress import Preparing
-from greedy.data import checked, load_dataset
+from greedy.data import check_files, load_dataset
 
 RNG = np.random.default_rng(0)
 
@@ -230,7 +230,7 @@ import re, resource, sys
 from pathlib import Path
 import numpy as np
 from greedy.cli.progress import Preparing
-from greedy.data import checked, load_dataset
+from greedy.data import check_files, load_dataset
 
 train = load_dataset(f"folder:{sys.argv[1]}", image_size=96).train
 size = int(re.search(r"VmSize:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
@@ -324,5 +324,5 @@ def test_a_terminal_shows_how_far_the_files_are(tmp_path):
     photos, out = sorted_photos(tmp_path), io.StringIO()
     shown = Preparing(Console(file=out, force_terminal=True, width=80))
     with shown.progress:
-        checked(load_dataset(f"folder:{photos}"), progress=shown.files_checked)
-    assert "looking at images" in out.getvalue() and "12/12" in out.getvalue()
+        check_files(load_dataset(f"folder:{photos}"), progress=shown.files_checked)
+    assert "checking images" in out.getvalue() and "12/12" in out.getvalue()

@@ -1,4 +1,4 @@
-"""Memory that stays with the process between steps."""
+"""Memory that the process keeps between steps."""
 
 import ctypes
 import json
@@ -29,7 +29,7 @@ def test_it_stays_only_where_the_budget_has_room(budget: str, mode: Mode, ample:
 # In a process of its own: what others freed before would serve as well.
 SCRIPT = """
 import resource, torch
-from greedy.base.heap import kept_memory
+from greedy.base.heap import freed_memory_kept
 
 def faults(steps):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -40,7 +40,7 @@ def faults(steps):
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
 
-with kept_memory(torch.device("cpu")):
+with freed_memory_kept(torch.device("cpu")):
     faults(40)  # until the blocks fit
     print(faults(10))
     kept = resident()
@@ -51,7 +51,7 @@ print(faults(10))
 
 on_glibc = pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "malloc_trim"),
-    reason="only glibc can be told what to keep, and Linux to count the highest memory anew",
+    reason="only glibc can keep freed memory, and only Linux can reset the peak",
 )
 
 
@@ -99,8 +99,8 @@ trainer.fit(data, data)
 
 @pytest.fixture(scope="module")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> list[list[int]]:
-    """Of each stage, in bytes: the highest memory by its record, what the process has after it, and
-    how much of that the C library could still give back."""
+    """Returns for each stage, in bytes: the peak in its record, the process's memory after it, and
+    how much of that the C library could release."""
     run = tmp_path_factory.mktemp("resident") / "run"
     command = [sys.executable, "-c", TRAINING, str(run)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

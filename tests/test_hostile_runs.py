@@ -17,7 +17,7 @@ from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, Reporter, RunDirectory, TrainingError, UserError, evaluate
 from greedy.base.errors import Interrupted
-from greedy.base.files import canonical, digest
+from greedy.base.files import canonical_json, digest
 from greedy.cache import StoreError
 from greedy.models import mlp
 from greedy.runs.integrity import verify_run
@@ -121,7 +121,7 @@ def mutate(path: Path, data: st.DataObject) -> None:
             path.write_text(tomli_w.dumps(document))
             return
         if signed is not None:
-            document["digest"] = digest(canonical(document))
+            document["digest"] = digest(canonical_json(document))
         path.write_text(json.dumps(document))
         return
     content = bytearray(path.read_bytes())

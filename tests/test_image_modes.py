@@ -1,4 +1,4 @@
-"""Images of every mode that Pillow opens, trained on as what they hold: stage 0 read back."""
+"""Images of every mode that Pillow opens: stage 0 holds their values."""
 
 import io
 import struct
@@ -22,8 +22,8 @@ WHITE = np.full(3, 255)
 
 
 def rgb16(pixels, *chunks):
-    """A PNG file of 16 bits a channel, which Pillow does not write; grey with opacity, RGB or
-    RGBA by the number of channels."""
+    """Returns a PNG file of 16 bits a channel, which Pillow does not write: grey with opacity, RGB
+    or RGBA by the number of channels."""
     height, width, channels = pixels.shape
     lines = b"".join(b"\0" + line.astype(">u2").tobytes() for line in pixels)
     kind = {2: 4, 3: 2, 4: 6}[channels]
@@ -36,7 +36,7 @@ def rgb16(pixels, *chunks):
 
 
 def tiff(pixels, sample_format=1):
-    """A TIFF file of (H, W) or (H, W, 3), its samples as they are in the array."""
+    """Returns a TIFF file of (H, W) or (H, W, 3) with the array's samples."""
     height, width, *rest = pixels.shape
     channels, data = (rest or [1])[0], pixels.tobytes()
     bits = 8 * pixels.dtype.itemsize
@@ -61,7 +61,7 @@ def saved(image, suffix, **options):
 
 
 def photos(folder, contents, suffix, others=None):
-    """Two classes of five files; the one that is told by its class is ``contents``."""
+    """Writes two classes of five files; ``contents`` are the first class."""
     for name in ("ant", "bird"):
         (folder / name).mkdir(parents=True)
         for number in range(5):
@@ -71,7 +71,7 @@ def photos(folder, contents, suffix, others=None):
 
 
 def prepared(tmp_path, data, **fields):
-    """A run whose images are stored."""
+    """Returns a run with stage 0 written."""
     recipe = tmp_path / "tiny.toml"
     sections = {"data": {"name": data, **fields}, "model": {"hidden_layers": 1}}
     recipe.write_text(small_recipe(**sections, training={"batch_size": 4}))
@@ -89,7 +89,7 @@ def trained(tmp_path, data, **fields):
 
 
 def stage0(run):
-    """The first training image, (C, H, W)."""
+    """Returns the first training image, (C, H, W)."""
     return Store(run / "stage0/activations.zarr/train").read_rows(0, 0, 1)[0]
 
 
@@ -176,7 +176,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("mode", FILES)
-def test_files_of_every_mode_reach_stage_0_as_what_they_hold(tmp_path, mode):
+def test_files_of_every_mode_keep_their_values_in_stage_0(tmp_path, mode):
     contents, suffix, expected = FILES[mode]
     run = prepared(tmp_path, photos(tmp_path / "photos", contents, suffix))
     image = stage0(run)
@@ -223,7 +223,7 @@ def test_bits_are_never_dropped_without_a_word(tmp_path, form):
     )
 
 
-def test_pil_images_of_every_mode_hold_what_they_held(tmp_path):
+def test_pil_images_of_every_mode_keep_their_values(tmp_path):
     deep = {"I;16": TWELVE, "I;16L": TWELVE, "I;16B": TWELVE.astype(">u2"), "I": INTS, "F": FLOATS}
     for mode, values in deep.items():
         image = Image.frombytes(mode, (SIDE, SIDE), values.tobytes())
@@ -264,7 +264,7 @@ def test_predict_refuses_numbers_of_another_kind(tmp_path):
 
 @pytest.mark.parametrize("mode", ["P", "P with a colour", "L", "RGB", "LA", "RGBA", "GIF"])
 def test_what_is_transparent_shows_the_background(tmp_path, mode):
-    """Left half transparent, whatever colour it has there."""
+    """The left half is transparent, of any colour."""
     left = np.zeros((SIDE, SIDE), bool)
     left[:, : SIDE // 2] = True
     options, suffix = {}, "png"
@@ -313,7 +313,7 @@ def test_a_python_data_set_has_the_background_too(tmp_path):
     assert not stage0(tmp_path / "run").any()
 
 
-def test_a_python_data_set_of_16_bit_colour_is_told(tmp_path):
+def test_a_python_data_set_of_16_bit_colour_is_refused(tmp_path):
     (tmp_path / "deep.png").write_bytes(rgb16(DEEP))
     with Image.open(tmp_path / "deep.png") as image:
         samples = [(image, 0)] * 2

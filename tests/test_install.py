@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from greedy.base.errors import lacking
+from greedy.base.errors import missing_packages
 
 ROOT = Path(__file__).parents[1]
 EXTRAS = "onnx", "plot", "report", "svhn", "tensorboard"
@@ -27,10 +27,12 @@ def installed(text: str) -> set[str]:
 
 def lines() -> list[str]:
     """All that is named in pages, scripts and messages."""
-    extras = re.findall(r'lacking\(.*"(\w+)"\)$', "".join(map(Path.read_text, SOURCES)), re.M)
+    extras = re.findall(
+        r'missing_packages\(.*"(\w+)"\)$', "".join(map(Path.read_text, SOURCES)), re.M
+    )
     texts = [
         *(path.read_text() for path in (*PAGES, *SCRIPTS)),
-        *(str(lacking("it", ["them"], extra)) for extra in extras),
+        *(str(missing_packages("it", ["them"], extra)) for extra in extras),
     ]
     return sorted({line.replace("'", '"') for text in texts for line in installed(text)})
 

@@ -1,4 +1,4 @@
-"""Losses and gradients against values computed with the authors' published implementation."""
+"""Losses and gradients compared with values from the authors' published implementation."""
 
 from pathlib import Path
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from greedy.base.devices import laid_out, memory_limited, peak_memory, reset_peak_memory
+from greedy.base.devices import memory_limited, peak_memory, preferred_layout, reset_peak_memory
 from greedy.losses import PredSim
 from greedy.memory.choice import choose, fused_adam
 from greedy.memory.peaks import StepDemand
@@ -42,7 +42,9 @@ def test_what_is_reserved_is_what_was_planned(precision: str, share: float) -> N
     stored = torch.randint(256, (256, *shape.input), dtype=torch.uint8)
     mask = stage.dropout.mask(256, shape.input, torch.Generator()).to(DEVICE)
     labels = torch.arange(256, device=DEVICE) % 10
-    batch = Batch(labels, lambda rows: laid_out(stored[rows].to(DEVICE)).float() / 255, mask)
+    batch = Batch(
+        labels, lambda rows: preferred_layout(stored[rows].to(DEVICE)).float() / 255, mask
+    )
     with memory_limited(DEVICE, budget):
         for position in range(3):
             step(learner, batch, Guard(), position)

@@ -1,4 +1,5 @@
-"""Names that users chose are data: shown as they are, never obeyed, and written into every file."""
+"""Names that users chose are displayed verbatim, never interpreted, and can be written into every
+file."""
 
 import io
 import json
@@ -22,7 +23,7 @@ KEPT = ["cat[a]", "x]y[", "[bold]", ":smile:", "new\nline", "\x1b[31mred", r"caf
 
 
 def photos(folder: Path) -> Path:
-    """A folder of images whose classes have such names, and a file of such a name beside it."""
+    """Writes a folder of images whose classes have such names, and a file with such a name."""
     random = np.random.default_rng(0)
     for name in NAMES:
         place = folder / os.fsdecode(name)
@@ -35,7 +36,7 @@ def photos(folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained run in a directory with such a name."""
+    """Returns a trained run in a directory with such a name."""
     place = tmp_path_factory.mktemp("names")
     recipe = place / "[red]tiny.toml"
     name = f"folder:{photos(place / 'photos')}"
@@ -118,7 +119,7 @@ def test_names_that_are_no_utf_8_name_recipes_and_are_refused_in_them(
     assert RunDirectory.open(Path("run")).recipe.name == r"r\xe9c"
     refused = greedy("train", "--recipe", recipe, "--run", "new", "--data", folder)
     assert refused.exit_code == 2
-    assert r'data.name is "folder:caf\xe9", which is no UTF-8' in refused.output
+    assert r'data.name is "folder:caf\xe9", which is not UTF-8' in refused.output
 
 
 def test_classes_of_python_may_be_called_like_paths(tmp_path: Path, monkeypatch) -> None:

@@ -48,7 +48,7 @@ def recorded(run: Path) -> list[int]:
 
 @pytest.fixture
 def as_before(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """What `views` says is done, as it was before."""
+    """Makes the run ask for and write the number of views that earlier versions did."""
     monkeypatch.setattr(Recipe, "views", property(lambda recipe: recipe.store.views))
     return monkeypatch
 

@@ -23,7 +23,7 @@ CLASSES = 3
 
 
 def samples(rows: int, seed: int) -> TensorDataset:
-    """Images whose class is the third that is brighter, under noise."""
+    """Returns images whose class is the brightest third, with noise."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, CLASSES, rows)
     images = random.integers(0, 150, (rows, 1, 8, 8))
@@ -34,7 +34,7 @@ def samples(rows: int, seed: int) -> TensorDataset:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> GreedyTrainer:
-    """A convolution with pooling and a linear layer, before the output layer."""
+    """Trains a convolution with pooling and a linear layer, before the output layer."""
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Conv2d(1, 6, 3, padding=1),
@@ -115,7 +115,7 @@ def test_early_exit_is_exported(trained: GreedyTrainer, tmp_path: Path, suffix: 
 
 
 def loaded(path: Path, images: Tensor) -> Tensor:
-    """The logits of an exported network, as a stranger has them."""
+    """Returns the logits of an exported network, loaded without this package."""
     if path.suffix == ".onnx":
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])

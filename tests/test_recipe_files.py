@@ -80,7 +80,7 @@ def test_unreadable_files(tmp_path: Path, write: Write) -> None:
     assert message(missing) == f"the recipe {missing} cannot be read: No such file or directory"
     assert "is not valid TOML" in message(write("bad.toml", "seed = \n"))
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
-    assert "is no UTF-8 in line 1" in message(tmp_path / "bytes.toml")
+    assert "is not UTF-8 in line 1" in message(tmp_path / "bytes.toml")
 
 
 # Overrides

@@ -1,4 +1,5 @@
-"""Recipes: the shipped ones against the paper's table, milestones, and what decides results."""
+"""Recipes: the shipped ones compared with the paper's table, milestones, and the fields that decide
+results."""
 
 import csv
 import json
@@ -348,7 +349,7 @@ def test_differences_are_those_of_the_result() -> None:
 
 
 def test_departures_from_the_figures_own_recipe() -> None:
-    """Two figures of table 6 occur twice: the recipe's name says which one is meant."""
+    """Two figures of table 6 occur twice; the recipe's name tells which one is meant."""
     for name, factor in (("cifar100/vgg11b-2x-sim", 3), ("cifar100/vgg11b-3x-sim", 2)):
         other = recipes.load(name, [f"model.feature_multiplier={factor}"])
         assert recipes.departures(other) == ["model.feature_multiplier"]

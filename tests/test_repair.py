@@ -41,7 +41,7 @@ def test_every_file_of_a_store_is_restored(run):
         damaged = greedy("cache", "verify", run).exit_code == 1
         result = greedy("cache", "repair", run)
         assert result.exit_code == 0, result.output
-        assert ("as they were" in result.output) == damaged
+        assert ("as before" in result.output) == damaged
         if damaged:
             assert files(run) == before
         path.write_bytes(before[path])
@@ -76,7 +76,7 @@ def test_a_dropped_store_is_written_again(run):
     assert "nothing is damaged" in greedy("cache", "repair", run).output
     assert not (run / "stage2/activations.zarr").exists()
     result = greedy("cache", "repair", run / "stage2")
-    assert "stage 2, train: 10 chunks computed, as they were" in result.output
+    assert "stage 2, train: 10 chunks computed again, as before" in result.output
     after = files(run / "stage2")
     assert {p: data for p, data in after.items() if p.name != "stage.json"} == before
     assert greedy("cache", "verify", run).exit_code == 0

@@ -98,7 +98,7 @@ def test_the_wrong_images_are_the_most_confident_mistakes(runs, facts):
     hidden = wrong.keys() - {each.row for each in shown}
     assert max(wrong[row] for row in hidden) <= shown[-1].confidence + 1e-4
     for each in shown:
-        assert (each.said, each.label) == (said[each.row], store.labels[each.row])
+        assert (each.predicted, each.label) == (said[each.row], store.labels[each.row])
         assert each.index == store.index[each.row]
         assert np.array_equal(each.image, images[each.row])
 
@@ -142,7 +142,7 @@ def test_what_a_partial_run_lacks_is_said(facts, runs, tmp_path):
     assert found.test is None
     assert [each.stage for each in found.similarity.stages] == [0, 1, 2]
     assert found.missing[0] == "Stage 3 is not begun."
-    assert f"`greedy train --run {runs / 'partial'}` goes on with it" in found.missing[1]
+    assert f"`greedy train --run {runs / 'partial'}` resumes it" in found.missing[1]
     assert facts["predsim"].missing == []
     path = shutil.copytree(runs / "predsim", tmp_path / "empty")
     for number in range(4):
@@ -217,7 +217,7 @@ def test_a_confusion_matrix_of_many_classes_shows_the_worst():
     domain = spec["encoding"]["x"]["scale"]["domain"]
     assert len(domain) == 100
     assert {"class 0", "class 3", "class 140", "class 149"} < set(domain)
-    assert {"is": "class 3", "said": "class 140", "images": 5} in spec["data"]["values"]
+    assert {"is": "class 3", "predicted": "class 140", "images": 5} in spec["data"]["values"]
 
 
 # The command

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, Reporter
-from greedy.base.devices import laid_out, set_determinism
+from greedy.base.devices import preferred_layout, set_determinism
 from greedy.losses import PredSim
 from greedy.losses.deviation import deviation
 from greedy.models import cut, shapes, vgg8b
@@ -41,7 +41,7 @@ def trained(steps: int, **settings) -> tuple[Learner, dict[str, torch.Tensor]]:
     learner.optimizer = torch.optim.Adam(learner.parameters(), fused=True)
     learner.train()
     x = torch.randn(ROWS, *shape.input, generator=torch.Generator().manual_seed(1))
-    x = laid_out(x.to(DEVICE))
+    x = preferred_layout(x.to(DEVICE))
     labels = torch.arange(ROWS, device=DEVICE) % CLASSES
     for position in range(steps):
         loss_now, logits = step(learner, Batch(labels, x.__getitem__), Guard(), position)

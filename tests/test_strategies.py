@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, UserError
 from greedy.losses import Pred, PredSim, Sim
-from greedy.losses.strategies import losses_of
+from greedy.losses.strategies import stage_losses
 from greedy.models import Stage, cut, shapes, vgg8b
 from greedy.steps.guard import Guard
 from greedy.steps.step import Learner
@@ -36,7 +36,7 @@ def learners(strategy: str, loss=None) -> list[Learner]:
     """The stages of a narrow VGG8B in float64, with heads that are not zero."""
     torch.manual_seed(0)
     stages = narrow()
-    losses = losses_of(strategy, loss or PredSim(pool_target=32), len(stages))
+    losses = stage_losses(strategy, loss or PredSim(pool_target=32), len(stages))
     found = []
     for stage, shape, each in zip(stages, SHAPES, losses, strict=True):
         heads = each.heads(shape.hidden, CLASSES).double()

@@ -1,4 +1,4 @@
-"""What the system refuses is one sentence with the path and what to do."""
+"""Errors of the operating system are one sentence with the path and what to do."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ AGAIN = "give the same command again, all that is finished is kept"
 
 @contextmanager
 def limited(what: int, most: int) -> Iterator[None]:
-    """Inside, this process has a lower limit of the system."""
+    """Lowers one of this process's limits inside the block."""
     before = resource.getrlimit(what)
     resource.setrlimit(what, (most, before[1]))
     try:
@@ -32,7 +32,7 @@ def limited(what: int, most: int) -> Iterator[None]:
 
 
 def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
-    """Stage 0's shard is the first file that is too large; it is written by a thread."""
+    """Stage 0's shard, the first file that is too large, is written by a thread."""
     with limited(resource.RLIMIT_FSIZE, 8192), pytest.raises(TrainingError) as caught:
         trainer(tmp_path / "run").fit(TRAIN, TEST)
     message = str(caught.value)
@@ -81,7 +81,7 @@ CODES = {
 def test_what_a_write_is_refused_for(
     tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first write of a thread into stage 1's store, which names no file itself."""
+    """The first write fails in a thread that writes stage 1's store; the error names no file."""
     run = tmp_path / "run"
     trainer(run).prepare(dataset_from_torch(TRAIN, TEST))
     original = os.fsync
@@ -103,7 +103,7 @@ def test_what_a_write_is_refused_for(
 
 
 class Photos(Dataset):
-    """Of which the file of one sample is missing, though not one of those that are tried first."""
+    """Samples of which one's file is missing, though not one that is read to check the set."""
 
     def __len__(self) -> int:
         return len(TRAIN)

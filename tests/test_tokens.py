@@ -1,4 +1,4 @@
-"""Networks whose stages hand on tokens (T, D): a transformer, and layers on each token."""
+"""Networks whose stages give tokens (T, D): a transformer, and layers on each token."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ TOKENS, WIDTH = 16, 8
 
 
 class Patches(nn.Module):
-    """An image as tokens (T, D), each with its place."""
+    """Turns an image into tokens (T, D) with their positions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Patches(nn.Module):
 
 
 class Rows(nn.Module):
-    """The rows of a grey image as tokens."""
+    """Turns the rows of a grey image into tokens."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x[:, 0]
@@ -279,6 +279,12 @@ def test_other_shapes_are_one_sentence(tmp_path: Path, network: nn.Sequential, s
     assert says in str(refused.value)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_an_activation_without_heads_is_refused_though_nothing_is_stored(tmp_path: Path) -> None:
+    network = nn.Sequential(Volume(), nn.Conv3d(1, 4, 1), nn.Flatten(), nn.Linear(256, CLASSES))
+    with pytest.raises(UserError, match="4x1x8x8 an image, and stages are trained on features"):
+        trainer(tmp_path / "run", network, strategy="joint").fit(TRAIN, TEST)
 
 
 def test_attention_among_samples_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""What PyTorch users bring along: modules, losses and optimisers of every kind."""
+"""Unusual modules, losses and optimisers of PyTorch users."""
 
 import json
 import os
@@ -29,7 +29,7 @@ class Convolution(nn.Module):
 
 
 class WithBuffer(Convolution):
-    """Of a buffer that is no part of its state."""
+    """Holds a buffer that is not in its state dict."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class WithBuffer(Convolution):
 
 
 class WithTensor(Convolution):
-    """Of a tensor that is a plain attribute."""
+    """Holds a tensor as a plain attribute."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class WithTensor(Convolution):
 
 
 class Tied(Convolution):
-    """One layer under two names."""
+    """Holds one layer under two names."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Tied(Convolution):
 
 
 class Deciding(Convolution):
-    """What it computes depends on the numbers it sees."""
+    """Computes what depends on the values of its input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = super().forward(x)
@@ -75,7 +75,7 @@ def with_stage(*modules: nn.Module) -> nn.Sequential:
 
 
 def unused() -> nn.Sequential:
-    """A stage with a parameter that gets no gradient, and one that is not to be trained."""
+    """Returns a stage with a parameter that gets no gradient, and one that is frozen."""
     torch.manual_seed(0)
     stage = Convolution()
     stage.spare = nn.Linear(2, 2)
@@ -95,7 +95,7 @@ class OwnLoss:
 
 @dataclass
 class Scaled(OwnLoss):
-    """A dataclass has no hash unless it is frozen."""
+    """A loss without a hash: a dataclass that is not frozen."""
 
     factor: float = 2.0
 
@@ -112,7 +112,7 @@ class Weighted(OwnLoss):
 
 
 class OfPresentClasses(OwnLoss):
-    """Looks at numbers: how many classes there are in the batch."""
+    """A loss that depends on the number of classes in the batch."""
 
     def __call__(self, features, y: torch.Tensor) -> torch.Tensor:
         return super().__call__(features, y) / len(y.argmax(dim=1).unique())
@@ -215,7 +215,8 @@ def test_optimisers_that_cannot_train_a_stage_are_refused(tmp_path: Path) -> Non
 
 
 def weights_and_biases(parameters) -> torch.optim.Optimizer:
-    """Heads have no biases: those of batch norms and of the output layer learn more slowly."""
+    """Returns two groups; biases, those of batch norms and of the output layer, learn more
+    slowly."""
     groups = {True: [], False: []}
     for parameter in parameters:
         groups[parameter.dim() > 1].append(parameter)
@@ -224,8 +225,8 @@ def weights_and_biases(parameters) -> torch.optim.Optimizer:
 
 
 class Rates(Reporter):
-    """Notes the rates of all groups, and those reported, in every epoch of the first stage; may
-    end the process when so many batches were heard of."""
+    """Records the rates of all groups, and those reported, in every epoch of the first stage; can
+    end the process after a number of batches."""
 
     def __init__(self, batches: int = -1) -> None:
         self.made, self.seen, self.reported, self.left = [], [], [], batches
@@ -276,7 +277,7 @@ def test_a_learning_rate_that_is_given_is_that_of_all_groups(tmp_path: Path) -> 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was not cut."""
+    """Returns an uninterrupted run."""
     run = tmp_path_factory.mktemp("runs") / "whole"
     with_rates(run, Rates()).fit(TRAIN, TEST)
     return run
@@ -284,7 +285,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("batches", [20, 26, 39])
 def test_rates_of_groups_go_on_where_they_were(tmp_path: Path, whole: Path, batches: int) -> None:
-    """Cut within an epoch and at its end, after the rates have dropped."""
+    """The run is interrupted within an epoch and at its end, after the rates have dropped."""
     with pytest.raises(Interrupted):
         with_rates(tmp_path / "cut", Rates(batches)).fit(TRAIN, TEST)
     rest = Rates()
@@ -297,7 +298,7 @@ def test_rates_of_groups_go_on_where_they_were(tmp_path: Path, whole: Path, batc
 
 def test_a_rate_that_is_a_tensor_or_absent(tmp_path: Path) -> None:
     class Fixed(torch.optim.SGD):
-        """Of groups without a rate."""
+        """Has groups without a rate."""
 
         def __init__(self, parameters) -> None:
             super().__init__(parameters, lr=0.1)

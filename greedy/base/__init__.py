@@ -1,1 +1,1 @@
-"""What every room needs and nothing else knows about."""
+"""Small tools that every room uses and that know nothing of training."""

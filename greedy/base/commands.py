@@ -4,5 +4,5 @@ import shlex
 
 
 def command(*words: object) -> str:
-    """A command of ``greedy`` in backticks, its words quoted as a shell wants them."""
+    """Returns a command of ``greedy`` in backticks, its words quoted for a shell."""
     return f"`greedy {shlex.join(map(str, words))}`"

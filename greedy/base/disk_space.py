@@ -1,4 +1,4 @@
-"""Room on disk: asked for before it is needed, and missed in one sentence."""
+"""Free space on disk: checked before it is needed, and explained in one sentence where it lacks."""
 
 import errno
 import os
@@ -13,51 +13,53 @@ from greedy.base.sizes import format_size
 READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
-def require_room(place: Path, what: str, needed: int) -> None:
-    """Raises ``TrainingError`` if the disk of a directory, which may be yet to be made, has no room
-    for so many bytes more."""
-    standing = next(each for each in (place.absolute(), *place.absolute().parents) if each.exists())
-    free = shutil.disk_usage(standing).free
+def require_free_space(directory: Path, purpose: str, needed: int) -> None:
+    """Raises ``TrainingError`` if the disk of a directory, which need not exist yet, has fewer than
+    ``needed`` bytes free. ``purpose`` names what they are for."""
+    absolute = directory.absolute()
+    existing = next(path for path in (absolute, *absolute.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     if free < needed:
         raise TrainingError(
-            f"{what} needs up to {format_size(needed)} in {place} and {format_size(free)} are "
-            f"free: free some and give the same command again"
+            f"{purpose} needs up to {format_size(needed)} in {directory} and {format_size(free)} "
+            f"are free: free some and give the same command again"
         )
 
 
 @contextmanager
-def until_full(place: Path, what: str, needed: int = 0) -> Iterator[None]:
-    """Inside, a file below ``place`` that cannot be written ends in one sentence with its path and
-    what to do. ``needed`` bytes were thought enough. Errors of files elsewhere, such as those that
-    a data set of a user's own reads, are their own."""
+def write_errors_explained(directory: Path, purpose: str, needed: int = 0) -> Iterator[None]:
+    """Turns a file below ``directory`` that cannot be written inside the block into a
+    ``TrainingError`` with its path and what to do. The message names ``purpose`` and ``needed``,
+    the estimate in bytes. Errors of files elsewhere, such as those that a user's data set reads,
+    pass unchanged."""
     try:
         yield
     except OSError as error:
-        path = error.filename or place
+        path = error.filename or directory
         if error.errno == errno.ENOSPC:
-            free = format_size(shutil.disk_usage(place).free)
-            wanted = f", which needs up to {format_size(needed)}" if needed else ""
+            free = format_size(shutil.disk_usage(directory).free)
+            estimate = f", which needs up to {format_size(needed)}" if needed else ""
             raise TrainingError(
-                f"the disk of {place} is full while {what} is written{wanted}, and {free} are "
-                f"free: free some and give the same command again, all that is finished is kept"
+                f"the disk of {directory} is full while {purpose} is written{estimate}, and {free} "
+                f"are free: free some and give the same command again, all that is finished is kept"
             ) from error
-        if (way := remedy(error)) is None or not _is_below(path, place):
+        if (advice := remedy(error)) is None or not _is_below(path, directory):
             raise
         raise TrainingError(
-            f"{path} cannot be written ({error.strerror}): {way}, and give the same command "
+            f"{path} cannot be written ({error.strerror}): {advice}, and give the same command "
             f"again, all that is finished is kept"
         ) from error
 
 
-def _is_below(path: object, place: Path) -> bool:
+def _is_below(path: object, directory: Path) -> bool:
     if not isinstance(path, str | bytes | os.PathLike):
         return False
-    return Path(os.fsdecode(path)).absolute().is_relative_to(place.absolute())
+    return Path(os.fsdecode(path)).absolute().is_relative_to(directory.absolute())
 
 
 def remedy(error: OSError) -> str | None:
-    """Returns what to do about an error of the system, ``None`` where that is not known."""
-    limits = {
+    """Returns what to do about an operating system's error, ``None`` where that is unknown."""
+    remedies = {
         errno.ENOSPC: "free some space on its disk",
         errno.EDQUOT: "free some of your disk quota, or have it raised",
         errno.EFBIG: "raise the limit on the size of a file (ulimit -f unlimited), or use a file "
@@ -69,11 +71,11 @@ def remedy(error: OSError) -> str | None:
         errno.EIO: "the disk could not read or write it, so look at the system's log, and copy "
         "what can be read to another disk",
         errno.ENAMETOOLONG: "choose a shorter name",
-        errno.ELOOP: "put what its links point to in its place",
+        errno.ELOOP: "replace the link by the file or folder it should lead to",
         errno.ENOENT: "make sure that the path is right",
-        errno.ENOTDIR: "give a path whose folders are none of them a file",
+        errno.ENOTDIR: "give a path in which only the last part is a file",
         errno.EISDIR: "give the path of a file, this is a folder",
         errno.ENOTEMPTY: "choose another place, or move away what is there",
     }
-    read_only = "choose a place where you may write, or have that permitted"
-    return read_only if error.errno in READ_ONLY else limits.get(error.errno or 0)
+    read_only = "choose a place where you may write, or get that permission"
+    return read_only if error.errno in READ_ONLY else remedies.get(error.errno or 0)

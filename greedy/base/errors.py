@@ -1,22 +1,22 @@
-"""The errors of a run."""
+"""The errors of a run, and sentences that several modules say."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake in what was asked for: one sentence saying what is wrong and what to do."""
+    """A mistake in the user's request: one sentence saying what is wrong and what to do."""
 
 
 class TrainingError(Exception):
-    """A run that cannot go on, through nothing wrong in what was asked for; one sentence."""
+    """A run that cannot continue although the request was right; one sentence."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """A run that was told to stop; one sentence that says how it goes on.
+    """A run that was asked to stop; one sentence that says how to resume it.
 
     Attributes:
-        signal: that told it.
+        signal: the number of the signal that asked.
     """
 
     def __init__(self, signal: int, sentence: str) -> None:
@@ -25,26 +25,26 @@ class Interrupted(KeyboardInterrupt):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in a line that fits a sentence."""
+    """Returns the first line of an error's message, or the name of its class."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def lacking(what: str, packages: Iterable[str], extra: str) -> UserError:
-    """The error that says ``what`` needs packages of an extra of ours that are not installed."""
+def missing_packages(feature: str, packages: Iterable[str], extra: str) -> UserError:
+    """Returns the error that ``feature`` needs packages, and names the extra that installs them."""
     return UserError(
-        f"{what} needs {' and '.join(packages)}: install with pip install '.[{extra}]' "
+        f"{feature} needs {' and '.join(packages)}: install with pip install '.[{extra}]' "
         f"in the checkout of greedy"
     )
 
 
-def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
-    """The error that says ``name`` is no ``what``, with the nearest of the known names."""
+def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """Returns the error that ``name`` is no ``kind``, with the nearest of the known names."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
-    return UserError(f"unknown {what} {name!r}: {hint}choose from {', '.join(known)}")
+    similar = difflib.get_close_matches(name, known, n=3)
+    hint = f"did you mean {' or '.join(map(repr, similar))}? " if similar else ""
+    return UserError(f"unknown {kind} {name!r}: {hint}choose from {', '.join(known)}")
 
 
 def no_stage(number: int, count: int) -> UserError:
-    """The error that says a network of ``count`` stages has no stage ``number``."""
+    """Returns the error that a network of ``count`` stages has no stage ``number``."""
     return UserError(f"there is no stage {number}: this network has stages 1 to {count}")

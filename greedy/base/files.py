@@ -1,5 +1,4 @@
-"""Digests of files and documents; sizes; documents whose claims are limited; files that may be
-written."""
+"""Digests of files and documents, limited reading of documents, files to write."""
 
 import errno
 import hashlib
@@ -20,27 +19,27 @@ MAX_DOCUMENT_BYTES = 64 * 2**20
 
 
 def digest(data: bytes) -> str:
-    """The hash that names contents everywhere in a run: 128 bits of BLAKE2b, in hex."""
+    """Returns the hash that names contents everywhere in a run: 128 bits of BLAKE2b, in hex."""
     return digest_of_parts([data])
 
 
 def digest_of_parts(parts: Iterable[bytes | memoryview]) -> str:
-    """The same of contents in parts."""
-    found = hashlib.blake2b(digest_size=16)
+    """Returns the ``digest`` of the concatenated parts."""
+    hasher = hashlib.blake2b(digest_size=16)
     for data in parts:
-        found.update(data)
-    return found.hexdigest()
+        hasher.update(data)
+    return hasher.hexdigest()
 
 
 def file_digest(path: Path) -> str:
-    """The digest of a file's bytes."""
+    """Returns the ``digest`` of a file's bytes."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def read_tensors(path: Path) -> "dict[str, Tensor]":
-    """Returns the tensors of a safetensors file, mapped: they take memory once they are used. The
-    library takes no path that is not UTF-8, so that such a file is read whole."""
+    """Returns the tensors of a safetensors file, memory-mapped. The library takes no path that is
+    not UTF-8; a file at such a path is read whole."""
     import safetensors.torch  # noqa: PLC0415
 
     if legible(str(path)) == str(path):
@@ -48,9 +47,9 @@ def read_tensors(path: Path) -> "dict[str, Tensor]":
     return safetensors.torch.load(path.read_bytes())
 
 
-def require_new(to: Path, overwrite: bool) -> None:
-    """Refuses to write a file that exists, unless it is to be overwritten, or that has no folder
-    to be in, or one that cannot be written."""
+def require_writable(to: Path, overwrite: bool) -> None:
+    """Raises ``UserError`` if the file ``to`` cannot be written: it is a folder, exists and
+    ``overwrite`` is false, or its folder is missing or not writable."""
     if to.is_dir():
         raise UserError(f"{to} is a folder: give the name of a file in it as --to")
     if to.exists() and not overwrite:
@@ -63,9 +62,9 @@ def require_new(to: Path, overwrite: bool) -> None:
         raise UserError(f"the folder {to.parent} cannot be written: choose another --to")
 
 
-def write_asked(to: Path, data: bytes) -> None:
-    """Writes a file that was asked for by ``--to``, whole. Raises ``UserError`` where it cannot be;
-    what a disk has no room for is the system's error."""
+def write_output(to: Path, data: bytes) -> None:
+    """Writes the file that the user named with ``--to``, atomically. Raises ``UserError`` where
+    that fails; a full disk stays the system's error."""
     from greedy.cache.files import write_whole  # noqa: PLC0415
 
     try:
@@ -79,8 +78,8 @@ def write_asked(to: Path, data: bytes) -> None:
 
 
 def bytes_below(directory: Path) -> int:
-    """Bytes of all files in a directory and below, of what is there while it is looked at; 0 where
-    there is none."""
+    """Returns the bytes of all files in a directory and below, 0 where it does not exist. Files
+    that disappear meanwhile do not count."""
     total = 0
     for top, _, names in os.walk(directory):
         for name in names:
@@ -89,13 +88,13 @@ def bytes_below(directory: Path) -> int:
     return total
 
 
-def canonical(document: Any) -> bytes:
-    """The one JSON text of a document that digests are taken of."""
+def canonical_json(document: Any) -> bytes:
+    """Returns the JSON text of a document that digests are taken of: sorted keys, no spaces."""
     return json.dumps(document, sort_keys=True, separators=(",", ":")).encode()
 
 
 def read_limited(path: Path) -> bytes:
-    """A small file's bytes. Raises ``ValueError`` for one that is too large to be one of ours."""
+    """Returns a small file's bytes. Raises ``ValueError`` above ``MAX_DOCUMENT_BYTES``."""
     with path.open("rb") as file:
         data = file.read(MAX_DOCUMENT_BYTES + 1)
     if len(data) > MAX_DOCUMENT_BYTES:
@@ -104,8 +103,8 @@ def read_limited(path: Path) -> bytes:
 
 
 def read_document(path: Path) -> dict[str, Any]:
-    """A JSON object from a file that may be a stranger's. Raises ``ValueError`` saying what is
-    wrong with it."""
+    """Returns the JSON object in a file from an untrusted source. Raises ``ValueError`` saying what
+    is wrong with it."""
     try:
         document = json.loads(read_limited(path))
     except RecursionError:
@@ -115,17 +114,18 @@ def read_document(path: Path) -> dict[str, Any]:
     return document
 
 
-def signed(document: dict[str, Any]) -> bytes:
-    """A document as text with a digest of itself."""
-    whole = {**document, "digest": digest(canonical(document))}
+def with_digest(document: dict[str, Any]) -> bytes:
+    """Returns a document as JSON text with a ``digest`` of the rest of it."""
+    whole = {**document, "digest": digest(canonical_json(document))}
     return json.dumps(whole, indent=2).encode()
 
 
-def read_signed(path: Path) -> dict[str, Any]:
-    """The document of ``signed``. Raises ``ValueError`` saying what is wrong with it."""
+def read_with_digest(path: Path) -> dict[str, Any]:
+    """Returns a document that ``with_digest`` wrote, without its digest. Raises ``ValueError`` that
+    says what is wrong with it."""
     document = read_document(path)
     try:
-        intact = document.pop("digest", None) == digest(canonical(document))
+        intact = document.pop("digest", None) == digest(canonical_json(document))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not intact:

@@ -19,44 +19,45 @@ def is_function_name(name: str) -> bool:
 
 
 def call_function(name: str) -> Any:
-    """Calls the function of ``module:function`` without arguments and returns what it returns.
+    """Calls ``module:function`` without arguments and returns its result.
 
-    The current directory is importable. Raises UserError where there is no such function, or it
-    needs arguments, or its code fails.
+    The current directory is importable. Raises ``UserError`` where the function does not exist,
+    needs arguments, or fails.
     """
     if not is_function_name(name):
         raise UserError(f"{name!r} is not of the form module:function: name a function so")
     module_name, _, function_name = name.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    with telling(f"cannot import the module of {name}"):
+    current = str(Path.cwd())
+    if current not in sys.path:
+        sys.path.insert(0, current)
+    with user_errors_explained(f"cannot import the module of {name}"):
         module = importlib.import_module(module_name)
     function = getattr(module, function_name, None)
     if not callable(function):
         raise UserError(f"{name} is not a function: define {function_name} in {module.__file__}")
-    with suppress(ValueError):  # some built-in ones do not tell
+    with suppress(ValueError):  # some built-in functions have no signature
         if any(_is_needed(parameter) for parameter in signature(function).parameters.values()):
             raise UserError(
                 f"{name} needs arguments and is called without: give its parameters defaults"
             )
-    with telling(f"{name} fails"):
+    with user_errors_explained(f"{name} fails"):
         return function()
 
 
 @contextmanager
-def telling(what: str) -> Iterator[None]:
-    """Inside, errors of a user's own code are one sentence that says where they come from."""
+def user_errors_explained(failure: str) -> Iterator[None]:
+    """Turns errors of a user's own code inside the block into a ``UserError`` that begins with
+    ``failure`` and names the file and line."""
     try:
         yield
     except (UserError, TrainingError, MemoryError):
         raise
     except Exception as error:
-        said = first_line(error)
-        if not isinstance(error, ImportError | SyntaxError):  # which say it themselves
+        message = first_line(error)
+        if not isinstance(error, ImportError | SyntaxError):  # whose messages name the place
             last = traceback.extract_tb(error.__traceback__)[-1]
-            said = f"{type(error).__name__}: {said}, {last.filename}, line {last.lineno}"
-        raise UserError(f"{what} ({said}): mend it, --debug shows more") from error
+            message = f"{type(error).__name__}: {message}, {last.filename}, line {last.lineno}"
+        raise UserError(f"{failure} ({message}): mend it, --debug shows more") from error
 
 
 def _is_needed(parameter: Parameter) -> bool:

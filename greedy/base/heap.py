@@ -1,8 +1,8 @@
-"""Memory that a process keeps between steps.
+"""The heap that a process keeps between steps on a CPU.
 
-The C library gives large blocks back to the system as they are freed, and the system clears them
-page by page when they are taken again: up to 40 % of a step on a CPU. Kept, they cost a fifth to a
-third more memory, since what is free between them does not always fit.
+The C library returns large blocks to the system as they are freed, and the system clears them page
+by page when they are allocated again: up to 40 % of a step on a CPU. Keeping them costs a fifth to
+a third more memory, through fragmentation.
 """
 
 import ctypes
@@ -12,16 +12,16 @@ from contextlib import contextmanager
 
 import torch
 
-# Of <malloc.h>
+# From <malloc.h>
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4
 UNLIMITED = -1
-LARGEST_DYNAMIC = 32 * 2**20  # what glibc's own threshold grows to
+LARGEST_DYNAMIC = 32 * 2**20  # the largest that glibc's threshold grows to
 
 
 @contextmanager
-def kept_memory(device: torch.device) -> Iterator[None]:
-    """Inside, freed memory stays with the process if it computes on the CPU and its C library can
-    be told so; what is free at the end goes back."""
+def freed_memory_kept(device: torch.device) -> Iterator[None]:
+    """Keeps freed memory in the process inside the block, if the device is the CPU and the C
+    library supports it; free memory is returned to the system at the end."""
     library = _library(device)
     if library is None:
         yield
@@ -37,8 +37,8 @@ def kept_memory(device: torch.device) -> Iterator[None]:
         library.malloc_trim(0)
 
 
-def give_back(device: torch.device) -> None:
-    """What is free in the process goes back to the device."""
+def release_free_memory(device: torch.device) -> None:
+    """Returns the process's free memory to the device."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
     elif (library := _library(device)) is not None:
@@ -46,7 +46,8 @@ def give_back(device: torch.device) -> None:
 
 
 def _library(device: torch.device) -> ctypes.CDLL | None:
-    """The C library, where the device is its own and it can be told what to keep."""
+    """Returns the C library; ``None`` unless it manages the device's memory and can be
+    configured."""
     library = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
     able = hasattr(library, "mallopt") and hasattr(library, "malloc_trim")
     return library if able else None

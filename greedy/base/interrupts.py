@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: it stops where it can go on later."""
+"""Signals that ask a run to stop: it stops where it can be resumed."""
 
 import signal
 import threading
@@ -11,16 +11,17 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def stop(number: int, frame: FrameType | None) -> None:
-    """A handler that stops at once: for the times when nothing is lost by it."""
+    """Handles a signal by stopping at once: for code that loses nothing by it."""
     raise Interrupted(number, "interrupted: the same command goes on where this one stopped")
 
 
-class Postponed:
-    """Context manager in which SIGINT, SIGTERM and SIGHUP wait until ``requested`` is looked at;
-    the second one does not. Handlers that are the user's own stay, as do those of other threads.
+class PostponedSignals:
+    """Context manager that delays SIGINT, SIGTERM and SIGHUP: the first one only sets
+    ``requested``, the second stops at once. A user's handlers stay, as do signals outside the main
+    thread.
 
     Attributes:
-        requested: the signal that came, or ``None``.
+        requested: the number of the signal that came, or ``None``.
     """
 
     requested: int | None = None
@@ -28,8 +29,8 @@ class Postponed:
     def __enter__(self) -> Self:
         self._before = {}
         if threading.current_thread() is threading.main_thread():
-            ours = (signal.SIG_DFL, signal.default_int_handler, stop)
-            self._before = {n: h for n in SIGNALS if (h := signal.getsignal(n)) in ours}
+            replaceable = (signal.SIG_DFL, signal.default_int_handler, stop)
+            self._before = {n: h for n in SIGNALS if (h := signal.getsignal(n)) in replaceable}
             for number in self._before:
                 signal.signal(number, self._note)
         return self

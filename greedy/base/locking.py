@@ -20,10 +20,10 @@ LOCK, HOLDER = ".lock", ".lock.json"
 
 
 class RunLock:
-    """The operating system's lock on a run directory, which ends with the process that holds it.
+    """The operating system's lock on a run directory, released when its process ends.
 
-    Whoever holds it may enter again. The lock's own file is empty and stays; beside it, while it
-    is held, a second one says by whom.
+    The holder may enter again. The lock file is empty and stays; while it is held, a second file
+    names the holder.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -32,8 +32,9 @@ class RunLock:
 
     @contextmanager
     def held(self) -> Iterator[bool]:
-        """Holds the lock, and says whether it was free before. Raises ``UserError`` naming the
-        holder if that is another process, or for a directory that is not there or read-only."""
+        """Holds the lock inside the block and yields whether this is the outermost block. Raises
+        ``UserError`` naming the holder if that is another process, or if the directory is missing
+        or read-only."""
         if not self._directory.is_dir():
             raise UserError(f"there is no run in {self._directory} yet: give it its data first")
         first = not self._lock.is_locked
@@ -48,8 +49,8 @@ class RunLock:
             if error.errno in READ_ONLY:
                 begun = (self._directory / "run.toml").exists()
                 copied = "copy the run to where you may write, and give that as --run"
-                way = copied if begun else "choose another place with --run"
-                raise UserError(f"{self._directory} is read-only: {way}") from error
+                advice = copied if begun else "choose another place with --run"
+                raise UserError(f"{self._directory} is read-only: {advice}") from error
             if (way_out := remedy(error)) is None:
                 raise
             then = "that as --run" if error.errno == errno.ENOLCK else "the same command again"
@@ -69,12 +70,12 @@ class RunLock:
     def _announce(self) -> None:
         since = datetime.now().astimezone().isoformat(" ", "seconds")
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
-        with suppress(OSError):  # a full disk, for one: the lock holds without its label
+        with suppress(OSError):  # as on a full disk: the lock works without naming its holder
             write_whole(self._directory / HOLDER, json.dumps(holder).encode())
 
 
 def _described(directory: Path) -> str:
-    """The holder in words, as far as its own note tells."""
+    """Returns the holder in words, as far as its file names it."""
     try:
         holder = read_document(directory / HOLDER)
         pid, host, since = (str(holder[key])[:100] for key in ("pid", "host", "since"))

@@ -6,26 +6,26 @@ import numpy as np
 import torch
 
 
-def derive(seed: int, purpose: str, *keys: int | str) -> int:
-    """A 63-bit seed for the stream named by (seed, purpose, keys), for instance
-    ``derive(1, "dropout", stage, step)``; the same on every machine and in every process."""
+def derive_seed(seed: int, purpose: str, *keys: int | str) -> int:
+    """Returns a 63-bit seed for the stream named by (seed, purpose, keys), for instance
+    ``derive_seed(1, "dropout", stage, step)``; the same on every machine and in every process."""
     name = repr((seed, purpose, *keys)).encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest()) >> 1
 
 
 def torch_generator(seed: int, purpose: str, *keys: int | str) -> torch.Generator:
-    """A CPU generator at the start of the named stream."""
-    return torch.Generator().manual_seed(derive(seed, purpose, *keys))
+    """Returns a torch CPU generator at the start of the named stream."""
+    return torch.Generator().manual_seed(derive_seed(seed, purpose, *keys))
 
 
 def numpy_generator(seed: int, purpose: str, *keys: int | str) -> np.random.Generator:
-    """A NumPy generator at the start of the named stream."""
-    return np.random.default_rng(derive(seed, purpose, *keys))
+    """Returns a NumPy generator at the start of the named stream."""
+    return np.random.default_rng(derive_seed(seed, purpose, *keys))
 
 
 def seed_torch(seed: int, device: torch.device) -> None:
-    """Seeds torch's own generators, of the CPU and of a device, as ``torch.manual_seed`` does; that
-    looks for devices of every kind each time, for up to a millisecond."""
+    """Seeds torch's default generators of the CPU and of a device, as ``torch.manual_seed`` does;
+    that call takes up to a millisecond to look for devices of every kind."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index

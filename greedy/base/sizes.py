@@ -9,7 +9,8 @@ UNITS |= {f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", star
 
 
 def parse_size(text: str) -> int:
-    """Bytes of a size such as ``512MiB`` or ``4 GB``. Raises ``UserError`` for anything else."""
+    """Returns the bytes of a size such as ``512MiB`` or ``4 GB``. Raises ``UserError`` for anything
+    else."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", text)
     if not match or match[2] not in UNITS:
         raise UserError(f"{text!r} is not a size: write one such as 512MiB or 4GiB")
@@ -17,7 +18,7 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: float) -> str:
-    """A size in the largest binary unit that leaves at least 1: ``1.5 GiB``."""
+    """Returns a size in the largest binary unit that leaves at least 1: ``1.5 GiB``."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(size) < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -26,7 +27,7 @@ def format_size(size: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """A time in the largest unit that leaves at least 1: ``9.5 h``, ``38 min``."""
+    """Returns a time in the largest unit that leaves at least 1: ``9.5 h``, ``38 min``."""
     value, unit = seconds, "s"
     for larger, factor in (("min", 60), ("h", 60), ("d", 24)):
         if value >= factor:

@@ -1,7 +1,7 @@
 """Tensors as the bytes of a safetensors file, one at a time.
 
-The library's own ``save`` puts the whole file together in memory, beside copies of its tensors: of
-a wide stage with an optimiser's state three times what its training takes.
+The library's ``save`` holds the whole file in memory, in addition to copies of its tensors: for a
+wide stage with optimiser state, three times the memory that training takes.
 """
 
 import json
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from greedy.base.errors import TrainingError
 
-# As the format calls them, in the order in which the library writes them: the widest first.
-NAMES = {
+# The format's names, in the order in which the library writes tensors: the widest first.
+DTYPE_NAMES = {
     torch.uint64: "U64",
     torch.int64: "I64",
     torch.float64: "F64",
@@ -34,20 +34,22 @@ NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-ALIGNED = 8  # the header's length, filled up with spaces
+ALIGNED = 8  # the header's length is padded with spaces to a multiple of it
 
 
 def file_parts(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
-    """The bytes that the library's ``save`` gives, in parts; tensors on a CPU are not copied, from
-    a device they come one by one. Two names for the same memory become two tensors.
+    """Yields the bytes that the library's ``save`` gives, in parts; CPU tensors are not copied,
+    those of a device come one by one. Two names for the same memory become two tensors.
 
-    Raises ``TrainingError`` naming a tensor of a type that the format does not have.
+    Raises ``TrainingError`` naming a tensor whose type the format does not have.
     """
-    order = list(NAMES)
+    order = list(DTYPE_NAMES)
     for name, tensor in tensors.items():
-        if tensor.dtype not in NAMES:
+        if tensor.dtype not in DTYPE_NAMES:
             kind = str(tensor.dtype).removeprefix("torch.")
-            raise TrainingError(f"{name} is {kind}, which no file can keep: use another type")
+            raise TrainingError(
+                f"{name} is {kind}, which safetensors files cannot hold: use another type"
+            )
     names = sorted(tensors, key=lambda name: (order.index(tensors[name].dtype), name))
     yield _header({name: tensors[name] for name in names})
     for name in names:
@@ -59,8 +61,12 @@ def _header(tensors: Mapping[str, Tensor]) -> bytes:
     entries, end = {}, 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
-        shape, where = list(tensor.shape), [start, end]
-        entries[name] = {"dtype": NAMES[tensor.dtype], "shape": shape, "data_offsets": where}
+        shape, offsets = list(tensor.shape), [start, end]
+        entries[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": shape,
+            "data_offsets": offsets,
+        }
     text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNED)
     return len(text).to_bytes(8, "little") + text

@@ -1,4 +1,4 @@
-"""Names that others chose, as text that can be written and shown."""
+"""Names that others chose, as text that can be written and displayed."""
 
 import json
 import re
@@ -8,39 +8,41 @@ from typing import Any
 
 SHOWN = 3  # names in a message
 _SURROGATE = re.compile("[\ud800-\udfff]")
-# Control characters, which a terminal obeys, and separators of lines and paragraphs.
+# Control characters, and separators of lines and paragraphs.
 _UNSHOWN = {"Cc", "Zl", "Zp"}
 
 
-def listed(names: Sequence[object]) -> str:
-    """Returns the first three of some names, and whether there are more."""
+def first_names(names: Sequence[object]) -> str:
+    """Returns the first three of some names, joined by commas, with an ellipsis where there are
+    more."""
     return ", ".join(map(str, names[:SHOWN])) + (", …" if len(names) > SHOWN else "")
 
 
 def legible(text: str) -> str:
-    """Returns text that UTF-8 can hold: each byte of a file name that is none becomes ``\\xe9``."""
+    """Returns text that UTF-8 can encode: each byte of a file name that is not UTF-8 becomes
+    ``\\xe9``."""
     return _SURROGATE.sub(_escaped, text)
 
 
 def shown(text: str) -> str:
-    """Returns text as one line that a terminal shows as it is: what it would obey, such as escape
-    sequences and line breaks, is written as Python writes it."""
+    """Returns text as one line that a terminal displays verbatim: control characters, such as
+    escape sequences and line breaks, are written as Python escapes."""
     text = legible(text)
     if text.isprintable():
         return text
     return "".join(
-        each.encode("unicode_escape").decode() if unicodedata.category(each) in _UNSHOWN else each
-        for each in text
+        char.encode("unicode_escape").decode() if unicodedata.category(char) in _UNSHOWN else char
+        for char in text
     )
 
 
 def legible_json(document: Any) -> str:
-    """Returns a JSON document as text in which letters are letters, as ``legible`` has them."""
+    """Returns a JSON document as ``legible`` text in which letters stay letters."""
     text = json.dumps(document, indent=2, ensure_ascii=False)
-    return _SURROGATE.sub(lambda found: _escaped(found).replace("\\", "\\\\"), text)
+    return _SURROGATE.sub(lambda match: _escaped(match).replace("\\", "\\\\"), text)
 
 
-def _escaped(found: re.Match[str]) -> str:
-    number = ord(found[0])
-    is_byte = 0xDC80 <= number <= 0xDCFF  # as os.fsdecode has them
+def _escaped(match: re.Match[str]) -> str:
+    number = ord(match[0])
+    is_byte = 0xDC80 <= number <= 0xDCFF  # as os.fsdecode encodes them
     return f"\\x{number - 0xDC00:02x}" if is_byte else f"\\u{number:04x}"

@@ -1,4 +1,4 @@
-"""From what a recipe says to modules and losses."""
+"""Networks and losses built from a recipe."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -33,7 +33,7 @@ NOT_NAMED = (
     "this run's network was built in Python: name the function that returns it with --model "
     "module:function"
 )
-LOSS_FIELDS = {  # of a recipe, and what the losses call them
+LOSS_FIELDS = {  # fields of a recipe, and the losses' arguments
     "beta": "beta",
     "pred_pool_target": "pool_target",
     "pred_hidden_layers": "hidden_layers",
@@ -42,8 +42,9 @@ LOSS_FIELDS = {  # of a recipe, and what the losses call them
 
 
 def build_network(model: Model, row_shape: Shape, num_classes: int) -> nn.Sequential:
-    """The recipe's network for images of ``row_shape`` (C, H, W), on the meta device: its
-    stages get their weights one at a time, when each is trained."""
+    """Returns the recipe's network for images of ``row_shape`` (C, H, W), on the meta device: each
+    stage gets its weights when it is trained. Raises ``UserError`` for a network given in Python
+    and for images that are not square."""
     if model.network == "python":
         raise UserError(NOT_NAMED)
     channels, height, width = row_shape
@@ -69,22 +70,23 @@ def build_network(model: Model, row_shape: Shape, num_classes: int) -> nn.Sequen
 def checked_shapes(
     recipe: Recipe, stages: Sequence[Stage], row_shape: Shape, classes: int
 ) -> list[StageShapes]:
-    """The shapes along the stages, of a network that fits the data (0 classes: not known
-    yet) and the recipe's lists."""
-    found = models.shapes(stages, row_shape)
+    """Returns the shapes along the stages. Raises ``UserError`` for a network that does not fit the
+    data (0 classes: unknown yet) or the recipe."""
+    shapes = models.shapes(stages, row_shape)
     if classes == 1:
-        raise UserError("the data have one class: give two at least, to be told apart")
-    if len(found[-1].output) != 1:
+        raise UserError("the data have one class: give images of two classes or more")
+    output = shapes[-1].output
+    if len(output) != 1:
         raise UserError(
-            f"the network ends in {_kind(found[-1].output)} ({_sides(found[-1].output)} an image): "
+            f"the network ends in {_kind(output)} ({_sides(output)} an image): "
             f"end it with the linear layer that gives the logits"
         )
     if classes:
-        require_one_logit_a_class(found[-1].output, classes)
-    for stage, shape in zip(stages[:-1], found[:-1], strict=True):
+        require_one_logit_a_class(output, classes)
+    for stage, shape in zip(stages[:-1], shapes[:-1], strict=True):
         _require_heads_and_store(recipe, stage, shape)
     augmentation = Augmentation.parse(recipe.data.augmentation, recipe.data.cutout_length)
-    augmentation.require_room(*row_shape[1:])
+    augmentation.require_image_size(*row_shape[1:])
     mean = recipe.data.mean
     if mean is not None and len(mean) != row_shape[0]:
         raise UserError(
@@ -104,37 +106,40 @@ def checked_shapes(
                 f"training.{field} has {len(value)} entries and the network {len(stages)} "
                 f"stages: give one number, or one a stage"
             )
-    return found
+    return shapes
 
 
 def _require_heads_and_store(recipe: Recipe, stage: Stage, shape: StageShapes) -> None:
-    """Refuses a stage whose activation our losses have no heads for, or whose output no store
-    holds."""
+    """Raises ``UserError`` for a stage whose activation the losses of this package have no heads
+    for, or whose output no store can hold."""
     strategy, loss = recipe.training.strategy, recipe.loss.name
-    ours = strategy != "backprop" and loss not in ("python", "glob")
+    has_our_heads = strategy != "backprop" and loss not in ("python", "glob")
     stored = strategy == "greedy" and recipe.store.views != "live"
-    given = f"stage {stage.number} ({stage.name}) gives {{}} an image"
-    for each in {shape.hidden: ours, shape.output: stored}.items():
-        if each[1] and not 1 <= len(each[0]) <= 3:
+    for row, matters in ((shape.hidden, has_our_heads), (shape.output, stored)):
+        if matters and not 1 <= len(row) <= 3:
             raise UserError(
-                f"{given.format(_sides(each[0]))}, and stages are trained on features (F,), tokens "
+                f"{_gives(stage, row)}, and stages are trained on features (F,), tokens "
                 f"(T, D) and maps (C, H, W): let it end with what gives one of these"
             )
     last = [m for m in stage.layer.modules() if isinstance(m, ENCODERS)][-1]
-    if not ours or len(shape.hidden) == 1:
+    if not has_our_heads or len(shape.hidden) == 1:
         return
     if isinstance(last, nn.Conv1d) and shape.hidden[-1] != last.out_channels:
         raise UserError(
-            f"{given.format(_sides(shape.hidden))} by a 1-d convolution, and of two sides the last "
+            f"{_gives(stage, shape.hidden)} by a 1-d convolution, and of two sides the last "
             f"are features: use nn.Conv2d with a kernel of height 1, or let the stage end with "
             f"what gives tokens (T, D)"
         )
     is_last = isinstance(last, nn.Linear) and shape.hidden[-1] == last.out_features
     if is_last and len(shape.hidden) == 3 and shape.hidden[0] != last.out_features:
         raise UserError(
-            f"{given.format(_sides(shape.hidden))} with features last, and of three sides the "
+            f"{_gives(stage, shape.hidden)} with features last, and of three sides the "
             f"first are features: let it end with what gives (C, H, W), or tokens (T, D)"
         )
+
+
+def _gives(stage: Stage, shape: Shape) -> str:
+    return f"stage {stage.number} ({stage.name}) gives {_sides(shape)} an image"
 
 
 def _kind(shape: Shape) -> str:
@@ -146,10 +151,10 @@ def _sides(shape: Shape) -> str:
 
 
 def require_one_logit_a_class(output: Shape, classes: int) -> None:
-    """Refuses a network whose output is not one of logits for so many classes."""
+    """Raises ``UserError`` for a network whose output is not one logit for each of the classes."""
     if output != (classes,):
         raise UserError(
-            f"the network ends in {'x'.join(map(str, output))} values and the data have {classes} "
+            f"the network ends in {_sides(output)} values and the data have {classes} "
             f"classes: let its last layer give one logit a class, or name all of them in the "
             f"training set's attribute `classes`"
         )
@@ -158,9 +163,9 @@ def require_one_logit_a_class(output: Shape, classes: int) -> None:
 def load_network(
     model: Model, function: str | None, *, needed: bool = False
 ) -> nn.Sequential | None:
-    """The network that ``module:function`` returns, for a run whose network was built in Python;
-    ``None`` without a function. Raises ``UserError`` for one that is not wanted or of no use, and
-    for one that is ``needed`` and not named."""
+    """Returns the network that ``module:function`` returns, for a run whose network was built in
+    Python; ``None`` without a function. Raises ``UserError`` for a function that the run has no use
+    for, and for one that is ``needed`` and missing."""
     if function is None:
         if needed and model.network == "python":
             raise UserError(NOT_NAMED)
@@ -174,25 +179,25 @@ def load_network(
 
 
 def loss_settings(loss: LocalLoss) -> dict[str, str | float | int]:
-    """The recipe's ``loss`` section for a loss given in Python."""
+    """Returns the recipe's ``loss`` section for a loss given in Python."""
     names = [name for name, kind in LOSSES.items() if type(loss) is kind]
     if not names:
         return {"name": "python"}
-    found = {f: getattr(loss, argument) for f, argument in _arguments(type(loss)).items()}
-    return {"name": names[0], **found}
+    values = {field: getattr(loss, name) for field, name in _arguments(type(loss)).items()}
+    return {"name": names[0], **values}
 
 
 def build_loss(loss: Loss) -> LocalLoss:
-    """The recipe's local loss."""
+    """Returns the recipe's local loss. Raises ``UserError`` for a loss written in Python."""
     if loss.name == "python":
         raise UserError(
-            "this run's local loss was written in Python: go on with it from Python, as it began"
+            "this run's local loss was written in Python: continue the run from Python, as it began"
         )
     kind = LOSSES[loss.name]
-    return kind(**{argument: getattr(loss, f) for f, argument in _arguments(kind).items()})
+    return kind(**{name: getattr(loss, field) for field, name in _arguments(kind).items()})
 
 
 def _arguments(kind: type[LocalLoss]) -> dict[str, str]:
-    """A loss's arguments by the fields of a recipe that set them."""
-    taken = inspect.signature(kind).parameters
-    return {field: argument for field, argument in LOSS_FIELDS.items() if argument in taken}
+    """Returns a loss's arguments by the fields of a recipe that set them."""
+    parameters = inspect.signature(kind).parameters
+    return {field: name for field, name in LOSS_FIELDS.items() if name in parameters}

@@ -1,4 +1,4 @@
-"""The recipe of a network and a loss that are given in Python."""
+"""The recipe of a network and a loss given in Python."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from greedy.losses import LocalLoss
 from greedy.recipes import Recipe, from_document
 from greedy.recipes.schema import SECTIONS
 
-ELSEWHERE = {
+OTHER_FIELDS = {
     "memory_budget": ("memory", "budget"),
     "micro_batch": ("memory", "micro_batch"),
     "optimizer_state": ("memory", "optimizer_state"),
@@ -17,8 +17,9 @@ ELSEWHERE = {
 
 
 def python_recipe(settings: dict[str, Any], loss: LocalLoss) -> Recipe:
-    """The recipe with ``settings`` by their bare names: fields of ``data``, ``training`` and
-    ``store``, those above, and ``seed``. Raises ``UserError`` for one that is not known."""
+    """Returns the recipe with ``settings`` by their names without sections: fields of ``data``,
+    ``training`` and ``store``, those of ``OTHER_FIELDS``, and ``seed``. Raises ``UserError`` for an
+    unknown setting."""
     document: dict[str, Any] = {
         "data": {"name": "python"},
         "model": {"network": "python"},
@@ -27,7 +28,7 @@ def python_recipe(settings: dict[str, Any], loss: LocalLoss) -> Recipe:
         "memory": {},
         "store": {},
     }
-    place = ELSEWHERE | {
+    fields = OTHER_FIELDS | {
         field: (section, field)
         for section in ("data", "training", "store")
         for field in SECTIONS[section].model_fields
@@ -36,16 +37,17 @@ def python_recipe(settings: dict[str, Any], loss: LocalLoss) -> Recipe:
     for name, value in settings.items():
         if name == "seed":
             document["seed"] = value
-        elif name in place:
-            section, field = place[name]
+        elif name in fields:
+            section, field = fields[name]
             document[section][field] = list(value) if isinstance(value, tuple) else value
         else:
-            raise unknown("setting", name, [*place, "seed"])
+            raise unknown("setting", name, [*fields, "seed"])
     return from_document(document, name="python")
 
 
 def require_optimizer(settings: dict[str, Any], optimizer: object) -> None:
-    """Refuses an optimiser of one's own where Adam's moments are asked to be in host memory."""
+    """Raises ``UserError`` where a user's optimiser is given and Adam's moments are asked to be in
+    host memory."""
     if optimizer is not None and settings.get("optimizer_state") == "host":
         raise UserError(
             "optimizer_state='host' is for the Adam that is built in: leave out optimizer, or "

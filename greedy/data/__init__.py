@@ -1,8 +1,8 @@
-"""Data sets, and what is done to their images before the network sees them."""
+"""Data sets, and the preparation of their images for the network."""
 
 from greedy.data.augmentation import Augmentation, Draws, normalise, prepare
 from greedy.data.catalogue import DATASETS, Entry
-from greedy.data.checking import checked
+from greedy.data.checking import check_files
 from greedy.data.images import Reading
 from greedy.data.loading import find_dataset, is_available, load_dataset
 from greedy.data.mapstyle import dataset_from_torch, require_repeatable
@@ -16,7 +16,7 @@ __all__ = [
     "load_dataset",
     "find_dataset",
     "Reading",
-    "checked",
+    "check_files",
     "dataset_from_torch",
     "require_repeatable",
     "is_available",

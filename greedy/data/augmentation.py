@@ -1,7 +1,6 @@
 """Random crop, horizontal flip and cutout, drawn as tables over all rows and applied by batch.
 
-Drawing for the whole data set at once and indexing by row makes a row's augmentation
-independent of the order in which rows are read.
+Since draws are indexed by row, a row's augmentation does not depend on the order of reading.
 """
 
 from collections.abc import Sequence
@@ -21,7 +20,7 @@ NAMES = ("none", *PADDINGS, "hflip")
 
 @dataclass(frozen=True)
 class Draws:
-    """The augmentation of N rows, on the CPU."""
+    """The random numbers of the augmentation of N rows, on the CPU."""
 
     shifts: Tensor
     """(N, 2): output pixel (y, x) shows pixel (y + shift 0, x + shift 1), zero outside."""
@@ -31,16 +30,16 @@ class Draws:
     """(N, 2): y and x of the hole's centre."""
 
     def __getitem__(self, rows: Tensor | np.ndarray[Any, Any] | slice) -> "Draws":
-        """The draws of these rows, in their order."""
+        """Returns the draws of the given rows, in their order."""
         rows = torch.from_numpy(rows) if isinstance(rows, np.ndarray) else rows
         return Draws(self.shifts[rows], self.flips[rows], self.centres[rows])
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to training images, in this order: a random crop of the image zero-padded by
-    ``padding``, a horizontal flip with probability 1/2, and, after normalisation, a square hole
-    of side ``hole``."""
+    """The augmentation of training images, in this order: a random crop of the image zero-padded by
+    ``padding`` pixels, a horizontal flip with probability 1/2 if ``flip``, and, after
+    normalisation, a square hole of side ``hole`` pixels."""
 
     padding: int = 0
     flip: bool = False
@@ -50,7 +49,7 @@ class Augmentation:
     def parse(cls, text: str, cutout_length: int = 0) -> "Augmentation":
         """Reads names joined by ``+``: ``none``, ``jitter2`` or ``crop4``, ``hflip``.
 
-        Raises UserError for an unknown name, or names that exclude each other.
+        Raises ``UserError`` for an unknown name, or names that exclude each other.
         """
         names = [name.strip() for name in text.split("+")]
         for name in names:
@@ -66,8 +65,8 @@ class Augmentation:
             raise UserError(f"cutout_length is {cutout_length}: give 0 or more pixels")
         return cls(sum(paddings), "hflip" in names, cutout_length)
 
-    def require_room(self, height: int, width: int) -> None:
-        """Raises UserError for images that are no larger than their padding."""
+    def require_image_size(self, height: int, width: int) -> None:
+        """Raises ``UserError`` for images that are no larger than their padding."""
         if self.padding >= min(height, width):
             raise UserError(
                 f"images of {height}x{width} are too small to be shifted by {self.padding} pixels: "
@@ -75,11 +74,11 @@ class Augmentation:
             )
 
     def draw(self, rows: int, height: int, width: int, generator: torch.Generator) -> Draws:
-        """Independent draws for rows 0 to ``rows`` - 1 of images of ``height`` x ``width``.
+        """Draws independently for ``rows`` images of ``height`` x ``width``.
 
-        Raises UserError where the image is no larger than its padding.
+        Raises ``UserError`` where the image is no larger than its padding.
         """
-        self.require_room(height, width)
+        self.require_image_size(height, width)
 
         def uniform(low: int, high: int) -> Tensor:
             return torch.randint(low, high, (rows,), generator=generator)
@@ -90,7 +89,7 @@ class Augmentation:
         return Draws(shifts, flips, torch.stack((uniform(0, height), uniform(0, width)), dim=1))
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
-        """Crop, then flip the images (B, C, H, W) of any dtype as their B draws say."""
+        """Returns the images (B, C, H, W) of any dtype, cropped, then flipped, by their B draws."""
         if not (self.padding or self.flip):
             return images
         channels, height, width = images.shape[1:]
@@ -106,17 +105,17 @@ class Augmentation:
         return padded.gather(2, pixels).view(images.shape)
 
     def cutout(self, images: Tensor, draws: Draws) -> Tensor:
-        """Zero one hole in each of the normalised images (B, C, H, W): on each axis the pixels
-        [c - L // 2, c + L // 2) around the drawn centre c, clipped at the border."""
+        """Returns the normalised images (B, C, H, W) with one hole of zeros in each: on each axis
+        the pixels [c - L // 2, c + L // 2) around the drawn centre c, clipped at the border."""
         if not self.hole:
             return images
         half = self.hole // 2
         centres = draws.centres.to(images.device, non_blocking=True)
 
         def covered(axis: int) -> Tensor:
-            place = torch.arange(images.shape[2 + axis], device=images.device)
+            pixel = torch.arange(images.shape[2 + axis], device=images.device)
             centre = centres[:, axis, None]
-            return (place >= centre - half) & (place < centre + half)
+            return (pixel >= centre - half) & (pixel < centre + half)
 
         hole = covered(0)[:, :, None] & covered(1)[:, None, :]
         return images.masked_fill(hole[:, None], 0.0)
@@ -125,7 +124,7 @@ class Augmentation:
 def normalise(
     images: Tensor, mean: Sequence[float] | Tensor, std: Sequence[float] | Tensor
 ) -> Tensor:
-    """(image - mean) / std, channel by channel: images (B, C, H, W), mean and std (C,)."""
+    """Returns (image - mean) / std, channel by channel: images (B, C, H, W), mean and std (C,)."""
 
     def channelwise(values: Sequence[float] | Tensor) -> Tensor:
         return torch.as_tensor(values, dtype=images.dtype, device=images.device).view(-1, 1, 1)
@@ -140,11 +139,12 @@ def prepare(
     augmentation: Augmentation | None = None,
     draws: Draws | None = None,
 ) -> Tensor:
-    """A raw batch (B, C, H, W) as the network sees it, float32 on the batch's device: crop and
-    flip, scale uint8 to [0, 1], normalise, cutout. Float images are taken as they are.
+    """Returns a raw batch (B, C, H, W) as the network's input, float32 on the batch's device:
+    cropped and flipped, uint8 scaled to [0, 1], normalised, with cutout. Float images are not
+    scaled.
 
-    Training gives an augmentation and the B rows' draws, evaluation neither.
-    Raises ValueError where one is given without the other.
+    Training gives an augmentation and the B rows' draws, evaluation neither. Raises ``ValueError``
+    where one is given without the other.
     """
     if (augmentation is None) != (draws is None):
         raise ValueError("an augmentation and its draws belong together: give both or neither")

@@ -5,7 +5,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Entry:
-    """A named data set: ``shape`` (C, H, W), number of classes and of images in each split."""
+    """A named data set.
+
+    Attributes:
+        shape: (C, H, W) of an image.
+        classes: the number of classes.
+        train: the number of training images.
+        test: the number of test images.
+        description: for tables.
+    """
 
     name: str
     shape: tuple[int, int, int]
@@ -25,4 +33,4 @@ DATASETS = (
     Entry("svhn", (3, 32, 32), 10, 604_388, 26_032, "house numbers, train and extra together"),
     Entry("stl10", (3, 96, 96), 10, 5_000, 8_000, "photographs, the labelled images alone"),
 )
-"""All of them."""
+"""All named data sets."""

@@ -1,4 +1,4 @@
-"""IDX files, the format of MNIST and its successors: one array of bytes a file."""
+"""IDX files, the format of MNIST and its successors: one array of bytes in each file."""
 
 import gzip
 import struct
@@ -21,18 +21,19 @@ NAMES = tuple(
 
 
 def find(folder: Traversable, name: str) -> Traversable | None:
-    """The file of that name in the folder, plain or with ``.gz``; None where there is neither."""
+    """Returns the file ``name`` in the folder, plain or with ``.gz``; None where there is
+    neither."""
     candidates = (folder / name, folder / f"{name}.gz")
     return next((file for file in candidates if file.is_file()), None)
 
 
 def is_complete(folder: Traversable) -> bool:
-    """Whether the folder has images and labels of both splits."""
+    """Returns whether the folder has images and labels of both splits."""
     return all(find(folder, name) for name in NAMES)
 
 
 def read_splits(folder: Traversable) -> tuple[ArraySplit, ArraySplit]:
-    """The training and the test split of a complete folder: uint8 images (N, 1, H, W)."""
+    """Returns the training and the test split of a complete folder: uint8 images (N, 1, H, W)."""
     images, labels, test_images, test_labels = (_read(folder, name) for name in NAMES)
     return ArraySplit(images[:, None], labels), ArraySplit(test_images[:, None], test_labels)
 
@@ -49,9 +50,10 @@ def _read(folder: Traversable, name: str) -> npt.NDArray[Any]:
 
 
 def parse(raw: bytes) -> npt.NDArray[np.uint8]:
-    """The array of an IDX file: two zero bytes, type, number of axes n, n big-endian lengths, data.
+    """Returns the array of an IDX file: two zero bytes, type, number of axes n, n big-endian
+    lengths, data.
 
-    Raises ValueError or struct.error where the bytes are anything else.
+    Raises ``ValueError`` or ``struct.error`` for other bytes.
     """
     zeros, kind, axes = struct.unpack_from(">HBB", raw)
     if zeros or kind != UNSIGNED_BYTE:

@@ -1,4 +1,4 @@
-"""Image files: decoded, or named in the error, and brought to one size."""
+"""Image files: decoded upright, resized and cropped; errors name the file."""
 
 import math
 import struct
@@ -18,9 +18,9 @@ from greedy.base.errors import UserError
 from greedy.data.modes import WHITE, Kind, channels_16, flattened, kind_of, loses_bits, stacked
 from greedy.recipes.schema import Data
 
-MODES = {1: "L", 3: "RGB"}  # of Pillow, by the number of channels
-LONG = 4  # times the pixels wanted, in an image resized to cover them
-LARGE = 2**25  # pixels of images that are decoded one at a time, for the memory they take
+MODES = {1: "L", 3: "RGB"}  # Pillow's, by the number of channels
+LONG = 4  # a resized image with more than 4 times the pixels wanted is cropped first
+LARGE = 2**25  # images with more pixels are decoded one at a time, to save memory
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -37,7 +37,7 @@ class UnreadableImage(UserError):
     """An image file that cannot be read.
 
     Attributes:
-        reason: why, in few words.
+        reason: why, in a few words.
     """
 
     def __init__(self, file: Path, reason: object) -> None:
@@ -47,11 +47,11 @@ class UnreadableImage(UserError):
 
 @dataclass(frozen=True)
 class Reading:
-    """How image files are read.
+    """The settings for reading image files.
 
     Attributes:
-        background: the colour behind what is transparent, as Pillow names colours.
-        max_pixels: the most that an image may have.
+        background: the colour behind transparent parts, as Pillow names colours.
+        max_pixels: the most pixels that an image may have.
     """
 
     background: str = WHITE
@@ -59,11 +59,11 @@ class Reading:
 
     @classmethod
     def of(cls, data: Data) -> Self:
-        """Returns how a recipe wants them read."""
+        """Returns the settings of a recipe's data section."""
         return cls(data.background, data.max_pixels)
 
 
-AS_THEY_ARE = Reading()
+DEFAULT_READING = Reading()
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,10 @@ class ImageFile:
     """An image file, decoded and upright.
 
     Attributes:
-        kind: which numbers it holds.
-        size: (width, height).
-        animated: whether it holds several pictures, of which this is the first.
-        parts: as ``greedy.data.modes.flattened`` takes them.
+        kind: of its numbers.
+        size: (width, height) in pixels.
+        animated: whether the file holds several pictures; this is the first.
+        parts: of the form that ``greedy.data.modes.flattened`` takes.
     """
 
     kind: Kind
@@ -85,9 +85,8 @@ class ImageFile:
     def values(
         self, channels: int, background: str, size: tuple[int, int] | None = None
     ) -> npt.NDArray[Any]:
-        """Returns (C, H, W), uint8 of bytes and else float32, brought to the ``size`` (H, W): the
-        image is resized (bilinear, antialiased) until it just covers that, and the centre cut
-        out."""
+        """Returns (C, H, W), uint8 for 8 bits and else float32. With ``size`` (H, W) the image is
+        resized (bilinear, antialiased) until it just covers that, and the centre cropped."""
         if size is None:
             parts = flattened(self.parts, background)
         else:
@@ -98,9 +97,9 @@ class ImageFile:
 
 
 @contextmanager
-def opened(file: Path, reading: Reading) -> Iterator[ImageFile]:
-    """The image of a file, decoded; any failure to read it, also inside, is an ``UnreadableImage``,
-    and too little memory a ``UserError``."""
+def open_image(file: Path, reading: Reading) -> Iterator[ImageFile]:
+    """Yields the decoded image of a file. Turns any failure to read it, also inside the block, into
+    ``UnreadableImage``, and lack of memory into ``UserError``."""
     try:
         with _header(file) as image:
             if (pixels := image.width * image.height) > reading.max_pixels:
@@ -118,13 +117,13 @@ def opened(file: Path, reading: Reading) -> Iterator[ImageFile]:
         ) from error
     except UserError:
         raise
-    except Exception as error:  # what Pillow raises for a damaged file depends on the format
+    except Exception as error:  # the class depends on the format of the damaged file
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UnreadableImage(file, reason) from error
 
 
 def _header(file: Path) -> PillowFile:
-    with _no_limit():  # Pillow's is half of ours, and a warning
+    with _no_limit():  # Pillow's warns from half of max_pixels on
         return Image.open(file)
 
 
@@ -158,23 +157,23 @@ def _decoded(image: PillowFile, file: Path) -> ImageFile:
     turn = TURNS.get(_orientation(image))
     if turn is not None:
         parts = [part.transpose(turn) for part in parts]
-    # The others of a photo are previews and depths, those of a drawing its layers.
+    # In photos the other pictures are previews and depth maps, in drawings layers.
     animated = image.format not in ("MPO", "PSD") and getattr(image, "is_animated", False)
     return ImageFile(kind, parts[0].size, animated, parts)
 
 
 def _orientation(image: Image.Image) -> int:
-    """The orientation that Exif has; 1 is upright. What cannot be read of it says nothing."""
+    """Returns the orientation in the Exif data; 1, upright, where that is missing or unreadable."""
     with suppress(TypeError, ValueError, SyntaxError, struct.error):
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     return 1
 
 
 def fit(parts: list[Image.Image], background: str, size: tuple[int, int]) -> list[Image.Image]:
-    """The parts of an image, flattened, resized (bilinear, antialiased) until they just cover
-    ``size`` (H, W), and the centre cut out: of a square that is torchvision's ``Resize`` and
-    ``CenterCrop``. Of long images only the part that stays is resized, which may differ from these
-    in the last bit."""
+    """Returns the parts of an image, flattened, resized (bilinear, antialiased) until they just
+    cover ``size`` (H, W), and the centre cropped: for a square, torchvision's ``Resize`` and
+    ``CenterCrop``. Of long images only the part that remains is resized, which may differ from
+    these in the last bit."""
     (width, height), (high, wide) = parts[0].size, size
     if width * high < height * wide:
         covering = wide, height * wide // width
@@ -187,9 +186,9 @@ def fit(parts: list[Image.Image], background: str, size: tuple[int, int]) -> lis
             part.resize(covering, Image.Resampling.BILINEAR).crop(edges)
             for part in flattened(parts, background)
         ]
-    x, across = _source(width, covering[0], left, wide)
-    y, down = _source(height, covering[1], top, high)
-    with _no_limit():  # of Pillow's, which looks at what is cut out too
+    x, across = _source_range(width, covering[0], left, wide)
+    y, down = _source_range(height, covering[1], top, high)
+    with _no_limit():  # Pillow's counts the pixels before the crop
         cut = [part.crop((x[0], y[0], x[1], y[1])) for part in parts]
     region = across[0], down[0], across[1], down[1]
     return [
@@ -198,13 +197,14 @@ def fit(parts: list[Image.Image], background: str, size: tuple[int, int]) -> lis
     ]
 
 
-def _source(
+def _source_range(
     length: int, covering: int, start: int, side: int
 ) -> tuple[tuple[int, int], tuple[float, float]]:
-    """Along an axis that is resized from ``length`` to ``covering`` pixels, the pixels that so many
-    from ``start`` on are made of, and the region in these that they stand for."""
+    """Returns, along an axis resized from ``length`` to ``covering`` pixels, the range of source
+    pixels that the ``side`` pixels from ``start`` on depend on, and the region within it that they
+    cover."""
     scale = length / covering
     first, last = start * scale, min((start + side) * scale, length)
-    reach = math.ceil(max(scale, 1)) + 1  # of the filter beyond the region
+    reach = math.ceil(max(scale, 1)) + 1  # the filter's reach beyond the region
     low, high = max(0, math.floor(first) - reach), min(length, math.ceil(last) + reach)
     return (low, high), (first - low, last - low)

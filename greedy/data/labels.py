@@ -1,4 +1,4 @@
-"""Labels: what is one, and which remedy there is for what is none."""
+"""Labels: integers from 0, and a remedy for each value that is none."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,14 +8,14 @@ import numpy.typing as npt
 import torch
 
 from greedy.base.errors import UserError
-from greedy.base.text import SHOWN, listed
+from greedy.base.text import SHOWN, first_names
 
-Numbered = tuple[npt.NDArray[np.int64], dict[int, str]]
-MOST = 2**31  # no data set has as many classes
+NumbersAndRemedies = tuple[npt.NDArray[np.int64], dict[int, str]]
+MOST = 2**31  # more than the classes of any data set
 
 
 def as_array(labels: Any) -> npt.NDArray[Any] | None:
-    """Returns a label, or all those of a set, as an array; ``None`` where there is none."""
+    """Returns a label, or all labels of a set, as an array; ``None`` where that is impossible."""
     if isinstance(labels, torch.Tensor):
         labels = labels.detach().cpu()
         labels = labels.double() if labels.is_floating_point() else labels
@@ -26,8 +26,8 @@ def as_array(labels: Any) -> npt.NDArray[Any] | None:
 
 
 def as_label(label: Any) -> int:
-    """Returns a label as the number of a class: an integer from 0, or a truth value, alone or the
-    only entry of a tensor or array. Raises ValueError with the remedy for anything else."""
+    """Returns a label as a class number: an integer from 0, or a truth value, alone or the only
+    entry of a tensor or array. Raises ``ValueError`` with the remedy for anything else."""
     array = as_array(label)
     if array is None or array.dtype.kind not in "biufUS":
         raise ValueError("give each image the number of its class, and leave out those without one")
@@ -57,23 +57,23 @@ def as_label(label: Any) -> int:
     return int(value)
 
 
-def meaning(label: Any) -> int | str:
-    """Returns a label as the number of a class, or why it is none."""
+def label_or_remedy(label: Any) -> int | str:
+    """Returns a label as a class number, or the remedy where it is none."""
     try:
         return as_label(label)
     except ValueError as error:
         return str(error)
 
 
-def numbered(labels: Sequence[Any] | npt.NDArray[Any]) -> Numbered:
-    """Returns the labels (n,) as numbers of classes, -1 for what is no label, and for each of these
-    its position and remedy."""
+def class_numbers(labels: Sequence[Any] | npt.NDArray[Any]) -> NumbersAndRemedies:
+    """Returns the labels (n,) as class numbers, -1 for invalid ones, and the remedy for each
+    invalid one by its position."""
     array = labels if isinstance(labels, np.ndarray) else None
     if array is not None and array.ndim == 1 and array.dtype.kind in "bi" and array.min() >= 0:
         return array.astype(np.int64), {}
     values, remedies = np.full(len(labels), -1, np.int64), {}
     for i, label in enumerate(labels):
-        number = meaning(label)
+        number = label_or_remedy(label)
         if isinstance(number, str):
             remedies[i] = number
         else:
@@ -84,43 +84,45 @@ def numbered(labels: Sequence[Any] | npt.NDArray[Any]) -> Numbered:
 def wrong_labels(
     name: str, labels: Mapping[int, Any], remedy: str, looked_at: int | None = None
 ) -> UserError:
-    """Returns the error about wrong labels of the split ``name``, given by the indices of their
-    samples; ``looked_at`` labels were looked at, by default all."""
+    """Returns the error about wrong ``labels`` of the split ``name``, by the indices of their
+    samples, among ``looked_at`` labels, by default all."""
     shown = ", ".join(f"sample {row} has {_shown(labels[row])}" for row in sorted(labels)[:SHOWN])
     more = ", …" if len(labels) > SHOWN else ""
     count = "1 label" if len(labels) == 1 else f"{len(labels):,} labels"
     among = "" if looked_at is None else f" (among {looked_at:,} looked at)"
     verb = "is" if len(labels) == 1 else "are"
-    return UserError(
-        f"{count} of {name}{among} {verb} no number of a class: {shown}{more}; {remedy}"
-    )
+    return UserError(f"{count} of {name}{among} {verb} no class number: {shown}{more}; {remedy}")
 
 
-def outside(values: npt.NDArray[np.int64], classes: Sequence[int], names: Sequence[str]) -> str:
-    """Returns the remedy for labels of which some are not among those of the classes, given all
-    labels that were looked at; ``names`` are those of the classes."""
+def outside_remedy(
+    values: npt.NDArray[np.int64], classes: Sequence[int], names: Sequence[str]
+) -> str:
+    """Returns the remedy for labels outside the classes' numbers ``classes``, given all labels
+    ``values`` that were looked at; ``names`` are the classes' names."""
     first, last = min(classes), max(classes)
     if values.min() == first + 1 and values.max() == last + 1:
         return f"labels run from {first + 1} to {last + 1} and classes from {first}: subtract 1"
     whole = len(classes) == last - first + 1
     numbers = f"{first} to {last}" if whole else ", ".join(map(str, sorted(classes)))
-    return f"the classes are {numbers} ({listed(names)}): use these numbers, or name every class"
+    return (
+        f"the classes are {numbers} ({first_names(names)}): use these numbers, or name every class"
+    )
 
 
 def require_classes(
     name: str, labels: Mapping[str, npt.NDArray[np.int64] | None], class_names: list[str] | None
 ) -> None:
-    """Raises UserError where the labels (n,) of the training and the test split, given by the names
-    of the splits, are not those of two classes or more: a label without a class among
-    ``class_names``, or without names numbers that leave open which classes there are. Labels that
-    are None are not known yet."""
+    """Raises ``UserError`` where the labels (n,) of the training and the test split, by the splits'
+    names, are not those of at least two classes: a label without a class among ``class_names``, or,
+    without names, numbers that leave open which classes there are. None stands for labels that are
+    not known yet."""
     known = {split: values for split, values in labels.items() if values is not None}
     for split, values in known.items():
         count = len(class_names or ())
         wrong = np.flatnonzero((values < 0) | ((values >= count) if class_names else False))
         if len(wrong):
             remedy = (
-                outside(values, range(count), class_names)
+                outside_remedy(values, range(count), class_names)
                 if class_names
                 else "number the classes from 0"
             )
@@ -149,9 +151,9 @@ def _require_numbers(name: str, train: npt.NDArray[np.int64], test: npt.NDArray[
             f"a training label of {name} is {highest} and there are {len(train):,} training "
             f"images: number the classes one after the other, from 0"
         )
-    if len(lacking := np.setdiff1d(test, train)):
+    if len(unseen := np.setdiff1d(test, train)):
         raise UserError(
-            f"no training label of {name} is {listed(lacking.tolist())}, and test labels are: "
+            f"no training label of {name} is {first_names(unseen.tolist())}, and test labels are: "
             f"train on images of these classes, or name all classes in the training set's "
             f"attribute `classes`"
         )

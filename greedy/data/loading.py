@@ -1,14 +1,14 @@
-"""From the name of a data set to the data set."""
+"""Data sets loaded by name."""
 
 from contextlib import suppress
 from pathlib import Path
 
 from greedy.base.errors import UserError, unknown
 from greedy.base.functions import is_function_name
-from greedy.base.places import data_sets, expanded
+from greedy.base.user_folders import data_sets_dir, expand_home
 from greedy.data.catalogue import DATASETS
 from greedy.data.folder import load_folder
-from greedy.data.images import AS_THEY_ARE, Reading
+from greedy.data.images import DEFAULT_READING, Reading
 from greedy.data.mapstyle import load_function
 from greedy.data.splits import Dataset
 from greedy.data.vision import is_present, load_vision
@@ -23,15 +23,19 @@ def load_dataset(
     download: bool = False,
     image_size: int | None = None,
     allow_function: bool = False,
-    reading: Reading = AS_THEY_ARE,
+    reading: Reading = DEFAULT_READING,
 ) -> Dataset:
-    """The data set of a name of ``DATASETS``, of ``folder:PATH`` or of ``module:function``.
+    """Returns the data set called by a name of ``DATASETS``, ``folder:PATH`` or
+    ``module:function``.
 
-    Named data sets are looked for in ``data_dir``, by default the user's cache directory, and
-    fetched into it if ``download`` is true. ``image_size`` (pixels) resizes the short side of a
-    folder's images and crops the centre; ``reading`` says how its files are read. A function is
-    called only if ``allow_function`` is true.
-    Raises UserError, saying what to do, if the data set cannot be had.
+    Args:
+        data_dir: the folder of named data sets, by default in the user's cache.
+        download: allow fetching a named data set into it.
+        image_size: pixels to which a folder's images are resized on the short side and cropped.
+        allow_function: allow calling a function.
+        reading: how a folder's files are read.
+
+    Raises ``UserError``, saying what to do, if the data set cannot be loaded.
     """
     if name == FOLDER:
         raise UserError("folder: names no folder: say folder:PATH")
@@ -44,7 +48,7 @@ def load_dataset(
     if image_size is not None:
         raise UserError(f"data.image_size is for folder:PATH alone: remove it for {name}")
     if name in NAMES:
-        return load_vision(name, data_sets(data_dir), download)
+        return load_vision(name, data_sets_dir(data_dir), download)
     if not allow_function:
         raise UserError(
             "a function named in a recipe is only called when the same name is given on the "
@@ -58,25 +62,25 @@ def find_dataset(
     data_dir: str | Path | None = None,
     *,
     allow_function: bool = False,
-    reading: Reading = AS_THEY_ARE,
+    reading: Reading = DEFAULT_READING,
 ) -> Dataset | None:
-    """The data set of a name of ``DATASETS`` if it can be loaded without a download, or of a
-    function if that is called; otherwise None."""
+    """Returns the data set of a name of ``DATASETS`` if it loads without a download, or of a
+    function if calling it is allowed; otherwise None."""
     if name in NAMES:
-        with suppress(UserError):  # files that are damaged by now are none
-            return load_vision(name, data_sets(data_dir), download=False)
+        with suppress(UserError):  # damaged files count as missing
+            return load_vision(name, data_sets_dir(data_dir), download=False)
     elif allow_function and is_function_name(name):
         return load_function(name, reading.background)
     return None
 
 
 def folder_of(name: str) -> Path | None:
-    """The folder that ``folder:PATH`` names; None for other names."""
-    return expanded(Path(name.removeprefix(FOLDER))) if name.startswith(FOLDER) else None
+    """Returns the folder of ``folder:PATH``; None for other names."""
+    return expand_home(Path(name.removeprefix(FOLDER))) if name.startswith(FOLDER) else None
 
 
 def is_available(name: str, data_dir: str | Path | None = None) -> bool:
-    """Whether the data set of a name of ``DATASETS`` can be loaded without a download."""
+    """Returns whether the data set of a name of ``DATASETS`` can be loaded without a download."""
     if name not in NAMES:
         raise unknown("data set", name, NAMES)
-    return is_present(name, data_sets(data_dir))
+    return is_present(name, data_sets_dir(data_dir))

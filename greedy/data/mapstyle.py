@@ -1,4 +1,5 @@
-"""Map-style data sets: anything with a length and ``[index]`` giving an image and its label."""
+"""Map-style data sets: objects with a length and ``[index]`` that returns an image and its
+label."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,19 +12,19 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
 from greedy.base.errors import UserError
-from greedy.base.functions import call_function, telling
-from greedy.base.text import listed
-from greedy.data.classes import Lookup, Told, settled, told_by
-from greedy.data.labels import meaning, numbered, require_classes, wrong_labels
+from greedy.base.functions import call_function, user_errors_explained
+from greedy.base.text import first_names
+from greedy.data.classes import ClassInfo, ClassLookup, class_info, match_classes
+from greedy.data.labels import class_numbers, label_or_remedy, require_classes, wrong_labels
 from greedy.data.modes import WHITE, pixel_values
-from greedy.data.randomness import generators_kept, transform_names
+from greedy.data.randomness import generators_restored, transform_names
 from greedy.data.samples import image_and_label
-from greedy.data.splits import Dataset, Images, Labels, Rows, Shape, spread
+from greedy.data.splits import Dataset, Images, Labels, Rows, Shape, spread_rows
 
-PYTHON = "python"  # the name of sets that are handed over
-CHANNELS = (1, 3, 4)  # what the length of an axis of channels looks like
-LOOKED_AT = 16  # samples that are read to see whether a set does as it says
-READINGS = 64  # of these samples together, so that a flip of every second image shows
+PYTHON = "python"  # the name of sets given in Python
+CHANNELS = (1, 3, 4)  # lengths of an axis that is taken for channels
+LOOKED_AT = 16  # samples that are read to check a set
+READINGS = 64  # of these samples together: enough to notice a random flip
 
 
 def dataset_from_torch(
@@ -35,7 +36,7 @@ def dataset_from_torch(
     ``img`` or ``pixel_values`` and ``label``, ``labels`` or ``fine_label``. An image is
 
     - a PIL image of any mode, which becomes grey or RGB with its transparent parts over the colour
-      ``background``; those of the modes I, I;16 and F become float32 and hold what they held;
+      ``background``; those of the modes I, I;16 and F become float32 with the same values;
     - a tensor (C, H, W), or an array, (H, W, C) where only its last axis has the length 1, 3 or 4
       and (C, H, W) where only its first has;
     - a tensor or array (H, W), or a vector of floats (F,), which becomes (F, 1, 1), so that
@@ -53,12 +54,12 @@ def dataset_from_torch(
     sets = dict(zip(names, (train_set, test_set), strict=True))
     for split, samples in sets.items():
         _require_map_style(samples, split)
-    with generators_kept():
-        train, test = (_told_truly(samples, split) for split, samples in sets.items())
-    class_names, *lookups = settled(train, test, names)
+    with generators_restored():
+        train, test = (_checked_class_info(samples, split) for split, samples in sets.items())
+    class_names, *lookups = match_classes(train, test, names)
     train_split, test_split = (
-        MapSplit(samples, split, lookup, told.labels, background)
-        for samples, split, told, lookup in zip(
+        MapSplit(samples, split, lookup, info.labels, background)
+        for samples, split, info, lookup in zip(
             sets.values(), names, (train, test), lookups, strict=True
         )
     )
@@ -67,10 +68,10 @@ def dataset_from_torch(
 
 
 def load_function(name: str, background: str = WHITE) -> Dataset:
-    """Returns the data set of ``module:function``, called without arguments for its two map-style
-    sets.
+    """Returns the data set of the two map-style sets that ``module:function`` returns without
+    arguments.
 
-    The current directory is importable. Raises UserError where there is no such function, or it
+    The current directory is importable. Raises ``UserError`` where there is no such function, or it
     does not return a pair.
     """
     sets = call_function(name)
@@ -85,25 +86,25 @@ def load_function(name: str, background: str = WHITE) -> Dataset:
 
 
 def require_repeatable(dataset: Dataset) -> None:
-    """Raises UserError where samples of a map-style set are others when they are read again; it is
-    stored once, so that what its transforms draw at random would be drawn once."""
+    """Raises ``UserError`` where reading a sample of a map-style set twice gives different results:
+    the set is stored once, so that random transforms would be drawn only once."""
     for split in (dataset.train, dataset.test):
         if isinstance(split, MapSplit):
             split.require_repeatable()
 
 
 class MapSplit:
-    """A map-style data set as a split; shape and dtype are those of its first sample.
+    """A map-style data set as a split; its shape and dtype are those of its first sample.
 
     Attributes:
-        labels: the numbers (n,) of the classes of all samples, where they are known beforehand.
+        labels: the class numbers (n,) of all samples, None where they are not known beforehand.
     """
 
     def __init__(
         self,
         samples: Any,
         name: str,
-        lookup: Lookup,
+        lookup: ClassLookup,
         labels: npt.NDArray[Any] | None,
         background: str = WHITE,
     ) -> None:
@@ -134,9 +135,9 @@ class MapSplit:
         return images, self._classes(indices, labels)
 
     def require_repeatable(self) -> None:
-        """Raises UserError where one of a few samples is another when it is read again."""
-        rows = spread(len(self), LOOKED_AT).tolist()
-        with generators_kept():
+        """Raises ``UserError`` where one of a few samples differs when it is read again."""
+        rows = spread_rows(len(self), LOOKED_AT).tolist()
+        with generators_restored():
             for row in rows:
                 first = self._content(row)
                 if any(self._content(row) != first for _ in range(1, READINGS // len(rows))):
@@ -144,35 +145,37 @@ class MapSplit:
 
     def _content(self, row: int) -> tuple[Any, ...]:
         image, label = self._sample(row)
-        return image.shape, image.dtype, image.tobytes(), meaning(label)
+        return image.shape, image.dtype, image.tobytes(), label_or_remedy(label)
 
     def _random(self, row: int) -> UserError:
-        found = transform_names(self._samples)
-        drawn = f"among its transforms ({', '.join(found)}) " if found else "in its [index] "
+        transforms = transform_names(self._samples)
+        drawn = (
+            f"among its transforms ({', '.join(transforms)}) " if transforms else "in its [index] "
+        )
         return UserError(
-            f"sample {row} of {self._name} is another each time it is read, and it is stored once: "
+            f"sample {row} of {self._name} changes each time it is read, and it is stored once: "
             f"leave out what is drawn at random {drawn}and set data.augmentation, or "
             f"data.frozen_transforms = true to store one draw of it"
         )
 
     def _sample(self, index: int) -> tuple[npt.NDArray[Any], Any]:
         image, label = _read(self._samples, index, self._name)
-        with telling(f"the image of sample {index} of {self._name} cannot be read"):
+        with user_errors_explained(f"the image of sample {index} of {self._name} cannot be read"):
             try:
                 return _as_image(image, self._background), label
             except ValueError as error:
                 raise UserError(f"the image of sample {index} of {self._name} {error}") from error
 
     def _classes(self, rows: Rows, labels: Sequence[Any] | npt.NDArray[Any]) -> Labels:
-        """The numbers (n,) of the classes of the samples ``rows`` (n,), given their labels."""
-        values, remedies = numbered(labels)
+        """Returns the class numbers (n,) of the samples ``rows`` (n,) from their labels."""
+        values, remedies = class_numbers(labels)
         classes = self._lookup.numbers(rows, values)
         if len(wrong := np.flatnonzero(classes < 0)):
             kinds = [remedies[i] for i in wrong.tolist() if i in remedies]
             remedy = kinds[0] if kinds else self._lookup.remedy(values)
-            few = {int(rows[i]): labels[i] for i in wrong.tolist()}
+            invalid = {int(rows[i]): labels[i] for i in wrong.tolist()}
             raise wrong_labels(
-                self._name, few, remedy, None if len(rows) == len(self) else len(rows)
+                self._name, invalid, remedy, None if len(rows) == len(self) else len(rows)
             )
         return classes
 
@@ -186,8 +189,8 @@ class MapSplit:
         ]
         raise UserError(
             f"values of {self._name} are not finite (NaN, infinite or beyond float32) in "
-            f"{len(bad):,} of {len(rows):,} samples looked at ({listed(sorted(bad))}): replace "
-            f"these values, or leave the samples out"
+            f"{len(bad):,} of {len(rows):,} samples looked at ({first_names(sorted(bad))}): "
+            f"replace these values, or leave the samples out"
         )
 
 
@@ -215,42 +218,43 @@ def _require_map_style(samples: Any, name: str) -> None:
     elif not hasattr(samples, "__len__"):
         problem = "is no map-style data set, since it has no length: give it a __len__"
     else:
-        with telling(f"the length of {name} cannot be asked for"):
+        with user_errors_explained(f"the length of {name} cannot be read"):
             problem = None if len(samples) else "is empty: give it samples"
     if problem:
         raise UserError(f"{name} {problem}")
 
 
-def _told_truly(samples: Any, name: str) -> Told:
-    """What a set tells, its labels left out where reading samples gives others: transforms of
-    labels came between, and then the names of the classes are not those of these labels."""
-    with telling(f"classes and labels of {name} cannot be read"):
-        told = told_by(samples, name)
-    if told.labels is None:
-        return told
-    rows = _rows_of_all_kinds(told.labels)
-    given = [meaning(_read(samples, row, name)[1]) for row in rows]
-    kept = [meaning(told.labels[row]) for row in rows]
-    if given == kept:
-        return told
+def _checked_class_info(samples: Any, name: str) -> ClassInfo:
+    """Returns a set's class information, without its labels where reading samples gives others: a
+    transform changes labels, and the class names do not apply to them."""
+    with user_errors_explained(f"classes and labels of {name} cannot be read"):
+        info = class_info(samples, name)
+    if info.labels is None:
+        return info
+    rows = _rows_of_all_kinds(info.labels)
+    read = [label_or_remedy(_read(samples, row, name)[1]) for row in rows]
+    stored = [label_or_remedy(info.labels[row]) for row in rows]
+    if read == stored:
+        return info
     named = all(
-        (told.tables[told.owner[row]] or {}).get(label) is not None
-        for row, label in zip(rows, kept, strict=True)
+        (info.tables[info.owner[row]] or {}).get(label) is not None
+        for row, label in zip(rows, stored, strict=True)
     )
-    return replace(told, labels=None, renumbered=told.renumbered or named)
+    return replace(info, labels=None, renumbered=info.renumbered or named)
 
 
 def _rows_of_all_kinds(labels: npt.NDArray[Any]) -> list[int]:
-    """A few rows, some all over the set and some with as many different labels as may be."""
-    rows = spread(len(labels), LOOKED_AT)
+    """Returns a few rows, some spread over the set and some with as many different labels as
+    possible."""
+    rows = spread_rows(len(labels), LOOKED_AT)
     if labels.ndim == 1 and labels.dtype.kind != "O":
         _, first = np.unique(labels, return_index=True)
-        rows = np.union1d(rows, first[spread(len(first), LOOKED_AT)])
+        rows = np.union1d(rows, first[spread_rows(len(first), LOOKED_AT)])
     return rows.tolist()
 
 
 def _read(samples: Any, index: int, name: str) -> tuple[Any, Any]:
-    with telling(f"sample {index} of {name} cannot be read"):
+    with user_errors_explained(f"sample {index} of {name} cannot be read"):
         sample = samples[index]
     try:
         return image_and_label(sample)
@@ -259,7 +263,7 @@ def _read(samples: Any, index: int, name: str) -> tuple[Any, Any]:
 
 
 def _as_image(image: Any, background: str) -> npt.NDArray[Any]:
-    """Returns an image as (C, H, W), or raises ValueError with the end of a sentence about it."""
+    """Returns an image as (C, H, W). Raises ``ValueError`` with the rest of a sentence about it."""
     if isinstance(image, Image.Image):
         return pixel_values(image, background)
     if isinstance(image, torch.Tensor):
@@ -274,11 +278,11 @@ def _as_image(image: Any, background: str) -> npt.NDArray[Any]:
         kind = type(image).__name__
         raise ValueError(f"is of type {kind}: give a PIL image, a tensor or an array of numbers")
     array = _pixels(array)
-    return _moved(array) if array.ndim == 3 else _with_channels(array)
+    return _to_channels_first(array) if array.ndim == 3 else _with_channels(array)
 
 
 def _pixels(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The values of an array as uint8 or float32."""
+    """Returns the values of an array as uint8 or float32."""
     if not array.size:
         raise ValueError(f"is empty, of shape {array.shape}: leave it out")
     if array.dtype == np.uint8:
@@ -286,7 +290,7 @@ def _pixels(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     if array.dtype == bool:
         return array.astype(np.uint8) * np.uint8(255)
     if np.issubdtype(array.dtype, np.floating) or array.dtype in (np.int16, np.uint16):
-        with np.errstate(over="ignore"):  # what becomes infinite is refused with its sample
+        with np.errstate(over="ignore"):  # infinite values are refused with their sample
             return array.astype(np.float32, copy=False)
     raise ValueError(
         f"is of type {array.dtype}, which leaves open what black and white are: convert it to "
@@ -295,7 +299,8 @@ def _pixels(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _with_channels(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A grey image (H, W) or a vector of floats (F,) with axes for channels, height and width."""
+    """Returns a grey image (H, W) or a vector of floats (F,) with axes for channels, height and
+    width."""
     if array.ndim == 2:
         return array[None]
     if array.ndim == 1 and array.dtype != np.uint8:
@@ -307,7 +312,8 @@ def _with_channels(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _channels_first(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The values of a tensor (C, H, W), unless its shape says that channels are last."""
+    """Returns a tensor's values (C, H, W). Raises ``ValueError`` where its shape looks like
+    (H, W, C)."""
     first, middle, last = array.shape
     if last in CHANNELS and first not in CHANNELS and last != middle:
         raise ValueError(
@@ -317,8 +323,8 @@ def _channels_first(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return array
 
 
-def _moved(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """An array (H, W, C) or (C, H, W), whichever its shape says, as (C, H, W)."""
+def _to_channels_first(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Returns an array (H, W, C) or (C, H, W), whichever its shape says, as (C, H, W)."""
     first, middle, last = array.shape
     if (first in CHANNELS) == (last in CHANNELS) or (first not in CHANNELS and last == middle):
         raise ValueError(
@@ -329,7 +335,7 @@ def _moved(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _listed(keys: Mapping[Any, Any]) -> str:
-    return listed([repr(key) for key in keys])
+    return first_names([repr(key) for key in keys])
 
 
 def _a(noun: str) -> str:

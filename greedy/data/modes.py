@@ -1,5 +1,4 @@
-"""The values of a Pillow image, whatever its mode: bytes, or numbers of more bits; what is
-transparent lies over a background."""
+"""The values of a Pillow image of any mode, with transparent parts over a background."""
 
 import re
 import sys
@@ -24,7 +23,7 @@ _GREY = ("1", "L", "LA", "La")
 
 
 def kind_of(image: Image.Image) -> Kind:
-    """Which numbers an image holds, as Pillow has it."""
+    """Returns the kind of an image's numbers, by its mode in Pillow."""
     if image.mode.startswith("I"):
         return "integers"
     return "floats" if image.mode == "F" else "bytes"
@@ -32,10 +31,10 @@ def kind_of(image: Image.Image) -> Kind:
 
 def pixel_values(image: Image.Image, background: str = WHITE) -> npt.NDArray[Any]:
     """Returns an image as (C, H, W), grey or RGB, its transparent parts over the background: uint8
-    of a mode of bytes, and float32 of the others, which hold what the image holds.
+    for modes of 8 bits, float32 with the same values for the others.
 
-    Raises ValueError, with the end of a sentence about it, for an image that Pillow is about to
-    read with fewer bits than it has.
+    Raises ``ValueError``, with the rest of a sentence about it, for an image that Pillow would read
+    with fewer bits than it has.
     """
     if loses_bits(image):
         raise ValueError(
@@ -46,7 +45,8 @@ def pixel_values(image: Image.Image, background: str = WHITE) -> npt.NDArray[Any
 
 
 def loses_bits(image: Image.Image) -> bool:
-    """Whether an image, opened and not yet loaded, holds colour in more bits than Pillow gives."""
+    """Returns whether an image, opened and not yet loaded, has more bits of colour than Pillow
+    reads."""
     if image.mode.startswith("I"):
         return False
     if image.format == "JPEG2000":
@@ -62,9 +62,9 @@ def loses_bits(image: Image.Image) -> bool:
 
 
 def flattened(parts: Sequence[Image.Image], background: str) -> list[Image.Image]:
-    """Returns an image without transparency: of bytes one in L or RGB, and of deeper numbers one
-    in F a channel. ``parts`` are the image, or channels of 16 bits each, the opacity last
-    where there are four."""
+    """Returns an image without transparency: one part in L or RGB for 8 bits, else one part in F
+    for each channel. ``parts`` are the image, or channels of 16 bits each, the fourth being the
+    opacity."""
     if len(parts) > 1:
         return _deep_colour(parts, background)
     (image,) = parts
@@ -72,14 +72,14 @@ def flattened(parts: Sequence[Image.Image], background: str) -> list[Image.Image
         return [_deep_grey(image, background)]
     if not image.has_transparency_data:
         return [image.convert("L" if image.mode in _GREY else "RGB")]
-    if image.mode == "La":  # which Pillow converts to LA alone
+    if image.mode == "La":  # Pillow only converts it to LA
         image = image.convert("LA")
     below = Image.new("RGBA", image.size, background)
     return [Image.alpha_composite(below, image.convert("RGBA")).convert("RGB")]
 
 
 def stacked(parts: Sequence[Image.Image]) -> npt.NDArray[Any]:
-    """Returns the parts of ``flattened`` as (C, H, W)."""
+    """Returns the parts that ``flattened`` gives as (C, H, W)."""
     arrays = [np.asarray(part) for part in parts]
     if arrays[0].ndim == 3:
         return arrays[0].transpose(2, 0, 1)
@@ -88,10 +88,10 @@ def stacked(parts: Sequence[Image.Image]) -> npt.NDArray[Any]:
 
 def channels_16(image: ImageFile, again: ImageFile) -> list[Image.Image]:
     """Returns the channels of an RGB image of 16 bits, the opacity last. Pillow gives the upper
-    byte of each number, so it is told of the other order of bytes in ``again``, the same image
-    opened once more, and gives the lower.
+    byte of each number; from ``again``, the same image opened once more with the opposite byte
+    order set, it gives the lower.
 
-    Raises ValueError for forms in which that does not work.
+    Raises ``ValueError`` for formats in which that does not work.
     """
     forms = {str(_arguments(tile.args)[0]) for tile in image.tile}
     if (
@@ -103,17 +103,17 @@ def channels_16(image: ImageFile, again: ImageFile) -> list[Image.Image]:
     again.tile = [tile._replace(args=_swapped(tile.args)) for tile in again.tile]
     image.load()
     again.load()
-    upper, lower = (np.asarray(each).astype(np.uint16) for each in (image, again))
+    upper, lower = (np.asarray(half).astype(np.uint16) for half in (image, again))
     pixels = upper << 8 | lower
     key = image.info.get("transparency")
     if key is not None and image.mode == "RGB":
-        shown = (pixels != np.array(key)).any(axis=2, keepdims=True)
-        pixels = np.concatenate([pixels, shown * np.uint16(WHITE_16)], axis=2)
+        opaque = (pixels != np.array(key)).any(axis=2, keepdims=True)
+        pixels = np.concatenate([pixels, opaque * np.uint16(WHITE_16)], axis=2)
     return [Image.fromarray(channel) for channel in np.moveaxis(pixels, 2, 0)]
 
 
 def _swapped(arguments: Any) -> Any:
-    """The arguments of a decoder for the other order of bytes."""
+    """Returns a decoder's arguments with the opposite byte order."""
     form, *others = _arguments(arguments)
     order = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}[form[-1]]
     swapped = form[:-1] + order
@@ -138,18 +138,18 @@ def _deep_colour(parts: Sequence[Image.Image], background: str) -> list[Image.Im
 
 
 def _arguments(arguments: Any) -> tuple[Any, ...]:
-    """What a decoder is given, the form of the pixels first."""
+    """Returns a decoder's arguments; the first is the format of the pixels."""
     return (arguments,) if isinstance(arguments, str) else tuple(arguments or ("",))
 
 
 def _jpeg2000_bits(image: Image.Image) -> int:
-    """Bits of the first channel, as the marker SIZ has it (ISO/IEC 15444-1, A.5.1)."""
+    """Returns the bits of the first channel, from the marker SIZ (ISO/IEC 15444-1, A.5.1)."""
     file = getattr(image, "fp", None)
     if file is None:  # loaded already
         return 8
-    place = file.tell()
+    position = file.tell()
     file.seek(0)
     start = file.read(65536)
-    file.seek(place)
+    file.seek(position)
     at = start.find(b"\xff\x4f\xff\x51") + 42
     return (start[at] & 0x7F) + 1 if 42 <= at < len(start) else 8

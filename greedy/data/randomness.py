@@ -1,4 +1,4 @@
-"""Transforms that draw at random: which a data set has, and global generators left as they were."""
+"""Random transforms: finding a data set's, and protecting the global generators from them."""
 
 import random
 from collections.abc import Iterator
@@ -12,11 +12,11 @@ from greedy.data.classes import inner_set
 
 
 @contextmanager
-def generators_kept() -> Iterator[None]:
-    """Leaves the global generators of Python, NumPy and torch as they were."""
-    # Of all devices, if this process uses them: else it would begin to.
+def generators_restored() -> Iterator[None]:
+    """Restores the global generators of Python, NumPy and torch after the block."""
+    # Not of CUDA devices that this process does not use: saving them would initialise CUDA.
     used = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - what others draw from
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - transforms draw from it
     try:
         with torch.random.fork_rng(range(used)):
             yield
@@ -26,23 +26,23 @@ def generators_kept() -> Iterator[None]:
 
 
 def transform_names(samples: Any) -> list[str]:
-    """Returns the names of the transforms of a set and of those it is made of, each once."""
+    """Returns the names of the transforms of a set and of the sets inside it, each once."""
     applied = getattr(samples, "transform", None) or getattr(samples, "transforms", None)
     if applied is None and isinstance(kind := getattr(samples, "format", None), dict):
-        applied = kind.get("format_kwargs", {}).get("transform")  # of Hugging Face
+        applied = kind.get("format_kwargs", {}).get("transform")  # Hugging Face's
     parts = list(getattr(samples, "datasets", ()))
     inner = inner_set(samples)
-    found = _names(applied)
+    names = _names(applied)
     for part in parts if inner is None else [inner, *parts]:
-        found += transform_names(part)
-    return list(dict.fromkeys(found))
+        names += transform_names(part)
+    return list(dict.fromkeys(names))
 
 
 def _names(transform: Any) -> list[str]:
     if transform is None:
         return []
     if isinstance(transform, list | tuple | torch.nn.Sequential | torch.nn.ModuleList):
-        return [name for each in transform for name in _names(each)]
+        return [name for part in transform for name in _names(part)]
     kind = type(transform).__name__
     within = getattr(transform, "transforms", None)
     if within is not None:

@@ -1,4 +1,4 @@
-"""One sample of a map-style data set: which of its parts are the image and the label."""
+"""One sample of a map-style data set: which of its parts are image and label."""
 
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
@@ -10,9 +10,9 @@ LABEL_KEYS = ("label", "labels", "fine_label")
 
 def image_and_label(sample: Any) -> tuple[Any, Any]:
     """Returns the image and the label of a sample: a pair in this order, or a mapping, named tuple
-    or object with one part of ``IMAGE_KEYS`` and one of ``LABEL_KEYS``.
+    or object with one of ``IMAGE_KEYS`` and one of ``LABEL_KEYS``.
 
-    Raises ValueError, saying what the sample holds, for any other.
+    Raises ``ValueError``, saying what the sample holds, for any other.
     """
     named = _named_parts(sample)
     images, labels = ([key for key in keys if key in named] for keys in (IMAGE_KEYS, LABEL_KEYS))

@@ -17,7 +17,7 @@ Labels = npt.NDArray[np.int64]
 
 
 class Split(Protocol):
-    """Labelled images, read in any order."""
+    """Labelled images, readable in any order."""
 
     @property
     def shape(self) -> Shape:
@@ -25,18 +25,18 @@ class Split(Protocol):
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """uint8 for images of 0 to 255, or float32 for values used as they are."""
+        """uint8 for images of 0 to 255, or float32 for values that are used unscaled."""
 
     @property
     def labels(self) -> Labels | None:
-        """(n,) of all rows, where they are known without reading the rows."""
+        """(n,) of all rows; None where they are known only by reading the rows."""
 
     def __len__(self) -> int: ...
 
     def read(self, indices: Rows) -> tuple[Images, Labels]:
-        """Images (n, C, H, W) and labels (n,) of the rows (n,), in their order.
+        """Returns images (n, C, H, W) and labels (n,) of the rows (n,), in their order.
 
-        Raises UserError for a row that cannot be read or does not have the split's shape.
+        Raises ``UserError`` for a row that cannot be read or does not have the split's shape.
         """
 
 
@@ -44,10 +44,13 @@ class Split(Protocol):
 class Dataset:
     """A training and a test split of one shape and dtype.
 
-    ``class_names`` is None where the source does not know its classes; ``notes`` are sentences
-    about what was left out, ``skipped`` the files that cannot be read and are, with reasons, and
-    ``pixels`` the numbers of image files that hold more than bytes.
-    Raises UserError if the splits do not agree or one is empty.
+    Attributes:
+        class_names: None where the source has none.
+        notes: sentences about what is left out.
+        skipped: files left out because they cannot be read, with reasons.
+        pixels: the kind of numbers of image files with more than 8 bits, else None.
+
+    Raises ``UserError`` if the splits do not agree or one is empty.
     """
 
     name: str
@@ -70,8 +73,8 @@ class Dataset:
             )
 
 
-def spread(count: int, most: int) -> Rows:
-    """Returns at most so many of ``count`` rows, as far apart as may be."""
+def spread_rows(count: int, most: int) -> Rows:
+    """Returns at most ``most`` of ``count`` rows, evenly spaced."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.intp))
 
 
@@ -92,7 +95,7 @@ class ArraySplit:
 
 
 class JoinedSplit:
-    """Splits of one shape and dtype, one after the other, without a copy of either."""
+    """Splits of one shape and dtype in sequence, without copying them."""
 
     def __init__(self, *parts: Split) -> None:
         self._parts = parts
@@ -109,7 +112,7 @@ class JoinedSplit:
         labels = np.empty(len(indices), np.int64)
         owner = np.searchsorted(self._ends, indices, side="right")
         for i, part in enumerate(self._parts):
-            mine = owner == i
+            in_part = owner == i
             start = self._ends[i] - len(part)
-            images[mine], labels[mine] = part.read(indices[mine] - start)
+            images[in_part], labels[in_part] = part.read(indices[in_part] - start)
         return images, labels

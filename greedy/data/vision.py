@@ -1,4 +1,5 @@
-"""The named data sets: the sample that ships, and torchvision's, in torchvision's layout."""
+"""The named data sets: the sample that ships with the package, and torchvision's, in torchvision's
+file layout."""
 
 import importlib.util
 from importlib.resources import files
@@ -8,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from greedy.base.errors import UserError, lacking
+from greedy.base.errors import UserError, missing_packages
 from greedy.data import idx
 from greedy.data.splits import ArraySplit, Dataset, JoinedSplit, Split
 
@@ -31,20 +32,20 @@ FILES = {
 
 
 def is_present(name: str, root: Path) -> bool:
-    """Whether the files of a named data set are there; their content is not looked at."""
+    """Returns whether the files of a named data set exist; their content is not checked."""
     if name in IDX_CLASSES:
         return _idx_folder(name, root) is not None
     return all((root / file).is_file() for file in FILES[name])
 
 
 def load_vision(name: str, root: Path, download: bool) -> Dataset:
-    """A named data set from torchvision's directory ``root``.
+    """Returns a named data set from torchvision's directory ``root``.
 
-    Raises UserError if files are missing and ``download`` is not allowed or fails, if they are
-    damaged, or if SVHN is wanted without SciPy.
+    Raises ``UserError`` if files are missing and ``download`` is not allowed or fails, if they are
+    damaged, or if SVHN is asked for without SciPy.
     """
     if name == "svhn" and importlib.util.find_spec("scipy") is None:
-        raise lacking("svhn", ["scipy"], "svhn")
+        raise missing_packages("svhn", ["scipy"], "svhn")
     if not (download or is_present(name, root)):
         raise UserError(
             f"{name} is not in {root}: allow the download with --download, "
@@ -75,7 +76,7 @@ def _idx_folder(name: str, root: Path) -> Traversable | None:
 
 
 def _load_idx(name: str, root: Path) -> Dataset:
-    import torchvision.datasets  # noqa: PLC0415 - takes seconds, and most data sets need it not
+    import torchvision.datasets  # noqa: PLC0415 - takes seconds, and few data sets need it
 
     kind = getattr(torchvision.datasets, IDX_CLASSES[name])
     folder = _idx_folder(name, root)
@@ -96,7 +97,7 @@ def _load_arrays(name: str, root: Path, download: bool) -> Dataset:
         )
         return Dataset(name, JoinedSplit(train, extra), test, [str(digit) for digit in range(10)])
     if name == "stl10":
-        # Without this torchvision wants the 2.8 GB of unlabelled images, and sums them up twice.
+        # Without this torchvision needs the 2.8 GB of unlabelled images, and hashes them twice.
         labelled = type("STL10", (tv.STL10,), {"train_list": tv.STL10.train_list[:2]})
         train, test = (labelled(root, split, download=download) for split in ("train", "test"))
     else:

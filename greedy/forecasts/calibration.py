@@ -16,9 +16,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import nn
 
-from greedy.base.devices import describe
-from greedy.base.files import read_signed, signed
-from greedy.base.places import measurements
+from greedy.base.devices import device_name
+from greedy.base.files import read_with_digest, with_digest
+from greedy.base.user_folders import measurements_dir
 from greedy.base.versions import versions
 from greedy.cache.files import write_whole
 from greedy.memory.choice import Choice
@@ -140,14 +140,14 @@ class Calibration(_Document):
     @classmethod
     def path(cls, device_type: str) -> Path:
         """The file that keeps the calibration of this machine's ``cpu``, ``cuda`` or ``mps``."""
-        return measurements() / f"{platform.node()}-{device_type}.json"
+        return measurements_dir() / f"{platform.node()}-{device_type}.json"
 
     @classmethod
     def begin(cls, device: torch.device, peak_flops: float) -> Self:
         """The calibration to add stages to: that on disk if it is of the same device, threads
         and versions, else an empty one."""
         new = cls(
-            device=describe(device),
+            device=device_name(device),
             threads=torch.get_num_threads(),
             versions=versions(),
             peak_flops=peak_flops,
@@ -184,7 +184,7 @@ class Calibration(_Document):
             raise NotCalibrated(
                 f"times are unknown, since {path} is damaged ({reason}): {command} writes it anew"
             ) from error
-        here = describe(torch.device(device_type)), torch.get_num_threads()
+        here = device_name(torch.device(device_type)), torch.get_num_threads()
         if (known.device, known.threads) != here:
             raise NotCalibrated(
                 f"times are unknown: what was measured is {known.device} with {known.threads} "
@@ -196,7 +196,7 @@ class Calibration(_Document):
     @classmethod
     def _read(cls, path: Path) -> Self:
         try:
-            return cls.model_validate(read_signed(path))
+            return cls.model_validate(read_with_digest(path))
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
@@ -204,7 +204,7 @@ class Calibration(_Document):
     def write(self, path: Path) -> None:
         """Replaces the file."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, signed(self.model_dump(mode="json")))
+        write_whole(path, with_digest(self.model_dump(mode="json")))
 
     def adding(self, measured: Measured) -> Self:
         """A calibration with one more stage, in the place of what was known of one exactly

@@ -16,7 +16,13 @@ from typing import BinaryIO, Literal
 import psutil
 import torch
 
-from greedy.base.devices import available_memory, describe, free_memory, pick_device, pick_precision
+from greedy.base.devices import (
+    available_memory,
+    device_name,
+    free_memory,
+    pick_device,
+    pick_precision,
+)
 from greedy.base.versions import versions
 from greedy.memory import choice
 from greedy.recipes.per_stage import AUTO_ENCODING
@@ -128,7 +134,7 @@ def _device(device: torch.device) -> Device:
     if device.type == "cuda":
         total = torch.cuda.get_device_properties(device).total_memory
     fast = pick_precision("auto", device) == "bfloat16"
-    return Device(device.type, describe(device), total, free_memory(device), fast)
+    return Device(device.type, device_name(device), total, free_memory(device), fast)
 
 
 def _automatic(disk_free: int) -> Automatic:

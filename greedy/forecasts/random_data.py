@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from greedy.base.disk_space import require_room, until_full
+from greedy.base.disk_space import require_free_space, write_errors_explained
 from greedy.base.seeds import numpy_generator
 from greedy.cache import Encoding, Layout, Store, StoreWriter, fit_encoding, pixels, window_chunks
 from greedy.data import Augmentation
@@ -47,9 +47,9 @@ def random_source(
     held = shuffle(recipe, views * rows * form.stored_row_bytes) == "rows"
     count = _rows(form, recipe.training.batch_size, held)
     what, needed = f"measuring stage {number}", count * form.stored_row_bytes
-    require_room(place.parent, what, needed)
+    require_free_space(place.parent, what, needed)
     with (
-        until_full(place.parent, what, needed),
+        write_errors_explained(place.parent, what, needed),
         StoreWriter(
             place / "train",
             rows=count,

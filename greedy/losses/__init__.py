@@ -18,7 +18,7 @@ from greedy.losses.local import (
     Pred,
     PredSim,
     Sim,
-    heads_of,
+    make_heads,
     require_local_loss,
 )
 from greedy.losses.prediction import PredictionHead, pooling_kernel, prediction_loss
@@ -47,7 +47,7 @@ __all__ = [
     "SimBio",
     "SimilarityHead",
     "feature_deviation",
-    "heads_of",
+    "make_heads",
     "pooling_kernel",
     "prediction_loss",
     "projected_prediction_loss",

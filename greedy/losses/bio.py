@@ -1,7 +1,11 @@
 """The biologically plausible forms of the local losses (section 3.3).
 
-Nothing is back-propagated through a local head, and a layer sees no labels but a fixed random
-projection of them. P of a layer serves both of its losses.
+    L_pred-bio    = BinaryCrossEntropy(P·Y > 0, W^T·H), by feedback alignment
+    L_sim-bio     = ||S(StandardDeviation(AvgPool(H))) − S(P·Y)||²
+    L_predsim-bio = (1 − β) L_pred-bio + β L_sim-bio                                          (8)
+
+Nothing is back-propagated through a local head, and a layer sees no labels Y but a fixed random
+projection P·Y of them. A layer's two losses share one P.
 """
 
 from dataclasses import dataclass
@@ -13,24 +17,24 @@ from torch import Tensor, nn
 
 from greedy.base.precision import widened
 from greedy.losses.local import Features, LocalHeads
-from greedy.losses.prediction import PredictionHead, pooling_of
+from greedy.losses.prediction import PredictionHead, head_pooling
 from greedy.losses.similarity import feature_deviation, similarity_loss
 from greedy.models import Shape
 
 
 def projected_prediction_loss(p: Tensor, t: Tensor) -> Tensor:
-    """L_pred-bio = BinaryCrossEntropy(t > 0, p), the mean over batch and outputs.
+    """Returns L_pred-bio = BinaryCrossEntropy(t > 0, p), the mean over batch and outputs.
 
-    ``p`` (B, D) are logits, ``t`` (B, D) the projected labels.
+    ``p`` (B, D) are logits, ``t`` (B, D) the projected labels P·y.
     """
     return F.binary_cross_entropy_with_logits(p, (t > 0).to(p.dtype))
 
 
 class FeedbackHead(PredictionHead):
-    """A prediction head trained by feedback alignment: its weight's and bias's gradients are the
-    ordinary ones, the gradient of its input takes a fixed random matrix in the weight's place.
+    """A prediction head p = W^T·h trained by feedback alignment: the gradients of W and its bias
+    are the ordinary ones, the gradient of h uses a fixed random matrix in place of W.
 
-    Takes h (B, *shape), gives logits p (B, outputs) in float32. Weight and bias start at zero, the
+    Takes h (B, *shape), gives logits p (B, outputs) in float32. W and its bias start at zero, the
     matrix is uniform in ±1/sqrt(inputs).
     """
 
@@ -47,32 +51,32 @@ class FeedbackHead(PredictionHead):
         *before, classifier = self
         for module in before:
             h = module(h)
-        back = F.linear(h, self.feedback)  # what it adds is zero but for its gradient
+        back = F.linear(h, self.feedback)  # minus itself: zero, with this gradient by h
         return widened(classifier(h.detach()) + (back - back.detach()))
 
 
 class PooledDeviation(nn.Module):
-    """What takes the similarity head's place: the prediction head's average pooling, then the
-    standard deviation over each feature map, or over the tokens. Vectors stay as they are.
+    """The replacement of the similarity head: the prediction head's average pooling, then the
+    standard deviation over each feature map, or over the tokens. Vectors stay unchanged.
 
-    Takes h (B, *shape), gives z (B, F).
+    Takes h (B, *shape), gives z (B, F). It has no weights.
     """
 
     def __init__(self, shape: Shape, pool_target: int) -> None:
         super().__init__()
-        self.pool = pooling_of(shape, pool_target) or nn.Identity()
+        self.pool = head_pooling(shape, pool_target) or nn.Identity()
 
     def forward(self, h: Tensor) -> Tensor:
         return feature_deviation(self.pool(h))
 
 
 class ProjectedHeads(LocalHeads):
-    """Local heads whose loss aims at P·Y instead of the labels Y. P (width, classes) is drawn as a
-    linear layer's weight is and never trained.
+    """Local heads whose loss takes P·y in place of the one-hot labels y. P (width, classes) is
+    drawn like a linear layer's weight and never trained.
 
-    The prediction head predicts the signs of P·y, and its outputs are independent: the
-    log-likelihood of a class is the sum of p over the positive entries of the class's column of P,
-    plus what is the same for all classes. These sums are the local classifier's logits.
+    The prediction head predicts the signs of P·y by independent outputs. The log-likelihood of a
+    class is therefore the sum of p over the positive entries of the class's column of P, plus a
+    constant that all classes share. These sums are the local classifier's logits.
     """
 
     projection: Tensor
@@ -90,16 +94,16 @@ class ProjectedHeads(LocalHeads):
         self.register_buffer("projection", drawn)
 
     def targets(self, y: Tensor) -> Tensor:
-        """P·y (B, width) of one-hot labels (B, classes)."""
+        """Returns P·y (B, width) for one-hot labels (B, classes)."""
         return F.linear(y, self.projection)
 
     def logits(self, features: Features) -> Tensor | None:
-        """The local classifier's logits (B, classes); ``None`` without one."""
+        """Returns the local classifier's logits (B, classes); ``None`` without one."""
         p = super().logits(features)
         return None if p is None else p @ self._positive().to(p.dtype)
 
     def modules_for_inference(self) -> list[nn.Module]:
-        """Modules as other heads have them; the last of them sums up p."""
+        """Returns the prediction head's modules, then a linear layer that sums p for each class."""
         before = super().modules_for_inference()
         if not before:
             return []
@@ -114,8 +118,13 @@ class ProjectedHeads(LocalHeads):
 
 @dataclass(frozen=True)
 class PredBio:
-    """The prediction loss by feedback alignment, on binarised projected labels. ``pool_target`` is
-    that of ``Pred``, ``target_projection`` the width of P."""
+    """L_pred-bio: the prediction loss by feedback alignment, on binarised projected labels.
+
+    Attributes:
+        pool_target: the largest width of the local classifier's input after average pooling.
+        target_projection: the width of P.
+        output_scale: the factor on the output layer's cross-entropy.
+    """
 
     pool_target: int = 2048
     target_projection: int = 128
@@ -134,8 +143,8 @@ class PredBio:
 
 @dataclass(frozen=True)
 class SimBio:
-    """The similarity matching loss without a head to train, on projected labels. It trains no
-    local classifier."""
+    """L_sim-bio: the similarity matching loss without a trained head, on projected labels. It
+    trains no local classifier. Its attributes are those of ``PredBio``."""
 
     pool_target: int = 2048
     target_projection: int = 128
@@ -154,8 +163,8 @@ class SimBio:
 
 @dataclass(frozen=True)
 class PredSimBio:
-    """Both losses combined, equation (8). Here too the published code scales the output layer's
-    cross-entropy by 1 - beta."""
+    """L_predsim-bio = (1 − β) L_pred-bio + β L_sim-bio, equation (8). As in the published code, the
+    output layer's cross-entropy has the factor 1 − β."""
 
     beta: float = 0.01
     pool_target: int = 2048

@@ -1,7 +1,7 @@
 """The standard deviation of every feature map, without a second copy of the maps.
 
-Torch's own takes a float32 copy of maps in lower precision, a centred copy in its backward pass,
-and on a CPU ten times as long. Here rows are taken a few at a time, forward and backward.
+torch's own takes a float32 copy of maps in lower precision, a centred copy in its backward pass,
+and ten times as long on a CPU. Here a few rows are computed at a time, forward and backward.
 """
 
 from typing import Any
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from greedy.base.precision import widened
 
-SLICE_BYTES = 8 * 2**20  # of maps in float32 that exist at a time
-ROUNDING = 2**-18  # of a map's mean: a constant one deviates by less, where compiled
-CUDA_SLICE_BYTES = 2 * SLICE_BYTES  # there every slice is some kernels to be launched
+SLICE_BYTES = 8 * 2**20  # of maps in float32 that are computed at a time
+ROUNDING = 2**-18  # relative to a map's mean: a constant map deviates by less, where compiled
+CUDA_SLICE_BYTES = 2 * SLICE_BYTES  # larger, since every slice launches several kernels
 
 
 def deviation(z: Tensor) -> Tensor:
-    """The unbiased standard deviation over space, at least in float32: (B, C, H, W) to (B, C).
-    The gradient of a map without any is zero."""
+    """Returns the unbiased standard deviation over space, at least in float32: (B, C, H, W) to
+    (B, C). The gradient is 0 where the deviation is 0."""
     out: Tensor = _Deviation.apply(z)
     return out
 
@@ -42,9 +42,9 @@ class _Deviation(torch.autograd.Function):
 
 
 def _mean_and_deviation(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each map. On a CPU they are shifted by one of their values first, so
-    that nothing cancels and a constant map deviates by exactly 0. CUDA's kernel sees to that, but
-    not one that it is compiled into, with what gives z."""
+    """Returns mean and deviation of each map. On a CPU maps are first shifted by one of their
+    values, so that nothing cancels and a constant map deviates by exactly 0. CUDA's own kernel
+    achieves that too, but not once it is compiled together with the operators that give z."""
     if z.is_cuda:
         variance, mean = torch.var_mean(z, (2, 3), keepdim=True)
         std = torch.where(variance.sqrt() > ROUNDING * mean.abs(), variance.sqrt(), 0)

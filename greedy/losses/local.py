@@ -1,4 +1,11 @@
-"""The local losses: which heads a stage gets, and what they are trained to do."""
+"""The local losses: the heads that each gives a stage, and the loss of their features.
+
+    L_sim     = ||S(NeuralNet(H)) − S(Y)||²       (4)
+    L_pred    = CrossEntropy(Y, W^T·H)            (6)
+    L_predsim = (1 − β) L_pred + β L_sim          (7)
+
+H are a batch's activations, Y its one-hot labels; the numbers are the paper's.
+"""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -13,12 +20,12 @@ from greedy.models import Shape
 
 
 class Features(NamedTuple):
-    """What the heads make of an activation h, a row a sample: all that a loss may couple.
-    ``None`` stands where a head is absent.
+    """The outputs of the heads for a batch of activations h; a loss may couple samples through them
+    alone. ``None`` stands where a head is absent.
 
     Attributes:
-        z: similarity features (B, F).
-        p: logits (B, classes), or of what else the prediction head predicts.
+        z: the similarity head's features NeuralNet(h) (B, F).
+        p: the prediction head's logits W^T·h (B, classes), or its other predictions (B, D).
     """
 
     z: Tensor
@@ -34,57 +41,58 @@ class LocalHeads(nn.Module):
         self.prediction = prediction
 
     def forward(self, h: Tensor) -> Features:
-        return Features(z=_of(self.similarity, h), p=_of(self.prediction, h))
+        return Features(z=_apply(self.similarity, h), p=_apply(self.prediction, h))
 
     def targets(self, y: Tensor) -> Tensor:
-        """What the loss aims at for one-hot labels ``y`` (B, classes): here the labels."""
+        """Returns the loss's targets for one-hot labels ``y`` (B, classes): here ``y``."""
         return y
 
     def logits(self, features: Features) -> Tensor | None:
-        """The local classifier's logits (B, classes) without gradient; ``None`` without one."""
+        """Returns the local classifier's logits (B, classes) without gradient; ``None`` without
+        one."""
         return None if features.p is None else features.p.detach()
 
     def modules_for_inference(self) -> list[nn.Module]:
-        """The local classifier, from h to logits, in order; empty without one. Of plain torch
-        modules if the prediction head is ours."""
+        """Returns the local classifier's modules in order, from h to logits; empty without one. The
+        prediction heads of this package give plain torch modules."""
         if self.prediction is None:
             return []
         is_ours = isinstance(self.prediction, PredictionHead)
         return list(self.prediction.children()) if is_ours else [self.prediction]
 
 
-def _of(head: nn.Module | None, h: Tensor) -> Any:
+def _apply(head: nn.Module | None, h: Tensor) -> Any:
     return None if head is None else head(h)
 
 
 class LocalLoss(Protocol):
-    """What the training step asks of a local loss. Bring your own by writing these three."""
+    """The interface of a local loss. A class of your own needs these three."""
 
     @property
     def output_scale(self) -> float:
         """The factor on the output layer's cross-entropy."""
 
     def heads(self, shape: Shape, num_classes: int) -> LocalHeads:
-        """New heads for a stage whose activation h has this shape a row."""
+        """Returns new heads for a stage whose activation h has this shape a row."""
 
     def __call__(self, features: Features, y: Tensor) -> Tensor:
-        """The loss, a scalar, of a batch with one-hot labels ``y`` (B, classes), or what the
-        heads' ``targets`` makes of them."""
+        """Returns the loss, a scalar, of a batch with targets ``y``: the one-hot labels (B,
+        classes), or the result of the heads' ``targets`` for them."""
 
 
 def require_local_loss(loss: Any) -> None:
-    """Raises ``UserError`` for what is no local loss."""
+    """Raises ``UserError`` for an object that is no local loss."""
     if isinstance(loss, type) or not (callable(loss) and hasattr(loss, "heads")):
         named = loss.__name__ if isinstance(loss, type) else repr(loss)
         raise UserError(
-            f"{named} is no local loss, which makes its own heads: give one of greedy.losses, such "
-            f"as greedy.losses.PredSim(), or write one with heads, output_scale and __call__"
+            f"{named} is no local loss: give one of greedy.losses, such as "
+            f"greedy.losses.PredSim(), or write one with heads, output_scale and __call__"
         )
 
 
-def heads_of(loss: LocalLoss, shape: Shape, num_classes: int) -> LocalHeads:
-    """A loss's new heads for a stage whose activation h has this shape a row. Raises ``UserError``
-    where it gives something else."""
+def make_heads(loss: LocalLoss, shape: Shape, num_classes: int) -> LocalHeads:
+    """Returns a loss's new heads for a stage whose activation h has this shape a row. Raises
+    ``UserError`` where they are no ``LocalHeads``."""
     heads = loss.heads(shape, num_classes)
     if not isinstance(heads, LocalHeads):
         raise UserError(
@@ -96,9 +104,13 @@ def heads_of(loss: LocalLoss, shape: Shape, num_classes: int) -> LocalHeads:
 
 @dataclass(frozen=True)
 class Pred:
-    """The prediction loss, equation (6). ``pool_target``: the largest width of the local
-    classifier's input after average pooling; ``hidden_layers``: of the prediction head, before
-    that pooling."""
+    """L_pred = CrossEntropy(Y, W^T·H): the prediction loss, equation (6).
+
+    Attributes:
+        pool_target: the largest width of the local classifier's input after average pooling.
+        hidden_layers: of the prediction head, before that pooling.
+        output_scale: the factor on the output layer's cross-entropy.
+    """
 
     pool_target: int = 2048
     hidden_layers: int = 0
@@ -114,7 +126,8 @@ class Pred:
 
 @dataclass(frozen=True)
 class Sim:
-    """The similarity matching loss, equation (4). It trains no local classifier."""
+    """L_sim = ||S(NeuralNet(H)) − S(Y)||²: the similarity matching loss, equation (4). It trains no
+    local classifier."""
 
     output_scale: float = 1.0
 
@@ -127,8 +140,8 @@ class Sim:
 
 @dataclass(frozen=True)
 class PredSim:
-    """Both losses combined, equation (7). The published code scales the output layer's
-    cross-entropy by 1 - beta too."""
+    """L_predsim = (1 − β) L_pred + β L_sim, equation (7). As in the published code, the output
+    layer's cross-entropy has the factor 1 − β too."""
 
     beta: float = 0.99
     pool_target: int = 2048
@@ -152,7 +165,7 @@ class PredSim:
 
 @dataclass(frozen=True)
 class Glob:
-    """No local loss: the network is trained from its end alone."""
+    """No local loss: the network is trained by its output layer's loss alone."""
 
     output_scale: float = 1.0
 
@@ -165,8 +178,8 @@ class Glob:
 
 @dataclass(frozen=True)
 class Output:
-    """The output layer's loss: its activation is the prediction. A local loss like the others,
-    so that the last stage trains as the others do."""
+    """The output layer's loss, scale · CrossEntropy(Y, H): its activation is the prediction. It has
+    the form of a local loss, so that the output layer trains like every stage."""
 
     scale: float = 1.0
 
@@ -175,14 +188,14 @@ class Output:
         return self.scale
 
     def heads(self, shape: Shape, num_classes: int) -> LocalHeads:
-        return LocalHeads(prediction=Float())
+        return LocalHeads(prediction=Float32Identity())
 
     def __call__(self, features: Features, y: Tensor) -> Tensor:
         return self.scale * prediction_loss(features.p, y)
 
 
-class Float(nn.Module):
-    """h itself, at least in float32 whatever the precision."""
+class Float32Identity(nn.Module):
+    """The identity of h, at least in float32."""
 
     def forward(self, h: Tensor) -> Tensor:
         return widened(h)

@@ -13,7 +13,7 @@ from greedy.models.lean import Layer, lean
 
 
 def prediction_loss(p: Tensor, y: Tensor) -> Tensor:
-    """L_pred = CrossEntropy(Y, p), the mean over the batch, equation (6).
+    """Returns L_pred = CrossEntropy(Y, p) with p = W^T·H, the mean over the batch, equation (6).
 
     ``p`` (B, classes) are logits, ``y`` (B, classes) the one-hot labels.
     """
@@ -21,8 +21,8 @@ def prediction_loss(p: Tensor, y: Tensor) -> Tensor:
 
 
 def pooling_kernel(shape: Shape, target: int) -> tuple[int, int]:
-    """The kernel of the average pooling that brings a (C, H, W) map down to at most ``target``
-    values: its height and its width are doubled in turn while the map is too large."""
+    """Returns the kernel (height, width) of the average pooling that reduces a (C, H, W) map to at
+    most ``target`` values: height and width are doubled in turn while the map is too large."""
     channels, height, width = shape
     kernel = [1, 1]
 
@@ -37,7 +37,8 @@ def pooling_kernel(shape: Shape, target: int) -> tuple[int, int]:
 
 
 def average_pooling(shape: Shape, target: int) -> nn.AvgPool2d:
-    """The prediction head's pooling; padded zeros count in the mean, as published."""
+    """Returns the prediction head's pooling of maps; padded zeros count in the mean, as
+    published."""
     kernel = pooling_kernel(shape, target)
     padding = [
         k * (math.ceil(side / k) - side // k) // 2
@@ -47,8 +48,9 @@ def average_pooling(shape: Shape, target: int) -> nn.AvgPool2d:
 
 
 def token_pooling(shape: Shape, target: int) -> nn.AvgPool2d:
-    """The pooling of tokens (T, D): neighbours are averaged, twice as many at a time while more
-    than ``target`` values are left. Tokens pass as one image whose channels are the samples."""
+    """Returns the pooling of tokens (T, D): it averages neighbours, twice as many at a time while
+    more than ``target`` values are left. Tokens pass as one image whose channels are the
+    samples."""
     tokens, width = shape
     kernel = 1
     while math.ceil(tokens / kernel) * width > target and kernel < tokens:
@@ -56,22 +58,22 @@ def token_pooling(shape: Shape, target: int) -> nn.AvgPool2d:
     return nn.AvgPool2d((min(kernel, tokens), 1), ceil_mode=True)
 
 
-def pooling_of(shape: Shape, target: int) -> nn.AvgPool2d | None:
-    """The pooling that makes about ``target`` values of h; ``None`` for vectors."""
+def head_pooling(shape: Shape, target: int) -> nn.AvgPool2d | None:
+    """Returns the pooling that reduces h to about ``target`` values; ``None`` for vectors."""
     if len(shape) == 1:
         return None
     return token_pooling(shape, target) if len(shape) == 2 else average_pooling(shape, target)
 
 
 class PredictionHead(nn.Sequential):
-    """The local classifier W of equation (6), with average pooling before it for feature maps
-    and tokens.
+    """The local classifier W of equation (6), p = W^T·h, with average pooling before it for feature
+    maps and tokens.
 
-    Takes h (B, *shape), gives logits p (B, classes) in float32. Its weight starts at zero.
+    Takes h (B, *shape), gives logits p (B, classes) in float32. W starts at zero.
 
     ``hidden_layers`` as wide as h, 3x3 convolutions or linear layers followed by ReLU, may come
     first, after Belilovsky et al., "Greedy layerwise learning can scale to ImageNet" (2019). Here
-    they have no batch norm: a row's logits follow from that row alone, so that every memory mode
+    they have no batch norm: a row's logits depend on that row alone, so that every memory mode
     gives the same gradients.
     """
 
@@ -83,7 +85,7 @@ class PredictionHead(nn.Sequential):
             self.add_module(f"hidden{number}", same_width(shape))
             self.add_module(f"activation{number}", nn.ReLU(inplace=True))
         width = shape[0]
-        if (pool := pooling_of(shape, pool_target)) is not None:
+        if (pool := head_pooling(shape, pool_target)) is not None:
             self.pool, self.flatten = pool, nn.Flatten()
             width = pool(torch.empty(1, *shape, device="meta")).numel()
         self.classifier = nn.Linear(width, num_classes)

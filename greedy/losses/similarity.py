@@ -12,7 +12,9 @@ from greedy.models.lean import lean
 
 
 def similarity_matrix(x: Tensor) -> Tensor:
-    """S(X): the correlation of every pair of rows, equation (5).
+    """Returns S(X): the correlation of every pair of rows, equation (5).
+
+        s_ij = x̃_i·x̃_j / (||x̃_i|| ||x̃_j||),  x̃_i = x_i − mean(x_i)
 
     Takes (B, F), gives (B, B) in [-1, 1].
     """
@@ -23,32 +25,34 @@ def similarity_matrix(x: Tensor) -> Tensor:
 
 
 def similarity_loss(z: Tensor, y: Tensor) -> Tensor:
-    """L_sim = ||S(z) - S(Y)||², averaged over the B x B entries, equation (4).
+    """Returns L_sim = ||S(z) − S(Y)||², averaged over the B x B entries, equation (4).
 
-    ``z`` (B, F) are the similarity head's features, ``y`` (B, classes) the one-hot labels.
+    ``z`` (B, F) are the similarity head's features NeuralNet(H), ``y`` (B, classes) the one-hot
+    labels.
     """
     return F.mse_loss(similarity_matrix(z), similarity_matrix(y))
 
 
 def feature_deviation(h: Tensor) -> Tensor:
-    """One number a feature: its standard deviation over space or tokens, at least in float32.
+    """Returns one number a feature: its standard deviation over space or tokens, at least in
+    float32.
 
-    (B, C, H, W) to (B, C), and (B, T, D) to (B, D). Maps of at most 3 channels or of height 1,
-    tokens of at most 3 features and single ones are only flattened, and vectors stay as they are.
-    The gradient of a feature without any deviation is zero.
+    (B, C, H, W) becomes (B, C), and (B, T, D) becomes (B, D). Maps of at most 3 channels or of
+    height 1, tokens of at most 3 features and single tokens are only flattened, and vectors stay
+    unchanged. The gradient of a feature without deviation is 0.
     """
     if h.dim() == 3:
-        h = h.mT[..., None]  # a token is a place of a map
+        h = h.mT[..., None]  # a token is like a position of a map
     if h.dim() == 4 and h.shape[1] > 3 and h.shape[2] > 1:
-        if torch.compiler.is_compiling():  # which fuses torch's own into passes over h
+        if torch.compiler.is_compiling():  # the compiler fuses torch's own into passes over h
             return widened(h).flatten(2).std(dim=2)
         return deviation(h)
     return widened(h).flatten(1)
 
 
 class SimilarityHead(nn.Module):
-    """NeuralNet(H) of equation (4): a 3x3 convolution or a linear layer that keeps the width,
-    then the standard deviation over each feature map, or over the tokens.
+    """NeuralNet(H) of equation (4): a 3x3 convolution or a linear layer that keeps the width, then
+    the standard deviation over each feature map, or over the tokens.
 
     Takes h (B, *shape), gives z (B, F).
     """

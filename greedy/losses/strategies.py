@@ -1,10 +1,11 @@
-"""Which losses a strategy has."""
+"""The losses of each training strategy."""
 
 from greedy.losses.local import Glob, LocalLoss, Output, Sim
 
 
-def losses_of(strategy: str, loss: LocalLoss, stages: int) -> list[LocalLoss]:
-    """The loss of each stage of a network whose local loss is ``loss``, by the strategy's name."""
+def stage_losses(strategy: str, loss: LocalLoss, stages: int) -> list[LocalLoss]:
+    """Returns the loss of each stage of a network trained by ``strategy`` with the local loss
+    ``loss``."""
     hidden, output = {
         "greedy": (loss, Output(loss.output_scale)),
         "joint": (loss, Output(loss.output_scale)),

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from greedy.base.errors import UserError
 from greedy.base.sizes import format_size
-from greedy.losses import Glob, LocalLoss, heads_of
-from greedy.losses.strategies import losses_of
+from greedy.losses import Glob, LocalLoss, make_heads
+from greedy.losses.strategies import stage_losses
 from greedy.memory.choice import Choice, fused_adam, reserved
 from greedy.memory.counting import Counter
 from greedy.memory.fake import counted, fake_tensors, make_state, materialised
@@ -155,7 +155,7 @@ def _peak(
         learners = [
             _learner(stage, shape, each, num_classes, precision)
             for stage, shape, each in zip(
-                copies, shapes, losses_of(strategy, loss, len(stages)), strict=True
+                copies, shapes, stage_losses(strategy, loss, len(stages)), strict=True
             )
         ]
         trained = together(strategy, learners, accumulate, optimizer or _no_optimizer)
@@ -203,7 +203,7 @@ def _learner(
     stage: Stage, shape: StageShapes, loss: LocalLoss, num_classes: int, precision: str
 ) -> Learner:
     """A stage with weights and heads on the device, ready to train."""
-    heads = heads_of(loss, shape.hidden, num_classes)
+    heads = make_heads(loss, shape.hidden, num_classes)
     learner = Learner(materialised(stage), heads, loss, num_classes, precision, rehearsed=True)
     learner.train()
     return learner

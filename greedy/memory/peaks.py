@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from greedy.losses import LocalLoss, heads_of
+from greedy.losses import LocalLoss, make_heads
 from greedy.memory.counting import Counter
 from greedy.memory.fake import counted, fake_tensors, make_state, materialised
 from greedy.models import Shape, Stage, StageShapes
@@ -130,7 +130,7 @@ class StepDemand:
 
     def _learner(self, stage: Stage, memory: StepMemory) -> Learner:
         materialised(stage)
-        heads = heads_of(self.loss, self.shapes.hidden, self.num_classes)
+        heads = make_heads(self.loss, self.shapes.hidden, self.num_classes)
         host = CPU if self.device_type == "cpu" else META
         learner = Learner(
             stage,

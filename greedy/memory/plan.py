@@ -4,7 +4,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from greedy.losses import Glob, LocalLoss
-from greedy.losses.strategies import losses_of
+from greedy.losses.strategies import stage_losses
 from greedy.memory.baselines import choose_network
 from greedy.memory.choice import (
     Choice,
@@ -155,7 +155,7 @@ class MemoryPlan:
 
     def loss_of(self, number: int) -> LocalLoss:
         """The loss of a stage."""
-        return losses_of(self.recipe.training.strategy, self.loss, len(self.stages))[number - 1]
+        return stage_losses(self.recipe.training.strategy, self.loss, len(self.stages))[number - 1]
 
     def _what(self, number: int) -> tuple[Stage, StageShapes, LocalLoss, int, int, str]:
         stage, shape = self.stages[number - 1], self.shapes[number - 1]

@@ -1,4 +1,4 @@
-"""The paper's networks, and how a network becomes stages."""
+"""The paper's networks, and cutting a network into stages."""
 
 from greedy.models.initial import initialise, seeded
 from greedy.models.networks import ACTIVATIONS, mlp, vgg, vgg8b, vgg11b

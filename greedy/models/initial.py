@@ -1,4 +1,4 @@
-"""The first weights of a stage."""
+"""The initial weights of a stage."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,25 +6,25 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from greedy.base.seeds import derive
+from greedy.base.seeds import derive_seed
 from greedy.models.stages import Stage
 
 
 @contextmanager
 def seeded(seed: int, *keys: int | str) -> Iterator[None]:
-    """Inside, torch's CPU generator is at the start of the stream (seed, "weights", keys);
-    afterwards it is where it was."""
+    """Seeds torch's CPU generator with the stream (seed, "weights", keys) inside the block and
+    restores it afterwards."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive(seed, "weights", *keys))
+        torch.manual_seed(derive_seed(seed, "weights", *keys))
         yield
 
 
 def initialise(stage: Stage, seed: int, *, zero: bool) -> None:
-    """Gives a stage built on the meta device its first weights: PyTorch's defaults, drawn from
-    a stream of its own. A stage that has weights keeps them.
+    """Draws the initial weights of a stage built on the meta device: PyTorch's defaults, from the
+    stage's stream. A stage that has weights keeps them.
 
-    ``zero`` is for the output layer, whose weight starts there and its bias at the default, as
-    published for all training but plain back-propagation.
+    ``zero`` sets the weight of the output layer to 0, its bias at the default, as published for all
+    training but plain back-propagation.
     """
     if not any(p.is_meta for p in stage.parameters()):
         return

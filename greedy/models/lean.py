@@ -1,8 +1,8 @@
 """Convolutions and linear layers that need no second tensor of their weight's size.
 
-Autograd makes a new weight gradient for every use of a layer and adds it to the old one, and
-autocast keeps a copy of the weight in lower precision. Here gradients are added up in place, and
-both are made a slice of output channels at a time.
+Autograd makes a new weight gradient at every use of a layer and adds it to the old one, and
+autocast keeps a copy of the weight in lower precision. Here gradients are accumulated in place, and
+both are computed for a slice of output channels at a time.
 """
 
 from typing import Any
@@ -14,18 +14,18 @@ from torch.nn.grad import conv2d_weight
 
 Layer = nn.Conv2d | nn.Linear
 
-SLICE_BYTES = 8 * 2**20  # of a weight's gradient that exist at a time
+SLICE_BYTES = 8 * 2**20  # of a weight's gradient that are computed at a time
 
 
 def output_slices(weight: Tensor) -> list[slice]:
-    """A weight's output channels in slices of at most ``SLICE_BYTES``, or one channel."""
+    """Returns slices of a weight's output channels, of at most ``SLICE_BYTES`` or one channel."""
     step = max(1, SLICE_BYTES // (weight[0].numel() * weight.element_size()))
     return [slice(start, start + step) for start in range(0, len(weight), step)]
 
 
 def lean(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)`` of a convolution or linear layer without bias. Where the weight has a gradient
-    already, as in a micro-batched step, the backward pass adds to that in place."""
+    """Returns ``layer(x)`` of a convolution or linear layer without bias. Where the weight already
+    has a gradient, as in a micro-batched step, the backward pass adds to it in place."""
     assert isinstance(layer, Layer) and layer.bias is None
     if not torch.is_grad_enabled():
         return forward(layer, x)
@@ -36,7 +36,7 @@ def lean(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def forward(layer: Layer, x: Tensor) -> Tensor:
-    """``layer(x)`` without gradient, in the precision that autocast asks for."""
+    """Returns ``layer(x)`` without gradient, in autocast's precision where that is on."""
     if not torch.is_autocast_enabled(x.device.type):
         return _apply(layer, x, layer.weight, layer.bias)
     dtype = torch.get_autocast_dtype(x.device.type)
@@ -49,9 +49,10 @@ def forward(layer: Layer, x: Tensor) -> Tensor:
 
 
 def add_weight_gradient(layer: Layer, x: Tensor, g: Tensor, total: Tensor) -> None:
-    """Adds the gradient of a layer's weight to ``total``: of its input ``x`` (B, Cin, ...) and
-    the gradient ``g`` (B, Cout, ...) of its output, for a linear layer (..., in) and (..., out).
-    One output channel in ``g`` and ``total`` serves for all that are alike."""
+    """Adds the gradient of a layer's weight to ``total``, given the layer's input ``x``
+    (B, Cin, ...) and the gradient ``g`` (B, Cout, ...) of its output; for a linear layer (..., in)
+    and (..., out). Where all output channels have equal gradients, ``g`` and ``total`` may hold
+    one."""
     if isinstance(layer, nn.Linear):
         x, g = x.flatten(0, -2), g.flatten(0, -2)
     for rows in output_slices(total):
@@ -63,7 +64,8 @@ def add_weight_gradient(layer: Layer, x: Tensor, g: Tensor, total: Tensor) -> No
 
 
 def input_gradient(layer: Layer, x: Tensor, g: Tensor) -> Tensor:
-    """The gradient of a layer's input ``x`` from that of its output ``g``, in g's precision."""
+    """Returns the gradient of a layer's input ``x`` from that of its output ``g``; it is computed
+    in g's precision."""
     if g.dtype == layer.weight.dtype:
         return _input_gradient(layer, x.to(g.dtype), g, layer.weight)
     total, dtype = torch.zeros_like(x, dtype=layer.weight.dtype), x.dtype
@@ -86,12 +88,12 @@ class _Lean(torch.autograd.Function):
     def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
         (x,) = ctx.saved_tensors
         add_weight_gradient(ctx.layer, x.to(g.dtype), g, ctx.layer.weight.grad)
-        wanted = ctx.needs_input_grad[0]
-        return input_gradient(ctx.layer, x, g) if wanted else None, None, None
+        needed = ctx.needs_input_grad[0]
+        return input_gradient(ctx.layer, x, g) if needed else None, None, None
 
 
 def _channels(layer: Layer) -> int:
-    """The dimension of a layer's output along which its weight's rows lie."""
+    """Returns the dimension of a layer's output that holds its output channels."""
     return -1 if isinstance(layer, nn.Linear) else 1
 
 
@@ -104,9 +106,9 @@ def _apply(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 def _input_gradient(layer: Layer, x: Tensor, g: Tensor, weight: Tensor) -> Tensor:
     if isinstance(layer, nn.Linear):
         return g @ weight
-    # Not torch's own `conv2d_input`, which takes a copy as large as x.
-    found: Tensor
-    found, _, _ = torch.ops.aten.convolution_backward(
+    # torch's `conv2d_input` would allocate another tensor as large as x.
+    gradient: Tensor
+    gradient, _, _ = torch.ops.aten.convolution_backward(
         g,
         x,
         weight,
@@ -117,7 +119,7 @@ def _input_gradient(layer: Layer, x: Tensor, g: Tensor, weight: Tensor) -> Tenso
         groups=1,
         output_mask=[True, False, False],
     )
-    return found
+    return gradient
 
 
 def _geometry(layer: nn.Conv2d) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The paper's networks (section 4) as flat, ordinary ``nn.Sequential`` modules."""
+"""The paper's networks (section 4) as flat ``nn.Sequential`` modules."""
 
 from functools import partial
 
@@ -12,7 +12,7 @@ VGG11B = (128, 128, 128, 256, POOL, 256, 512, POOL, 512, 512, POOL, 512, POOL)
 
 LARGE_IMAGE = 64  # above this side the first convolution is 7x7 with stride 2
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "leaky_relu": nn.LeakyReLU}
-"""The activations of a recipe's network by their names."""
+"""Activations by their names in a recipe."""
 
 
 def mlp(
@@ -25,9 +25,9 @@ def mlp(
     dropout: float = 0.0,
     activation: str = "leaky_relu",
 ) -> nn.Sequential:
-    """The fully connected network.
+    """Builds the fully connected network.
 
-    Takes images (B, in_channels, image_size, image_size), gives logits (B, num_classes).
+    It maps images (B, in_channels, image_size, image_size) to logits (B, num_classes).
     ``activation`` is ``relu`` or ``leaky_relu`` (slope 0.01).
     """
     modules: list[nn.Module] = [nn.Flatten()]
@@ -50,9 +50,9 @@ def vgg(
     dropout: float = 0.0,
     activation: str = "leaky_relu",
 ) -> nn.Sequential:
-    """A VGG-like network: ``plan`` lists channels and pools in order.
+    """Builds a VGG-like network; ``plan`` lists channels and pools in order.
 
-    Takes images (B, in_channels, image_size, image_size), gives logits (B, num_classes).
+    It maps images (B, in_channels, image_size, image_size) to logits (B, num_classes).
     ``feature_multiplier`` scales the convolutions' channels only. Raises ``UserError`` when it
     leaves a convolution no channel, or the pools leave nothing of the image.
     """

@@ -1,4 +1,4 @@
-"""What goes into and comes out of each stage, found without computing."""
+"""The shapes of each stage's input, activation and output, found on the meta device."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -13,13 +13,19 @@ from greedy.base.errors import UserError
 from greedy.models.skeleton import skeleton
 from greedy.models.stages import Shape, Stage
 
-ROWS = 2  # of the probe: batch norm takes no single one
+ROWS = 2  # of the probe: batch norm needs two
 
 
 @dataclass(frozen=True)
 class StageShapes:
-    """Shapes of one row: the stage's input, its activation h, and its output as stored;
-    ``operations`` are the multiply-adds from the first to the last."""
+    """Shapes of one row.
+
+    Attributes:
+        input: of the stage's input.
+        hidden: of its activation h.
+        output: of its output as stored.
+        operations: multiply-adds from input to output.
+    """
 
     input: Shape
     hidden: Shape
@@ -27,24 +33,26 @@ class StageShapes:
     operations: int
 
 
-def _probed(stage: Stage, shape: Shape) -> tuple[Tensor, Tensor]:
-    """Activation and output of some rows, on the meta device; computed for modules that cannot go
-    there, since they look at numbers or hold tensors as plain attributes. Both with copies: the
-    stage may be a user's own."""
+def _probe(stage: Stage, shape: Shape) -> tuple[Tensor, Tensor]:
+    """Returns activation and output of ``ROWS`` rows, on the meta device. Modules that cannot go
+    there, since they look at values or hold tensors as plain attributes, compute them. Both use
+    copies: the stage may be a user's."""
     rows = torch.empty((ROWS, *shape), device="meta")
     try:
-        return _passed(skeleton(stage), rows)
+        return _activation_and_output(skeleton(stage), rows)
     except RuntimeError:
-        held = [*stage.parameters(), *stage.buffers()]
-        if any(tensor.is_meta for tensor in held):
+        tensors = [*stage.parameters(), *stage.buffers()]
+        if any(tensor.is_meta for tensor in tensors):
             raise
-        return _passed(deepcopy(stage), torch.zeros_like(rows, device=held[0].device))
+        return _activation_and_output(
+            deepcopy(stage), torch.zeros_like(rows, device=tensors[0].device)
+        )
 
 
 @torch.no_grad()
-def _passed(stage: Stage, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Activation and output of a copy, with running statistics: batch statistics are not for the
-    meta device."""
+def _activation_and_output(stage: Stage, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns activation and output of a copied stage, in evaluation mode: batch statistics do not
+    work on the meta device."""
     h = stage.eval().hidden(x)
     return h, stage.pool(h) if isinstance(h, Tensor) else h
 
@@ -58,16 +66,16 @@ def _require_tensor(stage: Stage, h: Any) -> None:
 
 
 def shapes(stages: Sequence[Stage], input_shape: Shape) -> list[StageShapes]:
-    """The shapes along the stages for rows of ``input_shape``.
+    """Returns the shapes along the stages for rows of ``input_shape``.
 
-    Raises ``UserError`` naming the stage that cannot take what the one before it gives.
+    Raises ``UserError`` naming the stage that cannot take the previous stage's output.
     """
-    found = []
+    stage_shapes: list[StageShapes] = []
     shape = input_shape
     for stage in stages:
         try:
             with FlopCounterMode(display=False) as counter:
-                h, out = _probed(stage, shape)
+                h, out = _probe(stage, shape)
                 _require_tensor(stage, h)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise UserError(
@@ -76,6 +84,8 @@ def shapes(stages: Sequence[Stage], input_shape: Shape) -> list[StageShapes]:
                 f"(torch says: {str(error).splitlines()[0]})"
             ) from error
         operations = counter.get_total_flops() // (2 * ROWS)
-        found.append(StageShapes(shape, tuple(h.shape[1:]), tuple(out.shape[1:]), operations))
-        shape = found[-1].output
-    return found
+        stage_shapes.append(
+            StageShapes(shape, tuple(h.shape[1:]), tuple(out.shape[1:]), operations)
+        )
+        shape = stage_shapes[-1].output
+    return stage_shapes

@@ -1,4 +1,4 @@
-"""A network's structure without its numbers."""
+"""A network's structure without its weights."""
 
 from copy import deepcopy
 from typing import TypeVar
@@ -10,11 +10,11 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def skeleton(network: Module) -> Module:
-    """A copy of a network whose parameters and buffers are on the meta device. Tensors that are
-    plain attributes it shares."""
+    """Returns a copy of a network whose parameters and buffers are on the meta device. It shares
+    tensors that are plain attributes."""
     memo: dict[int, object] = {}
     for module in network.modules():
-        memo.update((id(each), each) for each in vars(module).values() if torch.is_tensor(each))
+        memo.update((id(value), value) for value in vars(module).values() if torch.is_tensor(value))
     for parameter in network.parameters():
         empty = torch.empty_like(parameter, device="meta")
         memo[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from greedy.base.errors import UserError
 
 ENCODERS = (nn.modules.conv._ConvNd, nn.Linear)
-"""The layers that a stage begins at."""
+"""The layers that begin a stage."""
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 POOLS = (
@@ -24,7 +24,7 @@ POOLS = (
 PROBABILITIES = (nn.Softmax, nn.LogSoftmax, nn.Softmax2d, nn.Sigmoid)
 
 Shape = tuple[int, ...]
-"""Of one row: maps (C, H, W), tokens (T, D) or features (F,)."""
+"""The shape of one row: maps (C, H, W), tokens (T, D) or features (F,)."""
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,24 @@ class InputDropout:
     channels: bool
 
     def mask(self, batch: int, shape: Shape, generator: torch.Generator) -> Tensor:
-        """One mask for a whole batch, scaled by 1/(1 - rate): (batch, C, 1, 1) for channels,
-        else (batch, *shape). Row i belongs to position i in the batch."""
-        wide = (shape[0],) + (1,) * (len(shape) - 1) if self.channels else shape
-        keep = torch.rand((batch, *wide), generator=generator) >= self.rate
+        """Returns one mask for a whole batch, scaled by 1/(1 - rate): (batch, C, 1, 1) for
+        channels, else (batch, *shape). Row i belongs to position i in the batch."""
+        row = (shape[0],) + (1,) * (len(shape) - 1) if self.channels else shape
+        keep = torch.rand((batch, *row), generator=generator) >= self.rate
         return keep.float().div_(1 - self.rate)
 
 
 class Stage(nn.Module):
-    """One trainable layer, or a block of several, and what belongs to it.
+    """One trainable layer, or a block of several, with dropout on its input and pooling.
 
-    ``layer`` (encoder, batch norm, activation; of a block one after the other, with what stands
-    between them) gives the activation h that the local loss sees; ``pool`` reduces it to the
-    stage's output. ``dropout`` applies to the stage's input, in training only and by the training
-    step, which owns the masks. ``flatten`` says that feature maps are flattened on the way in.
+    Attributes:
+        number: counted from 1.
+        layer: encoder, batch norm and activation, of a block one after the other with the modules
+            between them; gives the activation h that the local loss takes.
+        pool: reduces h to the stage's output.
+        flatten: whether the input's feature maps are flattened first.
+        dropout: applied to the stage's input in training only, by the training step, which draws
+            the masks.
     """
 
     def __init__(
@@ -69,7 +73,7 @@ class Stage(nn.Module):
 
     @property
     def name(self) -> str:
-        """What the stage is called in tables: ``conv128``, ``linear1024``, ``conv128+conv256``,
+        """The stage's name in tables: ``conv128``, ``linear1024``, ``conv128+conv256``,
         ``transformer64``."""
         blocks = [m for m in self.layer.modules() if isinstance(m, nn.TransformerEncoderLayer)]
         within = {id(part) for block in blocks for part in block.modules() if part is not block}
@@ -78,20 +82,20 @@ class Stage(nn.Module):
 
     @property
     def kinds(self) -> list[str]:
-        """The classes of its modules in order, by which a stage is told from another that would
-        take the same weights."""
+        """The class names of its modules in order, which tell it from another stage with the same
+        weights' shapes."""
         return [type(m).__name__ for m in (*self.layer.modules(), *self.pool.modules())]
 
     def hidden(self, x: Tensor) -> Tensor:
-        """The activation h before pooling, of an input on which dropout has been applied."""
+        """Returns the activation h, before pooling, of an input with dropout applied."""
         return self.layer(x.flatten(1) if self.flatten else x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The stage's output as stored and as the next stage receives it."""
+        """Returns the stage's output, which is stored and which the next stage takes."""
         return self.pool(self.hidden(x))
 
     def modules_for_inference(self) -> Iterator[nn.Module]:
-        """The stage as plain torch modules in order."""
+        """Yields the stage's torch modules in order."""
         if self.flatten:
             yield nn.Flatten()
         yield from self.layer
@@ -109,14 +113,16 @@ def _name(module: nn.Module) -> str | None:
 def cut(network: nn.Sequential, layers: int = 1) -> list[Stage]:
     """Cuts a network into stages of ``layers`` layers each, and the output layer.
 
-    A stage begins at each child that is, or contains, a convolution or linear layer; what
-    follows joins it. A flat network is so cut into single layers, a staged one (a Sequential
-    of Sequentials) along its children. Dropout and flattening at the end of a stage move to
-    the input of the next, pooling is the stage's last act; dropping whole channels commutes
-    with it, and what does not is refused.
+    A stage begins at each child that is, or contains, a convolution or linear layer, and takes the
+    children after it. So a flat network is cut into single layers, and a nested one (a Sequential
+    of Sequentials) into its children. Dropout and flattening at the end of a stage move to the
+    input of the next, after the pooling; dropping whole channels commutes with pooling, and a
+    module that does not is refused.
 
-    With more than one of ``layers``, so many of these stages become one, trained as a block; the
-    last before the output layer may have fewer. What stands between a block's layers stays there.
+    Where ``layers`` is more than one, as many of these stages become one block; the last before the
+    output layer may have fewer. The modules between a block's layers stay there.
+
+    Raises ``UserError`` for a network that cannot be cut or trained.
     """
     if not isinstance(network, nn.Sequential):
         raise UserError(
@@ -154,7 +160,7 @@ def cut(network: nn.Sequential, layers: int = 1) -> list[Stage]:
 
 
 def _blocks(groups: list[list[nn.Module]], layers: int) -> Iterator[list[nn.Module]]:
-    """The modules of each block of layers, and of the output layer."""
+    """Yields the modules of each block of ``layers`` layers, then those of the output layer."""
     *hidden, output = groups
     for start in range(0, len(hidden), layers):
         yield list(chain(*hidden[start : start + layers]))
@@ -162,7 +168,8 @@ def _blocks(groups: list[list[nn.Module]], layers: int) -> Iterator[list[nn.Modu
 
 
 def _stage(number: int, modules: list[nn.Module]) -> tuple[Stage, list[nn.Module]]:
-    """A stage of these modules, and those at its end that the next stage's input takes over."""
+    """Returns a stage of these modules, and those at its end that move to the next stage's
+    input."""
     first = next(
         i for i, m in enumerate(modules) if any(isinstance(s, ENCODERS) for s in m.modules())
     )
@@ -171,11 +178,11 @@ def _stage(number: int, modules: list[nn.Module]) -> tuple[Stage, list[nn.Module
     )
     entry, layer, end = modules[:first], modules[first : last + 1], modules[last + 1 :]
     _require_movable(number, entry, end)
-    plain = next(
+    kept = next(
         (i for i, m in enumerate(entry) if not isinstance(m, (*DROPOUTS, nn.Flatten))), first
     )
-    # Activations, normalisation or pooling in front of the first encoder, and what follows them.
-    entry, layer = entry[:plain], entry[plain:] + layer
+    # Other modules before the first encoder, and all after them, belong to the layer.
+    entry, layer = entry[:kept], entry[kept:] + layer
     _require_samples_first(number, layer)
     stage = Stage(
         number,
@@ -188,7 +195,8 @@ def _stage(number: int, modules: list[nn.Module]) -> tuple[Stage, list[nn.Module
 
 
 def _require_movable(number: int, entry: Sequence[nn.Module], end: Sequence[nn.Module]) -> None:
-    """What moves behind the pooling must give the same there."""
+    """Raises ``UserError`` for modules that compute something else after the pooling than before
+    it."""
     for flatten in (m for m in entry if isinstance(m, nn.Flatten)):
         if flatten.start_dim not in (1, -3) or flatten.end_dim not in (-1, 3):
             raise UserError(
@@ -197,28 +205,31 @@ def _require_movable(number: int, entry: Sequence[nn.Module], end: Sequence[nn.M
             )
     pools = [i for i, m in enumerate(end) if isinstance(m, POOLS)]
     for module in end[: pools[-1]] if pools else ():
-        values = isinstance(module, nn.Dropout) and module.p > 0
-        if values or isinstance(module, nn.Flatten):
+        drops_values = isinstance(module, nn.Dropout) and module.p > 0
+        if drops_values or isinstance(module, nn.Flatten):
             raise UserError(
-                f"stage {number} has {module} before its pooling, where it does something else "
-                f"than after it: put it after the pooling"
+                f"stage {number} has {module} before its pooling, where its result differs from "
+                f"that after the pooling: put it after the pooling"
             )
 
 
 def _require_samples_first(number: int, layer: Sequence[nn.Module]) -> None:
-    """Transformers take tokens (T, B, D) unless told otherwise, and torch would not notice."""
+    """Raises ``UserError`` for a transformer layer that takes tokens (T, B, D), torch's default: it
+    would silently mix samples."""
     for module in layer:
         within = module.layers if isinstance(module, nn.TransformerEncoder) else [module]
-        for each in within:
-            if isinstance(each, nn.TransformerEncoderLayer) and not each.self_attn.batch_first:
+        for block in within:
+            if isinstance(block, nn.TransformerEncoderLayer) and not block.self_attn.batch_first:
                 raise UserError(
-                    f"stage {number} has a {type(each).__name__} that takes samples for tokens: "
+                    f"stage {number} has a {type(block).__name__} that takes samples for tokens: "
                     f"make it with batch_first=True"
                 )
 
 
 def _dropout(number: int, entry: Sequence[nn.Module]) -> InputDropout | None:
-    found = [m for m in entry if isinstance(m, DROPOUTS) and m.p > 0]
-    if len(found) > 1:
+    dropouts = [m for m in entry if isinstance(m, DROPOUTS) and m.p > 0]
+    if len(dropouts) > 1:
         raise UserError(f"two dropouts stand before stage {number}: keep one of them")
-    return InputDropout(found[0].p, not isinstance(found[0], nn.Dropout)) if found else None
+    if not dropouts:
+        return None
+    return InputDropout(dropouts[0].p, not isinstance(dropouts[0], nn.Dropout))

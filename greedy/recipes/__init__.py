@@ -1,4 +1,4 @@
-"""Recipes: what a run is, in one TOML file."""
+"""Recipes: a run described in one TOML file."""
 
 from greedy.recipes.identity import differences, result_fields
 from greedy.recipes.loader import (

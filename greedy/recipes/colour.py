@@ -1,4 +1,4 @@
-"""Colours, as Pillow names them."""
+"""Colours, by Pillow's names."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""A validation error as one sentence: the field, what was found, what is allowed."""
+"""A validation error as one sentence: the field, its value, what is allowed."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -12,7 +12,7 @@ from greedy.recipes.schema import SECTIONS, Recipe
 
 
 def sentence(errors: list[ErrorDetails], document: Mapping[str, Any]) -> str:
-    """The first error of a document in words, and how many more fields are wrong."""
+    """Returns the first error of a document in words, and how many more fields are wrong."""
     keys: dict[str, ErrorDetails] = {}
     for error in errors:  # a union reports one error for each of its types
         keys.setdefault(".".join(str(part) for part in error["loc"][: _depth(error)]), error)
@@ -22,15 +22,16 @@ def sentence(errors: list[ErrorDetails], document: Mapping[str, Any]) -> str:
 
 
 def allowed(key: str) -> str:
-    """What a field may be, from its schema: ``training.batch_size`` -> "a whole number of at
-    least 2"."""
+    """Returns what a field may be, from its schema: ``training.batch_size`` gives "a whole number
+    of at least 2"."""
     section, _, field = key.rpartition(".")
     model: type[BaseModel] = SECTIONS[section] if section else Recipe
     return _words(model.model_json_schema()["properties"][field])
 
 
-def near(word: str, words: Iterable[str], most: int = 1) -> str:
-    """A question after the most similar of `words`, or nothing where none is similar."""
+def suggestion(word: str, words: Iterable[str], most: int = 1) -> str:
+    """Returns a question that suggests up to ``most`` similar ``words``, empty where none is
+    similar."""
     matches = get_close_matches(word, list(words), n=most)
     return f"; did you mean {' or '.join(matches)}?" if matches else ""
 
@@ -44,30 +45,31 @@ def _explained(key: str, error: ErrorDetails, document: Mapping[str, Any]) -> st
         return f"{key} is not a recipe field; {_advice(key)}"
     if key in SECTIONS:
         return f"{key} must be a section with {', '.join(SECTIONS[key].model_fields)}"
-    found: Any = document
+    value: Any = document
     for part in key.split("."):
-        found = found.get(part)
-    shown = "not set" if found is None else json.dumps(found, ensure_ascii=False, default=str)
+        value = value.get(part)
+    shown = "not set" if value is None else json.dumps(value, ensure_ascii=False, default=str)
     if error["type"] == "string_unicode":
         return (
-            f"{key} is {shown}, which is no UTF-8, as TOML has to be: rename what it names, or "
-            f"give a link to it"
+            f"{key} is {shown}, which is not UTF-8, as TOML must be: rename the file or folder, "
+            f"or give a link to it"
         )
     if error["type"] == "value_error":
         return f"{key} is {shown} but must {error['ctx']['error']}"
     field = allowed(key)
     choices = field.removeprefix("one of ").split(", ") if field.startswith("one of ") else []
-    return f"{key} is {shown} but must be {field}{near(str(found), choices)}"
+    return f"{key} is {shown} but must be {field}{suggestion(str(value), choices)}"
 
 
 def _advice(key: str) -> str:
-    """Which field a misplaced or mistyped key may stand for, else what its section offers."""
+    """Returns which field a misplaced or mistyped key may stand for, else the fields of its
+    section."""
     section, _, field = key.rpartition(".")
     models: dict[str, type[BaseModel]] = {"": Recipe, **SECTIONS}
     homes: dict[str, list[str]] = {}
-    for place, model in models.items():
-        for each in model.model_fields:
-            homes.setdefault(each, []).append(f"{place}.{each}".lstrip("."))
+    for home, model in models.items():
+        for name in model.model_fields:
+            homes.setdefault(name, []).append(f"{home}.{name}".lstrip("."))
     own = models[section].model_fields
     if field in homes:
         meant = homes[field]
@@ -81,9 +83,9 @@ def _advice(key: str) -> str:
 
 
 def _words(schema: Mapping[str, Any], several: bool = False) -> str:
-    """A field's JSON schema in English, in the plural for the entries of a list."""
+    """Returns a field's JSON schema in English, in the plural for the entries of a list."""
     if "anyOf" in schema:
-        kinds = [_words(each) for each in schema["anyOf"] if each["type"] != "null"]
+        kinds = [_words(kind) for kind in schema["anyOf"] if kind["type"] != "null"]
         return " or ".join(kinds)
     if "enum" in schema:
         return f"one of {', '.join(schema['enum'])}"

@@ -1,4 +1,4 @@
-"""Which fields of a recipe decide a run's result, and where two recipes differ in them."""
+"""The fields of a recipe that decide a run's result, and where two recipes differ in them."""
 
 from typing import Any, Final
 
@@ -8,17 +8,17 @@ FREE_FIELDS: Final = {
     *("max_pixels", "frozen_transforms"),
     *("compile", "deterministic", "test_every", "checkpoint_minutes"),
 }
-_LATER_OF_DATA = ("background", "broken", "max_pixels")
+_LATER_DATA_FIELDS = ("background", "broken", "max_pixels")
 LATER_FIELDS: Final[dict[str, Any]] = {
-    f"data.{field}": Data.model_fields[field].default for field in _LATER_OF_DATA
+    f"data.{field}": Data.model_fields[field].default for field in _LATER_DATA_FIELDS
 }
 
 
 def result_fields(recipe: Recipe) -> dict[str, Any]:
-    """The fields that decide a run's result, as ``section.field`` -> value; the others (name,
-    paper, checkpoints, the store's compressor, budgets and ``keep``; what may change a last digit,
-    as a device does) may change at any time. Fields that came later are left out where they have
-    their default, so that runs from before them stay what they are."""
+    """Returns the fields that decide a run's result, as ``section.field`` -> value. The others may
+    change at any time: name, paper, checkpoints, the store's compressor, budgets, ``keep``, and
+    what only changes a last digit, as another device does. Fields that later versions added are
+    left out at their default, so that older runs keep their digest."""
     document, free = recipe.model_dump(), FREE_FIELDS
     if recipe.data.broken == "skip":  # larger images are among those that are skipped
         free = free - {"max_pixels"}
@@ -36,6 +36,6 @@ def result_fields(recipe: Recipe) -> dict[str, Any]:
 
 
 def differences(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:
-    """The result fields in which two recipes differ, as (key, value in a, value in b)."""
-    ours, others = LATER_FIELDS | result_fields(a), LATER_FIELDS | result_fields(b)
-    return [(key, v, others[key]) for key, v in ours.items() if v != others[key]]
+    """Returns the result fields in which two recipes differ, as (key, value in a, value in b)."""
+    of_a, of_b = LATER_FIELDS | result_fields(a), LATER_FIELDS | result_fields(b)
+    return [(key, value, of_b[key]) for key, value in of_a.items() if value != of_b[key]]

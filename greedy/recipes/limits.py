@@ -9,7 +9,7 @@ A_SIZE = "a size such as 4GiB or 768MiB"
 
 
 def _as_text(value: object) -> object:
-    """A number without a unit as text, so that it is told that it is no size."""
+    """Returns a number without a unit as text, so that it is refused as no size."""
     return str(value) if isinstance(value, int | float) else value
 
 

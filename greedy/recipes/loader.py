@@ -23,7 +23,7 @@ JOINT: Final = ("training.strategy", "greedy", "joint")
 
 
 class _Layer(NamedTuple):
-    """One file's own share of a recipe, or all overrides together."""
+    """The fields that one file sets, or all overrides together."""
 
     origin: str
     document: dict[str, Any]
@@ -39,9 +39,10 @@ def load(
     inherits: bool = True,
     epochs_scale: float = 1,
 ) -> Recipe:
-    """The recipe of that name, or in that file if the argument ends in .toml or is a file, with
-    overrides such as ``training.epochs=10`` on top, and epochs, at least 1, multiplied last. One
-    that may not inherit is of that file alone. Raises UserError for any mistake in it."""
+    """Returns the recipe of that name, or of that file if the argument ends in .toml or is a file.
+    Overrides such as ``training.epochs=10`` come on top, and ``epochs_scale`` multiplies the epochs
+    last, to at least 1. Unless it ``inherits``, the file may not extend another. Raises
+    ``UserError`` for any mistake in it."""
     path, name = Path(name_or_path), str(name_or_path)
     if path.suffix == ".toml" or path.is_file():
         name = legible(path.stem)
@@ -49,7 +50,7 @@ def load(
         path = _shipped_path(name, names)
     layer = _Layer(str(name_or_path), _read(path))
     if "extends" in layer.document and not inherits:
-        raise layer.error("extends another recipe, and a run's own stands alone: remove that line")
+        raise layer.error("extends another recipe, and a run's recipe may not: remove that line")
     layers = _layers(layer, path)
     if overrides:
         layers.append(_Layer("", _override_document(overrides)))
@@ -61,9 +62,9 @@ def load(
 def from_document(
     document: Mapping[str, Any], name: str = "unnamed", overrides: Sequence[str] = ()
 ) -> Recipe:
-    """The recipe in a parsed TOML document, which may extend others, with paths relative to the
-    current directory, and overrides on top; `name` counts where the document has none. Raises
-    UserError."""
+    """Returns the recipe in a parsed TOML document, with overrides on top. The document may extend
+    others, by paths relative to the current directory; ``name`` is for one without a name. Raises
+    ``UserError`` for any mistake in it."""
     layers = _layers(_Layer("", dict(document)), None)
     if overrides:
         layers.append(_Layer("", _override_document(overrides)))
@@ -71,12 +72,12 @@ def from_document(
 
 
 def to_toml(recipe: Recipe) -> str:
-    """The recipe as TOML, in full; `load` gives an equal recipe."""
+    """Returns the recipe as TOML, in full; ``load`` gives an equal recipe."""
     return tomli_w.dumps(recipe.model_dump(exclude_none=True))
 
 
 def names() -> list[str]:
-    """The shipped recipes that can be run, without the files they share: those name no loss."""
+    """Returns the shipped recipes that can be run; the files they share name no loss."""
     return sorted(
         name
         for name, path in _shipped().items()
@@ -85,7 +86,8 @@ def names() -> list[str]:
 
 
 def of_table(number: int) -> list[str]:
-    """The recipes of the paper's table of that number. Raises UserError if there are none."""
+    """Returns the names of the recipes for the paper's table ``number``. Raises ``UserError`` if
+    there are none."""
     tables = {recipe.name: recipe.paper.table for recipe in _recipes() if recipe.paper}
     if number not in tables.values():
         known = ", ".join(map(str, sorted(set(tables.values()))))
@@ -94,13 +96,13 @@ def of_table(number: int) -> list[str]:
 
 
 def describe() -> list[dict[str, Any]]:
-    """The summary of each shipped recipe."""
+    """Returns the ``summary`` of each shipped recipe."""
     return [summary(recipe) for recipe in _recipes()]
 
 
 def summary(recipe: Recipe) -> dict[str, Any]:
-    """A recipe in a row: name, table, dataset, network, loss and paper_test_error_percent; table
-    and error are None where nothing was published."""
+    """Returns a recipe as a table's row: name, table, dataset, network, loss and
+    paper_test_error_percent; table and error are None where nothing was published."""
     return {
         "name": recipe.name,
         "table": recipe.paper and recipe.paper.table,
@@ -112,24 +114,24 @@ def summary(recipe: Recipe) -> dict[str, Any]:
 
 
 def departures(recipe: Recipe) -> list[str]:
-    """The fields in which a recipe with a published figure differs from the shipped recipe that
-    the figure belongs to: the one of its name, or else, of those with this figure, the nearest.
-    Seed and store do not count: the paper has neither. Nor does training jointly: the paper's
-    local losses were."""
-    same_figure = [each for each in _recipes() if each.paper == recipe.paper]
-    found = [_departures(each, recipe) for each in same_figure if each.name == recipe.name]
-    found = found or [_departures(each, recipe) for each in same_figure]
-    return min(found, key=len, default=["paper"])
+    """Returns the fields in which a recipe with a published figure differs from the shipped recipe
+    of that figure: the one of the same name, or else the nearest. Seed and store do not count,
+    since the paper has neither, nor does joint training, which the paper used."""
+    published = [other for other in _recipes() if other.paper == recipe.paper]
+    same_name = [other for other in published if other.name == recipe.name]
+    differing = [_departures(other, recipe) for other in same_name or published]
+    return min(differing, key=len, default=["paper"])
 
 
 def network_label(model: Model) -> str:
-    """The network as the paper writes it, for instance ``vgg11b-3x``."""
+    """Returns the network as the paper writes it, for instance ``vgg11b-3x``."""
     factor = model.feature_multiplier
     return model.network if factor == 1 else f"{model.network}-{factor:g}x"
 
 
 def loss_label(recipe: Recipe) -> str:
-    """The loss as the paper writes it: ``glob+sim`` is every layer's ``sim`` beside ``glob``."""
+    """Returns the loss as the paper writes it; ``glob+sim`` is ``glob`` with ``sim`` in every
+    layer."""
     strategy = recipe.training.strategy
     return strategy if strategy == "glob+sim" else recipe.loss.name
 
@@ -158,7 +160,7 @@ def _shipped() -> dict[str, Path]:
 def _shipped_path(name: str, candidates: Callable[[], Iterable[str]]) -> Path:
     path = _shipped().get(name)
     if path is None:
-        hint = explain.near(name, candidates(), most=3) or "; `greedy recipes list` shows all"
+        hint = explain.suggestion(name, candidates(), most=3) or "; `greedy recipes list` shows all"
         raise UserError(f"there is no recipe {name}{hint}")
     return path
 
@@ -173,14 +175,15 @@ def _read(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"the recipe {path} is no UTF-8 in line {line}, as TOML has to be: save it as that"
+            f"the recipe {path} is not UTF-8 in line {line}, as TOML must be: save it as UTF-8"
         ) from None
     except ValueError as error:
         raise UserError(f"the recipe {path} is not valid TOML: {error}") from None
 
 
 def _layers(layer: _Layer, path: Path | None) -> list[_Layer]:
-    """The document and all that it extends, ancestors first; `path` is its own file."""
+    """Returns the document and all that it extends, ancestors first; ``path`` is the document's
+    file."""
     folder = path.parent if path else Path()
     chain = [path.resolve()] if path else []
     layers = [layer]
@@ -196,7 +199,7 @@ def _layers(layer: _Layer, path: Path | None) -> list[_Layer]:
         chain.append(path.resolve())
         folder = path.parent
         document = _read(path)
-        document.pop("name", None)  # a name is a file's own
+        document.pop("name", None)  # a name is not inherited
         layers.insert(0, _Layer(parent, document))
     return layers
 
@@ -217,7 +220,7 @@ def _override_document(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Two documents in one: fields of `above` win, sections are joined."""
+    """Returns two documents in one: fields of ``above`` win, sections are joined."""
     merged = dict(below)
     for key, value in above.items():
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
@@ -239,18 +242,18 @@ def _resolved(layers: Sequence[_Layer], name: str) -> Recipe:
 
 
 def _check_alone(layer: _Layer) -> None:
-    """Raises UserError for mistakes that no other layer can mend: keys, types and ranges."""
+    """Raises ``UserError`` for mistakes that no other layer can correct: keys, types and ranges."""
     try:
         Recipe.model_validate(layer.document)
     except ValidationError as error:
-        mistakes = [e for e in error.errors() if e["type"] not in ("missing", "value_error")]
+        mistakes = [m for m in error.errors() if m["type"] not in ("missing", "value_error")]
         if mistakes:
             raise layer.error(explain.sentence(mistakes, layer.document)) from None
 
 
 def _without_moments(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """The data section of the layers so far, for one that puts a user's own data in their place:
-    mean and deviation were those of the data set that goes, and are measured anew."""
+    """Returns the data section of the layers ``below``, without mean and deviation if ``above``
+    names a user's data set: those are measured again."""
     name = above.get("name", below.get("name"))
     if name == below.get("name") or ":" not in name:
         return dict(below)
@@ -258,7 +261,7 @@ def _without_moments(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict
 
 
 def _scaled(recipe: Recipe, scale: float) -> _Layer:
-    """The layer that changes the epochs of a recipe so far, alone: milestones move along."""
+    """Returns a layer that multiplies a recipe's epochs; its milestones follow."""
     if not 0 < scale < math.inf:
         raise UserError(f"epochs cannot be multiplied by {scale:g}: give a number above 0")
     epochs = recipe.training.epochs
@@ -271,7 +274,7 @@ def _scaled(recipe: Recipe, scale: float) -> _Layer:
 
 
 def _with_milestones(layer: _Layer, below: Mapping[str, Any]) -> dict[str, Any]:
-    """The layer's document; where it changes the epochs alone, with the milestones moved along."""
+    """Returns the layer's document; if it changes the epochs alone, with rescaled milestones."""
     training = layer.document.get("training", {})
     alone = "epochs" in training and "milestones" not in training
     if not (alone and below.get("epochs") and below.get("milestones")):

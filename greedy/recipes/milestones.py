@@ -1,4 +1,4 @@
-"""Milestones: the epochs after which the learning rate drops, and how they follow the epochs."""
+"""Milestones: the epochs after which the learning rate drops, scaled with the number of epochs."""
 
 from collections.abc import Iterable
 from itertools import pairwise
@@ -15,14 +15,14 @@ PUBLISHED: Final = {
 
 
 def default(epochs: int) -> list[int]:
-    """The published commands' milestones for 400, 200 and 100 epochs, else 1/2, 3/4, 7/8 and
-    15/16 of the epochs, rounded."""
+    """Returns the published commands' milestones for 400, 200 and 100 epochs, else 1/2, 3/4, 7/8
+    and 15/16 of the epochs, rounded."""
     return list(PUBLISHED.get(epochs) or _moved((8, 12, 14, 15), 16, epochs))
 
 
 def explicit(milestones: Milestones | None, epochs: Epochs) -> Milestones:
-    """The milestones in full: the default where there are none, one list a stage where `epochs`
-    has one entry a stage. Raises ValueError when they do not fit the epochs."""
+    """Returns the milestones in full: the default for None, one list a stage where ``epochs`` has
+    one entry a stage. Raises ``ValueError`` when they do not fit the epochs."""
     if milestones is None:
         return [default(e) for e in epochs] if isinstance(epochs, list) else default(epochs)
     stages = _stages(milestones, epochs)
@@ -34,8 +34,9 @@ def explicit(milestones: Milestones | None, epochs: Epochs) -> Milestones:
 
 
 def rescale(milestones: Milestones, old: Epochs, new: Epochs) -> Milestones:
-    """Milestones m written for `old` epochs, moved to floor(m · new / old + 0.5); duplicates and
-    those without effect disappear. Raises ValueError when the numbers of stages disagree."""
+    """Returns milestones m written for ``old`` epochs as floor(m · new / old + 0.5), without
+    duplicates and those that have no effect. Raises ``ValueError`` when the numbers of stages
+    disagree."""
     stages = _stages(milestones, old, new)
     lists = _lists(milestones, stages or 1)
     ends = zip(_entries(old, len(lists)), _entries(new, len(lists)), strict=True)
@@ -44,13 +45,14 @@ def rescale(milestones: Milestones, old: Epochs, new: Epochs) -> Milestones:
 
 
 def _moved(milestones: Iterable[int], old: int, new: int) -> list[int]:
-    # floor(m · new / old + 0.5) in whole numbers, which no floating point error can tip
+    # floor(m · new / old + 0.5) in integers, exact where floats round
     moved = {(2 * m * new + old) // (2 * old) for m in milestones}
     return sorted(m for m in moved if 0 < m < new)
 
 
 def _stages(milestones: Milestones, *epochs: Epochs) -> int:
-    """The number of stages that lists with one entry a stage agree on, 0 without such a list."""
+    """Returns the number of stages that all lists with one entry a stage have, 0 without such a
+    list."""
     lengths = {len(e) for e in epochs if isinstance(e, list)}
     if any(isinstance(m, list) for m in milestones):
         lengths.add(len(milestones))

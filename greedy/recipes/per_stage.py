@@ -1,4 +1,4 @@
-"""What a recipe says of one stage, and of what it leaves open."""
+"""A recipe's settings for one stage, and its encoding."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,11 +9,11 @@ AUTO_ENCODING = "uint8"  # docs/architecture.md, "Encodings", has the measuremen
 
 
 def encoding(recipe: Recipe) -> str:
-    """The encoding of the run's stores."""
+    """Returns the encoding of the run's stores."""
     named = recipe.store.encoding
     return AUTO_ENCODING if named == "auto" else named
 
 
 def for_stage(value: Any | Sequence[Any], number: int) -> Any:
-    """A setting of the recipe for one stage: the same for all, or an entry of a list."""
+    """Returns a setting for one stage: the list's entry, or the value that all stages share."""
     return value[number - 1] if isinstance(value, list) else value

@@ -1,4 +1,4 @@
-"""What a recipe may say: every section, field, type, range and default."""
+"""The recipe's schema: every section, field, type, range and default."""
 
 from typing import Annotated, Any, Final, Literal
 
@@ -28,7 +28,7 @@ class _Section(BaseModel):
 
 
 class Data(_Section):
-    """The data set and what happens to its images on reading."""
+    """The data set and the processing of its images on reading."""
 
     name: str = Field(
         min_length=1,
@@ -92,7 +92,7 @@ class Data(_Section):
 
     @property
     def is_augmented(self) -> bool:
-        """Whether anything is drawn at random when training rows are read."""
+        """Whether reading training rows draws at random."""
         return self.augmentation != "none" or self.cutout_length > 0
 
     @field_validator("std")
@@ -161,7 +161,7 @@ class Loss(_Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _predsim_bio_has_a_beta_of_its_own(cls, values: Any) -> Any:
+    def _predsim_bio_has_another_beta(cls, values: Any) -> Any:
         if isinstance(values, dict) and values.get("name") == "predsim-bio":
             return {"beta": 0.01, **values}
         return values
@@ -175,7 +175,7 @@ class Loss(_Section):
 
 
 class Training(_Section):
-    """How the stages are trained."""
+    """The training of the stages."""
 
     strategy: Literal["greedy", "joint", "backprop", "glob+sim"] = Field(
         default="greedy",
@@ -227,7 +227,7 @@ class Training(_Section):
 
     @field_validator("accumulate")
     @classmethod
-    def _graphs_that_are_cut_need_no_accumulation(cls, value: int, info: ValidationInfo) -> int:
+    def _local_training_needs_no_accumulation(cls, value: int, info: ValidationInfo) -> int:
         strategy = info.data.get("strategy")
         if value > 1 and strategy in ("greedy", "joint"):
             raise ValueError(f"be 1 where training.strategy is {strategy}")
@@ -235,7 +235,7 @@ class Training(_Section):
 
     @field_validator("epochs", "learning_rate")
     @classmethod
-    def _all_stages_have_one_where_they_train_at_once(cls, value: Any, info: ValidationInfo) -> Any:
+    def _one_value_where_stages_train_together(cls, value: Any, info: ValidationInfo) -> Any:
         strategy = info.data.get("strategy")
         if isinstance(value, list) and strategy != "greedy":
             raise ValueError(
@@ -265,8 +265,8 @@ class Training(_Section):
 
 
 class Memory(_Section):
-    """The device's memory while a stage trains. Whatever it is, gradients are those of the whole
-    batch."""
+    """The device's memory while a stage trains. No setting of it changes the gradients, which are
+    those of the whole batch."""
 
     budget: AutoLimit = Field(
         default="auto",
@@ -286,10 +286,10 @@ class Store(_Section):
     views: Count | Literal["live"] = Field(
         default=4,
         description="Augmented copies of the training rows a store holds, 1 where nothing is drawn "
-        "at random; live: no stores, the frozen stages are computed anew in every epoch.",
+        "at random; live: no stores, the frozen stages are computed again in every epoch.",
     )
     refresh_every: int = Field(
-        default=0, ge=0, description="Epochs after which views are drawn anew, 0: never."
+        default=0, ge=0, description="Epochs after which views are drawn again, 0: never."
     )
     encoding: Literal["auto", "float32", "float16", "bfloat16", "uint8", "uint4"] = Field(
         default="auto", description="How activations become stored numbers."
@@ -318,7 +318,7 @@ class Store(_Section):
 
 
 class Paper(_Section):
-    """The published figure the recipe reproduces."""
+    """The published figure that the recipe reproduces."""
 
     table: Count = Field(description="Number of the paper's table.")
     test_error_percent: float = Field(
@@ -341,18 +341,19 @@ class Recipe(_Section):
 
     @property
     def views(self) -> int | Literal["live"]:
-        """Views that stores are written with. Frozen stages draw nothing at random: where images
-        are not augmented all views would be the same, and one is enough."""
+        """The number of views that stores are written with. Frozen stages draw nothing at random:
+        without augmentation all views would be equal, and one is enough."""
         distinct = self.store.views == "live" or self.data.is_augmented
         return self.store.views if distinct else 1
 
     @property
     def refresh_every(self) -> int:
-        """Epochs after which views are drawn anew, 0: never, or they would come out the same."""
+        """Epochs after which views are replaced by new draws; 0, never, where these would be the
+        same."""
         return self.store.refresh_every if self.data.is_augmented else 0
 
     def held_out(self, rows: int) -> int:
-        """The number of rows, of so many to train on, that ``training.patience`` watches."""
+        """Returns how many of ``rows`` training rows ``training.patience`` watches."""
         return max(1, round(self.data.holdout * rows)) if self.training.patience else 0
 
 

@@ -1,4 +1,4 @@
-"""One page about runs: what it says, its charts, and the page."""
+"""One HTML page about runs: its facts, its charts, and the page."""
 
 from greedy.report.facts import RunFacts, facts_of
 from greedy.report.page import require_report, write_report

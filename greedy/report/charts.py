@@ -1,4 +1,4 @@
-"""The charts of a report as Vega-Lite specifications. Colours and fonts are the page's."""
+"""The charts of a report as Vega-Lite specifications. The page sets colours and fonts."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,21 +15,22 @@ from greedy.results.curves import Curve
 
 Spec = dict[str, Any]
 
-FEW_EPOCHS = 30  # up to which each has a point on its curve
-FEW_TICKS = 10  # up to which each has a number below
-FEW_CLASSES = 12  # up to which the confusion matrix has numbers in it
-MOST_CLASSES = 100  # that a confusion matrix shows
-LABEL = 24  # characters of a line beside a bar
+FEW_EPOCHS = 30  # with more, curves have no points
+FEW_TICKS = 10  # with more, not every epoch has a tick
+FEW_CLASSES = 12  # with more, the confusion matrix has no numbers
+MOST_CLASSES = 100  # in a confusion matrix
+LABEL = 24  # characters in a line of a bar's name
 SPLITS = ("test", "train")
 DASHES: Spec = {"domain": SPLITS, "range": [[1, 0], [5, 4]]}
-NARROW = 300  # pixels of a chart on a phone
+NARROW = 300  # width of a chart on a phone in pixels
 TIMES = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
 BYTES = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1))
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One bar: what it stands for, how long it is, how that is written, and its colour's name."""
+    """One bar: its name, its length in bytes or seconds, the text at its end, and the kind that
+    decides its colour."""
 
     name: str
     length: float
@@ -38,9 +39,9 @@ class Bar:
 
 
 def errors_by_stage(runs: Sequence[RunFacts]) -> Spec | None:
-    """Training and test error after each stage, of one run or several, and the paper's figures;
-    ``None`` where no stage has an error."""
-    alone = len(runs) == 1
+    """Draws training and test error after each stage, for one run or several, and the paper's test
+    errors; returns ``None`` if no stage has an error."""
+    single = len(runs) == 1
     rows = [
         {"run": run.name, "stage": stage.stage, "name": stage.name, "split": split, "error": error}
         for run in runs
@@ -50,25 +51,25 @@ def errors_by_stage(runs: Sequence[RunFacts]) -> Spec | None:
     ]
     if not rows:
         return None
-    colour = {"field": "split", "sort": SPLITS} if alone else {"field": "run", "sort": None}
+    colour = {"field": "split", "sort": SPLITS} if single else {"field": "run", "sort": None}
     encoding = {
         "x": {"field": "stage", "type": "ordinal", "title": "stage", "axis": {"labelAngle": 0}},
-        "y": _error_axis([*(row["error"] for row in rows), *_figures(runs)]),
+        "y": _error_axis([*(row["error"] for row in rows), *_paper_errors(runs)]),
         "color": {
             **colour,
             "type": "nominal",
             "title": None,
-            "legend": _legend(SPLITS if alone else [run.name for run in runs]),
+            "legend": _legend(SPLITS if single else [run.name for run in runs]),
         },
         "strokeDash": {
             "field": "split",
             "scale": DASHES,
             "title": None,
-            "legend": None if alone else _legend(SPLITS),
+            "legend": None if single else _legend(SPLITS),
         },
         "detail": [{"field": "run"}, {"field": "split"}],
         "tooltip": [
-            *([] if alone else [{"field": "run"}]),
+            *([] if single else [{"field": "run"}]),
             {"field": "stage"},
             {"field": "name"},
             {"field": "split"},
@@ -83,14 +84,14 @@ def errors_by_stage(runs: Sequence[RunFacts]) -> Spec | None:
     return _chart(240, [line, *_published(runs)])
 
 
-def curves(found: Sequence[Curve], *, by_depth: bool) -> Spec:
-    """Training and test errors over epochs, one colour a curve; a click on a name in the legend
-    brings its curve forward, and the pointer shows the errors of an epoch. ``by_depth``: colours
-    go from light to dark, for stages."""
-    names = [curve.name.removeprefix("stage ") if by_depth else curve.name for curve in found]
+def curves(shown: Sequence[Curve], *, by_depth: bool) -> Spec:
+    """Draws training and test errors over epochs, one colour for each curve. A click on a name in
+    the legend highlights its curve, and the pointer shows the errors of an epoch. With
+    ``by_depth`` colours go from light to dark, for stages."""
+    names = [curve.name.removeprefix("stage ") if by_depth else curve.name for curve in shown]
     keys = {
         f"{split}{n}": (name, split, dict(getattr(curve, split)))
-        for n, (name, curve) in enumerate(zip(names, found, strict=True))
+        for n, (name, curve) in enumerate(zip(names, shown, strict=True))
         for split in SPLITS
     }
     epochs = sorted({epoch for _, _, points in keys.values() for epoch in points})
@@ -113,7 +114,7 @@ def curves(found: Sequence[Curve], *, by_depth: bool) -> Spec:
             },
         ],
         "params": [
-            {"name": "picked", "select": {"type": "point", "fields": ["name"]}, "bind": "legend"}
+            {"name": "selected", "select": {"type": "point", "fields": ["name"]}, "bind": "legend"}
         ],
         "mark": {"type": "line", "strokeWidth": 1.6, "point": len(epochs) <= FEW_EPOCHS},
         "encoding": {
@@ -133,7 +134,7 @@ def curves(found: Sequence[Curve], *, by_depth: bool) -> Spec:
                 "legend": _legend(SPLITS),
             },
             "detail": {"field": "key"},
-            "opacity": {"condition": {"param": "picked", "value": 1}, "value": 0.1},
+            "opacity": {"condition": {"param": "selected", "value": 1}, "value": 0.1},
         },
     }
     titles = {key: f"{name}, {split}" for key, (name, split, _) in keys.items()}
@@ -141,7 +142,7 @@ def curves(found: Sequence[Curve], *, by_depth: bool) -> Spec:
 
 
 def _pointer(x: Spec, titles: Mapping[str, str]) -> Spec:
-    """A line at the epoch nearest to the pointer, which shows the fields of these titles."""
+    """Draws a line at the epoch nearest to the pointer, which shows the fields in ``titles``."""
     return {
         "params": [
             {
@@ -169,17 +170,18 @@ def _pointer(x: Spec, titles: Mapping[str, str]) -> Spec:
 
 
 def memory(run: RunFacts) -> Spec | None:
-    """What the step of each stage takes, and what one of the whole network would by other means;
-    ``None`` where nothing is known."""
-    counted = [each for each in run.stages if each.step_memory_bytes is not None]
+    """Draws the memory of a step of stage stage, and that of other ways to train the whole network;
+    returns ``None`` if none of it is known."""
     if run.at_once:
-        own = [(f"this run, {run.recipe.training.strategy}", run.step_memory_bytes)]
+        this_run = [(f"this run, {run.recipe.training.strategy}", run.step_memory_bytes)]
     else:
-        own = [(f"stage {each.stage}, {each.name}", each.step_memory_bytes) for each in counted]
+        this_run = [
+            (f"stage {stage.stage}, {stage.name}", stage.step_memory_bytes) for stage in run.stages
+        ]
     others = [(BASELINES[name].partition(" (")[0], size) for name, size in run.baselines.items()]
     bars = [
         Bar(name, size, format_size(size), kind)
-        for kind, sizes in (("this run", own), ("by other means", others))
+        for kind, sizes in (("this run", this_run), ("other ways of training", others))
         for name, size in sizes
         if size is not None
     ]
@@ -187,44 +189,44 @@ def memory(run: RunFacts) -> Spec | None:
 
 
 def disk(run: RunFacts) -> Spec | None:
-    """The stores by stage, in the colour of their encoding."""
+    """Draws the size of each store, in the colour of its encoding."""
     bars = [
         Bar(
-            f"stage {each.stage}, {each.name}",
-            each.bytes,
-            format_size(each.bytes) + ("" if each.kept else ", deleted"),
-            each.encoding,
+            f"stage {store.stage}, {store.name}",
+            store.bytes,
+            format_size(store.bytes) + ("" if store.kept else ", deleted"),
+            store.encoding,
         )
-        for each in run.stores
+        for store in run.stores
     ]
     return _bars(bars, "disk", BYTES, explained=True)
 
 
 def time(run: RunFacts) -> Spec | None:
-    """What each stage took to train and to write."""
+    """Draws the time of each stage; returns ``None`` if all stages were trained at once."""
     if run.at_once:
         return None
     bars = [
-        Bar(f"stage {each.stage}, {each.name}", each.seconds, format_duration(each.seconds), "")
-        for each in run.stages
-        if each.seconds is not None
+        Bar(f"stage {stage.stage}, {stage.name}", stage.seconds, format_duration(stage.seconds), "")
+        for stage in run.stages
+        if stage.seconds is not None
     ]
     return _bars(bars, "time", TIMES)
 
 
 def confusion(matrix: NDArray[np.int64], class_names: Sequence[str]) -> Spec:
-    """The confusion matrix; of more than a hundred classes those of which most is mistaken."""
+    """Draws the confusion matrix, of at most ``MOST_CLASSES`` classes, those with most mistakes."""
     wrong = matrix.sum(axis=1) + matrix.sum(axis=0) - 2 * matrix.diagonal()
     shown = np.sort(np.argsort(-wrong, kind="stable")[:MOST_CLASSES]).tolist()
     few = len(shown) <= FEW_CLASSES
     rows = [
-        {"is": class_names[i], "said": class_names[j], "images": int(matrix[i, j])}
+        {"is": class_names[i], "predicted": class_names[j], "images": int(matrix[i, j])}
         for i in shown
         for j in shown
         if few or matrix[i, j]
     ]
     names = [class_names[i] for i in shown]
-    most = int(matrix.max())
+    largest = int(matrix.max())
     axis: Spec = {"type": "nominal", "scale": {"domain": names}}
     cells: Spec = {
         "mark": {"type": "rect"},
@@ -232,26 +234,26 @@ def confusion(matrix: NDArray[np.int64], class_names: Sequence[str]) -> Spec:
             "color": {
                 "field": "images",
                 "type": "quantitative",
-                "scale": {"type": "sqrt", "domain": [0, most]},
+                "scale": {"type": "sqrt", "domain": [0, largest]},
                 "legend": None,
             },
             "tooltip": [
                 {"field": "is", "title": "class"},
-                {"field": "said", "title": "network says"},
+                {"field": "predicted", "title": "predicted class"},
                 {"field": "images"},
             ],
         },
     }
-    deep = {"test": f"datum.images > {most / 2}", "value": "white"}
+    dark = {"test": f"datum.images > {largest / 2}", "value": "white"}
     numbers: Spec = {
         "transform": [{"filter": "datum.images > 0"}],
         "mark": {"type": "text", "tooltip": None},
-        "encoding": {"text": {"field": "images"}, "color": {"condition": deep}},
+        "encoding": {"text": {"field": "images"}, "color": {"condition": dark}},
     }
     spec = _chart(max(220, (42 if few else 7) * len(shown)), [cells, *([numbers] if few else [])])
     spec["data"] = {"values": rows}
     spec["encoding"] = {
-        "x": axis | {"field": "said", "title": "the network says", "axis": {"labelAngle": -45}},
+        "x": axis | {"field": "predicted", "title": "predicted class", "axis": {"labelAngle": -45}},
         "y": axis | {"field": "is", "title": "class"},
     }
     return spec
@@ -260,12 +262,12 @@ def confusion(matrix: NDArray[np.int64], class_names: Sequence[str]) -> Spec:
 def _bars(
     bars: Sequence[Bar], title: str, units: Iterable[tuple[str, int]], *, explained: bool = False
 ) -> Spec | None:
-    """Horizontal bars in the given order, measured in the largest unit that the longest fills;
-    ``explained``: with a legend even if all have one colour."""
+    """Draws horizontal bars in the given order, in the largest unit of which the longest has at
+    least one. With ``explained`` there is a legend even if all bars have one colour."""
     if not bars:
         return None
     longest = max(bar.length for bar in bars)
-    unit, size = next((each for each in units if longest >= each[1]), ("s", 1))
+    unit, size = next((unit for unit in units if longest >= unit[1]), ("s", 1))
     kinds = list(dict.fromkeys(bar.kind for bar in bars))
     names = [fill(bar.name, LABEL) for bar in bars]
     rows = [
@@ -304,7 +306,7 @@ def _bars(
                 "field": "length",
                 "type": "quantitative",
                 "title": f"{title}, {unit}",
-                # Room for the label of the longest.
+                # Room for the text at the longest bar.
                 "scale": {"domain": [0, 1.6 * longest / size], "nice": False},
             },
         },
@@ -312,8 +314,8 @@ def _bars(
 
 
 def _error_axis(errors: Sequence[float]) -> Spec:
-    """A logarithmic axis for errors in percent: those of a fraction of a percent can be told apart
-    beside those of many. Where there are errors of zero it goes on to zero linearly."""
+    """Makes a logarithmic axis for errors in percent, so that small errors can be read next to
+    large ones. If an error is zero, the axis is linear near zero."""
     low, high = min(errors), max(errors)
     scale: Spec = {"type": "log", "domain": [low / 1.15, high * 1.15], "nice": False}
     if low == 0:
@@ -329,17 +331,17 @@ def _error_axis(errors: Sequence[float]) -> Spec:
 
 
 def _legend(labels: Sequence[str]) -> Spec:
-    """Above the chart, in as many columns as a phone has room for."""
+    """Puts a legend above the chart, in as many columns as fit on a phone."""
     column = 30 + 7 * max(map(len, labels))
     return {"orient": "top", "columns": max(1, NARROW // column)}
 
 
 def _published(runs: Sequence[RunFacts]) -> list[Spec]:
-    """A dotted line at each of the paper's figures."""
-    figures = _figures(runs)
-    if not figures:
+    """Draws a dotted line at each of the paper's test errors."""
+    errors = _paper_errors(runs)
+    if not errors:
         return []
-    data = {"values": [{"error": each, "label": f"the paper: {each:g} %"} for each in figures]}
+    data = {"values": [{"error": error, "label": f"the paper: {error:g} %"} for error in errors]}
     y = {"field": "error", "type": "quantitative"}
     rule: Spec = {
         "data": data,
@@ -354,12 +356,12 @@ def _published(runs: Sequence[RunFacts]) -> list[Spec]:
     return [rule, text]
 
 
-def _figures(runs: Sequence[RunFacts]) -> list[float]:
+def _paper_errors(runs: Sequence[RunFacts]) -> list[float]:
     papers = [run.recipe.paper for run in runs if run.recipe.paper is not None]
     return list(dict.fromkeys(paper.test_error_percent for paper in papers))
 
 
 def _chart(height: int, layers: list[Spec]) -> Spec:
-    """A chart as wide as the page has room."""
+    """Makes a chart of layers, as wide as its place on the page."""
     fit = {"type": "fit-x", "contains": "padding"}
     return {"width": "container", "height": height, "autosize": fit, "layer": layers}

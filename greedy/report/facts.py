@@ -1,4 +1,4 @@
-"""What a report says of a run, as its own records and its network have it."""
+"""The facts about a run that a report shows, from its records and its network."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +25,8 @@ from greedy.runs.status import DiskUse, StageStatus, disk_use, status
 
 @dataclass(frozen=True)
 class StoreFacts:
-    """A store that a run has written. ``kept`` says whether it is still there; bytes are those of
-    both splits."""
+    """A store that a run has written. ``kept`` says whether it still exists; bytes and values are
+    those of both splits."""
 
     stage: int
     name: str
@@ -39,20 +39,23 @@ class StoreFacts:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """One run. What there is nothing to tell of is ``None`` or empty, and ``missing`` says why.
+    """The facts about one run. Unknown facts are ``None`` or empty, and ``missing`` says why.
 
     Attributes:
-        name: that tells it from the other runs of the page.
-        stages: the trained ones and those to come, from 1 on.
-        records: of the finished stages by number, that of stage 0 among them.
-        curves: errors over epochs, of each stage that has them.
-        departures: fields of the recipe in which it differs from the one of the paper's figure.
-        baselines: peaks in bytes of a step by other means, named as in ``BASELINES``.
-        stores: of the images and the finished stages.
-        similarity: of one test batch after each finished stage.
-        test: the assembled network on the test images.
-        commands: lines of a shell that repeat the run.
-        missing: sentences.
+        name: a name that differs from those of the other runs on the page.
+        recipe: the run's recipe.
+        stages: the state of all stages, from 1 on.
+        records: the records of the finished stages, stage 0 included, by number.
+        curves: errors over epochs, for each stage that has them.
+        departures: recipe fields that differ from those of the paper's experiment.
+        baselines: peak memory in bytes of a step by other ways of training, named as in
+            ``BASELINES``.
+        stores: the stores of the images and of the finished stages.
+        disk: the bytes on disk, and those written in all.
+        similarity: similarity matrices of one test batch after each finished stage.
+        test: the assembled network's classification of the test images.
+        commands: shell commands that repeat the run.
+        missing: sentences that say which facts are not known, and why.
     """
 
     name: str
@@ -81,42 +84,42 @@ class RunFacts:
 
     @property
     def trained(self) -> list[StageRecord]:
-        """The records without that of the images."""
+        """The records of the trained stages."""
         return [record for number, record in self.records.items() if number]
 
     @property
     def device(self) -> str:
-        """The devices on which the stages were trained, in words; empty as long as none is."""
+        """The devices on which the stages were trained, in words; empty before the first is."""
         return " and ".join(dict.fromkeys(record.device for record in self.trained))
 
     @property
     def precisions(self) -> list[str]:
-        """The precisions in which they were trained, each once."""
+        """The precisions in which the stages were trained, each once."""
         return list(dict.fromkeys(record.resolved["precision"] for record in self.trained))
 
     @property
     def versions(self) -> Mapping[str, str]:
-        """Versions by package with which the last of them was trained."""
+        """Package versions with which the last finished stage was trained."""
         return self.trained[-1].versions if self.trained else {}
 
     def epochs(self, stage: int) -> int:
-        """The most epochs for which a stage is trained."""
-        found: int = for_stage(self.recipe.training.epochs, stage)
-        return found
+        """Returns the number of epochs of a stage, at most, if training can end early."""
+        epochs: int = for_stage(self.recipe.training.epochs, stage)
+        return epochs
 
     @property
     def seconds(self) -> float | None:
-        """Seconds of training and writing stores, as far as the run has come."""
-        known = [each.seconds for each in self.stages if each.seconds is not None]
-        if not known:
+        """Seconds of training and of writing stores so far."""
+        seconds = [stage.seconds for stage in self.stages if stage.seconds is not None]
+        if not seconds:
             return None
-        return max(known) if self.at_once else sum(known)
+        return max(seconds) if self.at_once else sum(seconds)
 
     @property
     def step_memory_bytes(self) -> int | None:
-        """Bytes, counted, of the stage whose step takes most."""
-        known = [b for each in self.stages if (b := each.step_memory_bytes) is not None]
-        return max(known, default=None)
+        """Counted bytes of the stage whose step takes most."""
+        counted = [size for stage in self.stages if (size := stage.step_memory_bytes) is not None]
+        return max(counted, default=None)
 
 
 def facts_of(
@@ -125,12 +128,16 @@ def facts_of(
     model: nn.Sequential | None = None,
     loss: LocalLoss | None = None,
 ) -> list[RunFacts]:
-    """The facts of each run. Networks that are finished classify their test images on ``device``.
+    """Gathers the facts about each run.
 
-    ``model`` is the network of the runs whose recipe says ``python``; ``loss`` the local loss of
-    those whose loss was written in Python, without which some things are not known of them.
+    Args:
+        device: where finished networks classify their test images.
+        model: the network of runs whose network was built in Python.
+        loss: the local loss of runs whose loss was written in Python. Without it some facts about
+            them are not known.
 
-    Raises ``UserError`` for a damaged run, and for one whose network is not known.
+    Raises:
+        UserError: a run is damaged, or its network is not known.
     """
     return [
         _facts(run, name, device, model if run.recipe.model.network == "python" else None, loss)
@@ -157,9 +164,9 @@ def _facts(
         return stages, records, _stores(run, records)
 
     stages, records, stores = run.read_consistently(read)
-    finished = [each.stage for each in stages if each.state == "complete"]
+    finished = [stage.stage for stage in stages if stage.state == "complete"]
     complete = bool(stages) and len(finished) == len(stages)
-    # A whole network has no local loss in it, so any will do.
+    # The whole network has no local loss in it, so any loss does.
     network = assemble(run, loss or Glob(), model) if complete else None
     return RunFacts(
         name=name,
@@ -209,32 +216,32 @@ def _stores(run: RunDirectory, records: Mapping[int, StageRecord]) -> list[Store
 
 
 def _missing(run: RunDirectory, stages: Sequence[StageStatus], loss: LocalLoss | None) -> list[str]:
-    found = []
-    go_on = f"{command('train', '--run', run.path)} goes on with it"
+    missing = []
+    remedy = f"{command('train', '--run', run.path)} resumes it"
     if not stages:
-        found.append(f"The run has no data yet, so there is nothing to show: {go_on}.")
+        missing.append(f"The run has no data yet, so there is nothing to show: {remedy}.")
     unfinished: dict[State, str] = {
         "training": "in training",
         "pending": "not begun",
         "stale": "stale, since an earlier stage was trained again or settings were changed",
     }
     for state, words in unfinished.items():
-        numbers = [str(each.stage) for each in stages if each.state == state]
+        numbers = [str(stage.stage) for stage in stages if stage.state == state]
         if numbers:
             which = (
                 f"Stage {numbers[0]} is"
                 if len(numbers) == 1
                 else f"Stages {', '.join(numbers)} are"
             )
-            found.append(f"{which} {words}.")
-    if any(each.state != "complete" for each in stages):
-        found.append(
-            f"The network is not whole, so there is no test error of it, no confusion matrix and "
-            f"no wrong image: {go_on}."
+            missing.append(f"{which} {words}.")
+    if any(stage.state != "complete" for stage in stages):
+        missing.append(
+            f"The network is not finished, so it has no test error, no confusion matrix and no "
+            f"wrong images: {remedy}."
         )
     if loss is None:
-        found.append(
-            "The local loss was written in Python and is not known here, so memory by other means "
-            "is not counted, and the similarity matrices are those of activations."
+        missing.append(
+            "The local loss was written in Python and is not known here, so the memory of other "
+            "ways of training is not counted, and the similarity matrices are those of activations."
         )
-    return found
+    return missing

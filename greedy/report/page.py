@@ -1,5 +1,5 @@
-"""The page itself: one HTML file with everything in it. Needs the extra ``report``, which is
-imported only where it is used."""
+"""The page: one HTML file with everything in it. It needs the extra ``report``, which is imported
+only when used."""
 
 import json
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ import numpy as np
 from torch import nn
 
 from greedy.base.devices import pick_device
-from greedy.base.errors import UserError, lacking
-from greedy.base.files import require_new, write_asked
+from greedy.base.errors import UserError, missing_packages
+from greedy.base.files import require_writable, write_output
 from greedy.base.sizes import format_duration, format_size
 from greedy.base.text import legible
 from greedy.losses import LocalLoss
@@ -26,19 +26,22 @@ from greedy.results.curves import network_curve
 from greedy.runs.directory import RunDirectory
 
 MODULES = {"jinja2": "jinja2", "vl_convert": "vl-convert-python"}
-LIBRARY = "window.vegaEmbed = vegaEmbed;"  # what the page's script finds of the bundle
+LIBRARY = "window.vegaEmbed = vegaEmbed;"  # makes it visible to the page's script
 SUFFIXES = (".html", ".htm")
 
 
 def require_report(to: Path, overwrite: bool = False) -> None:
-    """Refuses what ``write_report`` would refuse, before anything is computed. Raises
-    ``UserError``: the suffix is not that of a page, the extra is missing, the file exists or its
-    folder does not."""
+    """Checks, before anything is computed, that ``write_report`` can write to a file.
+
+    Raises:
+        UserError: the suffix is not that of a page, the extra ``report`` is missing, the file
+            exists and ``overwrite`` is false, or its folder does not exist.
+    """
     if to.suffix not in SUFFIXES:
         raise UserError(f"the suffix of {to} stands for no page: end it with .html")
     if missing := [package for name, package in MODULES.items() if find_spec(name) is None]:
-        raise lacking("a report", missing, "report")
-    require_new(to, overwrite)
+        raise missing_packages("a report", missing, "report")
+    require_writable(to, overwrite)
 
 
 def write_report(
@@ -50,19 +53,19 @@ def write_report(
     loss: LocalLoss | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes the page about some runs to a file, by default only to a new one, and returns its
-    path. ``device``, ``model`` and ``loss`` are those of ``facts_of``.
+    """Writes the page about some runs to a file and returns its path. ``device``, ``model`` and
+    ``loss`` are those of ``facts_of``.
 
-    Raises ``UserError`` as that and ``require_report`` do.
+    Raises ``UserError`` as ``facts_of`` and ``require_report`` do.
     """
     require_report(to, overwrite)
     page = render(facts_of(runs, pick_device(device), model, loss))
-    write_asked(to, legible(page).encode())
+    write_output(to, legible(page).encode())
     return to
 
 
 def render(runs: Sequence[RunFacts]) -> str:
-    """The page as text: the same text for the same facts."""
+    """Returns the page as text; equal facts give equal text."""
     import vl_convert  # noqa: PLC0415
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # noqa: PLC0415
     from markupsafe import Markup  # noqa: PLC0415
@@ -78,13 +81,13 @@ def render(runs: Sequence[RunFacts]) -> str:
     environment.filters["rgb"] = lambda colour: "rgb({},{},{})".format(*colour)
     sections = [_Section.of(number, run) for number, run in enumerate(runs, start=1)]
     shared = _comparison(runs) if len(runs) > 1 else {}
-    specs = shared | {key: spec for each in sections for key, spec in each.charts.items()}
+    specs = shared | {key: spec for section in sections for key, spec in section.charts.items()}
     return environment.get_template("page.html").render(
         title=", ".join(run.name for run in runs),
         sections=sections,
         shared=shared,
         scale=palette()[::127],  # its two ends and the middle
-        # Inside a script element nothing but its end tag is markup.
+        # In a script element only its end tag is markup.
         specs=Markup(json.dumps(specs, allow_nan=False).replace("<", "\\u003c")),
         library=Markup(vl_convert.javascript_bundle(LIBRARY).replace("</script", "<\\/script")),
     )
@@ -92,7 +95,7 @@ def render(runs: Sequence[RunFacts]) -> str:
 
 @dataclass(frozen=True)
 class _Section:
-    """One run as the template takes it. The keys of ``charts`` are ids of the page."""
+    """One run for the template. The keys of ``charts`` are ids on the page."""
 
     facts: RunFacts
     key: str
@@ -103,7 +106,7 @@ class _Section:
     @classmethod
     def of(cls, number: int, run: RunFacts) -> "_Section":
         key = f"run{number}"
-        found: dict[str, Spec | None] = {
+        specs: dict[str, Spec | None] = {
             "errors": charts.errors_by_stage([run]),
             "curves": charts.curves(run.curves, by_depth=True) if run.curves else None,
             "memory": charts.memory(run),
@@ -111,12 +114,12 @@ class _Section:
             "time": charts.time(run),
         }
         if run.test is not None:
-            found["confusion"] = charts.confusion(run.test.confusion, run.class_names)
-        drawn = {f"{key}-{name}": spec for name, spec in found.items() if spec is not None}
+            specs["confusion"] = charts.confusion(run.test.confusion, run.class_names)
+        drawn = {f"{key}-{name}": spec for name, spec in specs.items() if spec is not None}
         return cls(run, key, drawn, _matrices(run), _mistakes(run))
 
     def has(self, name: str) -> bool:
-        """Whether there is such a chart."""
+        """Returns whether the run has a chart of that name."""
         return f"{self.key}-{name}" in self.charts
 
     @property
@@ -133,7 +136,7 @@ class _Section:
 
     @property
     def classes(self) -> str:
-        """What the rows of the similarity matrices are."""
+        """The number of rows of each class in the similarity matrices, in words."""
         batch = self.facts.similarity
         if batch is None:
             return ""
@@ -143,31 +146,31 @@ class _Section:
 
 
 def _comparison(runs: Sequence[RunFacts]) -> dict[str, Spec]:
-    found = {"all-errors": charts.errors_by_stage(runs)}
+    specs = {"all-errors": charts.errors_by_stage(runs)}
     lines = [network_curve(run.curves, run.name, len(run.stages)) for run in runs if run.curves]
     if lines:
-        found["all-curves"] = charts.curves(lines, by_depth=False)
-    return {key: spec for key, spec in found.items() if spec is not None}
+        specs["all-curves"] = charts.curves(lines, by_depth=False)
+    return {key: spec for key, spec in specs.items() if spec is not None}
 
 
 def _matrices(run: RunFacts) -> list[dict[str, Any]]:
     batch = run.similarity
     if batch is None:
         return []
-    found = [
+    matrices = [
         {
-            "name": f"stage {each.stage}, {each.name}" if each.stage else each.name,
-            "note": f"{each.features}, difference {each.difference:.3f}",
-            "picture": matrix_picture(each.matrix),
+            "name": f"stage {stage.stage}, {stage.name}" if stage.stage else stage.name,
+            "note": f"{stage.features}, difference {stage.difference:.3f}",
+            "picture": matrix_picture(stage.matrix),
         }
-        for each in batch.stages
+        for stage in batch.stages
     ]
     target = {
         "name": "target S(Y)",
         "note": "of the labels",
         "picture": matrix_picture(batch.target),
     }
-    return [*found, target]
+    return [*matrices, target]
 
 
 def _mistakes(run: RunFacts) -> list[dict[str, Any]]:
@@ -175,13 +178,13 @@ def _mistakes(run: RunFacts) -> list[dict[str, Any]]:
         return []
     return [
         {
-            "picture": picture(each.image),
-            "said": run.class_names[each.said],
-            "label": run.class_names[each.label],
-            "confidence": f"{100 * each.confidence:.1f}\u00a0%",
-            "index": each.index,
+            "picture": picture(mistake.image),
+            "predicted": run.class_names[mistake.predicted],
+            "label": run.class_names[mistake.label],
+            "confidence": f"{100 * mistake.confidence:.1f}\u00a0%",
+            "index": mistake.index,
         }
-        for each in run.test.mistakes
+        for mistake in run.test.mistakes
     ]
 
 

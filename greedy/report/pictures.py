@@ -1,4 +1,4 @@
-"""Pictures inside a page: small PNG files as data URIs."""
+"""Pictures in a page: small PNG files as data URIs."""
 
 import base64
 import io
@@ -14,8 +14,8 @@ SCALE = np.array([[33, 102, 172], [247, 247, 247], [178, 24, 43]], np.float64)
 
 
 def picture(image: NDArray[np.generic]) -> str | None:
-    """An image (C, H, W), of bytes or of floats, which are stretched to be seen; ``None`` for one
-    that is no picture, having neither 1 nor 3 channels or being a single pixel."""
+    """Draws an image (C, H, W) of bytes, or of floats, which are scaled from least to largest.
+    Returns ``None`` if it has neither 1 nor 3 channels, or is a single pixel."""
     channels, height, width = image.shape
     if channels not in (1, 3) or height * width == 1:
         return None
@@ -27,17 +27,17 @@ def picture(image: NDArray[np.generic]) -> str | None:
 
 
 def matrix_picture(matrix: Matrix) -> str:
-    """A matrix with values in [-1, 1], a pixel an entry."""
-    places = (np.clip(np.nan_to_num(matrix), -1, 1) + 1) * 127
-    drawn = Image.fromarray(np.rint(places).astype(np.uint8))
-    drawn.putpalette(palette().tobytes())
-    return _data_uri(drawn)
+    """Draws a matrix with values in [-1, 1], one pixel for each entry."""
+    indexes = (np.clip(np.nan_to_num(matrix), -1, 1) + 1) * 127
+    image = Image.fromarray(np.rint(indexes).astype(np.uint8))
+    image.putpalette(palette().tobytes())
+    return _data_uri(image)
 
 
 def palette() -> NDArray[np.uint8]:
-    """The colours of ``matrix_picture``, (255, 3)."""
-    places = np.linspace(0, 2, 255)
-    channels = [np.interp(places, [0, 1, 2], SCALE[:, channel]) for channel in range(3)]
+    """Returns the colours of ``matrix_picture``, uint8 (255, 3)."""
+    positions = np.linspace(0, 2, 255)
+    channels = [np.interp(positions, [0, 1, 2], SCALE[:, channel]) for channel in range(3)]
     return np.rint(np.stack(channels, axis=1)).astype(np.uint8)
 
 

@@ -1,4 +1,4 @@
-"""The commands that make a run again."""
+"""The commands that repeat a run."""
 
 import json
 import shlex
@@ -11,13 +11,13 @@ from greedy.runs.directory import RunDirectory
 
 SHIPPED_DATA = "fashion-mnist-sample"
 MILESTONES = "training.milestones"
-FILE = "recipe.toml"  # the run's own
+FILE = "recipe.toml"  # the name of a file with the run's recipe
 
 
 def commands(run: RunDirectory) -> list[str]:
-    """Lines of a shell: a recipe that ships, with what was changed in it, or else the run's own,
-    kept in a file. None for a run that goes on from another's weights or whose loss was written in
-    Python: no command line makes those."""
+    """Returns shell commands that repeat a run, with a recipe that ships and its changed fields, or
+    with the run's recipe in a file. Returns none for a run that began with the weights of another,
+    or whose loss was written in Python: no command makes those."""
     recipe = run.recipe
     if recipe.loss.name == "python" or recipe.model.initial_weights:
         return []
@@ -28,26 +28,27 @@ def commands(run: RunDirectory) -> list[str]:
     evaluate = ["greedy evaluate", *options]
     if any(entry.name == recipe.data.name != SHIPPED_DATA for entry in DATASETS):
         options.append("--download")
-    elif ":" in recipe.data.name:  # a folder or function is named again, to be trusted
+    elif ":" in recipe.data.name:  # a folder or function must be named on the command line
         options.append(f"--data {shlex.quote(recipe.data.name)}")
     train = ["greedy train", f"--recipe {_recipe(recipe)}", *options]
     return [" ".join(train), " ".join(evaluate)]
 
 
 def _recipe(recipe: Recipe) -> str:
-    """What --recipe takes, and the --set that belong to it."""
+    """Returns the value of --recipe, followed by the options --set."""
     if recipe.name not in names():
         return FILE
     changed = {key: new for key, _, new in differences(load(recipe.name), recipe)}
-    followed = {key: new for key, new in changed.items() if key != MILESTONES}
-    for each in (followed, changed):  # milestones move with the epochs, or were set
-        overrides = [f"{key}={_value(new)}" for key, new in each.items()]
+    without_milestones = {key: new for key, new in changed.items() if key != MILESTONES}
+    for settings in (without_milestones, changed):  # milestones follow the epochs, or were set
+        overrides = [f"{key}={_value(new)}" for key, new in settings.items()]
         try:
-            again = load(recipe.name, overrides)
-        except UserError:  # a setting that is taken back by leaving it out
+            repeated = load(recipe.name, overrides)
+        except UserError:  # a field of the recipe was removed, which --set cannot do
             return FILE
-        if not differences(again, recipe):
-            return " ".join([recipe.name, *(f"--set {shlex.quote(each)}" for each in overrides)])
+        if not differences(repeated, recipe):
+            options = [f"--set {shlex.quote(override)}" for override in overrides]
+            return " ".join([recipe.name, *options])
     return FILE
 
 

@@ -1,4 +1,4 @@
-"""The errors of runs over their epochs, as their histories have them."""
+"""Curves of a run's errors over its epochs, read from the histories of its stages."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +19,7 @@ Point = tuple[int, float]  # an epoch, counted from 1, and an error in percent
 
 
 class _Line(BaseModel):
-    """What a curve takes from a line of ``history.jsonl``."""
+    """The fields of a line of ``history.jsonl`` that a curve needs."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -32,8 +32,12 @@ class _Line(BaseModel):
 class Curve:
     """The errors of one stage after each epoch in which they were measured.
 
-    ``name`` says of what, ``train`` is the error of the epoch's batches as they were trained on,
-    ``published`` the paper's test error in percent where this is what it can be compared with.
+    Attributes:
+        name: the name of the stage, or of the run.
+        stage: the number of the stage.
+        train: epochs and training errors, those of the epoch's batches during training.
+        test: epochs and test errors.
+        published: the paper's test error in percent, if it is of the same stage.
     """
 
     name: str
@@ -44,59 +48,65 @@ class Curve:
 
 
 def stage_curves(run: RunDirectory) -> list[Curve]:
-    """Curves, one for each stage of a run that has a local classifier, also for one that is being
-    trained; stale stages have none. Raises ``UserError`` where there is no curve at all."""
-    if found := curves_so_far(run):
-        return found
+    """Returns a curve for each stage of a run that has a local classifier, also for a stage in
+    training; stale stages have none. Raises ``UserError`` where there is no curve at all."""
+    if curves := curves_so_far(run):
+        return curves
     raise UserError(
-        f"no stage of {run.path} has errors to draw yet: go on with "
+        f"no stage of {run.path} has errors to draw yet: resume it with "
         f"{command('train', '--run', run.path)}, its output layer will have them"
     )
 
 
 def curves_so_far(run: RunDirectory) -> list[Curve]:
-    """Returns what ``stage_curves`` returns, none where there is none yet."""
+    """Returns the curves of ``stage_curves``, or an empty list where there are none yet."""
     return run.read_consistently(lambda: _curves(run))
 
 
 def _curves(run: RunDirectory) -> list[Curve]:
     data = run.record(0)
     network = data.network if data else []
-    found = []
+    curves = []
     for number, name in enumerate(network, start=1):
         lines = _history(run, number)
         train = [
-            (x.epoch, x.train_error_percent) for x in lines if x.train_error_percent is not None
+            (line.epoch, line.train_error_percent)
+            for line in lines
+            if line.train_error_percent is not None
         ]
-        test = [(x.epoch, x.test_error_percent) for x in lines if x.test_error_percent is not None]
+        test = [
+            (line.epoch, line.test_error_percent)
+            for line in lines
+            if line.test_error_percent is not None
+        ]
         if train or test:
             paper = run.recipe.paper if number == len(network) else None
             published = paper.test_error_percent if paper else None
-            found.append(Curve(f"stage {number}, {name}", number, train, test, published))
-    return found
+            curves.append(Curve(f"stage {number}, {name}", number, train, test, published))
+    return curves
 
 
 def run_curves(runs: Sequence[RunDirectory]) -> list[Curve]:
-    """The ``network_curve`` of each run. Raises ``UserError`` for a run without any."""
+    """Returns the ``network_curve`` of each run. Raises ``UserError`` for a run without curves."""
     return [
         network_curve(stage_curves(run), name, len(run.complete_record(0).network))
         for run, name in zip(runs, run_names(runs), strict=True)
     ]
 
 
-def network_curve(found: Sequence[Curve], name: str, stages: int) -> Curve:
-    """The curve of a run's output layer, whose errors are the network's, under the run's
-    name. Of a run that has not come to it the last, and the name then says which."""
-    last = found[-1]
+def network_curve(curves: Sequence[Curve], name: str, stages: int) -> Curve:
+    """Returns the curve of a run's output layer, whose errors are the network's, under the run's
+    ``name``; without it the last curve, with its stage in the name."""
+    last = curves[-1]
     stage = "" if last.stage == stages else f" (stage {last.stage} of {stages})"
     return replace(last, name=name + stage)
 
 
 def run_names(runs: Sequence[RunDirectory]) -> list[str]:
-    """The names of the runs' directories, or where these do not tell them apart their paths."""
+    """Returns the names of the runs' directories, or their paths if two names are the same."""
     names = [run.path.resolve().name for run in runs]
-    told_apart = len(set(names)) == len(names)
-    return [legible(name) for name in (names if told_apart else (str(run.path) for run in runs))]
+    unique = len(set(names)) == len(names)
+    return [legible(name) for name in (names if unique else (str(run.path) for run in runs))]
 
 
 def _history(run: RunDirectory, number: int) -> list[_Line]:

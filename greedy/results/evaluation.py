@@ -1,4 +1,4 @@
-"""How well the assembled network does on raw data."""
+"""Evaluation of the assembled network on raw images."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from greedy.runs.directory import SPLITS, RunDirectory
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Error in percent and mean cross-entropy of a split."""
+    """Error in percent and mean cross-entropy of a network on a split."""
 
     split: str
     samples: int
@@ -32,12 +32,16 @@ def evaluate(
     device: torch.device,
     memory_budget: int | None = None,
 ) -> Evaluation:
-    """Evaluates a network of ``greedy.runs.network.assemble``, or one like it, on the raw images of
-    a split, in float32 and evaluation mode; activation stores take no part in it, and the network
-    stays as and where it was. On the device at most ``memory_budget`` bytes are taken, by default
-    those of the run's recipe.
+    """Evaluates a network on the raw images of a split, in float32 and evaluation mode. Activation
+    stores are not read, and the network is neither changed nor moved.
 
-    Raises ``UserError`` for a split or a budget that cannot be.
+    Args:
+        network: from ``greedy.runs.network.assemble``, or one with the same input and output.
+        split: ``train`` or ``test``.
+        memory_budget: bytes to use on the device at most, by default those of the run's recipe.
+
+    Raises:
+        UserError: there is no such split, or the budget is too small.
     """
     samples, loss, wrong = 0, 0.0, 0
     for logits, labels in classified(run, network, split, device, memory_budget):
@@ -54,8 +58,8 @@ def classified(
     device: torch.device,
     memory_budget: int | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits (rows, classes) and labels (rows,) on the device, a batch of a split at a time and in
-    the order of its store. All else is as ``evaluate`` says."""
+    """Yields logits (rows, classes) and labels (rows,) on the device, batch by batch of a split, in
+    the order of its store. Arguments and errors are those of ``evaluate``."""
     if split not in SPLITS:
         raise UserError(f"{split!r} is not a split: use {' or '.join(SPLITS)}")
     run.complete_record(0)
@@ -74,6 +78,6 @@ def _logits(forward: Forward, x: Tensor) -> Tensor:
 
 
 def raw_to_float(images: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Raw rows as the assembled network takes them: bytes become floats in [0, 1]."""
+    """Returns raw rows as the assembled network takes them: bytes become floats in [0, 1]."""
     values = to_device(images, device)
     return values.float() / 255 if values.dtype == torch.uint8 else values

@@ -1,4 +1,4 @@
-"""How error falls with depth: every early exit of a network, in one pass through it."""
+"""Evaluation of every early exit of a network, in one pass through it."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -27,13 +27,16 @@ from greedy.runs.record import StageRecord
 
 @dataclass(frozen=True)
 class Exit:
-    """The network up to a stage and that stage's local classifier, or with the last stage the
-    whole network.
+    """The network up to a stage with that stage's local classifier; at the last stage, the whole
+    network.
 
     Attributes:
-        error_percent, loss: error and mean cross-entropy; ``None`` without a local classifier.
-        parameters: of all stages up to here, and of the classifier.
-        operations: their multiply-adds for an image, of convolutions and linear layers.
+        stage: the number of the stage.
+        name: the name of the stage.
+        error_percent: its error; ``None`` without a local classifier.
+        loss: its mean cross-entropy; ``None`` without a local classifier.
+        parameters: number of parameters of the stages up to this one, and of the classifier.
+        operations: multiply-adds of their convolutions and linear layers for one image.
     """
 
     stage: int
@@ -46,24 +49,25 @@ class Exit:
 
 @dataclass(frozen=True)
 class Exits:
-    """Those of a network on a split, in order; the last one is the whole network."""
+    """All exits of a network, evaluated on a split, in order; the last is the whole network."""
 
     split: str
     samples: int
     exits: Sequence[Exit]
 
-    def lost(self, early: Exit) -> float:
-        """Points of error that an exit with a local classifier loses against the network."""
+    def points_lost(self, early: Exit) -> float:
+        """Returns how many points of error an exit with a local classifier has more than the
+        network."""
         whole = self.exits[-1]
         assert early.error_percent is not None and whole.error_percent is not None
         return early.error_percent - whole.error_percent
 
     def cheapest(self, lose: float) -> Exit | None:
-        """The early exit of the fewest operations among those that lose less than ``lose`` points
-        of error, if there is one."""
-        early = (each for each in self.exits[:-1] if each.error_percent is not None)
-        near = [each for each in early if self.lost(each) < lose]
-        return min(near, key=lambda each: each.operations, default=None)
+        """Returns the early exit with the fewest operations among those that lose less than
+        ``lose`` points of error, or ``None``."""
+        early = (exit for exit in self.exits[:-1] if exit.error_percent is not None)
+        close = [exit for exit in early if self.points_lost(exit) < lose]
+        return min(close, key=lambda exit: exit.operations, default=None)
 
 
 @full_float32()
@@ -77,31 +81,37 @@ def evaluate_exits(
     memory_budget: int | None = None,
 ) -> Exits:
     """Evaluates all exits of a trained network on the raw images of a split, in float32; each
-    image goes through the network once. ``loss`` is the run's local loss, ``model`` its network
-    where that was built in Python. The network takes at most ``memory_budget`` bytes on the
-    device, by default those of the run's recipe, and its classifiers their own besides; a network
-    whose weights do not fit them stays on the CPU.
+    image goes through the network once.
 
-    Raises ``UserError`` if a stage is missing, stale or damaged.
+    Args:
+        loss: the run's local loss.
+        model: its network, if that was built in Python.
+        split: ``train`` or ``test``.
+        memory_budget: bytes that the network may use on the device, by default those of the run's
+            recipe; local classifiers are not counted. A network whose weights do not fit stays on
+            the CPU.
+
+    Raises:
+        UserError: a stage is missing, stale or damaged, or there is no such split.
     """
     if split not in SPLITS:
         raise UserError(f"{split!r} is not a split: use {' or '.join(SPLITS)}")
     data = run.complete_record(0)
     stages = stages_of(run.recipe, data, model)
     budget = memory_budget_of(run.recipe, device) if memory_budget is None else memory_budget
-    modules = (each for stage in stages for each in stage.modules_for_inference())
+    modules = (module for stage in stages for module in stage.modules_for_inference())
     forward = fit_forward(nn.Sequential(*modules), data.row_shape, budget, device.type)
     device = device if forward.resident else torch.device("cpu")
 
-    def loaded() -> list[nn.Sequential | None]:
+    def load() -> list[nn.Sequential | None]:
         for stage in stages:
             load_stage(run, stage, device)
         return [_classifier(run, loss, stages, stage.number, data) for stage in stages[:-1]]
 
-    classifiers = run.read_consistently(loaded)
-    # All that may follow the output layer's h is pooling, and what comes of it are the logits.
+    classifiers = run.read_consistently(load)
+    # The output layer's h may only be followed by pooling, which gives the logits.
     ends = (*classifiers, stages[-1].pool)
-    heads = [None if each is None else each.to(device) for each in ends]
+    heads = [None if head is None else head.to(device) for head in ends]
     tallies = [_Tally() for _ in stages]
     normalise = normalisation_module(run.recipe, data).to(device)
     store = run.open_store(0, split)
@@ -159,11 +169,11 @@ def _classifier(
 
 
 def _parameters(module: nn.Module | None) -> int:
-    return 0 if module is None else sum(each.numel() for each in module.parameters())
+    return 0 if module is None else sum(parameter.numel() for parameter in module.parameters())
 
 
 def _operations(head: nn.Sequential | None, shape: StageShapes) -> int:
-    """Operations of a local classifier, counted as those of a stage that takes h."""
+    """Counts the operations of a local classifier as those of a stage that takes h."""
     if head is None:
         return 0
     return shapes([Stage(1, head, nn.Sequential())], shape.hidden)[0].operations

@@ -1,4 +1,4 @@
-"""The trained network as one file that others can use without greedy."""
+"""Export of the trained network to one file that needs no greedy."""
 
 import inspect
 import io
@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from greedy.base.errors import UserError, lacking, unknown
-from greedy.base.files import require_new, write_asked
+from greedy.base.errors import UserError, missing_packages, unknown
+from greedy.base.files import require_writable, write_output
 from greedy.losses import LocalLoss
 from greedy.models import Shape
 from greedy.runs.directory import RunDirectory
@@ -26,13 +26,14 @@ FORMATS: Final = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx":
 
 
 def format_of(path: Path) -> str:
-    """The format that a file's suffix stands for. Raises ``UserError`` where it is none."""
+    """Returns the format of a file by its suffix. Raises ``UserError`` for any other suffix."""
     for name, suffix in FORMATS.items():
         if path.suffix == suffix:
             return name
-    known = ", ".join(f"{suffix} ({name})" for name, suffix in FORMATS.items())
+    choices = ", ".join(f"{suffix} ({name})" for name, suffix in FORMATS.items())
     raise UserError(
-        f"the suffix of {path} stands for no format: end it with one of {known}, or name a --format"
+        f"the suffix of {path} stands for no format: end it with one of {choices}, or "
+        f"name a --format"
     )
 
 
@@ -46,29 +47,29 @@ def export(
     *,
     overwrite: bool = False,
 ) -> Path:
-    """Writes the network of ``greedy.runs.network.assemble`` to a file, by default only to a new
-    one, and returns its path.
+    """Writes the network of ``greedy.runs.network.assemble`` to a file and returns its path.
 
-    The network takes ``images`` (B, C, H, W) for any B and gives ``logits`` (B, classes). With
-    it, as metadata, go ``input`` (what the images are, in words), ``input_shape`` and
+    The network takes ``images`` (B, C, H, W) for any B and gives ``logits`` (B, classes). The
+    file's metadata are ``input`` (a description of the images), ``input_shape`` and
     ``class_names`` (both JSON). By format:
 
     - ``safetensors``: the state dict; the metadata's ``modules`` is a JSON list of torch.nn's
       modules in order, each as [class, keyword arguments], and
       ``nn.Sequential(*(getattr(nn, name)(**arguments) for name, arguments in modules))``
-      is the network, once put into evaluation mode.
+      is the network, to be put into evaluation mode.
     - ``torch-export``: for ``torch.export.load``, which reads the metadata as extra files.
     - ``onnx``: the metadata are the model's ``metadata_props``.
 
     Raises:
-        UserError: the file exists (and ``overwrite`` is not given) or its folder does not; the
-            format is unknown, lacks a package or cannot express a module; or as ``assemble``.
+        UserError: the file exists and ``overwrite`` is false, or its folder does not exist; the
+            format is unknown, needs a missing package or cannot express a module; or as
+            ``assemble``.
     """
     if format not in FORMATS:
         raise unknown("format", format, FORMATS)
     if format == "onnx":
         _require_onnx()
-    require_new(to, overwrite)
+    require_writable(to, overwrite)
     network = assemble(run, loss, model, until_stage=until_stage)
     data = run.complete_record(0)
     metadata = _metadata(data)
@@ -79,7 +80,7 @@ def export(
             contents = _torch_export(network, data.row_shape, metadata)
         case "onnx":
             contents = _onnx(network, data.row_shape, metadata)
-    write_asked(to, contents)
+    write_output(to, contents)
     return to
 
 
@@ -108,27 +109,27 @@ def _flat(network: nn.Sequential) -> Iterator[nn.Module]:
 
 
 def _description(module: nn.Module) -> tuple[str, dict[str, Any]]:
-    """A module's class and the arguments in which it differs from the class's defaults. Data
-    and not an expression, so that nobody has to evaluate a stranger's text."""
-    kind = type(module)
+    """Returns a module's class and its arguments that differ from the defaults: data, not an
+    expression, so that nobody has to evaluate a stranger's text."""
+    module_class = type(module)
     arguments = {}
     try:
-        if getattr(nn, kind.__name__, None) is not kind:
+        if getattr(nn, module_class.__name__, None) is not module_class:
             raise TypeError("not one of torch.nn's own")
-        for name, parameter in inspect.signature(kind).parameters.items():
+        for name, parameter in inspect.signature(module_class).parameters.items():
             if name not in ("device", "dtype"):
                 value = getattr(module, name)
-                if name == "bias":  # without a weight there is none to leave out
+                if name == "bias":  # without a weight, no bias is the only choice
                     value = value is not None or module.weight is None
                 if value != parameter.default:
                     arguments[name] = value
         json.dumps(arguments)
     except (AttributeError, TypeError) as error:
         raise UserError(
-            f"a safetensors file cannot say how to rebuild {kind.__name__} ({error}): "
+            f"a safetensors file cannot say how to rebuild {module_class.__name__} ({error}): "
             f"export with --format torch-export"
         ) from error
-    return kind.__name__, arguments
+    return module_class.__name__, arguments
 
 
 def _torch_export(network: nn.Sequential, shape: Shape, metadata: dict[str, str]) -> bytes:
@@ -146,7 +147,7 @@ def _onnx(network: nn.Sequential, shape: Shape, metadata: dict[str, str]) -> byt
             dynamo=True,
             input_names=["images"],
             output_names=["logits"],
-            dynamic_shapes=_dynamic_shapes(),  # known to the program, but for the name
+            dynamic_shapes=_dynamic_shapes(),  # for the name; the program has the rest
             verbose=False,
         )
     assert exported is not None
@@ -158,7 +159,7 @@ def _program(network: nn.Sequential, shape: Shape) -> torch.export.ExportedProgr
     example = torch.zeros(2, *shape)  # a batch of 1 would be taken for a constant
     program = torch.export.export(network, (example,), dynamic_shapes=_dynamic_shapes())
     for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # paths of this machine, of no use elsewhere
+        node.meta.pop("stack_trace", None)  # paths of this machine
     return program
 
 
@@ -169,12 +170,12 @@ def _dynamic_shapes() -> tuple[dict[int, Any]]:
 def _require_onnx() -> None:
     missing = [name for name in ("onnx", "onnxscript") if find_spec(name) is None]
     if missing:
-        raise lacking("the format onnx", missing, "onnx")
+        raise missing_packages("the format onnx", missing, "onnx")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silences torch 2.9's warning about its own use of a class of its own."""
+    """Silences torch 2.9's warning about a deprecated class that torch itself uses."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated", FutureWarning)
         yield

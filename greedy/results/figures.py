@@ -1,4 +1,4 @@
-"""Pictures of runs, drawn with matplotlib: the extra ``plot``, imported only where it is used."""
+"""Figures of runs. They need matplotlib, the extra ``plot``, which is imported only when used."""
 
 import io
 import math
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from greedy.base.errors import UserError, lacking
-from greedy.base.files import require_new, write_asked
+from greedy.base.errors import UserError, missing_packages
+from greedy.base.files import require_writable, write_output
 from greedy.results.curves import Curve
 from greedy.results.similarity import BatchSimilarity, StageSimilarity
 
@@ -18,41 +18,44 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Formats, and the metadata that would make the same picture another file tomorrow.
+# Formats, and the dates to leave out so that equal pictures are equal files.
 FORMATS: Final[dict[str, dict[str, Any]]] = {
     "svg": {"Date": None},
     "png": {},
     "pdf": {"CreationDate": None},
 }
-COLUMNS: Final = 4  # of matrices
-SMALL: Final = 8  # points
-# Names are a user's: no dollar sign begins a formula.
+COLUMNS: Final = 4  # matrices side by side
+SMALL: Final = 8  # the font size in points
+# In names that users chose, a dollar sign begins no formula.
 NAME: Final[dict[str, Any]] = {"parse_math": False}
 
 
 def require_picture(to: Path, overwrite: bool = False) -> None:
-    """Refuses what ``save`` would refuse, before anything is computed. Raises ``UserError``: the
-    suffix is not that of a picture, matplotlib is missing, the file exists or its folder does
-    not."""
+    """Checks, before anything is computed, that ``save`` can write to a file.
+
+    Raises:
+        UserError: the suffix is not that of a picture, matplotlib is missing, the file exists and
+            ``overwrite`` is false, or its folder does not exist.
+    """
     if to.suffix.removeprefix(".") not in FORMATS:
-        known = ", ".join(f".{name}" for name in FORMATS)
-        raise UserError(f"the suffix of {to} stands for no picture: end it with one of {known}")
+        choices = ", ".join(f".{name}" for name in FORMATS)
+        raise UserError(f"the suffix of {to} stands for no picture: end it with one of {choices}")
     if find_spec("matplotlib") is None:
-        raise lacking("a picture", ["matplotlib"], "plot")
-    require_new(to, overwrite)
+        raise missing_packages("a picture", ["matplotlib"], "plot")
+    require_writable(to, overwrite)
 
 
 def save(figure: "Figure", to: Path, *, overwrite: bool = False) -> Path:
-    """Writes a figure to a file, by default only to a new one, and returns its path. Raises
-    ``UserError`` as ``require_picture`` does."""
+    """Writes a figure to a file and returns its path. Raises ``UserError`` as ``require_picture``
+    does."""
     require_picture(to, overwrite)
-    write_asked(to, render(figure, to.suffix.removeprefix(".")))
+    write_output(to, render(figure, to.suffix.removeprefix(".")))
     return to
 
 
 def render(figure: "Figure", format: str) -> bytes:
-    """A figure as ``svg``, ``png`` or ``pdf``: the same bytes for the same figure. Texts of an SVG
-    are texts in it."""
+    """Returns a figure as ``svg``, ``png`` or ``pdf``; equal figures give equal bytes. Texts of an
+    SVG stay texts, not outlines."""
     import matplotlib as mpl  # noqa: PLC0415
 
     contents = io.BytesIO()
@@ -64,12 +67,12 @@ def render(figure: "Figure", format: str) -> bytes:
 
 
 def curves_figure(curves: Sequence[Curve], title: str = "", *, by_depth: bool = False) -> "Figure":
-    """Training (dashed) and test errors (solid) over epochs, one colour a curve, and the paper's
-    test error as a thin horizontal line. ``by_depth``: colours go from dark to light, for stages.
+    """Draws training (dashed) and test errors (solid) over epochs, one colour for each curve, and
+    the paper's test error as a dotted horizontal line. With ``by_depth`` colours go from dark to
+    light, for stages.
 
-    The scale is logarithmic: training errors of a fraction of a percent can be told apart beside
-    test errors of many. Lines have the ids ``curve1-training``, ``curve1-test``, ``curve1-paper``
-    and so on.
+    The scale is logarithmic, so that small training errors can be read next to large test errors.
+    Lines have the ids ``curve1-training``, ``curve1-test``, ``curve1-paper`` and so on.
     """
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -95,20 +98,21 @@ def curves_figure(curves: Sequence[Curve], title: str = "", *, by_depth: bool = 
 
 
 def similarity_figure(batch: BatchSimilarity, title: str) -> "Figure":
-    """The similarity matrix of the images and of each stage and, last, their target S(Y). Headings
-    say which features are compared and the mean squared difference to the target. Matrices have
-    the ids ``similarity-0`` (the images), ``similarity-1`` and so on, and ``similarity-target``."""
+    """Draws the similarity matrices of the images and of each stage, and last their target S(Y).
+    Headings name the features that are compared and the mean squared difference to the target.
+    Matrices have the ids ``similarity-0`` (the images), ``similarity-1`` and so on, and
+    ``similarity-target``."""
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    panels = [(str(each.stage), _heading(each), each.matrix) for each in batch.stages]
+    panels = [(str(stage.stage), _heading(stage), stage.matrix) for stage in batch.stages]
     panels.append(("target", "target S(Y)\n", batch.target))
     columns = min(len(panels), COLUMNS)
     lines = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(1.5 + 2.3 * columns, 0.5 + 2.6 * lines), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False)
     classes = np.unique(batch.labels)
-    middles = [np.flatnonzero(batch.labels == each).mean() for each in classes]
-    names = [batch.class_names[each] for each in classes]
+    middles = [np.flatnonzero(batch.labels == label).mean() for label in classes]
+    names = [batch.class_names[label] for label in classes]
     for axes in grid.flat[len(panels) :]:
         axes.remove()
     for axes, (key, heading, matrix) in zip(grid.flat, panels, strict=False):
@@ -124,9 +128,9 @@ def similarity_figure(batch: BatchSimilarity, title: str) -> "Figure":
     return figure
 
 
-def _heading(each: StageSimilarity) -> str:
-    name = f"stage {each.stage}, {each.name}" if each.stage else each.name
-    return f"{name}\n{each.features}, difference {each.difference:.3f}"
+def _heading(stage: StageSimilarity) -> str:
+    name = f"stage {stage.stage}, {stage.name}" if stage.stage else stage.name
+    return f"{name}\n{stage.features}, difference {stage.difference:.3f}"
 
 
 def _colours(count: int, by_depth: bool) -> list[Any]:
@@ -140,8 +144,8 @@ def _colours(count: int, by_depth: bool) -> list[Any]:
 
 
 def _scale_errors(axes: "Axes") -> None:
-    """A logarithmic axis. Where there are errors of zero, it goes on to zero linearly below the
-    smallest other one."""
+    """Makes the axis of errors logarithmic. Where an error is zero, the axis is linear from zero to
+    the smallest other error."""
     from matplotlib import ticker  # noqa: PLC0415
 
     if axes.dataLim.ymin > 0:
@@ -164,12 +168,12 @@ def _scale_errors(axes: "Axes") -> None:
 def _legend(
     axes: "Axes", names: Sequence[str], colours: Sequence[Any], styles: Mapping[str, Any]
 ) -> None:
-    """What colours and styles mean, beside the picture, which grows by what that takes."""
+    """Adds a legend of colours and line styles to the right of the axes."""
     from matplotlib.lines import Line2D  # noqa: PLC0415
 
     lines = [Line2D([], [], color=colour) for colour in colours]
     lines += [Line2D([], [], color="grey", linestyle=style) for style in styles.values()]
-    place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}
-    legend = axes.legend(lines, ["?"] * len(lines), fontsize=SMALL, **place)
+    position: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1), "frameon": False}
+    legend = axes.legend(lines, ["?"] * len(lines), fontsize=SMALL, **position)
     for text, name in zip(legend.get_texts(), [*names, *styles], strict=True):
-        text.set(text=name, **NAME)  # here, since a legend leaves out names that begin with _
+        text.set(text=name, **NAME)  # set afterwards, since a legend drops labels that begin with _

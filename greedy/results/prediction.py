@@ -1,4 +1,4 @@
-"""What a trained network takes images for."""
+"""Classification of image files by a trained network."""
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from greedy.base.devices import full_float32
 from greedy.base.errors import UserError
-from greedy.data.images import MODES, Reading, opened
+from greedy.data.images import MODES, Reading, open_image
 from greedy.data.modes import KINDS
 from greedy.memory.choice import memory_budget as memory_budget_of
 from greedy.memory.forward import fit_forward
@@ -20,13 +20,12 @@ from greedy.runs.directory import RunDirectory
 from greedy.runs.record import StageRecord
 from greedy.stores.stage0 import pixel_kind
 
-BATCH = 32  # images at a time: enough to be quick, and little memory beside the weights
+BATCH = 32  # images at a time: fast enough, and little memory compared with the weights
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The classes that the network finds in an image, the most likely first, with its confidence
-    in each: softmax, from 0 to 1."""
+    """The most likely classes of an image, in order, and the softmax of each, from 0 to 1."""
 
     image: Path
     classes: Sequence[str]
@@ -35,7 +34,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """An image that could not be read, and why in one sentence."""
+    """An image that could not be read, and the reason in one sentence."""
 
     image: Path
     error: str
@@ -49,14 +48,21 @@ def predict(
     top: int = 3,
     memory_budget: int | None = None,
 ) -> Iterator[Prediction | Unreadable]:
-    """Classifies image files with a network of ``greedy.runs.network.assemble``, or one like it, in
-    float32 and evaluation mode: the ``top`` classes of each, in the order given. The network stays
-    as and where it was. On the device at most ``memory_budget`` bytes are taken, by default those
-    of the run's recipe.
+    """Classifies image files in float32 and evaluation mode. The network is neither changed nor
+    moved.
 
-    Images are read as those of a folder are, their transparent parts over the recipe's background,
-    converted to the run's channels, resized until they cover the size of its images, and cropped
+    Images are read as those of an image folder: transparent parts show the recipe's background;
+    they are converted to the channels of the run's images, resized to cover their size, and cropped
     at the centre.
+
+    Args:
+        network: from ``greedy.runs.network.assemble``, or one with the same input and output.
+        images: the files.
+        top: number of classes to return for each image.
+        memory_budget: bytes to use on the device at most, by default those of the run's recipe.
+
+    Yields:
+        The result of each image, in the order of ``images``.
 
     Raises:
         UserError: one of ``images`` is a folder, ``top`` is not positive, the budget is too small,
@@ -65,7 +71,7 @@ def predict(
     data = run.complete_record(0)
     _require_images(run, data)
     if top < 1:
-        raise UserError(f"the {top} most likely classes are none: ask for 1 or more")
+        raise UserError(f"{top} classes cannot be shown: ask for 1 or more")
     for path in images:
         if path.is_dir():
             raise UserError(f"{path} is a folder: name the images in it, such as {path}/*.png")
@@ -77,9 +83,9 @@ def predict(
         return forward(raw_to_float(x, device))
 
     return (
-        each
+        result
         for start in range(0, len(images), batch)
-        for each in _predicted(data, reading, logits, images[start : start + batch], top)
+        for result in _predict_batch(data, reading, logits, images[start : start + batch], top)
     )
 
 
@@ -92,12 +98,12 @@ def _require_images(run: RunDirectory, data: StageRecord) -> None:
         )
     if data.store is not None and data.store.encoding == "float32" and pixel_kind(data) == "bytes":
         raise UserError(
-            f"{run.path} was trained on floats, and what they are of an image file is not known: "
-            f"give them to `greedy.runs.network.assemble`'s network in Python"
+            f"{run.path} was trained on floats, which cannot be made from an image file: give them "
+            f"to `greedy.runs.network.assemble`'s network in Python"
         )
 
 
-def _predicted(
+def _predict_batch(
     data: StageRecord,
     reading: Reading,
     logits: Callable[[np.ndarray], Tensor],
@@ -105,12 +111,12 @@ def _predicted(
     top: int,
 ) -> Iterator[Prediction | Unreadable]:
     with ThreadPoolExecutor() as pool:
-        found = list(pool.map(lambda image: _read(image, data, reading), images))
-    readable = [each for each in found if isinstance(each, np.ndarray)]
+        rows = list(pool.map(lambda image: _read(image, data, reading), images))
+    readable = [row for row in rows if isinstance(row, np.ndarray)]
     answers = iter(_best(logits, np.stack(readable), top) if readable else ())
-    for image, each in zip(images, found, strict=True):
-        if isinstance(each, UserError):
-            yield Unreadable(image, str(each))
+    for image, row in zip(images, rows, strict=True):
+        if isinstance(row, UserError):
+            yield Unreadable(image, str(row))
         else:
             numbers, confidences = next(answers)
             yield Prediction(image, [data.class_names[n] for n in numbers], confidences)
@@ -120,22 +126,23 @@ def _predicted(
 def _best(
     logits: Callable[[np.ndarray], Tensor], rows: np.ndarray, top: int
 ) -> list[tuple[list[int], list[float]]]:
-    """The most likely classes of each row by their numbers, and the confidence in each."""
+    """Returns the numbers of the most likely classes of each row, and the confidence in each."""
     confidences = logits(rows).softmax(dim=1)
     best = confidences.topk(min(top, confidences.shape[1]))
     return list(zip(best.indices.tolist(), best.values.tolist(), strict=True))
 
 
 def _read(file: Path, data: StageRecord, reading: Reading) -> np.ndarray | UserError:
-    """An image file as the rows of the data set are, (C, H, W) of bytes or float32."""
+    """Reads an image file as a row of the data set, (C, H, W) of bytes or float32, or returns the
+    error."""
     channels, height, width = data.row_shape
     trained = pixel_kind(data)
     try:
-        with opened(file, reading) as image:
+        with open_image(file, reading) as image:
             if image.kind != trained:
                 raise UserError(
                     f"{file} holds {KINDS[image.kind]} and the network was trained on images of "
-                    f"{KINDS[trained]}: bring the image to these"
+                    f"{KINDS[trained]}: convert the image"
                 )
             return image.values(channels, reading.background, (height, width))
     except UserError as error:

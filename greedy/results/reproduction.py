@@ -1,4 +1,4 @@
-"""The paper's figures made again: which recipes, where they run, and what has come of them."""
+"""Reproduction of the paper's experiments: their recipes, run directories and results."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from greedy.base.errors import UserError
-from greedy.base.files import canonical, digest, read_signed, signed
+from greedy.base.files import canonical_json, digest, read_with_digest, with_digest
 from greedy.cache.files import write_whole
 from greedy.data import Reading, load_dataset
 from greedy.recipes import Recipe, describe, load, names, of_table, result_fields
@@ -19,7 +19,7 @@ from greedy.stores.changes import require_unchanged
 from greedy.trainer import GreedyTrainer
 
 PATTERN = set("*?[")
-FROM_THE_END = ("backprop", "glob+sim")  # the paper's other ways of training, rows of their own
+END_TO_END = ("backprop", "glob+sim")  # strategies that have rows in the paper's tables
 
 
 def _quiet() -> AbstractContextManager[Reporter]:
@@ -28,36 +28,36 @@ def _quiet() -> AbstractContextManager[Reporter]:
 
 @dataclass
 class SeededRun:
-    """One training of a row's recipe. A document beside its directory keeps the figure.
+    """One training of a row's recipe. A JSON document next to its directory keeps the test error.
 
     Attributes:
-        recipe: with its seed.
-        path: of the run directory.
-        figure: test error of the assembled network in percent, ``None`` until there is one.
+        recipe: the recipe with the seed of this run.
+        path: the run directory.
+        error_percent: test error of the assembled network, ``None`` until it is evaluated.
     """
 
     recipe: Recipe
     path: Path
-    figure: float | None = None
+    error_percent: float | None = None
 
     @property
     def document(self) -> Path:
-        """What keeps the figure: the evaluation, the recipe's name and the seed."""
+        """The file that keeps the evaluation, the recipe's name and the seed."""
         return self.path.with_name(f"{self.path.name}.json")
 
     def read(self) -> None:
-        """Looks for the figure. Raises ``UserError`` if the document is damaged."""
+        """Reads the test error if there is one. Raises ``UserError`` if the document is damaged."""
         if not self.document.is_file():
             return
         try:
-            figure = read_signed(self.document).get("error_percent")
-            if not isinstance(figure, float):
-                raise ValueError("it holds no error")
+            error_percent = read_with_digest(self.document).get("error_percent")
+            if not isinstance(error_percent, float):
+                raise ValueError("it holds no test error")
         except ValueError as error:
             raise UserError(
                 f"{self.document} is damaged ({error}): delete it and give the same command again"
             ) from error
-        self.figure = figure
+        self.error_percent = error_percent
 
     def finish(
         self,
@@ -68,17 +68,21 @@ class SeededRun:
         device: str = "auto",
         reporter: Callable[[], AbstractContextManager[Reporter]] = _quiet,
     ) -> None:
-        """Trains what is not trained yet, evaluates the network and keeps the figure; then, as
-        they are needed no more, deletes the activation stores of all stages but the images.
+        """Trains the unfinished stages, evaluates the network, writes the document, and deletes the
+        activation stores of all stages but the images.
 
-        ``data_dir``, ``download`` and ``allow_function`` are those of ``load_dataset``;
-        ``reporter`` gives the one to tell.
+        Args:
+            data_dir: as for ``load_dataset``.
+            download: as for ``load_dataset``.
+            allow_function: as for ``load_dataset``.
+            device: as for ``GreedyTrainer``.
+            reporter: makes the reporter of each part of the work.
         """
-        if self.figure is None:
+        if self.error_percent is None:
             trainer = GreedyTrainer.from_recipe(self.recipe, self.path, device=device)
             data = self.recipe.data
             if trainer.run.state(0) != "complete":
-                found = load_dataset(
+                dataset = load_dataset(
                     data.name,
                     data_dir,
                     download,
@@ -87,35 +91,35 @@ class SeededRun:
                     Reading.of(data),
                 )
                 with reporter() as trainer.reporter:
-                    trainer.prepare(found)
+                    trainer.prepare(dataset)
             else:
                 require_unchanged(trainer.run, data_dir, allow_function)
             with reporter() as trainer.reporter:
                 trainer.train()
-            self._keep(trainer)
+            self._evaluate(trainer)
         self._drop_stores()
 
-    def _keep(self, trainer: GreedyTrainer) -> None:
+    def _evaluate(self, trainer: GreedyTrainer) -> None:
         result = evaluate(trainer.run, trainer.assemble(), "test", trainer.device)
-        known = {"recipe": self.recipe.name, "seed": self.recipe.seed}
-        write_whole(self.document, signed({**known, **asdict(result)}))
-        self.figure = result.error_percent
+        identity = {"recipe": self.recipe.name, "seed": self.recipe.seed}
+        write_whole(self.document, with_digest({**identity, **asdict(result)}))
+        self.error_percent = result.error_percent
 
     def _drop_stores(self) -> None:
         run = RunDirectory.create(self.path, self.recipe)
-        there = [
+        unneeded = [
             n
             for n in stage_numbers(run.path)
             if n and run.store_path(n).is_dir() and not trainings_needing(run, n)
         ]
-        if there:
+        if unneeded:
             with run.write_lock():
-                run.drop_stores(*there)
+                run.drop_stores(*unneeded)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: a recipe, as it was asked for, and its runs, one a seed."""
+    """One row of the table: the recipe with the given name, and its runs, one for each seed."""
 
     name: str
     runs: Sequence[SeededRun]
@@ -126,80 +130,90 @@ class Row:
         return self.runs[0].recipe
 
     @property
-    def figures(self) -> list[float]:
-        """The figures of the runs that are finished."""
-        return [run.figure for run in self.runs if run.figure is not None]
+    def errors_percent(self) -> list[float]:
+        """The test errors of the finished runs."""
+        return [run.error_percent for run in self.runs if run.error_percent is not None]
 
     @property
     def mean(self) -> float | None:
-        """The mean over the finished runs, ``None`` if there are none."""
-        return sum(self.figures) / len(self.figures) if self.figures else None
+        """The mean test error of the finished runs, ``None`` if there are none."""
+        errors = self.errors_percent
+        return sum(errors) / len(errors) if errors else None
 
     @property
     def finished(self) -> bool:
-        """Whether all runs are."""
-        return len(self.figures) == len(self.runs)
+        """Whether all runs are finished."""
+        return len(self.errors_percent) == len(self.runs)
 
 
 def rows(
-    wanted: Iterable[str],
+    selection: Iterable[str],
     overrides: Sequence[str] = (),
     *,
     epochs_scale: float = 1,
     seeds: int = 1,
     to: Path = Path("runs/reproduce"),
 ) -> list[Row]:
-    """The rows that were asked for: by numbers of the paper's tables, by names or files of
-    recipes, and by shell patterns of the names of those with a published figure.
+    """Makes the rows of a table.
 
-    ``overrides`` are those of a recipe; the strategy among them is for rows with a local loss.
-    ``seeds`` are counted from the recipe's own. Whatever decides a result has its own run
-    directory below ``to``. Raises ``UserError`` for anything that is not there or not possible.
+    Args:
+        selection: numbers of the paper's tables, names or files of recipes, and shell patterns for
+            the names of recipes with a published error.
+        overrides: changes of fields, as for a recipe; ``training.strategy`` only concerns rows with
+            a local loss.
+        epochs_scale: a factor on all numbers of epochs.
+        seeds: number of runs in a row, their seeds counted from the recipe's.
+        to: the directory of all runs; runs with different results have different directories.
+
+    Raises:
+        UserError: there is no such table or recipe, or an override is not possible.
     """
-    found, shipped = [], names()
-    for name in _names(wanted):
+    table, shipped = [], names()
+    for name in _names(selection):
         recipe = _recipe(name, overrides, epochs_scale)
-        place = to / (name if name in shipped else Path(name).stem)
-        runs = [_run(recipe, seed, place) for seed in range(recipe.seed, recipe.seed + seeds)]
-        found.append(Row(name, runs))
-    return found
+        directory = to / (name if name in shipped else Path(name).stem)
+        runs = [_run(recipe, seed, directory) for seed in range(recipe.seed, recipe.seed + seeds)]
+        table.append(Row(name, runs))
+    return table
 
 
-def _names(wanted: Iterable[str]) -> list[str]:
-    found: list[str] = []
-    for each in wanted:
-        if each.isdecimal():
-            found += of_table(int(each))
-        elif PATTERN & set(each):
-            found += _like(each)
+def _names(selection: Iterable[str]) -> list[str]:
+    selected: list[str] = []
+    for item in selection:
+        if item.isdecimal():
+            selected += of_table(int(item))
+        elif PATTERN & set(item):
+            selected += _matching(item)
         else:
-            found.append(each)
-    return list(dict.fromkeys(found))
+            selected.append(item)
+    return list(dict.fromkeys(selected))
 
 
-def _like(pattern: str) -> list[str]:
+def _matching(pattern: str) -> list[str]:
     published = (row["name"] for row in describe() if row["table"])
-    found = [name for name in published if fnmatchcase(name, pattern)]
-    if not found:
+    matching = [name for name in published if fnmatchcase(name, pattern)]
+    if not matching:
         raise UserError(
-            f"no recipe with a published figure is called like {pattern}: "
-            f"`greedy recipes list` shows all"
+            f"no recipe with a published error matches {pattern}: `greedy recipes list` shows all"
         )
-    return found
+    return matching
 
 
 def _recipe(name: str, overrides: Sequence[str], epochs_scale: float) -> Recipe:
-    if load(name).training.strategy in FROM_THE_END:
-        keys = (each.partition("=")[0].strip() for each in overrides)
-        pairs = zip(keys, overrides, strict=True)
-        overrides = [each for key, each in pairs if key != "training.strategy"]
+    if load(name).training.strategy in END_TO_END:
+        overrides = [
+            override
+            for override in overrides
+            if override.partition("=")[0].strip() != "training.strategy"
+        ]
     return load(name, overrides, epochs_scale=epochs_scale)
 
 
-def _run(recipe: Recipe, seed: int, place: Path) -> SeededRun:
-    """A run in a directory of its own, and its figure if there is one."""
+def _run(recipe: Recipe, seed: int, directory: Path) -> SeededRun:
+    """Returns the run of a seed, with its test error if it is finished."""
     seeded = recipe.model_copy(update={"seed": seed})
-    settings = digest(canonical(result_fields(seeded)))[:8]
-    run = SeededRun(seeded, place / f"{seeded.training.strategy}-seed{seed}-{settings}")
+    settings_digest = digest(canonical_json(result_fields(seeded)))[:8]
+    name = f"{seeded.training.strategy}-seed{seed}-{settings_digest}"
+    run = SeededRun(seeded, directory / name)
     run.read()
     return run

@@ -1,4 +1,4 @@
-"""How alike the samples of one test batch are to each stage of a trained network."""
+"""Similarity matrices of one test batch after each stage of a trained network."""
 
 from dataclasses import dataclass
 
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from greedy.build.modules import build_loss
 from greedy.losses import LocalLoss, feature_deviation, similarity_matrix
-from greedy.losses.strategies import losses_of
+from greedy.losses.strategies import stage_losses
 from greedy.models import Stage
 from greedy.results.evaluation import raw_to_float
 from greedy.runs.directory import RunDirectory
 from greedy.runs.network import load_heads, load_stage, normalisation_module, stages_of
 
-MOST_CLASSES = 10  # of more, a batch of 100 rows would have a row or two each
+MOST_CLASSES = 10  # with more classes, a batch of 100 rows would have few rows of each
 CPU = torch.device("cpu")
 
 Matrix = NDArray[np.float32]
@@ -24,14 +24,14 @@ Matrix = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class StageSimilarity:
-    """S of one stage, equation (5).
+    """The similarity matrix S of one stage, equation (5).
 
     Attributes:
-        stage: its number; 0 is the images themselves.
-        name: of the stage.
-        features: what is compared: ``pixels``; ``similarity head``, the features its sim loss
-            matched; ``activation``, the standard deviation of each of its feature maps, or its
-            values where it has none; ``logits`` of the output layer.
+        stage: the number of the stage; 0 stands for the images.
+        name: the name of the stage.
+        features: the features that are compared: ``pixels``; ``similarity head``, the output of
+            that head; ``activation``, the standard deviation of each feature map of h, or h itself
+            if it has no maps; ``logits`` of the output layer.
         matrix: S, (rows, rows) in [-1, 1].
         difference: the mean squared difference between S and the target, the sim loss of
             equation (4) over this batch.
@@ -49,11 +49,11 @@ class BatchSimilarity:
     """The similarity matrices of one batch.
 
     Attributes:
-        rows: its rows in the test split of the run's stores, sorted by class.
-        labels: their classes, in the same order, which is that of the matrices.
-        class_names: of all classes.
+        rows: numbers of its rows in the test split of the run's stores, sorted by class.
+        labels: their classes. The matrices have the same order.
+        class_names: the names of all classes.
         target: S(Y) of the one-hot labels, (rows, rows).
-        stages: the images and the trained stages, in order.
+        stages: the matrices of the images and of the trained stages, in order.
     """
 
     rows: NDArray[np.int64]
@@ -71,12 +71,15 @@ def similarity_by_stage(
     *,
     rows: int = 100,
 ) -> BatchSimilarity:
-    """The similarity matrix of a test batch after each stage that is trained, in evaluation mode
-    and float32 on the CPU; activation stores take no part in it.
+    """Computes the similarity matrix of a test batch after each trained stage, in evaluation mode
+    and float32 on the CPU. Activation stores are not read.
 
-    The batch is the first ``rows`` test images, which the run's seed has permuted, of at most ten
-    classes. ``loss`` and ``model`` are for what was given in Python; without such a loss its
-    similarity heads are not known, and activations are compared.
+    Args:
+        loss: the local loss, if it was written in Python. Without it, the similarity heads of such
+            a run are not known, and activations are compared.
+        model: the network, if it was built in Python.
+        rows: the size of the batch: the first test images, in the order of the store, of at most
+            ten classes.
 
     Raises:
         UserError: no stage is trained, one is damaged, or the network is not known.
@@ -94,14 +97,14 @@ def _similarity_by_stage(
     chosen, labels, images = _batch(run, rows)
     target = similarity_matrix(F.one_hot(torch.from_numpy(labels), len(data.class_names)).float())
 
-    def compared(number: int, name: str, features: str, x: Tensor) -> StageSimilarity:
+    def stage_similarity(number: int, name: str, features: str, x: Tensor) -> StageSimilarity:
         matrix = similarity_matrix(x)
         return StageSimilarity(
             number, name, features, matrix.numpy(), float(F.mse_loss(matrix, target))
         )
 
     x = normalisation_module(run.recipe, data)(raw_to_float(images, CPU))
-    found = [compared(0, "images", "pixels", x.flatten(1))]
+    stages = [stage_similarity(0, "images", "pixels", x.flatten(1))]
     for stage in stages_of(run.recipe, data, model):
         if run.state(stage.number) != "complete":
             break
@@ -109,16 +112,16 @@ def _similarity_by_stage(
         h = stage.hidden(x)
         is_output = stage.number == len(data.network)
         features, z = ("logits", h) if is_output else _features(run, stage, loss, h)
-        found.append(compared(stage.number, data.network[stage.number - 1], features, z))
+        stages.append(stage_similarity(stage.number, data.network[stage.number - 1], features, z))
         x = stage.pool(h)
         stage.to("meta")  # one stage in memory at a time
-    return BatchSimilarity(chosen, labels, data.class_names, target.numpy(), found)
+    return BatchSimilarity(chosen, labels, data.class_names, target.numpy(), stages)
 
 
 def _batch(
     run: RunDirectory, count: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.generic]]:
-    """Rows of the test split sorted by class, their labels and raw images."""
+    """Returns rows of the test split sorted by class, their labels and their raw images."""
     store = run.open_store(0, "test")
     classes = list(dict.fromkeys(store.labels.tolist()))[:MOST_CLASSES]
     first = np.flatnonzero(np.isin(store.labels, classes))[:count]
@@ -130,11 +133,11 @@ def _batch(
 def _features(
     run: RunDirectory, stage: Stage, loss: LocalLoss | None, h: Tensor
 ) -> tuple[str, Tensor]:
-    """What represents each sample of an activation h, and its name."""
+    """Returns the features of each row of an activation h that are compared, and their name."""
     if loss is not None:
         strategy, count = run.recipe.training.strategy, len(run.complete_record(0).network)
-        own = losses_of(strategy, loss, count)[stage.number - 1]
-        heads = load_heads(run, own, stage.number, tuple(h.shape[1:]))
+        stage_loss = stage_losses(strategy, loss, count)[stage.number - 1]
+        heads = load_heads(run, stage_loss, stage.number, tuple(h.shape[1:]))
         if heads.similarity is not None:
             return "similarity head", heads.similarity(h)
     return "activation", feature_deviation(h)

@@ -1,4 +1,4 @@
-"""A run's progress as TensorBoard shows it, in the run's ``logs/``."""
+"""A run's progress for TensorBoard, written into the run's ``logs/``."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from greedy.base.errors import lacking
+from greedy.base.errors import missing_packages
 from greedy.base.files import read_tensors
 from greedy.models import Shape
 from greedy.runs.directory import RunDirectory, require_no_links
@@ -22,22 +22,21 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 LOGS = "logs"
-IMAGES = 64  # of the training images, and of the filters
-FILTER_SIDE = 24  # pixels at least: filters of 3x3 are enlarged to it
+IMAGES = 64  # training images, and filters, that are shown
+FILTER_SIDE = 24  # pixels that a filter is enlarged to at least
 
 
 class TensorBoard(Reporter):
-    """Writes what it hears: of every stage a curve of each figure, the step being the epoch; once
-    the recipe as text, images of the training split as the first stage sees them, and that
-    stage's filters. Each stage is a run of TensorBoard's, so that their curves share a chart.
+    """Writes logs for TensorBoard: curves of each stage, with epochs as steps; the recipe as text;
+    training images as the first stage gets them; and that stage's filters. Each stage is a run in
+    TensorBoard, so that their curves share a chart.
 
-    Close it when the training is over, or use it in a ``with``. A training that is gone on with,
-    or begun again, takes the place of what was written of it before: its epochs are told again
-    from the checkpoint.
+    Close it at the end of training, or use it in a ``with``. When a training is resumed or begun
+    again, its logs are replaced: epochs before the checkpoint are reported again.
 
     Args:
         run_dir: the run directory.
-        to: where a stage that is trained beside the run is written.
+        to: the directory of a stage that is trained outside the run directory.
 
     Raises:
         UserError: the package is missing, or a link stands in ``logs/``.
@@ -45,13 +44,13 @@ class TensorBoard(Reporter):
 
     def __init__(self, run_dir: str | Path, *, to: Path | None = None) -> None:
         if find_spec("tensorboard") is None:
-            raise lacking("logging for TensorBoard", ["tensorboard"], "tensorboard")
+            raise missing_packages("logging for TensorBoard", ["tensorboard"], "tensorboard")
         self._run_dir, self._to = Path(run_dir), to
         logs = self._run_dir / LOGS
         require_no_links(logs)
         self._logs = logs if to is None else logs / to.name
         self._writers: dict[str, SummaryWriter] = {}
-        self._alone: str | None = None  # the stage that trains, unless all do at once
+        self._alone: str | None = None  # the stage in training, unless all train at once
 
     def __enter__(self) -> Self:
         return self
@@ -60,7 +59,7 @@ class TensorBoard(Reporter):
         self.close()
 
     def close(self) -> None:
-        """Lets everything reach the disk."""
+        """Closes all files."""
         for name in list(self._writers):
             self._writers.pop(name).close()
 
@@ -91,7 +90,7 @@ class TensorBoard(Reporter):
             self._write_filters()
 
     def _writer(self, name: str) -> "SummaryWriter":
-        """What is written there takes the place of all that was there before."""
+        """Returns the writer of a TensorBoard run, opened so that it replaces older logs."""
         from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
 
         if name not in self._writers:
@@ -100,7 +99,7 @@ class TensorBoard(Reporter):
 
     def _write_epoch(self, name: str, report: EpochReport) -> None:
         writer = self._writer(name)
-        figures = {
+        scalars = {
             "loss/train": report.loss,
             "loss/holdout": report.holdout_loss,
             "error/train": report.train_error_percent,
@@ -108,21 +107,21 @@ class TensorBoard(Reporter):
             "learning_rate": report.learning_rate,
             "images_per_second": report.images_per_second,
         }
-        for tag, value in figures.items():
+        for tag, value in scalars.items():
             if value is not None:
                 writer.add_scalar(tag, value, report.epoch)
         writer.flush()
 
     def _write_recipe(self) -> None:
         if (self._logs / "recipe").exists():
-            return  # a run has one, and TensorBoard shows a text twice that is told twice
+            return  # TensorBoard would show the text once for each writing
         lines = (self._run_dir / "run.toml").read_text(encoding="utf-8").splitlines()
-        as_code = "\n".join(f"    {line}" for line in lines)  # it reads Markdown
+        as_code = "\n".join(f"    {line}" for line in lines)  # texts are Markdown
         self._writer("recipe").add_text("recipe", as_code, 0)
         self._writer("recipe").close()
 
     def _write_images(self) -> None:
-        """The first training images as the first stage sees them in its first epoch."""
+        """Writes the first training images as the first stage gets them in its first epoch."""
         run = RunDirectory.open(self._run_dir)
         data = run.complete_record(0)
         if not _is_picture(data.row_shape):
@@ -132,9 +131,9 @@ class TensorBoard(Reporter):
         assert images is not None and data.store is not None
         values = next(iter(store.batches(0, IMAGES)))
         x = source.inputs(values, images.draw(store, run.recipe.seed, 1, 0)[: len(values)])
-        mean, std = (torch.tensor(each)[:, None, None] for each in (images.mean, images.std))
-        bytes_of_images = data.store.encoding == "uint8"
-        grid = make_grid(x * std + mean, normalize=not bytes_of_images).clamp(0, 1)
+        mean, std = (torch.tensor(moment)[:, None, None] for moment in (images.mean, images.std))
+        in_bytes = data.store.encoding == "uint8"
+        grid = make_grid(x * std + mean, normalize=not in_bytes).clamp(0, 1)
         self._writer(_name(1)).add_image("images", grid, 0)
 
     def _write_filters(self) -> None:
@@ -150,9 +149,9 @@ class TensorBoard(Reporter):
 
 
 def first_filters(tensors: Mapping[str, Tensor], row_shape: Shape) -> Tensor | None:
-    """What the first layer looks for in images (C, H, W), from the first stage's tensors: filters
-    (N, C, height, width), of a convolution as they are, of a linear layer the images' own size.
-    ``None`` if they cannot be seen: neither grey nor in colour, or of no such layer."""
+    """Returns the filters (N, C, height, width) of the first layer, from the first stage's tensors:
+    those of a convolution, or the weights of a linear layer as images of the rows' shape (C, H, W).
+    Returns ``None`` for any other layer, and for images that are neither grey nor in colour."""
     if not _is_picture(row_shape):
         return None
     for _, tensor in sorted(tensors.items()):

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from greedy.base.errors import UserError
-from greedy.base.files import read_signed, signed
+from greedy.base.files import read_with_digest, with_digest
 from greedy.cache.files import write_whole
 from greedy.runs.events import EpochReport
 from greedy.runs.exchange import CHECKPOINT
@@ -49,7 +49,8 @@ class StartRecord(BaseModel):
         """Writes ``start.json``, the first file of a training."""
         (training / CHECKPOINT).mkdir(parents=True, exist_ok=True)
         write_whole(
-            training / CHECKPOINT / START_FILE, signed(self.model_dump(mode="json", by_alias=True))
+            training / CHECKPOINT / START_FILE,
+            with_digest(self.model_dump(mode="json", by_alias=True)),
         )
 
     def has_same_inputs(self, other: Self) -> bool:
@@ -116,7 +117,7 @@ def _read(training: Path, name: str, kind: type[Document]) -> Document | None:
     if not path.is_file():
         return None
     try:
-        return kind.model_validate(read_signed(path))
+        return kind.model_validate(read_with_digest(path))
     except (ValueError, RecursionError) as error:
         raise damaged_checkpoint(path, training, str(error).splitlines()[0]) from error
 

@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 
 from greedy.base.commands import command
 from greedy.base.errors import TrainingError, UserError, no_stage
-from greedy.base.files import canonical, digest
+from greedy.base.files import canonical_json, digest
 from greedy.base.locking import HOLDER, LOCK, RunLock
 from greedy.cache import Store
 from greedy.cache.files import part_of, rename, write_whole
@@ -125,7 +125,7 @@ class RunDirectory:
     @property
     def recipe_digest(self) -> str:
         """The digest of the recipe's fields that decide the results."""
-        return digest(canonical(result_fields(self.recipe)))
+        return digest(canonical_json(result_fields(self.recipe)))
 
     def stage_dir(self, number: int) -> Path:
         """Returns the directory of a stage: ``stageN``, or the temporary name of a finished stage

@@ -11,7 +11,7 @@ from greedy.base.errors import UserError, no_stage
 from greedy.base.files import read_tensors
 from greedy.build.modules import build_network
 from greedy.losses import LocalHeads, LocalLoss
-from greedy.losses.strategies import losses_of
+from greedy.losses.strategies import stage_losses
 from greedy.models import Shape, Stage, cut, shapes
 from greedy.recipes import Recipe
 from greedy.runs.directory import RunDirectory
@@ -124,7 +124,7 @@ def local_classifier(
 
     Raises ``NoLocalClassifier`` if the stage was trained without one.
     """
-    loss = losses_of(run.recipe.training.strategy, loss, len(data.network))[number - 1]
+    loss = stage_losses(run.recipe.training.strategy, loss, len(data.network))[number - 1]
     heads = load_heads(run, loss, number, shapes(stages[:number], data.row_shape)[-1].hidden)
     if not heads.modules_for_inference():
         raise NoLocalClassifier(

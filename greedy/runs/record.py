@@ -14,7 +14,7 @@ from pydantic import (
 
 from greedy.base.commands import command
 from greedy.base.errors import UserError
-from greedy.base.files import file_digest, read_signed, signed
+from greedy.base.files import file_digest, read_with_digest, with_digest
 from greedy.base.text import legible
 from greedy.cache import StoreSummary
 from greedy.cache.files import write_whole
@@ -221,7 +221,9 @@ class StageRecord(_Document):
         paths = (directory / name for name in (ENCODER, HEADS, HISTORY))
         files = {path.name: file_digest(path) for path in paths if path.is_file()}
         record = self.model_copy(update={"files": files})
-        write_whole(directory / "stage.json", signed(record.model_dump(mode="json", by_alias=True)))
+        write_whole(
+            directory / "stage.json", with_digest(record.model_dump(mode="json", by_alias=True))
+        )
         return record
 
     def update_store(self, directory: Path, **changes: Any) -> Self:
@@ -230,7 +232,9 @@ class StageRecord(_Document):
         assert self.store is not None
         store = self.store.model_copy(update=changes)
         record = self.model_copy(update={"store": store})
-        write_whole(directory / "stage.json", signed(record.model_dump(mode="json", by_alias=True)))
+        write_whole(
+            directory / "stage.json", with_digest(record.model_dump(mode="json", by_alias=True))
+        )
         return record
 
     @classmethod
@@ -238,7 +242,7 @@ class StageRecord(_Document):
         """Reads and checks ``stage.json``. Raises ``UserError`` if it is damaged."""
         path = directory / "stage.json"
         try:
-            document = read_signed(path)
+            document = read_with_digest(path)
             if document.get("format") != FORMAT:
                 raise ValueError(f"this version reads only format {FORMAT}")
             return cls.model_validate(document)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from greedy.base.devices import give_back_workspaces
+from greedy.base.devices import release_workspaces
 
 WARM_UP = 2  # steps before it is recorded, in which libraries take their workspaces
 
@@ -42,11 +42,11 @@ class StepGraph:
         """Records what ``compute`` does with such inputs, without doing it."""
         graph = torch.cuda.CUDAGraph()
         x, y = x.clone(), y.clone()
-        give_back_workspaces()  # the graph's are from its own pool, which has to go with it
+        release_workspaces()  # the graph's are from its own pool, which has to go with it
         # Meanwhile another thread may read ahead, into page-locked memory.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             loss, logits = compute(x, y)
-        give_back_workspaces()
+        release_workspaces()
         return cls(graph, parameters, x, y, loss, logits, [p.grad for p in parameters])
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from greedy.base.devices import is_out_of_memory, to_device
 from greedy.base.errors import first_line
-from greedy.base.heap import give_back
-from greedy.base.places import prepare_compiling
+from greedy.base.heap import release_free_memory
 from greedy.base.precision import HALVES, autocast
 from greedy.base.seeds import torch_generator
+from greedy.base.user_folders import prepare_compiling
 from greedy.losses import Features, LocalHeads, LocalLoss
 from greedy.models import Shape, Stage
 from greedy.runs.choices import Mode, StepMemory
@@ -215,7 +215,7 @@ def _let_go(learner: Learner) -> None:
     learner.forget_made()
     for parameter in learner.parameters():
         parameter.grad = None
-    give_back(learner.device)
+    release_free_memory(learner.device)
 
 
 def _smaller(learner: Learner, error: Exception) -> StepMemory | None:

@@ -9,14 +9,14 @@ import numpy as np
 from greedy.base.commands import command
 from greedy.base.errors import UserError
 from greedy.base.functions import is_function_name
-from greedy.base.text import legible, listed
+from greedy.base.text import first_names, legible
 from greedy.cache import Store
 from greedy.data import Dataset, Reading, Split, find_dataset, load_dataset
 from greedy.data.folder import FolderSplit
 from greedy.data.loading import folder_of
 from greedy.data.mapstyle import PYTHON
-from greedy.data.randomness import generators_kept
-from greedy.data.splits import spread
+from greedy.data.randomness import generators_restored
+from greedy.data.splits import spread_rows
 from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.file_table import FileChanges, FileTable
 
@@ -61,7 +61,7 @@ def describe_changes(run: RunDirectory, dataset: Dataset) -> str | None:
     """Returns in few words how a data set differs from the one that stage 0 was written from;
     ``None`` if it does not, or if that cannot be known."""
     if not isinstance(dataset.train, FolderSplit):
-        with generators_kept():
+        with generators_restored():
             return ", ".join(_differences(run, dataset)) or None
     before = FileTable.read(run.stage_dir(0))
     if before is None:
@@ -146,7 +146,7 @@ def _changed_error(run: RunDirectory, name: str, differences: str) -> UserError:
 
 def _describe_files(changes: FileChanges) -> str:
     kinds = (("changed", changes.changed), ("new", changes.new), ("gone", changes.gone))
-    parts = [f"{len(names):,} {kind}: {listed(names)}" for kind, names in kinds if names]
+    parts = [f"{len(names):,} {kind}: {first_names(names)}" for kind, names in kinds if names]
     return f"of {changes.files:,} files {'; '.join(parts)}"
 
 
@@ -160,16 +160,16 @@ def _differences(run: RunDirectory, dataset: Dataset) -> Iterator[str]:
     names = dataset.class_names and [legible(name) for name in dataset.class_names]
     numbers = [str(number) for number in range(len(data.class_names))]
     if names and data.class_names not in (names, numbers):
-        yield f"the classes were {listed(data.class_names)}"
+        yield f"the classes were {first_names(data.class_names)}"
     for name in SPLITS:
         split, store = getattr(dataset, name), run.open_store(0, name)
         if samples := _changed_labels(split, store):
-            yield f"{len(samples):,} labels of the {name} split: samples {listed(samples)}"
+            yield f"{len(samples):,} labels of the {name} split: samples {first_names(samples)}"
         if samples := _changed_images(split, store):
             compared = min(COMPARED_IMAGES, store.rows)
             yield (
                 f"{len(samples)} of {compared} images of the {name} split that were compared: "
-                f"samples {listed(samples)}"
+                f"samples {first_names(samples)}"
             )
 
 
@@ -178,7 +178,7 @@ def _changed_labels(split: Split, store: Store) -> list[int]:
     has a list of labels, else of ``COMPARED_LABELS``. The list is only a hint, since it may differ
     from the labels that come with the samples, which are stored."""
     if split.labels is None:
-        rows = spread(store.rows, COMPARED_LABELS)
+        rows = spread_rows(store.rows, COMPARED_LABELS)
     else:
         rows = np.flatnonzero(split.labels[store.index] != store.labels)
     samples, stored = store.index[rows], store.labels[rows]
@@ -190,7 +190,7 @@ def _changed_labels(split: Split, store: Store) -> list[int]:
 def _changed_images(split: Split, store: Store) -> list[int]:
     """Returns the samples, of ``COMPARED_IMAGES``, whose images differ from the stored ones. Images
     that differ each time they are read are transformed at random and do not count."""
-    rows = spread(store.rows, COMPARED_IMAGES)
+    rows = spread_rows(store.rows, COMPARED_IMAGES)
     samples = store.index[rows]
     images = split.read(samples)[0].astype(np.float32)
     stored = np.concatenate([store.read_rows(0, row, row + 1) for row in rows]).astype(np.float32)

@@ -4,7 +4,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from greedy.base.files import canonical, digest
+from greedy.base.files import canonical_json, digest
 from greedy.runs.directory import RunDirectory
 from greedy.runs.events import Reporter
 from greedy.runs.exchange import replacing
@@ -73,7 +73,9 @@ class ViewRefresher:
 def _temporary_path(path: Path, record: StageRecord, generation: int) -> Path:
     """Returns the directory in which the views of a generation are written, and deletes those of
     other generations. It is named after its inputs, so that an interrupted writing resumes."""
-    temporary = path.with_name(f".train.{digest(canonical([record.lineage, generation]))}.part")
+    temporary = path.with_name(
+        f".train.{digest(canonical_json([record.lineage, generation]))}.part"
+    )
     for other in path.parent.glob(".train.*.part"):
         if other != temporary:
             shutil.rmtree(other)

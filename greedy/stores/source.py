@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from greedy.base.devices import laid_out, to_device
+from greedy.base.devices import preferred_layout, to_device
 from greedy.base.precision import autocast
-from greedy.base.seeds import derive, torch_generator
+from greedy.base.seeds import derive_seed, torch_generator
 from greedy.cache import (
     LIMITED_WINDOW_ROWS,
     BatchLoader,
@@ -116,7 +116,7 @@ class Source:
         """
         store = self.stores["train"]
         options: dict[str, Any] = {
-            "seed": derive(self.seed, "order", stage),
+            "seed": derive_seed(self.seed, "order", stage),
             "epoch": epoch,
             "rows": store.rows - self.held_out,
             "views": store.views,
@@ -189,8 +189,8 @@ class Source:
         if self.images:
             x = self.images.prepare(stored, draws)
         else:  # laid out as stored, which has fewer bytes than float32
-            x = self.stores["train"].encoding.decode(laid_out(stored))
-        x = laid_out(x)
+            x = self.stores["train"].encoding.decode(preferred_layout(stored))
+        x = preferred_layout(x)
         if not self.replayed:
             return x.float()
         with torch.no_grad(), autocast(x.device.type, self.precision):

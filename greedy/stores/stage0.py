@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from greedy.base.errors import UserError
-from greedy.base.files import canonical, digest
+from greedy.base.files import canonical_json, digest
 from greedy.base.seeds import numpy_generator
-from greedy.base.text import legible, listed
+from greedy.base.text import first_names, legible
 from greedy.base.versions import versions
 from greedy.build.modules import require_one_logit_a_class
 from greedy.cache import Encoding, StoreWriter, pixels
-from greedy.data import Dataset, Split, checked
+from greedy.data import Dataset, Split, check_files
 from greedy.data.folder import FolderSplit
 from greedy.data.labels import require_classes
 from greedy.data.modes import Kind
@@ -107,7 +107,7 @@ def write_stage0(
         return StageRecord(
             stage=0,
             name=dataset.name,
-            lineage=digest(canonical({"data": store.digests, "seed": seed})),
+            lineage=digest(canonical_json({"data": store.digests, "seed": seed})),
             recipe_digest=run.recipe_digest,
             row_shape=dataset.train.shape,
             class_names=class_names,
@@ -124,7 +124,7 @@ def drop_unreadable_files(recipe: Recipe, dataset: Dataset, reporter: Reporter) 
     """Returns the data set without the image files that cannot be read if the recipe skips them.
     Otherwise raises ``UserError``, which names all of them."""
     skip = recipe.data.broken == "skip"
-    dataset = checked(dataset, skip=skip, progress=reporter.files_checked)
+    dataset = check_files(dataset, skip=skip, progress=reporter.files_checked)
     for note in dataset.notes:
         reporter.noted(note)
     return dataset
@@ -181,7 +181,7 @@ def _require_unmodified(files: FileTable, dataset: Dataset) -> None:
         names = [files.names[row] for row in changed]
         raise UserError(
             f"{len(names):,} files of {dataset.name} changed while they were read "
-            f"({listed(names)}): give the same command again"
+            f"({first_names(names)}): give the same command again"
         )
 
 

@@ -69,7 +69,7 @@ def write_split(
             compressor=compressor,
             labels=store.labels,
             index=store.index,
-            go_on=True,
+            resume=True,
         ) as writer:
             if writer.appended:
                 reporter.resumed(writer.appended)

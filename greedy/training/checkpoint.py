@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from greedy.base.files import digest_of_parts, file_digest, read_tensors, signed
+from greedy.base.files import digest_of_parts, file_digest, read_tensors, with_digest
 from greedy.base.tensorfile import file_parts
 from greedy.cache.files import write_parts, write_whole
 from greedy.runs.checkpoint_record import (
@@ -98,7 +98,7 @@ class Checkpoints:
         directory = self.training / CHECKPOINT
         kept = directory / f"{name}.safetensors"
         write_parts(kept, file_parts(tensors))
-        write_whole(directory / PROGRESS_FILE, signed(document.model_dump(mode="json")))
+        write_whole(directory / PROGRESS_FILE, with_digest(document.model_dump(mode="json")))
         for old in directory.glob("*.safetensors"):
             if old != kept:
                 old.unlink()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import safetensors.torch
 
-from greedy.base.disk_space import require_room, until_full
+from greedy.base.disk_space import require_free_space, write_errors_explained
 from greedy.base.errors import UserError
 from greedy.base.files import bytes_below, digest, file_digest, read_tensors
 from greedy.cache.files import write_whole
@@ -56,8 +56,8 @@ def begin_finetuning(
     needed = len(weights) + bytes_below(source.store_path(0))
     with run.write_lock():
         if run.record(0) is None:
-            require_room(run.path, "the images and first weights", needed)
-            with until_full(run.path, "the images and first weights", needed):
+            require_free_space(run.path, "the images and first weights", needed)
+            with write_errors_explained(run.path, "the images and first weights", needed):
                 run.write_recipe()
                 write_whole(run.path / INITIAL, weights)
                 with new_stage(run.stage_dir(0)) as directory:

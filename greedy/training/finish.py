@@ -6,8 +6,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from greedy.base.devices import describe, peak_memory
-from greedy.base.files import canonical, digest, file_digest
+from greedy.base.devices import device_name, peak_memory
+from greedy.base.files import canonical_json, digest, file_digest
 from greedy.base.tensorfile import file_parts
 from greedy.base.versions import versions
 from greedy.cache.files import write_parts
@@ -72,7 +72,7 @@ def write_record(
         images_per_second=rows / sum(report.seconds for report in reports),
         peak_memory_bytes=peak_memory(learner.device),
         versions=versions(),
-        device=describe(learner.device),
+        device=device_name(learner.device),
     ).write(directory)
 
 
@@ -81,7 +81,7 @@ def _lineage(
 ) -> str:
     """Names everything the result follows from."""
     return digest(
-        canonical(
+        canonical_json(
             {
                 "weights": file_digest(directory / ENCODER),
                 "parent": parent.lineage,

@@ -5,7 +5,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from greedy.base.devices import laid_out
+from greedy.base.devices import preferred_layout
 from greedy.losses import LocalLoss
 from greedy.memory.peaks import OptimizerFactory
 from greedy.models import Stage, StageShapes, initialise, seeded
@@ -56,7 +56,7 @@ def placed(module: Module, device: torch.device) -> Module:
     """A module moved to a device, the weights of its convolutions as they are best laid out."""
     module.to(device)
     for parameter in module.parameters():
-        parameter.data = laid_out(parameter.data)
+        parameter.data = preferred_layout(parameter.data)
     return module
 
 

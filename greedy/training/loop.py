@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from greedy.base.devices import is_out_of_memory
 from greedy.base.errors import Interrupted, TrainingError, first_line
-from greedy.base.heap import kept_memory
-from greedy.base.interrupts import Postponed
+from greedy.base.heap import freed_memory_kept
+from greedy.base.interrupts import PostponedSignals
 from greedy.base.precision import all_finite
-from greedy.base.seeds import derive, seed_torch
+from greedy.base.seeds import derive_seed, seed_torch
 from greedy.models import Shape
 from greedy.recipes import Recipe
 from greedy.recipes.per_stage import for_stage
@@ -46,7 +46,7 @@ class Epochs:
         return self.strategy.learners[0].stage.number
 
     def __iter__(self) -> Iterator[list[EpochReport]]:
-        with kept_memory(self.source.device) if self.ample_memory else nullcontext():
+        with freed_memory_kept(self.source.device) if self.ample_memory else nullcontext():
             yield from self._epochs()
 
     def _epochs(self) -> Iterator[list[EpochReport]]:
@@ -58,7 +58,7 @@ class Epochs:
         yield from progress.reports
         while not progress.finished:
             self.source.refresh_views(progress.epoch)  # before signals wait: it may write for hours
-            with Postponed() as stop:
+            with PostponedSignals() as stop:
                 reports = self._epoch(progress, sums, stop)
                 epoch = progress.epoch + 1
                 over = self.schedule.observe(_sum(r.holdout_loss for r in reports))
@@ -77,7 +77,7 @@ class Epochs:
             yield reports
 
     def _epoch(
-        self, progress: Progress, sums: Sequence[Sums], stop: Postponed
+        self, progress: Progress, sums: Sequence[Sums], stop: PostponedSignals
     ) -> list[EpochReport]:
         started = time.perf_counter() - progress.seconds
         epoch, first = progress.epoch, progress.position
@@ -102,7 +102,7 @@ class Epochs:
             self.reporter.resumed(progress.rows)
         for position, batch in enumerate(batches, start=first):
             # For layers and losses that draw from torch's own generators.
-            drawn = derive(self.recipe.seed, "step", self.number, epoch, position)
+            drawn = derive_seed(self.recipe.seed, "step", self.number, epoch, position)
             seed_torch(drawn, self.source.device)
             outcomes = self._step(batch, epoch, position, guard)
             for total, outcome in zip(totals, outcomes, strict=True):
@@ -134,7 +134,7 @@ class Epochs:
         group = self.strategy.optimizers[0].param_groups[0]
         return float(group["lr"]) if FIRST in group else self.schedule.rate
 
-    def _keep(self, progress: Progress, totals: Sequence[Totals], stop: Postponed) -> None:
+    def _keep(self, progress: Progress, totals: Sequence[Totals], stop: PostponedSignals) -> None:
         """A checkpoint, and the end of the training where a signal has asked for it."""
         if self.checkpoints:
             self.checkpoints.save(progress, [Sums(each.loss, each.wrong) for each in totals])

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from greedy.base.devices import memory_limited, reset_peak_memory, set_determinism
-from greedy.base.disk_space import require_room, until_full
+from greedy.base.disk_space import require_free_space, write_errors_explained
 from greedy.base.files import bytes_below
 from greedy.losses import LocalLoss
-from greedy.losses.strategies import losses_of
+from greedy.losses.strategies import stage_losses
 from greedy.memory.choice import Choice, named_budget
 from greedy.memory.peaks import OptimizerFactory
 from greedy.models import Stage, StageShapes
@@ -74,8 +74,8 @@ class NetworkTraining:
     def _train(self, place: Path, start: StartRecord, began: float) -> list[StageRecord]:
         strategy = self._strategy(start.resolved)
         needed = 7 * 4 * sum(p.numel() for each in strategy.learners for p in each.parameters())
-        require_room(place, "the network", needed - bytes_below(place))
-        with until_full(self.run.path, "the network", needed):
+        require_free_space(place, "the network", needed - bytes_below(place))
+        with write_errors_explained(self.run.path, "the network", needed):
             checkpoints = Checkpoints(
                 place,
                 strategy,
@@ -122,7 +122,7 @@ class NetworkTraining:
             for stage, shape, loss in zip(
                 self.stages,
                 self.shapes,
-                losses_of(training.strategy, self.loss, count),
+                stage_losses(training.strategy, self.loss, count),
                 strict=True,
             )
         ]

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from greedy.base.devices import memory_limited, reset_peak_memory, set_determinism
-from greedy.base.disk_space import require_room, until_full
+from greedy.base.disk_space import require_free_space, write_errors_explained
 from greedy.base.files import bytes_below
-from greedy.base.heap import give_back
+from greedy.base.heap import release_free_memory
 from greedy.losses import LocalLoss
 from greedy.memory.choice import Choice, named_budget
 from greedy.memory.peaks import OptimizerFactory
@@ -77,8 +77,10 @@ class StageTraining:
         with memory_limited(self.device, named_budget(self.recipe)):
             learner = self._learner()
             needed = self._room(learner)
-            require_room(directory, f"stage {self.stage.number}", needed - bytes_below(directory))
-            with until_full(directory, f"stage {self.stage.number}", needed):
+            require_free_space(
+                directory, f"stage {self.stage.number}", needed - bytes_below(directory)
+            )
+            with write_errors_explained(directory, f"stage {self.stage.number}", needed):
                 return self._train(learner, directory, started)
 
     def _train(self, learner: Learner, directory: Path, started: float) -> StageRecord:
@@ -91,7 +93,7 @@ class StageTraining:
         )
         reports = self._run_epochs(checkpoints)
         learner.release()
-        give_back(self.device)
+        release_free_memory(self.device)
         save_weights(learner, directory)
         return write_record(
             directory,

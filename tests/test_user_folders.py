@@ -1,5 +1,4 @@
-"""A user whom the machine does not know, as a container's may be: no name, no home that can be
-written. Real processes of such a user."""
+"""A user without a name or a writable home, as in a container: real processes of such a user."""
 
 import os
 import shutil
@@ -21,7 +20,9 @@ STRANGER = [
     sys.executable,
 ]
 NAMED = ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME", "TORCHINDUCTOR_CACHE_DIR")
-PLACES = "from greedy.base.places import *; print(data_sets(), measurements(), sep='\\n')"
+FOLDERS = (
+    "from greedy.base.user_folders import *; print(data_sets_dir(), measurements_dir(), sep='\\n')"
+)
 GREEDY = "-m", "greedy.cli.main"
 
 
@@ -38,7 +39,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture
 def outside() -> Iterator[Path]:
-    """A folder that everybody may look into, unlike those that pytest makes."""
+    """Returns a folder that every user may read, unlike pytest's."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
@@ -46,7 +47,7 @@ def outside() -> Iterator[Path]:
 
 @pytest.fixture
 def temporary(outside: Path) -> Path:
-    """The user's folder for temporary files."""
+    """Returns the user's folder for temporary files."""
     folder = outside / "temporary"
     folder.mkdir()
     os.chown(folder, UID, UID)
@@ -66,8 +67,8 @@ def as_stranger(temporary: Path, *arguments: object, **more: str) -> subprocess.
 
 
 def places(temporary: Path, **more: str) -> tuple[list[Path], list[str]]:
-    """Of data sets and of measurements, and what was said of them."""
-    done = as_stranger(temporary, "-c", PLACES, **more)
+    """Returns the folders of data sets and of measurements, and the lines that were logged."""
+    done = as_stranger(temporary, "-c", FOLDERS, **more)
     assert done.returncode == 0, done.stderr
     return [Path(line) for line in done.stdout.splitlines()], done.stderr.splitlines()
 
@@ -78,7 +79,7 @@ def test_without_a_home_they_are_among_temporary_files(temporary: Path) -> None:
         found, said = places(temporary)
         assert found == [own / "data", own / "calibration"]
         (line,) = said
-        assert line.startswith("no home directory that can be written: ") and str(own) in line
+        assert line.startswith("no writable home directory: ") and str(own) in line
     assert (own.stat().st_uid, own.stat().st_mode & 0o777) == (UID, 0o700)
 
 
@@ -119,9 +120,9 @@ def test_what_a_stranger_may_have_put_there_is_not_used(temporary: Path, kind: s
 
 
 def test_compiled_code_has_a_folder(temporary: Path) -> None:
-    """Also under versions of torch that do not find one themselves."""
-    code = "import os; from greedy.base import places; places.prepare_compiling()"
-    code += "; print(os.environ[places.COMPILED])"
+    """Older versions of torch find none themselves."""
+    code = "import os; from greedy.base import user_folders as folders; folders.prepare_compiling()"
+    code += "; print(os.environ[folders.COMPILED])"
     done = as_stranger(temporary, "-c", code)
     assert done.stdout.strip() == str(temporary / f"greedy-{UID}/compiled"), done.stderr
     done = as_stranger(temporary, "-c", code, TORCHINDUCTOR_CACHE_DIR="/elsewhere")
@@ -135,7 +136,7 @@ def test_training_compiles_and_plans(temporary: Path) -> None:
     done = as_stranger(temporary, *GREEDY, "train", "--recipe", "tiny.toml", "--run", "run")
     assert done.returncode == 0, done.stderr
     assert "compile" not in done.stdout  # nothing failed
-    assert sum(line.startswith("no home") for line in done.stderr.splitlines()) == 1
+    assert sum(line.startswith("no writable home") for line in done.stderr.splitlines()) == 1
     done = as_stranger(temporary, *GREEDY, "plan", "--run", "run")
     assert done.returncode == 0, done.stderr
     assert "times are unknown until" in done.stdout
