@@ -25,21 +25,21 @@ from greedy.memory.plan import MemoryPlan
 from greedy.models import Stage, StageShapes, cut
 from greedy.recipes import Recipe
 from greedy.recipes.per_stage import for_stage
-from greedy.runs.begun import Start
+from greedy.runs.checkpoint_record import StartRecord
 from greedy.runs.directory import SPLITS, RunDirectory, new_stage
-from greedy.runs.disk_budget import former, plan_disk
-from greedy.runs.disk_plan import Plan, Views
+from greedy.runs.disk_budget import plan_disk, previous_record
+from greedy.runs.disk_plan import DiskPlan, Views
 from greedy.runs.events import Reporter, RunOutline
 from greedy.runs.network import assemble, stages_of
-from greedy.runs.outside import finished_outside
+from greedy.runs.outside import recover_outside
 from greedy.runs.record import StageRecord
 from greedy.runs.retraining import Retraining
-from greedy.runs.unfinished import find_training, needed_stores, source_begun
-from greedy.stores.changes import is_prepared, require_unchanged_folder
-from greedy.stores.opening import Sources
-from greedy.stores.repair import Mender, Repair
+from greedy.runs.unfinished import find_training, interrupted_source, stores_needed
+from greedy.stores.changes import is_stage0_current, require_unchanged_folder
+from greedy.stores.opening import SourceFinder
+from greedy.stores.repair import Repair, StoreRepairer
 from greedy.stores.source import Source
-from greedy.stores.stage0 import readable, stored_encoding, write_stage0
+from greedy.stores.stage0 import drop_unreadable_files, stored_encoding, write_stage0
 from greedy.training.network import NetworkTraining
 from greedy.training.resolve import compiles, repeated, resolve, within_budget
 from greedy.training.stage import OptimizerFactory, StageTraining
@@ -137,8 +137,8 @@ class GreedyTrainer:
         """Writes stage 0; where it is there, only makes sure that it is of these data: of others it
         is written ``again`` if asked to, or kept with ``ignore_changes``. What cannot be trained
         is refused before anything is written, or once the labels are read."""
-        if is_prepared(self.run, dataset, again=again, ignore=ignore_changes):
-            return self.run.complete(0)
+        if is_stage0_current(self.run, dataset, again=again, ignore=ignore_changes):
+            return self.run.complete_record(0)
         if not self.recipe.data.frozen_transforms:
             require_repeatable(dataset)
         shape, classes = dataset.train.shape, len(dataset.class_names or "")
@@ -153,11 +153,11 @@ class GreedyTrainer:
         memory = self._memory_of(stages, shapes, shapes[-1].output[0], images)  # a logit a class
         memory.require(range(1, len(stages) + 1), plan_disk(self.run, shapes, rows, needed))
         self._planned = memory
-        dataset = readable(self.recipe, dataset, self.reporter)
-        self.run.make()
-        with self.run.writing():
-            if is_prepared(self.run, dataset, again=again, ignore=ignore_changes):
-                return self.run.complete(0)
+        dataset = drop_unreadable_files(self.recipe, dataset, self.reporter)
+        self.run.make_directory()
+        with self.run.write_lock():
+            if is_stage0_current(self.run, dataset, again=again, ignore=ignore_changes):
+                return self.run.complete_record(0)
             output = shapes[-1].output if self._model else None
             with write_errors_explained(self.run.path, "stage 0", needed):
                 return write_stage0(self.run, dataset, [*names, "output"], output)
@@ -170,16 +170,16 @@ class GreedyTrainer:
         nothing_to_do = retrain_from is None and self.run.is_finished
         if nothing_to_do and not os.access(self.run.path, os.W_OK):
             return self._train(None)
-        with self.run.writing():
+        with self.run.write_lock():
             return self._train(retrain_from)
 
     def _train(self, retrain_from: int | None) -> list[StageRecord]:
-        count = len(self.run.complete(0).network)
+        count = len(self.run.complete_record(0).network)
         if retrain_from is not None:
             self.run.require_stage(retrain_from)
         if self.recipe.training.strategy != "greedy":
             return self._train_network(count, retrain_from)
-        retraining = Retraining.of(self.run.path, retrain_from, self.run.is_stale)
+        retraining = Retraining.plan(self.run.path, retrain_from, self.run.is_stale)
         first = retraining.left if retraining else count + 1
         numbers = range(1, count + 1)
         todo = [n for n in numbers if n >= first or self.run.record(n) is None]
@@ -191,20 +191,21 @@ class GreedyTrainer:
         self._announce(todo)
         self.reporter.disk_planned(plan)
         if retraining:
-            retraining.note(self.run.path)
+            retraining.write(self.run.path)
         records = []
         for number in numbers:
             if number == first:
                 self.run.drop_stores(*plan.dropped_first)
             if number in todo:
-                record = self._train_stage(number, None, self.run.stage(number), plan.views(number))
+                path, views = self.run.stage_dir(number), plan.views(number)
+                record = self._train_stage(number, None, path, views)
             else:
                 record = self._skip(number)
             records.append(record)
             due = {n for done in range(1, number + 1) for n in plan.dropped_after(done)}
-            self.run.drop_stores(*due.difference(needed_stores(self.run)))
+            self.run.drop_stores(*due.difference(stores_needed(self.run)))
             if retraining and number >= first:
-                retraining.finished(number, self.run.path, last=number == count)
+                retraining.mark_done(number, self.run.path, last=number == count)
         return records
 
     def _train_network(self, count: int, retrain_from: int | None) -> list[StageRecord]:
@@ -218,17 +219,17 @@ class GreedyTrainer:
         if self.run.is_finished and retrain_from is None:
             self._announce(())
             return [self._skip(number) for number in numbers]
-        data = self.run.complete(0)
+        data = self.run.complete_record(0)
         stages, shapes = self._stages(data)
         memory = self._memory().network()
         self._announce(numbers)
-        source = Sources(self.run, stages, data, self.device, self.reporter).for_training(1, 0)
+        source = SourceFinder(self.run, stages, data, self.device, self.reporter).for_training(1, 0)
         what = (self.run, stages, shapes, self.loss, source, data, memory)
         how = (self.device, self.reporter, self.optimizer, self._own_rates)
         return NetworkTraining(*what, *how).train()
 
     def _announce(self, numbers: Iterable[int]) -> None:
-        data, epochs = self.run.complete(0), self.recipe.training.epochs
+        data, epochs = self.run.complete_record(0), self.recipe.training.epochs
         operations = {}
         for number in numbers:
             row = self._memory().shapes[number - 1].operations
@@ -238,7 +239,7 @@ class GreedyTrainer:
         self.reporter.run_started(RunOutline(data.network, operations, data.store.bytes, budget))
 
     def _skip(self, number: int) -> StageRecord:
-        record = self.run.complete(number)
+        record = self.run.complete_record(number)
         self.reporter.stage_skipped(record)
         return record
 
@@ -258,7 +259,7 @@ class GreedyTrainer:
         run's image folder has changed, that is refused without ``ignore_changes``."""
         if not ignore_changes:
             require_unchanged_folder(self.run)
-        with self.run.writing():
+        with self.run.write_lock():
             return self._train_alone(number, source, again, to)
 
     def _train_alone(
@@ -270,7 +271,7 @@ class GreedyTrainer:
                 f"this run trains all stages at once, by {strategy}: use "
                 f"{command('train', '--run', self.run.path)}"
             )
-        if to is not None and to.resolve() == self.run.stage(number).resolve():
+        if to is not None and to.resolve() == self.run.stage_dir(number).resolve():
             to = None
         source = number - 1 if source is None else source
         if not 0 <= source < number:
@@ -278,25 +279,26 @@ class GreedyTrainer:
         if not again and to is None and self.run.record(number) is not None:
             self._announce(())
             return self._skip(number)
-        parent = self.run.complete(number - 1)
-        if to is not None and (record := finished_outside(to, parent)):
+        parent = self.run.complete_record(number - 1)
+        if to is not None and (record := recover_outside(to, parent)):
             self._announce(())
             self.reporter.stage_finished(record)
             return record
-        before = former(self.run, number)
+        before = previous_record(self.run, number)
         views = before.resolved["views"] if before else self._plan_disk().views(number)
         self._announce([number])
-        return self._train_stage(number, source, to or self.run.stage(number), views)
+        return self._train_stage(number, source, to or self.run.stage_dir(number), views)
 
     def _train_stage(
         self, number: int, source: int | None, directory: Path, views: Views
     ) -> StageRecord:
-        source = source_begun(self.run, number, directory) if source is None else source
+        source = interrupted_source(self.run, number, directory) if source is None else source
         training = self._stage_training(number, source, views, directory)
-        if directory == self.run.stage(number) and (before := former(self.run, number)):
+        before = previous_record(self.run, number)
+        if before and directory == self.run.stage_dir(number):
             training.written_before = before.bytes_written
         full = write_errors_explained(self.run.path, f"stage {number}")
-        with full, new_stage(directory, go_on=True) as place:
+        with full, new_stage(directory, resume=True) as place:
             record = training.train(place)
         del training  # its weights, and the store where that was held in memory
         release_free_memory(self.device)
@@ -306,19 +308,19 @@ class GreedyTrainer:
     def _stage_training(
         self, number: int, wanted: int, views: Views, directory: Path
     ) -> StageTraining:
-        data, parent = self.run.complete(0), self.run.complete(number - 1)
+        data, parent = self.run.complete_record(0), self.run.complete_record(number - 1)
         stages, shapes = self._stages(data)
         shape = shapes[number - 1]
         is_output = number == len(stages)
-        sources = Sources(self.run, stages, data, self.device, self.reporter)
+        sources = SourceFinder(self.run, stages, data, self.device, self.reporter)
         source = sources.for_training(number, wanted)
         written_from = sources.written_from(number, views)
         memory = self._memory().stage(number, source.number, written_from)
         resolved = self._resolved(number, source, views, memory)
-        start = Start(
+        start = StartRecord(
             stage=number,
-            recipe=parent.recipe,
-            parent=parent.lineage,
+            recipe_digest=parent.recipe_digest,
+            parent_lineage=parent.lineage,
             source=source.number,
             layers=stages[number - 1].kinds,
             resolved=resolved,
@@ -350,7 +352,7 @@ class GreedyTrainer:
         self, number: int, source: Source, views: Views, memory: Choice
     ) -> dict[str, Any]:
         """The choices for a stage: those of its earlier training from the same source, or new."""
-        before = former(self.run, number)
+        before = previous_record(self.run, number)
         if before is not None and before.source == source.number:
             return repeated(self.recipe, before.resolved, views, memory)
         hidden = self._memory().shapes[number - 1].hidden
@@ -361,7 +363,7 @@ class GreedyTrainer:
     def _memory(self) -> MemoryPlan:
         """The plan by which the steps of the run's stages fit the memory budget."""
         if self._planned is None:
-            data = self.run.complete(0)
+            data = self.run.complete_record(0)
             assert data.store is not None
             what = (*self._stages(data), len(data.class_names), data.store.encoding)
             self._planned = self._memory_of(*what)
@@ -375,8 +377,8 @@ class GreedyTrainer:
         what = (self.recipe, stages, shapes, self.loss, classes, precision, budget)
         return MemoryPlan(*what, self.device.type, self.optimizer or fused_adam, images)
 
-    def _plan_disk(self, retrain_from: int | None = None) -> Plan:
-        data = self.run.complete(0)
+    def _plan_disk(self, retrain_from: int | None = None) -> DiskPlan:
+        data = self.run.complete_record(0)
         assert data.store is not None
         _, shapes = self._stages(data)
         return plan_disk(self.run, shapes, dict(data.rows.items()), data.store.bytes, retrain_from)
@@ -391,10 +393,10 @@ class GreedyTrainer:
     ) -> tuple[list[Repair], list[Damage]]:
         """Computes again what is damaged in the stores of stages, and stores that were dropped if
         asked to; returns what was done and what is damaged still. See ``greedy.stores.repair``."""
-        with self.run.writing():
-            stages, _ = self._stages(self.run.complete(0))
-            mender = Mender(self.run, stages, self.device, self.reporter)
-            found = [mender.repair(number, dropped=dropped) for number in numbers]
+        with self.run.write_lock():
+            stages, _ = self._stages(self.run.complete_record(0))
+            repairer = StoreRepairer(self.run, stages, self.device, self.reporter)
+            found = [repairer.repair(number, dropped=dropped) for number in numbers]
         return [r for done, _ in found for r in done], [d for _, left in found for d in left]
 
     def assemble(self, until_stage: int | None = None) -> nn.Sequential:

@@ -144,7 +144,7 @@ def _automatic(disk_free: int) -> Automatic:
         precision=pick_precision("auto", device),
         encoding=AUTO_ENCODING,
         memory_budget_bytes=int(choice.AUTO_SHARE * free_memory(device)),
-        disk_budget_bytes=int(planning.AUTO_SHARE * disk_free),
+        disk_budget_bytes=int(planning.FREE_DISK_SHARE * disk_free),
         ram_budget_bytes=int(RESIDENT_SHARE * available_memory()),
         threads=torch.get_num_threads(),
     )

@@ -163,7 +163,7 @@ def _facts(
         records = {n: record for n in numbers if (record := run.record(n)) is not None}
         return stages, records, _stores(run, records)
 
-    stages, records, stores = run.undisturbed(read)
+    stages, records, stores = run.read_consistently(read)
     finished = [stage.stage for stage in stages if stage.state == "complete"]
     complete = bool(stages) and len(finished) == len(stages)
     # The whole network has no local loss in it, so any loss does.
@@ -188,7 +188,7 @@ def _facts(
 def _baselines(
     run: RunDirectory, model: nn.Sequential | None, loss: LocalLoss
 ) -> Mapping[str, int]:
-    data = run.complete(0)
+    data = run.complete_record(0)
     stages = stages_of(run.recipe, data, model)
     return baselines(
         stages,
@@ -208,7 +208,7 @@ def _stores(run: RunDirectory, records: Mapping[int, StageRecord]) -> list[Store
             views=record.store.views,
             bytes=record.store.bytes,
             values=record.store.values,
-            kept=run.store(number).is_dir(),
+            kept=run.store_path(number).is_dir(),
         )
         for number, record in records.items()
         if record.store
