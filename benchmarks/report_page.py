@@ -45,22 +45,22 @@ def made_up_run(path: Path) -> RunDirectory:
     trainer.prepare(load_dataset(short.data.name))
     trainer.train()
     run = RunDirectory(path, whole)
-    run.begin()
+    run.write_recipe()
     generator = np.random.default_rng(0)
     for number in range(STAGES + 1):
-        record = StageRecord.read(run.stage(number))
-        changes: dict[str, Any] = {"recipe": run.settings}
+        record = StageRecord.read(run.stage_dir(number))
+        changes: dict[str, Any] = {"recipe_digest": run.recipe_digest}
         if number:
             reports = _history(generator)
             lines = "".join(map(history_line, reports))
-            (run.stage(number) / HISTORY).write_text(lines, encoding="utf-8")
+            (run.stage_dir(number) / HISTORY).write_text(lines, encoding="utf-8")
             last = reports[-1]
             changes["metrics"] = Metrics(
                 train_error_percent=last.train_error_percent,
                 test_error_percent=last.test_error_percent,
                 train_loss=last.loss,
             )
-        record.model_copy(update=changes).write(run.stage(number))
+        record.model_copy(update=changes).write(run.stage_dir(number))
     return run
 
 

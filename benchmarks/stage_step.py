@@ -44,7 +44,7 @@ from greedy.runs.choices import Mode
 from greedy.runs.events import Reporter
 from greedy.steps.step import Learner
 from greedy.steps.strategies import Greedy
-from greedy.stores.source import Epoch, Images, Source
+from greedy.stores.source import EpochBatches, ImagePreparation, Source
 from greedy.training.learners import new_learner, new_optimizer
 from greedy.training.loop import Epochs
 from greedy.training.resolve import compiles, resolve
@@ -75,7 +75,7 @@ class Clock(Reporter):
         self._last = now
 
 
-class Waits(Epoch):
+class Waits(EpochBatches):
     """An epoch that notes how long each batch but the first was waited for."""
 
     seconds: list[float]
@@ -96,8 +96,8 @@ class TimedSource(Source):
 
     waits: list[float] = field(default_factory=list)
 
-    def epoch(self, *args: Any, **settings: Any) -> Epoch:
-        found = super().epoch(*args, **settings)
+    def epoch_batches(self, *args: Any, **settings: Any) -> EpochBatches:
+        found = super().epoch_batches(*args, **settings)
         timed = Waits(found.source, found.loader, found.draws)
         object.__setattr__(timed, "seconds", self.waits)
         return timed
@@ -188,7 +188,7 @@ def stages(
         rows = {"train": size * (steps + 1), "test": 2}  # the test split is not what is timed
         stores = {k: write_store(path / k, shape.input, n, raw=first) for k, n in rows.items()}
         augmentation = Augmentation.parse("crop4+hflip")
-        images = Images([0.4] * 3, [0.3] * 3, augmentation) if first else None
+        images = ImagePreparation([0.4] * 3, [0.3] * 3, augmentation) if first else None
         source = TimedSource(stage.number - 1, path, stores, device, 0, images)
         choices = resolve(recipe, stores["train"], 1, plain, device, compiled=compiled)
         learner = new_learner(stage, shape, loss, CLASSES, recipe, choices, device, zero=is_output)

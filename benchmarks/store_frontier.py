@@ -80,7 +80,7 @@ def train(name: str, directory: Path) -> Iterator[Activations]:
     trainer.prepare(data)
     for number in range(1, CONVOLUTIONS + 2):
         trainer.train_stage(number)
-        yield Store(trainer.run.store(number) / "train").load()[0]
+        yield Store(trainer.run.store_path(number) / "train").load()[0]
 
 
 def write(path: Path, values: Activations, encoding: Encoding, compressor: str) -> None:

@@ -98,7 +98,7 @@ def main(as_json: bool, measure: Path | None) -> None:
         first = trainer(run)
         first.prepare(dataset_from_torch(images(ROWS), images(TEST_ROWS)))
         first.train_stage(1)
-        store_bytes = Store(first.run.store(1) / "train").disk_bytes
+        store_bytes = Store(first.run.store_path(1) / "train").disk_bytes
         peak_bytes = int(in_new_process(__file__, "--measure", str(run)))
     beyond = peak_bytes - anonymous(in_new_process("-c", BARE_TORCH))
     limit = RAM_BUDGET + ALLOWANCE

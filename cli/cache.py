@@ -39,13 +39,13 @@ def info(path: Path, as_json: bool) -> None:
     run, numbers = _run_and_stages(path)
 
     def describe_stage(number: int) -> "StoreInfo | None":
-        has_store = run.store(number).is_dir()
+        has_store = run.store_path(number).is_dir()
         return describe(run.open_store(number, "train")) if has_store else None
 
     infos = {
         number: info
         for number in numbers
-        if (info := run.undisturbed(partial(describe_stage, number), number)) is not None
+        if (info := run.read_consistently(partial(describe_stage, number), number)) is not None
     }
     if as_json:
         print_json({"stores": [{"stage": n, **asdict(info)} for n, info in infos.items()]})
@@ -134,20 +134,20 @@ def drop(path: Path, force: bool) -> None:
     """Delete the stores of a run or a stage. Weights and records stay."""
     from greedy.base.errors import UserError  # noqa: PLC0415
     from greedy.base.sizes import format_size  # noqa: PLC0415
-    from greedy.runs.unfinished import require_unneeded  # noqa: PLC0415
+    from greedy.runs.unfinished import require_store_unneeded  # noqa: PLC0415
 
     run, numbers = _run_and_stages(path)
     if numbers == [0]:
         raise UserError(
             "stage 0 holds the images, which cannot be computed again: name another stage"
         )
-    with run.writing():
+    with run.write_lock():
         records = {number: run.record(number) for number in filter(None, numbers)}
-        stored = [n for n, record in records.items() if record and run.store(n).is_dir()]
+        stored = [n for n, record in records.items() if record and run.store_path(n).is_dir()]
         for number in stored if not force else ():
-            require_unneeded(run, number)
+            require_store_unneeded(run, number)
         for number, record in records.items():
-            if record and record.store and run.store(number).is_dir():
+            if record and record.store and run.store_path(number).is_dir():
                 run.drop_stores(number)
                 freed = format_size(record.store.bytes)
                 say(f"stage {number}: {freed} freed; {_consequences(run, number)}")
@@ -155,11 +155,11 @@ def drop(path: Path, force: bool) -> None:
 
 def _consequences(run: "RunDirectory", number: int) -> str:
     """Says what later stages train from without this store, and how to write it again."""
-    source = next(n for n in range(number - 1, -1, -1) if run.store(n).is_dir())
+    source = next(n for n in range(number - 1, -1, -1) if run.store_path(n).is_dir())
     replayed = f"stage {number}" if source == number - 1 else f"stages {source + 1} to {number}"
     return (
         f"later stages train from stage {source}'s store with {replayed} replayed, and "
-        f"{command('cache', 'repair', run.stage(number))} writes it again"
+        f"{command('cache', 'repair', run.stage_dir(number))} writes it again"
     )
 
 
@@ -171,7 +171,7 @@ def _run_and_stages(path: Path) -> tuple["RunDirectory", list[int]]:
         run, number = run_of_stage(path)
         return run, [number]
     run = RunDirectory.open(path)
-    data = run.complete(0)
+    data = run.complete_record(0)
     return run, list(range(len(data.network) + 1))
 
 

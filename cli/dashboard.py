@@ -16,7 +16,7 @@ from greedy.base.text import shown
 from greedy.cli.progress import Lines
 from greedy.cli.tables import percent, size
 from greedy.runs.choices import Choices
-from greedy.runs.disk_plan import Plan
+from greedy.runs.disk_plan import DiskPlan
 from greedy.runs.events import EpochReport, RunOutline
 from greedy.runs.record import StageRecord
 
@@ -85,7 +85,7 @@ class Dashboard(Lines):
             self, console=console, refresh_per_second=4, transient=True, redirect_stdout=False
         )
         self._outline: RunOutline | None = None
-        self._plan: Plan | None = None
+        self._plan: DiskPlan | None = None
         self._running: range = range(0)
         self._choices: Choices | None = None
         self._reports: list[EpochReport] = []
@@ -115,7 +115,7 @@ class Dashboard(Lines):
             for number, name in enumerate(outline.stages, start=1)
         ]
 
-    def disk_planned(self, plan: Plan) -> None:
+    def disk_planned(self, plan: DiskPlan) -> None:
         self._plan = plan
         super().disk_planned(plan)
 
@@ -248,7 +248,8 @@ class Dashboard(Lines):
         if outline and memory:
             parts.append(f"memory {size(memory)} of {size(outline.memory_budget)}")
         if self._plan is not None:
-            used = sum(row.disk or 0 for row in self._rows) + (outline.images if outline else 0)
+            image_bytes = outline.image_bytes if outline else 0
+            used = image_bytes + sum(row.disk or 0 for row in self._rows)
             parts.append(f"disk {format_size(used)} of {format_size(self._plan.budget)}")
         parts.append(f"run {_clock(self._run_seconds_left())} left")
         return ", ".join(parts)

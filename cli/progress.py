@@ -19,7 +19,7 @@ from greedy.base.sizes import format_size
 from greedy.base.text import shown
 from greedy.cli.tables import percent, say
 from greedy.runs.choices import Choices, StepMemory
-from greedy.runs.disk_plan import Plan
+from greedy.runs.disk_plan import DiskPlan
 from greedy.runs.events import EpochReport, Reporter, RunOutline
 from greedy.runs.record import StageRecord
 
@@ -84,7 +84,7 @@ class Lines(Reporter):
     def noted(self, note: str) -> None:
         self._print(note)
 
-    def disk_planned(self, plan: Plan) -> None:
+    def disk_planned(self, plan: DiskPlan) -> None:
         for line in plan.explain():
             self._print(line)
 

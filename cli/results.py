@@ -27,7 +27,7 @@ def status(run: Path, as_json: bool) -> None:
     from greedy.runs.status import disk_use, status, trainings_set_aside  # noqa: PLC0415
 
     directory = RunDirectory.open(run)
-    stages, disk = directory.undisturbed(lambda: (status(directory), disk_use(directory)))
+    stages, disk = directory.read_consistently(lambda: (status(directory), disk_use(directory)))
     set_aside = trainings_set_aside(directory)
     if as_json:
         document = {
@@ -144,9 +144,9 @@ def evaluate(
 
 def print_changes(run: "RunDirectory") -> None:
     """Prints on standard error how the image folder of a run has changed since it was stored."""
-    from greedy.stores.changes import folder_changes  # noqa: PLC0415
+    from greedy.stores.changes import describe_folder_changes  # noqa: PLC0415
 
-    if changes := folder_changes(run):
+    if changes := describe_folder_changes(run):
         name = run.recipe.data.name
         say(
             f"{name} has changed since {run.path} stored its images ({changes}): the stored images "

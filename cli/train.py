@@ -141,12 +141,12 @@ def train_stage(
         record = trainer.train_stage(
             number, source=source_number, again=retrain, to=to, ignore_changes=ignore_changes
         )
-    written = to or run.stage(number)
+    written = to or run.stage_dir(number)
     if progress.skipped:
         say(f"{written} is already complete: --retrain trains it again")
     else:
         say(f"wrote {written}, trained from {_origin(record)}")
-        later = range(number + 1, len(run.complete(0).network) + 1)
+        later = range(number + 1, len(run.complete_record(0).network) + 1)
         if to is None and (stale := [n for n in later if run.state(n) == "stale"]):
             say(
                 f"{_stages_in_words(stale)} became stale with the new stage {number}: "

@@ -22,17 +22,17 @@ from greedy.data import Dataset, dataset_from_torch, require_repeatable
 from greedy.losses import LocalLoss, PredSim, require_local_loss
 from greedy.recipes import Recipe
 from greedy.runs.directory import SPLITS, RunDirectory, new_stage
-from greedy.runs.disk_budget import former, plan_disk
+from greedy.runs.disk_budget import plan_disk, previous_record
 from greedy.runs.disk_plan import Views
 from greedy.runs.events import Reporter
 from greedy.runs.network import assemble
-from greedy.runs.outside import finished_outside
+from greedy.runs.outside import recover_outside
 from greedy.runs.record import StageRecord
 from greedy.runs.retraining import Retraining
-from greedy.runs.unfinished import needed_stores, source_begun
-from greedy.stores.changes import is_prepared, require_unchanged_folder
-from greedy.stores.repair import Mender, Repair
-from greedy.stores.stage0 import readable, stored_encoding, write_stage0
+from greedy.runs.unfinished import interrupted_source, stores_needed
+from greedy.stores.changes import is_stage0_current, require_unchanged_folder
+from greedy.stores.repair import Repair, StoreRepairer
+from greedy.stores.stage0 import drop_unreadable_files, stored_encoding, write_stage0
 from greedy.training.planning import StagePlanner
 from greedy.training.stage import OptimizerFactory
 
@@ -136,8 +136,8 @@ class GreedyTrainer:
         """Writes stage 0; where it is there, only makes sure that it is of these data: of others it
         is written ``again`` if asked to, or kept with ``ignore_changes``. What cannot be trained
         is refused before anything is written, or once the labels are read."""
-        if is_prepared(self.run, dataset, again=again, ignore=ignore_changes):
-            return self.run.complete(0)
+        if is_stage0_current(self.run, dataset, again=again, ignore=ignore_changes):
+            return self.run.complete_record(0)
         if not self.recipe.data.frozen_transforms:
             require_repeatable(dataset)
         shape, classes = dataset.train.shape, len(dataset.class_names or "")
@@ -150,11 +150,11 @@ class GreedyTrainer:
         memory = self._planner.plan_memory(network, stored_encoding(dataset.train).name)
         disk = plan_disk(self.run, network.shapes, rows, needed)
         memory.require(range(1, len(network) + 1), disk)
-        dataset = readable(self.recipe, dataset, self.reporter)
-        self.run.make()
-        with self.run.writing():
-            if is_prepared(self.run, dataset, again=again, ignore=ignore_changes):
-                return self.run.complete(0)
+        dataset = drop_unreadable_files(self.recipe, dataset, self.reporter)
+        self.run.make_directory()
+        with self.run.write_lock():
+            if is_stage0_current(self.run, dataset, again=again, ignore=ignore_changes):
+                return self.run.complete_record(0)
             output = network.shapes[-1].output if self._model else None
             with write_errors_explained(self.run.path, "stage 0", needed):
                 return write_stage0(self.run, dataset, names, output)
@@ -167,16 +167,16 @@ class GreedyTrainer:
         nothing_to_do = retrain_from is None and self.run.is_finished
         if nothing_to_do and not os.access(self.run.path, os.W_OK):
             return self._train(None)
-        with self.run.writing():
+        with self.run.write_lock():
             return self._train(retrain_from)
 
     def _train(self, retrain_from: int | None) -> list[StageRecord]:
-        count = len(self.run.complete(0).network)
+        count = len(self.run.complete_record(0).network)
         if retrain_from is not None:
             self.run.require_stage(retrain_from)
         if self.recipe.training.strategy != "greedy":
             return self._train_network(count, retrain_from)
-        retraining = Retraining.of(self.run.path, retrain_from, self.run.is_stale)
+        retraining = Retraining.plan(self.run.path, retrain_from, self.run.is_stale)
         first = retraining.left if retraining else count + 1
         numbers = range(1, count + 1)
         todo = [n for n in numbers if n >= first or self.run.record(n) is None]
@@ -190,20 +190,21 @@ class GreedyTrainer:
         self._announce(todo)
         self.reporter.disk_planned(plan)
         if retraining:
-            retraining.note(self.run.path)
+            retraining.write(self.run.path)
         records = []
         for number in numbers:
             if number == first:
                 self.run.drop_stores(*plan.dropped_first)
             if number in todo:
-                record = self._train_stage(number, None, self.run.stage(number), plan.views(number))
+                path, views = self.run.stage_dir(number), plan.views(number)
+                record = self._train_stage(number, None, path, views)
             else:
                 record = self._skip(number)
             records.append(record)
             due = {n for done in range(1, number + 1) for n in plan.dropped_after(done)}
-            self.run.drop_stores(*due.difference(needed_stores(self.run)))
+            self.run.drop_stores(*due.difference(stores_needed(self.run)))
             if retraining and number >= first:
-                retraining.finished(number, self.run.path, last=number == count)
+                retraining.mark_done(number, self.run.path, last=number == count)
         return records
 
     def _train_network(self, count: int, retrain_from: int | None) -> list[StageRecord]:
@@ -225,7 +226,7 @@ class GreedyTrainer:
         self.reporter.run_started(self._planner.outline(numbers))
 
     def _skip(self, number: int) -> StageRecord:
-        record = self.run.complete(number)
+        record = self.run.complete_record(number)
         self.reporter.stage_skipped(record)
         return record
 
@@ -245,7 +246,7 @@ class GreedyTrainer:
         run's image folder has changed, that is refused without ``ignore_changes``."""
         if not ignore_changes:
             require_unchanged_folder(self.run)
-        with self.run.writing():
+        with self.run.write_lock():
             return self._train_alone(number, source, again, to)
 
     def _train_alone(
@@ -257,7 +258,7 @@ class GreedyTrainer:
                 f"this run trains all stages at once, by {strategy}: use "
                 f"{command('train', '--run', self.run.path)}"
             )
-        if to is not None and to.resolve() == self.run.stage(number).resolve():
+        if to is not None and to.resolve() == self.run.stage_dir(number).resolve():
             to = None
         source = number - 1 if source is None else source
         if not 0 <= source < number:
@@ -265,25 +266,26 @@ class GreedyTrainer:
         if not again and to is None and self.run.record(number) is not None:
             self._announce(())
             return self._skip(number)
-        parent = self.run.complete(number - 1)
-        if to is not None and (record := finished_outside(to, parent)):
+        parent = self.run.complete_record(number - 1)
+        if to is not None and (record := recover_outside(to, parent)):
             self._announce(())
             self.reporter.stage_finished(record)
             return record
-        before = former(self.run, number)
+        before = previous_record(self.run, number)
         views = before.choices.views if before else self._planner.disk().views(number)
         self._announce([number])
-        return self._train_stage(number, source, to or self.run.stage(number), views)
+        return self._train_stage(number, source, to or self.run.stage_dir(number), views)
 
     def _train_stage(
         self, number: int, source: int | None, directory: Path, views: Views
     ) -> StageRecord:
-        source = source_begun(self.run, number, directory) if source is None else source
+        source = interrupted_source(self.run, number, directory) if source is None else source
         training = self._planner.stage(number, source, views, directory)
-        if directory == self.run.stage(number) and (before := former(self.run, number)):
+        before = previous_record(self.run, number)
+        if before and directory == self.run.stage_dir(number):
             training.written_before = before.bytes_written
         full = write_errors_explained(self.run.path, f"stage {number}")
-        with full, new_stage(directory, go_on=True) as place:
+        with full, new_stage(directory, resume=True) as place:
             record = training.train(place)
         del training  # its weights, and the store where that was held in memory
         release_free_memory(self.device)
@@ -295,10 +297,10 @@ class GreedyTrainer:
     ) -> tuple[list[Repair], list[Damage]]:
         """Computes again what is damaged in the stores of stages, and stores that were dropped if
         asked to; returns what was done and what is damaged still. See ``greedy.stores.repair``."""
-        with self.run.writing():
+        with self.run.write_lock():
             network = self._planner.network()
-            mender = Mender(self.run, network.stages, self.device, self.reporter)
-            found = [mender.repair(number, dropped=dropped) for number in numbers]
+            repairer = StoreRepairer(self.run, network.stages, self.device, self.reporter)
+            found = [repairer.repair(number, dropped=dropped) for number in numbers]
         return [r for done, _ in found for r in done], [d for _, left in found for d in left]
 
     def assemble(self, until_stage: int | None = None) -> nn.Sequential:

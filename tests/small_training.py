@@ -1,4 +1,4 @@
-"""A small network, images that it learns within seconds, and what a run holds."""
+"""A small network, images that it learns within seconds, and the files of a run."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ SIDE, CLASSES = 8, 3
 
 
 def samples(rows: int, seed: int, channels: int = 1) -> TensorDataset:
-    """Images whose class is the third that is brighter, under noise."""
+    """Noisy images; the class is the brighter third."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, CLASSES, rows)
     images = random.integers(0, 150, (rows, channels, SIDE, SIDE))

@@ -139,7 +139,7 @@ def test_dropout_within_a_block_acts_in_training_alone(tmp_path: Path) -> None:
         network, images = mine.assemble(), TEST.tensors[0].float() / 255
         assert any(isinstance(module, nn.Dropout) for module in network) == (rate > 0)
         assert torch.equal(network(images), network(images))
-        return load_file(mine.run.stage(1) / "encoder.safetensors")["layer.0.weight"]
+        return load_file(mine.run.stage_dir(1) / "encoder.safetensors")["layer.0.weight"]
 
     assert not torch.equal(first_weights(0.5), first_weights(0.0))
 

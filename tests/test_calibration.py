@@ -269,10 +269,10 @@ def trained(path, **settings):
 )
 def test_the_rows_that_pass_frozen_stages_are_those_of_a_run(changes, tmp_path):
     run, passed = trained(tmp_path / "run", **changes)
-    stages = [run.complete(number) for number in range(1, 5)]
+    stages = [run.complete_record(number) for number in range(1, 5)]
     found = shapes(cut(network()), (1, 4, 4))
     unbegun = RunDirectory.create(tmp_path / "unbegun", run.recipe)
-    data = run.complete(0)
+    data = run.complete_record(0)
     disk = plan_disk(unbegun, found, dict(data.rows), data.store.bytes)
     held_out = 8 if "patience" in changes else 0
     durations = Durations(run.recipe, disk, data.rows, held_out, [WORK] * 4)

@@ -1,4 +1,4 @@
-"""Data that changed since a run stored them: told with count and names, never used silently."""
+"""Data that changed since a run stored them are named and counted, never used silently."""
 
 import os
 import shutil
@@ -23,7 +23,7 @@ LATER = 1_900_000_000 * 10**9  # when files are edited
 
 
 def write(file: Path) -> None:
-    """Writes an image of noise, whose file has the same size each time."""
+    """Writes an image of noise; its file always has the same size."""
     file.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(RNG.integers(0, 256, (8, 8), dtype=np.uint8)).save(file, "BMP")
     os.utime(file, ns=(LATER, LATER))
@@ -120,7 +120,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize(("change", "what"), CHANGES.items(), ids=lambda each: str(each)[:20])
-def test_a_changed_folder_is_told_with_count_and_names(photos, change, what):
+def test_changed_files_are_counted_and_named(photos, change, what):
     change(photos)
     refused = greedy(*AGAIN)
     assert refused.exit_code == 2
@@ -133,7 +133,7 @@ def test_a_changed_folder_is_told_with_count_and_names(photos, change, what):
 def test_files_that_were_only_touched_are_the_same_while_another_process_trains(photos):
     for file in photos.rglob("*.bmp"):
         file.touch()
-    with RunDirectory.open(Path("run")).writing():
+    with RunDirectory.open(Path("run")).write_lock():
         assert "changed" not in greedy("evaluate", "--run", "run").output
         assert "is in use" in greedy(*AGAIN, "--retrain").output
 
@@ -152,7 +152,7 @@ def test_files_that_were_only_touched_or_copied_are_the_same(photos):
     assert "error" in said(*AGAIN)
 
 
-def test_a_folder_that_cannot_be_read_is_told_and_stops_what_trains(photos, monkeypatch):
+def test_a_folder_that_cannot_be_read_is_reported_and_stops_training(photos, monkeypatch):
     scanning = os.scandir
 
     def refused(path="."):
@@ -177,7 +177,7 @@ def test_a_finished_run_needs_no_folder(photos):
     assert "error" in said(*AGAIN)
 
 
-def test_all_that_goes_on_from_stored_images_looks_at_the_folder(photos):
+def test_all_commands_on_stored_images_compare_the_folder(photos):
     edit(photos)
     one = ("train-stage", "--stage", 2, "--from-cache", "run/stage1", "--retrain")
     end_to_end = ("finetune", "--run", "run", "--set", "training.epochs=1")
@@ -196,7 +196,7 @@ def test_all_that_goes_on_from_stored_images_looks_at_the_folder(photos):
     assert CHANGES[edit] in later.stderr
 
 
-def test_an_interrupted_training_is_not_gone_on_with_on_other_images(photos):
+def test_an_interrupted_training_does_not_resume_on_changed_images(photos):
     shutil.rmtree("run/stage2")
     edit(photos)
     assert CHANGES[edit] in greedy("train", "--run", "run").output
@@ -287,7 +287,7 @@ def in_python(tmp_path_factory) -> Path:
 
 
 class Unlabelled(torch.utils.data.Dataset):
-    """The same samples, whose labels are known only by reading them."""
+    """The same samples without a list of labels."""
 
     def __init__(self, samples: TensorDataset) -> None:
         self.rows = list(samples)
@@ -327,7 +327,7 @@ def test_images_of_a_python_data_set_are_compared(in_python):
         again(in_python).fit(TRAIN, TensorDataset(255 - TEST.tensors[0], TEST.tensors[1]))
 
 
-def test_files_that_were_left_out_are_compared_too(photos):
+def test_skipped_files_are_compared_too(photos):
     broken = photos / "train/ant/8.bmp"
     broken.write_bytes(b"BM")
     asked = ("train", "--recipe", "tiny.toml", "--run", "new", "--set", "data.broken=skip")
@@ -338,7 +338,7 @@ def test_files_that_were_left_out_are_compared_too(photos):
 
 
 class Relabelled(Unlabelled):
-    """Samples of which some have other labels than the set they are made from says."""
+    """Samples of which some have other labels than the list of labels."""
 
     def __init__(self, samples: TensorDataset) -> None:
         super().__init__(samples)
@@ -349,7 +349,7 @@ class Relabelled(Unlabelled):
         return image, (label + 1) % 3 if index % 10 == 7 else label
 
 
-def test_labels_are_compared_as_samples_give_them(tmp_path):
+def test_labels_are_compared_with_those_of_the_samples(tmp_path):
     again(tmp_path / "run").fit(Relabelled(TRAIN), TEST)
     again(tmp_path / "run").fit(Relabelled(TRAIN), TEST)
     images, labels = (each.clone() for each in TRAIN.tensors)
@@ -375,7 +375,7 @@ def test_each_feature_is_compared_on_its_own_scale(tmp_path):
     assert "greedy train" not in str(refused.value)  # no command has these samples
 
 
-def test_a_function_s_data_are_trained_again_by_the_command_that_is_told(tmp_path, monkeypatch):
+def test_changed_data_of_a_function_are_trained_by_the_named_command(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path("sets_of_a_function.py").write_text(

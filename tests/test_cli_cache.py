@@ -73,7 +73,7 @@ def test_other_settings_in_run_toml_are_found(run):
     path.write_text(path.read_text().replace("batch_size = 256", "batch_size = 255"))
     result = greedy("cache", "verify", run)
     assert result.exit_code == 1
-    assert f"{path}: does not say the settings" in result.output
+    assert f"{path}: does not hold the settings" in result.output
     path.write_text("[[[")
     assert greedy("cache", "verify", run).exit_code == 1
 

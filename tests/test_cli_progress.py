@@ -18,7 +18,7 @@ from greedy.runs.events import EpochReport, RunOutline
 from greedy.runs.record import Metrics, Parent, StageRecord, StoreRecord
 
 RECORD = StageRecord(
-    recipe="",
+    recipe_digest="",
     stage=10,
     name="conv1536",
     lineage="",

@@ -65,8 +65,8 @@ def history(path: Path) -> list[dict]:
 
 def rewrite(run: RunDirectory, stage: int, text: str) -> None:
     """Other epochs for a stage, which its record then vouches for."""
-    (run.stage(stage) / "history.jsonl").write_text(text)
-    StageRecord.read(run.stage(stage)).write(run.stage(stage))
+    (run.stage_dir(stage) / "history.jsonl").write_text(text)
+    StageRecord.read(run.stage_dir(stage)).write(run.stage_dir(stage))
 
 
 def test_every_stage_with_a_local_classifier_has_a_curve(run):
@@ -76,7 +76,7 @@ def test_every_stage_with_a_local_classifier_has_a_curve(run):
         ("stage 2, output", 2),
     ]
     for curve in curves:
-        lines = history(run.stage(curve.stage) / "history.jsonl")
+        lines = history(run.stage_dir(curve.stage) / "history.jsonl")
         expected = [(epoch, lines[epoch - 1]["train_error_percent"]) for epoch in (1, 2, 3)]
         assert curve.train == expected
 
@@ -87,7 +87,7 @@ def test_a_loss_without_local_classifier_leaves_the_output_layer(sim):
 
 @pytest.mark.parametrize("absent", ["null", "missing"])
 def test_only_what_was_measured_is_a_point(run, absent):
-    lines = history(run.stage(2) / "history.jsonl")
+    lines = history(run.stage_dir(2) / "history.jsonl")
     for line in lines:
         if absent == "null":
             line["test_error_percent"] = None
@@ -131,8 +131,8 @@ def test_so_are_all_stages_that_train_at_once(tmp_path):
 
 def test_stale_stages_have_no_curve(run, tmp_path):
     other = trained(tmp_path / "other", Pred(), rate=0.02)
-    shutil.rmtree(run.stage(1))
-    shutil.copytree(other / "stage1", run.stage(1))
+    shutil.rmtree(run.stage_dir(1))
+    shutil.copytree(other / "stage1", run.stage_dir(1))
     with pytest.raises(UserError, match=rf"no stage of {run.path} has errors to draw yet: resume"):
         stage_curves(run)
 
@@ -163,7 +163,7 @@ def test_a_history_that_is_none_is_refused(run, line):
 
 
 def test_a_changed_history_is_refused(run):
-    path = run.stage(1) / "history.jsonl"
+    path = run.stage_dir(1) / "history.jsonl"
     path.write_text(path.read_text().replace('"epoch": 1', '"epoch": 7'))
     with pytest.raises(UserError, match="its digest differs"):
         stage_curves(run)

@@ -1,4 +1,4 @@
-"""Which stores a disk budget keeps, as a plan."""
+"""The plan of which stores a disk budget keeps."""
 
 import itertools
 import re
@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from greedy import UserError
 from greedy.models import cut, shapes, vgg11b
-from greedy.runs.disk_plan import COMPRESSED, Demand, Plan, StageDemand, plan
+from greedy.runs.disk_plan import COMPRESSED, DiskDemand, DiskPlan, StageDemand, plan_stores
 
 
-def demands(most: int = 6) -> st.SearchStrategy[Demand]:
+def demands(most: int = 6) -> st.SearchStrategy[DiskDemand]:
     stage = st.builds(
         StageDemand,
         values=st.integers(1, 40),
@@ -24,39 +24,39 @@ def demands(most: int = 6) -> st.SearchStrategy[Demand]:
         epochs=st.integers(1, 5),
     )
     return st.builds(
-        Demand,
+        DiskDemand,
         stages=st.lists(stage, min_size=1, max_size=most).map(tuple),
         rows=st.just({"train": 10, "test": 3}),
-        wanted=st.sampled_from([1, 2, 4, 5, "live"]),
+        wanted_views=st.sampled_from([1, 2, 4, 5, "live"]),
         value_bytes=st.sampled_from([0.45, 1.0]),
-        images=st.integers(1, 100),
+        image_bytes=st.integers(1, 100),
         refreshed=st.booleans(),
     )
 
 
-def planned(demand: Demand, budget: int) -> Plan:
+def planned(demand: DiskDemand, budget: int) -> DiskPlan:
     """A plan, or a discarded example where nothing fits."""
     try:
-        return plan(demand, budget)
+        return plan_stores(demand, budget)
     except UserError:
         assume(False)
         raise AssertionError from None
 
 
-def views_of(demand: Demand, plan: Plan) -> list[int]:
-    """Views a stage, 0 for live, without the output layer."""
+def views_of(demand: DiskDemand, plan: DiskPlan) -> list[int]:
+    """The views of each stage, 0 for live, without the output layer."""
     count = len(demand.stages) - 1
     return [v if isinstance(v := plan.views(n), int) else 0 for n in range(1, count + 1)]
 
 
-def size(demand: Demand, number: int, views: int, test: int = 1) -> int:
+def size(demand: DiskDemand, number: int, views: int, test: int = 1) -> int:
     rows = views * demand.rows["train"] + test * demand.rows["test"]
     return int(np.ceil(rows * demand.stages[number - 1].values * demand.value_bytes))
 
 
-def simulated(demand: Demand, views: list[int], dropped: dict[int, int]) -> int:
-    """The most bytes on disk when stages are trained in turn and stores deleted as said."""
-    disk, most, source = {0: demand.images}, 0, 0
+def simulated(demand: DiskDemand, views: list[int], dropped: dict[int, int]) -> int:
+    """The most bytes on disk when stages are trained in turn and stores deleted as planned."""
+    disk, most, source = {0: demand.image_bytes}, 0, 0
     for number, count in enumerate([*views, 0], start=1):
         copy = size(demand, source, views[source - 1], test=0) if source else 0
         most = max(most, sum(disk.values()) + (copy if demand.refreshed else 0))
@@ -70,13 +70,13 @@ def simulated(demand: Demand, views: list[int], dropped: dict[int, int]) -> int:
 
 
 def at_once(views: list[int]) -> dict[int, int]:
-    """Every store deleted as soon as the next one is written."""
+    """Each store deleted as soon as the next one is written."""
     stored = [n for n, count in enumerate(views, start=1) if count]
     return dict(itertools.pairwise(stored))
 
 
-def costs(demand: Demand, views: list[int]) -> tuple[int, Fraction]:
-    """Multiply-adds a row spent on replaying, and the sum of 1/views."""
+def costs(demand: DiskDemand, views: list[int]) -> tuple[int, Fraction]:
+    """Multiply-adds per row for replaying, and the sum of 1/views."""
     replayed, since = 0, 0
     for stage, count in zip(demand.stages, [*views, 0], strict=True):
         replayed += stage.epochs * since
@@ -84,7 +84,7 @@ def costs(demand: Demand, views: list[int]) -> tuple[int, Fraction]:
     return replayed, sum((Fraction(1, count) for count in views if count), Fraction())
 
 
-def dropped(plan: Plan) -> dict[int, int]:
+def dropped(plan: DiskPlan) -> dict[int, int]:
     return {s.number: s.dropped_after for s in plan.stages if s.dropped_after is not None}
 
 
@@ -107,16 +107,16 @@ def test_the_peak_is_what_training_needs_and_never_above_the_budget(demand, budg
 def test_refuses_only_what_does_not_fit_without_any_store(demand, budget):
     fits = simulated(demand, [0] * (len(demand.stages) - 1), {}) <= budget
     if fits:
-        plan(demand, budget)
+        plan_stores(demand, budget)
     else:
         with pytest.raises(UserError, match="raise it with --disk-budget"):
-            plan(demand, budget)
+            plan_stores(demand, budget)
 
 
 @modest
 @given(demands(), budgets)
 def test_everything_is_kept_as_wanted_if_and_only_if_it_fits(demand, budget):
-    wanted = 0 if demand.wanted == "live" else demand.wanted
+    wanted = 0 if demand.wanted_views == "live" else demand.wanted_views
     everything = [wanted] * (len(demand.stages) - 1)
     needed = simulated(demand, everything, {})
     found = planned(demand, budget)
@@ -125,10 +125,10 @@ def test_everything_is_kept_as_wanted_if_and_only_if_it_fits(demand, budget):
     assert whole == (needed <= budget)
     assert (len(found.explain()) == 1) == whole
     if needed <= budget:
-        assert plan(demand, budget, "all") == found
+        assert plan_stores(demand, budget, "all") == found
     else:
         with pytest.raises(UserError, match="keeping all stores takes"):
-            plan(demand, budget, "all")
+            plan_stores(demand, budget, "all")
 
 
 @modest
@@ -136,7 +136,7 @@ def test_everything_is_kept_as_wanted_if_and_only_if_it_fits(demand, budget):
 def test_nothing_is_lowered_or_deleted_without_need(demand, budget):
     found = planned(demand, budget)
     views, gone = views_of(demand, found), dropped(found)
-    ladder = [] if demand.wanted == "live" else [demand.wanted >> n for n in range(3)]
+    ladder = [] if demand.wanted_views == "live" else [demand.wanted_views >> n for n in range(3)]
     ladder = [count for count in ladder if count]
     assert set(views) <= {0, *ladder}
     for i, count in enumerate(views):
@@ -152,7 +152,8 @@ def test_nothing_is_lowered_or_deleted_without_need(demand, budget):
 @given(demands(most=4), budgets)
 def test_no_other_choice_replays_less_or_has_more_views(demand, budget):
     found = planned(demand, budget)
-    ladder = {0} if demand.wanted == "live" else {0, *(demand.wanted >> n for n in range(3))}
+    wanted = demand.wanted_views
+    ladder = {0} if wanted == "live" else {0, *(wanted >> n for n in range(3))}
     choices = itertools.product(ladder, repeat=len(demand.stages) - 1)
     fitting = [v for v in map(list, choices) if simulated(demand, v, at_once(v)) <= budget]
     assert costs(demand, views_of(demand, found)) == min(costs(demand, v) for v in fitting)
@@ -173,51 +174,51 @@ def test_planning_again_with_stages_finished_gives_the_same_views(demand, budget
         replace(stage, views=found.views(n)) if data.draw(st.booleans()) else stage
         for n, stage in enumerate(demand.stages, start=1)
     ]
-    again = plan(replace(demand, stages=tuple(stages)), budget)
+    again = plan_stores(replace(demand, stages=tuple(stages)), budget)
     assert views_of(demand, again) == views_of(demand, found)
 
 
-def equal_stages(count: int, **settings) -> Demand:
+def equal_stages(count: int, **settings) -> DiskDemand:
     """Stages of one value and one operation; a view is 10 bytes."""
     stages = (StageDemand(1, 1, 1),) * count
-    return replace(Demand(stages, {"train": 10, "test": 0}, 4, 1.0, 5), **settings)
+    return replace(DiskDemand(stages, {"train": 10, "test": 0}, 4, 1.0, 5), **settings)
 
 
 def test_sources_are_deleted_before_views_are_lowered_before_stores_are_left_out():
     demand = equal_stages(4)  # three stores of 40 bytes
-    assert views_of(demand, plan(demand, 125)) == [4, 4, 4]
-    assert dropped(plan(demand, 125)) == {}
-    assert views_of(demand, plan(demand, 85)) == [4, 4, 4]
-    assert dropped(plan(demand, 85)) == {1: 2}
-    assert views_of(demand, plan(demand, 84)) == [4, 2, 4]
-    assert views_of(demand, plan(demand, 25)) == [1, 1, 1]
-    assert views_of(demand, plan(demand, 24)) == [0, 1, 0]
-    assert views_of(demand, plan(demand, 5)) == [0, 0, 0]
+    assert views_of(demand, plan_stores(demand, 125)) == [4, 4, 4]
+    assert dropped(plan_stores(demand, 125)) == {}
+    assert views_of(demand, plan_stores(demand, 85)) == [4, 4, 4]
+    assert dropped(plan_stores(demand, 85)) == {1: 2}
+    assert views_of(demand, plan_stores(demand, 84)) == [4, 2, 4]
+    assert views_of(demand, plan_stores(demand, 25)) == [1, 1, 1]
+    assert views_of(demand, plan_stores(demand, 24)) == [0, 1, 0]
+    assert views_of(demand, plan_stores(demand, 5)) == [0, 0, 0]
 
 
 @pytest.mark.parametrize(("operations", "gone"), [((9, 1), {2: 3}), ((1, 9), {1: 2})])
-def test_the_stores_that_stay_save_most_replaying_a_byte(operations, gone):
+def test_the_stores_that_are_kept_save_most_replaying_per_byte(operations, gone):
     first, second = (StageDemand(values=1, operations=n, epochs=1) for n in operations)
     other, large = StageDemand(1, 1, 1), StageDemand(4, 1, 1)
     demand = equal_stages(0, stages=(first, second, other, large, other))
-    assert dropped(plan(demand, 245)) == gone  # room for one beside the large one
+    assert dropped(plan_stores(demand, 245)) == gone  # room for one beside the large one
 
 
 def test_a_finished_stage_keeps_its_views_and_one_without_a_store_is_replayed():
     stages = list(equal_stages(4).stages)
     stages[0] = replace(stages[0], views=2)
     stages[1] = replace(stages[1], views="live")
-    found = plan(equal_stages(4, stages=tuple(stages)), 1000)
+    found = plan_stores(equal_stages(4, stages=tuple(stages)), 1000)
     assert [s.views for s in found.stages] == [2, "live", 4]
     with pytest.raises(UserError, match=r"takes at least 65 B on disk and the budget is 64 B"):
         finished = (replace(stages[0], views=6), *stages[2:])
-        plan(equal_stages(0, stages=finished), 64)
+        plan_stores(equal_stages(0, stages=finished), 64)
 
 
-def test_old_stores_go_first_where_the_new_ones_need_their_room():
+def test_old_stores_are_deleted_first_if_the_new_ones_need_their_room():
     demand = equal_stages(0, stages=(StageDemand(1, 1, 1, replaced=50),) * 2)
-    assert plan(demand, 145).dropped_first == ()
-    assert plan(demand, 144).dropped_first == (1, 2)
+    assert plan_stores(demand, 145).dropped_first == ()
+    assert plan_stores(demand, 144).dropped_first == (1, 2)
 
 
 def test_vgg11b_3x_of_the_paper():
@@ -229,17 +230,17 @@ def test_vgg11b_3x_of_the_paper():
     assert found[-1].operations == 10240
     stages = tuple(StageDemand(int(np.prod(s.output)), s.operations, 400) for s in found)
     assert sum(stage.values for stage in stages[:10]) == pytest.approx(1.8e6, rel=0.01)
-    demand = Demand(stages, {"train": 50_000, "test": 0}, 4, 0.6, images=0)
-    everything = plan(demand, 10**12)
+    demand = DiskDemand(stages, {"train": 50_000, "test": 0}, 4, 0.6, image_bytes=0)
+    everything = plan_stores(demand, 10**12)
     assert everything.peak == everything.needed == pytest.approx(216e9, rel=0.01)
     a_view = replace(demand, value_bytes=COMPRESSED["float16"]).store_bytes(1, 1)
     assert a_view == pytest.approx(39e9, rel=0.1)
 
-    tight = plan(demand, 100 * 10**9)
+    tight = plan_stores(demand, 100 * 10**9)
     assert [tight.views(n) for n in range(1, 11)] == [4] * 10
     assert tight.stages[0].dropped_after == 2  # its 0.4 % of a stage are not worth 47 GB
     assert tight.stages[9].dropped_after is None
-    tiny = plan(demand, 20 * 10**9)
+    tiny = plan_stores(demand, 20 * 10**9)
     assert tiny.views(1) == "live"
     assert tiny.views(10) == 4
     lines = tiny.explain()

@@ -17,14 +17,14 @@ from greedy import GreedyTrainer, Reporter, UserError, evaluate
 from greedy.cache import Store
 from greedy.runs.directory import RunDirectory
 from greedy.runs.disk_budget import disk_budget
-from greedy.runs.disk_plan import COMPRESSED, Plan
+from greedy.runs.disk_plan import COMPRESSED, DiskPlan
 
 SIDE, CLASSES, WIDTHS = 8, 3, (256, 256, 64, 256, 64)
 ROWS = {"train": 300, "test": 60}
 
 
 def samples(rows: int, seed: int) -> TensorDataset:
-    """Images whose class is the third that is brighter, under noise."""
+    """Noisy images; the class is the brighter third."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, CLASSES, rows)
     images = random.integers(0, 150, (rows, 1, SIDE, SIDE))
@@ -37,10 +37,10 @@ TRAIN, TEST = samples(ROWS["train"], 0), samples(ROWS["test"], 1)
 
 
 class Notes(Reporter):
-    """Keeps the plan and which stages were trained."""
+    """Records the plan and which stages were trained."""
 
     def __init__(self) -> None:
-        self.plans: list[Plan] = []
+        self.plans: list[DiskPlan] = []
         self.trained: list[int] = []
 
     def disk_planned(self, plan):
@@ -114,7 +114,7 @@ def test_a_tight_budget_lowers_views_and_deletes_stores(finished: Path) -> None:
     assert test.shape == (2, CLASSES)
 
 
-def test_a_finished_run_stays_as_it_is_whatever_the_budget(run: Path) -> None:
+def test_a_finished_run_is_unchanged_by_any_budget(run: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     mine = trainer(run, 1)
     mine.train()
@@ -170,8 +170,8 @@ def test_train_stage_finds_the_views_that_train_gives(run: Path, finished: Path)
     assert RunDirectory.open(run).state(5) == "complete"
 
 
-def test_what_is_left_out_is_replayed_from_the_nearest_store(tmp_path: Path) -> None:
-    """A budget for the narrow stores alone."""
+def test_stages_without_a_store_are_replayed_from_the_nearest_store(tmp_path: Path) -> None:
+    """The budget has room only for the narrow stores."""
     mine = trainer(tmp_path / "run", IMAGES + estimate(64, 4))
     records = mine.fit(TRAIN, TEST)
     assert [r.choices.views for r in records] == ["live", "live", 1, "live", 2, "live"]
@@ -192,11 +192,11 @@ def test_retraining_under_a_tight_budget_deletes_the_old_stores_first(run: Path)
     assert [weights(run, n) for n in range(1, 7)] == before
 
 
-def test_deleting_a_store_ends_after_a_crash(run: Path) -> None:
+def test_deleting_a_store_is_completed_after_a_crash(run: Path) -> None:
     store = run / "stage3/activations.zarr"
     store.rename(run / "stage3/.activations.zarr.old")
     directory = RunDirectory.create(run, RunDirectory.open(run).recipe)
-    with directory.writing():
+    with directory.write_lock():
         pass
     assert not list((run / "stage3").glob("*activations*")) + list((run / "stage3").glob(".*"))
     assert directory.state(3) == "complete"
@@ -213,7 +213,7 @@ def test_keep_all_insists(tmp_path: Path) -> None:
     assert stores(tmp_path / "run") == {0: 1} | dict.fromkeys(range(1, 6), 4)
 
 
-def test_auto_is_a_share_of_what_is_free_without_the_run(run: Path, monkeypatch) -> None:
+def test_auto_is_a_share_of_the_space_free_without_the_run(run: Path, monkeypatch) -> None:
     def left(free: int) -> int:
         usage = SimpleNamespace(free=free)
         with monkeypatch.context() as patch:
@@ -228,12 +228,12 @@ def test_auto_is_a_share_of_what_is_free_without_the_run(run: Path, monkeypatch)
 
 
 @pytest.mark.parametrize("change", [{"disk_budget": "much"}, {"keep": "none"}])
-def test_what_is_no_budget_is_refused(tmp_path: Path, change: dict) -> None:
+def test_an_invalid_budget_is_refused(tmp_path: Path, change: dict) -> None:
     with pytest.raises(UserError, match=f"store.{next(iter(change))} is .* but must be"):
         trainer(tmp_path / "run", "auto", **change)
 
 
-def test_status_counts_what_was_written_since_the_run_began(run: Path, tmp_path: Path) -> None:
+def test_status_counts_all_bytes_ever_written(run: Path, tmp_path: Path) -> None:
     def use() -> tuple[int, int]:
         document = answer("status", "--run", run)
         return document["bytes_on_disk"], document["bytes_written"]
@@ -267,7 +267,7 @@ RECIPE = small_recipe(
 )
 
 
-def test_the_command_line_says_what_becomes_of_the_stores(tmp_path: Path) -> None:
+def test_the_command_line_shows_the_plan_of_the_stores(tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text(RECIPE)
     command = ["train", "--recipe", str(tmp_path / "tiny.toml"), "--run", str(tmp_path / "run")]
     tight = ["--disk-budget", "5MiB"]

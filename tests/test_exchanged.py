@@ -1,4 +1,4 @@
-"""Whoever reads a run while a stage is exchanged for another sees the old one or the new one.
+"""A process that reads a run while a stage is exchanged reads the old stage or the new one.
 
 The exchange is made to happen at every single opening of a file: the stage goes aside at one, the
 new one comes and the old one is deleted at the next.
@@ -37,7 +37,7 @@ inside = threading.RLock()
 
 
 def hear(event: str, what: tuple) -> None:
-    """Makes the next step of an exchange once so many files of the run were opened."""
+    """Does the next step of an exchange once enough files of the run were opened."""
     if event != "open" or not steps or not str(what[0]).startswith(str(under[0])):
         return
     with inside:
@@ -51,7 +51,7 @@ sys.addaudithook(hear)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, and beside it another stage 1, as of other data, and another last stage."""
+    """A run, and next to it another stage 1, as if of other data, and another last stage."""
     place = tmp_path_factory.mktemp("exchanged")
     trainer(place / "run", epochs=1).fit(TRAIN, TEST)
     images, labels = TRAIN.tensors
@@ -60,7 +60,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     last = shutil.copytree(place / "run/stage3", place / "stage3")
     tensors = load_file(last / ENCODER)
     save_file({name: -each for name, each in tensors.items()}, last / ENCODER)
-    record = RunDirectory.open(place / "run").complete(3)
+    record = RunDirectory.open(place / "run").complete_record(3)
     metrics = record.metrics.model_copy(update={"test_error_percent": 12.5})
     lines = (last / "history.jsonl").read_text()
     (last / "history.jsonl").write_text(lines.replace('"epoch": 1', '"epoch": 2'))

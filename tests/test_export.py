@@ -123,7 +123,7 @@ def assert_same_as_evaluate(done: Trained, path: Path, until: int | None = None)
     trainer = done.trainer
     network, metadata = LOADERS[format_of(path)](path)
     reference = trainer.assemble(until)
-    store = Store(trainer.run.store(0) / "test")
+    store = Store(trainer.run.store_path(0) / "test")
     images = raw_to_float(next(store.batches(0, store.rows)), CPU)
     labels = torch.from_numpy(store.labels[:])
     with torch.no_grad():
@@ -176,7 +176,7 @@ def test_modules_are_named_with_what_is_not_default(of_vectors, tmp_path):
 def test_assembled_network_does_as_well_as_its_last_stage_did(of_images, until):
     trainer = of_images.trainer
     figures = evaluate(trainer.run, trainer.assemble(until), "test", CPU)
-    record = trainer.run.complete(until or 4)
+    record = trainer.run.complete_record(until or 4)
     assert figures.error_percent == pytest.approx(record.metrics.test_error_percent, abs=5)
 
 

@@ -1,4 +1,4 @@
-"""Which files of a folder are taken, which are named, and what becomes of damaged ones."""
+"""The files of an image folder: those used, those named in notes, and damaged ones."""
 
 import io
 import json
@@ -97,7 +97,7 @@ def test_images_below_class_folders_and_of_every_suffix(tmp_path):
     assert len(found) == len(expected) + 4
 
 
-def test_what_is_left_out_is_named_and_what_systems_leave_behind_is_not(tmp_path):
+def test_notes_name_the_files_left_out_except_those_of_systems(tmp_path):
     photos = sorted_photos(tmp_path / "photos")
     for name in ("Thumbs.db", ".DS_Store", "._0.png", "desktop.ini"):
         (photos / "train/ant" / name).write_text("left behind")
@@ -116,7 +116,7 @@ def test_what_is_left_out_is_named_and_what_systems_leave_behind_is_not(tmp_path
 
 
 def damaged(photos):
-    """Adds seven files of all kinds of damage; returns their names."""
+    """Adds seven damaged files of different kinds; returns their names."""
     folder = photos / "train/ant"
     intact = (folder / "0.png").read_bytes()
     (folder / "cut.png").write_bytes(intact[: len(intact) // 2])
@@ -150,13 +150,13 @@ def test_all_damaged_files_are_named_at_once(tmp_path):
     assert not (tmp_path / "run/stage0").exists()
 
 
-def test_damaged_files_are_skipped_where_that_is_asked_for_and_recorded(tmp_path):
+def test_damaged_files_are_skipped_on_request_and_recorded(tmp_path):
     photos = sorted_photos(tmp_path / "photos")
     bad, run = damaged(photos), tmp_path / "run"
     wanted = recipe(tmp_path, photos, broken="skip", image_size=8)
     output = said("train", "--recipe", wanted, "--run", run)
     assert all(name in output for name in bad)
-    record = RunDirectory.open(run).complete(0)
+    record = RunDirectory.open(run).complete_record(0)
     assert record.rows == {"train": 8, "test": 4}
     assert sorted(Path(name).name for name in record.data_choices.skipped) == sorted(bad)
     assert "train/ant/cut.png" in record.data_choices.skipped
@@ -193,7 +193,7 @@ def test_images_of_other_sizes_are_named_at_once(tmp_path):
     assert "wide2.png" not in result.stderr  # as there may be very many
 
 
-def test_the_first_of_several_images_is_used_and_said(tmp_path):
+def test_the_first_of_several_images_is_used_and_noted(tmp_path):
     photos = sorted_photos(tmp_path)
     frames = [Image.new("RGB", (8, 8), (shade, 0, 0)) for shade in (255, 0)]
     for name in ("moving.gif", "pages.tif", "moving.webp"):
@@ -243,7 +243,7 @@ assert len(long) == 2 and (images[long] == 200).all()
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits the memory of a process")
 def test_a_long_image_takes_no_more_memory_than_others(tmp_path):
-    """Resized before it is cropped, each of them would take 2 GiB."""
+    """If they were resized before being cropped, each would take 2 GiB."""
     photos = sorted_photos(tmp_path / "photos")
     long = photos / "train/ant/long.png"
     Image.new("L", (1, 60_000), 200).save(long)

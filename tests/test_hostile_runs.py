@@ -1,4 +1,4 @@
-"""A run directory that a stranger made can at worst be refused."""
+"""A run directory made by a stranger does no harm: at worst it is refused."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def half(tmp_path_factory) -> Path:
 
 
 def use(run: Path) -> None:
-    """All that people do with a run."""
+    """Does everything that users do with a run."""
 
     def read() -> None:
         directory = RunDirectory.open(run)
@@ -103,7 +103,7 @@ def places(document: object, path: tuple = ()) -> list[tuple]:
 
 
 def mutate(path: Path, data: st.DataObject) -> None:
-    """Changes bytes anywhere, or a value of a document, whose digest is then right again."""
+    """Changes bytes anywhere, or a value of a document and its digest."""
     if path.suffix in (".json", ".toml") and data.draw(st.integers(0, 3)):
         text = path.read_text()
         document = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
@@ -164,7 +164,7 @@ def test_mutated_files_are_refused_or_without_effect(
         "run.toml",
     ],
 )
-def test_links_lead_nowhere(half: Path, tmp_path: Path, name: str) -> None:
+def test_links_are_not_followed(half: Path, tmp_path: Path, name: str) -> None:
     run, outside = shutil.copytree(half, tmp_path / "run"), tmp_path / "outside"
     path = run / name
     if path.exists():
@@ -189,7 +189,7 @@ def test_nothing_is_written_through_a_link(half: Path, tmp_path: Path, name: str
     assert outside.read_text() == "mine"
 
 
-def test_a_document_is_not_read_whatever_its_size(half: Path, tmp_path: Path) -> None:
+def test_a_document_that_is_too_large_is_not_read(half: Path, tmp_path: Path) -> None:
     run = shutil.copytree(half, tmp_path / "run")
     with (run / "stage1/stage.json").open("r+b") as file:
         file.truncate(2**36)  # sparse

@@ -1,4 +1,4 @@
-"""Where nothing is drawn at random all views would be equal, and a store has one."""
+"""If nothing is drawn at random all views would be the same, so a store has one."""
 
 from pathlib import Path
 
@@ -9,19 +9,19 @@ from small_training import TEST, TRAIN, same, trainer, weights
 from greedy import Reporter, RunDirectory
 from greedy.cache import Store
 from greedy.recipes import Recipe, load, names
-from greedy.runs.disk_plan import Plan
+from greedy.runs.disk_plan import DiskPlan
 
-SAYS = "nothing is drawn at random when images are read, so a store has one view instead of 4 that "
+SAYS = "nothing is drawn at random when images are read, so a store has one view instead of 4 "
 
 
 class Cut(Reporter):
-    """Keeps the plan; interrupts the first epoch of a stage, or the writing of its store."""
+    """Records the plan; interrupts the first epoch of a stage, or the writing of its store."""
 
     def __init__(self, stage: int = 0, *, writing: bool = False) -> None:
         self.stage, self.writing, self.now = stage, writing, 0
-        self.plan: Plan | None = None
+        self.plan: DiskPlan | None = None
 
-    def disk_planned(self, plan: Plan) -> None:
+    def disk_planned(self, plan: DiskPlan) -> None:
         self.plan = plan
 
     def stage_started(self, number: int, *rest: object) -> None:
@@ -37,7 +37,7 @@ class Cut(Reporter):
 
 
 def views(run: Path) -> list[int]:
-    """Returns the numbers of views of the stores of stages 1 and 2."""
+    """The views of the stores of stages 1 and 2."""
     return [Store(run / f"stage{n}/activations.zarr/train").views for n in (1, 2)]
 
 
@@ -53,7 +53,7 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_one_view_gives_the_network_that_four_alike_gave(tmp_path: Path, as_before) -> None:
+def test_one_view_gives_the_same_network_as_four_identical_ones(tmp_path: Path, as_before) -> None:
     trainer(tmp_path / "four", views=4).fit(TRAIN, TEST)
     assert views(tmp_path / "four") == [4, 4]
     as_before.undo()
@@ -61,14 +61,14 @@ def test_one_view_gives_the_network_that_four_alike_gave(tmp_path: Path, as_befo
     mine.fit(TRAIN, TEST)
     assert views(tmp_path / "one") == recorded(tmp_path / "one") == [1, 1]
     note, size = heard.plan.explain()
-    assert note == f"disk: {SAYS}would be the same"
+    assert note == f"disk: {SAYS}identical ones"
     assert size.startswith("disk: the stores take up to ")
     for stage in (1, 2, 3):
         assert same(weights(tmp_path / "one", stage), weights(tmp_path / "four", stage))
 
 
 @pytest.mark.parametrize("writing", [False, True])
-def test_a_run_that_began_with_four_goes_on_with_them(
+def test_a_run_that_started_with_four_views_keeps_them(
     tmp_path: Path, as_before, writing: bool
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
@@ -85,7 +85,7 @@ def test_a_run_that_began_with_four_goes_on_with_them(
     assert RunDirectory.open(tmp_path / "run").is_finished
 
 
-def test_what_is_drawn_is_augmentation_or_a_hole(tmp_path: Path) -> None:
+def test_augmentation_and_cutout_are_drawn_at_random(tmp_path: Path) -> None:
     for name, settings in {"flip": {"augmentation": "hflip"}, "hole": {"cutout_length": 2}}.items():
         mine = trainer(tmp_path / name, **settings, reporter=(heard := Cut()))
         mine.fit(TRAIN, TEST)
@@ -93,16 +93,16 @@ def test_what_is_drawn_is_augmentation_or_a_hole(tmp_path: Path) -> None:
         assert not heard.plan.notes
 
 
-def test_views_that_come_out_the_same_are_not_drawn_anew(tmp_path: Path) -> None:
+def test_identical_views_are_not_drawn_again(tmp_path: Path) -> None:
     settings = {"views": 1, "refresh_every": 1, "epochs": 3}
     trainer(tmp_path / "run", **settings, reporter=(heard := Cut())).fit(TRAIN, TEST)
     (note,) = heard.plan.notes
-    assert note.endswith("so views stay as they are instead of being drawn anew")
+    assert note.endswith("so views are not drawn again")
     store = RunDirectory.open(tmp_path / "run").record(1).store
     assert (store.generation, store.bytes_written) == (0, store.bytes)
 
 
-def test_the_command_line_plans_and_says_it(tmp_path: Path, monkeypatch) -> None:
+def test_the_command_line_plans_one_view_and_says_so(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tiny.toml").write_text(small_recipe())
     plan = ("plan", "--recipe", "tiny.toml", "--device", "cpu")
@@ -116,7 +116,7 @@ def test_the_command_line_plans_and_says_it(tmp_path: Path, monkeypatch) -> None
     assert drawn["stages"][0]["store_bytes"] > 3 * one["stages"][0]["store_bytes"]
 
 
-def test_of_the_shipped_recipes_those_that_draw_nothing_keep_one_view() -> None:
+def test_shipped_recipes_that_draw_nothing_keep_one_view() -> None:
     for recipe in map(load, names()):
         drawn = recipe.data.augmentation != "none" or recipe.data.cutout_length
         assert recipe.views == (recipe.store.views if drawn else 1), recipe.name

@@ -88,9 +88,9 @@ def test_without_hidden_layers_the_head_is_what_it_was() -> None:
 
 def test_hidden_layers_learn_and_are_kept(trained: GreedyTrainer) -> None:
     for number, shape in ((1, (6, 6, 3, 3)), (2, (16, 16))):
-        record = trained.run.complete(number)
+        record = trained.run.complete_record(number)
         assert record.metrics.test_error_percent < 33  # chance is 67
-        heads = load_file(trained.run.stage(number) / "heads.safetensors")
+        heads = load_file(trained.run.stage_dir(number) / "heads.safetensors")
         assert heads["prediction.hidden1.weight"].shape == shape
         assert heads["prediction.hidden2.weight"].shape == shape
 
@@ -98,7 +98,7 @@ def test_hidden_layers_learn_and_are_kept(trained: GreedyTrainer) -> None:
 @pytest.mark.parametrize("number", [1, 2])
 def test_early_exit_does_as_well_as_the_stage_did(trained: GreedyTrainer, number: int) -> None:
     figures = evaluate(trained.run, trained.assemble(number), "test", CPU)
-    expected = trained.run.complete(number).metrics.test_error_percent
+    expected = trained.run.complete_record(number).metrics.test_error_percent
     assert figures.error_percent == pytest.approx(expected, abs=3)  # in other batches
 
 
@@ -106,7 +106,7 @@ def test_early_exit_does_as_well_as_the_stage_did(trained: GreedyTrainer, number
 def test_early_exit_is_exported(trained: GreedyTrainer, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"network{suffix}"
     export(trained.run, trained.loss, trained._model, path, format_of(path), until_stage=1)
-    store = Store(trained.run.store(0) / "test")
+    store = Store(trained.run.store_path(0) / "test")
     images = raw_to_float(next(store.batches(0, 8)), CPU)
     with torch.no_grad():
         found = loaded(path, images)

@@ -38,7 +38,7 @@ def test_activations_are_in_the_form_of_the_recipe(tmp_path):
     store = Store(tmp_path / "source" / "train")
     assert (store.encoding.name, store.compressor) == ("uint4", "zstd")
     assert found.resident is not None
-    batches = list(found.epoch(2, 0, 24))
+    batches = list(found.epoch_batches(2, 0, 24))
     assert {len(batch.labels) for batch in batches} == {24}
     assert len(batches) >= 4
     x = batches[0].inputs()
@@ -52,7 +52,7 @@ def test_a_first_stage_reads_and_augments_images(tmp_path):
     found = source(tmp_path, 1, IMAGES)
     store = found.stores["train"]
     assert store.encoding.stored_dtype == "u1"
-    batch = next(iter(found.epoch(1, 0, 24)))
+    batch = next(iter(found.epoch_batches(1, 0, 24)))
     x = batch.inputs()
     assert x.shape == (24, 1, 8, 8)
     assert -2 <= x.min() < -1.9 < 1.9 < x.max() <= 2  # (0 - 0.5) / 0.25 and (1 - 0.5) / 0.25

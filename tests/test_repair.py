@@ -1,4 +1,4 @@
-"""`greedy cache repair`: damaged stores are what they were, or say that they are not."""
+"""`greedy cache repair` restores damaged stores byte for byte, or says that it did not."""
 
 import random
 import shutil
@@ -30,7 +30,7 @@ def flip(path: Path, place: float) -> None:
     path.write_bytes(data)
 
 
-def test_every_file_of_a_store_comes_back_as_it_was(run):
+def test_every_file_of_a_store_is_restored(run):
     before, choose = files(run), random.Random(0)
     stores = [p for p in before if "activations.zarr" in p.parts and "stage0" not in p.parts]
     for path in stores:
@@ -48,7 +48,7 @@ def test_every_file_of_a_store_comes_back_as_it_was(run):
 
 
 @pytest.mark.parametrize("gone", ["train", "train/activations", "test/labels"])
-def test_a_directory_that_is_gone_comes_back_as_it_was(run, gone):
+def test_a_deleted_directory_is_restored(run, gone):
     before = files(run)
     shutil.rmtree(run / "stage2/activations.zarr" / gone)
     result = greedy("cache", "repair", run)
@@ -56,7 +56,7 @@ def test_a_directory_that_is_gone_comes_back_as_it_was(run, gone):
     assert files(run) == before
 
 
-def test_without_its_source_a_view_is_computed_anew_and_says_so(run):
+def test_without_its_source_a_whole_view_is_computed_again(run):
     record = (run / "stage2/stage.json").read_bytes()
     shard = run / "stage2/activations.zarr/train/activations/c.1.0.0"
     greedy("cache", "drop", run / "stage1")
@@ -70,7 +70,7 @@ def test_without_its_source_a_view_is_computed_anew_and_says_so(run):
     assert greedy("train", "--run", run).exit_code == 0
 
 
-def test_a_store_that_was_dropped_is_written_again(run):
+def test_a_dropped_store_is_written_again(run):
     before = {p: data for p, data in files(run / "stage2").items() if p.name != "stage.json"}
     greedy("cache", "drop", run / "stage2")
     assert "nothing is damaged" in greedy("cache", "repair", run).output
@@ -83,7 +83,7 @@ def test_a_store_that_was_dropped_is_written_again(run):
     assert {each["state"] for each in answer("status", "--run", run)["stages"]} == {"complete"}
 
 
-def test_what_cannot_be_computed_is_named(run):
+def test_files_that_cannot_be_computed_are_named(run):
     for path in (
         run / "stage1/encoder.safetensors",
         run / "stage0/activations.zarr/train/activations/c.0.0.0.0.0",

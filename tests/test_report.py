@@ -75,7 +75,7 @@ def test_the_confusion_matrix_is_that_of_the_assembled_network(runs, facts, name
     run, found = RunDirectory.open(runs / name), facts[name].test
     network = assemble(run, build_loss(run.recipe.loss))
     evaluation = evaluate(run, network, "test", CPU)
-    store = Store(run.store(0) / "test")
+    store = Store(run.store_path(0) / "test")
     assert found.confusion.sum(axis=1).tolist() == np.bincount(store.labels).tolist()
     wrong = int(found.confusion.sum() - np.trace(found.confusion))
     assert wrong == found.wrong == round(found.error_percent * evaluation.samples / 100)
@@ -84,7 +84,7 @@ def test_the_confusion_matrix_is_that_of_the_assembled_network(runs, facts, name
 
 def test_the_wrong_images_are_the_most_confident_mistakes(runs, facts):
     run = RunDirectory.open(runs / "predsim")
-    store = Store(run.store(0) / "test")
+    store = Store(run.store_path(0) / "test")
     images = np.concatenate(list(store.batches(0, 500)))
     network = assemble(run, build_loss(run.recipe.loss))
     probabilities = network(torch.from_numpy(images).float() / 255).softmax(dim=1).numpy()
@@ -111,7 +111,7 @@ def test_memory_and_disk_are_those_of_the_records(runs, facts):
         run.record(n).choices.planned_peak_bytes for n in (1, 2, 3)
     )
     for each in found.stores:
-        arrays = [run.store(each.stage) / split for split in ("train", "test")]
+        arrays = [run.store_path(each.stage) / split for split in ("train", "test")]
         assert each.kept and each.bytes <= sum(map(bytes_below, arrays))
         assert each.encoding == Store(arrays[0]).encoding.name
     assert [each.stage for each in found.stores] == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""A run that is cut short ends as one that was not."""
+"""An interrupted run ends with the same files as an uninterrupted one."""
 
 import json
 import multiprocessing
@@ -40,7 +40,7 @@ BACKPROP = {"strategy": "backprop", "accumulate": 3}
 
 
 class KillAt(Reporter):
-    """Ends the process, or raises, when so many batches were heard of."""
+    """Ends the process, or raises, after a number of batches."""
 
     def __init__(self, batches: int, how: Callable[[], None]) -> None:
         self.left, self.how = batches, how
@@ -60,7 +60,7 @@ def trainer(run: Path, reporter: Reporter | None = None, **settings) -> GreedyTr
 
 
 def outcome(run: Path) -> dict[str, object]:
-    """All files of a run but for what tells of time, memory and who wrote."""
+    """All files of a run without times, memory and the process that wrote them."""
     found: dict[str, object] = {}
     for path in sorted(path for path in run.rglob("*") if path.is_file()):
         name = str(path.relative_to(run))
@@ -107,7 +107,7 @@ AT_ONCE = ("refreshed", "patient-joint", "float16")  # each of them has what the
         for name, each in KILLED.items()
     ],
 )
-def test_killed_anywhere_it_ends_the_same(tmp_path: Path, settings: dict) -> None:
+def test_a_run_killed_anywhere_ends_the_same(tmp_path: Path, settings: dict) -> None:
     torch.set_num_threads(1)
     trainer(tmp_path / "whole", **settings).fit(TRAIN, TEST)
     expected = outcome(tmp_path / "whole")
@@ -126,7 +126,7 @@ def test_killed_anywhere_it_ends_the_same(tmp_path: Path, settings: dict) -> Non
     assert outcome(tmp_path / "cut") == expected
 
 
-def test_the_scale_of_float16_s_loss_goes_on(tmp_path: Path) -> None:
+def test_the_scale_of_a_float16_loss_is_resumed(tmp_path: Path) -> None:
     for steps in (2, 4):  # the second process counts on from the first one's two
         reporter = KillAt(2, lambda: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(Interrupted):
@@ -149,13 +149,13 @@ def test_a_signal_finishes_the_batch_and_keeps_it(tmp_path: Path) -> None:
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
-def test_a_crash_between_new_views_and_their_record_is_known(tmp_path: Path) -> None:
+def test_a_crash_between_new_views_and_their_record_is_noticed(tmp_path: Path) -> None:
     mine = trainer(tmp_path / "run", **REFRESHED)
     mine.fit(TRAIN, TEST)
     expected = outcome(tmp_path / "run")
-    record = mine.run.complete(1)
+    record = mine.run.complete_record(1)
     assert record.store.generation == 1
-    record.with_store(tmp_path / "run/stage1", generation=-1)  # as it is at the exchange
+    record.update_store(tmp_path / "run/stage1", generation=-1)  # as it is at the exchange
     mine.train_stage(2, again=True)
     found = outcome(tmp_path / "run")
     trained = {name for name in expected if name.startswith("stage1/")}
@@ -163,7 +163,7 @@ def test_a_crash_between_new_views_and_their_record_is_known(tmp_path: Path) -> 
     assert {name: found[name] for name in trained} == {name: expected[name] for name in trained}
 
 
-def test_a_stage_elsewhere_goes_on_too(tmp_path: Path) -> None:
+def test_a_stage_outside_its_run_resumes_too(tmp_path: Path) -> None:
     trainer(tmp_path / "run").fit(TRAIN, TEST)
     cut = trainer(tmp_path / "run", KillAt(3, lambda: os.kill(os.getpid(), signal.SIGINT)))
     with pytest.raises(Interrupted):
@@ -185,7 +185,7 @@ def test_a_stage_elsewhere_goes_on_too(tmp_path: Path) -> None:
 
 
 class Listener(Reporter):
-    """Hears which stages train; the first batch of one of them is interrupted."""
+    """Records which stages train; interrupts the first batch of one of them."""
 
     def __init__(self, interrupted: int | None = None) -> None:
         self.trained: list[int] = []
@@ -203,7 +203,7 @@ class Listener(Reporter):
     ("asked", "again", "left"),
     [(1, 1, [2, 3]), (1, None, [2, 3]), (1, 3, [2, 3]), (2, 1, [1, 2, 3])],
 )
-def test_a_retraining_goes_on(
+def test_a_retraining_resumes(
     tmp_path: Path, asked: int, again: int | None, left: list[int]
 ) -> None:
     run = tmp_path / "run"
@@ -220,7 +220,7 @@ def test_a_retraining_goes_on(
     assert listener.trained == list(range(asked, 4))
 
 
-def test_a_retraining_goes_on_where_the_old_stages_are_stale(tmp_path: Path) -> None:
+def test_a_retraining_resumes_if_the_old_stages_are_stale(tmp_path: Path) -> None:
     run = tmp_path / "run"
     trainer(run).fit(TRAIN, TEST)
     cut, mine = trainer(run, Listener(interrupted=2)), trainer(run)
@@ -232,7 +232,7 @@ def test_a_retraining_goes_on_where_the_old_stages_are_stale(tmp_path: Path) -> 
     assert [mine.run.state(n) for n in (1, 2, 3)] == ["complete"] * 3
 
 
-def test_a_damaged_note_of_a_retraining_is_named(tmp_path: Path) -> None:
+def test_a_damaged_file_of_a_retraining_is_named(tmp_path: Path) -> None:
     trainer(tmp_path / "run").fit(TRAIN, TEST)
     (tmp_path / "run/retraining.json").write_text('{"first": 1, "left": -2}')
     with pytest.raises(UserError, match="retraining.json is damaged: delete it"):
@@ -252,7 +252,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str) -> None:
         trainer(tmp_path / "run").train()
 
 
-def test_optimisers_of_ones_own_go_on(tmp_path: Path) -> None:
+def test_user_defined_optimisers_resume(tmp_path: Path) -> None:
     def optimizer(parameters):
         return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True)
 
@@ -290,7 +290,7 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_named(tmp_path: Path) 
 def test_only_one_process_writes(tmp_path: Path) -> None:
     mine = trainer(tmp_path / "run")
     mine.fit(TRAIN, TEST)
-    with mine.run.writing():
+    with mine.run.write_lock():
         other = trainer(tmp_path / "run")
         for attempt in (other.train, lambda: other.train_stage(1), lambda: other.fit(TRAIN, TEST)):
             with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on .* since"):

@@ -41,7 +41,7 @@ class Trained(NamedTuple):
         return similarity_by_stage(self.trainer.run, loss, self.model, **options)
 
     def images(self, batch: BatchSimilarity) -> Tensor:
-        store = Store(self.trainer.run.store(0) / "test")
+        store = Store(self.trainer.run.store_path(0) / "test")
         return raw_to_float(store.read_rows(0, 0, store.rows)[batch.rows], torch.device("cpu"))
 
 
@@ -94,7 +94,7 @@ def assert_correlations(matrix: np.ndarray, features: Tensor) -> None:
 
 def test_the_batch_is_sorted_by_class_and_its_target_follows(sim):
     batch = sim.similarity()
-    store = Store(sim.trainer.run.store(0) / "test")
+    store = Store(sim.trainer.run.store_path(0) / "test")
     assert sorted(batch.rows) == list(range(100))
     assert batch.labels.tolist() == store.labels[batch.rows].tolist() == sorted(batch.labels)
     assert batch.class_names == ["class 0", "class 1", "class 2", "class 3"]
@@ -126,7 +126,7 @@ def test_with_a_similarity_head_its_features_are_compared(sim):
     ]
     run, net = sim.trainer.run, sim.trainer.assemble()
     raw = sim.images(batch)
-    heads = [safetensors.torch.load_file(run.stage(n) / "heads.safetensors") for n in (1, 2)]
+    heads = [safetensors.torch.load_file(run.stage_dir(n) / "heads.safetensors") for n in (1, 2)]
     (kernel,), (weight,) = (each.values() for each in heads)
     h = net[:4](raw)  # normalisation, convolution, batch norm, activation
     z = nn.functional.conv2d(h, kernel, padding=1).flatten(2).std(dim=2)
@@ -165,7 +165,7 @@ def test_the_stages_that_are_there(tmp_path):
     trainer.fit(images(400), images(30))
     whole = Trained(trainer, model).similarity()
     assert len(whole.rows) == 30  # all there are
-    trainer.run.stage(2).rename(tmp_path / "stage2")
+    trainer.run.stage_dir(2).rename(tmp_path / "stage2")
     batch = Trained(trainer, model).similarity()
     assert [each.stage for each in batch.stages] == [0, 1]
     np.testing.assert_array_equal(batch.stages[1].matrix, whole.stages[1].matrix)
@@ -176,7 +176,7 @@ def test_of_many_classes_a_batch_has_ten(tmp_path):
     batch = done.similarity(rows=60)
     assert len(np.unique(batch.labels)) == 10
     assert len(batch.rows) == len(np.unique(batch.rows)) == 60
-    store = Store(done.trainer.run.store(0) / "test")
+    store = Store(done.trainer.run.store_path(0) / "test")
     assert batch.labels.tolist() == store.labels[batch.rows].tolist() == sorted(batch.labels)
 
 

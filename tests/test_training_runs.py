@@ -1,4 +1,4 @@
-"""Trainings in a run directory that has something already, and what is refused."""
+"""Training in a run directory that has files already, and what is refused."""
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +23,7 @@ from torch.utils.data import TensorDataset
 from greedy import RunDirectory, TrainingError, UserError
 from greedy.losses import Pred
 from greedy.models import mlp
+from greedy.recipes import load
 from greedy.runs.disk_budget import disk_budget
 from greedy.runs.integrity import verify_run
 
@@ -80,7 +81,7 @@ def test_stages_after_a_retrained_one_are_stale(run: Path, tmp_path: Path) -> No
     assert [mine.run.state(n) for n in (1, 2, 3)] == ["complete"] * 3
 
 
-def test_a_crash_while_exchanging_stages_is_mended(run: Path) -> None:
+def test_an_exchange_of_stages_is_completed_after_a_crash(run: Path) -> None:
     before = files(run / "stage1")
     (run / "stage1").rename(run / ".stage1.new")  # between the two renames
     trainer(run).train()
@@ -91,7 +92,7 @@ def test_a_crash_while_exchanging_stages_is_mended(run: Path) -> None:
     assert not list(run.glob(".stage*"))
 
 
-def test_a_run_is_looked_at_while_its_stages_are_exchanged(run: Path) -> None:
+def test_a_run_is_read_while_its_stages_are_exchanged(run: Path) -> None:
     trainer(run.with_name("other")).fit(samples(400, 2), TEST)
     shutil.copytree(run.with_name("other") / "stage1", run / ".stage1.new")
     done = Event()
@@ -133,7 +134,7 @@ def test_what_cannot_be_trained_is_refused(tmp_path: Path, change: dict, message
     assert not (tmp_path / "run/stage1/stage.json").exists()
 
 
-def test_a_run_begins_where_one_was_killed_while_it_began(tmp_path: Path) -> None:
+def test_a_run_starts_where_one_was_killed_at_its_start(tmp_path: Path) -> None:
     for name in (".lock", ".lock.json.part", "run.toml.part"):
         (tmp_path / name).touch()
     trainer(tmp_path, epochs=1)
@@ -201,9 +202,14 @@ def test_a_class_without_images_is_named(tmp_path: Path) -> None:
 
 def test_a_stage_is_not_written_into_a_run_from_outside(run: Path) -> None:
     for place in (run / "mine", run / "stage2/mine"):
-        with pytest.raises(UserError, match="would stand for another stage"):
+        with pytest.raises(UserError, match="is inside the run directory"):
             trainer(run).train_stage(1, to=place)
         assert not place.exists()
+
+
+def test_a_run_may_share_the_source_folder_cache_of_a_checkout() -> None:
+    cache = Path(__file__).parents[1] / "cache"
+    assert RunDirectory.create(cache, load("demo")).path == cache
 
 
 def test_settings_are_free_until_there_are_data(tmp_path: Path) -> None:

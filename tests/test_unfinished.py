@@ -1,4 +1,4 @@
-"""A training that was interrupted is never lost: what it needs is named, the rest is kept."""
+"""An interrupted training is never deleted: the store it needs is protected, or it is set aside."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ from greedy.runs.status import trainings_set_aside
 
 
 class Cut(Reporter):
-    """Interrupts a stage after its first epoch; hears of epochs and of what is set aside."""
+    """Interrupts a stage after its first epoch; records epochs and trainings that are set aside."""
 
     def __init__(self, stage: int | None = None) -> None:
         self.stage, self.now, self.epochs, self.aside = stage, 0, {}, []
@@ -70,7 +70,7 @@ def test_dropping_a_store_that_a_training_needs_is_refused(run: Path) -> None:
     assert "stage 1: " in said("cache", "drop", run, "--force")
 
 
-def test_a_training_whose_store_is_gone_is_kept_and_taken_up_again(
+def test_a_training_whose_store_is_deleted_is_set_aside_and_resumes_after_repair(
     run: Path, tmp_path: Path
 ) -> None:
     trainer(tmp_path / "whole").fit(TRAIN, TEST)
@@ -96,7 +96,7 @@ def test_a_training_whose_store_is_gone_is_kept_and_taken_up_again(
     assert reporter.aside == [(2, left.path.name, left.progress)]
 
 
-def test_another_source_sets_aside_and_the_former_goes_on(run: Path) -> None:
+def test_another_source_sets_aside_and_the_first_resumes_it(run: Path) -> None:
     mine, reporter = heard(run, 2)
     with pytest.raises(Interrupted):
         mine.train_stage(2, source=0)
@@ -107,7 +107,7 @@ def test_another_source_sets_aside_and_the_former_goes_on(run: Path) -> None:
     assert len(trainings_set_aside(mine.run)) == 1
 
 
-def test_a_stage_elsewhere_sets_aside_beside_it(run: Path, tmp_path: Path) -> None:
+def test_a_stage_outside_its_run_sets_aside_next_to_it(run: Path, tmp_path: Path) -> None:
     trainer(run).train()
     for source in (1, 0):
         mine, reporter = heard(run, 2)
@@ -117,7 +117,7 @@ def test_a_stage_elsewhere_sets_aside_beside_it(run: Path, tmp_path: Path) -> No
     assert (tmp_path / "there.unfinished/checkpoint/progress.json").is_file()
 
 
-def test_a_training_goes_on_from_its_own_source_while_that_is_there(tmp_path: Path) -> None:
+def test_a_training_resumes_from_its_source_while_that_exists(tmp_path: Path) -> None:
     run = tmp_path / "run"
     trainer(run).fit(TRAIN, TEST)
     mine, _ = heard(run, 3)
@@ -126,10 +126,10 @@ def test_a_training_goes_on_from_its_own_source_while_that_is_there(tmp_path: Pa
     mine, reporter = heard(run)
     mine.train(3)
     assert (reporter.epochs[3], reporter.aside) == ([2], [])
-    assert mine.run.complete(3).source == 1
+    assert mine.run.complete_record(3).source == 1
 
 
-def test_the_disk_plan_leaves_a_store_that_a_training_needs(run: Path, monkeypatch) -> None:
+def test_the_disk_plan_keeps_a_store_that_a_training_needs(run: Path, monkeypatch) -> None:
     trainer(run).train()
     mine, _ = heard(run, 3)
     with pytest.raises(Interrupted):
@@ -150,7 +150,7 @@ def test_the_disk_plan_leaves_a_store_that_a_training_needs(run: Path, monkeypat
     assert not (run / "stage1/activations.zarr").exists()
 
 
-def test_a_joint_training_is_kept_too(tmp_path: Path) -> None:
+def test_a_joint_training_is_set_aside_too(tmp_path: Path) -> None:
     run, joint = tmp_path / "run", {"strategy": "joint", "views": "live"}
     interrupted(run, 1, **joint)
     other = network()
@@ -163,7 +163,9 @@ def test_a_joint_training_is_kept_too(tmp_path: Path) -> None:
     assert mine.run.is_finished
 
 
-def test_what_is_set_aside_is_no_stage_and_takes_of_the_budget(run: Path, monkeypatch) -> None:
+def test_a_training_set_aside_counts_against_the_budget_and_is_no_stage(
+    run: Path, monkeypatch
+) -> None:
     mine = trainer(run)
     full = type("", (), {"free": 0})
     monkeypatch.setattr("greedy.runs.disk_budget.shutil.disk_usage", lambda path: full)

@@ -34,7 +34,7 @@ from greedy.recipes import Recipe
 from greedy.recipes.per_stage import encoding
 from greedy.steps.guard import Guard
 from greedy.steps.step import Learner, step
-from greedy.stores.source import Epoch, Source
+from greedy.stores.source import EpochBatches, Source
 from greedy.training.learners import new_learner, new_optimizer
 from greedy.training.resolve import compiles, resolve
 
@@ -192,9 +192,9 @@ class Bench:
                 asked = done
         raise AssertionError("epochs never end")
 
-    def _epoch(self, source: Source, number: int, epoch: int) -> Epoch:
+    def _epoch(self, source: Source, number: int, epoch: int) -> EpochBatches:
         training, data = self.recipe.training, self.recipe.data
-        return source.epoch(number, epoch, training.batch_size, data.classes_per_batch)
+        return source.epoch_batches(number, epoch, training.batch_size, data.classes_per_batch)
 
     def _time_frozen(
         self, learner: Learner, source: Source, rows: int, batch: int, place: Path
@@ -205,7 +205,7 @@ class Bench:
         learner.eval()
         frozen = replace(source, replayed=[learner.stage], replay_rows=batch)
         rows = min(max(rows, batch), source.stores["train"].rows)
-        first = next(frozen.view("train", 0, batch, stop=min(batch, rows)))
+        first = next(frozen.view_batches("train", 0, batch, stop=min(batch, rows)))
         form = fit_encoding(encoding(self.recipe), first.inputs().cpu().numpy())
         started = time.perf_counter()
         with StoreWriter(
@@ -217,7 +217,7 @@ class Bench:
             labels=np.zeros(rows, np.int64),
             index=np.arange(rows),
         ) as writer:
-            for read in frozen.view("train", 0, batch, stop=rows):
+            for read in frozen.view_batches("train", 0, batch, stop=rows):
                 writer.append(read.inputs().cpu().numpy())
             taken = time.perf_counter() - started  # closing a store does not grow with its rows
         return taken / rows

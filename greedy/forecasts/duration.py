@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from greedy.forecasts.calibration import Calibration, Work
 from greedy.recipes import Recipe
 from greedy.recipes.per_stage import for_stage
-from greedy.runs.disk_plan import Plan
+from greedy.runs.disk_plan import DiskPlan
 from greedy.stores.writing import SAMPLE_ROWS
 
 
@@ -29,7 +29,7 @@ class Durations:
     """
 
     recipe: Recipe
-    disk: Plan
+    disk: DiskPlan
     rows: Mapping[str, int]
     held_out: int
     work: Sequence[Work]

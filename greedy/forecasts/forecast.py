@@ -27,7 +27,7 @@ from greedy.recipes import Recipe
 from greedy.recipes.per_stage import for_stage
 from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.disk_budget import plan_disk
-from greedy.runs.disk_plan import Plan
+from greedy.runs.disk_plan import DiskPlan
 from greedy.steps.parts import parts_of
 
 
@@ -104,7 +104,7 @@ class Forecast:
     """
 
     stages: Sequence[StageForecast]
-    disk: Plan
+    disk: DiskPlan
     baselines: Mapping[str, int]
     resident_bytes: int | None = None
 
@@ -128,7 +128,7 @@ def data_facts(run: RunDirectory, allow_function: bool = False) -> DataFacts:
     Raises ``UserError`` where shape, rows or classes cannot be known.
     """
     if run.record(0) is not None:
-        data = run.complete(0)
+        data = run.complete_record(0)
         assert data.store is not None
         return DataFacts(
             data.row_shape, len(data.class_names), dict(data.rows.items()), data.store.bytes
@@ -225,7 +225,7 @@ class _Planned:
     recipe: Recipe
     data: DataFacts
     memory: MemoryPlan
-    disk: Plan
+    disk: DiskPlan
 
     def forecast(self, number: int, at_once: Choice | None) -> StageForecast:
         """Forecasts a stage that trains alone or, given the choice ``at_once`` of the whole

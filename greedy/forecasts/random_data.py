@@ -13,7 +13,7 @@ from greedy.data import Augmentation
 from greedy.models import Shape, StageShapes
 from greedy.recipes import Recipe
 from greedy.recipes.per_stage import encoding
-from greedy.stores.source import Images, Source
+from greedy.stores.source import ImagePreparation, Source
 from greedy.stores.stage0 import COMPRESSOR
 from greedy.training.resolve import shuffle
 
@@ -103,9 +103,9 @@ def _block_rows(shape: Shape) -> int:
     return max(1, BLOCK_VALUES // math.prod(shape))
 
 
-def _reading(recipe: Recipe, channels: int) -> Images:
+def _reading(recipe: Recipe, channels: int) -> ImagePreparation:
     data = recipe.data
-    return Images(
+    return ImagePreparation(
         data.mean or [0.5] * channels,
         data.std or [0.25] * channels,
         Augmentation.parse(data.augmentation, data.cutout_length),

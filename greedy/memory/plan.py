@@ -17,7 +17,7 @@ from greedy.memory.choice import (
 from greedy.memory.peaks import OptimizerFactory, Replay, StepDemand, weight_bytes
 from greedy.models import Stage, StageShapes
 from greedy.recipes import Recipe
-from greedy.runs.disk_plan import Plan
+from greedy.runs.disk_plan import DiskPlan
 from greedy.steps.step import Learner
 from greedy.stores.writing import write_batch
 
@@ -45,7 +45,7 @@ class MemoryPlan:
     _choices: dict[Hashable, Choice] = field(default_factory=dict, repr=False)
     _flops: dict[Hashable, int] = field(default_factory=dict, repr=False)
 
-    def require(self, numbers: Iterable[int], disk: Plan) -> None:
+    def require(self, numbers: Iterable[int], disk: DiskPlan) -> None:
         """Raises ``UserError`` for a stage that the budget has no room for, if each trains from
         the last store that the disk plan gives it; or for a network that trains at once."""
         if self.recipe.training.strategy != "greedy":

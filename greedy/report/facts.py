@@ -164,7 +164,7 @@ def _facts(
         records = {n: record for n in numbers if (record := run.record(n)) is not None}
         return stages, records, _stores(run, records)
 
-    stages, records, stores = run.undisturbed(read)
+    stages, records, stores = run.read_consistently(read)
     finished = [stage.stage for stage in stages if stage.state == "complete"]
     complete = bool(stages) and len(finished) == len(stages)
     # The whole network has no local loss in it, so any loss does.
@@ -189,7 +189,7 @@ def _facts(
 def _baselines(
     run: RunDirectory, model: nn.Sequential | None, loss: LocalLoss
 ) -> Mapping[str, int]:
-    data = run.complete(0)
+    data = run.complete_record(0)
     stages = stages_of(run.recipe, data, model)
     along = shapes(stages, data.row_shape)
     network = CutNetwork(stages, along, loss, len(data.class_names))
@@ -205,7 +205,7 @@ def _stores(run: RunDirectory, records: Mapping[int, StageRecord]) -> list[Store
             views=record.store.views,
             bytes=record.store.bytes,
             values=record.store.values,
-            kept=run.store(number).is_dir(),
+            kept=run.store_path(number).is_dir(),
         )
         for number, record in records.items()
         if record.store

@@ -60,7 +60,7 @@ def stage_curves(run: RunDirectory) -> list[Curve]:
 
 def curves_so_far(run: RunDirectory) -> list[Curve]:
     """Returns the curves of ``stage_curves``, or an empty list where there are none yet."""
-    return run.undisturbed(lambda: _curves(run))
+    return run.read_consistently(lambda: _curves(run))
 
 
 def _curves(run: RunDirectory) -> list[Curve]:
@@ -89,7 +89,7 @@ def _curves(run: RunDirectory) -> list[Curve]:
 def run_curves(runs: Sequence[RunDirectory]) -> list[Curve]:
     """Returns the ``network_curve`` of each run. Raises ``UserError`` for a run without curves."""
     return [
-        network_curve(stage_curves(run), name, len(run.complete(0).network))
+        network_curve(stage_curves(run), name, len(run.complete_record(0).network))
         for run, name in zip(runs, run_names(runs), strict=True)
     ]
 
@@ -112,9 +112,9 @@ def run_names(runs: Sequence[RunDirectory]) -> list[str]:
 def _history(run: RunDirectory, number: int) -> list[_Line]:
     match run.state(number):
         case "complete":
-            return _read(run.complete(number).check_file(run.stage(number), HISTORY))
+            return _read(run.complete_record(number).check_file(run.stage_dir(number), HISTORY))
         case "training":
-            path = run.training_history(number)
+            path = run.training_history_path(number)
             return _read(path) if path.is_file() else []
     return []
 

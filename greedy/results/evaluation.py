@@ -62,7 +62,7 @@ def classified(
     the order of its store. Arguments and errors are those of ``evaluate``."""
     if split not in SPLITS:
         raise UserError(f"{split!r} is not a split: use {' or '.join(SPLITS)}")
-    run.complete(0)
+    run.complete_record(0)
     store = run.open_store(0, split)
     budget = memory_budget_of(run.recipe, device) if memory_budget is None else memory_budget
     forward = fit_forward(network, store.row_shape, budget, device.type)

@@ -19,7 +19,7 @@ from greedy.runs.network import (
     NoLocalClassifier,
     load_stage,
     local_classifier,
-    normalisation,
+    normalisation_module,
     stages_of,
 )
 from greedy.runs.record import StageRecord
@@ -96,7 +96,7 @@ def evaluate_exits(
     """
     if split not in SPLITS:
         raise UserError(f"{split!r} is not a split: use {' or '.join(SPLITS)}")
-    data = run.complete(0)
+    data = run.complete_record(0)
     stages = stages_of(run.recipe, data, model)
     budget = memory_budget_of(run.recipe, device) if memory_budget is None else memory_budget
     modules = (module for stage in stages for module in stage.modules_for_inference())
@@ -108,12 +108,12 @@ def evaluate_exits(
             load_stage(run, stage, device)
         return [_classifier(run, loss, stages, stage.number, data) for stage in stages[:-1]]
 
-    classifiers = run.undisturbed(load)
+    classifiers = run.read_consistently(load)
     # The output layer's h may only be followed by pooling, which gives the logits.
     ends = (*classifiers, stages[-1].pool)
     heads = [None if head is None else head.to(device) for head in ends]
     tallies = [_Tally() for _ in stages]
-    normalise = normalisation(run.recipe, data).to(device)
+    normalise = normalisation_module(run.recipe, data).to(device)
     store = run.open_store(0, split)
     starts = range(0, store.rows, forward.rows)
     for start, images in zip(starts, store.batches(0, forward.rows), strict=True):

@@ -71,7 +71,7 @@ def export(
         _require_onnx()
     require_writable(to, overwrite)
     network = assemble(run, loss, model, until_stage=until_stage)
-    data = run.complete(0)
+    data = run.complete_record(0)
     metadata = _metadata(data)
     match format:
         case "safetensors":

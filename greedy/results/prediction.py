@@ -18,7 +18,7 @@ from greedy.memory.forward import fit_forward
 from greedy.results.evaluation import raw_to_float
 from greedy.runs.directory import RunDirectory
 from greedy.runs.record import StageRecord
-from greedy.stores.stage0 import pixels_of
+from greedy.stores.stage0 import pixel_kind
 
 BATCH = 32  # images at a time: fast enough, and little memory compared with the weights
 
@@ -68,7 +68,7 @@ def predict(
         UserError: one of ``images`` is a folder, ``top`` is not positive, the budget is too small,
             or the run was not trained on images in bytes.
     """
-    data = run.complete(0)
+    data = run.complete_record(0)
     _require_images(run, data)
     if top < 1:
         raise UserError(f"{top} classes cannot be shown: ask for 1 or more")
@@ -96,7 +96,7 @@ def _require_images(run: RunDirectory, data: StageRecord) -> None:
             f"image files have 1 or 3 channels and the images of {run.path} {channels}: give "
             f"them to `greedy.runs.network.assemble`'s network in Python"
         )
-    if data.store is not None and data.store.encoding == "float32" and pixels_of(data) == "bytes":
+    if data.store is not None and data.store.encoding == "float32" and pixel_kind(data) == "bytes":
         raise UserError(
             f"{run.path} was trained on floats, which cannot be made from an image file: give them "
             f"to `greedy.runs.network.assemble`'s network in Python"
@@ -136,7 +136,7 @@ def _read(file: Path, data: StageRecord, reading: Reading) -> np.ndarray | UserE
     """Reads an image file as a row of the data set, (C, H, W) of bytes or float32, or returns the
     error."""
     channels, height, width = data.row_shape
-    trained = pixels_of(data)
+    trained = pixel_kind(data)
     try:
         with open_image(file, reading) as image:
             if image.kind != trained:

@@ -14,7 +14,7 @@ from greedy.recipes import Recipe, describe, load, names, of_table, result_field
 from greedy.results.evaluation import evaluate
 from greedy.runs.directory import RunDirectory, stage_numbers
 from greedy.runs.events import Reporter
-from greedy.runs.unfinished import needed_by
+from greedy.runs.unfinished import trainings_needing
 from greedy.stores.changes import require_unchanged
 from greedy.trainer import GreedyTrainer
 
@@ -110,10 +110,10 @@ class SeededRun:
         unneeded = [
             n
             for n in stage_numbers(run.path)
-            if n and run.store(n).is_dir() and not needed_by(run, n)
+            if n and run.store_path(n).is_dir() and not trainings_needing(run, n)
         ]
         if unneeded:
-            with run.writing():
+            with run.write_lock():
                 run.drop_stores(*unneeded)
 
 

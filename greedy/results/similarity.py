@@ -14,7 +14,7 @@ from greedy.losses.strategies import stage_losses
 from greedy.models import Stage
 from greedy.results.evaluation import raw_to_float
 from greedy.runs.directory import RunDirectory
-from greedy.runs.network import load_heads, load_stage, normalisation, stages_of
+from greedy.runs.network import load_heads, load_stage, normalisation_module, stages_of
 
 MOST_CLASSES = 10  # with more classes, a batch of 100 rows would have few rows of each
 CPU = torch.device("cpu")
@@ -84,14 +84,14 @@ def similarity_by_stage(
     Raises:
         UserError: no stage is trained, one is damaged, or the network is not known.
     """
-    return run.undisturbed(lambda: _similarity_by_stage(run, loss, model, rows))
+    return run.read_consistently(lambda: _similarity_by_stage(run, loss, model, rows))
 
 
 def _similarity_by_stage(
     run: RunDirectory, loss: LocalLoss | None, model: nn.Sequential | None, rows: int
 ) -> BatchSimilarity:
-    data = run.complete(0)
-    run.complete(1)
+    data = run.complete_record(0)
+    run.complete_record(1)
     if loss is None and run.recipe.loss.name != "python":
         loss = build_loss(run.recipe.loss)
     chosen, labels, images = _batch(run, rows)
@@ -103,7 +103,7 @@ def _similarity_by_stage(
             number, name, features, matrix.numpy(), float(F.mse_loss(matrix, target))
         )
 
-    x = normalisation(run.recipe, data)(raw_to_float(images, CPU))
+    x = normalisation_module(run.recipe, data)(raw_to_float(images, CPU))
     stages = [stage_similarity(0, "images", "pixels", x.flatten(1))]
     for stage in stages_of(run.recipe, data, model):
         if run.state(stage.number) != "complete":
@@ -135,7 +135,7 @@ def _features(
 ) -> tuple[str, Tensor]:
     """Returns the features of each row of an activation h that are compared, and their name."""
     if loss is not None:
-        strategy, count = run.recipe.training.strategy, len(run.complete(0).network)
+        strategy, count = run.recipe.training.strategy, len(run.complete_record(0).network)
         stage_loss = stage_losses(strategy, loss, count)[stage.number - 1]
         heads = load_heads(run, stage_loss, stage.number, tuple(h.shape[1:]))
         if heads.similarity is not None:

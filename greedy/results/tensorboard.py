@@ -14,10 +14,10 @@ from greedy.base.errors import missing_packages
 from greedy.base.files import read_tensors
 from greedy.models import Shape
 from greedy.runs.choices import Choices
-from greedy.runs.directory import RunDirectory, require_own_files
+from greedy.runs.directory import RunDirectory, require_no_links
 from greedy.runs.events import EpochReport, Reporter
 from greedy.runs.record import ENCODER, StageRecord
-from greedy.stores.opening import Sources
+from greedy.stores.opening import SourceFinder
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -48,7 +48,7 @@ class TensorBoard(Reporter):
             raise missing_packages("logging for TensorBoard", ["tensorboard"], "tensorboard")
         self._run_dir, self._to = Path(run_dir), to
         logs = self._run_dir / LOGS
-        require_own_files(logs)
+        require_no_links(logs)
         self._logs = logs if to is None else logs / to.name
         self._writers: dict[str, SummaryWriter] = {}
         self._alone: str | None = None  # the stage in training, unless all train at once
@@ -124,10 +124,10 @@ class TensorBoard(Reporter):
     def _write_images(self) -> None:
         """Writes the first training images as the first stage gets them in its first epoch."""
         run = RunDirectory.open(self._run_dir)
-        data = run.complete(0)
+        data = run.complete_record(0)
         if not _is_picture(data.row_shape):
             return
-        source = Sources(run, [], data, torch.device("cpu"), self).for_training(1, 0)
+        source = SourceFinder(run, [], data, torch.device("cpu"), self).for_training(1, 0)
         store, images = source.stores["train"], source.images
         assert images is not None and data.store is not None
         values = next(iter(store.batches(0, IMAGES)))
@@ -138,7 +138,7 @@ class TensorBoard(Reporter):
         self._writer(_name(1)).add_image("images", grid, 0)
 
     def _write_filters(self) -> None:
-        row_shape = RunDirectory.open(self._run_dir).complete(0).row_shape
+        row_shape = RunDirectory.open(self._run_dir).complete_record(0).row_shape
         directory = self._to or self._run_dir / _name(1)
         filters = first_filters(read_tensors(directory / ENCODER), row_shape)
         if filters is not None:

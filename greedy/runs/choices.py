@@ -19,16 +19,16 @@ Size = Annotated[int, Field(ge=1, le=2**40)]
 
 
 class Mode(StrEnum):
-    """How much of a batch is in the device's memory at once. The gradients are the same.
+    """How much of a batch is in the device's memory at once. All modes give the same gradients.
 
-    With c the encoder's output, x the stage's input and a micro-batch a few of the batch's rows:
+    c is the encoder's output, x the stage's input, and a micro-batch a few of the batch's rows:
 
-    - ``plain``: everything, as autograd does it;
+    - ``plain``: everything that autograd keeps;
     - ``heads``: x, c and its gradient; the local heads see a micro-batch at a time;
     - ``keep-c``: x and c;
-    - ``keep-c-stream-x``: c; x stays in host memory and comes a micro-batch at a time;
-    - ``keep-nothing``: x alone; c is computed again;
-    - ``stream-x``: a micro-batch alone.
+    - ``keep-c-stream-x``: c; x stays in host memory and is copied a micro-batch at a time;
+    - ``keep-nothing``: x only; c is computed again;
+    - ``stream-x``: one micro-batch only.
     """
 
     PLAIN = "plain"
@@ -54,18 +54,18 @@ class Mode(StrEnum):
         return self in {Mode.KEEP_C_STREAM_X, Mode.STREAM_X}
 
 
-def _known(name: str) -> str:
+def _checked(name: str) -> str:
     return str(Mode(name))
 
 
-# In a document. Pydantic counts a validator's arguments, and an enum's own call takes more of them
-# since Python 3.12.
-ModeName = Annotated[str, AfterValidator(_known)]
+# A mode in a JSON document. `AfterValidator(Mode)` fails: pydantic counts a validator's arguments,
+# and calling an enum takes more of them since Python 3.12.
+ModeName = Annotated[str, AfterValidator(_checked)]
 
 
 def modes(device_type: str) -> list[Mode]:
-    """The modes that make a difference on a device: where its memory is the host's, streaming
-    does not."""
+    """Returns the modes that differ on a device: on a CPU, streaming from host memory saves
+    nothing."""
     return [mode for mode in Mode if device_type != "cpu" or not mode.streams]
 
 
@@ -74,19 +74,19 @@ DEFAULT_MICRO_BATCH = 16
 
 @dataclass(frozen=True)
 class StepMemory:
-    """A mode and the rows of its micro-batches, which ``plain`` does not look at."""
+    """A memory mode and the number of rows of its micro-batches, which ``plain`` ignores."""
 
     mode: Mode = Mode.PLAIN
     micro_batch: int = DEFAULT_MICRO_BATCH
 
     def recorded(self) -> dict[str, Any]:
-        """JSON values by name, as a stage's record has them."""
+        """Returns the JSON fields of a stage's record."""
         return {"memory_mode": str(self.mode), "micro_batch": self.micro_batch}
 
     def smaller(self, device_type: str) -> "StepMemory | None":
-        """What to try when this does not fit and nothing was counted: the next mode that makes a
-        difference, and after the last one halves of its micro-batch. ``None`` after a micro-batch
-        of one row."""
+        """Returns what to try next when this ran out of memory and no count is available: the next
+        mode of the device, and after the last one half the micro-batch. ``None`` after a
+        micro-batch of one row."""
         order = list(Mode)
         for mode in order[order.index(self.mode) + 1 :]:
             if mode in modes(device_type):

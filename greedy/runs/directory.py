@@ -1,4 +1,4 @@
-"""A run directory: where things lie, and what state each stage is in."""
+"""A run directory: the paths in it, and the state of each stage."""
 
 import os
 import re
@@ -15,22 +15,30 @@ from greedy.base.locking import HOLDER, LOCK, RunLock
 from greedy.cache import Store
 from greedy.cache.files import part_of, rename, write_whole
 from greedy.recipes import Recipe, differences, load, result_fields, to_toml
-from greedy.runs.exchange import NEW, OLD, beside, exchange, identities, replacing, undisturbed
+from greedy.runs.exchange import (
+    NEW,
+    OLD,
+    exchange,
+    exchange_path,
+    identities,
+    read_consistently,
+    replacing,
+)
 from greedy.runs.record import HISTORY, StageRecord
-from greedy.runs.retraining import NOTE
+from greedy.runs.retraining import RETRAINING_FILE
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 State = Literal["complete", "training", "pending", "stale"]
 SPLITS = ("train", "test")
 
 _STAGE = r"stage(0|[1-9][0-9]{0,8})"
-# Ends the name of a training that cannot go on and is kept, beside where it was; a number follows
-# where there are several.
+# The end of the name of a training directory that cannot resume and is kept; a number follows where
+# there are several.
 SET_ASIDE = ".unfinished"
 
 
 class RunDirectory:
-    """Stores, weights and records of one run. Make one with ``create`` or ``open``."""
+    """The stores, weights and records of one run. Made by ``create`` or ``open``."""
 
     def __init__(self, path: Path, recipe: Recipe) -> None:
         self.path = path
@@ -39,21 +47,25 @@ class RunDirectory:
 
     @classmethod
     def open(cls, path: Path) -> "RunDirectory":
-        """An existing run. Raises ``UserError`` where there is none."""
+        """Opens an existing run. Raises ``UserError`` if there is none at ``path``."""
         if not (path / "run.toml").is_file():
             raise UserError(
                 f"{path} is not a run directory (it has no run.toml): give the --run of a "
-                f"`greedy train`, or begin one with --recipe"
+                f"`greedy train`, or start one with --recipe"
             )
-        own = ("network*", "stage*", ".stage*")
-        require_own_files(path / "run.toml", *(each for name in own for each in path.glob(name)))
+        patterns = ("network*", "stage*", ".stage*")
+        entries = (entry for pattern in patterns for entry in path.glob(pattern))
+        require_no_links(path / "run.toml", *entries)
         return cls(path, load(path / "run.toml", inherits=False))
 
     @classmethod
     def create(cls, path: Path, recipe: Recipe) -> "RunDirectory":
-        """The run of this recipe at ``path``, to be trained: a new one where nothing is, or the
-        one that is there if its results are the same recipe's. Raises ``UserError`` with the
-        differences otherwise. A new one is on disk only after ``begin``."""
+        """Returns the run of a recipe at ``path``: an existing one whose recipe gives the same
+        results, or else a new one, which is on disk only after ``write_recipe``.
+
+        Raises ``UserError`` if the recipes differ, naming the fields, or if something else is at
+        ``path``.
+        """
         if (path / "run.toml").is_file():
             run = cls.open(path)
             if run.record(0) is not None:
@@ -62,7 +74,7 @@ class RunDirectory:
             return run
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file: choose another --run directory")
-        if path.is_dir() and not (_is_unbegun(path) or _is_own_source(path)):
+        if path.is_dir() and not (_is_unstarted(path) or _is_source_folder(path)):
             raise UserError(
                 f"{path} is not empty and not a run directory: choose another --run, "
                 f"nothing in it has been touched"
@@ -70,105 +82,108 @@ class RunDirectory:
         return cls(path, recipe)
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Inside, no other process writes into the run. What a crash left half exchanged is put
-        right first, and not on opening: others may read while one trains."""
+    def write_lock(self) -> Iterator[None]:
+        """Holds the run's lock: no other process writes into the run meanwhile. First completes
+        the exchanges that a crash interrupted; opening a run does not, since others may read it
+        while one trains."""
         with self._lock.held() as first:
             if first and (self.path / "run.toml").is_file():
-                there = RunDirectory.open(self.path)
-                there._finish_exchanges()
-                if there.record(0) is not None:
-                    there._require_same_results(self.recipe)
+                on_disk = RunDirectory.open(self.path)
+                on_disk._finish_exchanges()
+                if on_disk.record(0) is not None:
+                    on_disk._require_same_results(self.recipe)
             yield
 
-    def make(self, option: str = "--run") -> None:
-        """Makes the directory where there is none. Raises ``TrainingError`` if it cannot be."""
+    def make_directory(self, option: str = "--run") -> None:
+        """Makes the directory if it does not exist. Raises ``TrainingError``, which names
+        ``option`` as the way to choose another path, if it cannot be made."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            place = self.path.absolute()
-            standing = next(each for each in place.parents if os.path.lexists(each))
+            parents = self.path.absolute().parents
+            existing = next(parent for parent in parents if os.path.lexists(parent))
             raise TrainingError(
-                f"the run directory {self.path} cannot be made in {standing} ({error.strerror}): "
+                f"the run directory {self.path} cannot be made in {existing} ({error.strerror}): "
                 f"choose another place with {option}"
             ) from error
 
-    def begin(self) -> None:
-        """Writes ``run.toml``, when stage 0 is about to be: what is refused before leaves no
-        trace, and settings are those of a run only once it has data."""
+    def write_recipe(self) -> None:
+        """Writes ``run.toml``, just before stage 0 is written: what is refused before that leaves
+        no trace."""
         write_whole(self.path / "run.toml", to_toml(self.recipe).encode())
 
     def _require_same_results(self, recipe: Recipe) -> None:
         if changed := differences(self.recipe, recipe):
-            named = [f"{key} is {old!r} there, {new!r} here" for key, old, new in changed[:3]]
+            parts = [f"{key} is {old!r} there, {new!r} here" for key, old, new in changed[:3]]
             more = [f"and {len(changed) - 3} more"] if len(changed) > 3 else []
-            listed = ", ".join(named + more)
+            listed = ", ".join(parts + more)
             raise UserError(
                 f"{self.path} belongs to a run with other settings ({listed}): choose another "
-                f"--run, or repeat the settings it began with"
+                f"--run, or use the settings it started with"
             )
 
     @property
-    def settings(self) -> str:
-        """The digest of the recipe's fields that decide results."""
+    def recipe_digest(self) -> str:
+        """The digest of the recipe's fields that decide the results."""
         return digest(canonical_json(result_fields(self.recipe)))
 
-    def stage(self, number: int) -> Path:
-        """Returns the directory of a stage. While a finished one takes its place, or where that was
-        cut short, it is the one beside."""
-        place = self.path / f"stage{number}"
-        new = beside(place, NEW)
-        standing = (path for path in (place, new) if (path / "stage.json").is_file())
-        return next(standing, place)
+    def stage_dir(self, number: int) -> Path:
+        """Returns the directory of a stage: ``stageN``, or the temporary name of a finished stage
+        whose exchange is under way or was interrupted."""
+        path = self.path / f"stage{number}"
+        candidates = (path, exchange_path(path, NEW))
+        return next((path for path in candidates if (path / "stage.json").is_file()), path)
 
-    def undisturbed(self, read: Callable[[], Found], number: int | None = None) -> Found:
-        """Returns what ``read`` reads of the run, or of one stage: the old or the new, never a
-        mixture of the two. It is read again if stages, stores or views were exchanged meanwhile."""
-        return undisturbed(lambda: self._places(number), read)
+    def read_consistently(self, read: Callable[[], Result], number: int | None = None) -> Result:
+        """Returns the result of ``read``, which reads the run, or only stage ``number``, and is
+        called again if stages, stores or views were exchanged meanwhile. So the result is of the
+        old or of the new files, never of both."""
+        return read_consistently(lambda: self._exchanged_paths(number), read)
 
-    def standing(self, number: int) -> object:
-        """Returns what changes when a stage, its store or its views are exchanged."""
-        return identities(self._places(number))
+    def identity(self, number: int) -> object:
+        """Returns a value that differs once the stage, its store or its views are exchanged."""
+        return identities(self._exchanged_paths(number))
 
-    def _places(self, number: int | None) -> list[Path]:
+    def _exchanged_paths(self, number: int | None) -> list[Path]:
         numbers = stage_numbers(self.path) if number is None else [number]
-        return [place for n in numbers for place in (self.stage(n), self.store(n))]
+        return [path for n in numbers for path in (self.stage_dir(n), self.store_path(n))]
 
     @property
-    def network(self) -> Path:
-        """The directory where all stages are in the making while they train at once."""
+    def network_dir(self) -> Path:
+        """The directory of all stages while they train at once."""
         return self.path / "network"
 
-    def finish_network(self) -> None:
-        """Deletes what stages were made in that trained at once and are all in their places by now.
-        It is renamed first: half of it would look like a training to go on with."""
-        old = beside(self.network, OLD)
-        rename(self.network, old)
+    def remove_network_dir(self) -> None:
+        """Deletes ``network_dir`` once all stages have directories. It is renamed first: half of
+        it would look like an interrupted training."""
+        old = exchange_path(self.network_dir, OLD)
+        rename(self.network_dir, old)
         shutil.rmtree(old)
 
-    def training_history(self, number: int) -> Path:
-        """The epochs so far of a stage in training, a line each."""
-        if self.network.is_dir():
-            return self.network / "training" / f"stage{number}.jsonl"
-        return self.stage(number) / "training" / HISTORY
+    def training_history_path(self, number: int) -> Path:
+        """Returns the file of the epochs so far of a stage in training, one line each."""
+        if self.network_dir.is_dir():
+            return self.network_dir / "training" / f"stage{number}.jsonl"
+        return self.stage_dir(number) / "training" / HISTORY
 
-    def store(self, number: int) -> Path:
-        """The activation store of a stage: a Zarr group with ``train`` and ``test``."""
-        return self.stage(number) / "activations.zarr"
+    def store_path(self, number: int) -> Path:
+        """Returns the activation store of a stage: a Zarr group with ``train`` and ``test``."""
+        return self.stage_dir(number) / "activations.zarr"
 
     def open_store(self, number: int, split: str) -> Store:
-        """Opens a split of a stage's store, whose damage is told with what to do about it."""
+        """Opens a split of a stage's store. Its errors say how to repair it."""
         if number:
-            way = command("cache", "repair", self.stage(number))
-            advice = f"{way} writes it as it was, then the same command goes on"
+            repair = command("cache", "repair", self.stage_dir(number))
+            advice = f"{repair} writes it as it was, then the same command goes on"
         else:
             advice = "images cannot be computed again: begin another run from the data"
-        return Store(self.store(number) / split, advice)
+        return Store(self.store_path(number) / split, advice)
 
     def record(self, number: int) -> StageRecord | None:
-        """What a finished stage says of itself, or ``None`` while it is not finished."""
-        for _ in range(3):  # a stage that is being exchanged is at one of its two places
-            directory = self.stage(number)
+        """Returns the record of a finished stage, ``None`` if it is not finished. Raises
+        ``UserError`` if the record is damaged or is another stage's."""
+        for _ in range(3):  # during an exchange a stage has one of two names
+            directory = self.stage_dir(number)
             try:
                 record = StageRecord.read(directory)
                 break
@@ -178,19 +193,19 @@ class RunDirectory:
             return None
         if record.stage != number:
             raise UserError(
-                f"{directory} holds stage {record.stage}: put it into its place, or delete it and "
-                f"go on with `greedy train`"
+                f"{directory} holds stage {record.stage}: rename it to its number, or delete it "
+                f"and go on with `greedy train`"
             )
         return record
 
     def state(self, number: int) -> State:
-        """A stage is stale when it was trained with other settings, or a stage it follows from is
-        not the one it was trained from."""
+        """Returns the state of a stage: stale if it was trained with other settings, or if a stage
+        before it was trained again since."""
         record = self.record(number)
         if record is None:
-            begun = self.network.is_dir() or (self.stage(number) / "training").is_dir()
-            return "training" if number and begun else "pending"
-        if record.recipe != self.settings:
+            started = self.network_dir.is_dir() or (self.stage_dir(number) / "training").is_dir()
+            return "training" if number and started else "pending"
+        if record.recipe_digest != self.recipe_digest:
             return "stale"
         parent = record.parent
         if parent is None:
@@ -201,18 +216,19 @@ class RunDirectory:
         return "stale" if self.state(parent.stage) == "stale" else "complete"
 
     def is_stale(self, number: int) -> bool:
-        """Whether a stage is there and ``state`` says that it is stale."""
+        """Whether a stage is finished and stale."""
         return self.state(number) == "stale"
 
-    def complete(self, number: int) -> StageRecord:
-        """The record of a stage that must be complete. Raises ``UserError`` if it is not."""
+    def complete_record(self, number: int) -> StageRecord:
+        """Returns the record of a stage. Raises ``UserError`` if the stage is not finished or is
+        stale."""
         record, state = self.record(number), self.state(number)
         if state == "stale":
-            which = [number] if self.recipe.training.strategy == "greedy" else []
+            first = [number] if self.recipe.training.strategy == "greedy" else []
             raise UserError(
                 f"stage {number} in {self.path} is stale (an earlier stage was trained again "
                 f"after it, or it is of another run): train it again with "
-                f"{command('train', '--run', self.path, '--retrain', *which)}"
+                f"{command('train', '--run', self.path, '--retrain', *first)}"
             )
         if record is None:
             raise UserError(
@@ -223,59 +239,61 @@ class RunDirectory:
 
     @property
     def is_finished(self) -> bool:
-        """Whether every stage has a record, and none is still to be trained again."""
+        """Whether every stage has a record and no retraining is unfinished."""
         data = self.record(0)
-        if data is None or self.network.exists() or (self.path / NOTE).exists():
+        if data is None or self.network_dir.exists() or (self.path / RETRAINING_FILE).exists():
             return False
         return all(self.record(n) is not None for n in range(1, len(data.network) + 1))
 
     def require_stage(self, number: int) -> None:
-        """Raises ``UserError`` for a number that is not of a stage that trains."""
-        count = len(self.complete(0).network)
+        """Raises ``UserError`` unless ``number`` is that of a stage that trains."""
+        count = len(self.complete_record(0).network)
         if not 1 <= number <= count:
             raise no_stage(number, count)
 
     def drop_stores(self, *numbers: int) -> None:
-        """Deletes the stores of stages, where they are there. The stages stay complete. Whether an
-        interrupted training needs one, ``greedy.runs.unfinished`` knows."""
-        for store in map(self.store, numbers):
+        """Deletes the stores of stages, if they exist; the stages stay complete. Does not ask
+        whether an interrupted training needs one, see ``greedy.runs.unfinished``."""
+        for store in map(self.store_path, numbers):
             if store.is_dir():
-                rename(store, beside(store, OLD))
+                rename(store, exchange_path(store, OLD))
                 exchange(store)
 
     def _finish_exchanges(self) -> None:
-        if (old := beside(self.network, OLD)).exists():
+        if (old := exchange_path(self.network_dir, OLD)).exists():
             shutil.rmtree(old)
-        places = (".stage*", "stage*/.activations.zarr", "stage*/activations.zarr/.train")
+        patterns = (".stage*", "stage*/.activations.zarr", "stage*/activations.zarr/.train")
         for suffix in (NEW, OLD):
-            for place in places:
-                for leftover in self.path.glob(place + suffix):
+            for pattern in patterns:
+                for leftover in self.path.glob(pattern + suffix):
                     exchange(leftover.with_name(leftover.stem.removeprefix(".")))
 
 
-def new_stage(directory: Path, *, go_on: bool = False) -> AbstractContextManager[Path]:
-    """A place in which to make a stage that then becomes ``directory``, see ``replacing``."""
-    return replacing(directory, directory / "training", go_on=go_on)
+def new_stage(directory: Path, *, resume: bool = False) -> AbstractContextManager[Path]:
+    """Yields a directory in which to make a stage, which is then renamed to ``directory``, see
+    ``replacing``."""
+    return replacing(directory, directory / "training", resume=resume)
 
 
 def run_of_stage(path: Path) -> tuple[RunDirectory, int]:
-    """The run and the number that a stage directory such as ``cache/stage2`` belongs to."""
+    """Returns the run and the number of a stage directory such as ``cache/stage2``. Raises
+    ``UserError`` for any other path."""
     path = Path(os.path.normpath(path.absolute()))
     number = re.fullmatch(_STAGE, path.name)
     if number is None:
         raise UserError(f"{path} is not a stage directory: give one such as cache/stage2")
     if not path.is_dir():
-        begun = (path.parent / "run.toml").is_file()
-        data = RunDirectory.open(path.parent).record(0) if begun else None
+        is_run = (path.parent / "run.toml").is_file()
+        data = RunDirectory.open(path.parent).record(0) if is_run else None
         if data is not None and int(number[1]) > len(data.network):
             raise no_stage(int(number[1]), len(data.network))
         raise UserError(f"{path} does not exist: train stage {number[1]} first")
     return RunDirectory.open(path.parent), int(number[1])
 
 
-def require_own_files(*entries: Path) -> None:
-    """Refuses a run that reaches beyond its directory: what is written or deleted through a link
-    would be somebody else's."""
+def require_no_links(*entries: Path) -> None:
+    """Raises ``UserError`` if an entry, or anything below it, is a link: files outside the run
+    would be written or deleted through it."""
     for entry in entries:
         _require_no_link(entry)
         for top, directories, files in os.walk(entry):
@@ -286,23 +304,24 @@ def require_own_files(*entries: Path) -> None:
 def _require_no_link(path: Path) -> None:
     if path.is_symlink():
         raise UserError(
-            f"{path} is a link, and a run's files are its own: put what it points to in its place"
+            f"{path} is a link, which a run must not hold: replace it with the files it points to"
         )
 
 
 def stage_numbers(path: Path) -> list[int]:
-    """Returns the stages that have a directory in a run, in its place or about to come to it."""
-    found = rf"{_STAGE}|\.{_STAGE}{re.escape(NEW)}"
-    names = (re.fullmatch(found, each.name) for each in path.iterdir()) if path.is_dir() else ()
-    return sorted({int(name[1] or name[2]) for name in names if name})
+    """Returns the numbers of the stages that have a directory in a run, final or temporary."""
+    pattern = rf"{_STAGE}|\.{_STAGE}{re.escape(NEW)}"
+    entries = path.iterdir() if path.is_dir() else ()
+    matches = (re.fullmatch(pattern, entry.name) for entry in entries)
+    return sorted({int(match[1] or match[2]) for match in matches if match})
 
 
-def _is_unbegun(path: Path) -> bool:
-    """Whether nothing is in a directory but what beginning a run leaves if it is cut short."""
+def _is_unstarted(path: Path) -> bool:
+    """Whether a directory holds only what a run leaves that was interrupted before ``run.toml``."""
     parts = (part_of(Path(name)).name for name in (HOLDER, "run.toml"))
-    return {each.name for each in path.iterdir()} <= {LOCK, HOLDER, *parts}
+    return {entry.name for entry in path.iterdir()} <= {LOCK, HOLDER, *parts}
 
 
-def _is_own_source(path: Path) -> bool:
-    """Whether this is the project's own source folder ``cache/``, which may hold a run too."""
-    return path.name == "cache" and (path.parent / "greedy" / "runs.py").is_file()
+def _is_source_folder(path: Path) -> bool:
+    """Whether this is the source folder ``cache/`` of a checkout, which may hold a run too."""
+    return path.name == "cache" and (path.parent / "greedy" / "runs" / "directory.py").is_file()

@@ -1,4 +1,4 @@
-"""The disk plan of a run, from its recipe and what it has on disk so far."""
+"""The disk plan of a run, from its recipe and the files it has."""
 
 import math
 import shutil
@@ -12,24 +12,39 @@ from greedy.models import StageShapes
 from greedy.recipes import Recipe
 from greedy.recipes.per_stage import encoding, for_stage
 from greedy.runs.directory import SET_ASIDE, RunDirectory
-from greedy.runs.disk_plan import COMPRESSED, UNCOMPRESSED, Demand, Plan, StageDemand, Views, plan
+from greedy.runs.disk_plan import (
+    COMPRESSED,
+    UNCOMPRESSED,
+    DiskDemand,
+    DiskPlan,
+    StageDemand,
+    Views,
+    plan_stores,
+)
 from greedy.runs.record import StageRecord
-from greedy.runs.unfinished import start_of
+from greedy.runs.unfinished import read_start
 
-FREE_DISK_SHARE = 0.7  # of the file system's free space, for a run that says nothing else
+FREE_DISK_SHARE = 0.7  # of the file system's free space, for ``store.disk_budget = "auto"``
 
 
 def plan_disk(
     run: RunDirectory,
     shapes: Sequence[StageShapes],
     rows: Mapping[str, int],
-    images: int,
+    image_bytes: int,
     retrain_from: int | None = None,
-) -> Plan:
-    """The plan for all stages that are not finished, or are to be trained again. ``rows`` are
-    those of each split, ``images`` the bytes of stage 0; the run may be yet to begin.
+) -> DiskPlan:
+    """Returns the plan for all stages that are not finished, or are to be trained again.
 
-    Raises ``UserError`` where they do not fit.
+    Args:
+        run: the run, which may have no files yet.
+        shapes: of all stages.
+        rows: of each split.
+        image_bytes: of stage 0's store.
+        retrain_from: the first stage that is trained again.
+
+    Raises:
+        UserError: the stores do not fit the budget.
     """
     recipe = run.recipe
     sizes = UNCOMPRESSED if recipe.store.compressor == "none" else COMPRESSED
@@ -42,37 +57,38 @@ def plan_disk(
                 operations=shape.operations,
                 epochs=for_stage(recipe.training.epochs, number),
                 views=None if again else _views(run, number),
-                begun=_begun(run, number),
-                replaced=bytes_below(run.store(number)) if again else 0,
+                interrupted_views=_interrupted_views(run, number),
+                replaced=bytes_below(run.store_path(number)) if again else 0,
             )
         )
     one_by_one = recipe.training.strategy == "greedy"
-    demand = Demand(
+    demand = DiskDemand(
         tuple(stages),
         rows,
         recipe.views if one_by_one else "live",
         sizes[encoding(recipe)],
-        images,
+        image_bytes,
         refreshed=recipe.refresh_every > 0,
     )
-    planned = plan(demand, disk_budget(run), recipe.store.keep)
+    planned = plan_stores(demand, disk_budget(run), recipe.store.keep)
     return replace(planned, notes=tuple(_notes(recipe)) if one_by_one else ())
 
 
 def disk_budget(run: RunDirectory) -> int:
-    """Returns the bytes that a run may take. What the run takes now does not change ``auto``, but
-    for trainings that were set aside: they stay."""
+    """Returns the bytes that a run may use. For ``auto`` the files that the run has now count as
+    free, except trainings that were set aside, which are never deleted."""
     setting = run.recipe.store.disk_budget
     if setting != "auto":
         return parse_size(setting)
     path = run.path.absolute()
-    standing = next(place for place in (path, *path.parents) if place.exists())
-    aside = sum(bytes_below(place) for place in path.glob(f"*{SET_ASIDE}*"))
-    return int(FREE_DISK_SHARE * (shutil.disk_usage(standing).free + bytes_below(path) - aside))
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    aside = sum(bytes_below(training) for training in path.glob(f"*{SET_ASIDE}*"))
+    return int(FREE_DISK_SHARE * (shutil.disk_usage(existing).free + bytes_below(path) - aside))
 
 
-def former(run: RunDirectory, number: int) -> StageRecord | None:
-    """The record of a stage to be trained, perhaps again; ``None`` if it cannot be read."""
+def previous_record(run: RunDirectory, number: int) -> StageRecord | None:
+    """Returns the record of a stage's last training; ``None`` if there is none that can be
+    read."""
     try:
         return run.record(number)
     except UserError:
@@ -80,27 +96,30 @@ def former(run: RunDirectory, number: int) -> StageRecord | None:
 
 
 def _views(run: RunDirectory, number: int) -> Views | None:
-    """The views of a finished stage's store."""
-    record = former(run, number)
+    """Returns the views of a finished stage's store."""
+    record = previous_record(run, number)
     if record is None:
         return None
-    return record.store.views if record.store and run.store(number).is_dir() else "live"
+    return record.store.views if record.store and run.store_path(number).is_dir() else "live"
 
 
-def _begun(run: RunDirectory, number: int) -> Views | None:
-    """The views that an interrupted training of a stage goes on with, if it can go on."""
-    start, parent = start_of(run, number), former(run, number - 1)
+def _interrupted_views(run: RunDirectory, number: int) -> Views | None:
+    """Returns the views of a stage's interrupted training, ``None`` if none can resume."""
+    start, parent = read_start(run, number), previous_record(run, number - 1)
     if start is None or parent is None:
         return None
-    goes_on = (start.recipe, start.parent) == (parent.recipe, parent.lineage)
-    return start.resolved.views if goes_on else None
+    can_resume = (start.recipe_digest, start.parent_lineage) == (
+        parent.recipe_digest,
+        parent.lineage,
+    )
+    return start.resolved.views if can_resume else None
 
 
 def _notes(recipe: Recipe) -> Iterator[str]:
-    """What the settings of the stores ask for in vain."""
-    asked = recipe.store
-    nothing = "nothing is drawn at random when images are read"
-    if recipe.views != asked.views:
-        yield f"{nothing}, so a store has one view instead of {asked.views} that would be the same"
-    if recipe.refresh_every != asked.refresh_every:
-        yield f"{nothing}, so views stay as they are instead of being drawn anew"
+    """Yields a sentence about each setting of the stores that has no effect."""
+    settings = recipe.store
+    reason = "nothing is drawn at random when images are read"
+    if recipe.views != settings.views:
+        yield f"{reason}, so a store has one view instead of {settings.views} identical ones"
+    if recipe.refresh_every != settings.refresh_every:
+        yield f"{reason}, so views are not drawn again"

@@ -1,4 +1,4 @@
-"""Which stores a run keeps on disk, and with how many views: numbers in, a plan out."""
+"""Which stores a run keeps on disk, and with how many views: a pure function of numbers."""
 
 import math
 from collections.abc import Collection, Mapping
@@ -11,81 +11,82 @@ from greedy.base.sizes import format_size
 
 Views = int | Literal["live"]
 
-# Bytes a stored value takes, at most: compressed on real activations, and as it is.
+# Bytes of a stored value, at most: compressed, measured on real activations, and uncompressed.
 COMPRESSED = {"float32": 3.5, "float16": 1.8, "bfloat16": 1.45, "uint8": 1.05, "uint4": 0.5}
 UNCOMPRESSED = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "uint8": 1.0, "uint4": 0.5}
 
 
 @dataclass(frozen=True)
 class StageDemand:
-    """One stage as a plan sees it.
+    """The numbers of one stage that a plan depends on.
 
     Attributes:
         values: in a row of its output.
-        operations: multiply-adds of its forward pass, a row.
+        operations: multiply-adds per row of its forward pass.
         epochs: for which it trains.
-        views: those it has, if it is finished; ``live`` if its store is gone.
-        begun: those that its training began with, if it was interrupted.
-        replaced: bytes of an old store that stands until the stage is trained again.
+        views: of its store if it is finished; ``live`` if that was deleted.
+        interrupted_views: the views chosen for its training if that was interrupted.
+        replaced: bytes of an old store that is kept until the stage is trained again.
     """
 
     values: int
     operations: int
     epochs: int
     views: Views | None = None
-    begun: Views | None = None
+    interrupted_views: Views | None = None
     replaced: int = 0
 
     @property
-    def settled(self) -> Views | None:
-        """The views that its store has or will have, if no plan can change that."""
-        return self.views or self.begun
+    def fixed_views(self) -> Views | None:
+        """The views of its store if they are decided already, else ``None``."""
+        return self.views or self.interrupted_views
 
 
 @dataclass(frozen=True)
-class Demand:
-    """What a run would like to store.
+class DiskDemand:
+    """The numbers of a run that a plan depends on.
 
     Attributes:
-        stages: all of them from 1 on; the last is the output layer, which has no store.
-        rows: of both splits.
-        wanted: views of every store.
+        stages: all stages from 1 on; the last is the output layer, which has no store.
+        rows: of each split.
+        wanted_views: of each store.
         value_bytes: of a stored value.
-        images: bytes of stage 0's store, which always stays.
+        image_bytes: of stage 0's store, which is always kept.
         refreshed: whether the views of a source are rewritten while the next stage trains;
-            the old ones stay until the new ones are whole.
+            the old ones are kept until the new ones are complete.
     """
 
     stages: tuple[StageDemand, ...]
     rows: Mapping[str, int]
-    wanted: Views
+    wanted_views: Views
     value_bytes: float
-    images: int
+    image_bytes: int
     refreshed: bool = False
 
     def choices(self, number: int) -> list[int]:
-        """The views that a stage's store may have, most first; none where it can have no store."""
-        settled = self.stages[number - 1].settled
-        views = settled or self.wanted
+        """Returns the views that a stage's store may have, most first; empty if it has no store."""
+        fixed = self.stages[number - 1].fixed_views
+        views = fixed or self.wanted_views
         if views == "live":
             return []
-        return [views] if settled else [views >> n for n in range(views.bit_length())]
+        return [views] if fixed else [views >> n for n in range(views.bit_length())]
 
     def store_bytes(
         self, number: int, views: int, splits: Collection[str] = ("train", "test")
     ) -> int:
-        """The size of a stage's store; the test split has one view."""
+        """Returns the bytes of a stage's store; the test split has one view."""
         rows = sum(self.rows[split] * (views if split == "train" else 1) for split in splits)
         return math.ceil(rows * self.stages[number - 1].values * self.value_bytes)
 
     def source(self, number: int, stored: Mapping[int, int]) -> int:
-        """The stage whose store a stage trains from, ``stored`` being views by stage."""
+        """Returns the stage whose store a stage trains from; ``stored`` has the views of each
+        store by stage."""
         return max((n for n in stored if n < number), default=0)
 
     def on_disk(self, number: int, stored: Mapping[int, int], kept: Collection[int]) -> int:
-        """Bytes in use, at most, while a stage trains and its store is written."""
+        """Returns the most bytes in use while a stage trains and its store is written."""
         source = self.source(number, stored)
-        standing = sum(
+        existing = sum(
             self.store_bytes(n, views)
             for n, views in stored.items()
             if n == source or (n < number and n in kept)
@@ -93,27 +94,28 @@ class Demand:
         written = self.store_bytes(number, stored[number]) if number in stored else 0
         if self.refreshed and source:
             written = max(written, self.store_bytes(source, stored[source], ["train"]))
-        return self.images + standing + written
+        return self.image_bytes + existing + written
 
     def peak(self, stored: Mapping[int, int], kept: Collection[int]) -> int:
-        """Bytes in use, at most, while the stages that are not finished are trained."""
+        """Returns the most bytes in use while the unfinished stages are trained."""
         todo = (n for n, stage in enumerate(self.stages, start=1) if stage.views is None)
         return max((self.on_disk(n, stored, kept) for n in todo), default=0)
 
     def replay(self, source: int, number: int) -> int:
-        """Multiply-adds a row to get from a stage's store to another stage's input."""
+        """Returns the multiply-adds per row from stage ``source``'s store to stage ``number``'s
+        input."""
         return sum(stage.operations for stage in self.stages[source : number - 1])
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """What becomes of one stage's store.
+    """The plan for one stage's store.
 
     Attributes:
-        views: ``live`` where there is no store and the stage is replayed.
+        views: of the store; ``live`` if there is none and the stage is replayed.
         bytes: of the store, estimated.
         dropped_after: the stage after which the store is deleted, ``None`` if it is kept.
-        finished: whether the stage is trained already.
+        finished: whether the stage is already trained.
     """
 
     number: int
@@ -124,21 +126,21 @@ class StagePlan:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a run keeps on disk.
+class DiskPlan:
+    """The stores that a run keeps on disk.
 
     Attributes:
         stages: from 1 on, without the output layer, which has no store.
-        wanted: views of every store, if there were room.
-        needed: bytes at most in use if every store were written so and kept.
-        peak: bytes at most in use as it is planned.
+        wanted_views: of each store, if there were room.
+        needed: the most bytes in use if each store had its wanted views and were kept.
+        peak: the most bytes in use under this plan.
         budget: bytes that may be in use.
-        dropped_first: stages to be trained again whose old stores go before that.
-        notes: sentences about what was asked for and is planned otherwise.
+        dropped_first: stages to be trained again whose old stores are deleted before that.
+        notes: sentences about settings that the plan does not follow.
     """
 
     stages: tuple[StagePlan, ...]
-    wanted: Views
+    wanted_views: Views
     needed: int
     peak: int
     budget: int
@@ -146,38 +148,39 @@ class Plan:
     notes: tuple[str, ...] = ()
 
     def views(self, number: int) -> Views:
-        """The views of a stage's store; ``live`` for the output layer."""
+        """Returns the views of a stage's store; ``live`` for the output layer."""
         return self.stages[number - 1].views if number <= len(self.stages) else "live"
 
     def source(self, number: int) -> int:
-        """The stage whose store a stage trains from."""
+        """Returns the stage whose store a stage trains from."""
         earlier = self.stages[: number - 1]
         return max((stage.number for stage in earlier if stage.views != "live"), default=0)
 
     def dropped_after(self, number: int) -> list[int]:
-        """The stages whose stores go once stage ``number`` is finished."""
+        """Returns the stages whose stores are deleted once stage ``number`` is finished."""
         return [stage.number for stage in self.stages if stage.dropped_after == number]
 
     def explain(self) -> list[str]:
-        """The plan in sentences for the user: one where nothing is missed, else one a stage."""
+        """Returns the plan as sentences: one if all stores fit, else one for each stage too."""
         budget = f"of a budget of {format_size(self.budget)}"
         notes = [f"disk: {note}" for note in self.notes]
         lines = [
             f"stage {n}: its old store is deleted first, to make room" for n in self.dropped_first
         ]
         if self.needed <= self.budget:
-            whole = f"disk: the stores take up to {format_size(self.peak)} {budget}"
-            return [*notes, whole, *lines]
+            total = f"disk: the stores take up to {format_size(self.peak)} {budget}"
+            return [*notes, total, *lines]
         lines += [
-            self._explained(stage)
+            self._explain_stage(stage)
             for stage in self.stages
             if not stage.finished or stage.dropped_after
         ]
-        missing = f"all stores with {_counted(self.wanted)} would take {format_size(self.needed)}"
+        views, needed = _counted(self.wanted_views), format_size(self.needed)
+        missing = f"all stores with {views} would take {needed}"
         end = f"at most {format_size(self.peak)} {budget}"
         return [*notes, f"disk: {missing}, so:", *lines, end]
 
-    def _explained(self, stage: StagePlan) -> str:
+    def _explain_stage(self, stage: StagePlan) -> str:
         if stage.views == "live":
             source = max(
                 (s.number for s in self.stages[: stage.number] if s.views != "live"), default=0
@@ -187,20 +190,21 @@ class Plan:
         return f"stage {stage.number}: {_counted(stage.views)}, {format_size(stage.bytes)}, {end}"
 
 
-def plan(demand: Demand, budget: int, keep: Literal["auto", "all"] = "auto") -> Plan:
-    """The plan that stays within a budget of bytes.
+def plan_stores(demand: DiskDemand, budget: int, keep: Literal["auto", "all"] = "auto") -> DiskPlan:
+    """Returns the plan that stays within a budget of bytes.
 
-    A store is deleted when the stage that follows it on disk has written its own. Views are
-    chosen for the least replaying and then for the least sum of 1/views. Of what the budget
-    then leaves room for, the stores are kept that would save most replaying a byte. Sizes are
-    estimates, of finished stores too, so that a run that was interrupted plans what it would
-    have done in one go. Raises ``UserError`` where nothing fits, or not all of it although
-    ``keep`` is ``all``.
+    A store is deleted once the next stage with a store has written it. Views are chosen for the
+    least replaying and then for the least sum of 1/views. In the room that is left, the stores are
+    kept that save most replaying per byte. All sizes are estimates, even of finished stores, so
+    that an interrupted run makes the same plan again.
+
+    Raises:
+        UserError: no plan fits, or ``keep`` is ``all`` and the stores do not fit together.
     """
-    everything = {
+    all_stores = {
         n: choices[0] for n in range(1, len(demand.stages)) if (choices := demand.choices(n))
     }
-    needed = demand.peak(everything, everything)
+    needed = demand.peak(all_stores, all_stores)
     if keep == "all" and needed > budget:
         raise UserError(
             f"keeping all stores takes {format_size(needed)} and the disk budget is "
@@ -216,7 +220,7 @@ def plan(demand: Demand, budget: int, keep: Literal["auto", "all"] = "auto") -> 
             f"{format_size(budget)}: raise it with --disk-budget"
         )
     replaced = {n: stage.replaced for n, stage in enumerate(demand.stages, 1) if stage.replaced}
-    return Plan(
+    return DiskPlan(
         stages=tuple(
             StagePlan(
                 number=n,
@@ -229,7 +233,7 @@ def plan(demand: Demand, budget: int, keep: Literal["auto", "all"] = "auto") -> 
             )
             for n, stage in enumerate(demand.stages[:-1], 1)
         ),
-        wanted=demand.wanted,
+        wanted_views=demand.wanted_views,
         needed=needed,
         peak=peak,
         budget=budget,
@@ -238,12 +242,12 @@ def plan(demand: Demand, budget: int, keep: Literal["auto", "all"] = "auto") -> 
 
 
 @dataclass(frozen=True, order=True)
-class _Way:
-    """A choice of stores up to some stage; the smaller one is the better.
+class _Path:
+    """A choice of stores up to some stage. The smallest is the best.
 
     Attributes:
         excess: bytes above the budget, summed over the stages.
-        replayed: multiply-adds a training row.
+        replayed: multiply-adds per training row.
         coarseness: sum of 1/views.
         stored: (stage, views) of every store.
     """
@@ -254,36 +258,38 @@ class _Way:
     stored: tuple[tuple[int, int], ...] = ()
 
 
-def _views(demand: Demand, budget: int) -> dict[int, int]:
-    """The views of every stage that has a store: the shortest path from store to store, since
-    nothing but a source and what is written from it has to be on disk at a time."""
-    ways = [_Way()]
+def _views(demand: DiskDemand, budget: int) -> dict[int, int]:
+    """Returns the views of each stage that has a store. This is a shortest path from store to
+    store, since only a source and the store written from it must be on disk at the same time."""
+    paths = [_Path()]
     for number, stage in enumerate(demand.stages[:-1], start=1):
         ends = [
-            min(_onward(demand, budget, way, number, views) for way in ways)
+            min(_extend(demand, budget, path, number, views) for path in paths)
             for views in demand.choices(number)
         ]
-        ways = ends if ends and stage.settled else ways + ends
-    return dict(min(_onward(demand, budget, way, len(demand.stages), None) for way in ways).stored)
+        paths = ends if ends and stage.fixed_views else paths + ends
+    last = len(demand.stages)
+    return dict(min(_extend(demand, budget, path, last, None) for path in paths).stored)
 
 
-def _onward(demand: Demand, budget: int, way: _Way, number: int, views: int | None) -> _Way:
-    """A way continued to the next store, or with no views to the output layer."""
-    stored = way.stored if views is None else (*way.stored, (number, views))
-    here = dict((*way.stored[-1:], *stored[len(way.stored) :]))
-    source = demand.source(number, here)
+def _extend(demand: DiskDemand, budget: int, path: _Path, number: int, views: int | None) -> _Path:
+    """Returns the path extended to the store of a stage, or with no ``views`` to the output
+    layer."""
+    stored = path.stored if views is None else (*path.stored, (number, views))
+    on_disk = dict((*path.stored[-1:], *stored[len(path.stored) :]))
+    source = demand.source(number, on_disk)
     steps = range(source + 1, number + 1)
-    return _Way(
-        way.excess + sum(max(0, demand.on_disk(n, here, ()) - budget) for n in steps),
-        way.replayed + sum(demand.stages[n - 1].epochs * demand.replay(source, n) for n in steps),
-        way.coarseness + (Fraction(1, views) if views else 0),
+    return _Path(
+        path.excess + sum(max(0, demand.on_disk(n, on_disk, ()) - budget) for n in steps),
+        path.replayed + sum(demand.stages[n - 1].epochs * demand.replay(source, n) for n in steps),
+        path.coarseness + (Fraction(1, views) if views else 0),
         stored,
     )
 
 
-def _worth_keeping(demand: Demand, stored: Mapping[int, int], budget: int) -> set[int]:
-    """The stages whose stores stay: those that save most replaying a byte, while there is room.
-    The last store always stays, since nothing is written after it."""
+def _worth_keeping(demand: DiskDemand, stored: Mapping[int, int], budget: int) -> set[int]:
+    """Returns the stages whose stores are kept: those that save most replaying per byte, while
+    there is room. The last store is always kept, since none is written after it."""
 
     def saving(number: int) -> float:
         epochs = sum(

@@ -1,7 +1,8 @@
-"""Something finished takes the place of what was there, also while others read.
+"""Replacing a directory by a finished one, also while other processes read it.
 
-It takes its place whole, by renaming: what is there goes aside, the new comes, the old is deleted.
-A reader may come in between, so what it read counts only if nothing was exchanged meanwhile.
+The new directory replaces the old one whole, by renaming: the old is renamed, the new is renamed to
+its name, the old is deleted. A process may read in between, so it reads again if anything was
+exchanged meanwhile.
 """
 
 import os
@@ -14,64 +15,66 @@ from typing import TypeVar
 from greedy.cache.files import rename, sync_below
 from greedy.runs.record import ENCODER, FILES, HEADS, HISTORY
 
-Found = TypeVar("Found")
+Result = TypeVar("Result")
 
-NEW, OLD = ".new", ".old"  # these endings exist only for the moment of the exchange
-CHECKPOINT = "checkpoint"  # of a stage in the making: a finished one has none
-# All that a stage's directory holds of ours, but for what begins with a dot or ends in .part.
-_OURS = ("stage.json", ENCODER, HEADS, HISTORY, FILES, "activations.zarr", "training")
+NEW, OLD = ".new", ".old"  # endings of the temporary names during an exchange
+CHECKPOINT = "checkpoint"  # the directory in that of an unfinished stage
+# The files of greedy in a stage's directory, besides names that begin with a dot or end in .part.
+_OWN_NAMES = ("stage.json", ENCODER, HEADS, HISTORY, FILES, "activations.zarr", "training")
 
 
-def undisturbed(places: Callable[[], Sequence[Path]], read: Callable[[], Found]) -> Found:
-    """Returns what ``read`` reads, or raises what it raises, as soon as none of the directories
-    that ``places`` names was exchanged for another, or had an entry exchanged, while it read."""
+def read_consistently(paths: Callable[[], Sequence[Path]], read: Callable[[], Result]) -> Result:
+    """Returns the result of ``read``, or raises its error, once none of the directories ``paths()``
+    was exchanged, or had an entry exchanged, during the call. Until then ``read`` is called
+    again."""
     while True:
-        before = identities(places())
+        before = identities(paths())
         try:
-            found = read()
+            result = read()
         except Exception:
-            if identities(places()) == before:
+            if identities(paths()) == before:
                 raise
         else:
-            if identities(places()) == before:
-                return found
+            if identities(paths()) == before:
+                return result
 
 
-def identities(places: Sequence[Path]) -> list[tuple[Path, tuple[int, ...] | None]]:
-    """Returns by what each directory is told from any that takes its place, and from itself with
-    other entries. Renaming changes the time of change, so that one that went and came back differs
-    too."""
-    found: list[tuple[Path, tuple[int, ...] | None]] = []
-    for path in places:
+def identities(paths: Sequence[Path]) -> list[tuple[Path, tuple[int, ...] | None]]:
+    """Returns an identity of each directory, ``None`` if it does not exist. It differs for another
+    directory of the same name, and once an entry or the directory itself was renamed, even back."""
+    identified: list[tuple[Path, tuple[int, ...] | None]] = []
+    for path in paths:
         try:
             status = path.stat()
-            found.append((path, (status.st_dev, status.st_ino, status.st_ctime_ns)))
+            identified.append((path, (status.st_dev, status.st_ino, status.st_ctime_ns)))
         except OSError:
-            found.append((path, None))
-    return found
+            identified.append((path, None))
+    return identified
 
 
 @contextmanager
-def replacing(directory: Path, workshop: Path, *, go_on: bool = False) -> Iterator[Path]:
-    """Gives a directory ``workshop`` to make something in: empty, or to ``go_on`` as it was left.
-    On clean exit it becomes ``directory``, and only then does what was there before go."""
-    if workshop.exists() and not go_on:
-        shutil.rmtree(workshop)
-    workshop.mkdir(parents=True, exist_ok=True)
-    yield workshop
-    sync_below(workshop)
-    rename(workshop, beside(directory, NEW))
+def replacing(directory: Path, temporary: Path, *, resume: bool = False) -> Iterator[Path]:
+    """Yields the directory ``temporary`` to be filled: empty, or to ``resume`` as it was left. On
+    exit without an error it is renamed to ``directory``, and only then is the old one deleted."""
+    if temporary.exists() and not resume:
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True, exist_ok=True)
+    yield temporary
+    sync_below(temporary)
+    rename(temporary, exchange_path(directory, NEW))
     exchange(directory)
 
 
-def beside(directory: Path, suffix: str) -> Path:
-    """Returns where a directory is during its exchange."""
+def exchange_path(directory: Path, suffix: str) -> Path:
+    """Returns the temporary name of a directory during its exchange, ``suffix`` being NEW or
+    OLD."""
     return directory.with_name(f".{directory.name}{suffix}")
 
 
 def exchange(directory: Path) -> None:
-    """Puts something finished into its place. Can be repeated after a crash at any point."""
-    new, old = beside(directory, NEW), beside(directory, OLD)
+    """Renames a finished directory from its temporary name, and deletes the old one. Can be
+    repeated after a crash at any point."""
+    new, old = exchange_path(directory, NEW), exchange_path(directory, OLD)
     if new.is_dir():
         if (new / CHECKPOINT).is_dir():
             shutil.rmtree(new / CHECKPOINT)
@@ -85,11 +88,11 @@ def exchange(directory: Path) -> None:
 
 
 def _remove(old: Path, new: Path) -> None:
-    """Deletes what was in the place of something new. What a user put into a stage's directory
-    moves on into the new one."""
+    """Deletes the old directory. Files that a user put into a stage's directory are moved into
+    the new one."""
     if (old / "stage.json").is_file():
         for path in old.iterdir():
-            own = path.name in _OURS or path.name.startswith(".") or path.suffix == ".part"
+            own = path.name in _OWN_NAMES or path.name.startswith(".") or path.suffix == ".part"
             if not own and not os.path.lexists(new / path.name):
                 path.rename(new / path.name)
     shutil.rmtree(old)

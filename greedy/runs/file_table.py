@@ -1,4 +1,4 @@
-"""The files that images were read from: how each was, and which are others by now."""
+"""The files that images were read from: their state then, and which have changed since."""
 
 import hashlib
 import io
@@ -18,16 +18,25 @@ from greedy.base.errors import UserError
 from greedy.cache.files import write_whole
 from greedy.runs.record import FILES
 
-TOGETHER = 256  # files that a thread looks at in turn
+FILES_PER_TASK = 256  # looked at by one thread in turn
 
 Numbers = npt.NDArray[np.int64]
-Found = TypeVar("Found")
-DAMAGED = (ValueError, TypeError, KeyError, EOFError, NotImplementedError, BadZipFile, zlib.error)
+Result = TypeVar("Result")
+# What NumPy raises for a damaged archive.
+DAMAGE_ERRORS = (
+    ValueError,
+    TypeError,
+    KeyError,
+    EOFError,
+    NotImplementedError,
+    BadZipFile,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True)
 class FileChanges:
-    """Names of files, relative to their folder, that are others than in a table of so many."""
+    """The names of files, relative to their folder, that differ from a table of ``files`` files."""
 
     changed: Sequence[str]
     new: Sequence[str]
@@ -37,14 +46,14 @@ class FileChanges:
 
 @dataclass(frozen=True)
 class FileTable:
-    """n files below a folder.
+    """A table of n files below a folder.
 
     Attributes:
         names: relative to the folder.
-        sizes: in bytes (n,); -1 for a file that is not there.
-        times: a number (n,) that is another once a file was touched, or others took its place: of
-            its times and of where it lies.
-        digests: of the contents (n,), taken when they are wanted.
+        sizes: in bytes (n,); -1 for a missing file.
+        times: hashes (n,) of each file's times and inode, which differ once it was touched or
+            replaced.
+        digests: of the contents (n,); 0 until ``compute_digests``.
     """
 
     names: list[str]
@@ -53,35 +62,35 @@ class FileTable:
     digests: Numbers
 
     @classmethod
-    def of(cls, root: Path, files: Sequence[Path]) -> Self:
-        """The table of files below ``root`` as they are, their contents not looked at."""
+    def from_files(cls, root: Path, files: Sequence[Path]) -> Self:
+        """Returns the table of files below ``root``, without digests."""
         status = np.array(_in_threads(_status, files), np.int64)
         below = "" if root == Path() else f"{root}{os.sep}".replace(2 * os.sep, os.sep)
         names = [os.fspath(file).removeprefix(below) for file in files]
         return cls(names, status[:, 0], status[:, 1], np.zeros(len(files), np.int64))
 
-    def take_digests(self, root: Path, rows: npt.NDArray[np.integer[Any]]) -> None:
-        """Takes the digests of the files ``rows`` (m,) as they are below ``root``."""
+    def compute_digests(self, root: Path, rows: npt.NDArray[np.integer[Any]]) -> None:
+        """Reads the files ``rows`` (m,) below ``root`` and sets their digests."""
         self.digests[rows] = _in_threads(_digest, [root / self.names[row] for row in rows])
 
     def changed_since(self, before: "FileTable", root: Path) -> FileChanges:
-        """Returns which files of ``before`` are others in this table of the same folder ``root``:
-        in size, or in contents, which are looked at where the time is another."""
-        place = {name: row for row, name in enumerate(self.names)}
-        now = np.array([place.get(name, -1) for name in before.names], np.int64)
-        there = np.flatnonzero(now >= 0)
-        now = now[there]
-        other_size = self.sizes[now] != before.sizes[there]
-        touched = ~other_size & (self.times[now] != before.times[there])
-        self.digests[now] = before.digests[there]
-        self.take_digests(root, now[touched])
-        other = other_size | (self.digests[now] != before.digests[there])
-        known = {*before.names}
+        """Returns how this table differs from an earlier one of the same folder ``root``: in
+        names, sizes and contents. Only files whose ``times`` differ are read."""
+        rows = {name: row for row, name in enumerate(self.names)}
+        new_rows = np.array([rows.get(name, -1) for name in before.names], np.int64)
+        old_rows = np.flatnonzero(new_rows >= 0)
+        new_rows = new_rows[old_rows]
+        resized = self.sizes[new_rows] != before.sizes[old_rows]
+        touched = ~resized & (self.times[new_rows] != before.times[old_rows])
+        self.digests[new_rows] = before.digests[old_rows]
+        self.compute_digests(root, new_rows[touched])
+        changed = resized | (self.digests[new_rows] != before.digests[old_rows])
+        old_names = {*before.names}
         return FileChanges(
-            [self.names[row] for row in now[other]],
-            [name for name in self.names if name not in known],
-            [name for name in before.names if name not in place],
-            len(before.names),
+            changed=[self.names[row] for row in new_rows[changed]],
+            new=[name for name in self.names if name not in old_names],
+            gone=[name for name in before.names if name not in rows],
+            files=len(before.names),
         )
 
     def write(self, directory: Path) -> None:
@@ -99,31 +108,32 @@ class FileTable:
 
     @classmethod
     def read(cls, directory: Path) -> Self | None:
-        """Returns the table in a directory, None where there is none. Raises UserError for one that
+        """Returns the table in a directory, ``None`` if there is none. Raises ``UserError`` if it
         is damaged."""
         path = directory / FILES
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as columns:
                 names = columns["names"].tobytes().decode("utf-8", "surrogateescape").split("\0")
                 numbers = [columns[key] for key in ("sizes", "times", "digests")]
-            if any((each.shape, each.dtype) != ((len(names),), np.int64) for each in numbers):
+            if any((c.shape, c.dtype) != ((len(names),), np.int64) for c in numbers):
                 raise ValueError("its columns do not belong together")
         except FileNotFoundError:
             return None
-        except DAMAGED as error:
+        except DAMAGE_ERRORS as error:
             raise UserError(
-                f"{path} is damaged ({error}): delete it, and what changes in the files is not "
-                f"noticed any more"
+                f"{path} is damaged ({error}): delete it, after which changes of the image files "
+                f"are no longer noticed"
             ) from error
         return cls(names, *numbers)
 
 
-def _in_threads(look: Callable[[Path], Found], files: Sequence[Path]) -> list[Found]:
-    """What is found about each file, in their order."""
-    parts = [files[start : start + TOGETHER] for start in range(0, len(files), TOGETHER)]
+def _in_threads(function: Callable[[Path], Result], files: Sequence[Path]) -> list[Result]:
+    """Returns the function's result for each file, in order."""
+    starts = range(0, len(files), FILES_PER_TASK)
+    parts = [files[start : start + FILES_PER_TASK] for start in starts]
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda part: [look(file) for file in part], parts)
-        return [each for part in found for each in part]
+        results = pool.map(lambda part: [function(file) for file in part], parts)
+        return [result for part in results for result in part]
 
 
 def _status(file: Path) -> tuple[int, int]:
@@ -131,15 +141,15 @@ def _status(file: Path) -> tuple[int, int]:
         status = file.stat()
     except OSError:
         return -1, 0
-    # Folders that change their names leave the times of the files in them.
+    # The inode too: renaming a folder does not change the times of the files in it.
     return status.st_size, hash((status.st_mtime_ns, status.st_ctime_ns, status.st_ino))
 
 
 def _digest(file: Path) -> int:
-    """A number that says which bytes a file holds, 0 where it cannot be read."""
+    """Returns a hash of a file's contents, 0 if it cannot be read."""
     try:
         with file.open("rb") as opened:
-            found = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=8)).digest()
+            digest = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=8)).digest()
     except OSError:
         return 0
-    return int.from_bytes(found, signed=True)
+    return int.from_bytes(digest, signed=True)

@@ -1,4 +1,4 @@
-"""Looking for damage in every file of a run."""
+"""Finding damage in all files of a run."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from greedy.runs.record import FILES
 
 
 def verify_run(path: Path) -> list[Damage]:
-    """Everything wrong with a run: ``run.toml`` and all stages that are finished."""
+    """Returns all damage in a run: in ``run.toml`` and in all finished stages."""
     try:
         run = RunDirectory.open(path)
     except UserError as error:
@@ -20,43 +20,43 @@ def verify_run(path: Path) -> list[Damage]:
 
 
 def verify_stage(run: RunDirectory, number: int) -> list[Damage]:
-    """Everything wrong with one stage: its record, its weights and other files by their digests,
-    its store chunk by chunk. Nothing is wrong with a stage that is not finished, or with a store
-    that was dropped. What was exchanged for another while it was looked at is looked at again."""
+    """Returns all damage in one stage: in its record, in its weights and other files by their
+    digests, in its store chunk by chunk. An unfinished stage and a dropped store have none. A stage
+    that was exchanged meanwhile is read again."""
     while True:
-        before = run.standing(number)
-        found = _damages(run, number)
-        if not found or run.standing(number) == before:
-            return found
+        before = run.identity(number)
+        damages = _damages(run, number)
+        if not damages or run.identity(number) == before:
+            return damages
 
 
 def _damages(run: RunDirectory, number: int) -> list[Damage]:
     try:
         record = run.record(number)
     except UserError as error:
-        return [Damage(run.stage(number) / "stage.json", str(error))]
+        return [Damage(run.stage_dir(number) / "stage.json", str(error))]
     except OSError as error:
-        return [unreadable(run.stage(number) / "stage.json", error)]
+        return [unreadable(run.stage_dir(number) / "stage.json", error)]
     if record is None:
         return []
-    directory = run.stage(number)
-    found = []
-    if record.recipe != run.settings:
-        what = f"does not say the settings that stage {number} was made with"
-        found.append(Damage(run.path / "run.toml", what))
+    directory = run.stage_dir(number)
+    damages = []
+    if record.recipe_digest != run.recipe_digest:
+        reason = f"does not hold the settings that stage {number} was trained with"
+        damages.append(Damage(run.path / "run.toml", reason))
     for name in record.files:
         try:
             record.check_file(directory, name)
         except UserError as error:
-            found.append(Damage(directory / name, str(error)))
+            damages.append(Damage(directory / name, str(error)))
         except OSError as error:
-            found.append(unreadable(directory / name, error))
+            damages.append(unreadable(directory / name, error))
     if number == 0:
         try:
             FileTable.read(directory)
         except UserError as error:
-            found.append(Damage(directory / FILES, str(error)))
-    if record.store and run.store(number).is_dir():
+            damages.append(Damage(directory / FILES, str(error)))
+    if record.store and run.store_path(number).is_dir():
         for split in SPLITS:
-            found += verify(run.store(number) / split)
-    return found
+            damages += verify(run.store_path(number) / split)
+    return damages

@@ -1,4 +1,4 @@
-"""The trained network, put together again from its stages."""
+"""The trained network, assembled from its stages."""
 
 from collections.abc import Sequence
 from copy import deepcopy
@@ -15,24 +15,27 @@ from greedy.losses.strategies import stage_losses
 from greedy.models import Shape, Stage, cut, shapes
 from greedy.recipes import Recipe
 from greedy.runs.directory import RunDirectory
-from greedy.runs.record import ENCODER, HEADS, StageRecord, normalisation_of
+from greedy.runs.record import ENCODER, HEADS, StageRecord, channel_moments
 
 
 class NoLocalClassifier(UserError):
-    """There is no early exit after a stage."""
+    """A stage has no local classifier, so there is no early exit after it."""
 
 
 def stages_of(recipe: Recipe, data: StageRecord, model: nn.Sequential | None) -> list[Stage]:
-    """The run's stages without their trained weights: of a copy of ``model``, or where there is
-    none of the recipe's network on the meta device."""
+    """Returns the run's stages without their trained weights: of a copy of ``model``, or if that
+    is ``None`` of the recipe's network on the meta device. ``data`` is stage 0's record."""
     if model is None:
         model = build_network(recipe.model, data.row_shape, len(data.class_names))
     return cut(deepcopy(model), recipe.model.stage_layers)
 
 
 def load_stage(run: RunDirectory, stage: Stage, device: torch.device) -> None:
-    """Gives a stage its frozen weights from the run, checked against their digest."""
-    directory, record = run.stage(stage.number), run.complete(stage.number)
+    """Loads a stage's frozen weights from the run, checked against their digest.
+
+    Raises ``UserError`` if they are missing or damaged, or of other layers than ``stage`` has.
+    """
+    directory, record = run.stage_dir(stage.number), run.complete_record(stage.number)
     path = record.check_file(directory, ENCODER)
     if record.layers != stage.kinds:
         raise UserError(
@@ -44,11 +47,14 @@ def load_stage(run: RunDirectory, stage: Stage, device: torch.device) -> None:
 
 
 def load_heads(run: RunDirectory, loss: LocalLoss, number: int, hidden: Shape) -> LocalHeads:
-    """A stage's local heads with their trained weights from the run, checked against their
-    digest; ``hidden`` is the shape of a row of its activation h."""
-    record = run.complete(number)
+    """Returns a stage's local heads with their trained weights from the run, checked against their
+    digest. ``hidden`` is the shape of a row of its activation h.
+
+    Raises ``UserError`` if they are missing, damaged, or those of another loss.
+    """
+    record = run.complete_record(number)
     heads = loss.heads(hidden, len(record.class_names))
-    path = record.check_file(run.stage(number), HEADS)
+    path = record.check_file(run.stage_dir(number), HEADS)
     _load(heads, path, "the heads of this local loss: give the loss")
     return heads.eval().requires_grad_(False)
 
@@ -60,30 +66,35 @@ def assemble(
     *,
     until_stage: int | None = None,
 ) -> nn.Sequential:
-    """The trained network as one plain ``nn.Sequential`` of torch's own modules, in float32 on
-    the CPU and in evaluation mode.
+    """Returns the trained network as one ``nn.Sequential`` of torch's modules, in float32 on the
+    CPU and in evaluation mode.
 
-    Takes images (B, C, H, W) as floats in [0, 1] (values as they are where the data set's were
-    floats), gives logits (B, classes). Its first module normalises: a batch norm without
-    parameters whose statistics are the data set's. ``until_stage`` N gives the early exit:
-    stages 1 to N and stage N's local classifier. That alone needs ``loss``, the run's local loss.
+    It maps images (B, C, H, W), floats in [0, 1] (unscaled if the data set's are floats), to logits
+    (B, classes). Its first module normalises: a batch norm without parameters whose statistics are
+    the data set's.
+
+    Args:
+        run: the run, whose stages are complete.
+        loss: the run's local loss, needed only for an early exit.
+        model: the network that the run was trained with, if it was given in Python.
+        until_stage: N for the early exit of stages 1 to N and stage N's local classifier.
 
     Raises:
         UserError: a stage is missing, stale or damaged, or has no local classifier; or an early
             exit is asked for without the loss.
     """
-    return run.undisturbed(lambda: _assemble(run, loss, model, until_stage))
+    return run.read_consistently(lambda: _assemble(run, loss, model, until_stage))
 
 
 def _assemble(
     run: RunDirectory, loss: LocalLoss | None, model: nn.Sequential | None, until_stage: int | None
 ) -> nn.Sequential:
-    data = run.complete(0)
+    data = run.complete_record(0)
     stages = stages_of(run.recipe, data, model)
     last = len(stages) if until_stage is None else until_stage
     if not 1 <= last <= len(stages):
         raise no_stage(last, len(stages))
-    modules = [normalisation(run.recipe, data)]
+    modules = [normalisation_module(run.recipe, data)]
     for stage in stages[:last]:
         load_stage(run, stage, torch.device("cpu"))
         modules += stage.modules_for_inference()
@@ -92,14 +103,14 @@ def _assemble(
             raise UserError(
                 f"the early exit after stage {last} needs the run's local loss: give it"
             )
-        modules = modules[: len(modules) - len(stages[last - 1].pool)]  # the head sees h
+        modules = modules[: len(modules) - len(stages[last - 1].pool)]  # heads take h, unpooled
         modules += local_classifier(run, loss, stages, last, data)
     return nn.Sequential(*modules).eval().requires_grad_(False)
 
 
-def normalisation(recipe: Recipe, data: StageRecord) -> nn.Module:
-    """The data set's normalisation of images (B, C, H, W), as the stages were trained on."""
-    mean, std = (torch.tensor(values) for values in normalisation_of(recipe, data))
+def normalisation_module(recipe: Recipe, data: StageRecord) -> nn.Module:
+    """Returns the module that normalises images (B, C, H, W) as in training."""
+    mean, std = (torch.tensor(values) for values in channel_moments(recipe, data))
     module = nn.BatchNorm2d(len(mean), eps=0.0, affine=False)
     module.running_mean, module.running_var = mean, std.square()
     return module.eval()
@@ -108,8 +119,8 @@ def normalisation(recipe: Recipe, data: StageRecord) -> nn.Module:
 def local_classifier(
     run: RunDirectory, loss: LocalLoss, stages: Sequence[Stage], number: int, data: StageRecord
 ) -> list[nn.Module]:
-    """What a stage's early exit does with its activation h, as modules in order: gives logits
-    (B, classes). ``loss`` is the run's local loss.
+    """Returns the modules, in order, that map a stage's activation h to logits (B, classes).
+    ``loss`` is the run's local loss, ``data`` stage 0's record.
 
     Raises ``NoLocalClassifier`` if the stage was trained without one.
     """
@@ -123,8 +134,8 @@ def local_classifier(
     return heads.modules_for_inference()
 
 
-def _load(module: nn.Module, path: Path, what: str) -> None:
+def _load(module: nn.Module, path: Path, target: str) -> None:
     try:
         module.load_state_dict(read_tensors(path), assign=True)
     except RuntimeError as error:
-        raise UserError(f"{path} does not fit {what} that the run was trained with") from error
+        raise UserError(f"{path} does not fit {target} that the run was trained with") from error

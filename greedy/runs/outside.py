@@ -1,19 +1,26 @@
-"""A stage trained into a directory of its own, outside of its run."""
+"""A stage that is trained into a directory outside its run (``train-stage --to``)."""
 
 from pathlib import Path
 
 from greedy.base.errors import UserError
-from greedy.runs.directory import require_own_files
-from greedy.runs.exchange import CHECKPOINT, NEW, beside, exchange
+from greedy.runs.directory import require_no_links
+from greedy.runs.exchange import CHECKPOINT, NEW, exchange, exchange_path
 from greedy.runs.record import StageRecord
 
 
-def finished_outside(directory: Path, parent: StageRecord) -> StageRecord | None:
-    """Returns the record of the stage after ``parent`` if it was finished and only its way to
-    ``directory`` cut short, which it is put into; ``None`` where it is to be trained.
+def recover_outside(directory: Path, parent: StageRecord) -> StageRecord | None:
+    """Finishes the exchange of a stage that is complete but was interrupted before it was renamed
+    to ``directory``.
 
-    Raises ``UserError`` for a directory that lies in a run, or that holds anything but what a
-    training left that was cut short.
+    Args:
+        directory: the stage's directory, outside its run.
+        parent: the record of the stage before.
+
+    Returns:
+        The record of the stage after ``parent``, ``None`` if that is still to be trained.
+
+    Raises:
+        UserError: the directory is in a run, or holds anything but an interrupted training.
     """
     _require_outside(directory)
     if _is_half_exchanged(directory):
@@ -25,25 +32,25 @@ def finished_outside(directory: Path, parent: StageRecord) -> StageRecord | None
 
 
 def _require_outside(directory: Path) -> None:
-    begun = _is_half_exchanged(directory) or _is_unfinished(directory)
-    if directory.exists() and not begun:
+    can_resume = _is_half_exchanged(directory) or _is_unfinished(directory)
+    if directory.exists() and not can_resume:
         raise UserError(f"{directory} exists already: give a --to that does not")
     for parent in directory.absolute().parents:
         if (parent / "run.toml").is_file():
             raise UserError(
-                f"{directory} would stand for another stage, or in another run: give a --to "
-                f"outside of {parent}"
+                f"{directory} is inside the run directory {parent}: give a --to outside of it"
             )
 
 
 def _is_half_exchanged(directory: Path) -> bool:
-    """Whether a finished stage is beside its directory, which is empty or not there."""
-    finished = (beside(directory, NEW) / "stage.json").is_file()
+    """Whether a finished stage still has its temporary name, and its directory is empty or
+    missing."""
+    finished = (exchange_path(directory, NEW) / "stage.json").is_file()
     return finished and not (directory.exists() and any(directory.iterdir()))
 
 
 def _is_unfinished(directory: Path) -> bool:
     """Whether a directory holds a stage whose training was interrupted, and nothing else."""
-    require_own_files(directory)
-    inside = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    return inside == ["training"] and (directory / "training" / CHECKPOINT).is_dir()
+    require_no_links(directory)
+    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
+    return names == ["training"] and (directory / "training" / CHECKPOINT).is_dir()

@@ -1,4 +1,4 @@
-"""What a finished stage says of itself: ``stage.json``."""
+"""The record of a finished stage: ``stage.json``."""
 
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -24,10 +24,12 @@ from greedy.runs.choices import Choices, Count, DataChoices, Size
 FORMAT = 1
 ENCODER, HEADS, HISTORY = "encoder.safetensors", "heads.safetensors", "history.jsonl"
 FILES = "files.npz"  # of stage 0, see ``greedy.runs.file_table``
-UNKNOWN = -1  # the generation of a store whose views are just being exchanged
+UNKNOWN_GENERATION = -1  # of a store while its views are exchanged
 
 Split = Annotated[str, Field(pattern=r"^(train|test)$")]
-# Folders are named by anybody, also in bytes that are no text.
+# The digest of the recipe's fields that decide results; ``recipe`` in the files.
+RecipeDigest = Annotated[str, Field(validation_alias="recipe", serialization_alias="recipe")]
+# Anybody names folders, even with bytes that are not text.
 ClassName = Annotated[
     str, BeforeValidator(lambda name: legible(name) if isinstance(name, str) else name)
 ]
@@ -35,7 +37,7 @@ FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_l
 
 
 class _Document(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
 
 class Parent(_Document):
@@ -46,11 +48,15 @@ class Parent(_Document):
 
 
 class StoreRecord(_Document):
-    """One stage's activation store, both splits together.
+    """The activation store of one stage, both splits together.
 
-    ``generation`` counts the writings of the training split, ``bytes_written`` is what all of
-    them wrote; ``digests`` are those of each split's contents; ``source`` is the stage from whose
-    store it was written.
+    Attributes:
+        values: stored in both splits.
+        split_bytes: on disk, of each split.
+        digests: of each split's contents.
+        source: the stage from whose store it was written.
+        generation: counts the writings of the training split.
+        bytes_written: in all generations.
     """
 
     encoding: str
@@ -60,16 +66,16 @@ class StoreRecord(_Document):
     split_bytes: Annotated[dict[Split, Count], Field(min_length=2)]
     digests: Annotated[dict[Split, str], Field(min_length=2)]
     source: Count = 0
-    generation: Annotated[int, Field(ge=UNKNOWN)] = 0
+    generation: Annotated[int, Field(ge=UNKNOWN_GENERATION)] = 0
     bytes_written: Count
 
     @property
     def bytes(self) -> int:
-        """Both splits on disk."""
+        """The bytes of both splits on disk."""
         return sum(self.split_bytes.values())
 
     @classmethod
-    def of(
+    def from_summaries(
         cls,
         written: dict[str, StoreSummary],
         encoding: str,
@@ -77,7 +83,7 @@ class StoreRecord(_Document):
         views: int,
         source: int = 0,
     ) -> Self:
-        """A new store, both splits written."""
+        """Returns the record of a new store from the summaries of both splits."""
         split_bytes = {split: summary.disk_bytes for split, summary in written.items()}
         return cls(
             encoding=encoding,
@@ -92,7 +98,7 @@ class StoreRecord(_Document):
 
 
 class Metrics(_Document):
-    """Errors in percent; ``None`` where a stage has no local classifier."""
+    """The last loss and errors in percent, ``None`` for a stage without a local classifier."""
 
     train_error_percent: float | None = None
     test_error_percent: float | None = None
@@ -100,23 +106,28 @@ class Metrics(_Document):
 
 
 class StageRecord(_Document):
-    """One complete stage.
+    """The record of one complete stage.
 
-    ``lineage`` names everything the stage's result follows from and decides staleness; it
-    outlives a deleted store. ``source`` is the stage whose store it was trained from.
-    ``row_shape`` is the shape of its output, ``network`` the names of all stages of the run,
-    ``files`` the digests of the sibling files, ``written_before`` the bytes that went into the
-    stores that this training of the stage replaced. A store deleted later stays recorded.
-    ``layers`` are the kinds of module the stage consists of, ``recipe`` is the digest of the
-    settings that decide the run's results; ``images_per_second`` counts training rows over all
-    epochs.
+    Attributes:
+        lineage: a digest of everything that determines the stage's result; it decides staleness.
+        recipe_digest: of the recipe's fields that decide the run's results.
+        layers: the kinds of module that the stage consists of.
+        source: the stage from whose store it was trained.
+        row_shape: of its output.
+        network: the names of all stages of the run.
+        resolved: the choices made for it, see ``Choices`` and ``DataChoices``.
+        store: its activation store, also after that was deleted.
+        written_before: bytes written into stores of this stage by earlier trainings of it.
+        rows: of each split.
+        images_per_second: training rows of all epochs by their time.
+        files: the digests of the other files in the stage's directory.
     """
 
     format: int = FORMAT
     stage: Count
     name: str
     lineage: str
-    recipe: str
+    recipe_digest: RecipeDigest
     layers: list[str] = []
     parent: Parent | None = None
     source: Count | None = None
@@ -143,15 +154,15 @@ class StageRecord(_Document):
         if self.stage and self.store:
             earlier.append(self.store.source)
         if any(number >= self.stage for number in earlier):
-            raise ValueError("it follows from a later stage")
+            raise ValueError("it depends on a later stage")
         if self.stage and len(earlier) < 2:
-            raise ValueError("what it follows from is missing")
+            raise ValueError("its parent or source is missing")
         if isinstance(self.resolved, Choices) != (self.stage > 0):
             raise ValueError("its choices are those of another kind of stage")
         if isinstance(self.resolved, DataChoices):
             moments = self.resolved
             if {len(moments.mean), len(moments.std)} != {self.row_shape[0]}:
-                raise ValueError("its moments are of other channels")
+                raise ValueError("its mean and std are of another number of channels")
         return self
 
     @property
@@ -168,39 +179,43 @@ class StageRecord(_Document):
 
     @property
     def bytes_written(self) -> int:
-        """All that was ever written into stores of this stage."""
+        """The bytes that all trainings of this stage wrote into its stores."""
         return self.written_before + (self.store.bytes_written if self.store else 0)
 
     def follows(self, parent: "StageRecord") -> bool:
-        """Whether ``parent`` is the stage before this one, as it was when this one was trained."""
+        """Whether this stage was trained after ``parent`` as that is now."""
         return self.parent == Parent(stage=parent.stage, lineage=parent.lineage)
 
     def write(self, directory: Path) -> Self:
-        """Writes ``stage.json`` with the digests of its siblings and, last, of itself; returns
-        the record as written."""
-        own = (directory / name for name in (ENCODER, HEADS, HISTORY))
-        files = {path.name: file_digest(path) for path in own if path.is_file()}
+        """Writes ``stage.json`` with the digests of the other files and of itself; returns the
+        record as written."""
+        paths = (directory / name for name in (ENCODER, HEADS, HISTORY))
+        files = {path.name: file_digest(path) for path in paths if path.is_file()}
         record = self.model_copy(update={"files": files})
-        write_whole(directory / "stage.json", with_digest(record.model_dump(mode="json")))
+        write_whole(
+            directory / "stage.json", with_digest(record.model_dump(mode="json", by_alias=True))
+        )
         return record
 
-    def with_store(self, directory: Path, **changes: Any) -> Self:
-        """Writes ``stage.json`` with changes in its store's record. The siblings' digests stay:
-        those files are as they were, or damaged."""
+    def update_store(self, directory: Path, **changes: Any) -> Self:
+        """Writes ``stage.json`` with changes to the store's record; returns the record as written.
+        The digests of the other files are kept, since a file that differs now is damaged."""
         assert self.store is not None
         store = self.store.model_copy(update=changes)
         record = self.model_copy(update={"store": store})
-        write_whole(directory / "stage.json", with_digest(record.model_dump(mode="json")))
+        write_whole(
+            directory / "stage.json", with_digest(record.model_dump(mode="json", by_alias=True))
+        )
         return record
 
     @classmethod
     def read(cls, directory: Path) -> Self:
-        """Reads and checks ``stage.json``. Raises ``UserError`` naming what is wrong with it."""
+        """Reads and checks ``stage.json``. Raises ``UserError`` if it is damaged."""
         path = directory / "stage.json"
         try:
             document = read_with_digest(path)
             if document.get("format") != FORMAT:
-                raise ValueError(f"this version reads format {FORMAT}, not another")
+                raise ValueError(f"this version reads only format {FORMAT}")
             return cls.model_validate(document)
         except (ValueError, RecursionError) as error:
             raise UserError(
@@ -209,8 +224,8 @@ class StageRecord(_Document):
             ) from error
 
     def check_file(self, directory: Path, name: str) -> Path:
-        """Returns the path of a sibling file whose bytes are those recorded. Raises ``UserError``
-        if it is missing or another."""
+        """Returns the path of another file of the stage. Raises ``UserError`` if it is missing or
+        its digest is not the recorded one."""
         path = directory / name
         way = command("train", "--run", directory.parent, "--retrain", self.stage)
         try:
@@ -226,18 +241,19 @@ class StageRecord(_Document):
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong with a document, in few words."""
+    """Returns the first fault of a document, in few words."""
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        return f"{place}: {first['msg']}" if place else str(first["msg"])
+        field = ".".join(map(str, first["loc"]))
+        return f"{field}: {first['msg']}" if field else str(first["msg"])
     return str(error).splitlines()[0]
 
 
-def normalisation_of(recipe: Recipe, data: StageRecord) -> tuple[list[float], list[float]]:
-    """Returns mean and deviation of each channel: the recipe's, which are of bytes scaled to
-    [0, 1] where images are files, or those measured."""
-    moments, given = data.data_choices, recipe.data
-    if moments.pixels != "bytes" or given.mean is None or given.std is None:
-        return moments.mean, moments.std
-    return given.mean, given.std
+def channel_moments(recipe: Recipe, data: StageRecord) -> tuple[list[float], list[float]]:
+    """Returns mean and standard deviation of each channel: those of the recipe if it has them and
+    image files hold bytes, which are scaled to [0, 1]; else those measured for stage 0's record
+    ``data``."""
+    measured, recipe_data = data.data_choices, recipe.data
+    if measured.pixels != "bytes" or recipe_data.mean is None or recipe_data.std is None:
+        return measured.mean, measured.std
+    return recipe_data.mean, recipe_data.std

@@ -1,4 +1,4 @@
-"""A note in a run of what a retraining still has to do, so that one that is cut short goes on."""
+"""The stages that a retraining has left to do, kept in a file so that it can resume."""
 
 import json
 from collections.abc import Callable
@@ -11,12 +11,12 @@ from greedy.base.errors import UserError
 from greedy.base.files import read_document
 from greedy.cache.files import write_whole
 
-NOTE = "retraining.json"  # in the run directory, until all is done
+RETRAINING_FILE = "retraining.json"  # in the run directory, until the retraining is complete
 Number = Annotated[int, Field(ge=1)]
 
 
 class Retraining(BaseModel):
-    """Stages from ``first`` on are trained again; those from ``left`` on are not done yet."""
+    """A retraining of all stages from ``first`` on, of which those from ``left`` on remain."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -24,37 +24,46 @@ class Retraining(BaseModel):
     left: Number
 
     @classmethod
-    def of(cls, run: Path, wanted: int | None, is_stale: Callable[[int], bool]) -> Self | None:
-        """What is to be trained again if that is ``wanted`` from a stage on: what is left if it is
-        what was begun before, and at least that; a stage that was done and ``is_stale`` since is
-        left too. Raises ``UserError`` for a damaged note."""
-        begun = cls._read(run)
-        if begun and wanted in (None, begun.first):
-            stale = (number for number in range(begun.first, begun.left) if is_stale(number))
-            return begun.model_copy(update={"left": next(stale, begun.left)})
+    def plan(cls, run: Path, wanted: int | None, is_stale: Callable[[int], bool]) -> Self | None:
+        """Returns the retraining that a run has to do, ``None`` if there is none.
+
+        Args:
+            run: the run directory.
+            wanted: the first stage that the user asks to train again. If it is ``None``, or the
+                first stage of an interrupted retraining, that one resumes.
+            is_stale: whether a stage is stale; a stage that was done and is stale is done again.
+
+        Raises:
+            UserError: the file of the interrupted retraining is damaged.
+        """
+        interrupted = cls._read(run)
+        if interrupted and wanted in (None, interrupted.first):
+            done = range(interrupted.first, interrupted.left)
+            left = next((number for number in done if is_stale(number)), interrupted.left)
+            return interrupted.model_copy(update={"left": left})
         if wanted is None:
             return None
-        return cls(first=wanted, left=min(wanted, begun.left) if begun else wanted)
+        return cls(first=wanted, left=min(wanted, interrupted.left) if interrupted else wanted)
 
     @classmethod
     def _read(cls, run: Path) -> Self | None:
         try:
-            return cls.model_validate(read_document(run / NOTE))
+            return cls.model_validate(read_document(run / RETRAINING_FILE))
         except FileNotFoundError:
             return None
         except (ValueError, ValidationError) as error:
             raise UserError(
-                f"{run / NOTE} is damaged: delete it and give --retrain with the first stage that "
-                f"is to be trained again"
+                f"{run / RETRAINING_FILE} is damaged: delete it and give --retrain with the first "
+                f"stage that is to be trained again"
             ) from error
 
-    def finished(self, number: int, run: Path, *, last: bool) -> None:
-        """A stage is done; after the last one nothing is to be noted."""
+    def mark_done(self, number: int, run: Path, *, last: bool) -> None:
+        """Writes that a stage is done; removes the file after the ``last`` one."""
         if last:
-            (run / NOTE).unlink()
+            (run / RETRAINING_FILE).unlink()
         else:
-            self.model_copy(update={"left": number + 1}).note(run)
+            self.model_copy(update={"left": number + 1}).write(run)
 
-    def note(self, run: Path) -> None:
-        """Writes down what is left."""
-        write_whole(run / NOTE, json.dumps(self.model_dump()).encode())
+    def write(self, run: Path) -> None:
+        """Writes ``retraining.json`` into the run directory."""
+        write_whole(run / RETRAINING_FILE, json.dumps(self.model_dump()).encode())

@@ -1,20 +1,21 @@
-"""The stages of a run at a glance."""
+"""The state of a run: its stages, its disk use, and the trainings that were set aside."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from greedy.base.files import bytes_below
-from greedy.runs.begun import progress_of
+from greedy.runs.checkpoint_record import describe_progress
 from greedy.runs.directory import SET_ASIDE, RunDirectory, State
 
 
 @dataclass(frozen=True)
 class StageStatus:
-    """One stage. Errors in percent, sizes in bytes, time in seconds; ``None`` where there is
-    nothing to tell: a stage that is not finished, a loss without a local classifier, a store
-    that is not there. ``step_memory_bytes`` are those counted for a step, ``peak_memory_bytes``
-    those measured (on a CPU of the whole process); where all stages train at once, both and the
-    time are the network's."""
+    """The state and figures of one stage: errors in percent, sizes in bytes, time in seconds.
+
+    A figure is ``None`` if the stage is not finished, has no local classifier, or has no store.
+    ``step_memory_bytes`` were counted for a step, ``peak_memory_bytes`` measured (on a CPU of the
+    whole process). If all stages train at once, these two and the time are the network's.
+    """
 
     stage: int
     name: str
@@ -31,39 +32,39 @@ class StageStatus:
 
 @dataclass(frozen=True)
 class DiskUse:
-    """Bytes of a run's stores, that of the images included: those on disk, and all that were
-    written since the run began."""
+    """The bytes of a run's stores, stage 0's included: those on disk now, and all that were ever
+    written."""
 
     bytes_on_disk: int
     bytes_written: int
 
 
 def disk_use(run: RunDirectory) -> DiskUse:
-    """What a run's stores take, and took to write."""
+    """Returns the bytes of a run's stores, on disk and written."""
 
     def read() -> DiskUse:
         data = run.record(0)
         stages = range(len(data.network) + 1) if data else range(0)
         records = [record for n in stages if (record := run.record(n))]
-        stores = [r.store.bytes for r in records if r.store and run.store(r.stage).is_dir()]
+        stores = [r.store.bytes for r in records if r.store and run.store_path(r.stage).is_dir()]
         return DiskUse(sum(stores), sum(record.bytes_written for record in records))
 
-    return run.undisturbed(read)
+    return run.read_consistently(read)
 
 
 def status(run: RunDirectory) -> list[StageStatus]:
-    """The trained stages of a run, from 1 on; none while stage 0 is not written."""
+    """Returns the status of all stages of a run from 1 on; empty before stage 0 is written."""
     data = run.record(0)
     names = data.network if data else []
     numbered = list(enumerate(names, start=1))
-    return run.undisturbed(lambda: [_stage(run, number, name) for number, name in numbered])
+    return run.read_consistently(lambda: [_stage(run, number, name) for number, name in numbered])
 
 
 def _stage(run: RunDirectory, number: int, name: str) -> StageStatus:
     record, state = run.record(number), run.state(number)
     if record is None:
         return StageStatus(number, name, state)
-    store = record.store if run.store(number).is_dir() else None
+    store = record.store if run.store_path(number).is_dir() else None
     return StageStatus(
         number,
         name,
@@ -81,12 +82,12 @@ def _stage(run: RunDirectory, number: int, name: str) -> StageStatus:
 
 @dataclass(frozen=True)
 class SetAside:
-    """A training that could not go on where it was, and is kept.
+    """An interrupted training that cannot resume and is kept.
 
     Attributes:
-        path: its directory, beside that of the stage or network.
-        progress: how far it is, such as ``epoch 4``; ``None`` if that cannot be read.
-        bytes: what it takes on disk.
+        path: its directory, next to that of the stage or network.
+        progress: how far it got, such as ``epoch 4``; ``None`` if that cannot be read.
+        bytes: on disk.
     """
 
     path: Path
@@ -95,6 +96,6 @@ class SetAside:
 
 
 def trainings_set_aside(run: RunDirectory) -> list[SetAside]:
-    """Returns all trainings of a run that were set aside, by their names."""
-    places = [path for path in sorted(run.path.glob(f"*{SET_ASIDE}*")) if path.is_dir()]
-    return [SetAside(path, progress_of(path), bytes_below(path)) for path in places]
+    """Returns all trainings of a run that were set aside, sorted by path."""
+    paths = [path for path in sorted(run.path.glob(f"*{SET_ASIDE}*")) if path.is_dir()]
+    return [SetAside(path, describe_progress(path), bytes_below(path)) for path in paths]

@@ -1,4 +1,5 @@
-"""Trainings that were interrupted: what they still need, and those that cannot go on, set aside."""
+"""Interrupted trainings: resuming them, the stores they need, and setting aside those that cannot
+resume."""
 
 import os
 import shutil
@@ -9,89 +10,90 @@ from pathlib import Path
 from greedy.base.commands import command
 from greedy.base.errors import UserError
 from greedy.cache.files import rename
-from greedy.runs.begun import Start, progress_of
+from greedy.runs.checkpoint_record import StartRecord, describe_progress
 from greedy.runs.directory import SET_ASIDE, RunDirectory, stage_numbers
 from greedy.runs.events import Reporter
 
 
-def find_training(directory: Path, start: Start, reporter: Reporter) -> Start | None:
-    """Makes ``directory/training`` the training that ``start`` would begin, wherever it is kept:
-    one of another start is set aside, never removed, and ``reporter`` told of it.
+def find_training(directory: Path, start: StartRecord, reporter: Reporter) -> StartRecord | None:
+    """Finds the interrupted training with the inputs of ``start`` and makes it
+    ``directory/training``, from which it resumes. A training with other inputs that is there is
+    set aside, never deleted, and reported.
 
     Args:
-        directory: of the stage, or of the network where all stages train at once.
+        directory: of the stage, or of the network if all stages train at once.
+        start: of the training to be found or started.
+        reporter: gets ``training_set_aside``.
 
     Returns:
-        What the training there began with, ``None`` where it is yet to begin. Raises ``UserError``
-        for a damaged checkpoint.
+        The start of the training that was found, ``None`` if there is none.
+
+    Raises:
+        UserError: the checkpoint in ``directory`` is damaged.
     """
     training = directory / "training"
-    begun = Start.read(training)
-    if begun is not None and begun.is_of(start):
-        return begun
-    if begun is not None:
-        place = _free_place(directory)
-        rename(training, place)
-        reporter.training_set_aside(start.stage, place, progress_of(place))
+    interrupted = StartRecord.read(training)
+    if interrupted is not None and interrupted.has_same_inputs(start):
+        return interrupted
+    if interrupted is not None:
+        path = next(path for path in _aside_paths(directory) if not os.path.lexists(path))
+        rename(training, path)
+        reporter.training_set_aside(start.stage, path, describe_progress(path))
     elif training.exists():
-        shutil.rmtree(training)  # cut short before it began
-    for kept in _kept(directory):
-        if (found := _readable(kept)) is not None and found.is_of(start):
+        shutil.rmtree(training)  # interrupted before its start was written
+    for path in _trainings_aside(directory):
+        if (aside := _read_start(path)) is not None and aside.has_same_inputs(start):
             directory.mkdir(parents=True, exist_ok=True)
-            rename(kept, training)
-            return found
+            rename(path, training)
+            return aside
     return None
 
 
-def source_begun(run: RunDirectory, number: int, directory: Path) -> int:
-    """Returns the stage from whose store an interrupted training of stage ``number`` in
-    ``directory`` began, while that is there; otherwise the stage before."""
-    begun = Start.read(directory / "training")
-    there = begun is not None and begun.source < number and run.store(begun.source).is_dir()
-    return begun.source if begun is not None and there else number - 1
+def interrupted_source(run: RunDirectory, number: int, directory: Path) -> int:
+    """Returns the stage from whose store the interrupted training of stage ``number`` in
+    ``directory`` reads, if that store still exists; otherwise the stage before ``number``."""
+    start = StartRecord.read(directory / "training")
+    if start and start.source < number and run.store_path(start.source).is_dir():
+        return start.source
+    return number - 1
 
 
-def start_of(run: RunDirectory, number: int) -> Start | None:
-    """Returns what an interrupted training of stage ``number`` began with, ``None`` where there is
-    none that can be read."""
-    return _readable(run.stage(number) / "training")
+def read_start(run: RunDirectory, number: int) -> StartRecord | None:
+    """Returns the start of stage ``number``'s interrupted training, ``None`` if there is none that
+    can be read."""
+    return _read_start(run.stage_dir(number) / "training")
 
 
-def require_unneeded(run: RunDirectory, number: int) -> None:
-    """Raises ``UserError`` if a training that was interrupted goes on from the store of stage
-    ``number``."""
-    for stage in needed_by(run, number):
-        progress = progress_of(run.stage(stage) / "training")
+def require_store_unneeded(run: RunDirectory, number: int) -> None:
+    """Raises ``UserError`` if an interrupted training reads the store of stage ``number``."""
+    for stage in trainings_needing(run, number):
+        progress = describe_progress(run.stage_dir(stage) / "training")
         where = f" after {progress}" if progress else ""
         raise UserError(
             f"stage {stage} in {run.path}, interrupted{where}, is trained from stage {number}'s "
             f"store: go on with it before, or add --force, after which "
-            f"{command('cache', 'repair', run.stage(number))} has to write the store again before "
-            f"that training can go on"
+            f"{command('cache', 'repair', run.stage_dir(number))} has to write the store again "
+            f"before that training can go on"
         )
 
 
-def needed_by(run: RunDirectory, number: int) -> list[int]:
-    """Returns the stages whose interrupted trainings go on from the store of stage ``number``."""
-    starts = ((n, start_of(run, n)) for n in stage_numbers(run.path) if n)
+def trainings_needing(run: RunDirectory, number: int) -> list[int]:
+    """Returns the stages whose interrupted trainings read the store of stage ``number``."""
+    starts = ((n, read_start(run, n)) for n in stage_numbers(run.path) if n)
     return [n for n, start in starts if start is not None and start.source == number]
 
 
-def needed_stores(run: RunDirectory) -> list[int]:
-    """Returns the stages from whose stores interrupted trainings of a run go on."""
-    return [number for number in stage_numbers(run.path) if needed_by(run, number)]
+def stores_needed(run: RunDirectory) -> list[int]:
+    """Returns the stages whose stores interrupted trainings of a run read."""
+    return [number for number in stage_numbers(run.path) if trainings_needing(run, number)]
 
 
-def _free_place(directory: Path) -> Path:
-    return next(place for place in _places(directory) if not os.path.lexists(place))
+def _trainings_aside(directory: Path) -> list[Path]:
+    paths = directory.parent.glob(f"{escape(directory.name)}{SET_ASIDE}*")
+    return sorted(path for path in paths if path.is_dir() and not path.is_symlink())
 
 
-def _kept(directory: Path) -> list[Path]:
-    found = directory.parent.glob(f"{escape(directory.name)}{SET_ASIDE}*")
-    return sorted(path for path in found if path.is_dir() and not path.is_symlink())
-
-
-def _places(directory: Path) -> Iterator[Path]:
+def _aside_paths(directory: Path) -> Iterator[Path]:
     first = directory.with_name(directory.name + SET_ASIDE)
     yield first
     number = 2
@@ -100,8 +102,8 @@ def _places(directory: Path) -> Iterator[Path]:
         number += 1
 
 
-def _readable(training: Path) -> Start | None:
+def _read_start(training: Path) -> StartRecord | None:
     try:
-        return Start.read(training)
+        return StartRecord.read(training)
     except UserError:
         return None

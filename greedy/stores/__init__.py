@@ -1,1 +1,1 @@
-"""What a stage trains from, and what it writes."""
+"""The stores that stages train from and write."""

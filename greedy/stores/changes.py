@@ -1,4 +1,4 @@
-"""What has changed in the data since a run stored them, so that nothing old is used silently."""
+"""Comparing the data with those that a run stored, so that no outdated data are used silently."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,123 +20,138 @@ from greedy.data.splits import spread_rows
 from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.file_table import FileChanges, FileTable
 
-IMAGES = 64  # of a split that are compared with those stored
-LABELS = 10_000  # of a split, where they are known only by reading
-TOGETHER = 256  # rows read at a time
-# What another version of a decoder may change, of the values' range and of their deviation.
-AT_MOST, ON_AVERAGE = 0.03, 0.01
+COMPARED_IMAGES = 64  # of each split
+COMPARED_LABELS = 10_000  # of each split, if labels are known only by reading samples
+READ_ROWS = 256  # at a time
+# The change that another version of a decoder may make: at most, as a share of the values' range,
+# and on average, as a share of their standard deviation.
+MAX_CHANGE, MEAN_CHANGE = 0.03, 0.01
 
 
-def is_prepared(
+def is_stage0_current(
     run: RunDirectory, dataset: Dataset, *, again: bool = False, ignore: bool = False
 ) -> bool:
-    """Whether stage 0 is there and of these data. Where it is of others and to be written
-    ``again``, it is not; else that is a UserError, unless it is to ``ignore`` it."""
+    """Whether stage 0 is complete and was written from this data set.
+
+    Args:
+        run: the run.
+        dataset: to be compared with the stored one.
+        again: whether stage 0 is to be written again if the data have changed.
+        ignore: whether changes of the data are ignored.
+
+    Raises:
+        UserError: the data have changed and neither ``again`` nor ``ignore`` is set.
+    """
     if run.state(0) != "complete":
         return False
-    if again and isinstance(dataset.train, FolderSplit) and FileTable.read(run.stage(0)) is None:
-        return False  # nobody knows
-    if ignore or (what := changes(run, dataset)) is None:
+    if (
+        again
+        and isinstance(dataset.train, FolderSplit)
+        and FileTable.read(run.stage_dir(0)) is None
+    ):
+        return False  # no table to compare with
+    if ignore or (differences := describe_changes(run, dataset)) is None:
         return True
     if again:
         return False
-    raise _changed(run, dataset.name, what)
+    raise _changed_error(run, dataset.name, differences)
 
 
-def changes(run: RunDirectory, dataset: Dataset) -> str | None:
-    """Returns what is different in a data set from what stage 0 was written from, in few words;
-    None where nothing is, or nothing can be said."""
+def describe_changes(run: RunDirectory, dataset: Dataset) -> str | None:
+    """Returns in few words how a data set differs from the one that stage 0 was written from;
+    ``None`` if it does not, or if that cannot be known."""
     if not isinstance(dataset.train, FolderSplit):
         with generators_restored():
             return ", ".join(_differences(run, dataset)) or None
-    before = FileTable.read(run.stage(0))
+    before = FileTable.read(run.stage_dir(0))
     if before is None:
         return None
-    root, now = dataset.train.root, files_of(dataset)
+    root, now = dataset.train.root, file_table_of(dataset)
     assert now is not None
-    found = now.changed_since(before, root)
-    if found.changed or found.new or found.gone:
-        return _in_words(found)
+    changes = now.changed_since(before, root)
+    if changes.changed or changes.new or changes.gone:
+        return _describe_files(changes)
     if not np.array_equal(now.times, before.times):
-        # Spares the next look the digests; where another process writes, or none can, it does not.
-        with suppress(UserError, OSError), run.writing():
-            now.write(run.stage(0))
+        # The next call need not read these files again. Skipped if the run cannot be written to.
+        with suppress(UserError, OSError), run.write_lock():
+            now.write(run.stage_dir(0))
     return None
 
 
-def folder_changes(run: RunDirectory) -> str | None:
-    """Returns what has changed in the image folder that a run was begun with; None where it is not
-    there, or was none."""
+def describe_folder_changes(run: RunDirectory) -> str | None:
+    """Returns in few words how the image folder of a run has changed; ``None`` if it has not, does
+    not exist here, or the run's data are no folder."""
     data = run.recipe.data
     root = folder_of(data.name)
-    if root is None or FileTable.read(run.stage(0)) is None:
+    if root is None or FileTable.read(run.stage_dir(0)) is None:
         return None
     try:
         if not root.is_dir():
             return None
-        return changes(
+        return describe_changes(
             run, load_dataset(data.name, image_size=data.image_size, reading=Reading.of(data))
         )
     except UserError as error:
         return str(error)
     except OSError as error:
-        return f"{root} cannot be looked at: {error.strerror}"
+        return f"{root} cannot be read: {error.strerror}"
 
 
 def require_unchanged(
     run: RunDirectory, data_dir: Path | None = None, allow_function: bool = False
 ) -> None:
-    """Raises UserError where the data have changed that a run was begun with, as far as they are
-    here; ``data_dir`` and ``allow_function`` are those of ``greedy.data.load_dataset``."""
+    """Raises ``UserError`` if the run's data have changed since stage 0 was written. Data that are
+    not on this machine are not compared. ``data_dir`` and ``allow_function`` are as in
+    ``greedy.data.load_dataset``."""
     name, reading = run.recipe.data.name, Reading.of(run.recipe.data)
     if folder_of(name) is not None:
         require_unchanged_folder(run)
         return
-    found = find_dataset(name, data_dir, allow_function=allow_function, reading=reading)
-    if found is not None:
-        is_prepared(run, found)
+    dataset = find_dataset(name, data_dir, allow_function=allow_function, reading=reading)
+    if dataset is not None:
+        is_stage0_current(run, dataset)
 
 
 def require_unchanged_folder(run: RunDirectory) -> None:
-    """Raises UserError where the image folder has changed that a run was begun with."""
-    if what := folder_changes(run):
-        raise _changed(run, run.recipe.data.name, what)
+    """Raises ``UserError`` if the run's image folder has changed since stage 0 was written."""
+    if differences := describe_folder_changes(run):
+        raise _changed_error(run, run.recipe.data.name, differences)
 
 
-def files_of(dataset: Dataset) -> FileTable | None:
-    """The files of an image folder's data set, without digests: of the training split, the test
-    split, and those that are skipped; None for other data sets."""
+def file_table_of(dataset: Dataset) -> FileTable | None:
+    """Returns the table, without digests, of an image folder's files: those of the training split,
+    of the test split, and those skipped. ``None`` for other data sets."""
     train, test = dataset.train, dataset.test
     if isinstance(train, FolderSplit) and isinstance(test, FolderSplit):
         skipped = [train.root / name for name in dataset.skipped]
-        return FileTable.of(train.root, [*train.files, *test.files, *skipped])
+        return FileTable.from_files(train.root, [*train.files, *test.files, *skipped])
     return None
 
 
-def _changed(run: RunDirectory, name: str, what: str) -> UserError:
-    told = f"{name} holds other data than {run.path} was begun with ({what})"
+def _changed_error(run: RunDirectory, name: str, differences: str) -> UserError:
+    fault = f"{name} holds other data than {run.path} was started with ({differences})"
     if name == PYTHON:
         return UserError(
-            f"{told}: another run directory trains on what is there now, and ignore_changes=True "
-            f"goes on with what is stored"
+            f"{fault}: choose another run directory to train on the data as they are now, or go on "
+            f"with the stored data by ignore_changes=True"
         )
-    function = folder_of(name) is None and is_function_name(name)
-    named = ("--data", name) if function else ()  # it is called only if it is named
+    is_function = folder_of(name) is None and is_function_name(name)
+    data = ("--data", name) if is_function else ()  # a function is called only if named here
     return UserError(
-        f"{told}: {command('train', '--run', run.path, *named, '--retrain', 0)} trains the run on "
-        f"what is there now, another run directory leaves it as it is, and --ignore-changes (in "
-        f"Python ignore_changes=True) goes on with what it has stored"
+        f"{fault}: {command('train', '--run', run.path, *data, '--retrain', 0)} trains the run on "
+        f"the data as they are now, another run directory leaves this run unchanged, and "
+        f"--ignore-changes (in Python ignore_changes=True) goes on with the stored data"
     )
 
 
-def _in_words(found: FileChanges) -> str:
-    kinds = (("changed", found.changed), ("new", found.new), ("gone", found.gone))
+def _describe_files(changes: FileChanges) -> str:
+    kinds = (("changed", changes.changed), ("new", changes.new), ("gone", changes.gone))
     parts = [f"{len(names):,} {kind}: {first_names(names)}" for kind, names in kinds if names]
-    return f"of {found.files:,} files {'; '.join(parts)}"
+    return f"of {changes.files:,} files {'; '.join(parts)}"
 
 
 def _differences(run: RunDirectory, dataset: Dataset) -> Iterator[str]:
-    data = run.complete(0)
+    data = run.complete_record(0)
     rows = {split: len(getattr(dataset, split)) for split in SPLITS}
     if rows != data.rows or dataset.train.shape != data.row_shape:
         shape = "x".join(map(str, data.row_shape))
@@ -148,48 +163,49 @@ def _differences(run: RunDirectory, dataset: Dataset) -> Iterator[str]:
         yield f"the classes were {first_names(data.class_names)}"
     for name in SPLITS:
         split, store = getattr(dataset, name), run.open_store(0, name)
-        if other := _other_labels(split, store):
-            yield f"{len(other):,} labels of the {name} split: samples {first_names(other)}"
-        if other := _other_images(split, store):
-            looked_at = min(IMAGES, store.rows)
+        if samples := _changed_labels(split, store):
+            yield f"{len(samples):,} labels of the {name} split: samples {first_names(samples)}"
+        if samples := _changed_images(split, store):
+            compared = min(COMPARED_IMAGES, store.rows)
             yield (
-                f"{len(other)} of {looked_at} images of the {name} split that were looked at: "
-                f"samples {first_names(other)}"
+                f"{len(samples)} of {compared} images of the {name} split that were compared: "
+                f"samples {first_names(samples)}"
             )
 
 
-def _other_labels(split: Split, store: Store) -> list[int]:
-    """The samples whose labels are not those stored, of all where labels are known, else of a
-    number that can be read. Labels that a set keeps apart may be others than its samples give,
-    which were stored."""
-    rows = np.arange(store.rows) if split.labels is not None else spread_rows(store.rows, LABELS)
-    if split.labels is not None:
-        rows = rows[split.labels[store.index] != store.labels]
+def _changed_labels(split: Split, store: Store) -> list[int]:
+    """Returns the samples whose labels differ from the stored ones: of all samples if the split
+    has a list of labels, else of ``COMPARED_LABELS``. The list is only a hint, since it may differ
+    from the labels that come with the samples, which are stored."""
+    if split.labels is None:
+        rows = spread_rows(store.rows, COMPARED_LABELS)
+    else:
+        rows = np.flatnonzero(split.labels[store.index] != store.labels)
     samples, stored = store.index[rows], store.labels[rows]
-    parts = [slice(start, start + TOGETHER) for start in range(0, len(rows), TOGETHER)]
-    other = [samples[part][split.read(samples[part])[1] != stored[part]] for part in parts]
-    return sorted(sample for part in other for sample in part.tolist())
+    parts = [slice(start, start + READ_ROWS) for start in range(0, len(rows), READ_ROWS)]
+    changed = [samples[part][split.read(samples[part])[1] != stored[part]] for part in parts]
+    return sorted(sample for part in changed for sample in part.tolist())
 
 
-def _other_images(split: Split, store: Store) -> list[int]:
-    """The samples whose images are not those stored, of a few. Those that are others each time they
-    are read, transformed at random, tell nothing."""
-    rows = spread_rows(store.rows, IMAGES)
+def _changed_images(split: Split, store: Store) -> list[int]:
+    """Returns the samples, of ``COMPARED_IMAGES``, whose images differ from the stored ones. Images
+    that differ each time they are read are transformed at random and do not count."""
+    rows = spread_rows(store.rows, COMPARED_IMAGES)
     samples = store.index[rows]
     images = split.read(samples)[0].astype(np.float32)
     stored = np.concatenate([store.read_rows(0, row, row + 1) for row in rows]).astype(np.float32)
-    differ = ~_alike(images, stored)
+    differ = ~_are_close(images, stored)
     if differ.any():
         again = split.read(samples)[0].astype(np.float32)
-        differ &= _alike(again, images)
+        differ &= _are_close(again, images)
     return sorted(samples[differ].tolist())
 
 
-def _alike(images: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Which images (n, C, H, W) differ in no channel, which may be a feature of a scale of its own,
-    by more than another version of a decoder makes."""
+def _are_close(images: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Returns which of n images (n, C, H, W) differ by no more than another version of a decoder
+    may change. The limits are per channel, since a channel may be a feature with another scale."""
     difference, axes = np.abs(images - others), (0, 2, 3)
-    at_most = AT_MOST * np.ptp(others, axes)
-    on_average = ON_AVERAGE * others.std(axes, dtype=np.float64)
-    alike = (difference.max((2, 3)) <= at_most) & (difference.mean((2, 3)) <= on_average)
-    return alike.all(axis=1)
+    max_limit = MAX_CHANGE * np.ptp(others, axes)
+    mean_limit = MEAN_CHANGE * others.std(axes, dtype=np.float64)
+    close = (difference.max((2, 3)) <= max_limit) & (difference.mean((2, 3)) <= mean_limit)
+    return close.all(axis=1)

@@ -1,4 +1,4 @@
-"""Finding what a stage trains from, and what its store is written from."""
+"""Finding the source that a stage trains from, and the one its store is written from."""
 
 import math
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.disk_plan import Views
 from greedy.runs.events import Reporter
 from greedy.runs.network import load_stage
-from greedy.runs.record import StageRecord, StoreRecord, normalisation_of
-from greedy.stores.refreshing import Refresh
-from greedy.stores.source import WRITE_ROWS, Images, Source
+from greedy.runs.record import StageRecord, StoreRecord, channel_moments
+from greedy.stores.refreshing import ViewRefresher
+from greedy.stores.source import WRITE_ROWS, ImagePreparation, Source
 
 
 @dataclass
-class Sources:
-    """The stores of a run and what can be computed from them.
+class SourceFinder:
+    """Opens the sources of a run's stages.
 
     Attributes:
-        stages: all of the network's; frozen ones get their weights when they are needed.
+        stages: of the network; frozen ones get their weights when they are needed.
         data: the record of stage 0.
     """
 
@@ -36,10 +36,11 @@ class Sources:
     reporter: Reporter
     _frozen: dict[int, Stage] = field(default_factory=dict, repr=False)
 
-    def for_training(self, number: int, wanted: int) -> Source:
-        """What stage ``number`` trains from: the last store up to stage ``wanted``, its views
-        refreshed where the recipe says so."""
-        stored = self._last(wanted)
+    def for_training(self, number: int, last: int) -> Source:
+        """Returns the source that stage ``number`` trains from: the last store up to that of stage
+        ``last``, with its views refreshed if the recipe says so. Raises ``UserError`` if too few
+        training rows are left besides those held out."""
+        stored = self._last_stored(last)
         source = self._open(stored, number - 1)
         rows = self.data.rows["train"]
         source.held_out = self.run.recipe.held_out(rows)
@@ -49,55 +50,59 @@ class Sources:
                 f"which leaves too few to train on: lower data.holdout"
             )
         if every := stored and self.run.recipe.refresh_every:
-            source.refresh = Refresh(self.run, stored, every, self._open(0, stored), self.reporter)
+            source.refresh = ViewRefresher(
+                self.run, stored, every, self._open(0, stored), self.reporter
+            )
         return source
 
     def for_writing(self, stage: Stage, views: int, batch: int) -> Source:
-        """What a trained stage's store is written from, ``batch`` rows at a time: its views are
-        the source's outputs."""
+        """Returns the source from which a trained stage's store is written, ``batch`` rows at a
+        time. The source replays the stage itself, so its inputs are the rows of the store."""
         source = self._open(self.written_from(stage.number, views), stage.number - 1)
         source.replayed = [*source.replayed, stage]
         source.replay_rows = min(source.replay_rows, batch)
         return source
 
     def written_from(self, number: int, views: Views) -> int:
-        """The stage from whose store stage ``number``'s is written.
+        """Returns the stage from whose store stage ``number``'s is written, 0 for the images.
 
-        The last store serves if it has enough views, unless views are refreshed: generations
-        are drawn where the images are. Stores before the last may be deleted, so that none of
-        them may decide what is written.
+        It is the last store before it if that has enough views and views are not refreshed:
+        generations are drawn from the images. Earlier stores are never used, since the contents
+        of a store must not depend on whether they were deleted.
         """
-        stored = self._last(number - 1)
+        stored = self._last_stored(number - 1)
         fewer = views != "live" and self._views(stored) < views
         return 0 if fewer or self.run.recipe.store.refresh_every else stored
 
-    def of_store(self, number: int, store: StoreRecord) -> Source:
-        """What the store of a finished stage is computed from again: the store it was written
-        from, or if that is gone the images."""
-        there = store.source if self._views(store.source) >= store.views else 0
-        return self._open(there, number)
+    def for_repair(self, number: int, store: StoreRecord) -> Source:
+        """Returns the source from which a finished stage's store is computed again: the store it
+        was written from, or the images if that no longer exists."""
+        stored = store.source if self._views(store.source) >= store.views else 0
+        return self._open(stored, number)
 
-    def _last(self, number: int) -> int:
-        """The last stage up to ``number`` whose store is there."""
+    def _last_stored(self, number: int) -> int:
+        """Returns the last stage up to ``number`` whose store exists."""
         return next(n for n in range(number, -1, -1) if self._views(n))
 
     def _views(self, number: int) -> float:
-        """Any number for stage 0, whose images are augmented on reading."""
+        """Returns the views of a stage's store, 0 if it does not exist. Stage 0 has any number,
+        since its images are augmented on reading."""
         if number == 0:
             return math.inf
-        store = self.run.complete(number).store
-        return store.views if store and self.run.store(number).is_dir() else 0
+        store = self.run.complete_record(number).store
+        return store.views if store and self.run.store_path(number).is_dir() else 0
 
     def _open(self, stored: int, last: int) -> Source:
-        """The store of stage ``stored``, and stages up to ``last`` replayed."""
+        """Returns the source with the store of stage ``stored`` that replays stages up to
+        ``last``."""
         settings = self.run.recipe.data
         augmentation = Augmentation.parse(settings.augmentation, settings.cutout_length)
-        images = Images(*normalisation_of(self.run.recipe, self.data), augmentation)
+        images = ImagePreparation(*channel_moments(self.run.recipe, self.data), augmentation)
         replayed = range(stored + 1, last + 1)
-        rows = [self.run.complete(n).choices.write_batch for n in replayed]
+        rows = [self.run.complete_record(n).choices.write_batch for n in replayed]
         return Source(
             stored,
-            self.run.store(stored),
+            self.run.store_path(stored),
             self._stores(stored),
             self.device,
             self.run.recipe.seed,
@@ -113,8 +118,9 @@ class Sources:
         return self._frozen[number]
 
     def _stores(self, number: int) -> dict[str, Store]:
-        """Both splits of a stage's store, whose rows are the samples that stage 0 says."""
-        path = self.run.store(number)
+        """Opens both splits of a stage's store. Raises ``UserError`` if their rows are not the
+        samples of stage 0's rows."""
+        path = self.run.store_path(number)
         stores = {split: self.run.open_store(number, split) for split in SPLITS}
         for split, store in stores.items():
             expected = self.run.open_store(0, split).index

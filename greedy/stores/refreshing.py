@@ -1,4 +1,4 @@
-"""Views drawn and written anew while the stage after them trains."""
+"""Drawing and writing new views of a store while the next stage trains."""
 
 import shutil
 from dataclasses import dataclass
@@ -8,17 +8,22 @@ from greedy.base.files import canonical_json, digest
 from greedy.runs.directory import RunDirectory
 from greedy.runs.events import Reporter
 from greedy.runs.exchange import replacing
-from greedy.runs.record import UNKNOWN, StageRecord
+from greedy.runs.record import UNKNOWN_GENERATION, StageRecord
 from greedy.stores.source import Source
 from greedy.stores.writing import write_split
 
 
 @dataclass
-class Refresh:
-    """Keeps a store's views those of the current generation, epoch // every.
+class ViewRefresher:
+    """Writes a store's views of the current generation, epoch // every.
 
-    ``source`` gives the store's rows from the raw images, the frozen stages replayed; the old
-    views stay until the new ones are whole. The test split is not augmented and stays.
+    The old views are kept until the new ones are complete. The test split is not augmented and is
+    not written.
+
+    Attributes:
+        stored: the stage whose store it is.
+        every: epochs per generation.
+        source: computes the store's rows from the images, replaying the frozen stages.
     """
 
     run: RunDirectory
@@ -28,19 +33,20 @@ class Refresh:
     reporter: Reporter
 
     def __call__(self, epoch: int) -> bool:
-        """Makes the store hold the views of this epoch; says whether it had to write them."""
+        """Writes the views of an epoch if the store does not hold them; returns whether it did."""
         generation = epoch // self.every
-        record = self.run.complete(self.stored)
+        record = self.run.complete_record(self.stored)
         assert record.store is not None
         if record.store.generation == generation:
             return False
-        directory = self.run.stage(self.stored)
-        path = self.run.store(self.stored) / "train"
+        directory = self.run.stage_dir(self.stored)
+        path = self.run.store_path(self.stored) / "train"
         old = self.run.open_store(self.stored, "train")
         self.source.precision = record.choices.precision
-        with replacing(path, _workshop(path, record, generation), go_on=True) as place:
+        temporary = _temporary_path(path, record, generation)
+        with replacing(path, temporary, resume=True) as new_path:
             written = write_split(
-                place,
+                new_path,
                 self.source,
                 "train",
                 views=old.views,
@@ -51,10 +57,10 @@ class Refresh:
                 reporter=self.reporter,
                 stage=self.stored,
             )
-            # Whatever happens between the exchange and the record, it does not say less.
-            record = record.with_store(directory, generation=UNKNOWN)
+            # If the process ends between the exchange and the record, the generation is unknown.
+            record = record.update_store(directory, generation=UNKNOWN_GENERATION)
         assert record.store is not None
-        record.with_store(
+        record.update_store(
             directory,
             generation=generation,
             split_bytes=record.store.split_bytes | {"train": written.disk_bytes},
@@ -64,11 +70,13 @@ class Refresh:
         return True
 
 
-def _workshop(path: Path, record: StageRecord, generation: int) -> Path:
-    """The place where the views of a generation are written: named by what they follow from, so
-    that one that was interrupted goes on and any other goes."""
-    place = path.with_name(f".train.{digest(canonical_json([record.lineage, generation]))}.part")
+def _temporary_path(path: Path, record: StageRecord, generation: int) -> Path:
+    """Returns the directory in which the views of a generation are written, and deletes those of
+    other generations. It is named after its inputs, so that an interrupted writing resumes."""
+    temporary = path.with_name(
+        f".train.{digest(canonical_json([record.lineage, generation]))}.part"
+    )
     for other in path.parent.glob(".train.*.part"):
-        if other != place:
+        if other != temporary:
             shutil.rmtree(other)
-    return place
+    return temporary

@@ -1,4 +1,4 @@
-"""What a stage trains from."""
+"""The source that a stage trains from."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -24,12 +24,12 @@ from greedy.cache import (
 from greedy.data import Augmentation, Draws, prepare
 from greedy.models import Stage
 
-WRITE_ROWS = 1024  # of a store, computed at a time at most
+WRITE_ROWS = 1024  # the most rows of a store that are computed at a time
 
 
 @dataclass(frozen=True)
-class Images:
-    """What happens to the raw images of stage 0 on reading."""
+class ImagePreparation:
+    """Normalises and augments the raw images of stage 0 when they are read."""
 
     mean: Sequence[float]
     std: Sequence[float]
@@ -37,15 +37,15 @@ class Images:
     _tables: dict[torch.device, list[Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def draw(self, store: Store, seed: int, *key: int | str) -> Draws:
-        """The augmentation of all rows of a store in the epoch or view that ``key`` names."""
+        """Draws the augmentation of all rows of a store for the epoch or view named by ``key``."""
         generator = torch_generator(seed, "augmentation", *key)
         height, width = store.row_shape[1:]
         return self.augmentation.draw(store.rows, height, width, generator)
 
     def prepare(self, images: Tensor, draws: Draws | None) -> Tensor:
-        """Raw images (B, C, H, W) as the network sees them; without draws, not augmented."""
+        """Returns raw images (B, C, H, W) normalised and, with ``draws``, augmented."""
         augmentation = self.augmentation if draws else None
-        if (device := images.device) not in self._tables:  # copied once: a copy would wait
+        if (device := images.device) not in self._tables:  # copied once, since copying synchronises
             self._tables[device] = [torch.tensor(v, device=device) for v in (self.mean, self.std)]
         mean, std = self._tables[device]
         return prepare(images, mean, std, augmentation, draws)
@@ -53,18 +53,21 @@ class Images:
 
 @dataclass
 class Source:
-    """The store a stage trains from, and the frozen stages between the two.
+    """The store that a stage trains from, and the frozen stages between the two.
 
     Attributes:
         number: of the stage whose store it is.
         path: of the store.
-        stores: its splits.
-        images: for stage 0 alone, whose rows are augmented anew in every epoch; other stores
-            hold views.
-        replayed: frozen stages after the store's, computed on the fly.
-        replay_rows: how many rows go through them at a time.
-        held_out: how many of the training rows, the last ones, take no part in an epoch.
-        refresh: where views are refreshed, writes those of an epoch and says whether it had to.
+        stores: the store's splits.
+        device: on which batches are computed.
+        seed: of the run.
+        images: for stage 0 only, whose rows are augmented again in every epoch; other stores hold
+            views.
+        replayed: the frozen stages after the store's, computed on the fly.
+        replay_rows: rows that they compute at a time.
+        held_out: the number of training rows, the last ones, that are left out of epochs.
+        refresh: writes the views of an epoch if the store does not hold them, and returns whether
+            it did; ``None`` if views are not refreshed.
         precision: of the replayed stages.
         resident: the training split in memory (views, rows, ...), if it is held there.
     """
@@ -74,7 +77,7 @@ class Source:
     stores: dict[str, Store]
     device: torch.device
     seed: int
-    images: Images | None = None
+    images: ImagePreparation | None = None
     replayed: Sequence[Stage] = ()
     replay_rows: int = WRITE_ROWS
     held_out: int = 0
@@ -83,40 +86,47 @@ class Source:
     resident: np.ndarray | None = field(default=None, repr=False)
 
     def hold_in_memory(self) -> None:
-        """Loads the training split, so that its rows can be shuffled one by one."""
+        """Loads the training split into memory, so that its rows can be shuffled one by one."""
         self.resident = self.stores["train"].load()
 
-    def at_epoch(self, epoch: int) -> None:
-        """Makes sure that the store holds the views this epoch trains on."""
+    def refresh_views(self, epoch: int) -> None:
+        """Writes the views of an epoch if the store does not hold them."""
         if self.refresh is not None and self.refresh(epoch):
             self.stores["train"] = Store(self.path / "train", self.stores["train"].advice)
             if self.resident is not None:
-                self.resident = None  # let go of the old views before taking memory for the new
+                self.resident = None  # frees the old views before the new ones are loaded
                 self.hold_in_memory()
 
-    def epoch(
+    def epoch_batches(
         self,
         stage: int,
         epoch: int,
         batch_size: int,
         classes_per_batch: int = 0,
         start_batch: int = 0,
-    ) -> "Epoch":
-        """The shuffled batches of one epoch of a stage's training, of at most
-        ``classes_per_batch`` classes or so unless that is 0, from the batch ``start_batch`` on."""
+    ) -> "EpochBatches":
+        """Returns the shuffled batches of one epoch of a stage's training.
+
+        Args:
+            stage: its number, which keys the order.
+            epoch: from 0.
+            batch_size: rows of a batch.
+            classes_per_batch: the usual most classes in a batch, 0 for no limit.
+            start_batch: the first batch.
+        """
         store = self.stores["train"]
-        known: dict[str, Any] = {
+        options: dict[str, Any] = {
             "seed": derive_seed(self.seed, "order", stage),
             "epoch": epoch,
             "rows": store.rows - self.held_out,
             "views": store.views,
         }
         if self.resident is not None:
-            order = row_order(**known)
+            order = row_order(**options)
         else:
-            wanted = {"rows": LIMITED_WINDOW_ROWS} if classes_per_batch else {}
-            window = window_chunks(store.chunk_rows, **wanted)
-            order = window_order(**known, chunk_rows=store.chunk_rows, window=window)
+            window_rows = {"rows": LIMITED_WINDOW_ROWS} if classes_per_batch else {}
+            window = window_chunks(store.chunk_rows, **window_rows)
+            order = window_order(**options, chunk_rows=store.chunk_rows, window=window)
         batches = (
             order.limited_batches(store.labels, batch_size, classes_per_batch)
             if classes_per_batch
@@ -131,9 +141,9 @@ class Source:
             pin_memory=self.device.type == "cuda",
         )
         draws = self.images.draw(store, self.seed, stage, epoch) if self.images else None
-        return Epoch(self, loader, draws)
+        return EpochBatches(self, loader, draws)
 
-    def view(
+    def view_batches(
         self,
         split: str,
         view: int,
@@ -143,8 +153,8 @@ class Source:
         start: int = 0,
         stop: int | None = None,
     ) -> Iterator["Batch"]:
-        """A view's rows in order. Views of stage 0 are drawn, anew for each generation; the test
-        split is not augmented."""
+        """Yields batches of a view's rows ``start`` to ``stop``, in order. Views of stage 0's
+        training split are drawn for each ``generation``; the test split is not augmented."""
         store = self.stores[split]
         draws = None
         if self.images and split == "train":
@@ -159,25 +169,26 @@ class Source:
     def batch(
         self, values: Tensor, labels: np.ndarray, numbers: np.ndarray, draws: Draws | None
     ) -> "Batch":
-        """Stored rows (B, *stored_shape), whose numbers and labels are (B,), as a batch. ``draws``
-        are those of all rows of the store."""
+        """Returns stored rows (B, *stored_shape) with their labels (B,) and row ``numbers`` (B,) as
+        a batch. ``draws`` are of all rows of the store."""
 
         def read(rows: slice) -> Tensor:
             return self.inputs(values[rows], draws and draws[numbers[rows]])
 
         return Batch(self.labels(labels), read)
 
-    def held_out_rows(self, batch_size: int) -> Iterator["Batch"]:
-        """The held-out training rows, of view 0."""
+    def held_out_batches(self, batch_size: int) -> Iterator["Batch"]:
+        """Yields batches of the held-out training rows, of view 0."""
         rows = self.stores["train"].rows
-        return self.view("train", 0, batch_size, start=rows - self.held_out, stop=rows)
+        return self.view_batches("train", 0, batch_size, start=rows - self.held_out, stop=rows)
 
     def inputs(self, values: np.ndarray | Tensor, draws: Draws | None) -> Tensor:
-        """Stored rows (B, *stored_shape) as the stage's input (B, *shape), float32."""
+        """Computes the stage's inputs (B, *shape), float32, from stored rows
+        (B, *stored_shape)."""
         stored = to_device(values, self.device)
         if self.images:
             x = self.images.prepare(stored, draws)
-        else:  # before they are floats, where each is a number already
+        else:  # laid out as stored, which has fewer bytes than float32
             x = self.stores["train"].encoding.decode(preferred_layout(stored))
         x = preferred_layout(x)
         if not self.replayed:
@@ -186,13 +197,13 @@ class Source:
             return replay(self.replayed, x, self.replay_rows).float()
 
     def labels(self, labels: np.ndarray) -> Tensor:
-        """Labels (B,) on the device."""
+        """Returns labels (B,) on the device."""
         return to_device(labels, self.device)
 
 
 def replay(stages: Sequence[Stage], x: Tensor, rows: int) -> Tensor:
-    """What frozen stages make of inputs (B, *shape), so many rows at a time: stages before the
-    last may make much more of a row than it does."""
+    """Returns the output of frozen stages for inputs (B, *shape), computed ``rows`` rows at a time,
+    since the activations of earlier stages may be much larger than the output."""
     if not stages:
         return x
     parts = [reduce(lambda x, stage: stage(x), stages, part) for part in x.split(rows)]
@@ -200,8 +211,8 @@ def replay(stages: Sequence[Stage], x: Tensor, rows: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Epoch:
-    """The batches of one epoch; iterate once."""
+class EpochBatches:
+    """The batches of one epoch, to be iterated over once."""
 
     source: Source
     loader: BatchLoader
@@ -209,7 +220,7 @@ class Epoch:
 
     @property
     def rows(self) -> int:
-        """The number of rows that take part."""
+        """The number of rows in the epoch."""
         return self.source.stores["train"].rows - self.source.held_out
 
     def __iter__(self) -> Iterator["Batch"]:
@@ -219,12 +230,13 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one step, whose inputs are computed when they are asked for.
+    """The rows of one step, whose inputs are computed on demand.
 
     Attributes:
         labels: (B,), on the device.
-        read: rows of the batch to their inputs (rows, *shape) on the device, before dropout.
-        mask: of dropout, (B, ...), for rows of inputs to be multiplied with.
+        read: computes the inputs (rows, *shape) of a slice of the batch on the device, before
+            dropout.
+        mask: of dropout, (B, ...), by which the inputs are multiplied.
     """
 
     labels: Tensor
@@ -232,6 +244,6 @@ class Batch:
     mask: Tensor | None = None
 
     def inputs(self, rows: slice = slice(None)) -> Tensor:
-        """The stage's inputs (rows, *shape), dropout applied."""
+        """Computes the stage's inputs (rows, *shape) for a slice of the batch, after dropout."""
         x = self.read(rows)
         return x if self.mask is None else x * self.mask[rows]

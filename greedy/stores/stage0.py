@@ -1,4 +1,4 @@
-"""Stage 0: the data set, decoded and shuffled once."""
+"""Writing stage 0: the data set, decoded and shuffled once."""
 
 import time
 from collections.abc import Iterator
@@ -26,29 +26,29 @@ from greedy.runs.directory import SPLITS, RunDirectory, new_stage
 from greedy.runs.events import Reporter
 from greedy.runs.file_table import FileTable
 from greedy.runs.record import StageRecord, StoreRecord
-from greedy.stores.changes import files_of
+from greedy.stores.changes import file_table_of
 
-READ_ROWS = 1024  # rows decoded at a time
-COMPRESSOR = "zstd"  # images are written once and decoded ahead of slow first stages
+READ_ROWS = 1024  # decoded at a time
+COMPRESSOR = "zstd"  # compresses well; images are decoded ahead of the slow first stages
 
 
 @dataclass
-class Moments:
-    """Sums over the pixels of each channel, of values in [0, 1] or as they are."""
+class ChannelStatistics:
+    """Sums over the pixels of each channel; bytes are scaled to [0, 1]."""
 
     count: int = 0
     total: np.ndarray | float = 0.0
     squares: np.ndarray | float = 0.0
 
     def add(self, images: np.ndarray) -> None:
-        """Takes in images (n, C, H, W)."""
+        """Adds images (n, C, H, W)."""
         values = images.astype(np.float64) / (255 if images.dtype == np.uint8 else 1)
         self.count += values.size // values.shape[1]
         self.total = self.total + values.sum(axis=(0, 2, 3))
         self.squares = self.squares + np.square(values).sum(axis=(0, 2, 3))
 
     def mean_and_std(self) -> dict[str, list[float]]:
-        """Mean and standard deviation of each channel; a constant channel has deviation 1."""
+        """Returns mean and standard deviation of each channel, 1 for a constant channel."""
         mean = np.asarray(self.total) / self.count
         std = np.sqrt(np.maximum(np.asarray(self.squares) / self.count - mean**2, 0))
         return {"mean": mean.tolist(), "std": np.where(std < 1e-6, 1.0, std).tolist()}
@@ -57,55 +57,63 @@ class Moments:
 def write_stage0(
     run: RunDirectory, dataset: Dataset, network: list[str], output: Shape | None = None
 ) -> StageRecord:
-    """Writes both splits of a data set, rows permuted by the run's seed, and the record.
+    """Writes both splits of a data set, their rows permuted by the run's seed, and the record.
 
-    ``network`` names the stages to come; ``output`` is the shape of its output where that is
-    settled before the classes are known. The permutation is drawn once: row i is the same
-    sample in every later store. The training rows' mean and deviation are measured on the way
-    and kept under ``resolved``. Raises ``UserError`` for labels that are no classes, or an output
-    that is not one value a class, ``StoreError`` for a value that is not finite.
+    The permutation is drawn once: row i is the same sample in every later store. The mean and
+    standard deviation of the training rows go into the record's ``resolved``.
+
+    Args:
+        run: the run, whose lock is held.
+        dataset: to be written.
+        network: the names of the stages.
+        output: the shape of the network's output if that is fixed, to be checked against the
+            classes.
+
+    Raises:
+        UserError: a label is not a class, or the output does not have one value per class.
+        StoreError: a value is not finite.
     """
     started = time.perf_counter()
-    moments = Moments()
+    statistics = ChannelStatistics()
     written, labels, rows = {}, {}, {}
-    files = files_of(dataset)
-    run.begin()
-    with new_stage(run.stage(0)) as directory:
+    files = file_table_of(dataset)
+    run.write_recipe()
+    with new_stage(run.stage_dir(0)) as directory:
         for name in SPLITS:
             split: Split = getattr(dataset, name)
             index = numpy_generator(run.recipe.seed, "rows", name).permutation(len(split))
             labels[name], rows[name] = np.empty(len(split), np.int64), index
-            place = directory / "activations.zarr" / name
-            with _writer(place, split, labels[name], index) as writer:
+            path = directory / "activations.zarr" / name
+            with _writer(path, split, labels[name], index) as writer:
                 for samples, images in _read(split, index, labels[name]):
                     writer.append(images)
-                    if files and isinstance(split, FolderSplit):  # still in the system's memory
+                    if files and isinstance(split, FolderSplit):  # cached now
                         before = 0 if name == "train" else len(dataset.train)
-                        files.take_digests(split.root, before + samples)
+                        files.compute_digests(split.root, before + samples)
                     if name == "train":
-                        moments.add(images)
+                        statistics.add(images)
             written[name] = writer.summary
         require_classes(dataset.name, _in_order(labels, rows), dataset.class_names)
-        class_names = dataset.class_names or _numbered(labels)
+        class_names = dataset.class_names or _class_numbers(labels)
         if output is not None:
             require_one_logit_a_class(output, len(class_names))
         if files and isinstance(dataset.train, FolderSplit):
             skipped = np.arange(len(dataset.train) + len(dataset.test), len(files.names))
-            files.take_digests(dataset.train.root, skipped)
-            _require_at_rest(files, dataset)
+            files.compute_digests(dataset.train.root, skipped)
+            _require_unmodified(files, dataset)
             files.write(directory)
         encoding = stored_encoding(dataset.train).name
-        store = StoreRecord.of(written, encoding, COMPRESSOR, views=1)
+        store = StoreRecord.from_summaries(written, encoding, COMPRESSOR, views=1)
         seed = run.recipe.seed
         return StageRecord(
             stage=0,
             name=dataset.name,
             lineage=digest(canonical_json({"data": store.digests, "seed": seed})),
-            recipe=run.settings,
+            recipe_digest=run.recipe_digest,
             row_shape=dataset.train.shape,
             class_names=class_names,
             network=network,
-            resolved=DataChoices.model_validate(moments.mean_and_std() | _of_files(dataset)),
+            resolved=DataChoices.model_validate(statistics.mean_and_std() | _file_fields(dataset)),
             store=store,
             rows={name: len(labels[name]) for name in SPLITS},
             seconds=time.perf_counter() - started,
@@ -113,9 +121,9 @@ def write_stage0(
         ).write(directory)
 
 
-def readable(recipe: Recipe, dataset: Dataset, reporter: Reporter) -> Dataset:
-    """Returns the data set without the image files that cannot be read, where the recipe skips
-    these; else they are refused, all at once."""
+def drop_unreadable_files(recipe: Recipe, dataset: Dataset, reporter: Reporter) -> Dataset:
+    """Returns the data set without the image files that cannot be read if the recipe skips them.
+    Otherwise raises ``UserError``, which names all of them."""
     skip = recipe.data.broken == "skip"
     dataset = check_files(dataset, skip=skip, progress=reporter.files_checked)
     for note in dataset.notes:
@@ -123,26 +131,27 @@ def readable(recipe: Recipe, dataset: Dataset, reporter: Reporter) -> Dataset:
     return dataset
 
 
-def pixels_of(data: StageRecord) -> Kind:
-    """Which numbers the image files of a run hold; those of other data are not known."""
+def pixel_kind(data: StageRecord) -> Kind:
+    """Returns the kind of numbers in a run's image files, ``bytes`` for other data sets. ``data``
+    is stage 0's record."""
     return data.data_choices.pixels
 
 
 def stored_encoding(split: Split) -> Encoding:
-    """The encoding in which a split's images are stored."""
+    """Returns the encoding in which a split's images are stored."""
     return pixels(split.shape) if split.dtype == np.uint8 else Encoding("float32", split.shape)
 
 
-def _of_files(dataset: Dataset) -> dict[str, Any]:
-    """What the record says of image files."""
+def _file_fields(dataset: Dataset) -> dict[str, Any]:
+    """Returns the fields of ``resolved`` about image files."""
     pixels = {"pixels": dataset.pixels} if dataset.pixels else {}
-    skipped = {legible(file): legible(why) for file, why in dataset.skipped.items()}
+    skipped = {legible(file): legible(reason) for file, reason in dataset.skipped.items()}
     return pixels | ({"skipped": skipped} if skipped else {})
 
 
-def _writer(place: Path, split: Split, labels: np.ndarray, index: np.ndarray) -> StoreWriter:
+def _writer(path: Path, split: Split, labels: np.ndarray, index: np.ndarray) -> StoreWriter:
     return StoreWriter(
-        place,
+        path,
         rows=len(split),
         views=1,
         encoding=stored_encoding(split),
@@ -156,21 +165,21 @@ def _writer(place: Path, split: Split, labels: np.ndarray, index: np.ndarray) ->
 def _read(
     split: Split, index: np.ndarray, labels: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The numbers and images of the split's samples, some at a time, in the order of ``index``;
-    their labels go into ``labels``."""
+    """Yields the numbers and images of the split's samples, ``READ_ROWS`` at a time, in the order
+    of ``index``; writes their labels into ``labels``."""
     for start in range(0, len(index), READ_ROWS):
         rows = slice(start, start + READ_ROWS)
         images, labels[rows] = split.read(index[rows])
         yield index[rows], images
 
 
-def _require_at_rest(files: FileTable, dataset: Dataset) -> None:
-    """Raises UserError for files that were changed while they were read."""
-    now = files_of(dataset)
+def _require_unmodified(files: FileTable, dataset: Dataset) -> None:
+    """Raises ``UserError`` if files changed while they were read."""
+    now = file_table_of(dataset)
     assert now is not None
-    other = np.flatnonzero((now.sizes != files.sizes) | (now.times != files.times))
-    if len(other):
-        names = [files.names[row] for row in other]
+    changed = np.flatnonzero((now.sizes != files.sizes) | (now.times != files.times))
+    if len(changed):
+        names = [files.names[row] for row in changed]
         raise UserError(
             f"{len(names):,} files of {dataset.name} changed while they were read "
             f"({first_names(names)}): give the same command again"
@@ -178,9 +187,10 @@ def _require_at_rest(files: FileTable, dataset: Dataset) -> None:
 
 
 def _in_order(labels: dict[str, np.ndarray], rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The labels of each split in the order of its samples, of which ``rows`` are the numbers."""
+    """Returns the labels of each split in the order of its samples; ``rows`` has the sample of each
+    label."""
     return {split: values[np.argsort(rows[split])] for split, values in labels.items()}
 
 
-def _numbered(labels: dict[str, np.ndarray]) -> list[str]:
+def _class_numbers(labels: dict[str, np.ndarray]) -> list[str]:
     return [str(i) for i in range(1 + max(int(values.max()) for values in labels.values()))]

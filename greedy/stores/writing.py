@@ -1,4 +1,4 @@
-"""Writing a frozen stage's output for the whole data set."""
+"""Writing the output of a frozen stage for the whole data set."""
 
 import math
 from collections.abc import Iterator
@@ -15,14 +15,15 @@ from greedy.models import Shape, StageShapes
 from greedy.runs.events import Reporter
 from greedy.stores.source import WRITE_ROWS, Source
 
-SAMPLE_ROWS = 2048  # rows of view 0 from which an integer encoding takes its ranges
+SAMPLE_ROWS = 2048  # of view 0, from which the ranges of an integer encoding are computed
 SAMPLE_POSITIONS = 64  # of a large feature map, enough for 131,072 values a channel
 WRITE_BYTES = 32 * 2**20
 
 
 def write_batch(shapes: StageShapes) -> int:
-    """Rows computed at a time while a store is written: fixed, since the last digit of an
-    activation may depend on it. From 16 to 1024, about 32 MiB of float32 on the larger side."""
+    """Returns the rows computed at a time while a store is written: 16 to 1024, about 32 MiB of
+    float32 inputs or activations. The number is fixed for a store, since the last digit of an
+    activation may depend on it."""
     rows = WRITE_BYTES // (4 * max(math.prod(shapes.input), math.prod(shapes.hidden)))
     return min(WRITE_ROWS, 1 << max(rows.bit_length() - 1, 4))
 
@@ -40,9 +41,23 @@ def write_split(
     reporter: Reporter,
     stage: int,
 ) -> StoreSummary:
-    """Writes views of a split, the source's outputs, in batches of ``batch`` rows. What is in
-    ``path`` already was begun for the same views: its whole shards stay. Raises
-    ``TrainingError`` for a value that the encoding cannot hold, naming stage and channel."""
+    """Writes the source's outputs for all views of a split.
+
+    Args:
+        path: of the split's store. Complete shards that an interrupted call left there are kept.
+        source: computes the rows.
+        split: ``train`` or ``test``.
+        views: of the split.
+        generation: of the views, if they are drawn from the images.
+        encoding: of the store.
+        compressor: of the store.
+        batch: rows computed at a time.
+        reporter: gets ``writing_started``, ``resumed`` and ``batch_finished``.
+        stage: the number of the stage, for the reporter and errors.
+
+    Raises:
+        TrainingError: the encoding cannot hold a value; it names stage and channel.
+    """
     store = source.stores[split]
     reporter.writing_started(stage, split, views * store.rows)
     try:
@@ -60,7 +75,7 @@ def write_split(
                 reporter.resumed(writer.appended)
             for view in range(writer.appended // store.rows, views):
                 start = writer.appended - view * store.rows
-                for outputs in outputs_from(source, split, view, start, batch, generation):
+                for outputs in output_batches(source, split, view, start, batch, generation):
                     writer.append(outputs)
                     reporter.batch_finished(len(outputs))
         return writer.summary
@@ -68,26 +83,42 @@ def write_split(
         raise TrainingError(f"stage {stage}: {error}") from error
 
 
-def outputs_from(
+def output_batches(
     source: Source, split: str, view: int, start: int, batch: int, generation: int
 ) -> Iterator[np.ndarray]:
-    """A source's outputs for a view's rows from ``start`` on, computed in the same batches as
-    from row 0: the last digit of an activation may depend on the batch it is in."""
+    """Yields a source's outputs for a view's rows from ``start`` on. They are computed in the same
+    batches as from row 0, since the last digit of an activation may depend on its batch."""
     skip = start % batch
-    aligned = source.view(split, view, batch, generation=generation, start=start - skip)
-    for rows in aligned:
+    batches = source.view_batches(split, view, batch, generation=generation, start=start - skip)
+    for rows in batches:
         yield rows.inputs()[skip:].cpu().numpy()
         skip = 0
 
 
-def fit(name: str, source: Source, row_shape: Shape, batch: int, seed: int, stage: int) -> Encoding:
-    """The encoding for a source's outputs, its ranges taken from the first rows of view 0 (rows
-    are in random order): at all positions of small feature maps and some of large ones, drawn
-    anew for each batch; likewise of tokens."""
+def fit_output_encoding(
+    name: str, source: Source, row_shape: Shape, batch: int, seed: int, stage: int
+) -> Encoding:
+    """Returns the encoding for a source's outputs.
+
+    The ranges of an integer encoding are computed from the first rows of view 0, which are in
+    random order: from all positions of small feature maps, and of large ones from positions drawn
+    for each batch. Tokens are positions too.
+
+    Args:
+        name: of the encoding.
+        source: computes the rows.
+        row_shape: of the store.
+        batch: rows computed at a time.
+        seed: of the run.
+        stage: the number of the stage, for the draws and errors.
+
+    Raises:
+        TrainingError: a value is not finite; it names stage and channel.
+    """
     parts: list[np.ndarray] = []
     rows = 0
-    for read in source.view("train", 0, batch):
-        sample = read.inputs().cpu()
+    for rows_of_view in source.view_batches("train", 0, batch):
+        sample = rows_of_view.inputs().cpu()
         if sample.dim() == 4 and sample[0, 0].numel() > SAMPLE_POSITIONS:
             generator = torch_generator(seed, "sample", stage, rows)
             positions = torch.randperm(sample[0, 0].numel(), generator=generator)
@@ -101,7 +132,7 @@ def fit(name: str, source: Source, row_shape: Shape, batch: int, seed: int, stag
         if rows >= SAMPLE_ROWS:
             break
     try:
-        fitted = fit_encoding(name, np.concatenate(parts)[:SAMPLE_ROWS])
+        encoding = fit_encoding(name, np.concatenate(parts)[:SAMPLE_ROWS])
     except NonFiniteActivation as error:
         raise TrainingError(f"stage {stage}: {error}") from error
-    return replace(fitted, row_shape=row_shape)
+    return replace(encoding, row_shape=row_shape)

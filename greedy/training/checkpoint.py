@@ -1,7 +1,8 @@
 """Checkpoints: a stage's training is kept so that it goes on after anything that ends a process.
 
-In the stage's ``training/checkpoint``, beside the documents of ``greedy.runs.begun``: the tensors
-that ``progress.json`` names by their digest, which is renamed into place once they are safe.
+In the stage's ``training/checkpoint``, next to the documents of
+``greedy.runs.checkpoint_record``: the tensors, whose digest ``progress.json`` names; it is renamed
+into place once they are on disk.
 """
 
 import time
@@ -16,7 +17,13 @@ from torch import Tensor, nn
 from greedy.base.files import digest_of_parts, file_digest, read_tensors, with_digest
 from greedy.base.tensorfile import file_parts
 from greedy.cache.files import write_parts, write_whole
-from greedy.runs.begun import PROGRESS, Kept, Progress, Start, damaged
+from greedy.runs.checkpoint_record import (
+    PROGRESS_FILE,
+    CheckpointRecord,
+    Progress,
+    StartRecord,
+    damaged_checkpoint,
+)
 from greedy.runs.choices import StepMemory
 from greedy.runs.exchange import CHECKPOINT
 from greedy.steps.strategies import Strategy
@@ -45,7 +52,7 @@ class Checkpoints:
     strategy: Strategy
     schedule: Schedule
     minutes: float
-    start: Start
+    start: StartRecord
     before: float = 0.0
     last: str = ""
     _saved: float = field(default_factory=time.monotonic)
@@ -86,11 +93,13 @@ class Checkpoints:
         schedule = self.schedule
         state = {k: getattr(schedule, k) for k in _PATIENCE if isinstance(schedule, Patience)}
         name = digest_of_parts(file_parts(tensors))
-        document = Kept(progress=progress, schedule=state, optimizers=optimizers, tensors=name)
+        document = CheckpointRecord(
+            progress=progress, schedule=state, optimizers=optimizers, tensors=name
+        )
         directory = self.training / CHECKPOINT
         kept = directory / f"{name}.safetensors"
         write_parts(kept, file_parts(tensors))
-        write_whole(directory / PROGRESS, with_digest(document.model_dump(mode="json")))
+        write_whole(directory / PROGRESS_FILE, with_digest(document.model_dump(mode="json")))
         for old in directory.glob("*.safetensors"):
             if old != kept:
                 old.unlink()
@@ -99,17 +108,19 @@ class Checkpoints:
     def load(self) -> tuple[Progress, list[Sums]] | None:
         """Gives strategy and schedule the state that was kept last; ``None`` where none was.
         Raises ``UserError`` naming a file that is damaged."""
-        document = Kept.read(self.training)
+        document = CheckpointRecord.read(self.training)
         if document is None:
             return None
         path = self.training / CHECKPOINT / f"{document.tensors}.safetensors"
         if not path.is_file() or file_digest(path) != document.tensors:
-            raise damaged(path, self.training, "it is not the file that was written")
+            raise damaged_checkpoint(path, self.training, "it is not the file that was written")
         try:
             tensors = read_tensors(path)
             self._restore(document, tensors)
         except Exception as error:  # whatever torch makes of a stranger's numbers
-            raise damaged(path, self.training, "it fits another stage or optimiser") from error
+            raise damaged_checkpoint(
+                path, self.training, "it fits another stage or optimiser"
+            ) from error
         progress = document.progress
         self.last, self.before = str(progress), progress.before + progress.seconds
         return progress, self._sums(tensors)
@@ -127,14 +138,14 @@ class Checkpoints:
             if module is not None
         }
 
-    def _restore(self, document: Kept, tensors: dict[str, Tensor]) -> None:
+    def _restore(self, document: CheckpointRecord, tensors: dict[str, Tensor]) -> None:
         for name, module in self._modules().items():
             module.load_state_dict(_below(f"{name}.", tensors))
         for optimizer, packed in zip(self.strategy.optimizers, document.optimizers, strict=True):
             kept = unpack(packed, tensors)
             _require_same_settings(optimizer, kept["param_groups"])
             optimizer.load_state_dict(kept)
-            # Kept before groups had rates of their own, it began at the schedule's.
+            # CheckpointRecord before groups had rates of their own, it began at the schedule's.
             set_first_rates([optimizer], self.schedule.rate)
             _require_same_shapes(optimizer)
         if isinstance(self.schedule, Patience):

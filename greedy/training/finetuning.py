@@ -36,7 +36,7 @@ def begin_finetuning(
     Raises ``UserError`` if a stage is not finished, what is at ``to`` is something else, or, unless
     with ``ignore_changes``, the image folder has changed that the images were read from.
     """
-    data = source.complete(0)
+    data = source.complete_record(0)
     if not ignore_changes:
         require_unchanged_folder(source)
 
@@ -45,26 +45,26 @@ def begin_finetuning(
             f"{number}.{name}": tensor
             for number in range(1, len(data.network) + 1)
             for name, tensor in read_tensors(
-                source.complete(number).check_file(source.stage(number), ENCODER)
+                source.complete_record(number).check_file(source.stage_dir(number), ENCODER)
             ).items()
         }
         return safetensors.torch.save(tensors)
 
-    weights = source.undisturbed(trained)
+    weights = source.read_consistently(trained)
     run = RunDirectory.create(to, _recipe(source.recipe, digest(weights), overrides))
-    run.make("--to")
-    needed = len(weights) + bytes_below(source.store(0))
-    with run.writing():
+    run.make_directory("--to")
+    needed = len(weights) + bytes_below(source.store_path(0))
+    with run.write_lock():
         if run.record(0) is None:
             require_free_space(run.path, "the images and first weights", needed)
             with write_errors_explained(run.path, "the images and first weights", needed):
-                run.begin()
+                run.write_recipe()
                 write_whole(run.path / INITIAL, weights)
-                with new_stage(run.stage(0)) as directory:
-                    _copy(source.store(0), directory / source.store(0).name)
-                    if files := FileTable.read(source.stage(0)):
+                with new_stage(run.stage_dir(0)) as directory:
+                    _copy(source.store_path(0), directory / source.store_path(0).name)
+                    if files := FileTable.read(source.stage_dir(0)):
                         files.write(directory)
-                    data.model_copy(update={"recipe": run.settings}).write(directory)
+                    data.model_copy(update={"recipe_digest": run.recipe_digest}).write(directory)
     return run
 
 

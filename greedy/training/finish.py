@@ -52,7 +52,7 @@ def write_record(
         stage=learner.stage.number,
         name="output" if is_output else learner.stage.name,
         lineage=_lineage(directory, recipe, choices, parent, source),
-        recipe=parent.recipe,
+        recipe_digest=parent.recipe_digest,
         layers=learner.stage.kinds,
         parent=Parent(stage=parent.stage, lineage=parent.lineage),
         source=source,

@@ -14,7 +14,7 @@ from greedy.base.seeds import derive_seed, seed_torch
 from greedy.models import Shape
 from greedy.recipes import Recipe
 from greedy.recipes.per_stage import for_stage
-from greedy.runs.begun import Progress
+from greedy.runs.checkpoint_record import Progress
 from greedy.runs.events import EpochReport, Reporter
 from greedy.steps.guard import Guard, OptimizerFailed
 from greedy.steps.measuring import Totals, measure
@@ -57,7 +57,7 @@ class Epochs:
         before = progress.before + progress.seconds
         yield from progress.reports
         while not progress.finished:
-            self.source.at_epoch(progress.epoch)  # before signals wait: it may write for hours
+            self.source.refresh_views(progress.epoch)  # before signals wait: it may write for hours
             with PostponedSignals() as stop:
                 reports = self._epoch(progress, sums, stop)
                 epoch = progress.epoch + 1
@@ -85,7 +85,7 @@ class Epochs:
             scale_rates(self.strategy.optimizers, self.schedule.factor_at(epoch))
         rate = self._rate
         size, limited = self.recipe.training.batch_size, self.recipe.data.classes_per_batch
-        batches = self.source.epoch(
+        batches = self.source.epoch_batches(
             self.number,
             epoch,
             size,
@@ -149,10 +149,12 @@ class Epochs:
         learners = self.strategy.learners
         if not self.source.held_out:
             return [None] * len(learners)
-        return measure(learners, self.source.held_out_rows(self.recipe.training.batch_size))
+        return measure(learners, self.source.held_out_batches(self.recipe.training.batch_size))
 
     def _tested(self, reports: Sequence[EpochReport]) -> list[EpochReport]:
-        found = measure(self.strategy.learners, self.source.view("test", 0, self.test_batch))
+        found = measure(
+            self.strategy.learners, self.source.view_batches("test", 0, self.test_batch)
+        )
         return [
             replace(report, test_error_percent=total.error_percent)
             for report, total in zip(reports, found, strict=True)

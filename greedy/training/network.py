@@ -14,7 +14,7 @@ from greedy.build.cut_network import CutNetwork
 from greedy.memory.choice import Choice, named_budget
 from greedy.memory.peaks import OptimizerFactory
 from greedy.recipes import Recipe
-from greedy.runs.begun import Start
+from greedy.runs.checkpoint_record import StartRecord
 from greedy.runs.choices import Choices
 from greedy.runs.directory import RunDirectory, new_stage
 from greedy.runs.events import EpochReport, Reporter
@@ -55,7 +55,7 @@ class NetworkTraining:
         """Trains all stages in the run's ``network`` directory, or resumes an unfinished training
         there, then puts each stage in its place."""
         began = time.perf_counter()
-        place = self.run.network / "training"
+        place = self.run.network_dir / "training"
         start = self._start(place)
         torch.set_num_threads(start.resolved.threads)
         set_determinism(self.device, start.resolved.deterministic)
@@ -64,10 +64,10 @@ class NetworkTraining:
         reset_peak_memory(self.device)
         with memory_limited(self.device, named_budget(self.recipe)):
             records = self._train(place, start, began)
-        self.run.finish_network()
+        self.run.remove_network_dir()
         return records
 
-    def _train(self, place: Path, start: Start, began: float) -> list[StageRecord]:
+    def _train(self, place: Path, start: StartRecord, began: float) -> list[StageRecord]:
         strategy = self._strategy(start.resolved)
         needed = 7 * 4 * sum(p.numel() for each in strategy.learners for p in each.parameters())
         require_free_space(place, "the network", needed - bytes_below(place))
@@ -83,19 +83,19 @@ class NetworkTraining:
             seconds = checkpoints.before + time.perf_counter() - began
             return self._write(strategy, histories, checkpoints.start.resolved, seconds)
 
-    def _start(self, place: Path) -> Start:
+    def _start(self, place: Path) -> StartRecord:
         """Returns what an unfinished training began with if it was this one, else a new start."""
-        start = Start(
+        start = StartRecord(
             stage=0,
-            recipe=self.data.recipe,
-            parent=self.data.lineage,
+            recipe_digest=self.data.recipe_digest,
+            parent_lineage=self.data.lineage,
             source=0,
             layers=[kind for stage in self.network.stages for kind in stage.kinds],
             resolved=resolve(
                 self.recipe, self.source.stores["train"], "live", self.memory, self.device
             ),
         )
-        if begun := find_training(self.run.network, start, self.reporter):
+        if begun := find_training(self.run.network_dir, start, self.reporter):
             return begun
         place.mkdir(parents=True, exist_ok=True)
         start.write(place)
@@ -138,7 +138,7 @@ class NetworkTraining:
         assert isinstance(epochs, int)
         self.reporter.network_started(training.strategy, epochs, choices)
         histories: list[list[EpochReport]] = [[] for _ in self.network.stages]
-        paths = [self.run.training_history(stage.number) for stage in self.network.stages]
+        paths = [self.run.training_history_path(stage.number) for stage in self.network.stages]
         for path in paths:
             path.unlink(missing_ok=True)
         for reports in Epochs(
@@ -174,7 +174,7 @@ class NetworkTraining:
             strategy.learners, self.network.shapes, histories, strict=True
         ):
             learner.release()
-            with new_stage(self.run.stage(learner.stage.number)) as directory:
+            with new_stage(self.run.stage_dir(learner.stage.number)) as directory:
                 save_weights(learner, directory)
                 lines = "".join(map(history_line, reports))
                 (directory / HISTORY).write_text(lines, encoding="utf-8")

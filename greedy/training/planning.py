@@ -17,15 +17,15 @@ from greedy.memory.peaks import OptimizerFactory
 from greedy.memory.plan import MemoryPlan
 from greedy.recipes import Recipe
 from greedy.recipes.per_stage import for_stage
-from greedy.runs.begun import Start
+from greedy.runs.checkpoint_record import StartRecord
 from greedy.runs.choices import Choices
 from greedy.runs.directory import RunDirectory
-from greedy.runs.disk_budget import former, plan_disk
-from greedy.runs.disk_plan import Plan, Views
+from greedy.runs.disk_budget import plan_disk, previous_record
+from greedy.runs.disk_plan import DiskPlan, Views
 from greedy.runs.events import Reporter, RunOutline
 from greedy.runs.network import stages_of
 from greedy.runs.unfinished import find_training
-from greedy.stores.opening import Sources
+from greedy.stores.opening import SourceFinder
 from greedy.stores.source import Source
 from greedy.training.network import NetworkTraining
 from greedy.training.resolve import compiles, resolve, resolve_again, within_budget
@@ -59,7 +59,7 @@ class StagePlanner:
 
     def network(self) -> CutNetwork:
         """Returns the run's network without its trained weights."""
-        data = self.run.complete(0)
+        data = self.run.complete_record(0)
         stages, classes = stages_of(self.recipe, data, self.model), len(data.class_names)
         shapes = checked_shapes(self.recipe, stages, data.row_shape, classes)
         return CutNetwork(stages, shapes, self.loss, classes)
@@ -81,22 +81,22 @@ class StagePlanner:
     def memory(self) -> MemoryPlan:
         """Returns the plan by which steps fit the memory budget."""
         if self._memory is None:
-            store = self.run.complete(0).store
+            store = self.run.complete_record(0).store
             assert store is not None
             return self.plan_memory(self.network(), store.encoding)
         return self._memory
 
-    def disk(self, retrain_from: int | None = None) -> Plan:
+    def disk(self, retrain_from: int | None = None) -> DiskPlan:
         """Returns the plan for the disk of a training of all stages that are not complete, or of
         those from ``retrain_from`` on."""
-        data = self.run.complete(0)
+        data = self.run.complete_record(0)
         assert data.store is not None
         shapes, rows = self.network().shapes, dict(data.rows.items())
         return plan_disk(self.run, shapes, rows, data.store.bytes, retrain_from)
 
     def outline(self, numbers: Iterable[int]) -> RunOutline:
         """Returns what is known of a run before the stages ``numbers`` are trained."""
-        data, epochs = self.run.complete(0), self.recipe.training.epochs
+        data, epochs = self.run.complete_record(0), self.recipe.training.epochs
         assert data.store is not None
         operations = {}
         for number in numbers:
@@ -107,8 +107,8 @@ class StagePlanner:
 
     def whole_network(self) -> NetworkTraining:
         """Returns the training of all stages at once."""
-        network, data = self.network(), self.run.complete(0)
-        sources = Sources(self.run, network.stages, data, self.device, self.reporter)
+        network, data = self.network(), self.run.complete_record(0)
+        sources = SourceFinder(self.run, network.stages, data, self.device, self.reporter)
         return NetworkTraining(
             run=self.run,
             network=network,
@@ -124,17 +124,17 @@ class StagePlanner:
     def stage(self, number: int, source: int, views: Views, directory: Path) -> StageTraining:
         """Returns the training of stage ``number`` in a directory, from the nearest store that is
         there at or before stage ``source``; an unfinished one goes on as it began."""
-        data, parent = self.run.complete(0), self.run.complete(number - 1)
+        data, parent = self.run.complete_record(0), self.run.complete_record(number - 1)
         network = self.network()
         stage = network.stages[number - 1]
-        sources = Sources(self.run, network.stages, data, self.device, self.reporter)
+        sources = SourceFinder(self.run, network.stages, data, self.device, self.reporter)
         opened = sources.for_training(number, source)
         written_from = sources.written_from(number, views)
         memory = self.memory().stage(number, opened.number, written_from)
-        start = Start(
+        start = StartRecord(
             stage=number,
-            recipe=parent.recipe,
-            parent=parent.lineage,
+            recipe_digest=parent.recipe_digest,
+            parent_lineage=parent.lineage,
             source=opened.number,
             layers=stage.kinds,
             resolved=self._choices(number, opened, views, memory),
@@ -165,7 +165,7 @@ class StagePlanner:
     def _choices(self, number: int, source: Source, views: Views, memory: Choice) -> Choices:
         """Repeats the choices of the stage's earlier training from the same source, or makes new
         ones."""
-        before = former(self.run, number)
+        before = previous_record(self.run, number)
         if before is not None and before.source == source.number:
             return resolve_again(self.recipe, before.choices, views, memory)
         hidden = self.memory().network.shapes[number - 1].hidden

@@ -18,7 +18,7 @@ from greedy.memory.peaks import OptimizerFactory
 from greedy.models import Stage, StageShapes
 from greedy.recipes import Recipe
 from greedy.recipes.per_stage import for_stage
-from greedy.runs.begun import Start
+from greedy.runs.checkpoint_record import StartRecord
 from greedy.runs.choices import Choices
 from greedy.runs.directory import SPLITS
 from greedy.runs.disk_plan import COMPRESSED, UNCOMPRESSED
@@ -26,9 +26,9 @@ from greedy.runs.events import EpochReport, Reporter
 from greedy.runs.record import HISTORY, StageRecord, StoreRecord
 from greedy.steps.step import Learner
 from greedy.steps.strategies import Greedy
-from greedy.stores.opening import Sources
+from greedy.stores.opening import SourceFinder
 from greedy.stores.source import Source
-from greedy.stores.writing import fit, write_split
+from greedy.stores.writing import fit_output_encoding, write_split
 from greedy.training.checkpoint import Checkpoints
 from greedy.training.finish import history_line, save_weights, write_record
 from greedy.training.learners import new_learner, new_optimizer, new_schedule
@@ -50,8 +50,8 @@ class StageTraining:
     loss: LocalLoss
     recipe: Recipe
     source: Source
-    sources: Sources
-    start: Start
+    sources: SourceFinder
+    start: StartRecord
     parent: StageRecord
     is_output: bool
     device: torch.device
@@ -184,7 +184,9 @@ class StageTraining:
         source = self.sources.for_writing(learner.stage, views, self._batch)
         source.precision = self.choices.precision
         number, seed = learner.stage.number, self.recipe.seed
-        fitted = fit(self.choices.encoding, source, self.shapes.output, self._batch, seed, number)
+        fitted = fit_output_encoding(
+            self.choices.encoding, source, self.shapes.output, self._batch, seed, number
+        )
         compressor = self.recipe.store.compressor
         written = {
             split: write_split(
@@ -201,4 +203,6 @@ class StageTraining:
             )
             for split in SPLITS
         }
-        return StoreRecord.of(written, self.choices.encoding, compressor, views, source.number)
+        return StoreRecord.from_summaries(
+            written, self.choices.encoding, compressor, views, source.number
+        )
