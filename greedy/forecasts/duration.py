@@ -2,7 +2,7 @@
 
 Included are a stage's training steps and the passes of frozen stages over rows: where a stage
 without a store is replayed, for the local error, when the stage's own store is written and when
-its source's views are drawn anew. Not included are the start of each epoch, checkpoints, and
+its source's views are drawn again. Not included are the start of each epoch, checkpoints, and
 writing the data set.
 """
 

@@ -106,8 +106,8 @@ class MemoryPlan:
         return Replay(stages, self.network.shapes[source].input, rows)
 
     def _writing(self, number: int, source: int) -> StepDemand:
-        """A frozen stage whose store is computed from that of stage ``source``: where views are
-        drawn anew while the next stage trains, beside that."""
+        """Returns the demand of writing a frozen stage's store from that of stage ``source``; with
+        refreshed views also while the next stage is in memory."""
         next_stage = 0
         if self.recipe.store.refresh_every and number < len(self.network):
             next_stage = self._demand(number + 1, number).parameter_bytes()
