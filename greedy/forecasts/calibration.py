@@ -186,7 +186,7 @@ class Calibration(_Document):
         except (OSError, ValueError) as error:
             reason = (str(error).splitlines() or ["unreadable"])[0]
             raise NotCalibrated(
-                f"times are unknown, since {path} is damaged ({reason}): {command} measures it again"
+                f"times are unknown, since {path} is damaged ({reason}): {command} replaces it"
             ) from error
         here = device_name(torch.device(device_type)), torch.get_num_threads()
         if (known.device, known.threads) != here:
