@@ -5,6 +5,7 @@ import re
 from itertools import pairwise
 
 import torch
+from decided import choices
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
@@ -37,18 +38,7 @@ RECORD = StageRecord(
     ),
     parent=Parent(stage=9, lineage=""),
     source=9,
-    resolved={
-        "precision": "float32",
-        "views": 1,
-        "encoding": "uint8",
-        "shuffle": "rows",
-        "chunk_rows": 16,
-        "memory_mode": "plain",
-        "micro_batch": 16,
-        "planned_peak_bytes": None,
-        "write_batch": 16,
-        "threads": 1,
-    },
+    resolved=choices(),
     rows={"train": 4, "test": 2},
     seconds=1234,
 )
@@ -56,7 +46,7 @@ RECORD = StageRecord(
 
 def a_stage(shown):
     """The events of a stage of one epoch of four rows."""
-    shown.stage_started(10, "conv1536", 400, {"precision": "float32"})
+    shown.stage_started(10, "conv1536", 400, choices())
     for epoch in (123, 124):
         shown.epoch_started(epoch, 50_000)
         for _ in range(3):
@@ -99,7 +89,7 @@ def test_a_terminal_of_80_columns_shows_all_of_it():
     shown.run_started(OUTLINE)
     shown.stage_skipped(RECORD.model_copy(update={"stage": 9, "name": "conv384"}))
     console.print(shown)
-    shown.stage_started(10, "conv1536", 400, {"planned_peak_bytes": 3 * 2**20})
+    shown.stage_started(10, "conv1536", 400, choices(planned_peak_bytes=3 * 2**20))
     for epoch in (123, 124):
         shown.epoch_started(epoch, 50_000)
         shown.batch_finished(128)
@@ -136,7 +126,7 @@ def test_a_terminal_of_80_columns_shows_all_of_it():
 def test_a_low_terminal_shows_the_stages_around_the_running_one():
     shown, console = shown_by(height=14)
     shown.run_started(OUTLINE)
-    shown.stage_started(6, "conv384", 4, {})
+    shown.stage_started(6, "conv384", 4, choices())
     console.print(shown)
     (frame,) = frames(console)
     assert [line.split()[0] for line in frame[1:6]] == ["4", "5", "6", "7", "8"]
@@ -145,7 +135,7 @@ def test_a_low_terminal_shows_the_stages_around_the_running_one():
 def test_all_stages_run_where_they_train_at_once():
     shown, console = shown_by()
     shown.run_started(OUTLINE)
-    shown.network_started("joint", 2, {"planned_peak_bytes": 2**20})
+    shown.network_started("joint", 2, choices(planned_peak_bytes=2**20))
     shown.epoch_started(1, 100)
     shown.batch_finished(100)
     shown.epoch_finished(EpochReport(1, 1e-3, 0.5, 12.0, None, 1.0, 1.0, 11.0))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from decided import choices
 from torch import nn
 
 from greedy import GreedyTrainer, Reporter
@@ -16,7 +17,7 @@ from greedy.losses import PredSim
 from greedy.memory.choice import Choice
 from greedy.models import cut
 from greedy.recipes import load
-from greedy.runs.choices import Choices, Mode
+from greedy.runs.choices import Mode
 from greedy.steps.step import Learner, gradients
 from greedy.stores.source import Batch
 from greedy.training.resolve import compiles, graphs
@@ -152,10 +153,8 @@ def test_graphs_are_for_plain_steps_with_room_for_two(
     device: str, other: dict, expected: bool
 ) -> None:
     recipe = load("cifar10/vgg8b-predsim", ["memory.budget=1GiB"])
-    step = {"memory_mode": "plain", "micro_batch": 128, "planned_peak_bytes": 2**29} | other
-    data = {"views": 1, "encoding": "uint8", "shuffle": "rows", "chunk_rows": 16}
-    choices = Choices(precision="float32", threads=1, write_batch=16, **data, **step)
-    assert graphs(recipe, choices, torch.device(device)) == expected
+    decided = choices(**{"planned_peak_bytes": 2**29} | other)
+    assert graphs(recipe, decided, torch.device(device)) == expected
 
 
 def test_deterministic_is_torch_s_and_for_this_run_alone(tmp_path: Path) -> None:

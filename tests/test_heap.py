@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from decided import choices
 
 from greedy.recipes import load
 from greedy.runs.choices import Mode
@@ -23,7 +24,7 @@ from greedy.training.resolve import ample_memory
 )
 def test_it_stays_only_where_the_budget_has_room(budget: str, mode: Mode, ample: bool) -> None:
     recipe = load("demo", [f"memory.budget={budget}"])
-    assert ample_memory(recipe, {"planned_peak_bytes": 3 * 2**20, "memory_mode": mode}) == ample
+    assert ample_memory(recipe, choices(planned_peak_bytes=3 * 2**20, memory_mode=mode)) == ample
 
 
 # In a process of its own: what others freed before would serve as well.

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import answer, greedy, said, small_recipe
+from decided import choices
 from PIL import Image
 from rich.console import Console
 
@@ -98,7 +99,7 @@ def test_the_dashboard_shows_them() -> None:
     console = Console(file=out, force_terminal=True, width=100, color_system=None)
     with reporter(console) as shown:
         shown.run_started(RunOutline(["x[/y]", "[bold]:smile:"], {1: 1}, 1, 1))
-        shown.stage_started(1, "x[/y]", 1, {"precision": "float32"})
+        shown.stage_started(1, "x[/y]", 1, choices())
         shown.epoch_started(1, 10)
         shown.batch_finished(5)
         shown.compiling_failed(1, "list[int] is no [/b] \x1b[31mtype\x1b[0m :smile:")
