@@ -67,7 +67,7 @@ def start(log: Path, *arguments: object) -> Any:
 
 
 def run(log: Path, *arguments: object) -> Ended:
-    """The same, awaited."""
+    """Runs a `greedy` command to its end."""
     process = start(log, *arguments)
     process.join()
     return Ended(process.exitcode, log.read_text())

@@ -119,7 +119,7 @@ def _steps(given: Setting) -> Iterator[Part]:
 
 
 def _trainings(given: Setting) -> Iterator[Part]:
-    """As many epochs as there is time for, the schedule scaled."""
+    """Trains for as many epochs as there is time for, the schedule scaled."""
     milestones = [round(share * given.epochs) for share in (0.5, 0.75, 0.89, 0.94)]
     steps = sorted({each for each in milestones if 0 < each < given.epochs})
     scaled = ["--set", f"training.epochs={given.epochs}", "--set", f"training.milestones={steps}"]

@@ -90,7 +90,7 @@ def noise(rows: int) -> TensorDataset:
 
 
 def measured(run: Path, settings: tuple[str, ...], images: int, test_images: int) -> dict[str, Any]:
-    """Of this process, which trains and evaluates."""
+    """Measures this process, which trains and evaluates."""
     phases = Phases()
     recipe = load("cifar10/vgg11b-3x-predsim", settings)
     trainer = GreedyTrainer.from_recipe(recipe, run, device="cpu", reporter=phases)
@@ -106,7 +106,7 @@ def in_new_process(*arguments: str) -> str:
 
 
 def summary(found: dict[str, Any], bare: int, budget: int) -> dict[str, Any]:
-    """With the highest of each stage and of all, and what they are beyond a bare process."""
+    """Adds the highest of each stage and of all, and what they are beyond a bare process."""
     for stage in found["stages"]:
         stage["beyond_bare_bytes"] = max(stage["resident_bytes"].values()) - bare
         stage["ratio"] = round(stage["beyond_bare_bytes"] / stage["counted_bytes"], 2)

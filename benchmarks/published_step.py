@@ -140,7 +140,8 @@ class Published:
 
 
 class EndToEnd(Published):
-    """The same layers without local heads, trained by back-propagation with one optimiser."""
+    """A network of the same layers without local heads, trained by back-propagation with one
+    optimiser."""
 
     def __init__(self, multiplier: float, network: str = "vgg8b") -> None:
         super().__init__(multiplier, network)

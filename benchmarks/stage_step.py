@@ -117,11 +117,11 @@ class Timed:
 
     @property
     def seconds(self) -> float:
-        """Of a step."""
+        """The median time of a step."""
         return statistics.median(self.clock.steps)
 
     def train(self) -> None:
-        """For an epoch of a few steps."""
+        """Trains for an epoch of a few steps."""
         for _ in self.epochs:
             pass
 
@@ -168,7 +168,7 @@ def stages(
     *,
     graphs: bool,
 ) -> Iterator[Timed]:
-    """Those stages of the recipe's network, or all, each with its own store."""
+    """Yields those stages of the recipe's network, or all, each with its own store."""
     network = cut(build_network(recipe.model, IMAGE, CLASSES))
     size = recipe.training.batch_size
     once = recipe.training.model_copy(update={"epochs": 1})

@@ -78,7 +78,7 @@ def readers(store: Store, path: Path, beside: Path, pool: Executor) -> dict[str,
 
 
 def compare(store: Store, reads: dict[str, Read], repetitions: int, pool: Executor) -> list[dict]:
-    """For each repetition, the seconds that each reader took for one part of the store."""
+    """Returns, for each repetition, the seconds that each reader took for one part of the store."""
     encoding, window = store.encoding, window_chunks(store.chunk_rows)
     slots = np.zeros((window, store.chunk_rows, *encoding.stored_shape), encoding.stored_dtype)
     parts = np.split(np.random.default_rng(1).permutation(store.layout.chunks), PARTS)

@@ -27,11 +27,11 @@ class Contrastive:
     output_scale: float = 1.0
 
     def heads(self, shape: tuple[int, ...], num_classes: int) -> LocalHeads:
-        """New ones for a stage whose activation h has this shape a row."""
+        """Makes the heads of a stage whose activation h has this shape a row."""
         return LocalHeads(SimilarityHead(shape), PredictionHead(shape, num_classes, 1024))
 
     def __call__(self, features: Features, y: Tensor) -> Tensor:
-        """Of a batch: features z (B, F), logits p (B, classes), one-hot labels y."""
+        """Computes the loss of features z (B, F), logits p (B, classes), one-hot labels y."""
         z = F.normalize(features.z, dim=1)
         itself = torch.eye(len(z), dtype=torch.bool, device=z.device)
         near = (z @ z.T / self.temperature).masked_fill(itself, -torch.inf).log_softmax(dim=1)

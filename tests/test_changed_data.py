@@ -287,7 +287,7 @@ def in_python(tmp_path_factory) -> Path:
 
 
 class Unlabelled(torch.utils.data.Dataset):
-    """The same samples without a list of labels."""
+    """A data set of the same samples without a list of labels."""
 
     def __init__(self, samples: TensorDataset) -> None:
         self.rows = list(samples)

@@ -126,7 +126,8 @@ def test_the_time_of_training_follows_the_epochs(folder):
 
 
 def test_the_measured_rates_are_those_of_the_plan(measured, folder):
-    """Of the output layer, which writes no store: its steps, and the test rows that it sees."""
+    """The output layer writes no store: its time is that of its steps and of the test rows that it
+    sees."""
     stage = measured[2]["stages"][2]
     settings = ("--set", "training.test_every=0", "--set", "training.epochs=1000")
     planned = answer(*PLAN, *settings)["stages"][2]["seconds"]
@@ -219,7 +220,7 @@ SLOW = pytest.mark.slow
     ],
 )
 def test_a_signal_leaves_no_temporary_files(folder, tmp_path, number):
-    """In a process of its own, while the first stage trains."""
+    """A signal to a process of its own, while the first stage trains."""
     home = {"XDG_DATA_HOME": str(tmp_path), "TMPDIR": str(folder / "tmp")}
     command = [sys.executable, "-u", "-m", "greedy.cli.main", "bench", "--recipe", "mlp.toml"]
     with subprocess.Popen(

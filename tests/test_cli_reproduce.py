@@ -63,7 +63,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def done(finished, folder):
-    """The same with finished rows."""
+    """Copies the folder with finished rows."""
     shutil.copytree(finished[0], folder, dirs_exist_ok=True)
     return folder
 

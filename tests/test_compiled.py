@@ -60,7 +60,7 @@ class Notes(Reporter):
 
 
 def weights(run: Path) -> list[bytes]:
-    """Of stage 1."""
+    """Reads stage 1's weights."""
     return [(run / f"stage1/{name}.safetensors").read_bytes() for name in ("encoder", "heads")]
 
 

@@ -46,7 +46,7 @@ def text_of(part):
 
 
 def as_read(text):
-    """Of our own texts with code in them."""
+    """Returns our own texts with code in them as a reader sees them."""
     return " ".join(text.replace("`", "").split())
 
 
@@ -91,7 +91,7 @@ def root():
 
 
 def contexts(context):
-    """Of a command and, if it is a group, of those in it."""
+    """Yields the context of a command and, if it is a group, of those in it."""
     yield context
     if isinstance(context.command, click.Group):
         for name, command in context.command.commands.items():
@@ -197,7 +197,7 @@ def prose(page):
 
 @EVERY_PAGE
 def test_options_in_running_text_exist(page):
-    """Of commands such as `greedy train --recipe R`, with whatever stands for their values."""
+    """Commands such as `greedy train --recipe R`, with any values."""
     for code in re.findall(r"`(greedy [^`]+)`", prose(page)):
         context = root()
         words = shlex.split(code)[1:]

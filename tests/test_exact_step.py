@@ -134,7 +134,7 @@ def test_halves_err_no_more_than_the_plain_step_does(kind: str, loss: str, preci
 @pytest.mark.parametrize("mode", Mode)
 @pytest.mark.parametrize("kind", ["conv", "strided"])
 def test_channels_last_changes_the_layout_alone(kind: str, mode: Mode) -> None:
-    """Of inputs and weights, as on CUDA."""
+    """Inputs and weights are laid out as on CUDA."""
     learner = make_learner(kind, LOSSES["predsim"])
     batch = make_batch(kind, learner, 32)
     expected = measured(learner, batch, StepMemory(mode, 5))
@@ -151,7 +151,7 @@ def test_channels_last_changes_the_layout_alone(kind: str, mode: Mode) -> None:
 
 
 def test_many_steps_stay_together() -> None:
-    """In float64, where rounding stays far below what a wrong gradient would do."""
+    """Computed in float64, where rounding stays far below what a wrong gradient would do."""
 
     def losses(mode: Mode) -> torch.Tensor:
         learner = make_learner("conv", LOSSES["predsim"])
@@ -241,7 +241,7 @@ def test_adam_in_host_memory_is_adam() -> None:
 
 @pytest.mark.parametrize("mode", Mode)
 def test_backward_passes_are_outside_autocast(mode, monkeypatch):
-    """Within it the thread of autograd may compute in float16, whatever was asked for."""
+    """Autograd's thread may compute in float16 within it, whatever was asked for."""
     learner, seen = make_learner("conv", LOSSES["predsim"], torch.float32, "bfloat16"), []
     learner.memory = StepMemory(mode, 5)
     backward = torch.autograd.backward

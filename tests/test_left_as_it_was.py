@@ -24,8 +24,8 @@ CPU, ELSEWHERE = torch.device("cpu"), torch.device("meta")
 
 
 class Remembering(nn.Module):
-    """Of two names for one layer, a buffer that counts, one that is no part of its state, and a
-    table that is made when it is first needed."""
+    """A module with two names for one layer, a buffer that counts, one that is no part of its
+    state, and a table that is made when it is first needed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,8 @@ class Failing(nn.Module):
 
 
 def mine(*more: nn.Module) -> nn.Sequential:
-    """In training mode but for one layer, some of it frozen, with gradients of a step."""
+    """Makes a network in training mode but for one layer, some of it frozen, with gradients of a
+    step."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), Merging()]
     head = [nn.Flatten(), nn.Linear(4 * SIDE * SIDE, CLASSES)]

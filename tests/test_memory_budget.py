@@ -144,7 +144,7 @@ class RefreshPeaks(Peaks):
 
 
 def test_views_are_drawn_anew_within_the_budget(tmp_path: Path) -> None:
-    """By a wide stage before one whose weights and moments are many."""
+    """A wide stage draws them before one whose weights and moments are many."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten()]
     layers += [nn.Linear(16 * SIDE**2, 64), nn.BatchNorm1d(64), nn.ReLU()]

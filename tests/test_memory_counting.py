@@ -173,7 +173,7 @@ def test_a_step_that_fails_for_memory_leaves_none_behind(precision: str) -> None
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tensors", ["real"], indirect=True)
 def test_fake_tensors_of_a_step_count_as_real_ones_do(precision: str) -> None:
-    """But for the B x B and smaller tensors of the loss, some of which torch computes in fewer
+    """The B x B and smaller tensors of the loss differ: torch computes some of them in fewer
     operations on real tensors."""
 
     def peak() -> int:

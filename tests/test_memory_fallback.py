@@ -45,7 +45,7 @@ def trainer(run: Path, reporter: Reporter | None = None, **settings) -> GreedyTr
 
 @cache
 def demand() -> StepDemand:
-    """Of stage 1."""
+    """Makes the demand of stage 1."""
     stage, shape = cut(network())[0], shapes(cut(network()), (1, SIDE, SIDE))[0]
     what = (stage, shape, Pred(), CLASSES, BATCH, "float32", fused_adam, "cpu", SIDE**2)
     return StepDemand(*what)
@@ -53,7 +53,7 @@ def demand() -> StepDemand:
 
 @cache
 def planned(limit: int | None, micro_batch: int | None = None) -> Choice:
-    """Of stage 1, under a budget."""
+    """Chooses for stage 1 under a budget."""
     return choose(demand(), limit, micro_batch)
 
 

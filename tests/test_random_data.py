@@ -60,7 +60,7 @@ def test_a_first_stage_reads_and_augments_images(tmp_path):
 
 @pytest.mark.parametrize(("number", "shapes"), [(1, IMAGES), (2, MAPS)])
 def test_what_a_run_would_read_from_disk_is_read_from_disk(tmp_path, number, shapes):
-    """In windows, of which there are more than are in memory at once."""
+    """It is read in windows, of which there are more than are in memory at once."""
     found = source(tmp_path, number, shapes, ram_budget="1KiB")
     store = found.stores["train"]
     assert found.resident is None

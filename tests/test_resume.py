@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from decided import choices
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -18,7 +19,14 @@ from torch.utils.data import TensorDataset
 from greedy import GreedyTrainer, Reporter, RunDirectory, TrainingError, UserError
 from greedy.base.errors import Interrupted
 from greedy.losses import Pred
-from greedy.models import mlp
+from greedy.models import cut, mlp
+from greedy.runs.checkpoint_record import Progress, StartRecord
+from greedy.steps.guard import Guard
+from greedy.steps.step import Learner, step
+from greedy.steps.strategies import Greedy
+from greedy.stores.source import Batch
+from greedy.training.checkpoint import Checkpoints
+from greedy.training.schedule import Milestones, set_first_rates
 
 SIDE, CLASSES = 8, 3
 
@@ -302,3 +310,36 @@ def test_only_one_process_writes(tmp_path: Path) -> None:
 
 if __name__ == "child":
     fit_until_killed(*GIVEN)  # noqa: F821
+
+
+def test_moments_come_back_in_the_layout_of_their_weights(tmp_path: Path) -> None:
+    """Which is channels-last on CUDA, where a fused Adam refuses another."""
+
+    def checkpoints() -> Checkpoints:
+        torch.manual_seed(0)
+        stage = cut(nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2)))[0]
+        for parameter in stage.parameters():
+            if parameter.dim() == 4:
+                parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+        loss = Pred(pool_target=16)
+        learner = Learner(stage, loss.heads((4, 2, 2), 2), loss, 2, "float32")
+        learner.optimizer = torch.optim.Adam(learner.parameters(), fused=True)
+        start = StartRecord(
+            stage=1, recipe_digest="", parent_lineage="", source=0, layers=[], resolved=choices()
+        )
+        start.write(tmp_path)
+        return Checkpoints(tmp_path, Greedy(learner), Milestones(0.1, 0.5, []), 10, start)
+
+    kept, again = checkpoints(), checkpoints()
+    (learner,), (other,) = kept.strategy.learners, again.strategy.learners
+    x = torch.randn(8, 2, 4, 4).contiguous(memory_format=torch.channels_last)
+    set_first_rates([learner.optimizer, other.optimizer])
+    step(learner, Batch(torch.arange(8) % 2, x.__getitem__), Guard(), 0)
+    kept.save(Progress(epoch=1))
+    again.load()
+    weight, moments = other.stage.layer[0].weight, other.optimizer.state
+    assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()
+    for parameter, state in moments.items():
+        assert state["exp_avg"].stride() == parameter.stride()
+    before = learner.optimizer.state[learner.stage.layer[0].weight]
+    assert torch.equal(moments[weight]["exp_avg"], before["exp_avg"])

@@ -167,8 +167,7 @@ def test_a_constant_map_deviates_by_nothing_where_compiled_too(precision: torch.
 
 
 def test_adam_on_the_host_learns_the_same() -> None:
-    """But for the order of its sums, also where it reads gradients that were copied without
-    waiting."""
+    """Sums have another order; gradients are read that were copied without waiting."""
     torch.manual_seed(0)
     weights = [torch.randn(512, 512, device=DEVICE) for _ in range(4)]
     learned = []
@@ -187,7 +186,7 @@ def test_adam_on_the_host_learns_the_same() -> None:
 
 
 def test_no_more_is_taken_than_a_named_budget(tmp_path: Path) -> None:
-    """By a whole run, whose steps would take more."""
+    """A whole run, whose steps would take more."""
     network = vgg8b(1, 16, CLASSES, feature_multiplier=0.5)
     random = torch.Generator().manual_seed(0)
     images = torch.randint(256, (512, 1, 16, 16), dtype=torch.uint8, generator=random)

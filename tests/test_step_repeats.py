@@ -237,7 +237,7 @@ def test_the_last_good_checkpoint_stays_one(tmp_path: Path, strategy: str) -> No
 
 
 def test_weights_that_an_optimizer_spoils_are_not_kept(tmp_path: Path) -> None:
-    """In the last step of an epoch: no loss has seen them yet."""
+    """The last step of an epoch spoils them: no loss has seen them yet."""
 
     class Spoils(torch.optim.SGD):
         steps = 0
@@ -258,7 +258,7 @@ def test_weights_that_an_optimizer_spoils_are_not_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", [mode for mode in Mode if mode.streams])
 def test_a_streaming_mode_on_a_cpu_hides_no_error(mode: Mode) -> None:
-    """As a run that began on CUDA goes on with."""
+    """A run that began on CUDA goes on with one."""
 
     def broken(features: Features, y: torch.Tensor) -> torch.Tensor:
         raise ZeroDivisionError("the user's own")

@@ -64,7 +64,7 @@ def curves(directory):
 
 
 def history(stage):
-    """The same from the stage's own history."""
+    """Reads the same from the stage's own history."""
     lines = [json.loads(line) for line in (stage / "history.jsonl").read_text().splitlines()]
     found = {
         tag: [(line["epoch"], line[field]) for line in lines if line[field] is not None]

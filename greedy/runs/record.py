@@ -167,13 +167,13 @@ class StageRecord(_Document):
 
     @property
     def choices(self) -> Choices:
-        """Of a stage that was trained."""
+        """The choices of a stage that was trained."""
         assert isinstance(self.resolved, Choices)
         return self.resolved
 
     @property
     def data_choices(self) -> DataChoices:
-        """Of stage 0."""
+        """The choices of stage 0."""
         assert isinstance(self.resolved, DataChoices)
         return self.resolved
 

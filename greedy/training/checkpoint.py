@@ -145,6 +145,7 @@ class Checkpoints:
             kept = unpack(packed, tensors)
             _require_same_settings(optimizer, kept["param_groups"])
             optimizer.load_state_dict(kept)
+            _lay_out_like_weights(optimizer)
             # CheckpointRecord before groups had rates of their own, it began at the schedule's.
             set_first_rates([optimizer], self.schedule.rate)
             _require_same_shapes(optimizer)
@@ -180,6 +181,16 @@ def _require_same_settings(optimizer: torch.optim.Optimizer, kept: list[dict[str
             fixed = isinstance(optimizer, torch.optim.Adam) or not moves
             if fixed and not (isinstance(mine, Tensor) or mine == theirs):
                 raise ValueError("other settings of the optimiser")
+
+
+def _lay_out_like_weights(optimizer: torch.optim.Optimizer) -> None:
+    """Gives loaded moments the layout of their weights, which is channels-last on CUDA: files have
+    none, and a fused optimiser refuses other layouts."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            is_like = isinstance(value, Tensor) and value.shape == parameter.shape
+            if is_like and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _require_same_shapes(optimizer: torch.optim.Optimizer) -> None:

@@ -54,7 +54,7 @@ class StagePlanner:
 
     @property
     def recipe(self) -> Recipe:
-        """Of the run."""
+        """The run's recipe."""
         return self.run.recipe
 
     def network(self) -> CutNetwork:
