@@ -21,6 +21,7 @@ from greedy.cache.order import (
 from greedy.cache.reader import Store
 from greedy.cache.shards import COMPRESSORS
 from greedy.cache.verification import Damage, verify
+from greedy.cache.views import store_with_view
 from greedy.cache.writer import StoreSummary, StoreWriter
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "StoreWriter",
     "StoreSummary",
     "Store",
+    "store_with_view",
     "EpochOrder",
     "WindowOrder",
     "row_order",

@@ -12,7 +12,7 @@ from greedy.cache import shards
 from greedy.cache.encodings import Encoding
 from greedy.cache.errors import ADVICE, DamagedStore, StoreError
 from greedy.cache.layout import Layout
-from greedy.cache.metadata import parse
+from greedy.cache.metadata import Description, parse
 from greedy.cache.sources import open_source
 from greedy.cache.threads import background, in_order
 
@@ -36,6 +36,7 @@ class Store:
         layout: how rows are divided into chunks and shards.
         encoding: how values are stored.
         compressor: "lz4", "zstd" or "none".
+        description: all of these.
         labels: int64 (rows,), the classes.
         index: int64 (rows,), each row's number in the original data set.
 
@@ -47,6 +48,7 @@ class Store:
     layout: Layout
     encoding: Encoding
     compressor: str
+    description: Description
     labels: NDArray[np.int64]
     index: NDArray[np.int64]
 
@@ -61,10 +63,10 @@ class Store:
         activations = self._source.whole("activations/zarr.json")
         if group is None or activations is None:
             raise StoreError(f"{self._source} is not a finished activation store; write it first")
-        self._description = parse(group, activations, str(self._source))
-        self.layout = self._description.layout
-        self.encoding = self._description.encoding
-        self.compressor = self._description.compressor
+        self.description = parse(group, activations, str(self._source))
+        self.layout = self.description.layout
+        self.encoding = self.description.encoding
+        self.compressor = self.description.compressor
         self.labels = self._side_array("labels")
         self.index = self._side_array("index")
         self._indexes: dict[str, NDArray[np.uint64]] = {}
@@ -110,7 +112,7 @@ class Store:
         """
         if not (0 <= view < self.views and 0 <= chunk < self.layout.chunks):
             raise IndexError(f"chunk {chunk} of view {view} is outside the store")
-        shape = self._description.chunk_shape
+        shape = self.description.chunk_shape
         if out is not None and out.shape == shape and out.flags.c_contiguous:
             self._decode(view, chunk, out)
             return out
@@ -147,27 +149,32 @@ class Store:
         """
         rows = self.rows if rows is None else rows
         self._check_range(0, rows)
-        chunks = [
-            (view, chunk)
-            for view in range(self.views)
-            for chunk in range(-(-rows // self.chunk_rows))
-        ]
-        for view, chunk in chunks:
-            if chunk % self.layout.shard_chunks == 0:
+        for view in range(self.views):
+            for chunk in range(0, -(-rows // self.chunk_rows), self.layout.shard_chunks):
                 with self._advising():
                     self._span(view, chunk)  # a missing shard is found before memory is allocated
         loaded = np.empty(
             (self.views, rows, *self.encoding.stored_shape), self.encoding.stored_dtype
         )
+        for view in range(self.views):
+            self.load_view(view, loaded[view], threads)
+        return loaded
+
+    def load_view(self, view: int, out: NDArray[Any], threads: int = 2) -> None:
+        """Reads the first rows of a view into ``out`` (n, *stored_shape).
+
+        Raises:
+            DamagedStore: naming the file and the chunk.
+        """
+        self._check_range(0, len(out))
         step = self.chunk_rows
         jobs = (
-            partial(self.read_chunk, view, chunk, loaded[view, chunk * step : (chunk + 1) * step])
-            for view, chunk in chunks
+            partial(self.read_chunk, view, chunk, out[chunk * step : (chunk + 1) * step])
+            for chunk in range(-(-len(out) // step))
         )
         with background(threads) as pool:
             for _ in in_order(pool, jobs, 2 * threads):
                 pass
-        return loaded
 
     def batches(
         self, view: int, size: int, start: int = 0, stop: int | None = None
@@ -220,7 +227,7 @@ class Store:
     def _span(self, view: int, chunk: int) -> tuple[str, str, int, int]:
         """Returns a chunk's file, its name for messages, and its offset and size in the file."""
         shard, slot = divmod(chunk, self.layout.shard_chunks)
-        key = self._description.shard_key(view, shard)
+        key = self.description.shard_key(view, shard)
         where = f"{self._source}/{key}: chunk {chunk} of view {view}"
         if key not in self._indexes:
             slots = self.layout.shard_chunks
@@ -228,7 +235,7 @@ class Store:
             if tail is None:
                 raise DamagedStore(f"{where} is in a missing shard; write the store again")
             self._indexes[key] = shards.parse_index(tail, slots, where)
-        chunk_bytes = self._description.chunk_bytes
+        chunk_bytes = self.description.chunk_bytes
         entry = shards.chunk_span(self._indexes[key], slot, chunk_bytes, self.compressor, where)
         return key, where, *entry
 

@@ -1,6 +1,5 @@
 """Repair of the damaged parts of a store; everything else stays as it is."""
 
-import hashlib
 from collections.abc import Callable, Collection
 from pathlib import Path
 
@@ -94,14 +93,8 @@ def rewrite_chunks(
         raise
 
 
-def content_digest(
-    path: Path, description: Description, labels: NDArray[np.int64], index: NDArray[np.int64]
-) -> str:
-    """Computes ``StoreSummary.digest`` from the files on disk."""
-    digest = hashlib.blake2b()
-    for array in (labels, index):
-        digest.update(array.astype("<i8").tobytes())
-    for view in range(description.layout.views):
-        for shard in range(description.layout.shards):
-            digest.update(shards.shard_digest(path / description.shard_key(view, shard)))
-    return digest.hexdigest()
+def shard_digests(path: Path, description: Description) -> list[bytes]:
+    """Computes ``StoreSummary.shards``, as bytes, from the files on disk."""
+    layout = description.layout
+    places = [(view, shard) for view in range(layout.views) for shard in range(layout.shards)]
+    return [shards.shard_digest(path / description.shard_key(*place)) for place in places]

@@ -9,6 +9,7 @@ is decoded before the Blosc header agrees with the layout.
 import hashlib
 import os
 import struct
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,17 @@ def shard_digest(path: Path) -> bytes:
     """Computes the digest that ``ShardWriter.close`` returned for a finished shard."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, hashlib.blake2b).digest()
+
+
+def store_digest(side_arrays: Iterable[NDArray[np.int64]], shards: Iterable[bytes]) -> str:
+    """Computes a store's digest from its labels and index, and from the digests of its shards,
+    view by view."""
+    digest = hashlib.blake2b()
+    for array in side_arrays:
+        digest.update(array.astype("<i8").tobytes())
+    for shard in shards:
+        digest.update(shard)
+    return digest.hexdigest()
 
 
 class ShardWriter:

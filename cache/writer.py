@@ -1,6 +1,5 @@
 """Writing a store: rows in order, encoded and compressed in the background."""
 
-import hashlib
 from collections import deque
 from concurrent.futures import Future
 from contextlib import ExitStack
@@ -17,7 +16,14 @@ from greedy.cache.errors import StoreError
 from greedy.cache.files import write_whole
 from greedy.cache.layout import Layout
 from greedy.cache.metadata import SIDE_ARRAYS, Description
-from greedy.cache.shards import COMPRESSORS, ShardWriter, encode_chunk, shard_digest, with_crc
+from greedy.cache.shards import (
+    COMPRESSORS,
+    ShardWriter,
+    encode_chunk,
+    shard_digest,
+    store_digest,
+    with_crc,
+)
 from greedy.cache.sources import LocalSource
 from greedy.cache.threads import background
 from greedy.cache.verification import shard_damage
@@ -30,12 +36,14 @@ class StoreSummary:
     Attributes:
         disk_bytes: size of all files.
         values: activations stored, over all views.
-        digest: BLAKE2b over labels, index and every shard, in hexadecimal.
+        digest: BLAKE2b over labels, index and the digest of every shard, in hexadecimal.
+        shards: the BLAKE2b digest of every shard, view by view, in hexadecimal.
     """
 
     disk_bytes: int
     values: int
     digest: str
+    shards: tuple[str, ...]
 
 
 class StoreWriter:
@@ -180,19 +188,16 @@ class StoreWriter:
         layout = self._layout
         if len(self._digests) != layout.views * layout.shards:
             raise StoreError(f"the store takes {self._expected()}, {self.appended} rows came")
-        digest = hashlib.blake2b()
         for name, array in self._side_arrays.items():
             (self._path / name).mkdir(exist_ok=True)
             write_whole(self._path / name / "c.0", with_crc(array.tobytes()))
-            digest.update(array.tobytes())
-        for shard in self._digests:
-            digest.update(shard)
         for name, document in self._description.documents().items():
             write_whole(self._path / name, document)
         self.summary = StoreSummary(
             disk_bytes=LocalSource(self._path).total_bytes(),
             values=layout.views * layout.rows * self._description.encoding.row_size,
-            digest=digest.hexdigest(),
+            digest=store_digest(self._side_arrays.values(), self._digests),
+            shards=tuple(shard.hex() for shard in self._digests),
         )
         return self.summary
 

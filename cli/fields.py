@@ -35,7 +35,7 @@ FIELDS = {
     DISK: {
         "disk_budget": "store.disk_budget",
         "views": "store.views",
-        "refresh_every": "store.refresh_every",
+        "reuse": "store.reuse",
         "encoding": "store.encoding",
         "keep": "store.keep",
     },

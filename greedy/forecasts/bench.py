@@ -28,7 +28,7 @@ from greedy.forecasts.calibration import Measured, Work
 from greedy.forecasts.forecast import DataFacts, machine, named_data_facts
 from greedy.forecasts.random_data import random_source
 from greedy.memory.choice import Choice
-from greedy.memory.plan import MemoryPlan
+from greedy.memory.plan import MemoryPlan, StageStores
 from greedy.models import StageShapes
 from greedy.recipes import Recipe
 from greedy.recipes.per_stage import encoding
@@ -119,7 +119,7 @@ class Bench:
         Raises ``UserError`` where its step does not fit the memory budget, ``TrainingError`` where
         the disk has no room for its temporary store.
         """
-        network, choice = self.memory.network, self.memory.stage(number, number - 1)
+        network, choice = self.memory.network, self.memory.stage(number, StageStores(number - 1))
         shapes = network.shapes[number - 1]
         with TemporaryDirectory(prefix="greedy-bench-") as place:
             source = random_source(

@@ -2,7 +2,7 @@
 
 Included are a stage's training steps and the passes of frozen stages over rows: where a stage
 without a store is replayed, for the local error, when the stage's own store is written and when
-its source's views are drawn again. Not included are the start of each epoch, checkpoints, and
+views of its source are drawn. Not included are the start of each epoch, checkpoints, and
 writing the data set.
 """
 
@@ -14,6 +14,7 @@ from greedy.forecasts.calibration import Calibration, Work
 from greedy.recipes import Recipe
 from greedy.recipes.per_stage import for_stage
 from greedy.runs.disk_plan import DiskPlan
+from greedy.runs.views import views_drawn
 from greedy.stores.writing import SAMPLE_ROWS
 
 
@@ -55,7 +56,7 @@ class Durations:
     def frozen_rows(self, number: int, source: int, epochs: int) -> Counter[int]:
         """Rows that pass through each frozen stage, by its number."""
         train, test = self.rows["train"], self.rows["test"]
-        store, training = self.recipe.store, self.recipe.training
+        training = self.recipe.training
         passed: Counter[int] = Counter()
 
         def through(first: int, last: int, rows: int) -> None:
@@ -64,12 +65,11 @@ class Durations:
         looks = -(-epochs // training.test_every) if training.test_every else 1
         through(source + 1, number - 1, (train - self.held_out) * epochs)
         through(source + 1, number, self.held_out * epochs + test * looks)
-        if (every := self.recipe.refresh_every) and source:
-            generations = (epochs - 1) // every
-            through(1, source, generations * self._views(source) * train)
+        drawn = views_drawn(epochs, self.disk.reuse(source))
+        through(1, source, drawn * train)
         if views := self._views(number):
-            enough = not store.refresh_every and self._views(source) >= views
-            first = source + 1 if enough else 1
+            is_ring = any(self.disk.reuse(n) for n in (source, number))
+            first = 1 if is_ring or self._views(source) < views else source + 1
             through(first, number, views * train + test + min(SAMPLE_ROWS, train))
         return passed
 

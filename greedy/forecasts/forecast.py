@@ -20,7 +20,7 @@ from greedy.forecasts.calibration import Calibration, Work
 from greedy.forecasts.duration import Durations
 from greedy.memory.baselines import baselines
 from greedy.memory.choice import Choice, memory_budget
-from greedy.memory.plan import MemoryPlan
+from greedy.memory.plan import MemoryPlan, StageStores
 from greedy.memory.resident import resident
 from greedy.models import Shape
 from greedy.recipes import Recipe
@@ -77,7 +77,11 @@ class StageForecast:
         store_bytes: of its store, 0 if it has none.
         flops: floating-point operations of the plain step over all epochs, a multiply-add
             counting 2.
-        replay_flops: of the frozen stages between its source and it, likewise.
+        replay_flops: of the frozen stages between its source and it.
+        drawing_flops: of the frozen stages that new views of its source are drawn through.
+        views: of its store, ``live`` if it has none.
+        reuse: epochs after which a view of its store is replaced, 0 for never.
+        bytes_written: into its store, with the views that are replaced.
         seconds: from its first step to its finished store, see ``greedy.forecasts.duration``;
             ``None`` as long as nobody has measured how fast this machine is.
     """
@@ -92,7 +96,16 @@ class StageForecast:
     store_bytes: int
     flops: int
     replay_flops: int
+    drawing_flops: int
+    views: Views
+    reuse: int
+    bytes_written: int
     seconds: float | None = None
+
+    @property
+    def drawing_share(self) -> float:
+        """The share of the stage's operations that draw views."""
+        return self.drawing_flops / (self.flops + self.replay_flops + self.drawing_flops)
 
 
 @dataclass(frozen=True)
@@ -198,7 +211,7 @@ def forecast(
         data.classes,
         build_loss(recipe.loss),
     )
-    disk = plan_disk(run, network.shapes, data.rows, data.stored_bytes)
+    disk = plan_disk(run, network.shapes, data.rows, data.stored_bytes, machine.device)
     memory = MemoryPlan(
         recipe,
         network,
@@ -234,12 +247,12 @@ class _Planned:
         stage, shape = network.stages[number - 1], network.shapes[number - 1]
         is_output = number == len(network)
         source = number - 1 if at_once else self.disk.source(number)
-        choice = at_once or self.memory.stage(number, source)
+        choice = at_once or self.memory.stage(number, StageStores.planned(self.disk, number))
         with torch.device("meta"):
             heads = self.memory.loss_of(number).heads(shape.hidden, self.data.classes)
         rows = self._rows_trained() * for_stage(self.recipe.training.epochs, number)
         replayed = sum(each.operations for each in network.shapes[source : number - 1])
-        stored = at_once is None and not is_output
+        store = None if at_once or is_output else self.disk.stages[number - 1]
         return StageForecast(
             stage=number,
             name=network.name(number),
@@ -248,10 +261,20 @@ class _Planned:
             usual=at_once is not None or parts_of(stage, heads, shape.hidden) is not None,
             peak_memory_bytes=choice.peak_bytes,
             parameters=sum(p.numel() for p in (*stage.parameters(), *heads.parameters())),
-            store_bytes=self.disk.stages[number - 1].bytes if stored else 0,
+            store_bytes=store.bytes if store else 0,
             flops=self.memory.flops(number) * rows // self.recipe.training.batch_size,
             replay_flops=2 * replayed * rows,
+            drawing_flops=0 if at_once else self._drawing_flops(number, source),
+            views=store.views if store else "live",
+            reuse=store.reuse if store else 0,
+            bytes_written=store.bytes_written if store else 0,
         )
+
+    def _drawing_flops(self, number: int, source: int) -> int:
+        """Operations of drawing the source's views while the stage trains."""
+        epochs = for_stage(self.recipe.training.epochs, number)
+        drawn = views_drawn(epochs, self.disk.reuse(source)) * self.data.rows["train"]
+        return 2 * drawn * sum(each.operations for each in self.memory.network.shapes[:source])
 
     def timed(self, found: list[StageForecast], calibration: Calibration) -> list[StageForecast]:
         """Adds their seconds to the forecasts."""
@@ -269,7 +292,7 @@ class _Planned:
             memory.network.stages[number - 1],
             memory.network.shapes[number - 1],
             memory.precision,
-            memory.stage(number, self.disk.source(number)),
+            memory.stage(number, StageStores.planned(self.disk, number)),
             memory.flops(number),
             self.recipe.training.batch_size,
         )

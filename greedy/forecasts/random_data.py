@@ -13,6 +13,7 @@ from greedy.data import Augmentation
 from greedy.models import Shape, StageShapes
 from greedy.recipes import Recipe
 from greedy.recipes.per_stage import encoding
+from greedy.runs.views import wanted_views
 from greedy.stores.source import ImagePreparation, Source
 from greedy.stores.stage0 import COMPRESSOR
 from greedy.training.resolve import shuffle
@@ -43,7 +44,8 @@ def random_source(
     images = number == 1
     block = _pixels(shapes.input) if images else _activations(number, shapes.input)
     form = pixels(shapes.input) if images else fit_encoding(encoding(recipe), block)
-    views = 1 if images or recipe.views == "live" else recipe.views
+    views, _ = (1, 0) if images else wanted_views(recipe, number)
+    views = 1 if views == "live" else views
     held = shuffle(recipe, views * rows * form.stored_row_bytes) == "rows"
     count = _rows(form, recipe.training.batch_size, held)
     what, needed = f"measuring stage {number}", count * form.stored_row_bytes

@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
+from typing import Self
 
 from greedy.build.cut_network import CutNetwork
 from greedy.losses import Glob, LocalLoss
@@ -20,6 +21,30 @@ from greedy.recipes import Recipe
 from greedy.runs.disk_plan import DiskPlan
 from greedy.steps.step import Learner
 from greedy.stores.writing import write_batch
+
+
+@dataclass(frozen=True)
+class StageStores:
+    """The stores that a stage reads and writes.
+
+    Attributes:
+        source: the stage from whose store it trains, 0 for the images.
+        source_is_ring: whether views of that store are drawn while the stage trains.
+        is_ring: whether views of its own store are drawn while the next stage trains.
+        written_from: the stage from whose store its own is written; ``None`` for the source.
+    """
+
+    source: int
+    source_is_ring: bool = False
+    is_ring: bool = False
+    written_from: int | None = None
+
+    @classmethod
+    def planned(cls, disk: DiskPlan, number: int) -> Self:
+        """Returns the stores that a disk plan gives to stage ``number``."""
+        source = disk.source(number)
+        from_ring, is_ring = (disk.reuse(n) > 0 for n in (source, number))
+        return cls(source, from_ring, is_ring, 0 if from_ring or is_ring else None)
 
 
 @dataclass(frozen=True)
@@ -52,19 +77,18 @@ class MemoryPlan:
             self.at_once()
             return
         for number in numbers:
-            self.stage(number, disk.source(number))
+            self.stage(number, StageStores.planned(disk, number))
 
-    def stage(self, number: int, source: int, written_from: int | None = None) -> Choice:
-        """The choice by which stage ``number`` trains from the store of stage ``source``, and how
-        many rows are computed at a time when its own is written from that of stage
-        ``written_from``, by default the same. Raises ``UserError`` where nothing fits."""
-        demand, writing = self._demands(number, source, written_from)
-        writes = writing and (number, writing.replay)
+    def stage(self, number: int, stores: StageStores) -> Choice:
+        """The choice by which stage ``number`` trains, and how many rows are computed at a time
+        when its store is written. Raises ``UserError`` where nothing fits."""
+        demand, writing = self._demands(number, stores)
+        writes = writing and (number, writing.replay, writing.other_resident_bytes)
         key = (
             self._cache_key(number),
             demand.replay,
             demand.other_resident_bytes,
-            source == 0,
+            stores.source == 0,
             writes,
         )
         if key not in self._choices:
@@ -72,30 +96,27 @@ class MemoryPlan:
             self._choices[key] = choose(demand, self.budget, micro_batch, writing)
         return self._choices[key]
 
-    def smaller(
-        self, number: int, source: int, written_from: int | None, learner: Learner
-    ) -> Choice | None:
+    def smaller(self, number: int, stores: StageStores, learner: Learner) -> Choice | None:
         """The choice with which stage ``number``, planned so, goes on when a step of its
         ``learner`` ran out of memory and was let go of: as it would have been planned for what
         turns out to be free, and with less than it had. ``None`` where nothing takes less."""
-        demand, writing = self._demands(number, source, written_from)
+        demand, writing = self._demands(number, stores)
         room = room_for(learner) + demand.frozen_bytes()
         micro_batch = self.recipe.memory.micro_batch
         return choose_smaller(demand, learner.memory, room, micro_batch, writing)
 
-    def _demands(
-        self, number: int, source: int, written_from: int | None
-    ) -> tuple[StepDemand, StepDemand | None]:
+    def _demands(self, number: int, stores: StageStores) -> tuple[StepDemand, StepDemand | None]:
         """The demand of a stage's step, and that of writing its store where that differs."""
+        source = stores.source
         demand = self._demand(number, source)
-        if self.recipe.store.refresh_every > 0:
-            demand = replace(
-                demand, other_resident_bytes=sum(map(weight_bytes, self.network.stages[:source]))
-            )
-            return demand, self._writing(number, 0)
-        if written_from is None or written_from == source:
+        if stores.source_is_ring:
+            drawing = sum(map(weight_bytes, self.network.stages[:source]))
+            demand = replace(demand, other_resident_bytes=drawing)
+        if stores.is_ring:
+            return demand, self._drawing(number)
+        if stores.written_from is None or stores.written_from == source:
             return demand, None
-        return demand, self._writing(number, written_from)
+        return demand, self._demand(number, stores.written_from)
 
     def _replay(self, source: int, number: int) -> Replay | None:
         """What lies between a store and a stage."""
@@ -105,13 +126,13 @@ class MemoryPlan:
         rows = min(map(write_batch, self.network.shapes[source : number - 1]))
         return Replay(stages, self.network.shapes[source].input, rows)
 
-    def _writing(self, number: int, source: int) -> StepDemand:
-        """Returns the demand of writing a frozen stage's store from that of stage ``source``; with
-        refreshed views also while the next stage is in memory."""
+    def _drawing(self, number: int) -> StepDemand:
+        """Returns the demand of drawing views of a frozen stage's store from the images while the
+        next stage is in memory."""
         next_stage = 0
-        if self.recipe.store.refresh_every and number < len(self.network):
+        if number < len(self.network):
             next_stage = self._demand(number + 1, number).parameter_bytes()
-        return replace(self._demand(number, source), other_resident_bytes=next_stage)
+        return replace(self._demand(number, 0), other_resident_bytes=next_stage)
 
     def _demand(self, number: int, source: int) -> StepDemand:
         on_device = self.recipe.memory.optimizer_state == "device"

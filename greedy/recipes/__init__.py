@@ -1,6 +1,6 @@
 """Recipes: a run described in one TOML file."""
 
-from greedy.recipes.identity import differences, result_fields
+from greedy.recipes.identity import differences, recipe_digest, result_fields
 from greedy.recipes.loader import (
     departures,
     describe,
@@ -34,6 +34,7 @@ __all__ = [
     "of_table",
     "network_label",
     "loss_label",
+    "recipe_digest",
     "result_fields",
     "differences",
 ]

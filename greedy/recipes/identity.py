@@ -2,6 +2,7 @@
 
 from typing import Any, Final
 
+from greedy.base.files import canonical_json, digest
 from greedy.recipes.schema import Data, Recipe
 
 FREE_FIELDS: Final = {
@@ -12,6 +13,8 @@ _LATER_DATA_FIELDS = ("background", "broken", "max_pixels")
 LATER_FIELDS: Final[dict[str, Any]] = {
     f"data.{field}": Data.model_fields[field].default for field in _LATER_DATA_FIELDS
 }
+
+_FORMER_NAMES = {"store.reuse": "store.refresh_every"}  # under which digests of older runs have them
 
 
 def result_fields(recipe: Recipe) -> dict[str, Any]:
@@ -30,9 +33,17 @@ def result_fields(recipe: Recipe) -> dict[str, Any]:
     }
     store = {
         f"store.{field}": document["store"][field]
-        for field in ("views", "refresh_every", "encoding")
+        for field in ("views", "reuse", "encoding")
     }
     return {"seed": recipe.seed, **whole, **store}
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """Returns the digest of ``result_fields``."""
+    fields = result_fields(recipe)
+    for name, former in _FORMER_NAMES.items():
+        fields[former] = fields.pop(name)
+    return digest(canonical_json(fields))
 
 
 def differences(a: Recipe, b: Recipe) -> list[tuple[str, Any, Any]]:

@@ -283,13 +283,16 @@ class Memory(_Section):
 class Store(_Section):
     """The activation stores."""
 
-    views: Count | Literal["live"] = Field(
-        default=4,
+    views: Count | Literal["auto", "live"] = Field(
+        default="auto",
         description="Augmented copies of the training rows a store holds, 1 where nothing is drawn "
-        "at random; live: no stores, the frozen stages are computed again in every epoch.",
+        "at random; auto: as few as cost no accuracy, and no store where computing is faster; "
+        "live: no stores, the frozen stages are computed again in every epoch.",
     )
-    refresh_every: int = Field(
-        default=0, ge=0, description="Epochs after which views are drawn again, 0: never."
+    reuse: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        default="auto",
+        description="Epochs after which the oldest view is replaced by a new one, and so about how "
+        "often each copy of a row is used; 0: never; auto: as the number of epochs requires.",
     )
     encoding: Literal["auto", "float32", "float16", "bfloat16", "uint8", "uint4"] = Field(
         default="auto", description="How activations become stored numbers."
@@ -309,11 +312,19 @@ class Store(_Section):
         description="Stores that stay; auto: all if they fit, else those worth it; all: or refuse.",
     )
 
-    @field_validator("refresh_every")
+    @model_validator(mode="before")
     @classmethod
-    def _live_views_are_always_new(cls, value: int, info: ValidationInfo) -> int:
-        if value and info.data.get("views") == "live":
-            raise ValueError("be 0 where store.views is live")
+    def _reuse_had_another_name(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "refresh_every" in values and "reuse" not in values:
+            values = dict(values)
+            values["reuse"] = values.pop("refresh_every")
+        return values
+
+    @field_validator("reuse")
+    @classmethod
+    def _live_views_are_always_new(cls, value: int | str, info: ValidationInfo) -> int | str:
+        if value not in (0, "auto") and info.data.get("views") == "live":
+            raise ValueError("be 0 or auto where store.views is live")
         return value
 
 
@@ -338,19 +349,6 @@ class Recipe(_Section):
     memory: Memory = Field(default_factory=Memory)
     store: Store = Field(default_factory=Store)
     paper: Paper | None = None
-
-    @property
-    def views(self) -> int | Literal["live"]:
-        """The number of views that stores are written with. Frozen stages draw nothing at random:
-        without augmentation all views would be equal, and one is enough."""
-        distinct = self.store.views == "live" or self.data.is_augmented
-        return self.store.views if distinct else 1
-
-    @property
-    def refresh_every(self) -> int:
-        """Epochs after which views are replaced by new draws; 0, never, where these would be the
-        same."""
-        return self.store.refresh_every if self.data.is_augmented else 0
 
     def held_out(self, rows: int) -> int:
         """Returns how many of ``rows`` training rows ``training.patience`` watches."""

@@ -7,10 +7,10 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from greedy.base.errors import UserError
-from greedy.base.files import canonical_json, digest, read_with_digest, with_digest
+from greedy.base.files import read_with_digest, with_digest
 from greedy.cache.files import write_whole
 from greedy.data import Reading, load_dataset
-from greedy.recipes import Recipe, describe, load, names, of_table, result_fields
+from greedy.recipes import Recipe, describe, load, names, of_table, recipe_digest
 from greedy.results.evaluation import evaluate
 from greedy.runs.directory import RunDirectory, stage_numbers
 from greedy.runs.events import Reporter
@@ -212,7 +212,7 @@ def _recipe(name: str, overrides: Sequence[str], epochs_scale: float) -> Recipe:
 def _run(recipe: Recipe, seed: int, directory: Path) -> SeededRun:
     """Returns the run of a seed, with its test error if it is finished."""
     seeded = recipe.model_copy(update={"seed": seed})
-    settings_digest = digest(canonical_json(result_fields(seeded)))[:8]
+    settings_digest = recipe_digest(seeded)[:8]
     name = f"{seeded.training.strategy}-seed{seed}-{settings_digest}"
     run = SeededRun(seeded, directory / name)
     run.read()

@@ -117,10 +117,12 @@ class DataChoices(_Decided):
 
 
 class Choices(_Decided):
-    """What was decided of a stage that trains, see ``training/resolve.py``."""
+    """What was decided of a stage that trains, see ``training/resolve.py``; ``views`` and
+    ``reuse`` are of its own store."""
 
     precision: Literal["float32", "bfloat16", "float16"]
     views: Size | Literal["live"]
+    reuse: Count = 0
     encoding: Literal["float32", "float16", "bfloat16", "uint8", "uint4"]
     shuffle: Literal["rows", "window"]
     chunk_rows: Size

@@ -10,11 +10,10 @@ from typing import Literal, TypeVar
 
 from greedy.base.commands import command
 from greedy.base.errors import TrainingError, UserError, no_stage
-from greedy.base.files import canonical_json, digest
 from greedy.base.locking import HOLDER, LOCK, RunLock
 from greedy.cache import Store
 from greedy.cache.files import part_of, rename, write_whole
-from greedy.recipes import Recipe, differences, load, result_fields, to_toml
+from greedy.recipes import Recipe, differences, load, recipe_digest, to_toml
 from greedy.runs.exchange import (
     NEW,
     OLD,
@@ -125,7 +124,7 @@ class RunDirectory:
     @property
     def recipe_digest(self) -> str:
         """The digest of the recipe's fields that decide the results."""
-        return digest(canonical_json(result_fields(self.recipe)))
+        return recipe_digest(self.recipe)
 
     def stage_dir(self, number: int) -> Path:
         """Returns the directory of a stage: ``stageN``, or the temporary name of a finished stage

@@ -18,12 +18,16 @@ from greedy.runs.disk_plan import (
     DiskDemand,
     DiskPlan,
     StageDemand,
-    Views,
     plan_stores,
 )
+from greedy.runs.checkpoint_record import StartRecord
 from greedy.runs.record import StageRecord
 from greedy.runs.unfinished import read_start
+from greedy.runs.views import Views, wanted_views
 
+# Multiply-adds of a convolution that take about as long as reading and decoding a byte of a store:
+# on two cores of a CPU 50 GMAC/s against 1 GB/s, on a GPU 10 TMAC/s against 2 GB/s.
+BYTE_OPERATIONS = {"cpu": 50.0, "cuda": 5000.0, "mps": 1000.0}
 FREE_DISK_SHARE = 0.7  # of the file system's free space, for ``store.disk_budget = "auto"``
 
 
@@ -32,6 +36,7 @@ def plan_disk(
     shapes: Sequence[StageShapes],
     rows: Mapping[str, int],
     image_bytes: int,
+    device_type: str,
     retrain_from: int | None = None,
 ) -> DiskPlan:
     """Returns the plan for all stages that are not finished, or are to be trained again.
@@ -41,6 +46,7 @@ def plan_disk(
         shapes: of all stages.
         rows: of each split.
         image_bytes: of stage 0's store.
+        device_type: ``cpu``, ``cuda`` or ``mps``.
         retrain_from: the first stage that is trained again.
 
     Raises:
@@ -48,30 +54,39 @@ def plan_disk(
     """
     recipe = run.recipe
     sizes = UNCOMPRESSED if recipe.store.compressor == "none" else COMPRESSED
-    stages = []
-    for number, shape in enumerate(shapes, start=1):
-        again = retrain_from is not None and number >= retrain_from
-        stages.append(
-            StageDemand(
-                values=math.prod(shape.output),
-                operations=shape.operations,
-                epochs=for_stage(recipe.training.epochs, number),
-                views=None if again else _views(run, number),
-                interrupted_views=_interrupted_views(run, number),
-                replaced=bytes_below(run.store_path(number)) if again else 0,
-            )
-        )
-    one_by_one = recipe.training.strategy == "greedy"
     demand = DiskDemand(
-        tuple(stages),
+        tuple(_stage_demand(run, n, shapes, retrain_from) for n in range(1, len(shapes) + 1)),
         rows,
-        recipe.views if one_by_one else "live",
         sizes[encoding(recipe)],
         image_bytes,
-        refreshed=recipe.refresh_every > 0,
+        BYTE_OPERATIONS[device_type] if recipe.store.views == "auto" else 0,
     )
     planned = plan_stores(demand, disk_budget(run), recipe.store.keep)
+    one_by_one = recipe.training.strategy == "greedy"
     return replace(planned, notes=tuple(_notes(recipe)) if one_by_one else ())
+
+
+def _stage_demand(
+    run: RunDirectory, number: int, shapes: Sequence[StageShapes], retrain_from: int | None
+) -> StageDemand:
+    recipe, shape = run.recipe, shapes[number - 1]
+    again = retrain_from is not None and number >= retrain_from
+    record, start = previous_record(run, number), _resumable_start(run, number)
+    views, reuse = wanted_views(recipe, min(number + 1, len(shapes)))
+    if start is not None:
+        reuse = start.resolved.reuse
+    if record is not None and not again:
+        reuse = record.choices.reuse
+    return StageDemand(
+        values=math.prod(shape.output),
+        operations=shape.operations,
+        epochs=for_stage(recipe.training.epochs, number),
+        wanted_views=views if recipe.training.strategy == "greedy" else "live",
+        reuse=reuse,
+        views=_views(run, record) if record is not None and not again else None,
+        interrupted_views=start.resolved.views if start is not None else None,
+        replaced=bytes_below(run.store_path(number)) if again else 0,
+    )
 
 
 def disk_budget(run: RunDirectory) -> int:
@@ -95,16 +110,14 @@ def previous_record(run: RunDirectory, number: int) -> StageRecord | None:
         return None
 
 
-def _views(run: RunDirectory, number: int) -> Views | None:
+def _views(run: RunDirectory, record: StageRecord) -> Views:
     """Returns the views of a finished stage's store."""
-    record = previous_record(run, number)
-    if record is None:
-        return None
-    return record.store.views if record.store and run.store_path(number).is_dir() else "live"
+    exists = record.store and run.store_path(record.stage).is_dir()
+    return record.store.views if record.store and exists else "live"
 
 
-def _interrupted_views(run: RunDirectory, number: int) -> Views | None:
-    """Returns the views of a stage's interrupted training, ``None`` if none can resume."""
+def _resumable_start(run: RunDirectory, number: int) -> StartRecord | None:
+    """Returns the start of a stage's interrupted training, ``None`` if none can resume."""
     start, parent = read_start(run, number), previous_record(run, number - 1)
     if start is None or parent is None:
         return None
@@ -112,14 +125,16 @@ def _interrupted_views(run: RunDirectory, number: int) -> Views | None:
         parent.recipe_digest,
         parent.lineage,
     )
-    return start.resolved.views if can_resume else None
+    return start if can_resume else None
 
 
 def _notes(recipe: Recipe) -> Iterator[str]:
     """Yields a sentence about each setting of the stores that has no effect."""
     settings = recipe.store
+    if recipe.data.is_augmented:
+        return
     reason = "nothing is drawn at random when images are read"
-    if recipe.views != settings.views:
+    if isinstance(settings.views, int) and settings.views > 1:
         yield f"{reason}, so a store has one view instead of {settings.views} identical ones"
-    if recipe.refresh_every != settings.refresh_every:
-        yield f"{reason}, so views are not drawn again"
+    if settings.reuse not in (0, "auto"):
+        yield f"{reason}, so views are not replaced"

@@ -8,8 +8,7 @@ from typing import Literal
 
 from greedy.base.errors import UserError
 from greedy.base.sizes import format_size
-
-Views = int | Literal["live"]
+from greedy.runs.views import Views, views_drawn
 
 # Bytes of a stored value, at most: compressed, measured on real activations, and uncompressed.
 COMPRESSED = {"float32": 3.5, "float16": 1.8, "bfloat16": 1.45, "uint8": 1.05, "uint4": 0.5}
@@ -24,6 +23,8 @@ class StageDemand:
         values: in a row of its output.
         operations: multiply-adds per row of its forward pass.
         epochs: for which it trains.
+        wanted_views: of its store, if there is room.
+        reuse: epochs after which a view of its store is replaced, 0 for never.
         views: of its store if it is finished; ``live`` if that was deleted.
         interrupted_views: the views chosen for its training if that was interrupted.
         replaced: bytes of an old store that is kept until the stage is trained again.
@@ -32,6 +33,8 @@ class StageDemand:
     values: int
     operations: int
     epochs: int
+    wanted_views: Views = "live"
+    reuse: int = 0
     views: Views | None = None
     interrupted_views: Views | None = None
     replaced: int = 0
@@ -49,24 +52,22 @@ class DiskDemand:
     Attributes:
         stages: all stages from 1 on; the last is the output layer, which has no store.
         rows: of each split.
-        wanted_views: of each store.
         value_bytes: of a stored value.
         image_bytes: of stage 0's store, which is always kept.
-        refreshed: whether the views of a source are rewritten while the next stage trains;
-            the old ones are kept until the new ones are complete.
+        byte_operations: multiply-adds that take as long as reading a byte, if stages whose outputs
+            are computed faster than they are read need no store; 0 if all stages have one.
     """
 
     stages: tuple[StageDemand, ...]
     rows: Mapping[str, int]
-    wanted_views: Views
     value_bytes: float
     image_bytes: int
-    refreshed: bool = False
+    byte_operations: float = 0
 
     def choices(self, number: int) -> list[int]:
         """Returns the views that a stage's store may have, most first; empty if it has no store."""
         fixed = self.stages[number - 1].fixed_views
-        views = fixed or self.wanted_views
+        views = fixed or self.stages[number - 1].wanted_views
         if views == "live":
             return []
         return [views] if fixed else [views >> n for n in range(views.bit_length())]
@@ -92,8 +93,8 @@ class DiskDemand:
             if n == source or (n < number and n in kept)
         )
         written = self.store_bytes(number, stored[number]) if number in stored else 0
-        if self.refreshed and source:
-            written = max(written, self.store_bytes(source, stored[source], ["train"]))
+        if self.views_drawn(source, number):  # the old view is kept until the new one is complete
+            written = max(written, self.store_bytes(source, 1, ["train"]))
         return self.image_bytes + existing + written
 
     def peak(self, stored: Mapping[int, int], kept: Collection[int]) -> int:
@@ -106,6 +107,24 @@ class DiskDemand:
         input."""
         return sum(stage.operations for stage in self.stages[source : number - 1])
 
+    def views_drawn(self, source: int, number: int) -> int:
+        """Returns the views of stage ``source``'s store that are drawn while stage ``number``
+        trains from it."""
+        reuse = self.stages[source - 1].reuse if source else 0
+        return views_drawn(self.stages[number - 1].epochs, reuse)
+
+    def cost(self, source: int, number: int) -> int:
+        """Returns the multiply-adds per row that stage ``number``'s inputs take in all epochs if it
+        trains from the store of stage ``source``: replaying and, if that counts, reading and
+        drawing views."""
+        epochs = self.stages[number - 1].epochs
+        replayed = epochs * self.replay(source, number)
+        if not self.byte_operations:
+            return replayed
+        row_bytes = self.value_bytes * self.stages[source - 1].values if source else 0
+        read = math.ceil(epochs * row_bytes * self.byte_operations)
+        return replayed + read + self.views_drawn(source, number) * self.replay(0, source + 1)
+
 
 @dataclass(frozen=True)
 class StagePlan:
@@ -113,14 +132,18 @@ class StagePlan:
 
     Attributes:
         views: of the store; ``live`` if there is none and the stage is replayed.
+        reuse: epochs after which a view of the store is replaced, 0 for never.
         bytes: of the store, estimated.
+        bytes_written: estimated, with those of views that are replaced.
         dropped_after: the stage after which the store is deleted, ``None`` if it is kept.
         finished: whether the stage is already trained.
     """
 
     number: int
     views: Views
+    reuse: int
     bytes: int
+    bytes_written: int
     dropped_after: int | None
     finished: bool
 
@@ -131,7 +154,6 @@ class DiskPlan:
 
     Attributes:
         stages: from 1 on, without the output layer, which has no store.
-        wanted_views: of each store, if there were room.
         needed: the most bytes in use if each store had its wanted views and were kept.
         peak: the most bytes in use under this plan.
         budget: bytes that may be in use.
@@ -140,7 +162,6 @@ class DiskPlan:
     """
 
     stages: tuple[StagePlan, ...]
-    wanted_views: Views
     needed: int
     peak: int
     budget: int
@@ -150,6 +171,11 @@ class DiskPlan:
     def views(self, number: int) -> Views:
         """Returns the views of a stage's store; ``live`` for the output layer."""
         return self.stages[number - 1].views if number <= len(self.stages) else "live"
+
+    def reuse(self, number: int) -> int:
+        """Returns the epochs after which a view of a stage's store is replaced, 0 for never and for
+        stages without a store of views: the images and the output layer."""
+        return self.stages[number - 1].reuse if 1 <= number <= len(self.stages) else 0
 
     def source(self, number: int) -> int:
         """Returns the stage whose store a stage trains from."""
@@ -175,8 +201,7 @@ class DiskPlan:
             for stage in self.stages
             if not stage.finished or stage.dropped_after
         ]
-        views, needed = _counted(self.wanted_views), format_size(self.needed)
-        missing = f"all stores with {views} would take {needed}"
+        missing = f"all stores would take {format_size(self.needed)}"
         end = f"at most {format_size(self.peak)} {budget}"
         return [*notes, f"disk: {missing}, so:", *lines, end]
 
@@ -187,14 +212,15 @@ class DiskPlan:
             )
             return f"stage {stage.number}: live, replayed from stage {source}'s store"
         end = f"deleted after stage {stage.dropped_after}" if stage.dropped_after else "kept"
-        return f"stage {stage.number}: {_counted(stage.views)}, {format_size(stage.bytes)}, {end}"
+        views = counted_views(stage.views, stage.reuse)
+        return f"stage {stage.number}: {views}, {format_size(stage.bytes)}, {end}"
 
 
 def plan_stores(demand: DiskDemand, budget: int, keep: Literal["auto", "all"] = "auto") -> DiskPlan:
     """Returns the plan that stays within a budget of bytes.
 
     A store is deleted once the next stage with a store has written it. Views are chosen for the
-    least replaying and then for the least sum of 1/views. In the room that is left, the stores are
+    least cost and then for the least sum of 1/views. In the room that is left, the stores are
     kept that save most replaying per byte. All sizes are estimates, even of finished stores, so
     that an interrupted run makes the same plan again.
 
@@ -225,7 +251,9 @@ def plan_stores(demand: DiskDemand, budget: int, keep: Literal["auto", "all"] = 
             StagePlan(
                 number=n,
                 views=stored.get(n, "live"),
+                reuse=stage.reuse if n in stored else 0,
                 bytes=demand.store_bytes(n, stored[n]) if n in stored else 0,
+                bytes_written=_bytes_written(demand, n, stored),
                 dropped_after=None
                 if n in kept or n not in stored
                 else min(s for s in stored if s > n),
@@ -233,7 +261,6 @@ def plan_stores(demand: DiskDemand, budget: int, keep: Literal["auto", "all"] = 
             )
             for n, stage in enumerate(demand.stages[:-1], 1)
         ),
-        wanted_views=demand.wanted_views,
         needed=needed,
         peak=peak,
         budget=budget,
@@ -247,13 +274,13 @@ class _Path:
 
     Attributes:
         excess: bytes above the budget, summed over the stages.
-        replayed: multiply-adds per training row.
+        cost: multiply-adds per training row, see ``DiskDemand.cost``.
         coarseness: sum of 1/views.
         stored: (stage, views) of every store.
     """
 
     excess: int = 0
-    replayed: int = 0
+    cost: int = 0
     coarseness: Fraction = Fraction(0)
     stored: tuple[tuple[int, int], ...] = ()
 
@@ -281,7 +308,7 @@ def _extend(demand: DiskDemand, budget: int, path: _Path, number: int, views: in
     steps = range(source + 1, number + 1)
     return _Path(
         path.excess + sum(max(0, demand.on_disk(n, on_disk, ()) - budget) for n in steps),
-        path.replayed + sum(demand.stages[n - 1].epochs * demand.replay(source, n) for n in steps),
+        path.cost + sum(demand.cost(source, n) for n in steps),
         path.coarseness + (Fraction(1, views) if views else 0),
         stored,
     )
@@ -307,5 +334,21 @@ def _worth_keeping(demand: DiskDemand, stored: Mapping[int, int], budget: int) -
     return kept
 
 
-def _counted(views: Views) -> str:
-    return f"{views} view{'' if views == 1 else 's'}"
+def _bytes_written(demand: DiskDemand, number: int, stored: Mapping[int, int]) -> int:
+    """Returns the bytes written into a stage's store until the last stage that trains from it."""
+    if number not in stored:
+        return 0
+    readers = (n for n in range(1, len(demand.stages) + 1) if demand.source(n, stored) == number)
+    drawn = sum(demand.views_drawn(number, reader) for reader in readers)
+    written = demand.store_bytes(number, stored[number])
+    return written + drawn * demand.store_bytes(number, 1, ["train"])
+
+
+def counted_views(views: Views, reuse: int) -> str:
+    """Returns views in words, such as ``4 views, one replaced every 5 epochs``."""
+    if views == "live":
+        return "live"
+    kept = f", one replaced every {reuse} epochs" if reuse > 1 else ""
+    if reuse == 1:
+        kept = ", one replaced every epoch"
+    return f"{views} view{'' if views == 1 else 's'}{kept}"

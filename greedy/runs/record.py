@@ -1,5 +1,6 @@
 """The record of a finished stage: ``stage.json``."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -8,7 +9,9 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -24,7 +27,7 @@ from greedy.runs.choices import Choices, Count, DataChoices, Size
 FORMAT = 1
 ENCODER, HEADS, HISTORY = "encoder.safetensors", "heads.safetensors", "history.jsonl"
 FILES = "files.npz"  # of stage 0, see ``greedy.runs.file_table``
-UNKNOWN_GENERATION = -1  # of a store while its views are exchanged
+UNKNOWN_VIEW = -1  # the number of a view while it is exchanged
 
 Split = Annotated[str, Field(pattern=r"^(train|test)$")]
 # The digest of the recipe's fields that decide results; ``recipe`` in the files.
@@ -47,6 +50,33 @@ class Parent(_Document):
     lineage: str
 
 
+class RingRecord(_Document):
+    """The views of a training split that are replaced one by one.
+
+    Attributes:
+        numbers: of the views, in the order of the store; ``UNKNOWN_VIEW`` while one is exchanged.
+        shards: the digests of the split's shards, see ``StoreSummary``.
+    """
+
+    numbers: Annotated[list[Annotated[int, Field(ge=UNKNOWN_VIEW)]], Field(min_length=1)]
+    shards: list[Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]]
+
+    @model_validator(mode="after")
+    def _views_have_as_many_shards(self) -> Self:
+        if len(self.shards) % len(self.numbers):
+            raise ValueError("its views have different numbers of shards")
+        return self
+
+    def with_view(self, slot: int, number: int, shards: Sequence[str] | None = None) -> Self:
+        """Returns the record with another view in a slot; with ``shards``, of these digests."""
+        numbers, size = list(self.numbers), len(self.shards) // len(self.numbers)
+        numbers[slot] = number
+        digests = list(self.shards)
+        if shards is not None:
+            digests[slot * size : (slot + 1) * size] = shards
+        return self.model_copy(update={"numbers": numbers, "shards": digests})
+
+
 class StoreRecord(_Document):
     """The activation store of one stage, both splits together.
 
@@ -55,8 +85,9 @@ class StoreRecord(_Document):
         split_bytes: on disk, of each split.
         digests: of each split's contents.
         source: the stage from whose store it was written.
-        generation: counts the writings of the training split.
-        bytes_written: in all generations.
+        generation: not 0 if an older version replaced its views all at once.
+        ring: its views, if they are replaced one by one.
+        bytes_written: since it was made, also for views that were replaced.
     """
 
     encoding: str
@@ -66,8 +97,27 @@ class StoreRecord(_Document):
     split_bytes: Annotated[dict[Split, Count], Field(min_length=2)]
     digests: Annotated[dict[Split, str], Field(min_length=2)]
     source: Count = 0
-    generation: Annotated[int, Field(ge=UNKNOWN_GENERATION)] = 0
+    generation: Annotated[int, Field(ge=-1)] = 0
+    ring: RingRecord | None = None
     bytes_written: Count
+
+    @model_serializer(mode="wrap")
+    def _without_ring(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {k: value for k, value in dump(self).items() if k != "ring" or self.ring}
+
+    @model_validator(mode="after")
+    def _ring_has_its_views(self) -> Self:
+        if self.ring and len(self.ring.numbers) != self.views:
+            raise ValueError("its ring has another number of views")
+        return self
+
+    @property
+    def view_numbers(self) -> list[int]:
+        """The number of each view of the training split, ``UNKNOWN_VIEW`` where that cannot be
+        known."""
+        if self.generation:
+            return [UNKNOWN_VIEW] * self.views
+        return self.ring.numbers if self.ring else list(range(self.views))
 
     @property
     def bytes(self) -> int:
@@ -82,8 +132,11 @@ class StoreRecord(_Document):
         compressor: str,
         views: int,
         source: int = 0,
+        *,
+        ring: bool = False,
     ) -> Self:
-        """Returns the record of a new store from the summaries of both splits."""
+        """Returns the record of a new store from the summaries of both splits. ``ring`` says that
+        its views will be replaced one by one."""
         split_bytes = {split: summary.disk_bytes for split, summary in written.items()}
         return cls(
             encoding=encoding,
@@ -93,8 +146,13 @@ class StoreRecord(_Document):
             split_bytes=split_bytes,
             digests={split: summary.digest for split, summary in written.items()},
             source=source,
+            ring=_first_ring(written["train"], views) if ring else None,
             bytes_written=sum(split_bytes.values()),
         )
+
+
+def _first_ring(written: StoreSummary, views: int) -> RingRecord:
+    return RingRecord(numbers=list(range(views)), shards=list(written.shards))
 
 
 class Metrics(_Document):

@@ -13,12 +13,13 @@ from greedy.base.files import bytes_below
 from greedy.cache import Damage, Store, verify
 from greedy.cache import repair as cache_repair
 from greedy.cache.metadata import Description
+from greedy.cache.shards import store_digest
 from greedy.models import Stage
 from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.events import Reporter
 from greedy.runs.exchange import replacing
 from greedy.runs.integrity import verify_stage
-from greedy.runs.record import UNKNOWN_GENERATION, StageRecord, StoreRecord
+from greedy.runs.record import UNKNOWN_VIEW, RingRecord, StageRecord, StoreRecord
 from greedy.stores.opening import SourceFinder
 from greedy.stores.source import Source
 from greedy.stores.writing import fit_output_encoding, output_batches, write_split
@@ -88,8 +89,7 @@ class StoreRepairer:
                     new_path / split,
                     source,
                     split,
-                    views=store.views if split == "train" else 1,
-                    generation=store.generation,
+                    numbers=store.view_numbers if split == "train" else [0],
                     encoding=encoding,
                     compressor=store.compressor,
                     batch=batch,
@@ -104,6 +104,7 @@ class StoreRepairer:
             self.run.stage_dir(number),
             digests=digests,
             split_bytes=split_bytes,
+            ring=_with_shards(store.ring, written["train"].shards, "train"),
             bytes_written=store.bytes_written + sum(split_bytes.values()),
         )
         repairs = []
@@ -126,18 +127,19 @@ class StoreRepairer:
         if "c.0" in files:
             cache_repair.rewrite_side_arrays(path, images.labels, images.index)
         damaged = cache_repair.damaged_shards(path, description)
-        digest = partial(
-            cache_repair.content_digest, path, description, images.labels, images.index
-        )
+        def digest() -> tuple[str, list[bytes]]:
+            shards = cache_repair.shard_digests(path, description)
+            return store_digest((images.labels, images.index), shards), shards
+
         chunks = sum(map(len, damaged.values()))
         if not damaged:
-            return Repair(record.stage, split, 0, digest() == record.store.digests[split])
+            return Repair(record.stage, split, 0, digest()[0] == record.store.digests[split])
         rows_of = self._rows(record, split, description)
         for (view, shard), chunks_of in damaged.items():
             cache_repair.rewrite_chunks(
                 path, description, view, shard, chunks_of, partial(rows_of, view)
             )
-        if digest() == record.store.digests[split]:
+        if digest()[0] == record.store.digests[split]:
             return Repair(record.stage, split, chunks, True)
         layout = description.layout
         for view in sorted({view for view, _ in damaged}):
@@ -148,10 +150,12 @@ class StoreRepairer:
                 )
         current = self.run.complete_record(record.stage)
         assert current.store is not None
+        content, shards = digest()
         current.update_store(
             self.run.stage_dir(record.stage),
-            digests=current.store.digests | {split: digest()},
+            digests=current.store.digests | {split: content},
             split_bytes=current.store.split_bytes | {split: bytes_below(path)},
+            ring=_with_shards(current.store.ring, [shard.hex() for shard in shards], split),
         )
         views = len({view for view, _ in damaged})
         return Repair(record.stage, split, views * layout.chunks, False)
@@ -183,12 +187,11 @@ class StoreRepairer:
             _require_known_views(self.run, store)
         torch.set_num_threads(record.choices.threads)
         batch, step = record.choices.write_batch, description.layout.chunk_rows
+        numbers = store.view_numbers if split == "train" else [0]
 
         def rows_of(view: int, chunk: int) -> np.ndarray:
             rows, parts, computed = description.layout.rows_in(chunk), [], 0
-            for outputs in output_batches(
-                source, split, view, chunk * step, batch, store.generation
-            ):
+            for outputs in output_batches(source, split, numbers[view], chunk * step, batch):
                 parts.append(outputs)
                 computed += len(outputs)
                 if computed >= rows:
@@ -207,9 +210,16 @@ class StoreRepairer:
         return source
 
 
+def _with_shards(ring: RingRecord | None, shards: Sequence[str], split: str) -> RingRecord | None:
+    """Returns the record of a ring with other digests of the training split's shards."""
+    if ring is None or split != "train":
+        return ring
+    return ring.model_copy(update={"shards": list(shards)})
+
+
 def _require_known_views(run: RunDirectory, store: StoreRecord) -> None:
-    if store.generation == UNKNOWN_GENERATION:
+    if UNKNOWN_VIEW in store.view_numbers:
         raise UserError(
-            f"the views of this store were being replaced when the run stopped: "
+            f"views of this store were being replaced when the run stopped: "
             f"{command('train', '--run', run.path)} writes them again"
         )

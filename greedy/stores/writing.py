@@ -1,9 +1,11 @@
 """Writing the output of a frozen stage for the whole data set."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -28,69 +30,141 @@ def write_batch(shapes: StageShapes) -> int:
     return min(WRITE_ROWS, 1 << max(rows.bit_length() - 1, 4))
 
 
+class SplitWriter:
+    """Writes a source's outputs for views of a split, some rows at a time; a context manager that
+    finishes the store when it is left without error.
+
+    Args:
+        path: of the split's store. Complete shards that an interrupted writer left there are kept.
+        source: computes the rows.
+        split: ``train`` or ``test``.
+        numbers: of the views. A source of images draws each by its number, any other has it.
+        encoding: of the store.
+        compressor: of the store.
+        batch: rows computed at a time.
+        stage: the number of the stage, for errors.
+
+    Attributes:
+        rows: of all views together.
+        summary: set when the store is finished.
+    """
+
+    summary: StoreSummary
+
+    def __init__(
+        self,
+        path: Path,
+        source: Source,
+        split: str,
+        *,
+        numbers: Sequence[int],
+        encoding: Encoding,
+        compressor: str,
+        batch: int,
+        stage: int,
+    ) -> None:
+        store = source.stores[split]
+        self.rows = len(numbers) * store.rows
+        self._stage = stage
+        self._writer = StoreWriter(
+            path,
+            rows=store.rows,
+            views=len(numbers),
+            encoding=encoding,
+            compressor=compressor,
+            labels=store.labels,
+            index=store.index,
+            resume=True,
+        )
+        self._outputs = self._all_outputs(source, split, numbers, batch)
+
+    def __enter__(self) -> Self:
+        self._writer.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._outputs.close()
+        with self._errors_named():
+            self._writer.__exit__(*error)
+        if error[0] is None:
+            self.summary = self._writer.summary
+
+    @property
+    def written(self) -> int:
+        """Rows written so far, with those that were kept."""
+        return self._writer.appended
+
+    def write(self, rows: int) -> Iterator[int]:
+        """Writes until at least ``rows`` rows of all views are written; yields the number of rows
+        in each batch.
+
+        Raises:
+            TrainingError: the encoding cannot hold a value; it names stage and channel.
+        """
+        while self.written < rows:
+            with self._errors_named():
+                outputs = next(self._outputs)
+                self._writer.append(outputs)
+            yield len(outputs)
+
+    def _all_outputs(
+        self, source: Source, split: str, numbers: Sequence[int], batch: int
+    ) -> Generator[np.ndarray]:
+        rows = source.stores[split].rows
+        first, start = divmod(self._writer.appended, rows)
+        for number in numbers[first:]:
+            yield from output_batches(source, split, number, start, batch)
+            start = 0
+
+    @contextmanager
+    def _errors_named(self) -> Iterator[None]:
+        try:
+            yield
+        except NonFiniteActivation as error:
+            raise TrainingError(f"stage {self._stage}: {error}") from error
+
+
 def write_split(
     path: Path,
     source: Source,
     split: str,
     *,
-    views: int,
-    generation: int,
+    numbers: Sequence[int],
     encoding: Encoding,
     compressor: str,
     batch: int,
     reporter: Reporter,
     stage: int,
 ) -> StoreSummary:
-    """Writes the source's outputs for all views of a split.
+    """Writes the source's outputs for all rows of views of a split, see ``SplitWriter``.
 
-    Args:
-        path: of the split's store. Complete shards that an interrupted call left there are kept.
-        source: computes the rows.
-        split: ``train`` or ``test``.
-        views: of the split.
-        generation: of the views, if they are drawn from the images.
-        encoding: of the store.
-        compressor: of the store.
-        batch: rows computed at a time.
-        reporter: gets ``writing_started``, ``resumed`` and ``batch_finished``.
-        stage: the number of the stage, for the reporter and errors.
-
-    Raises:
-        TrainingError: the encoding cannot hold a value; it names stage and channel.
+    The ``reporter`` gets ``writing_started``, ``resumed`` and ``batch_finished``.
     """
-    store = source.stores[split]
-    reporter.writing_started(stage, split, views * store.rows)
-    try:
-        with StoreWriter(
-            path,
-            rows=store.rows,
-            views=views,
-            encoding=encoding,
-            compressor=compressor,
-            labels=store.labels,
-            index=store.index,
-            resume=True,
-        ) as writer:
-            if writer.appended:
-                reporter.resumed(writer.appended)
-            for view in range(writer.appended // store.rows, views):
-                start = writer.appended - view * store.rows
-                for outputs in output_batches(source, split, view, start, batch, generation):
-                    writer.append(outputs)
-                    reporter.batch_finished(len(outputs))
-        return writer.summary
-    except NonFiniteActivation as error:
-        raise TrainingError(f"stage {stage}: {error}") from error
+    with SplitWriter(
+        path,
+        source,
+        split,
+        numbers=numbers,
+        encoding=encoding,
+        compressor=compressor,
+        batch=batch,
+        stage=stage,
+    ) as writer:
+        reporter.writing_started(stage, split, writer.rows)
+        if writer.written:
+            reporter.resumed(writer.written)
+        for rows in writer.write(writer.rows):
+            reporter.batch_finished(rows)
+    return writer.summary
 
 
 def output_batches(
-    source: Source, split: str, view: int, start: int, batch: int, generation: int
+    source: Source, split: str, view: int, start: int, batch: int
 ) -> Iterator[np.ndarray]:
     """Yields a source's outputs for a view's rows from ``start`` on. They are computed in the same
     batches as from row 0, since the last digit of an activation may depend on its batch."""
     skip = start % batch
-    batches = source.view_batches(split, view, batch, generation=generation, start=start - skip)
-    for rows in batches:
+    for rows in source.view_batches(split, view, batch, start=start - skip):
         yield rows.inputs()[skip:].cpu().numpy()
         skip = 0
 

@@ -88,7 +88,7 @@ def _lineage(
                 "source": source,
                 "seed": recipe.seed,
                 "views": choices.views,
-                "refresh_every": recipe.store.refresh_every,
+                "refresh_every": choices.reuse,  # under its former name
                 "encoding": choices.encoding,
             }
         )

@@ -46,8 +46,13 @@ class Epochs:
         return self.strategy.learners[0].stage.number
 
     def __iter__(self) -> Iterator[list[EpochReport]]:
-        with freed_memory_kept(self.source.device) if self.ample_memory else nullcontext():
-            yield from self._epochs()
+        finished = False
+        try:
+            with freed_memory_kept(self.source.device) if self.ample_memory else nullcontext():
+                yield from self._epochs()
+            finished = True
+        finally:
+            self.source.end_drawing(finished=finished)
 
     def _epochs(self) -> Iterator[list[EpochReport]]:
         began = time.perf_counter()
@@ -57,7 +62,7 @@ class Epochs:
         before = progress.before + progress.seconds
         yield from progress.reports
         while not progress.finished:
-            self.source.refresh_views(progress.epoch)  # before signals wait: it may write for hours
+            self.source.advance_views(progress.epoch)  # before signals wait: it may write for hours
             with PostponedSignals() as stop:
                 reports = self._epoch(progress, sums, stop)
                 epoch = progress.epoch + 1
@@ -107,6 +112,7 @@ class Epochs:
             outcomes = self._step(batch, epoch, position, guard)
             for total, outcome in zip(totals, outcomes, strict=True):
                 total.add(*outcome, batch.labels)
+            self.source.draw_views(epoch, totals[0].rows, batches.rows)
             self.reporter.batch_finished(len(batch.labels))
             if stop.requested is not None or (self.checkpoints and self.checkpoints.due):
                 seconds = time.perf_counter() - started

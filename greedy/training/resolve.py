@@ -10,7 +10,7 @@ from greedy.models import Shape
 from greedy.recipes import Recipe
 from greedy.recipes.per_stage import encoding, for_stage
 from greedy.runs.choices import Choices, Mode
-from greedy.runs.disk_plan import Views
+from greedy.runs.views import Views
 
 COMPILED_STEPS = 5000  # each saves a tenth, compiling takes 10 to 40 s
 KEPT_SHARE = 1 / 3  # of a step's memory, at most, is kept besides
@@ -21,6 +21,7 @@ def resolve(
     recipe: Recipe,
     store: Store,
     views: Views,
+    reuse: int,
     memory: Choice,
     device: torch.device,
     *,
@@ -30,6 +31,7 @@ def resolve(
 
     Args:
         views: of the stage's own store, as the plan for the disk has it.
+        reuse: epochs after which one of them is replaced, 0 for never.
         memory: of its step.
         compiled: whether its step is compiled.
     """
@@ -37,6 +39,7 @@ def resolve(
         {
             "precision": pick_precision(recipe.training.precision, device),
             "views": views,
+            **_if_ring(reuse),
             "encoding": encoding(recipe),
             "shuffle": shuffle(recipe, store.stored_bytes),
             "chunk_rows": store.chunk_rows,
@@ -48,18 +51,24 @@ def resolve(
     )
 
 
-def resolve_again(recipe: Recipe, before: Choices, views: Views, memory: Choice) -> Choices:
+def resolve_again(
+    recipe: Recipe, before: Choices, views: Views, reuse: int, memory: Choice
+) -> Choices:
     """Returns the choices of a stage's last training for its next one. Decided again are the views,
     what the recipe names, and the memory where steps had to be reduced, which no training could
     repeat."""
     training = recipe.training
-    choices = before.model_dump(exclude={"memory_reduced"})
-    choices |= {"views": views, "deterministic": training.deterministic}
+    choices = before.model_dump(exclude={"memory_reduced", "reuse"})
+    choices |= {"views": views, "deterministic": training.deterministic} | _if_ring(reuse)
     if training.compile != "auto":
         choices["compile"] = training.compile == "on"
     if before.memory_reduced or recipe.memory.budget != "auto":
         choices |= memory.recorded()
     return Choices.model_validate(choices)
+
+
+def _if_ring(reuse: int) -> dict[str, int]:
+    return {"reuse": reuse} if reuse else {}
 
 
 def within_budget(recipe: Recipe, choices: Choices, memory: Choice) -> Choices:

@@ -113,18 +113,18 @@ class StageTraining:
 
     def _room(self, learner: Learner) -> int:
         """Returns the bytes on disk that the stage takes at most: weights, two checkpoints with two
-        moments a weight, and the store, or before it the source's views, written again."""
+        moments a weight, and the store, or before it a new view of the source."""
         weights = sum(4 * p.numel() for p in learner.parameters())
         views, rows = self.choices.views, self.parent.rows
-        store = refreshed = 0
+        store = 0
         if not self.is_output and views != "live":
             plain = self.recipe.store.compressor == "none"
             size = (UNCOMPRESSED if plain else COMPRESSED)[self.choices.encoding]
             values = math.prod(self.shapes.output) * (rows["train"] * views + rows["test"])
             store = math.ceil(size * values)
-        if self.source.refresh is not None:
-            refreshed = bytes_below(self.source.path / "train")
-        return 7 * weights + max(store, refreshed)
+        ring = self.source.ring
+        drawn = bytes_below(self.source.path / "train") // self.source.views if ring else 0
+        return 7 * weights + max(store, drawn)
 
     @property
     def _batch(self) -> int:
@@ -193,8 +193,7 @@ class StageTraining:
                 directory / "activations.zarr" / split,
                 source,
                 split,
-                views=views if split == "train" else 1,
-                generation=0,
+                numbers=range(views if split == "train" else 1),
                 encoding=fitted,
                 compressor=compressor,
                 batch=self._batch,
@@ -204,5 +203,10 @@ class StageTraining:
             for split in SPLITS
         }
         return StoreRecord.from_summaries(
-            written, self.choices.encoding, compressor, views, source.number
+            written,
+            self.choices.encoding,
+            compressor,
+            views,
+            source.number,
+            ring=self.choices.reuse > 0,
         )

@@ -1,0 +1,61 @@
+"""How many augmented copies of the training rows a stage trains on, and for how long on each."""
+
+from typing import Literal
+
+from greedy.recipes import Recipe
+from greedy.recipes.per_stage import for_stage
+
+Views = int | Literal["live"]
+
+USES = 5  # of a copy of a row, above which a stage begins to memorise it
+SPREAD = 4  # views, over which the uses of a copy are spread in time
+
+
+def enough_views(
+    epochs: int,
+    views: int | Literal["auto"] = "auto",
+    reuse: int | Literal["auto"] = "auto",
+) -> tuple[int, int]:
+    """Returns as few views as a stage needs to train as accurately as on images that are new in
+    every epoch, and after how many epochs the oldest is replaced, 0 for never.
+
+    The measurements behind it are in ``docs/concepts/views.md``.
+
+    Args:
+        epochs: of the stage that trains on them.
+        views: ``auto``, or as asked for.
+        reuse: ``auto``, or as asked for.
+    """
+    if views == "auto":
+        few = -(-epochs // USES)
+        views = min(few, SPREAD)
+        if reuse == "auto":
+            return views, USES if few > SPREAD else 0
+    if reuse == "auto":
+        reuse = USES if epochs > USES * views else 0
+    return views, reuse if reuse < epochs else 0
+
+
+def view_numbers(epoch: int, views: int, reuse: int) -> list[int]:
+    """Returns the number of the view in each place of a store in an epoch, counted from 0. Each
+    view is drawn by its number; one with number g is in place g modulo ``views``. After every
+    ``reuse`` epochs the oldest makes room for the next."""
+    oldest = epoch // reuse if reuse else 0
+    return [oldest + (place - oldest) % views for place in range(views)]
+
+
+def views_drawn(epochs: int, reuse: int) -> int:
+    """Returns how many views are drawn while a stage trains, besides those it begins with."""
+    return (epochs - 1) // reuse if reuse else 0
+
+
+def wanted_views(recipe: Recipe, number: int) -> tuple[Views, int]:
+    """Returns the views of the store that stage ``number`` trains from, and after how many epochs
+    the oldest is replaced, if the disk has room. Frozen stages draw nothing at random: without
+    augmentation all views would be equal, and one is enough."""
+    store = recipe.store
+    if store.views == "live":
+        return "live", 0
+    if not recipe.data.is_augmented:
+        return 1, 0
+    return enough_views(for_stage(recipe.training.epochs, number), store.views, store.reuse)

@@ -1,0 +1,152 @@
+"""Drawing new views of a store and putting them in the place of the oldest, while the next stage
+trains from it."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from greedy.base.files import canonical_json, digest
+from greedy.cache import StoreSummary, store_with_view
+from greedy.runs.directory import RunDirectory
+from greedy.runs.events import Reporter
+from greedy.runs.exchange import replacing
+from greedy.runs.record import UNKNOWN_VIEW, StageRecord
+from greedy.runs.views import view_numbers, views_drawn
+from greedy.stores.source import Source
+from greedy.stores.writing import SplitWriter
+
+
+class _Unfinished(Exception):
+    """Leaves a writer whose store is not finished."""
+
+
+@dataclass
+class Ring:
+    """The views of a store's training split. The test split is not augmented and stays.
+
+    A view is drawn a few rows after each step, in a directory next to the split, and is put into
+    its place between two epochs. What is drawn when depends only on the epoch and its rows.
+
+    Attributes:
+        stored: the stage whose store it is.
+        reuse: epochs after which the oldest view is replaced.
+        epochs: of the stage that trains.
+        source: computes the store's rows from the images, replaying the frozen stages.
+    """
+
+    run: RunDirectory
+    stored: int
+    reuse: int
+    epochs: int
+    source: Source
+    reporter: Reporter
+    _writer: SplitWriter | None = field(default=None, init=False, repr=False)
+    _open: ExitStack = field(default_factory=ExitStack, init=False, repr=False)
+
+    def advance(self, epoch: int) -> Iterator[int]:
+        """Makes the store hold the views of an epoch; yields the place of each view that is new.
+
+        The one that is new after ``reuse`` epochs has been drawn by then. Others are drawn where
+        the store holds the views of another epoch, as when the stage is trained again."""
+        wanted = view_numbers(epoch, len(self._numbers()), self.reuse)
+        for number in sorted(wanted):
+            place = wanted.index(number)
+            if self._numbers()[place] != number:
+                self._replace(place, number)
+                yield place
+
+    def draw(self, epoch: int, done: int, rows: int) -> None:
+        """Draws the rows of the next view that are due after ``done`` of an epoch's ``rows``."""
+        if epoch // self.reuse == views_drawn(self.epochs, self.reuse):
+            return  # no epoch is left for another view
+        if self._writer is None:
+            self._begin(max(view_numbers(epoch, len(self._numbers()), self.reuse)) + 1)
+        assert self._writer is not None
+        passed = (epoch % self.reuse) * rows + done
+        for _ in self._writer.write(self._writer.rows * passed // (self.reuse * rows)):
+            pass
+
+    def close(self, *, finished: bool) -> None:
+        """Ends the drawing. Unless training is ``finished``, what is drawn stays for its next
+        process, in whole shards."""
+        with suppress(_Unfinished), self._open:
+            raise _Unfinished
+        self._writer = None
+        if finished:
+            self._remove_views()
+
+    def _replace(self, place: int, number: int) -> None:
+        """Completes a view and puts it into its place."""
+        drawn = self._complete(number)
+        record, store = self._record(), self._record().store
+        assert store is not None and store.ring is not None
+        ring = store.ring.with_view(place, number, drawn.shards)
+        path = self.run.store_path(self.stored) / "train"
+        with replacing(path, path.with_name(".train.part")) as new_path:
+            written = store_with_view(path, place, self._path(number), new_path, ring.shards)
+            # If the process ends before the new record is written, the view is exchanged again.
+            unknown = store.ring.with_view(place, UNKNOWN_VIEW)
+            record = record.update_store(self.run.stage_dir(self.stored), ring=unknown)
+        record.update_store(
+            self.run.stage_dir(self.stored),
+            ring=ring,
+            split_bytes=store.split_bytes | {"train": written.disk_bytes},
+            digests=store.digests | {"train": written.digest},
+            bytes_written=store.bytes_written + drawn.disk_bytes,
+        )
+        self._remove_views()
+
+    def _complete(self, number: int) -> StoreSummary:
+        """Returns the summary of a view once all its rows are written."""
+        if self._writer is None:
+            writer = self._begin(number)
+            self.reporter.writing_started(self.stored, "train", writer.rows)
+            if writer.written:
+                self.reporter.resumed(writer.written)
+            for rows in writer.write(writer.rows):
+                self.reporter.batch_finished(rows)
+        else:
+            writer = self._writer
+            for _ in writer.write(writer.rows):
+                pass
+        self._open.close()
+        self._writer = None
+        return writer.summary
+
+    def _begin(self, number: int) -> SplitWriter:
+        """Begins to draw a view, or resumes it; what was drawn of others is deleted."""
+        path, record = self._path(number), self._record()
+        self._remove_views(but=path)
+        store = self.run.open_store(self.stored, "train")
+        writer = SplitWriter(
+            path,
+            self.source,
+            "train",
+            numbers=[number],
+            encoding=store.encoding,
+            compressor=store.compressor,
+            batch=record.choices.write_batch,
+            stage=self.stored,
+        )
+        self._writer = self._open.enter_context(writer)
+        return writer
+
+    def _record(self) -> StageRecord:
+        return self.run.complete_record(self.stored)
+
+    def _numbers(self) -> list[int]:
+        store = self._record().store
+        assert store is not None
+        return store.view_numbers
+
+    def _path(self, number: int) -> Path:
+        """Returns the directory in which a view is drawn, named after what decides its bytes."""
+        named = digest(canonical_json([self._record().lineage, number]))
+        return self.run.store_path(self.stored) / f".view.{named}.part"
+
+    def _remove_views(self, but: Path | None = None) -> None:
+        for path in self.run.store_path(self.stored).glob(".view.*.part"):
+            if path != but:
+                shutil.rmtree(path)
