@@ -46,7 +46,7 @@ precision = "float32"
 checkpoint_minutes = 0.001
 [store]
 views = 2
-refresh_every = 2
+reuse = 2
 """
 FORK = multiprocessing.get_context("fork")
 TMPFS_BYTES = 64 * 2**20

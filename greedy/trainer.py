@@ -23,13 +23,13 @@ from greedy.losses import LocalLoss, PredSim, require_local_loss
 from greedy.recipes import Recipe
 from greedy.runs.directory import SPLITS, RunDirectory, new_stage
 from greedy.runs.disk_budget import plan_disk, previous_record
-from greedy.runs.disk_plan import Views
 from greedy.runs.events import Reporter
 from greedy.runs.network import assemble
 from greedy.runs.outside import recover_outside
 from greedy.runs.record import StageRecord
 from greedy.runs.retraining import Retraining
 from greedy.runs.unfinished import interrupted_source, stores_needed
+from greedy.runs.views import Views
 from greedy.stores.changes import is_stage0_current, require_unchanged_folder
 from greedy.stores.repair import Repair, StoreRepairer
 from greedy.stores.stage0 import drop_unreadable_files, stored_encoding, write_stage0
@@ -148,7 +148,7 @@ class GreedyTrainer:
         needed = sum(rows.values()) * math.prod(shape) * dataset.train.dtype.itemsize
         require_free_space(self.run.path, "stage 0", needed)
         memory = self._planner.plan_memory(network, stored_encoding(dataset.train).name)
-        disk = plan_disk(self.run, network.shapes, rows, needed)
+        disk = plan_disk(self.run, network.shapes, rows, needed, self.device.type)
         memory.require(range(1, len(network) + 1), disk)
         dataset = drop_unreadable_files(self.recipe, dataset, self.reporter)
         self.run.make_directory()
@@ -197,7 +197,7 @@ class GreedyTrainer:
                 self.run.drop_stores(*plan.dropped_first)
             if number in todo:
                 path, views = self.run.stage_dir(number), plan.views(number)
-                record = self._train_stage(number, None, path, views)
+                record = self._train_stage(number, None, path, views, plan.reuse(number))
             else:
                 record = self._skip(number)
             records.append(record)
@@ -272,15 +272,19 @@ class GreedyTrainer:
             self.reporter.stage_finished(record)
             return record
         before = previous_record(self.run, number)
-        views = before.choices.views if before else self._planner.disk().views(number)
+        if before:
+            views, reuse = before.choices.views, before.choices.reuse
+        else:
+            plan = self._planner.disk()
+            views, reuse = plan.views(number), plan.reuse(number)
         self._announce([number])
-        return self._train_stage(number, source, to or self.run.stage_dir(number), views)
+        return self._train_stage(number, source, to or self.run.stage_dir(number), views, reuse)
 
     def _train_stage(
-        self, number: int, source: int | None, directory: Path, views: Views
+        self, number: int, source: int | None, directory: Path, views: Views, reuse: int
     ) -> StageRecord:
         source = interrupted_source(self.run, number, directory) if source is None else source
-        training = self._planner.stage(number, source, views, directory)
+        training = self._planner.stage(number, source, views, reuse, directory)
         before = previous_record(self.run, number)
         if before and directory == self.run.stage_dir(number):
             training.written_before = before.bytes_written

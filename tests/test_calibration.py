@@ -260,8 +260,8 @@ def trained(path, **settings):
     [
         {},
         {"views": "live"},
-        {"refresh_every": 1},
-        {"refresh_every": 2, "views": 1},
+        {"reuse": 1},
+        {"reuse": 2, "views": 1},
         {"patience": 5},
         {"encoding": "float32", "disk_budget": "14KiB"},
     ],

@@ -81,7 +81,7 @@ def test_goes_on_at_the_first_stage_that_is_not_finished(run):
 
 
 def test_every_setting_has_its_effect_on_the_run(run, tmp_path):
-    shorthands = ["--seed", "3", "--views", "2", "--encoding", "float16", "--refresh-every", "1"]
+    shorthands = ["--seed", "3", "--views", "2", "--encoding", "float16", "--reuse", "1"]
     shorthands += ["--precision", "float32", "--patience", "1"]
     more = ["--set", "training.epochs=1", "--set", "model.hidden_width=8"]
     more += ["--set", "data.augmentation=hflip"]
@@ -90,7 +90,7 @@ def test_every_setting_has_its_effect_on_the_run(run, tmp_path):
     recipe = tomllib.loads((tmp_path / "new/run.toml").read_text())
     assert recipe["seed"] == 3
     store = recipe["store"]
-    assert (store["views"], store["encoding"], store["refresh_every"]) == (2, "float16", 1)
+    assert (store["views"], store["encoding"], store["reuse"]) == (2, "float16", 1)
     assert (recipe["training"]["precision"], recipe["training"]["patience"]) == ("float32", 1)
     assert "stage 1/2 linear8: training, 1 epoch in float32" in result.output
     assert "writing stage 1's train store, 10,000 rows" in result.output

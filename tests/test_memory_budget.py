@@ -150,7 +150,7 @@ def test_views_are_drawn_anew_within_the_budget(tmp_path: Path) -> None:
     layers += [nn.Linear(16 * SIDE**2, 64), nn.BatchNorm1d(64), nn.ReLU()]
     layers += [nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, CLASSES)]
     model, budget = nn.Sequential(*layers), 7_000 * 1024
-    anew = {"augmentation": "hflip", "refresh_every": 1, "epochs": 2}
+    anew = {"augmentation": "hflip", "reuse": 1, "epochs": 2}
     with Counter() as counter:
         peaks = RefreshPeaks(counter)
         fit(tmp_path / "run", model, memory_budget="7000KiB", reporter=peaks, **anew)

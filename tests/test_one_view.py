@@ -94,7 +94,7 @@ def test_augmentation_and_cutout_are_drawn_at_random(tmp_path: Path) -> None:
 
 
 def test_identical_views_are_not_drawn_again(tmp_path: Path) -> None:
-    settings = {"views": 1, "refresh_every": 1, "epochs": 3}
+    settings = {"views": 1, "reuse": 1, "epochs": 3}
     trainer(tmp_path / "run", **settings, reporter=(heard := Cut())).fit(TRAIN, TEST)
     (note,) = heard.plan.notes
     assert note.endswith("so views are not drawn again")

@@ -325,7 +325,7 @@ def test_result_fields_leave_out_what_the_machine_decides() -> None:
     assert sections == {"seed", "data", "model", "loss", "training", "store"}
     assert {key for key in fields if key.startswith("store")} == {
         "store.views",
-        "store.refresh_every",
+        "store.reuse",
         "store.encoding",
     }
 

@@ -12,7 +12,7 @@ RECIPE = small_recipe(data={"augmentation": "jitter2"}, training={"epochs": 2}, 
 
 @pytest.fixture(scope="module", params=[0, 1], ids=["stored", "refreshed"])
 def finished(tmp_path_factory, request):
-    return train(tmp_path_factory.mktemp("finished"), RECIPE, "--refresh-every", request.param)
+    return train(tmp_path_factory.mktemp("finished"), RECIPE, "--reuse", request.param)
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_without_its_source_a_whole_view_is_computed_again(run):
     flip(shard, 0.3)
     result = greedy("cache", "repair", run / "stage2")
     assert result.exit_code == 0, result.output
-    refreshed = "refresh_every = 1" in (run / "run.toml").read_text()  # from images, always
+    refreshed = "reuse = 1" in (run / "run.toml").read_text()  # from images, always
     assert ("its content changed" in result.output) != refreshed
     assert ((run / "stage2/stage.json").read_bytes() == record) == refreshed
     assert greedy("cache", "verify", run).exit_code == 0

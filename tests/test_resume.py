@@ -38,7 +38,7 @@ def samples(rows: int, seed: int) -> TensorDataset:
 
 
 TRAIN, TEST = samples(300, 0), samples(60, 1)
-REFRESHED = {"augmentation": "hflip", "refresh_every": 2, "views": 2, "epochs": 3}
+REFRESHED = {"augmentation": "hflip", "reuse": 2, "views": 2, "epochs": 3}
 PATIENT = {"patience": 1, "epochs": 5, "views": "live", "augmentation": "crop4"}
 FROM_DISK = {"ram_budget": "1B", "augmentation": "hflip", "views": 3}
 JOINT = {"strategy": "joint", "augmentation": "crop4"}

@@ -134,7 +134,7 @@ def test_live_and_stored_views_agree_without_augmentation(tmp_path: Path) -> Non
 
 
 def test_views_are_refreshed(tmp_path: Path) -> None:
-    settings = {"augmentation": "hflip", "refresh_every": 2, "epochs": 5, "views": 1}
+    settings = {"augmentation": "hflip", "reuse": 2, "epochs": 5, "views": 1}
     mine = trainer(tmp_path / "run", **settings)
     first, second, _ = mine.fit(TRAIN, TEST)
     store = tmp_path / "run/stage1/activations.zarr"

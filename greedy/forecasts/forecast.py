@@ -28,6 +28,7 @@ from greedy.recipes.per_stage import for_stage
 from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.disk_budget import plan_disk
 from greedy.runs.disk_plan import DiskPlan
+from greedy.runs.views import Views, views_drawn
 from greedy.steps.parts import parts_of
 
 

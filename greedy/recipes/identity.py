@@ -14,7 +14,9 @@ LATER_FIELDS: Final[dict[str, Any]] = {
     f"data.{field}": Data.model_fields[field].default for field in _LATER_DATA_FIELDS
 }
 
-_FORMER_NAMES = {"store.reuse": "store.refresh_every"}  # under which digests of older runs have them
+_FORMER_NAMES = {
+    "store.reuse": "store.refresh_every"
+}  # under which digests of older runs have them
 
 
 def result_fields(recipe: Recipe) -> dict[str, Any]:
@@ -31,10 +33,7 @@ def result_fields(recipe: Recipe) -> dict[str, Any]:
         for field, value in document[section].items()
         if field not in free and (f"{section}.{field}", value) not in LATER_FIELDS.items()
     }
-    store = {
-        f"store.{field}": document["store"][field]
-        for field in ("views", "reuse", "encoding")
-    }
+    store = {f"store.{field}": document["store"][field] for field in ("views", "reuse", "encoding")}
     return {"seed": recipe.seed, **whole, **store}
 
 

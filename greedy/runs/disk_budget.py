@@ -11,6 +11,7 @@ from greedy.base.sizes import parse_size
 from greedy.models import StageShapes
 from greedy.recipes import Recipe
 from greedy.recipes.per_stage import encoding, for_stage
+from greedy.runs.checkpoint_record import StartRecord
 from greedy.runs.directory import SET_ASIDE, RunDirectory
 from greedy.runs.disk_plan import (
     COMPRESSED,
@@ -20,7 +21,6 @@ from greedy.runs.disk_plan import (
     StageDemand,
     plan_stores,
 )
-from greedy.runs.checkpoint_record import StartRecord
 from greedy.runs.record import StageRecord
 from greedy.runs.unfinished import read_start
 from greedy.runs.views import Views, wanted_views

@@ -12,9 +12,7 @@ SPREAD = 4  # views, over which the uses of a copy are spread in time
 
 
 def enough_views(
-    epochs: int,
-    views: int | Literal["auto"] = "auto",
-    reuse: int | Literal["auto"] = "auto",
+    epochs: int, views: int | None = None, reuse: int | None = None
 ) -> tuple[int, int]:
     """Returns as few views as a stage needs to train as accurately as on images that are new in
     every epoch, and after how many epochs the oldest is replaced, 0 for never.
@@ -23,16 +21,14 @@ def enough_views(
 
     Args:
         epochs: of the stage that trains on them.
-        views: ``auto``, or as asked for.
-        reuse: ``auto``, or as asked for.
+        views: if their number is given.
+        reuse: if that is given.
     """
-    if views == "auto":
-        few = -(-epochs // USES)
-        views = min(few, SPREAD)
-        if reuse == "auto":
-            return views, USES if few > SPREAD else 0
-    if reuse == "auto":
-        reuse = USES if epochs > USES * views else 0
+    needed = -(-epochs // USES)
+    if views is None:
+        views = needed if reuse == 0 else min(needed, SPREAD)
+    if reuse is None:
+        reuse = USES if needed > views else 0
     return views, reuse if reuse < epochs else 0
 
 
@@ -58,4 +54,5 @@ def wanted_views(recipe: Recipe, number: int) -> tuple[Views, int]:
         return "live", 0
     if not recipe.data.is_augmented:
         return 1, 0
-    return enough_views(for_stage(recipe.training.epochs, number), store.views, store.reuse)
+    given = (None if value == "auto" else value for value in (store.views, store.reuse))
+    return enough_views(for_stage(recipe.training.epochs, number), *given)

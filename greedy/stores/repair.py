@@ -127,6 +127,7 @@ class StoreRepairer:
         if "c.0" in files:
             cache_repair.rewrite_side_arrays(path, images.labels, images.index)
         damaged = cache_repair.damaged_shards(path, description)
+
         def digest() -> tuple[str, list[bytes]]:
             shards = cache_repair.shard_digests(path, description)
             return store_digest((images.labels, images.index), shards), shards
@@ -205,9 +206,7 @@ class StoreRepairer:
         data = self.run.complete_record(0)
         sources = SourceFinder(self.run, self.stages, data, self.device, Reporter())
         assert record.store is not None
-        source = sources.for_repair(record.stage, record.store)
-        source.precision = record.choices.precision
-        return source
+        return sources.for_repair(record, record.store)
 
 
 def _with_shards(ring: RingRecord | None, shards: Sequence[str], split: str) -> RingRecord | None:

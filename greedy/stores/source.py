@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from greedy.cache import (
 )
 from greedy.data import Augmentation, Draws, prepare
 from greedy.models import Stage
+
+if TYPE_CHECKING:
+    from greedy.stores.ring import Ring
 
 WRITE_ROWS = 1024  # the most rows of a store that are computed at a time
 
@@ -51,7 +54,27 @@ class ImagePreparation:
         return prepare(images, mean, std, augmentation, draws)
 
 
-@dataclass
+@dataclass(frozen=True)
+class Replayed:
+    """Frozen stages that are computed on the fly, for what the store before them gives.
+
+    Attributes:
+        stages: in order.
+        rows: that they compute at a time.
+        precision: that they compute in.
+    """
+
+    stages: Sequence[Stage]
+    rows: int
+    precision: str
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """Computes the last stage's output, float32, of inputs (B, *shape)."""
+        with torch.no_grad(), autocast(x.device.type, self.precision):
+            return replay(self.stages, x, self.rows).float()
+
+
+@dataclass(frozen=True)
 class Source:
     """The store that a stage trains from, and the frozen stages between the two.
 
@@ -63,13 +86,10 @@ class Source:
         seed: of the run.
         images: for stage 0 only, whose rows are augmented again in every epoch; other stores hold
             views.
-        replayed: the frozen stages after the store's, computed on the fly.
-        replay_rows: rows that they compute at a time.
+        replayed: the frozen stages after the store's; ``None`` for none.
         held_out: the number of training rows, the last ones, that are left out of epochs.
-        refresh: writes the views of an epoch if the store does not hold them, and returns whether
-            it did; ``None`` if views are not refreshed.
-        precision: of the replayed stages.
-        resident: the training split in memory (views, rows, ...), if it is held there.
+        ring: replaces views of the training split; ``None`` if they stay.
+        in_memory: whether the training split is loaded, so that its rows are shuffled one by one.
     """
 
     number: int
@@ -78,24 +98,33 @@ class Source:
     device: torch.device
     seed: int
     images: ImagePreparation | None = None
-    replayed: Sequence[Stage] = ()
-    replay_rows: int = WRITE_ROWS
+    replayed: Replayed | None = None
     held_out: int = 0
-    refresh: Callable[[int], bool] | None = None
-    precision: str = "float32"
-    resident: np.ndarray | None = field(default=None, repr=False)
+    ring: "Ring | None" = None
+    in_memory: bool = False
+    _loaded: list[np.ndarray] = field(default_factory=list, init=False, repr=False)
 
-    def hold_in_memory(self) -> None:
-        """Loads the training split into memory, so that its rows can be shuffled one by one."""
-        self.resident = self.stores["train"].load()
+    def __post_init__(self) -> None:
+        if self.in_memory:
+            self._loaded.append(self.stores["train"].load())
 
-    def refresh_views(self, epoch: int) -> None:
-        """Writes the views of an epoch if the store does not hold them."""
-        if self.refresh is not None and self.refresh(epoch):
-            self.stores["train"] = Store(self.path / "train", self.stores["train"].advice)
-            if self.resident is not None:
-                self.resident = None  # frees the old views before the new ones are loaded
-                self.hold_in_memory()
+    def advance_views(self, epoch: int) -> None:
+        """Makes the training split hold the views of an epoch, see ``Ring.advance``."""
+        for place in self.ring.advance(epoch) if self.ring else ():
+            store = Store(self.path / "train", self.stores["train"].advice)
+            self.stores["train"] = store
+            if self.in_memory:
+                store.load_view(place, self._loaded[0][place])
+
+    def draw_views(self, epoch: int, done: int, rows: int) -> None:
+        """Draws what is due of the next view after ``done`` of an epoch's ``rows``."""
+        if self.ring:
+            self.ring.draw(epoch, done, rows)
+
+    def end_drawing(self, *, finished: bool) -> None:
+        """Ends the drawing of views, see ``Ring.close``."""
+        if self.ring:
+            self.ring.close(finished=finished)
 
     def epoch_batches(
         self,
@@ -121,7 +150,7 @@ class Source:
             "rows": store.rows - self.held_out,
             "views": store.views,
         }
-        if self.resident is not None:
+        if self.in_memory:
             order = row_order(**options)
         else:
             window_rows = {"rows": LIMITED_WINDOW_ROWS} if classes_per_batch else {}
@@ -133,7 +162,7 @@ class Source:
             else order.batches(batch_size)
         )
         loader = BatchLoader(
-            store if self.resident is None else self.resident,
+            self._loaded[0] if self.in_memory else store,
             store.labels,
             order,
             batches,
@@ -149,16 +178,15 @@ class Source:
         view: int,
         batch_size: int,
         *,
-        generation: int = 0,
         start: int = 0,
         stop: int | None = None,
     ) -> Iterator["Batch"]:
         """Yields batches of a view's rows ``start`` to ``stop``, in order. Views of stage 0's
-        training split are drawn for each ``generation``; the test split is not augmented."""
+        training split are drawn by their number; the test split is not augmented."""
         store = self.stores[split]
         draws = None
         if self.images and split == "train":
-            draws = self.images.draw(store, self.seed, "generation", generation, "view", view)
+            draws = self.images.draw(store, self.seed, "generation", 0, "view", view)
             view = 0
         row = start
         for values in store.batches(view, batch_size, start, stop):
@@ -191,10 +219,7 @@ class Source:
         else:  # laid out as stored, which has fewer bytes than float32
             x = self.stores["train"].encoding.decode(preferred_layout(stored))
         x = preferred_layout(x)
-        if not self.replayed:
-            return x.float()
-        with torch.no_grad(), autocast(x.device.type, self.precision):
-            return replay(self.replayed, x, self.replay_rows).float()
+        return self.replayed.outputs(x) if self.replayed else x.float()
 
     def labels(self, labels: np.ndarray) -> Tensor:
         """Returns labels (B,) on the device."""

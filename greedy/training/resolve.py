@@ -21,10 +21,10 @@ def resolve(
     recipe: Recipe,
     store: Store,
     views: Views,
-    reuse: int,
     memory: Choice,
     device: torch.device,
     *,
+    reuse: int = 0,
     compiled: bool = False,
 ) -> Choices:
     """Decides how a stage trains from ``store``.

@@ -122,9 +122,8 @@ class StageTraining:
             size = (UNCOMPRESSED if plain else COMPRESSED)[self.choices.encoding]
             values = math.prod(self.shapes.output) * (rows["train"] * views + rows["test"])
             store = math.ceil(size * values)
-        ring = self.source.ring
-        drawn = bytes_below(self.source.path / "train") // self.source.views if ring else 0
-        return 7 * weights + max(store, drawn)
+        drawn = bytes_below(self.source.path / "train") // self.source.stores["train"].views
+        return 7 * weights + max(store, drawn if self.source.ring else 0)
 
     @property
     def _batch(self) -> int:
@@ -181,8 +180,7 @@ class StageTraining:
         if self.is_output or views == "live":
             return None
         learner.eval()
-        source = self.sources.for_writing(learner.stage, views, self._batch)
-        source.precision = self.choices.precision
+        source = self.sources.for_writing(learner.stage, views, self.choices)
         number, seed = learner.stage.number, self.recipe.seed
         fitted = fit_output_encoding(
             self.choices.encoding, source, self.shapes.output, self._batch, seed, number

@@ -1,0 +1,161 @@
+"""Views that are replaced one by one while the next stage trains."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from command_line import said
+from hypothesis import given
+from hypothesis import strategies as st
+from small_training import TEST, TRAIN, files, learned, same, trainer, weights
+
+from greedy import Reporter, RunDirectory, UserError
+from greedy.cache import Store, row_order, verify
+from greedy.runs.views import SPREAD, USES, enough_views, view_numbers, views_drawn
+
+RING = {"augmentation": "hflip", "views": 2, "reuse": 2, "epochs": 7}
+
+
+def ring(run: Path, stage: int = 1) -> list[int]:
+    return RunDirectory.open(run).record(stage).store.view_numbers
+
+
+def train_split(run: Path, stage: int = 1) -> Path:
+    return run / f"stage{stage}/activations.zarr/train"
+
+
+@pytest.fixture(scope="module", params=[None, "1B"], ids=["in-memory", "from-disk"])
+def finished(tmp_path_factory, request) -> Path:
+    run = tmp_path_factory.mktemp("ring") / "run"
+    trainer(run, **RING, ram_budget=request.param).fit(TRAIN, TEST)
+    return run
+
+
+def test_the_oldest_view_makes_room_for_the_next(finished: Path) -> None:
+    assert ring(finished, 1) == ring(finished, 2) == [4, 3]
+    for stage in (1, 2):
+        store = RunDirectory.open(finished).record(stage).store
+        drawn = store.bytes_written - store.bytes  # three views, each with labels and index
+        assert 3 / 2 * store.split_bytes["train"] < drawn < 3 * store.split_bytes["train"]
+        assert not verify(train_split(finished, stage))
+        left = {path.name for path in train_split(finished, stage).parent.iterdir()}
+        assert left == {"train", "test"}
+    assert learned(finished, 2)
+
+
+def test_a_view_is_what_its_number_says(finished: Path, tmp_path: Path) -> None:
+    """Views 3 and 4 have the bytes that they have in a store of the first five."""
+    settings = RING | {"views": 5, "reuse": 0, "epochs": [7, 1, 1]}
+    trainer(tmp_path / "run", **settings).fit(TRAIN, TEST)
+    assert same(weights(tmp_path / "run", 1), weights(finished, 1))
+    five, two = Store(train_split(tmp_path / "run")).load(), Store(train_split(finished)).load()
+    np.testing.assert_array_equal(two, five[[4, 3]])
+    assert len({view.tobytes() for view in five}) == 5
+
+
+def test_a_stage_that_is_trained_again_begins_with_the_first_views(finished: Path) -> None:
+    mine = trainer(finished, **RING)
+    before = weights(finished, 2), files(finished / "stage2/activations.zarr")
+    records = [mine.run.record(n) for n in (1, 2)]
+    again = mine.train_stage(2, again=True)
+    assert again.lineage == records[1].lineage
+    assert same(before[0], weights(finished, 2))
+    assert again.store.digests != records[1].store.digests  # of views 0 and 1, as it began
+    mine.train_stage(3, again=True)
+    assert files(finished / "stage2/activations.zarr") == before[1]
+    assert mine.run.record(1).store.digests == records[0].store.digests
+    assert mine.run.record(2).store.digests == records[1].store.digests
+
+
+def test_rows_are_drawn_little_by_little(tmp_path: Path) -> None:
+    """After each step as many rows as its share of the epochs between two views."""
+
+    class Watch(Reporter):
+        heard: list[str] = []
+
+        def writing_started(self, stage: int, split: str, rows: int) -> None:
+            self.heard.append(f"stage {stage}: {rows} rows of {split}")
+
+    trainer(tmp_path / "run", **RING, reporter=(reporter := Watch())).fit(TRAIN, TEST)
+    assert reporter.heard == [
+        f"stage {n}: {rows}" for n in (1, 2) for rows in ("800 rows of train", "100 rows of test")
+    ]  # no view was drawn at once
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_damaged_view_is_computed_again(finished: Path, place: int) -> None:
+    store = RunDirectory.open(finished).record(1).store
+    (shard,) = (train_split(finished) / "activations").glob(f"c.{place}.*")
+    before = shard.read_bytes()
+    shard.write_bytes(before[:100] + b"\0" + before[101:])
+    mine = trainer(finished, **RING)
+    (repair,), damages = mine.repair([1])
+    assert (repair.identical, damages) == (True, [])
+    assert shard.read_bytes() == before
+    assert mine.run.record(1).store == store
+
+
+def test_a_dropped_store_comes_back_with_its_views(finished: Path) -> None:
+    mine = trainer(finished, **RING)
+    before, store = files(train_split(finished)), mine.run.record(1).store
+    mine.run.drop_stores(1)
+    repairs, damages = mine.repair([1], dropped=True)
+    assert all(repair.identical for repair in repairs) and not damages
+    assert files(train_split(finished)) == before
+    assert mine.run.record(1).store.ring == store.ring
+
+
+def test_views_of_an_older_version_are_not_trained_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trainer(run, **RING).fit(TRAIN, TEST)
+    for name in ("run.toml",):
+        text = (run / name).read_text()
+        (run / name).write_text(text.replace("reuse = 2", "refresh_every = 2"))
+    record = RunDirectory.open(run).record(1)
+    record.update_store(run / "stage1", ring=None, generation=3)
+    assert "complete" in said("status", "--run", str(run))
+    with pytest.raises(UserError, match=r"stage 1's store are of an older version.*--retrain 1"):
+        trainer(run, **RING).train_stage(2, again=True)
+
+
+def test_frozen_records_are_those_of_older_versions(tmp_path: Path) -> None:
+    trainer(tmp_path / "run", augmentation="hflip", reuse=0).fit(TRAIN, TEST)
+    document = json.loads((tmp_path / "run/stage1/stage.json").read_text())
+    assert "ring" not in document["store"]
+    assert "reuse" not in document["resolved"]
+
+
+@given(st.integers(0, 200), st.integers(1, 9), st.integers(1, 9))
+def test_a_ring_changes_one_view_at_a_time(epoch: int, views: int, reuse: int) -> None:
+    now, then = (view_numbers(e, views, reuse) for e in (epoch, epoch + 1))
+    changed = [place for place in range(views) if now[place] != then[place]]
+    assert len(changed) == ((epoch + 1) % reuse == 0)
+    for place in changed:
+        assert now[place] == min(now)
+        assert then[place] == max(now) + 1
+
+
+@given(st.integers(1, 300), st.integers(1, 6), st.integers(1, 12))
+def test_every_copy_is_used_about_as_often_as_asked(epochs: int, views: int, reuse: int) -> None:
+    rows, used = 5, {}
+    for epoch in range(epochs):
+        order = row_order(seed=0, epoch=epoch, rows=rows, views=views)
+        numbers = view_numbers(epoch, views, reuse)
+        for row, view in zip(order.rows, order.views, strict=True):
+            used[row, numbers[view]] = used.get((row, numbers[view]), 0) + 1
+    assert max(used.values()) <= reuse + 2
+    last = max(number for _, number in used)
+    assert last <= views - 1 + views_drawn(epochs, reuse)
+
+
+@given(st.integers(1, 1000))
+def test_enough_views_are_few_uses_of_each_copy(epochs: int) -> None:
+    views, reuse = enough_views(epochs)
+    copies = views + views_drawn(epochs, reuse)
+    assert epochs <= USES * copies
+    assert views <= SPREAD
+    assert (reuse == 0) == (epochs <= USES * SPREAD)
+    assert enough_views(epochs, reuse=0) == (-(-epochs // USES), 0)
+    assert enough_views(epochs, views=2)[0] == 2
+    assert enough_views(epochs, reuse=epochs)[1] == 0
