@@ -72,7 +72,8 @@ def test_rows_are_drawn_little_by_little(tmp_path: Path) -> None:
     """After each step as many rows as its share of the epochs between two views."""
 
     class Watch(Reporter):
-        heard: list[str] = []
+        def __init__(self) -> None:
+            self.heard: list[str] = []
 
         def writing_started(self, stage: int, split: str, rows: int) -> None:
             self.heard.append(f"stage {stage}: {rows} rows of {split}")

@@ -195,6 +195,9 @@ class DiskPlan:
         ]
         if self.needed <= self.budget:
             total = f"disk: the stores take up to {format_size(self.peak)} {budget}"
+            by_choice = [s for s in self.stages if s.views == "live" and not s.finished]
+            if len(by_choice) < len(self.stages):
+                lines = [*map(self._explain_stage, by_choice), *lines]
             return [*notes, total, *lines]
         lines += [
             self._explain_stage(stage)
@@ -227,10 +230,8 @@ def plan_stores(demand: DiskDemand, budget: int, keep: Literal["auto", "all"] = 
     Raises:
         UserError: no plan fits, or ``keep`` is ``all`` and the stores do not fit together.
     """
-    all_stores = {
-        n: choices[0] for n in range(1, len(demand.stages)) if (choices := demand.choices(n))
-    }
-    needed = demand.peak(all_stores, all_stores)
+    wanted = _views(demand, None)
+    needed = demand.peak(wanted, wanted)
     if keep == "all" and needed > budget:
         raise UserError(
             f"keeping all stores takes {format_size(needed)} and the disk budget is "
@@ -285,9 +286,10 @@ class _Path:
     stored: tuple[tuple[int, int], ...] = ()
 
 
-def _views(demand: DiskDemand, budget: int) -> dict[int, int]:
-    """Returns the views of each stage that has a store. This is a shortest path from store to
-    store, since only a source and the store written from it must be on disk at the same time."""
+def _views(demand: DiskDemand, budget: int | None) -> dict[int, int]:
+    """Returns the views of each stage that has a store, within a budget unless it is ``None``. This
+    is a shortest path from store to store, since only a source and the store written from it must
+    be on disk at the same time."""
     paths = [_Path()]
     for number, stage in enumerate(demand.stages[:-1], start=1):
         ends = [
@@ -299,15 +301,18 @@ def _views(demand: DiskDemand, budget: int) -> dict[int, int]:
     return dict(min(_extend(demand, budget, path, last, None) for path in paths).stored)
 
 
-def _extend(demand: DiskDemand, budget: int, path: _Path, number: int, views: int | None) -> _Path:
+def _extend(
+    demand: DiskDemand, budget: int | None, path: _Path, number: int, views: int | None
+) -> _Path:
     """Returns the path extended to the store of a stage, or with no ``views`` to the output
     layer."""
     stored = path.stored if views is None else (*path.stored, (number, views))
     on_disk = dict((*path.stored[-1:], *stored[len(path.stored) :]))
     source = demand.source(number, on_disk)
     steps = range(source + 1, number + 1)
+    used = [] if budget is None else [demand.on_disk(n, on_disk, ()) - budget for n in steps]
     return _Path(
-        path.excess + sum(max(0, demand.on_disk(n, on_disk, ()) - budget) for n in steps),
+        path.excess + sum(excess for excess in used if excess > 0),
         path.cost + sum(demand.cost(source, n) for n in steps),
         path.coarseness + (Fraction(1, views) if views else 0),
         stored,
