@@ -1,4 +1,4 @@
-"""How each stage of a run trains: from what, in which memory, with which choices."""
+"""How each stage of a run trains: from which store, in how much memory, with which choices."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -37,10 +37,10 @@ class StagePlanner:
     """Plans the stages of a run whose stage 0 is complete.
 
     Attributes:
-        model: the user's network, where the recipe has none.
+        model: the user's network, if the recipe has none.
         loss: the local loss of every stage but the output layer.
-        optimizer: the user's, by default Adam.
-        own_rates: whether it begins at its own learning rates.
+        optimizer: makes the user's optimiser; ``None`` for Adam.
+        own_rates: whether that begins at its own learning rates.
     """
 
     run: RunDirectory
@@ -65,8 +65,8 @@ class StagePlanner:
         return CutNetwork(stages, shapes, self.loss, classes)
 
     def plan_memory(self, network: CutNetwork, images: str) -> MemoryPlan:
-        """Plans how steps fit the memory budget, for this and for later; ``images`` is the encoding
-        of stage 0's store."""
+        """Plans how the steps of a network fit the memory budget, and keeps the plan for
+        ``memory``. ``images`` is the encoding of stage 0's store."""
         self._memory = MemoryPlan(
             self.recipe,
             network,
@@ -122,8 +122,9 @@ class StagePlanner:
         )
 
     def stage(self, number: int, source: int, views: Views, directory: Path) -> StageTraining:
-        """Returns the training of stage ``number`` in a directory, from the nearest store that is
-        there at or before stage ``source``; an unfinished one goes on as it began."""
+        """Returns the training of stage ``number`` in a directory, from the store of stage
+        ``source`` or of the nearest stage before it that has one. An unfinished training keeps its
+        choices."""
         data, parent = self.run.complete_record(0), self.run.complete_record(number - 1)
         network = self.network()
         stage = network.stages[number - 1]
@@ -163,7 +164,7 @@ class StagePlanner:
         )
 
     def _choices(self, number: int, source: Source, views: Views, memory: Choice) -> Choices:
-        """Repeats the choices of the stage's earlier training from the same source, or makes new
+        """Returns the choices of the stage's last training if that had the same source, else new
         ones."""
         before = previous_record(self.run, number)
         if before is not None and before.source == source.number:
