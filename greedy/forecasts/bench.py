@@ -34,7 +34,7 @@ from greedy.recipes import Recipe
 from greedy.recipes.per_stage import encoding
 from greedy.steps.guard import Guard
 from greedy.steps.step import Learner, step
-from greedy.stores.source import EpochBatches, Source
+from greedy.stores.source import EpochBatches, Replayed, Source
 from greedy.training.learners import new_learner, new_optimizer
 from greedy.training.resolve import compiles, resolve
 
@@ -129,7 +129,6 @@ class Bench:
                 shapes,
                 self.data.classes,
                 self.data.rows["train"],
-                self.memory.precision,
                 self.device,
             )
             learner = self._learner(number, choice, source)
@@ -203,7 +202,8 @@ class Bench:
         first batch warms up and gives the encoding its ranges."""
         learner.release()
         learner.eval()
-        frozen = replace(source, replayed=[learner.stage], replay_rows=batch)
+        replayed = Replayed([learner.stage], batch, self.memory.precision)
+        frozen = replace(source, replayed=replayed, in_memory=False)
         rows = min(max(rows, batch), source.stores["train"].rows)
         first = next(frozen.view_batches("train", 0, batch, stop=min(batch, rows)))
         form = fit_encoding(encoding(self.recipe), first.inputs().cpu().numpy())

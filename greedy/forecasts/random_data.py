@@ -30,7 +30,6 @@ def random_source(
     shapes: StageShapes,
     classes: int,
     rows: int,
-    precision: str,
     device: torch.device,
 ) -> Source:
     """Writes, into an empty directory, what stage ``number`` of a run on ``rows`` training rows
@@ -63,18 +62,15 @@ def random_source(
     ):
         for start in range(0, count, len(block)):
             writer.append(block[: count - start])
-    source = Source(
+    return Source(
         number - 1,
         place,
         {"train": Store(place / "train")},
         device,
         recipe.seed,
         images=_reading(recipe, shapes.input[0]) if images else None,
-        precision=precision,
+        in_memory=held,
     )
-    if held:
-        source.hold_in_memory()
-    return source
 
 
 def _rows(form: Encoding, batch_size: int, held: bool) -> int:
