@@ -141,8 +141,8 @@ class Epochs:
         if stop.requested is not None:
             raise Interrupted(
                 stop.requested,
-                f"interrupted in {self.strategy.title} after {progress}: the same command goes "
-                f"on from there",
+                f"interrupted in {self.strategy.title} after {progress}: the same command "
+                f"resumes there",
             )
 
     def _held_out(self) -> Sequence[Totals | None]:
@@ -211,7 +211,7 @@ class Epochs:
         return TrainingError(
             f"the optimiser of {self.strategy.title} failed in epoch {epoch + 1}, step "
             f"{position + 1} ({first_line(error)}; {self._kept}): {way} and give the same command "
-            f"again, which goes on from the last checkpoint"
+            f"again, which resumes from the last checkpoint"
         )
 
     @property
