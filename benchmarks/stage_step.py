@@ -90,7 +90,7 @@ class Waits(EpochBatches):
             yield found
 
 
-@dataclass
+@dataclass(frozen=True)
 class TimedSource(Source):
     """A source whose waits are noted."""
 

@@ -34,7 +34,7 @@ from greedy.recipes import Recipe
 from greedy.recipes.per_stage import encoding
 from greedy.steps.guard import Guard
 from greedy.steps.step import Learner, step
-from greedy.stores.source import EpochBatches, Source
+from greedy.stores.source import EpochBatches, Replayed, Source
 from greedy.training.learners import new_learner, new_optimizer
 from greedy.training.resolve import compiles, resolve
 
@@ -140,7 +140,6 @@ class Bench:
                 shapes,
                 self.data.classes,
                 self.data.rows["train"],
-                self.memory.precision,
                 self.device,
             )
             learner = self._learner(number, choice, source)
@@ -214,7 +213,8 @@ class Bench:
         and written. The first batch gives the encoding its ranges and is not counted."""
         learner.release()
         learner.eval()
-        frozen = replace(source, replayed=[learner.stage], replay_rows=batch)
+        replayed = Replayed([learner.stage], batch, self.memory.precision)
+        frozen = replace(source, replayed=replayed, in_memory=False)
         rows = min(max(rows, batch), source.stores["train"].rows)
         first = next(frozen.view_batches("train", 0, batch, stop=min(batch, rows)))
         fitted = fit_encoding(encoding(self.recipe), first.inputs().cpu().numpy())

@@ -38,7 +38,6 @@ def random_source(
     shapes: StageShapes,
     classes: int,
     rows: int,
-    precision: str,
     device: torch.device,
 ) -> Source:
     """Writes a store of random data like that from which a stage of a run would train, with fewer
@@ -53,7 +52,6 @@ def random_source(
         shapes: the shapes of that stage.
         classes: the number of classes.
         rows: the number of training rows of the run.
-        precision: ``float32``, ``bfloat16`` or ``float16``.
 
     Raises:
         TrainingError: the disk has no room for it.
@@ -81,18 +79,15 @@ def random_source(
     ):
         for start in range(0, count, len(block)):
             writer.append(block[: count - start])
-    source = Source(
+    return Source(
         number - 1,
         place,
         {"train": Store(place / "train")},
         device,
         recipe.seed,
         images=_preparation(recipe, shapes.input[0]) if images else None,
-        precision=precision,
+        in_memory=in_memory,
     )
-    if in_memory:
-        source.hold_in_memory()
-    return source
 
 
 def _rows(encoding: Encoding, batch_size: int, in_memory: bool) -> int:

@@ -200,9 +200,7 @@ class StoreRepairer:
         data = self.run.complete_record(0)
         sources = SourceFinder(self.run, self.stages, data, self.device, Reporter())
         assert record.store is not None
-        source = sources.for_repair(record.stage, record.store)
-        source.precision = record.choices.precision
-        return source
+        return sources.for_repair(record, record.store)
 
 
 def _require_known_views(run: RunDirectory, store: StoreRecord) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -66,8 +66,7 @@ class NetworkTraining:
         start = self._start(place)
         torch.set_num_threads(start.resolved.threads)
         set_determinism(self.device, start.resolved.deterministic)
-        if start.resolved.shuffle == "rows":
-            self.source.hold_in_memory()
+        self.source = replace(self.source, in_memory=start.resolved.shuffle == "rows")
         reset_peak_memory(self.device)
         with memory_limited(self.device, named_budget(self.recipe)):
             records = self._train(place, start, began)

@@ -26,7 +26,6 @@ from greedy.runs.events import Reporter, RunOutline
 from greedy.runs.network import stages_of
 from greedy.runs.unfinished import find_training
 from greedy.stores.opening import SourceFinder
-from greedy.stores.source import Source
 from greedy.training.network import NetworkTraining
 from greedy.training.resolve import compiles, resolve, resolve_again, within_budget
 from greedy.training.stage import StageTraining
@@ -57,6 +56,10 @@ class StagePlanner:
         """The run's recipe."""
         return self.run.recipe
 
+    @property
+    def _precision(self) -> str:
+        return pick_precision(self.recipe.training.precision, self.device)
+
     def network(self) -> CutNetwork:
         """Returns the run's network without its trained weights."""
         data = self.run.complete_record(0)
@@ -70,7 +73,7 @@ class StagePlanner:
         self._memory = MemoryPlan(
             self.recipe,
             network,
-            pick_precision(self.recipe.training.precision, self.device),
+            self._precision,
             memory_budget(self.recipe, self.device),
             self.device.type,
             self.optimizer or fused_adam,
@@ -112,7 +115,7 @@ class StagePlanner:
         return NetworkTraining(
             run=self.run,
             network=network,
-            source=sources.for_training(1, 0),
+            source=sources.for_training(1, 0, self._precision),
             data=data,
             memory=self.memory().at_once(),
             device=self.device,
@@ -129,47 +132,46 @@ class StagePlanner:
         network = self.network()
         stage = network.stages[number - 1]
         sources = SourceFinder(self.run, network.stages, data, self.device, self.reporter)
-        opened = sources.for_training(number, source)
-        written_from = sources.written_from(number, views)
-        memory = self.memory().stage(number, opened.number, written_from)
+        stored, written_from = sources.last_stored(source), sources.written_from(number, views)
+        memory = self.memory().stage(number, stored, written_from)
         start = StartRecord(
             stage=number,
             recipe_digest=parent.recipe_digest,
             parent_lineage=parent.lineage,
-            source=opened.number,
+            source=stored,
             layers=stage.kinds,
-            resolved=self._choices(number, opened, views, memory),
+            resolved=self._choices(number, stored, views, memory),
         )
         if begun := find_training(directory, start, self.reporter):
             choices = within_budget(self.recipe, begun.resolved, memory)
             start = begun.model_copy(update={"resolved": choices})
-        opened.precision = start.resolved.precision
-        if start.resolved.shuffle == "rows":
-            opened.hold_in_memory()
+        in_memory = start.resolved.shuffle == "rows"
         return StageTraining(
             stage=stage,
             shapes=network.shapes[number - 1],
             loss=network.losses("greedy")[number - 1],
             recipe=self.recipe,
-            source=opened,
+            source=sources.for_training(
+                number, stored, start.resolved.precision, in_memory=in_memory
+            ),
             sources=sources,
             start=start,
             parent=parent,
             is_output=number == len(network),
             device=self.device,
             reporter=self.reporter,
-            smaller=partial(self.memory().smaller, number, opened.number, written_from),
+            smaller=partial(self.memory().smaller, number, stored, written_from),
             optimizer=self.optimizer,
             own_rates=self.own_rates,
         )
 
-    def _choices(self, number: int, source: Source, views: Views, memory: Choice) -> Choices:
-        """Returns the choices of the stage's last training if that had the same source, else new
-        ones."""
+    def _choices(self, number: int, stored: int, views: Views, memory: Choice) -> Choices:
+        """Returns the choices of the stage's last training if that was from the store of stage
+        ``stored`` too, else new ones."""
         before = previous_record(self.run, number)
-        if before is not None and before.source == source.number:
+        if before is not None and before.source == stored:
             return resolve_again(self.recipe, before.choices, views, memory)
         hidden = self.memory().network.shapes[number - 1].hidden
-        store = source.stores["train"]
+        store = self.run.open_store(stored, "train")
         compiled = compiles(self.recipe, number, hidden, store.rows, memory, self.device)
         return resolve(self.recipe, store, views, memory, self.device, compiled=compiled)

@@ -191,8 +191,7 @@ class StageTraining:
         if self.is_output or views == "live":
             return None
         learner.eval()
-        source = self.sources.for_writing(learner.stage, views, self._batch)
-        source.precision = self.choices.precision
+        source = self.sources.for_writing(learner.stage, views, self.choices)
         number, seed = learner.stage.number, self.recipe.seed
         fitted = fit_output_encoding(
             self.choices.encoding, source, self.shapes.output, self._batch, seed, number
