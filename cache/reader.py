@@ -12,7 +12,7 @@ from greedy.cache import shards
 from greedy.cache.encodings import Encoding
 from greedy.cache.errors import ADVICE, DamagedStore, StoreError
 from greedy.cache.layout import Layout
-from greedy.cache.metadata import Description, parse
+from greedy.cache.metadata import StoreMetadata, parse_metadata
 from greedy.cache.sources import open_source
 from greedy.cache.threads import background, in_order
 
@@ -36,7 +36,7 @@ class Store:
         layout: how rows are divided into chunks and shards.
         encoding: how values are stored.
         compressor: "lz4", "zstd" or "none".
-        description: all of these.
+        metadata: all of these.
         labels: int64 (rows,), the classes.
         index: int64 (rows,), each row's number in the original data set.
 
@@ -48,7 +48,7 @@ class Store:
     layout: Layout
     encoding: Encoding
     compressor: str
-    description: Description
+    metadata: StoreMetadata
     labels: NDArray[np.int64]
     index: NDArray[np.int64]
 
@@ -63,10 +63,10 @@ class Store:
         activations = self._source.whole("activations/zarr.json")
         if group is None or activations is None:
             raise StoreError(f"{self._source} is not a finished activation store; write it first")
-        self.description = parse(group, activations, str(self._source))
-        self.layout = self.description.layout
-        self.encoding = self.description.encoding
-        self.compressor = self.description.compressor
+        self.metadata = parse_metadata(group, activations, str(self._source))
+        self.layout = self.metadata.layout
+        self.encoding = self.metadata.encoding
+        self.compressor = self.metadata.compressor
         self.labels = self._side_array("labels")
         self.index = self._side_array("index")
         self._indexes: dict[str, NDArray[np.uint64]] = {}
@@ -112,7 +112,7 @@ class Store:
         """
         if not (0 <= view < self.views and 0 <= chunk < self.layout.chunks):
             raise IndexError(f"chunk {chunk} of view {view} is outside the store")
-        shape = self.description.chunk_shape
+        shape = self.metadata.chunk_shape
         if out is not None and out.shape == shape and out.flags.c_contiguous:
             self._decode(view, chunk, out)
             return out
@@ -227,7 +227,7 @@ class Store:
     def _span(self, view: int, chunk: int) -> tuple[str, str, int, int]:
         """Returns a chunk's file, its name for messages, and its offset and size in the file."""
         shard, slot = divmod(chunk, self.layout.shard_chunks)
-        key = self.description.shard_key(view, shard)
+        key = self.metadata.shard_key(view, shard)
         where = f"{self._source}/{key}: chunk {chunk} of view {view}"
         if key not in self._indexes:
             slots = self.layout.shard_chunks
@@ -235,7 +235,7 @@ class Store:
             if tail is None:
                 raise DamagedStore(f"{where} is in a missing shard; write the store again")
             self._indexes[key] = shards.parse_index(tail, slots, where)
-        chunk_bytes = self.description.chunk_bytes
+        chunk_bytes = self.metadata.chunk_bytes
         entry = shards.chunk_span(self._indexes[key], slot, chunk_bytes, self.compressor, where)
         return key, where, *entry
 

@@ -27,17 +27,17 @@ def store_with_view(
         shards: the digests of the new store's shards, as in ``StoreSummary``, which are believed.
     """
     opened = Store(store)
-    layout, description = opened.layout, opened.description
+    layout, metadata = opened.layout, opened.metadata
     for path in sorted(store.rglob("*")):
         if path.is_file() and path.suffix != ".part":
             _link(path, to / path.relative_to(store))
     for shard in range(layout.shards):
-        place = to / description.shard_key(view, shard)
+        place = to / metadata.shard_key(view, shard)
         place.unlink()
-        _link(other / description.shard_key(0, shard), place)
+        _link(other / metadata.shard_key(0, shard), place)
     return StoreSummary(
         disk_bytes=LocalSource(to).total_bytes(),
-        values=layout.views * layout.rows * description.encoding.row_size,
+        values=layout.views * layout.rows * metadata.encoding.row_size,
         digest=store_digest((opened.labels, opened.index), map(bytes.fromhex, shards)),
         shards=tuple(shards),
     )

@@ -1,4 +1,4 @@
-"""How each stage of a run trains: from what, in which memory, with which choices."""
+"""How each stage of a run trains: from which store, in how much memory, with which choices."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -37,10 +37,10 @@ class StagePlanner:
     """Plans the stages of a run whose stage 0 is complete.
 
     Attributes:
-        model: the user's network, where the recipe has none.
+        model: the user's network, if the recipe has none.
         loss: the local loss of every stage but the output layer.
-        optimizer: the user's, by default Adam.
-        own_rates: whether it begins at its own learning rates.
+        optimizer: makes the user's optimiser; ``None`` for Adam.
+        own_rates: whether that begins at its own learning rates.
     """
 
     run: RunDirectory
@@ -69,8 +69,8 @@ class StagePlanner:
         return CutNetwork(stages, shapes, self.loss, classes)
 
     def plan_memory(self, network: CutNetwork, images: str) -> MemoryPlan:
-        """Plans how steps fit the memory budget, for this and for later; ``images`` is the encoding
-        of stage 0's store."""
+        """Plans how the steps of a network fit the memory budget, and keeps the plan for
+        ``memory``. ``images`` is the encoding of stage 0's store."""
         self._memory = MemoryPlan(
             self.recipe,
             network,
