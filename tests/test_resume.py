@@ -38,7 +38,7 @@ def samples(rows: int, seed: int) -> TensorDataset:
 
 
 TRAIN, TEST = samples(300, 0), samples(60, 1)
-REFRESHED = {"augmentation": "hflip", "reuse": 2, "views": 2, "epochs": 3}
+RING = {"augmentation": "hflip", "reuse": 2, "views": 2, "epochs": 3}
 PATIENT = {"patience": 1, "epochs": 5, "views": "live", "augmentation": "crop4"}
 FROM_DISK = {"ram_budget": "1B", "augmentation": "hflip", "views": 3}
 JOINT = {"strategy": "joint", "augmentation": "crop4"}
@@ -95,7 +95,7 @@ def fit_until_killed(run: Path, batches: int, settings: dict) -> None:
 
 
 KILLED = {
-    "refreshed": REFRESHED,
+    "ring": RING,
     "patient-joint": PATIENT_JOINT,
     "float16": HALF,
     "plain": {},
@@ -105,7 +105,7 @@ KILLED = {
     "backprop": BACKPROP,
     "float16-backprop": BACKPROP | HALF,
 }
-AT_ONCE = ("refreshed", "patient-joint", "float16")  # each of them has what the slow ones have too
+AT_ONCE = ("ring", "patient-joint", "float16")  # each of them has what the slow ones have too
 
 
 @pytest.mark.parametrize(
@@ -158,12 +158,13 @@ def test_a_signal_finishes_the_batch_and_keeps_it(tmp_path: Path) -> None:
 
 
 def test_a_crash_between_new_views_and_their_record_is_noticed(tmp_path: Path) -> None:
-    mine = trainer(tmp_path / "run", **REFRESHED)
+    mine = trainer(tmp_path / "run", **RING)
     mine.fit(TRAIN, TEST)
     expected = outcome(tmp_path / "run")
     record = mine.run.complete_record(1)
-    assert record.store.generation == 1
-    record.update_store(tmp_path / "run/stage1", generation=-1)  # as it is at the exchange
+    assert record.store.view_numbers == [2, 1]
+    unknown = record.store.ring.with_view(0, -1)  # as it is at the exchange
+    record.update_store(tmp_path / "run/stage1", ring=unknown)
     mine.train_stage(2, again=True)
     found = outcome(tmp_path / "run")
     trained = {name for name in expected if name.startswith("stage1/")}
