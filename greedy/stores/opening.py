@@ -15,7 +15,8 @@ from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.disk_plan import Views
 from greedy.runs.events import Reporter
 from greedy.runs.network import load_stage
-from greedy.runs.record import StageRecord, StoreRecord, channel_moments
+from greedy.runs.record import StoreRecord, channel_moments
+from greedy.runs.state import RunState
 from greedy.stores.refreshing import ViewRefresher
 from greedy.stores.source import WRITE_ROWS, ImagePreparation, Source
 
@@ -25,16 +26,20 @@ class SourceFinder:
     """Opens the sources of a run's stages.
 
     Attributes:
+        state: of the run, whose stage 0 is complete.
         stages: of the network; frozen ones get their weights when they are needed.
-        data: the record of stage 0.
     """
 
-    run: RunDirectory
+    state: RunState
     stages: Sequence[Stage]
-    data: StageRecord
     device: torch.device
     reporter: Reporter
     _frozen: dict[int, Stage] = field(default_factory=dict, repr=False)
+
+    @property
+    def run(self) -> RunDirectory:
+        """The run."""
+        return self.state.run
 
     def for_training(self, number: int, last: int) -> Source:
         """Returns the source that stage ``number`` trains from: the last store up to that of stage
@@ -42,7 +47,7 @@ class SourceFinder:
         training rows are left besides those held out."""
         stored = self._last_stored(last)
         source = self._open(stored, number - 1)
-        rows = self.data.rows["train"]
+        rows = self.state.complete_record(0).rows["train"]
         source.held_out = self.run.recipe.held_out(rows)
         if source.held_out and rows - source.held_out < 2:
             raise UserError(
@@ -89,17 +94,18 @@ class SourceFinder:
         since its images are augmented on reading."""
         if number == 0:
             return math.inf
-        store = self.run.complete_record(number).store
-        return store.views if store and self.run.store_path(number).is_dir() else 0
+        store = self.state.complete_record(number).store
+        return store.views if store and self.state.has_store(number) else 0
 
     def _open(self, stored: int, last: int) -> Source:
         """Returns the source with the store of stage ``stored`` that replays stages up to
         ``last``."""
         settings = self.run.recipe.data
         augmentation = Augmentation.parse(settings.augmentation, settings.cutout_length)
-        images = ImagePreparation(*channel_moments(self.run.recipe, self.data), augmentation)
+        moments = channel_moments(self.run.recipe, self.state.complete_record(0))
+        images = ImagePreparation(*moments, augmentation)
         replayed = range(stored + 1, last + 1)
-        rows = [self.run.complete_record(n).choices.write_batch for n in replayed]
+        rows = [self.state.complete_record(n).choices.write_batch for n in replayed]
         return Source(
             stored,
             self.run.store_path(stored),
@@ -113,7 +119,7 @@ class SourceFinder:
 
     def _load(self, number: int) -> Stage:
         if number not in self._frozen:
-            load_stage(self.run, self.stages[number - 1], self.device)
+            load_stage(self.state, self.stages[number - 1], self.device)
             self._frozen[number] = self.stages[number - 1]
         return self._frozen[number]
 

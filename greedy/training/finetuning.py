@@ -15,6 +15,7 @@ from greedy.recipes import Recipe, from_document
 from greedy.runs.directory import RunDirectory, new_stage
 from greedy.runs.file_table import FileTable
 from greedy.runs.record import ENCODER
+from greedy.runs.state import RunState
 from greedy.stores.changes import require_unchanged_folder
 
 INITIAL = "initial.safetensors"
@@ -36,16 +37,17 @@ def begin_finetuning(
     Raises ``UserError`` if a stage is not finished, what is at ``to`` is something else, or, unless
     with ``ignore_changes``, the image folder has changed that the images were read from.
     """
-    data = source.complete_record(0)
+    data = RunState.read(source).complete_record(0)
     if not ignore_changes:
         require_unchanged_folder(source)
 
     def trained() -> bytes:
+        state = RunState.read(source)
         tensors = {
             f"{number}.{name}": tensor
             for number in range(1, len(data.network) + 1)
             for name, tensor in read_tensors(
-                source.complete_record(number).check_file(source.stage_dir(number), ENCODER)
+                state.complete_record(number).check_file(source.stage_dir(number), ENCODER)
             ).items()
         }
         return safetensors.torch.save(tensors)
