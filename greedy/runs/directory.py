@@ -216,7 +216,7 @@ class RunDirectory:
         return "stale" if self.state(parent.stage) == "stale" else "complete"
 
     def is_stale(self, number: int) -> bool:
-        """Whether a stage is finished and stale."""
+        """Returns whether a stage is finished and stale."""
         return self.state(number) == "stale"
 
     def complete_record(self, number: int) -> StageRecord:
@@ -317,11 +317,13 @@ def stage_numbers(path: Path) -> list[int]:
 
 
 def _is_unstarted(path: Path) -> bool:
-    """Whether a directory holds only what a run leaves that was interrupted before ``run.toml``."""
+    """Returns whether a directory holds only what a run leaves that was interrupted before
+    ``run.toml``."""
     parts = (part_of(Path(name)).name for name in (HOLDER, "run.toml"))
     return {entry.name for entry in path.iterdir()} <= {LOCK, HOLDER, *parts}
 
 
 def _is_source_folder(path: Path) -> bool:
-    """Whether this is the source folder ``cache/`` of a checkout, which may hold a run too."""
+    """Returns whether this is the source folder ``cache/`` of a checkout, which may hold a run
+    too."""
     return path.name == "cache" and (path.parent / "greedy" / "runs" / "directory.py").is_file()
