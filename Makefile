@@ -59,7 +59,7 @@ $(VENV)/.wheel: $(VENV)/bin/python $(SOURCES)
 
 wheel: $(VENV)/.wheel
 
-# Whatever docs/experiments.toml has pending; days, and the same command goes on.
+# All pending experiments of docs/experiments.toml: they take days, and the same command resumes.
 experiments: $(VENV)/.installed
 	$(BENCHMARK)/experiments.py --to $(EXPERIMENTS)
 

@@ -1,5 +1,5 @@
 """Works off docs/experiments.toml: every run of every experiment that is not done, one after the
-other, in a folder outside the repository. The same command goes on where it stopped.
+other, in a folder outside the repository. The same command resumes where it stopped.
 
 A command's `{placeholders}` take every combination of the lists in its entry. Each run ends with
 `greedy evaluate`, whose answer is kept beside it and printed.

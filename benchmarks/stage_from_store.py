@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,15 @@ CLASSES = 10
 CPU = torch.device("cpu")
 
 
+@dataclass(frozen=True, kw_only=True)
 class InMemory(Source):
     """A source whose epochs come from a float32 tensor."""
 
-    def __init__(self, values: Tensor, labels: Tensor) -> None:
-        self.values, self.classes, self.held_out, self.seed = values, labels, 0, 0
-        self.device = CPU
+    values: Tensor
+    classes: Tensor
 
-    def epoch(self, *what: int, **more: int) -> Any:
+    def epoch_batches(self, *what: Any, **more: Any) -> Any:
         return InMemoryEpoch(self.values, self.classes)
-
-    def view(self, *what: Any, **more: Any) -> Iterator[Batch]:
-        return iter(())  # there is no test split to look at
 
 
 class InMemoryEpoch:
@@ -100,9 +98,17 @@ def ratio(network: nn.Sequential, image: Shape, rows: int, pairs: int, directory
     shape = shapes(cut(network), image)[1].input
     values, labels = activations(rows, shape), np.random.default_rng(1).integers(0, CLASSES, rows)
     store = write(directory / "store", values, labels)
-    memory = InMemory(torch.from_numpy(values), torch.from_numpy(labels))
-    test = write(directory / "test", values[:2], labels[:2])
-    disk = Source(1, directory / "store", {"train": store, "test": test}, CPU, 0)
+    stores = {"train": store, "test": write(directory / "test", values[:2], labels[:2])}
+    disk = Source(1, directory / "store", stores, CPU, 0)
+    memory = InMemory(
+        1,
+        directory / "store",
+        stores,
+        CPU,
+        0,
+        values=torch.from_numpy(values),
+        classes=torch.from_numpy(labels),
+    )
 
     def seconds(source: Source) -> float:
         schedule = Milestones(5e-4, 0.25, [])

@@ -32,7 +32,7 @@ from published_step import NETWORKS, EndToEnd, Published, batch
 
 from greedy.base.devices import device_name, pick_device, pick_precision, set_determinism
 from greedy.build.modules import build_loss, build_network
-from greedy.cache import Store, StoreWriter, fit_encoding, pixels
+from greedy.cache import Store, StoreWriter, fit_encoding, pixel_encoding
 from greedy.data import Augmentation
 from greedy.forecasts.bench import peak_flops
 from greedy.losses import Output
@@ -90,7 +90,7 @@ class Waits(EpochBatches):
             yield found
 
 
-@dataclass
+@dataclass(frozen=True)
 class TimedSource(Source):
     """A source whose waits are noted."""
 
@@ -138,7 +138,7 @@ def write_store(path: Path, shape: Shape, rows: int, *, raw: bool) -> Store:
     block = (min(rows, max(1, BLOCK_VALUES // math.prod(shape))), *shape)
     values: np.ndarray
     if raw:
-        values, encoding = random.integers(0, 256, block, np.uint8), pixels(shape)
+        values, encoding = random.integers(0, 256, block, np.uint8), pixel_encoding(shape)
     else:
         values = random.standard_normal(block, dtype=np.float32)
         values = np.where(values > 0, values, np.float32(0.01) * values)

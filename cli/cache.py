@@ -34,13 +34,13 @@ def info(path: Path, as_json: bool) -> None:
 
     Figures about values are from a sample of the training rows.
     """
-    from greedy.cache import describe  # noqa: PLC0415
+    from greedy.cache import store_info  # noqa: PLC0415
 
     run, numbers = _run_and_stages(path)
 
     def describe_stage(number: int) -> "StoreInfo | None":
         has_store = run.store_path(number).is_dir()
-        return describe(run.open_store(number, "train")) if has_store else None
+        return store_info(run.open_store(number, "train")) if has_store else None
 
     infos = {
         number: info

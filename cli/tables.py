@@ -1,4 +1,4 @@
-"""Output: lines, tables of at most 80 columns, JSON for programs, and a sign that work goes on."""
+"""Output: lines, tables of at most 80 columns, JSON for programs, and signs of work in progress."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext

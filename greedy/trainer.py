@@ -44,7 +44,7 @@ class GreedyTrainer:
         model: an ``nn.Sequential``, flat (it is cut before each convolution or linear layer)
             or staged (a Sequential of Sequentials, each of them a stage), see
             ``greedy.models.cut``. Its weights are the first weights; it is not changed.
-        run_dir: the run directory; training goes on where it stopped.
+        run_dir: the run directory; training resumes where it stopped.
         loss: the local loss of every stage but the output layer.
         optimizer: from parameters to an optimiser; by default Adam at ``learning_rate``. Each
             of its groups begins at its own rate, or at ``learning_rate`` where that is given, and

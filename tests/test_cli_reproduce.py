@@ -273,7 +273,7 @@ def test_ctrl_c_prints_what_there_is_and_what_is_not_finished(folder):
         complaint = process.stderr.read()
     assert process.returncode == 130
     assert complaint.startswith("Error: interrupted") and "Traceback" not in complaint
-    assert "the same command goes on" in complaint
+    assert "the same command resumes" in complaint
     shown, notes = table("".join(lines))
     assert [words[-1] for words in shown.values()] == ["1/1", "0/1", "0/1"]
     assert notes[-1] == "unfinished: long.toml, longer.toml"

@@ -1,4 +1,4 @@
-"""`greedy train`: a recipe becomes a run, and the same command goes on with it."""
+"""`greedy train`: a recipe becomes a run, and the same command resumes it."""
 
 import shutil
 import signal
@@ -229,5 +229,5 @@ def test_ctrl_c_leaves_a_run_that_goes_on(run, tmp_path):
         complaint = process.stderr.read()
     assert process.returncode == 130
     assert complaint.startswith("Error: interrupted")
-    assert "the same command goes on" in complaint
+    assert "the same command resumes" in complaint
     assert '"state": "training"' in greedy("status", "--run", "new", "--json").output

@@ -148,7 +148,7 @@ def test_a_limit_is_an_allocator_s(precision: str) -> None:
         assert counter.live == 4000
         _ = torch.zeros(500)
         counter.limit = 0
-        kept.add_(1)  # takes nothing, so it goes on
+        kept.add_(1)  # takes nothing, so it is not stopped
         counter.limit = None
         _ = torch.zeros(1000)
 

@@ -1,4 +1,4 @@
-"""A stage whose steps turn out not to fit goes on as it would have been planned."""
+"""A stage whose steps turn out not to fit continues as it would have been planned."""
 
 import signal
 from functools import cache

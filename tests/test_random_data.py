@@ -1,5 +1,7 @@
 """Temporary stores that stand for those of a run."""
 
+from dataclasses import FrozenInstanceError, replace
+
 import pytest
 import torch
 
@@ -28,16 +30,14 @@ def recipe(**store):
 def source(place, number, shapes, rows=1000, **store):
     (place / "source").mkdir()
     device = torch.device("cpu")
-    return random_source(
-        place / "source", recipe(**store), number, shapes, 3, rows, "float32", device
-    )
+    return random_source(place / "source", recipe(**store), number, shapes, 3, rows, device)
 
 
 def test_activations_are_in_the_form_of_the_recipe(tmp_path):
     found = source(tmp_path, 2, MAPS)
     store = Store(tmp_path / "source" / "train")
     assert (store.encoding.name, store.compressor) == ("uint4", "zstd")
-    assert found.resident is not None
+    assert found.in_memory
     batches = list(found.epoch_batches(2, 0, 24))
     assert {len(batch.labels) for batch in batches} == {24}
     assert len(batches) >= 4
@@ -46,6 +46,14 @@ def test_activations_are_in_the_form_of_the_recipe(tmp_path):
     assert x.isfinite().all()
     assert x.std() > 0.1
     assert set(torch.cat([batch.labels for batch in batches]).tolist()) == {0, 1, 2}
+
+
+def test_a_source_is_complete_when_it_is_made(tmp_path):
+    found = source(tmp_path, 2, MAPS)
+    with pytest.raises(FrozenInstanceError):
+        found.held_out = 8
+    fewer, rows = replace(found, held_out=8), found.stores["train"].rows
+    assert sum(len(batch.labels) for batch in fewer.epoch_batches(2, 0, 24)) == rows - 8
 
 
 def test_a_first_stage_reads_and_augments_images(tmp_path):
@@ -63,7 +71,7 @@ def test_what_a_run_would_read_from_disk_is_read_from_disk(tmp_path, number, sha
     """It is read in windows, of which there are more than are in memory at once."""
     found = source(tmp_path, number, shapes, ram_budget="1KiB")
     store = found.stores["train"]
-    assert found.resident is None
+    assert not found.in_memory
     assert store.rows > 2 * window_chunks(store.chunk_rows) * store.chunk_rows
     assert store.rows % 24 == 0
 
@@ -74,5 +82,5 @@ def test_whether_a_store_is_held_in_memory_is_decided_by_the_rows_of_the_run(tmp
     (tmp_path / "many").mkdir()
     few = source(tmp_path / "few", 2, MAPS, rows=1000, ram_budget="400KiB")
     many = source(tmp_path / "many", 2, MAPS, rows=2000, ram_budget="400KiB")
-    assert few.resident is not None
-    assert many.resident is None
+    assert few.in_memory
+    assert not many.in_memory

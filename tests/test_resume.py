@@ -148,7 +148,7 @@ def test_a_signal_finishes_the_batch_and_keeps_it(tmp_path: Path) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         reporter = KillAt(3, lambda number=number: os.kill(os.getpid(), number))
         cut = trainer(tmp_path / "cut", reporter, checkpoint_minutes=60)
-        with pytest.raises(Interrupted, match="in stage 1 after .* goes on from there") as caught:
+        with pytest.raises(Interrupted, match="in stage 1 after .* resumes there") as caught:
             cut.fit(TRAIN, TEST)
         assert caught.value.signal == number
         progress = tmp_path / "cut/stage1/training/checkpoint/progress.json"
@@ -217,7 +217,7 @@ def test_a_retraining_resumes(
     run = tmp_path / "run"
     trainer(run).fit(TRAIN, TEST)
     expected = outcome(run)
-    with pytest.raises(Interrupted, match="in stage 2 .* the same command goes on from there"):
+    with pytest.raises(Interrupted, match="in stage 2 .* the same command resumes there"):
         trainer(run, Listener(interrupted=2)).train(asked)
     listener = Listener()
     trainer(run, listener).train(again)

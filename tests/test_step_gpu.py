@@ -75,7 +75,7 @@ def test_graphs_leave_no_memory_behind() -> None:
 
 
 def test_graphs_give_way_where_memory_is_short() -> None:
-    """The step goes on in the plain mode, without them."""
+    """The step continues in the plain mode, without them."""
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     torch.cuda.reset_peak_memory_stats()

@@ -258,7 +258,7 @@ def test_weights_that_an_optimizer_spoils_are_not_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", [mode for mode in Mode if mode.streams])
 def test_a_streaming_mode_on_a_cpu_hides_no_error(mode: Mode) -> None:
-    """A run that began on CUDA goes on with one."""
+    """A run that began on CUDA resumes with one."""
 
     def broken(features: Features, y: torch.Tensor) -> torch.Tensor:
         raise ZeroDivisionError("the user's own")

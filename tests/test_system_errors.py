@@ -182,7 +182,7 @@ def test_damage_met_while_training_names_the_repair(tmp_path: Path) -> None:
             trainer(run, **settings).train_stage(2, again=True)
         message = str(caught.value)
         assert "does not match its checksum; `greedy cache repair " in message
-        assert f"{run}/stage1` writes it as it was, then the same command goes on" in message
+        assert f"{run}/stage1` writes it as it was, then the same command resumes" in message
         assert "write the store again" not in message
 
 

@@ -12,7 +12,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 def stop(number: int, frame: FrameType | None) -> None:
     """Handles a signal by stopping at once: for code that loses nothing by it."""
-    raise Interrupted(number, "interrupted: the same command goes on where this one stopped")
+    raise Interrupted(number, "interrupted: the same command resumes where this one stopped")
 
 
 class PostponedSignals:

@@ -127,7 +127,8 @@ class TensorBoard(Reporter):
         data = run.complete_record(0)
         if not _is_picture(data.row_shape):
             return
-        source = SourceFinder(run, [], data, torch.device("cpu"), self).for_training(1, 0)
+        sources = SourceFinder(run, [], data, torch.device("cpu"), self)
+        source = sources.for_training(1, 0, "float32")
         store, images = source.stores["train"], source.images
         assert images is not None and data.store is not None
         values = next(iter(store.batches(0, IMAGES)))

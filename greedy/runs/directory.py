@@ -174,7 +174,7 @@ class RunDirectory:
         """Opens a split of a stage's store. Its errors say how to repair it."""
         if number:
             repair = command("cache", "repair", self.stage_dir(number))
-            advice = f"{repair} writes it as it was, then the same command goes on"
+            advice = f"{repair} writes it as it was, then the same command resumes"
         else:
             advice = "images cannot be computed again: begin another run from the data"
         return Store(self.store_path(number) / split, advice)
@@ -194,7 +194,7 @@ class RunDirectory:
         if record.stage != number:
             raise UserError(
                 f"{directory} holds stage {record.stage}: rename it to its number, or delete it "
-                f"and go on with `greedy train`"
+                f"and resume with `greedy train`"
             )
         return record
 

@@ -219,7 +219,7 @@ class StageRecord(_Document):
             return cls.model_validate(document)
         except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{path} is damaged ({_reason(error)}): delete {directory} and go on with "
+                f"{path} is damaged ({_reason(error)}): delete {directory} and resume with "
                 f"`greedy train`"
             ) from error
 

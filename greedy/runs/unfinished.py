@@ -71,9 +71,9 @@ def require_store_unneeded(run: RunDirectory, number: int) -> None:
         where = f" after {progress}" if progress else ""
         raise UserError(
             f"stage {stage} in {run.path}, interrupted{where}, is trained from stage {number}'s "
-            f"store: go on with it before, or add --force, after which "
+            f"store: resume it first, or add --force, after which "
             f"{command('cache', 'repair', run.stage_dir(number))} has to write the store again "
-            f"before that training can go on"
+            f"before that training can resume"
         )
 
 

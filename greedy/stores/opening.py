@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -11,13 +11,14 @@ from greedy.base.errors import UserError
 from greedy.cache import Store
 from greedy.data import Augmentation
 from greedy.models import Stage
+from greedy.runs.choices import Choices
 from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.disk_plan import Views
 from greedy.runs.events import Reporter
 from greedy.runs.network import load_stage
 from greedy.runs.record import StageRecord, StoreRecord, channel_moments
 from greedy.stores.refreshing import ViewRefresher
-from greedy.stores.source import WRITE_ROWS, ImagePreparation, Source
+from greedy.stores.source import WRITE_ROWS, ImagePreparation, Replayed, Source
 
 
 @dataclass
@@ -36,32 +37,30 @@ class SourceFinder:
     reporter: Reporter
     _frozen: dict[int, Stage] = field(default_factory=dict, repr=False)
 
-    def for_training(self, number: int, last: int) -> Source:
-        """Returns the source that stage ``number`` trains from: the last store up to that of stage
-        ``last``, with its views refreshed if the recipe says so. Raises ``UserError`` if too few
-        training rows are left besides those held out."""
-        stored = self._last_stored(last)
-        source = self._open(stored, number - 1)
+    def for_training(
+        self, number: int, stored: int, precision: str, *, in_memory: bool = False
+    ) -> Source:
+        """Returns the source that stage ``number`` trains from: the store of stage ``stored``, with
+        its views refreshed if the recipe says so. Raises ``UserError`` if too few training rows are
+        left besides those held out."""
         rows = self.data.rows["train"]
-        source.held_out = self.run.recipe.held_out(rows)
-        if source.held_out and rows - source.held_out < 2:
+        held_out = self.run.recipe.held_out(rows)
+        if held_out and rows - held_out < 2:
             raise UserError(
-                f"of {rows} training images {source.held_out} are held out for training.patience, "
+                f"of {rows} training images {held_out} are held out for training.patience, "
                 f"which leaves too few to train on: lower data.holdout"
             )
-        if every := stored and self.run.recipe.refresh_every:
-            source.refresh = ViewRefresher(
-                self.run, stored, every, self._open(0, stored), self.reporter
-            )
-        return source
+        replayed = self._replayed(stored, number - 1, precision)
+        refresh = self._refresher(stored)
+        return self._open(stored, replayed, held_out=held_out, refresh=refresh, in_memory=in_memory)
 
-    def for_writing(self, stage: Stage, views: int, batch: int) -> Source:
-        """Returns the source from which a trained stage's store is written, ``batch`` rows at a
-        time. The source replays the stage itself, so its inputs are the rows of the store."""
-        source = self._open(self.written_from(stage.number, views), stage.number - 1)
-        source.replayed = [*source.replayed, stage]
-        source.replay_rows = min(source.replay_rows, batch)
-        return source
+    def for_writing(self, stage: Stage, views: int, choices: Choices) -> Source:
+        """Returns the source from which a trained stage's store is written. The source replays the
+        stage itself, so its inputs are the rows of the store."""
+        stored = self.written_from(stage.number, views)
+        before = self._replayed(stored, stage.number - 1, choices.precision)
+        rows = min(before.rows, choices.write_batch)
+        return self._open(stored, replace(before, stages=[*before.stages, stage], rows=rows))
 
     def written_from(self, number: int, views: Views) -> int:
         """Returns the stage from whose store stage ``number``'s is written, 0 for the images.
@@ -70,17 +69,17 @@ class SourceFinder:
         generations are drawn from the images. Earlier stores are never used, since the contents
         of a store must not depend on whether they were deleted.
         """
-        stored = self._last_stored(number - 1)
+        stored = self.last_stored(number - 1)
         fewer = views != "live" and self._views(stored) < views
         return 0 if fewer or self.run.recipe.store.refresh_every else stored
 
-    def for_repair(self, number: int, store: StoreRecord) -> Source:
+    def for_repair(self, record: StageRecord, store: StoreRecord) -> Source:
         """Returns the source from which a finished stage's store is computed again: the store it
         was written from, or the images if that no longer exists."""
         stored = store.source if self._views(store.source) >= store.views else 0
-        return self._open(stored, number)
+        return self._open(stored, self._replayed(stored, record.stage, record.choices.precision))
 
-    def _last_stored(self, number: int) -> int:
+    def last_stored(self, number: int) -> int:
         """Returns the last stage up to ``number`` whose store exists."""
         return next(n for n in range(number, -1, -1) if self._views(n))
 
@@ -92,14 +91,34 @@ class SourceFinder:
         store = self.run.complete_record(number).store
         return store.views if store and self.run.store_path(number).is_dir() else 0
 
-    def _open(self, stored: int, last: int) -> Source:
-        """Returns the source with the store of stage ``stored`` that replays stages up to
-        ``last``."""
+    def _refresher(self, stored: int) -> ViewRefresher | None:
+        """Returns what refreshes the views of a stage's store, from the images."""
+        if not (stored and (every := self.run.recipe.refresh_every)):
+            return None
+        precision = self.run.complete_record(stored).choices.precision
+        images = self._open(0, self._replayed(0, stored, precision))
+        return ViewRefresher(self.run, stored, every, images, self.reporter)
+
+    def _replayed(self, stored: int, last: int, precision: str) -> Replayed:
+        """Returns the frozen stages after ``stored`` up to ``last``, which compute as few rows at a
+        time as the store of any of them was written with."""
+        numbers = range(stored + 1, last + 1)
+        rows = [self.run.complete_record(n).choices.write_batch for n in numbers]
+        return Replayed([self._load(n) for n in numbers], min(rows, default=WRITE_ROWS), precision)
+
+    def _open(
+        self,
+        stored: int,
+        replayed: Replayed,
+        *,
+        held_out: int = 0,
+        refresh: ViewRefresher | None = None,
+        in_memory: bool = False,
+    ) -> Source:
+        """Returns the source with the store of stage ``stored``."""
         settings = self.run.recipe.data
         augmentation = Augmentation.parse(settings.augmentation, settings.cutout_length)
         images = ImagePreparation(*channel_moments(self.run.recipe, self.data), augmentation)
-        replayed = range(stored + 1, last + 1)
-        rows = [self.run.complete_record(n).choices.write_batch for n in replayed]
         return Source(
             stored,
             self.run.store_path(stored),
@@ -107,8 +126,10 @@ class SourceFinder:
             self.device,
             self.run.recipe.seed,
             images=images if stored == 0 else None,
-            replayed=[self._load(n) for n in replayed],
-            replay_rows=min(rows, default=WRITE_ROWS),
+            replayed=replayed,
+            held_out=held_out,
+            refresh=refresh,
+            in_memory=in_memory,
         )
 
     def _load(self, number: int) -> Stage:

@@ -42,7 +42,6 @@ class ViewRefresher:
         directory = self.run.stage_dir(self.stored)
         path = self.run.store_path(self.stored) / "train"
         old = self.run.open_store(self.stored, "train")
-        self.source.precision = record.choices.precision
         temporary = _temporary_path(path, record, generation)
         with replacing(path, temporary, resume=True) as new_path:
             written = write_split(

@@ -12,7 +12,7 @@ from greedy.base.errors import UserError
 from greedy.base.files import bytes_below
 from greedy.cache import Damage, Store, verify
 from greedy.cache import repair as cache_repair
-from greedy.cache.metadata import Description
+from greedy.cache.metadata import StoreMetadata
 from greedy.models import Stage
 from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.events import Reporter
@@ -119,32 +119,30 @@ class StoreRepairer:
             return None
         assert record.store is not None
         images = self.run.open_store(0, split)
-        description = cache_repair.describe_store(path) or self._description(record, split)
+        metadata = cache_repair.read_metadata(path) or self._metadata(record, split)
         files = {damage.path.name for damage in damages}
         if "zarr.json" in files:
-            cache_repair.rewrite_metadata(path, description)
+            cache_repair.rewrite_metadata(path, metadata)
         if "c.0" in files:
             cache_repair.rewrite_side_arrays(path, images.labels, images.index)
-        damaged = cache_repair.damaged_shards(path, description)
-        digest = partial(
-            cache_repair.content_digest, path, description, images.labels, images.index
-        )
+        damaged = cache_repair.damaged_shards(path, metadata)
+        digest = partial(cache_repair.content_digest, path, metadata, images.labels, images.index)
         chunks = sum(map(len, damaged.values()))
         if not damaged:
             return Repair(record.stage, split, 0, digest() == record.store.digests[split])
-        rows_of = self._rows(record, split, description)
+        rows_of = self._rows(record, split, metadata)
         for (view, shard), chunks_of in damaged.items():
             cache_repair.rewrite_chunks(
-                path, description, view, shard, chunks_of, partial(rows_of, view)
+                path, metadata, view, shard, chunks_of, partial(rows_of, view)
             )
         if digest() == record.store.digests[split]:
             return Repair(record.stage, split, chunks, True)
-        layout = description.layout
+        layout = metadata.layout
         for view in sorted({view for view, _ in damaged}):
             for shard in range(layout.shards):
                 all_chunks = range(layout.chunks_in(shard))
                 cache_repair.rewrite_chunks(
-                    path, description, view, shard, all_chunks, partial(rows_of, view)
+                    path, metadata, view, shard, all_chunks, partial(rows_of, view)
                 )
         current = self.run.complete_record(record.stage)
         assert current.store is not None
@@ -156,11 +154,11 @@ class StoreRepairer:
         views = len({view for view, _ in damaged})
         return Repair(record.stage, split, views * layout.chunks, False)
 
-    def _description(self, record: StageRecord, split: str) -> Description:
-        """Returns the description of a split whose metadata are damaged, from the other split,
+    def _metadata(self, record: StageRecord, split: str) -> StoreMetadata:
+        """Returns the metadata of a split whose metadata are damaged, from the other split,
         which has the same encoding. Raises ``UserError`` if both are damaged."""
         store, other = record.store, SPLITS[split == SPLITS[0]]
-        intact = cache_repair.describe_store(self.run.store_path(record.stage) / other)
+        intact = cache_repair.read_metadata(self.run.store_path(record.stage) / other)
         if intact is None or store is None:
             retrain = command("train", "--run", self.run.path, "--retrain", record.stage)
             raise UserError(
@@ -168,12 +166,12 @@ class StoreRepairer:
                 f"it again with {retrain}"
             )
         views = store.views if split == "train" else 1
-        return cache_repair.description_of(
+        return cache_repair.new_metadata(
             intact.encoding, intact.compressor, views, record.rows[split]
         )
 
     def _rows(
-        self, record: StageRecord, split: str, description: Description
+        self, record: StageRecord, split: str, metadata: StoreMetadata
     ) -> Callable[[int, int], np.ndarray]:
         """Returns a function from view and chunk to the chunk's rows, which it computes in the same
         batches in which the store was written."""
@@ -182,10 +180,10 @@ class StoreRepairer:
         if split == "train":
             _require_known_views(self.run, store)
         torch.set_num_threads(record.choices.threads)
-        batch, step = record.choices.write_batch, description.layout.chunk_rows
+        batch, step = record.choices.write_batch, metadata.layout.chunk_rows
 
         def rows_of(view: int, chunk: int) -> np.ndarray:
-            rows, parts, computed = description.layout.rows_in(chunk), [], 0
+            rows, parts, computed = metadata.layout.rows_in(chunk), [], 0
             for outputs in output_batches(
                 source, split, view, chunk * step, batch, store.generation
             ):
@@ -202,9 +200,7 @@ class StoreRepairer:
         data = self.run.complete_record(0)
         sources = SourceFinder(self.run, self.stages, data, self.device, Reporter())
         assert record.store is not None
-        source = sources.for_repair(record.stage, record.store)
-        source.precision = record.choices.precision
-        return source
+        return sources.for_repair(record, record.store)
 
 
 def _require_known_views(run: RunDirectory, store: StoreRecord) -> None:

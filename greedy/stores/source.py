@@ -51,7 +51,27 @@ class ImagePreparation:
         return prepare(images, mean, std, augmentation, draws)
 
 
-@dataclass
+@dataclass(frozen=True)
+class Replayed:
+    """Frozen stages that are computed on the fly, for what the store before them gives.
+
+    Attributes:
+        stages: in order.
+        rows: that they compute at a time.
+        precision: that they compute in.
+    """
+
+    stages: Sequence[Stage]
+    rows: int
+    precision: str
+
+    def outputs(self, x: Tensor) -> Tensor:
+        """Computes the last stage's output, float32, of inputs (B, *shape)."""
+        with torch.no_grad(), autocast(x.device.type, self.precision):
+            return replay(self.stages, x, self.rows).float()
+
+
+@dataclass(frozen=True)
 class Source:
     """The store that a stage trains from, and the frozen stages between the two.
 
@@ -63,13 +83,11 @@ class Source:
         seed: of the run.
         images: for stage 0 only, whose rows are augmented again in every epoch; other stores hold
             views.
-        replayed: the frozen stages after the store's, computed on the fly.
-        replay_rows: rows that they compute at a time.
+        replayed: the frozen stages after the store's; ``None`` for none.
         held_out: the number of training rows, the last ones, that are left out of epochs.
         refresh: writes the views of an epoch if the store does not hold them, and returns whether
             it did; ``None`` if views are not refreshed.
-        precision: of the replayed stages.
-        resident: the training split in memory (views, rows, ...), if it is held there.
+        in_memory: whether the training split is loaded, so that its rows are shuffled one by one.
     """
 
     number: int
@@ -78,24 +96,23 @@ class Source:
     device: torch.device
     seed: int
     images: ImagePreparation | None = None
-    replayed: Sequence[Stage] = ()
-    replay_rows: int = WRITE_ROWS
+    replayed: Replayed | None = None
     held_out: int = 0
     refresh: Callable[[int], bool] | None = None
-    precision: str = "float32"
-    resident: np.ndarray | None = field(default=None, repr=False)
+    in_memory: bool = False
+    _loaded: list[np.ndarray] = field(default_factory=list, init=False, repr=False)
 
-    def hold_in_memory(self) -> None:
-        """Loads the training split into memory, so that its rows can be shuffled one by one."""
-        self.resident = self.stores["train"].load()
+    def __post_init__(self) -> None:
+        if self.in_memory:
+            self._loaded.append(self.stores["train"].load())
 
     def refresh_views(self, epoch: int) -> None:
         """Writes the views of an epoch if the store does not hold them."""
         if self.refresh is not None and self.refresh(epoch):
             self.stores["train"] = Store(self.path / "train", self.stores["train"].advice)
-            if self.resident is not None:
-                self.resident = None  # frees the old views before the new ones are loaded
-                self.hold_in_memory()
+            if self.in_memory:
+                self._loaded.clear()  # frees the old views before the new ones are loaded
+                self._loaded.append(self.stores["train"].load())
 
     def epoch_batches(
         self,
@@ -121,7 +138,7 @@ class Source:
             "rows": store.rows - self.held_out,
             "views": store.views,
         }
-        if self.resident is not None:
+        if self.in_memory:
             order = row_order(**options)
         else:
             window_rows = {"rows": LIMITED_WINDOW_ROWS} if classes_per_batch else {}
@@ -133,7 +150,7 @@ class Source:
             else order.batches(batch_size)
         )
         loader = BatchLoader(
-            store if self.resident is None else self.resident,
+            self._loaded[0] if self.in_memory else store,
             store.labels,
             order,
             batches,
@@ -191,10 +208,7 @@ class Source:
         else:  # laid out as stored, which has fewer bytes than float32
             x = self.stores["train"].encoding.decode(preferred_layout(stored))
         x = preferred_layout(x)
-        if not self.replayed:
-            return x.float()
-        with torch.no_grad(), autocast(x.device.type, self.precision):
-            return replay(self.replayed, x, self.replay_rows).float()
+        return self.replayed.outputs(x) if self.replayed else x.float()
 
     def labels(self, labels: np.ndarray) -> Tensor:
         """Returns labels (B,) on the device."""

@@ -1,4 +1,4 @@
-"""How each stage of a run trains: from what, in which memory, with which choices."""
+"""How each stage of a run trains: from which store, in how much memory, with which choices."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -26,7 +26,6 @@ from greedy.runs.events import Reporter, RunOutline
 from greedy.runs.network import stages_of
 from greedy.runs.unfinished import find_training
 from greedy.stores.opening import SourceFinder
-from greedy.stores.source import Source
 from greedy.training.network import NetworkTraining
 from greedy.training.resolve import compiles, resolve, resolve_again, within_budget
 from greedy.training.stage import StageTraining
@@ -37,10 +36,10 @@ class StagePlanner:
     """Plans the stages of a run whose stage 0 is complete.
 
     Attributes:
-        model: the user's network, where the recipe has none.
+        model: the user's network, if the recipe has none.
         loss: the local loss of every stage but the output layer.
-        optimizer: the user's, by default Adam.
-        own_rates: whether it begins at its own learning rates.
+        optimizer: makes the user's optimiser; ``None`` for Adam.
+        own_rates: whether that begins at its own learning rates.
     """
 
     run: RunDirectory
@@ -57,6 +56,10 @@ class StagePlanner:
         """The run's recipe."""
         return self.run.recipe
 
+    @property
+    def _precision(self) -> str:
+        return pick_precision(self.recipe.training.precision, self.device)
+
     def network(self) -> CutNetwork:
         """Returns the run's network without its trained weights."""
         data = self.run.complete_record(0)
@@ -65,12 +68,12 @@ class StagePlanner:
         return CutNetwork(stages, shapes, self.loss, classes)
 
     def plan_memory(self, network: CutNetwork, images: str) -> MemoryPlan:
-        """Plans how steps fit the memory budget, for this and for later; ``images`` is the encoding
-        of stage 0's store."""
+        """Plans how the steps of a network fit the memory budget, and keeps the plan for
+        ``memory``. ``images`` is the encoding of stage 0's store."""
         self._memory = MemoryPlan(
             self.recipe,
             network,
-            pick_precision(self.recipe.training.precision, self.device),
+            self._precision,
             memory_budget(self.recipe, self.device),
             self.device.type,
             self.optimizer or fused_adam,
@@ -112,7 +115,7 @@ class StagePlanner:
         return NetworkTraining(
             run=self.run,
             network=network,
-            source=sources.for_training(1, 0),
+            source=sources.for_training(1, 0, self._precision),
             data=data,
             memory=self.memory().at_once(),
             device=self.device,
@@ -122,53 +125,53 @@ class StagePlanner:
         )
 
     def stage(self, number: int, source: int, views: Views, directory: Path) -> StageTraining:
-        """Returns the training of stage ``number`` in a directory, from the nearest store that is
-        there at or before stage ``source``; an unfinished one goes on as it began."""
+        """Returns the training of stage ``number`` in a directory, from the store of stage
+        ``source`` or of the nearest stage before it that has one. An unfinished training keeps its
+        choices."""
         data, parent = self.run.complete_record(0), self.run.complete_record(number - 1)
         network = self.network()
         stage = network.stages[number - 1]
         sources = SourceFinder(self.run, network.stages, data, self.device, self.reporter)
-        opened = sources.for_training(number, source)
-        written_from = sources.written_from(number, views)
-        memory = self.memory().stage(number, opened.number, written_from)
+        stored, written_from = sources.last_stored(source), sources.written_from(number, views)
+        memory = self.memory().stage(number, stored, written_from)
         start = StartRecord(
             stage=number,
             recipe_digest=parent.recipe_digest,
             parent_lineage=parent.lineage,
-            source=opened.number,
+            source=stored,
             layers=stage.kinds,
-            resolved=self._choices(number, opened, views, memory),
+            resolved=self._choices(number, stored, views, memory),
         )
         if begun := find_training(directory, start, self.reporter):
             choices = within_budget(self.recipe, begun.resolved, memory)
             start = begun.model_copy(update={"resolved": choices})
-        opened.precision = start.resolved.precision
-        if start.resolved.shuffle == "rows":
-            opened.hold_in_memory()
+        in_memory = start.resolved.shuffle == "rows"
         return StageTraining(
             stage=stage,
             shapes=network.shapes[number - 1],
             loss=network.losses("greedy")[number - 1],
             recipe=self.recipe,
-            source=opened,
+            source=sources.for_training(
+                number, stored, start.resolved.precision, in_memory=in_memory
+            ),
             sources=sources,
             start=start,
             parent=parent,
             is_output=number == len(network),
             device=self.device,
             reporter=self.reporter,
-            smaller=partial(self.memory().smaller, number, opened.number, written_from),
+            smaller=partial(self.memory().smaller, number, stored, written_from),
             optimizer=self.optimizer,
             own_rates=self.own_rates,
         )
 
-    def _choices(self, number: int, source: Source, views: Views, memory: Choice) -> Choices:
-        """Repeats the choices of the stage's earlier training from the same source, or makes new
-        ones."""
+    def _choices(self, number: int, stored: int, views: Views, memory: Choice) -> Choices:
+        """Returns the choices of the stage's last training if that was from the store of stage
+        ``stored`` too, else new ones."""
         before = previous_record(self.run, number)
-        if before is not None and before.source == source.number:
+        if before is not None and before.source == stored:
             return resolve_again(self.recipe, before.choices, views, memory)
         hidden = self.memory().network.shapes[number - 1].hidden
-        store = source.stores["train"]
+        store = self.run.open_store(stored, "train")
         compiled = compiles(self.recipe, number, hidden, store.rows, memory, self.device)
         return resolve(self.recipe, store, views, memory, self.device, compiled=compiled)
