@@ -51,7 +51,7 @@ class GreedyTrainer:
             of its groups begins at its own rate, or at ``learning_rate`` where that is given, and
             the schedule scales it.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
-        reporter: is told of progress.
+        reporter: gets the events of a training, for instance to show its progress.
         settings: fields of a recipe's ``data``, ``training`` and ``store`` sections by their
             names, ``seed``, ``stage_layers``, ``memory_budget`` and ``optimizer_state``; for
             instance ``epochs=20, views=4``.
@@ -87,7 +87,8 @@ class GreedyTrainer:
         reporter: Reporter | None = None,
         model: nn.Sequential | None = None,
     ) -> Self:
-        """The trainer of a recipe. ``model`` only where the recipe's network is ``python``."""
+        """Returns the trainer of a recipe. ``model`` is given only if the recipe's network is
+        ``python``; other arguments are those of the class."""
         trainer = cls.__new__(cls)
         trainer._set_up(recipe, run_dir, device, reporter, model, build_loss(recipe.loss))
         return trainer
@@ -114,7 +115,7 @@ class GreedyTrainer:
 
     @property
     def reporter(self) -> Reporter:
-        """What is told of progress; may be replaced between trainings."""
+        """The reporter, which gets the events of a training; may be replaced between trainings."""
         return self._planner.reporter
 
     @reporter.setter
@@ -124,9 +125,16 @@ class GreedyTrainer:
     def fit(
         self, train_set: TorchDataset, test_set: TorchDataset, *, ignore_changes: bool = False
     ) -> list[StageRecord]:
-        """Trains every stage on two map-style data sets, see ``greedy.data.dataset_from_torch``,
-        which ``prepare`` compares with those that are stored. Returns the records of all
-        stages."""
+        """Writes stage 0 and trains every stage, as ``prepare`` and ``train`` do.
+
+        Args:
+            train_set: a map-style data set, see ``greedy.data.dataset_from_torch``.
+            test_set: another one.
+            ignore_changes: whether to use the stored images although the data sets have changed.
+
+        Returns:
+            The records of all stages.
+        """
         data = dataset_from_torch(train_set, test_set, background=self.recipe.data.background)
         self.prepare(data, ignore_changes=ignore_changes)
         return self.train()
@@ -134,9 +142,20 @@ class GreedyTrainer:
     def prepare(
         self, dataset: Dataset, *, again: bool = False, ignore_changes: bool = False
     ) -> StageRecord:
-        """Writes stage 0; where it is there, only makes sure that it is of these data: of others it
-        is written ``again`` if asked to, or kept with ``ignore_changes``. What cannot be trained
-        is refused before anything is written, or once the labels are read."""
+        """Writes stage 0, or checks that the one that is there has these data.
+
+        Args:
+            dataset: the data.
+            again: whether to write stage 0 again if the data have changed.
+            ignore_changes: whether to keep stage 0 if the data have changed.
+
+        Returns:
+            The record of stage 0.
+
+        Raises:
+            UserError: the data have changed, or network or data cannot be trained on, which is
+                checked before anything is written and once the labels are read.
+        """
         state = RunState.read(self.run)
         if is_stage0_current(state, dataset, again=again, ignore=ignore_changes):
             return state.complete_record(0)
@@ -163,10 +182,18 @@ class GreedyTrainer:
                 return write_stage0(self.run, dataset, names, output)
 
     def train(self, retrain_from: int | None = None) -> list[StageRecord]:
-        """Trains every stage that is not complete; from ``retrain_from`` on, also those that
-        are, each once, even if that is cut short and asked for again. Before the first of them it
-        is settled which stores the disk has room for; a store that has to go goes once the next
-        one is written. What was cut short goes on. Returns the records of all stages."""
+        """Trains every stage that is not complete, or resumes its training.
+
+        Before that it is decided which stores the disk has room for; a store without room is
+        deleted once the next one is written.
+
+        Args:
+            retrain_from: also train complete stages again, from this one on. If that is interrupted
+                and asked for again, only those stages are trained that are left.
+
+        Returns:
+            The records of all stages.
+        """
         if retrain_from is None and not os.access(self.run.path, os.W_OK):
             state = RunState.read(self.run)
             if state.is_finished:
@@ -216,7 +243,7 @@ class GreedyTrainer:
     def _train_network(
         self, state: RunState, count: int, retrain_from: int | None
     ) -> list[StageRecord]:
-        """All stages at once."""
+        """Trains all stages at once."""
         strategy = self.recipe.training.strategy
         if retrain_from not in (None, 1):
             raise UserError(
@@ -247,11 +274,23 @@ class GreedyTrainer:
         to: Path | None = None,
         ignore_changes: bool = False,
     ) -> StageRecord:
-        """Trains one stage from the store of stage ``source``, by default the one before it,
-        into ``to``, by default its place in the run. A complete stage is only trained
-        ``again`` if asked to, and stays until the new one is whole. No store is deleted, and
-        the stage gets the views it had, or else those that ``train`` would give it. Where the
-        run's image folder has changed, that is refused without ``ignore_changes``."""
+        """Trains one stage. No store is deleted, and the stage gets as many views as it had, or as
+        ``train`` would give it.
+
+        Args:
+            number: the number of the stage.
+            source: the stage from whose store it is trained, by default the one before it.
+            again: whether to train a complete stage again; it stays until the new one is complete.
+            to: the directory of the stage, by default its place in the run.
+            ignore_changes: whether to use the stored images although their folder has changed.
+
+        Returns:
+            The record of the stage.
+
+        Raises:
+            UserError: the stage cannot be trained as asked, or the folder of the images has
+                changed.
+        """
         if not ignore_changes:
             require_unchanged_folder(self.run)
         with self.run.write_lock():
@@ -303,15 +342,23 @@ class GreedyTrainer:
     def repair(
         self, numbers: Iterable[int], *, dropped: bool = False
     ) -> tuple[list[Repair], list[Damage]]:
-        """Computes again what is damaged in the stores of stages, and stores that were dropped if
-        asked to; returns what was done and what is damaged still. See ``greedy.stores.repair``."""
+        """Computes damaged parts of stores again, see ``greedy.stores.repair``.
+
+        Args:
+            numbers: the numbers of the stages.
+            dropped: whether to write stores again that were dropped.
+
+        Returns:
+            The repairs, and the damage that is left.
+        """
         with self.run.write_lock():
             state = RunState.read(self.run)
             network = self._planner.network(state)
             repairer = StoreRepairer(state, network.stages, self.device, self.reporter)
-            found = [repairer.repair(number, dropped=dropped) for number in numbers]
-        return [r for done, _ in found for r in done], [d for _, left in found for d in left]
+            results = [repairer.repair(number, dropped=dropped) for number in numbers]
+        repairs = [repair for stage_repairs, _ in results for repair in stage_repairs]
+        return repairs, [damage for _, remaining in results for damage in remaining]
 
     def assemble(self, until_stage: int | None = None) -> nn.Sequential:
-        """The trained network, see ``greedy.runs.network.assemble``."""
+        """Returns the trained network, see ``greedy.runs.network.assemble``."""
         return assemble(self.run, self.loss, self._model, until_stage=until_stage)

@@ -262,11 +262,13 @@ def stage_numbers(path: Path) -> list[int]:
 
 
 def _is_unstarted(path: Path) -> bool:
-    """Whether a directory holds only what a run leaves that was interrupted before ``run.toml``."""
+    """Returns whether a directory holds only what a run leaves that was interrupted before
+    ``run.toml``."""
     parts = (part_of(Path(name)).name for name in (HOLDER, "run.toml"))
     return {entry.name for entry in path.iterdir()} <= {LOCK, HOLDER, *parts}
 
 
 def _is_source_folder(path: Path) -> bool:
-    """Whether this is the source folder ``cache/`` of a checkout, which may hold a run too."""
+    """Returns whether this is the source folder ``cache/`` of a checkout, which may hold a run
+    too."""
     return path.name == "cache" and (path.parent / "greedy" / "runs" / "directory.py").is_file()

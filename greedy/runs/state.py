@@ -78,7 +78,7 @@ class RunState:
         return stage.record
 
     def has_store(self, number: int) -> bool:
-        """Whether the activation store of a stage exists."""
+        """Returns whether the activation store of a stage exists."""
         return self._stage(number).has_store
 
     def stage_state(self, number: int) -> StageState:
@@ -99,7 +99,7 @@ class RunState:
         return "stale" if self.is_stale(parent.stage) else "complete"
 
     def is_stale(self, number: int) -> bool:
-        """Whether a stage is finished and stale."""
+        """Returns whether a stage is finished and stale."""
         return self.stage_state(number) == "stale"
 
     def complete_record(self, number: int) -> StageRecord:

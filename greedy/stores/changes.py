@@ -32,7 +32,7 @@ MAX_CHANGE, MEAN_CHANGE = 0.03, 0.01
 def is_stage0_current(
     state: RunState, dataset: Dataset, *, again: bool = False, ignore: bool = False
 ) -> bool:
-    """Whether stage 0 is complete and was written from this data set.
+    """Returns whether stage 0 is complete and was written from this data set.
 
     Args:
         state: of the run.
