@@ -13,7 +13,7 @@ from torch import nn
 from greedy import GreedyTrainer
 
 SETTINGS = {"epochs": 2, "learning_rate": 0.01, "batch_size": 32, "device": "cpu", "seed": 3}
-SETTINGS |= {"precision": "float32"}
+SETTINGS |= {"precision": "float32", "reuse": 0}  # as it was before views were replaced
 KINDS = {
     "mlp": {"views": 2},
     "short-of-memory": {
@@ -22,7 +22,7 @@ KINDS = {
         "encoding": "uint4",
         "memory_budget": "96KiB",
     },
-    "joint": {"strategy": "joint"},
+    "joint": {"strategy": "joint", "views": 4},
 }
 
 

@@ -115,7 +115,7 @@ def test_the_command_line_plans_one_view_and_says_so(tmp_path: Path, monkeypatch
     assert SAYS in asked["disk"]["plan"][0]
     assert len(one["disk"]["plan"]) == len(asked["disk"]["plan"]) - 1
     assert len(answer(*plan, "--views", "live")["disk"]["plan"]) == 1
-    drawn = answer(*plan, "--set", "data.augmentation=hflip")
+    drawn = answer(*plan, "--views", "4", "--set", "data.augmentation=hflip")
     assert drawn["stages"][0]["store_bytes"] > 3 * one["stages"][0]["store_bytes"]
 
 
