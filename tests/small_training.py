@@ -33,7 +33,7 @@ def network(dropout: float = 0.1) -> nn.Sequential:
     return mlp(1, SIDE, CLASSES, hidden_layers=2, hidden_width=16, dropout=dropout)
 
 
-def trainer(run: Path, model: nn.Sequential | None = None, **settings) -> GreedyTrainer:
+def new_trainer(run: Path, model: nn.Sequential | None = None, **settings) -> GreedyTrainer:
     defaults = {"epochs": 2, "learning_rate": 0.01, "batch_size": 32, "views": 2, "device": "cpu"}
     defaults |= {"precision": "float32"}  # what auto takes depends on the machine
     return GreedyTrainer(model or network(), run_dir=run, **(defaults | settings))

@@ -93,11 +93,11 @@ def test_every_flipped_bit_is_reported(stores: list[Path], data: st.DataObject) 
     before = file.read_bytes()
     file.write_bytes(flipped(before, data.draw(st.integers(0, 8 * len(before) - 1))))
     try:
-        found = verify(path)
+        damages = verify(path)
         if harmless(file, before):
-            assert found == []
+            assert damages == []
         else:
-            (damage,) = found
+            (damage,) = damages
             assert str(file.relative_to(path)) in f"{damage.path} {damage.problem}"
     finally:
         file.write_bytes(before)

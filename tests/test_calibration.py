@@ -100,9 +100,9 @@ def test_only_stages_of_the_same_kind_and_precision_say_anything(measured, work)
         for each in known.measured
         if each.work.kind == work.kind and each.work.precision == work.precision
     ]
-    found = known.seconds_a_row(work)
-    assert (found is None) is (not alike)
-    assert found is None or (math.isfinite(found) and found > 0)
+    seconds = known.seconds_a_row(work)
+    assert (seconds is None) is (not alike)
+    assert seconds is None or (math.isfinite(seconds) and seconds > 0)
     assert (known.frozen_seconds_a_row(work) is None) is (not alike)
 
 
@@ -270,10 +270,10 @@ def trained(path, **settings):
 def test_the_rows_that_pass_frozen_stages_are_those_of_a_run(changes, tmp_path):
     run, passed = trained(tmp_path / "run", **changes)
     stages = [run.complete_record(number) for number in range(1, 5)]
-    found = shapes(cut(network()), (1, 4, 4))
+    stage_shapes = shapes(cut(network()), (1, 4, 4))
     unbegun = RunDirectory.create(tmp_path / "unbegun", run.recipe)
     data = run.complete_record(0)
-    disk = plan_disk(unbegun, found, dict(data.rows), data.store.bytes)
+    disk = plan_disk(unbegun, stage_shapes, dict(data.rows), data.store.bytes)
     held_out = 8 if "patience" in changes else 0
     durations = Durations(run.recipe, disk, data.rows, held_out, [WORK] * 4)
     planned = [durations.frozen_rows(stage.stage, stage.source, epochs=3) for stage in stages]
@@ -287,8 +287,8 @@ def test_seconds_are_those_of_all_rows(tmp_path):
     test rows, two views of 80, 20 more, and 80 for the encoding's ranges at 100 a second."""
     twice_drawn = DOCUMENT | {"data": {"name": "python", "augmentation": "hflip"}}
     run = RunDirectory.create(tmp_path / "run", from_document(twice_drawn, name="unbegun"))
-    found = shapes(cut(network()), (1, 4, 4))
-    disk = plan_disk(run, found, {"train": 80, "test": 20}, 1)
+    stage_shapes = shapes(cut(network()), (1, 4, 4))
+    disk = plan_disk(run, stage_shapes, {"train": 80, "test": 20}, 1)
     durations = Durations(run.recipe, disk, {"train": 80, "test": 20}, 0, [WORK] * 4)
     known = calibration(speed(rows_per_second=10, frozen_rows_per_second=100))
     assert durations.seconds(known, 2, 1) == pytest.approx(240 / 10 + 280 / 100)
