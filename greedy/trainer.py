@@ -29,6 +29,7 @@ from greedy.runs.network import assemble
 from greedy.runs.outside import recover_outside
 from greedy.runs.record import StageRecord
 from greedy.runs.retraining import Retraining
+from greedy.runs.state import RunState
 from greedy.runs.unfinished import interrupted_source, stores_needed
 from greedy.stores.changes import is_stage0_current, require_unchanged_folder
 from greedy.stores.repair import Repair, StoreRepairer
@@ -155,8 +156,9 @@ class GreedyTrainer:
             UserError: the data have changed, or network or data cannot be trained on, which is
                 checked before anything is written and once the labels are read.
         """
-        if is_stage0_current(self.run, dataset, again=again, ignore=ignore_changes):
-            return self.run.complete_record(0)
+        state = RunState.read(self.run)
+        if is_stage0_current(state, dataset, again=again, ignore=ignore_changes):
+            return state.complete_record(0)
         if not self.recipe.data.frozen_transforms:
             require_repeatable(dataset)
         shape, classes = dataset.train.shape, len(dataset.class_names or "")
@@ -167,13 +169,14 @@ class GreedyTrainer:
         needed = sum(rows.values()) * math.prod(shape) * dataset.train.dtype.itemsize
         require_free_space(self.run.path, "stage 0", needed)
         memory = self._planner.plan_memory(network, stored_encoding(dataset.train).name)
-        disk = plan_disk(self.run, network.shapes, rows, needed)
+        disk = plan_disk(state, network.shapes, rows, needed)
         memory.require(range(1, len(network) + 1), disk)
         dataset = drop_unreadable_files(self.recipe, dataset, self.reporter)
         self.run.make_directory()
         with self.run.write_lock():
-            if is_stage0_current(self.run, dataset, again=again, ignore=ignore_changes):
-                return self.run.complete_record(0)
+            state = RunState.read(self.run)
+            if is_stage0_current(state, dataset, again=again, ignore=ignore_changes):
+                return state.complete_record(0)
             output = network.shapes[-1].output if self._model else None
             with write_errors_explained(self.run.path, "stage 0", needed):
                 return write_stage0(self.run, dataset, names, output)
@@ -191,30 +194,30 @@ class GreedyTrainer:
         Returns:
             The records of all stages.
         """
-        nothing_to_do = retrain_from is None and self.run.is_finished
-        if nothing_to_do and not os.access(self.run.path, os.W_OK):
-            return self._train(None)
+        if retrain_from is None and not os.access(self.run.path, os.W_OK):
+            state = RunState.read(self.run)
+            if state.is_finished:
+                return self._train(state, None)
         with self.run.write_lock():
-            return self._train(retrain_from)
+            return self._train(RunState.read(self.run), retrain_from)
 
-    def _train(self, retrain_from: int | None) -> list[StageRecord]:
-        count = len(self.run.complete_record(0).network)
+    def _train(self, state: RunState, retrain_from: int | None) -> list[StageRecord]:
+        count = len(state.complete_record(0).network)
         if retrain_from is not None:
-            self.run.require_stage(retrain_from)
+            state.require_stage(retrain_from)
         if self.recipe.training.strategy != "greedy":
-            return self._train_network(count, retrain_from)
-        retraining = Retraining.plan(self.run.path, retrain_from, self.run.is_stale)
+            return self._train_network(state, count, retrain_from)
+        retraining = Retraining.plan(self.run.path, retrain_from, state.is_stale)
         first = retraining.left if retraining else count + 1
         numbers = range(1, count + 1)
-        todo = [n for n in numbers if n >= first or self.run.record(n) is None]
+        todo = [n for n in numbers if n >= first or state.record(n) is None]
         if not todo:
-            self._announce(todo)
-            return [self._skip(number) for number in numbers]
-        plan = self._planner.disk(first)
-        self._planner.memory().require(
-            todo, plan
-        )  # what cannot be trained is refused before anything is
-        self._announce(todo)
+            self._announce(state, todo)
+            return [self._skip(state, number) for number in numbers]
+        plan = self._planner.disk(state, first)
+        # What cannot be trained is refused before anything is.
+        self._planner.memory(state).require(todo, plan)
+        self._announce(state, todo)
         self.reporter.disk_planned(plan)
         if retraining:
             retraining.write(self.run.path)
@@ -222,19 +225,24 @@ class GreedyTrainer:
         for number in numbers:
             if number == first:
                 self.run.drop_stores(*plan.dropped_first)
+                state = state.read_again(*plan.dropped_first)
             if number in todo:
                 path, views = self.run.stage_dir(number), plan.views(number)
-                record = self._train_stage(number, None, path, views)
+                record = self._train_stage(state, number, None, path, views)
             else:
-                record = self._skip(number)
+                record = self._skip(state, number)
             records.append(record)
             due = {n for done in range(1, number + 1) for n in plan.dropped_after(done)}
-            self.run.drop_stores(*due.difference(stores_needed(self.run)))
+            due -= stores_needed(self.run)
+            self.run.drop_stores(*due)
+            state = state.read_again(number, *due)
             if retraining and number >= first:
                 retraining.mark_done(number, self.run.path, last=number == count)
         return records
 
-    def _train_network(self, count: int, retrain_from: int | None) -> list[StageRecord]:
+    def _train_network(
+        self, state: RunState, count: int, retrain_from: int | None
+    ) -> list[StageRecord]:
         """Trains all stages at once."""
         strategy = self.recipe.training.strategy
         if retrain_from not in (None, 1):
@@ -242,18 +250,18 @@ class GreedyTrainer:
                 f"training by {strategy} trains all stages at once: give --retrain without a stage"
             )
         numbers = range(1, count + 1)
-        if self.run.is_finished and retrain_from is None:
-            self._announce(())
-            return [self._skip(number) for number in numbers]
-        training = self._planner.whole_network()
-        self._announce(numbers)
+        if state.is_finished and retrain_from is None:
+            self._announce(state, ())
+            return [self._skip(state, number) for number in numbers]
+        training = self._planner.whole_network(state)
+        self._announce(state, numbers)
         return training.train()
 
-    def _announce(self, numbers: Iterable[int]) -> None:
-        self.reporter.run_started(self._planner.outline(numbers))
+    def _announce(self, state: RunState, numbers: Iterable[int]) -> None:
+        self.reporter.run_started(self._planner.outline(state, numbers))
 
-    def _skip(self, number: int) -> StageRecord:
-        record = self.run.complete_record(number)
+    def _skip(self, state: RunState, number: int) -> StageRecord:
+        record = state.complete_record(number)
         self.reporter.stage_skipped(record)
         return record
 
@@ -286,12 +294,12 @@ class GreedyTrainer:
         if not ignore_changes:
             require_unchanged_folder(self.run)
         with self.run.write_lock():
-            return self._train_alone(number, source, again, to)
+            return self._train_alone(RunState.read(self.run), number, source, again, to)
 
     def _train_alone(
-        self, number: int, source: int | None, again: bool, to: Path | None
+        self, state: RunState, number: int, source: int | None, again: bool, to: Path | None
     ) -> StageRecord:
-        self.run.require_stage(number)
+        state.require_stage(number)
         if (strategy := self.recipe.training.strategy) != "greedy":
             raise UserError(
                 f"this run trains all stages at once, by {strategy}: use "
@@ -302,25 +310,25 @@ class GreedyTrainer:
         source = number - 1 if source is None else source
         if not 0 <= source < number:
             raise UserError(f"stage {number} cannot train from stage {source}: give an earlier one")
-        if not again and to is None and self.run.record(number) is not None:
-            self._announce(())
-            return self._skip(number)
-        parent = self.run.complete_record(number - 1)
+        if not again and to is None and state.record(number) is not None:
+            self._announce(state, ())
+            return self._skip(state, number)
+        parent = state.complete_record(number - 1)
         if to is not None and (record := recover_outside(to, parent)):
-            self._announce(())
+            self._announce(state, ())
             self.reporter.stage_finished(record)
             return record
-        before = previous_record(self.run, number)
-        views = before.choices.views if before else self._planner.disk().views(number)
-        self._announce([number])
-        return self._train_stage(number, source, to or self.run.stage_dir(number), views)
+        before = previous_record(state, number)
+        views = before.choices.views if before else self._planner.disk(state).views(number)
+        self._announce(state, [number])
+        return self._train_stage(state, number, source, to or self.run.stage_dir(number), views)
 
     def _train_stage(
-        self, number: int, source: int | None, directory: Path, views: Views
+        self, state: RunState, number: int, source: int | None, directory: Path, views: Views
     ) -> StageRecord:
-        source = interrupted_source(self.run, number, directory) if source is None else source
-        training = self._planner.stage(number, source, views, directory)
-        before = previous_record(self.run, number)
+        source = interrupted_source(state, number, directory) if source is None else source
+        training = self._planner.stage(state, number, source, views, directory)
+        before = previous_record(state, number)
         if before and directory == self.run.stage_dir(number):
             training.written_before = before.bytes_written
         full = write_errors_explained(self.run.path, f"stage {number}")
@@ -344,8 +352,9 @@ class GreedyTrainer:
             The repairs, and the damage that is left.
         """
         with self.run.write_lock():
-            network = self._planner.network()
-            repairer = StoreRepairer(self.run, network.stages, self.device, self.reporter)
+            state = RunState.read(self.run)
+            network = self._planner.network(state)
+            repairer = StoreRepairer(state, network.stages, self.device, self.reporter)
             results = [repairer.repair(number, dropped=dropped) for number in numbers]
         repairs = [repair for stage_repairs, _ in results for repair in stage_repairs]
         return repairs, [damage for _, remaining in results for damage in remaining]

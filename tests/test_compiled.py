@@ -103,7 +103,7 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(tmp_path: Path) -> None:
         "import sys, pathlib; sys.path.insert(0, sys.argv[1])\n"
         "from test_compiled import *\n"
         "notes, run = Notes(), pathlib.Path(sys.argv[2])\n"
-        "records = trainer(run, notes, compile='on').fit(samples(96), samples(32))\n"
+        "records = new_trainer(run, notes, compile='on').fit(samples(96), samples(32))\n"
         "print(notes.failures, [r.choices.compile for r in records], sep='\\n')\n"
     )
     environment = os.environ | {
