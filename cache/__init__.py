@@ -4,9 +4,9 @@ Knows arrays, never networks. A store is a plain Zarr v3 group of ``activations`
 ``labels`` and ``index`` that any Zarr library opens.
 """
 
-from greedy.cache.encodings import ENCODINGS, Encoding, fit_encoding, pixels
+from greedy.cache.encodings import ENCODINGS, Encoding, fit_encoding, pixel_encoding
 from greedy.cache.errors import DamagedStore, NonFiniteActivation, StoreError
-from greedy.cache.inspection import StoreInfo, describe
+from greedy.cache.inspection import StoreInfo, store_info
 from greedy.cache.layout import Layout
 from greedy.cache.loader import BatchLoader, StoredBatch
 from greedy.cache.order import (
@@ -28,7 +28,7 @@ __all__ = [
     "COMPRESSORS",
     "Encoding",
     "fit_encoding",
-    "pixels",
+    "pixel_encoding",
     "Layout",
     "StoreWriter",
     "StoreSummary",
@@ -43,7 +43,7 @@ __all__ = [
     "StoredBatch",
     "BatchLoader",
     "StoreInfo",
-    "describe",
+    "store_info",
     "Damage",
     "verify",
     "StoreError",

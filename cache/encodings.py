@@ -83,7 +83,7 @@ class Encoding:
 
     @property
     def row_size(self) -> int:
-        """Values in a row."""
+        """Number of values in a row."""
         return math.prod(self.row_shape)
 
     @property
@@ -134,7 +134,8 @@ class Encoding:
         return levels.float().sub_(zero_point).mul_(scale)
 
     def decode_array(self, stored: NDArray[Any]) -> NDArray[np.float32]:
-        """Does what ``decode`` does for NumPy arrays, to the same numbers, bit for bit."""
+        """Converts a NumPy array ``(n, *stored_shape)`` to float32 ``(n, *row_shape)``, bit for bit
+        as ``decode`` does."""
         if self.name == "bfloat16":
             return (stored.astype(np.uint32) << 16).view(np.float32)
         if self.scale is None or self.zero_point is None:
@@ -201,8 +202,8 @@ class Encoding:
         return table.reshape(-1, *[1] * (len(self.row_shape) - 1 - channel_axis(self.row_shape)))
 
     def _tables_on(self, device: "torch.device") -> "tuple[torch.Tensor, torch.Tensor]":
-        """Returns scale and zero point on the device, copied there once: a copy would make each
-        batch wait."""
+        """Returns scale and zero point on a device. They are copied there once, so that no batch
+        waits for a copy."""
         import torch  # noqa: PLC0415
 
         if device not in self._tables:
@@ -249,7 +250,7 @@ def fit_encoding(name: str, sample: NDArray[np.float32]) -> Encoding:
     return Encoding(name, row_shape, scale, zero_point)
 
 
-def pixels(row_shape: tuple[int, ...]) -> Encoding:
+def pixel_encoding(row_shape: tuple[int, ...]) -> Encoding:
     """Returns the encoding of raw uint8 images (C, H, W), which decode to [0, 1]."""
     channels = row_shape[0]
     scale = np.full(channels, 1 / 255, np.float32)

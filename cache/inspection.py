@@ -49,7 +49,7 @@ class StoreInfo:
     edges: tuple[float, ...]
 
 
-def describe(store: Store) -> StoreInfo:
+def store_info(store: Store) -> StoreInfo:
     """Measures a store: its sizes, and the values in at most ``SAMPLE_CHUNKS`` chunks, spread over
     all views.
 

@@ -8,9 +8,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import google_crc32c
 import numpy as np
 
+from greedy.cache.checksum import crc32c
 from greedy.cache.encodings import Encoding
 from greedy.cache.errors import DamagedStore, StoreError
 from greedy.cache.layout import Layout
@@ -27,8 +27,14 @@ _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 
 
 @dataclass(frozen=True)
-class Description:
-    """A store as its metadata describe it."""
+class StoreMetadata:
+    """The metadata of a store.
+
+    Attributes:
+        layout: how rows are divided into chunks and shards.
+        encoding: how values are stored.
+        compressor: "lz4", "zstd" or "none".
+    """
 
     layout: Layout
     encoding: Encoding
@@ -63,8 +69,13 @@ class Description:
         return {path: json.dumps(entry, indent=1).encode() for path, entry in documents.items()}
 
 
-def parse(group: bytes, activations: bytes, where: str) -> Description:
-    """Reads the description in the ``zarr.json`` of a group and in that of its activations.
+def parse_metadata(group: bytes, activations: bytes, where: str) -> StoreMetadata:
+    """Returns the metadata of a store.
+
+    Args:
+        group: the contents of the group's ``zarr.json``.
+        activations: the contents of the activations' ``zarr.json``.
+        where: the store, for messages.
 
     The files may come from a stranger: sizes in them are bounded, and everything else must be
     exactly what this version writes.
@@ -95,43 +106,43 @@ def parse(group: bytes, activations: bytes, where: str) -> Description:
         raise StoreError(f"{where} has metadata that cannot be read: {error}") from error
     if compressor not in COMPRESSORS:
         raise StoreError(f"{where} uses the unknown compressor {compressor!r}")
-    description = Description(Layout(views, rows, chunk_rows, shard_rows), encoding, compressor)
+    metadata = StoreMetadata(Layout(views, rows, chunk_rows, shard_rows), encoding, compressor)
     possible = (
         shard_rows % chunk_rows == 0
         and shard_rows // chunk_rows <= MAX_SHARD_CHUNKS
-        and description.chunk_bytes <= MAX_CHUNK_BYTES
+        and metadata.chunk_bytes <= MAX_CHUNK_BYTES
     )
-    expected = _activations(description)
+    expected = _activations(metadata)
     if not possible or any(array.get(key) != value for key, value in expected.items()):
         raise StoreError(f"{where}/activations is not laid out as its attributes say")
-    if attributes != _attributes(description):
+    if attributes != _attributes(metadata):
         raise DamagedStore(
             f"{where} has metadata that do not match their checksum; write the store again"
         )
-    return description
+    return metadata
 
 
-def _attributes(description: Description) -> dict[str, Any]:
-    """Returns what Zarr's own metadata do not say, with a CRC32C over both, so that a scale in
-    which a bit was flipped is noticed."""
+def _attributes(metadata: StoreMetadata) -> dict[str, Any]:
+    """Returns the attributes of a store, with a CRC32C over these and the activations' metadata, so
+    that a flipped bit in a scale is noticed."""
     attributes: dict[str, Any] = {
         "format": FORMAT,
-        "row_shape": list(description.encoding.row_shape),
-        "encoding": description.encoding.to_json(),
-        "compressor": description.compressor,
+        "row_shape": list(metadata.encoding.row_shape),
+        "encoding": metadata.encoding.to_json(),
+        "compressor": metadata.compressor,
     }
-    text = json.dumps([attributes, _activations(description)])
-    return attributes | {"crc32c": google_crc32c.value(text.encode())}
+    text = json.dumps([attributes, _activations(metadata)])
+    return attributes | {"crc32c": crc32c(text.encode())}
 
 
-def _activations(description: Description) -> dict[str, Any]:
-    layout, encoding = description.layout, description.encoding
+def _activations(metadata: StoreMetadata) -> dict[str, Any]:
+    layout, encoding = metadata.layout, metadata.encoding
     dtype, row = encoding.stored_dtype, encoding.stored_shape
     codecs: list[dict[str, Any]] = [_BYTES]
-    if description.compressor != "none":
+    if metadata.compressor != "none":
         blosc = {
             "typesize": dtype.itemsize,
-            "cname": description.compressor,
+            "cname": metadata.compressor,
             "clevel": BLOSC_LEVEL,
             "shuffle": "bitshuffle",
             "blocksize": 0,

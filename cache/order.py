@@ -1,7 +1,7 @@
 """The order of one epoch: a pure function of seed, epoch and sizes.
 
-A store in RAM is permuted row by row. A store on disk is read by chunks: they are permuted and
-dealt into windows, and the rows of a window are mixed.
+A store in memory is permuted row by row. A store on disk is read by chunks: they are permuted and
+divided into windows, and the rows of a window are mixed.
 """
 
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ MAX_WINDOW_CHUNKS = 64
 LIMITED_WINDOW_ROWS = 8192
 """The least number of rows in a window where batches have limited classes."""
 
-# Limited classes: a batch covers at least MIN_CLASSES, searched for among LOOKAHEAD samples.
+# With limited classes: a batch covers at least MIN_CLASSES, searched for among LOOKAHEAD samples.
 MIN_CLASSES = 10
 LOOKAHEAD = 200
 
@@ -87,7 +87,7 @@ def window_chunks(chunk_rows: int, rows: int | None = None) -> int:
 
 
 def row_order(*, seed: int, epoch: int, rows: int, views: int) -> EpochOrder:
-    """Returns the order for a store in RAM: rows permuted, a view drawn for each.
+    """Returns the order for a store in memory: rows permuted, a view drawn for each.
 
     Each row is read from every view once in ``views`` epochs.
     """

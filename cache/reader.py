@@ -12,7 +12,7 @@ from greedy.cache import shards
 from greedy.cache.encodings import Encoding
 from greedy.cache.errors import ADVICE, DamagedStore, StoreError
 from greedy.cache.layout import Layout
-from greedy.cache.metadata import parse
+from greedy.cache.metadata import parse_metadata
 from greedy.cache.sources import open_source
 from greedy.cache.threads import background, in_order
 
@@ -61,10 +61,10 @@ class Store:
         activations = self._source.whole("activations/zarr.json")
         if group is None or activations is None:
             raise StoreError(f"{self._source} is not a finished activation store; write it first")
-        self._description = parse(group, activations, str(self._source))
-        self.layout = self._description.layout
-        self.encoding = self._description.encoding
-        self.compressor = self._description.compressor
+        self._metadata = parse_metadata(group, activations, str(self._source))
+        self.layout = self._metadata.layout
+        self.encoding = self._metadata.encoding
+        self.compressor = self._metadata.compressor
         self.labels = self._side_array("labels")
         self.index = self._side_array("index")
         self._indexes: dict[str, NDArray[np.uint64]] = {}
@@ -110,7 +110,7 @@ class Store:
         """
         if not (0 <= view < self.views and 0 <= chunk < self.layout.chunks):
             raise IndexError(f"chunk {chunk} of view {view} is outside the store")
-        shape = self._description.chunk_shape
+        shape = self._metadata.chunk_shape
         if out is not None and out.shape == shape and out.flags.c_contiguous:
             self._decode(view, chunk, out)
             return out
@@ -220,7 +220,7 @@ class Store:
     def _span(self, view: int, chunk: int) -> tuple[str, str, int, int]:
         """Returns a chunk's file, its name for messages, and its offset and size in the file."""
         shard, slot = divmod(chunk, self.layout.shard_chunks)
-        key = self._description.shard_key(view, shard)
+        key = self._metadata.shard_key(view, shard)
         where = f"{self._source}/{key}: chunk {chunk} of view {view}"
         if key not in self._indexes:
             slots = self.layout.shard_chunks
@@ -228,7 +228,7 @@ class Store:
             if tail is None:
                 raise DamagedStore(f"{where} is in a missing shard; write the store again")
             self._indexes[key] = shards.parse_index(tail, slots, where)
-        chunk_bytes = self._description.chunk_bytes
+        chunk_bytes = self._metadata.chunk_bytes
         entry = shards.chunk_span(self._indexes[key], slot, chunk_bytes, self.compressor, where)
         return key, where, *entry
 

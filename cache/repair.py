@@ -12,28 +12,28 @@ from greedy.cache.encodings import Encoding
 from greedy.cache.errors import StoreError
 from greedy.cache.files import write_whole
 from greedy.cache.layout import Layout
-from greedy.cache.metadata import SIDE_ARRAYS, Description, parse
+from greedy.cache.metadata import SIDE_ARRAYS, StoreMetadata, parse_metadata
 from greedy.cache.verification import shard_damage
 from greedy.cache.writer import encode_rows
 
 
-def describe_store(path: Path) -> Description | None:
+def read_metadata(path: Path) -> StoreMetadata | None:
     """Reads a store's metadata; returns ``None`` if they are damaged or missing."""
     try:
         group, array = (path / "zarr.json", path / "activations" / "zarr.json")
-        return parse(group.read_bytes(), array.read_bytes(), str(path))
+        return parse_metadata(group.read_bytes(), array.read_bytes(), str(path))
     except (OSError, StoreError):
         return None
 
 
-def description_of(encoding: Encoding, compressor: str, views: int, rows: int) -> Description:
-    """Returns the description of a store that ``StoreWriter`` would write."""
-    return Description(Layout.fit(views, rows, encoding), encoding, compressor)
+def new_metadata(encoding: Encoding, compressor: str, views: int, rows: int) -> StoreMetadata:
+    """Returns the metadata of a store that ``StoreWriter`` would write."""
+    return StoreMetadata(Layout.fit(views, rows, encoding), encoding, compressor)
 
 
-def rewrite_metadata(path: Path, description: Description) -> None:
+def rewrite_metadata(path: Path, metadata: StoreMetadata) -> None:
     """Writes every ``zarr.json`` again."""
-    for name, document in description.documents().items():
+    for name, document in metadata.documents().items():
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         write_whole(path / name, document)
 
@@ -45,21 +45,21 @@ def rewrite_side_arrays(path: Path, labels: NDArray[np.int64], index: NDArray[np
         write_whole(path / name / "c.0", shards.with_crc(array.astype("<i8").tobytes()))
 
 
-def damaged_shards(path: Path, description: Description) -> dict[tuple[int, int], Collection[int]]:
-    """Finds the damaged chunks: their slots by (view, shard). Where a shard is damaged as a whole,
-    these are all its slots."""
+def damaged_shards(path: Path, metadata: StoreMetadata) -> dict[tuple[int, int], Collection[int]]:
+    """Finds the damaged chunks of a store. Returns their slots by (view, shard); those of a shard
+    that is damaged as a whole are all its slots."""
     damaged: dict[tuple[int, int], Collection[int]] = {}
-    for view in range(description.layout.views):
-        for shard in range(description.layout.shards):
-            if damage := shard_damage(path, description, view, shard):
-                slots = range(description.layout.chunks_in(shard))
+    for view in range(metadata.layout.views):
+        for shard in range(metadata.layout.shards):
+            if damage := shard_damage(path, metadata, view, shard):
+                slots = range(metadata.layout.chunks_in(shard))
                 damaged[view, shard] = slots if isinstance(damage, str) else damage.keys()
     return damaged
 
 
 def rewrite_chunks(
     path: Path,
-    description: Description,
+    metadata: StoreMetadata,
     view: int,
     shard: int,
     slots: Collection[int],
@@ -71,23 +71,23 @@ def rewrite_chunks(
         slots: numbers of chunks in the shard, from 0.
         rows_of: returns the decoded rows, (n, *row_shape), of a chunk of the view.
     """
-    layout, file = description.layout, path / description.shard_key(view, shard)
+    layout, file = metadata.layout, path / metadata.shard_key(view, shard)
     file.parent.mkdir(parents=True, exist_ok=True)
-    kept = {}
+    intact = {}
     if len(slots) < layout.chunks_in(shard):
         data, size = file.read_bytes(), shards.index_bytes(layout.shard_chunks)
         index = shards.parse_index(data[-size:], layout.shard_chunks, str(file))
         for slot in range(layout.chunks_in(shard)):
             start, length = (int(entry) for entry in index[slot])
-            kept[slot] = data[start : start + length]
+            intact[slot] = data[start : start + length]
     writer = shards.ShardWriter(file, layout.shard_chunks)
     try:
         for slot in range(layout.chunks_in(shard)):
             if slot in slots:
                 rows = rows_of(shard * layout.shard_chunks + slot)
-                writer.append(encode_rows(rows, description))
+                writer.append(encode_rows(rows, metadata))
             else:
-                writer.append(kept[slot])
+                writer.append(intact[slot])
         writer.close()
     except BaseException:
         writer.discard()
@@ -95,13 +95,13 @@ def rewrite_chunks(
 
 
 def content_digest(
-    path: Path, description: Description, labels: NDArray[np.int64], index: NDArray[np.int64]
+    path: Path, metadata: StoreMetadata, labels: NDArray[np.int64], index: NDArray[np.int64]
 ) -> str:
     """Computes ``StoreSummary.digest`` from the files on disk."""
     digest = hashlib.blake2b()
     for array in (labels, index):
         digest.update(array.astype("<i8").tobytes())
-    for view in range(description.layout.views):
-        for shard in range(description.layout.shards):
-            digest.update(shards.shard_digest(path / description.shard_key(view, shard)))
+    for view in range(metadata.layout.views):
+        for shard in range(metadata.layout.shards):
+            digest.update(shards.shard_digest(path / metadata.shard_key(view, shard)))
     return digest.hexdigest()

@@ -11,7 +11,8 @@ Result = TypeVar("Result")
 
 @contextmanager
 def background(threads: int) -> Iterator[ThreadPoolExecutor]:
-    """Gives a pool of threads; on leaving, jobs not begun are dropped and the others awaited."""
+    """Gives a pool of threads. At the end of the ``with``, jobs that have not begun are dropped and
+    the others waited for."""
     pool = ThreadPoolExecutor(threads, thread_name_prefix="greedy-cache")
     try:
         yield pool

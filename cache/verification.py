@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from greedy.cache import shards
 from greedy.cache.errors import DamagedStore, StoreError
-from greedy.cache.metadata import SIDE_ARRAYS, Description, parse
+from greedy.cache.metadata import SIDE_ARRAYS, StoreMetadata, parse_metadata
 from greedy.cache.threads import background, in_order
 
 THREADS = 2
@@ -43,20 +43,20 @@ def verify(path: Path) -> list[Damage]:
     only labels and index are checked. Files are read, not mapped, so that a disk that cannot read
     one is reported like other damage. Memory: one chunk for each thread.
     """
-    description, damages = _description(path)
-    rows = description.layout.rows if description else None
+    metadata, damages = _read_metadata(path)
+    rows = metadata.layout.rows if metadata else None
     jobs: list[Callable[[], list[Damage]]] = [
         partial(_verify_side_array, path / name / "c.0", rows) for name in SIDE_ARRAYS
     ]
-    if description:
+    if metadata:
         jobs += [
             partial(_verify_document, path / name, text)
-            for name, text in description.documents().items()
+            for name, text in metadata.documents().items()
         ]
         jobs += [
-            partial(_verify_shard, path, description, view, shard)
-            for view in range(description.layout.views)
-            for shard in range(description.layout.shards)
+            partial(_verify_shard, path, metadata, view, shard)
+            for view in range(metadata.layout.views)
+            for shard in range(metadata.layout.shards)
         ]
     with background(THREADS) as pool:
         for more in in_order(pool, jobs, 2 * THREADS):
@@ -64,8 +64,8 @@ def verify(path: Path) -> list[Damage]:
     return damages
 
 
-def _description(path: Path) -> tuple[Description | None, list[Damage]]:
-    """Reads the metadata; returns the description, or the damage to them."""
+def _read_metadata(path: Path) -> tuple[StoreMetadata | None, list[Damage]]:
+    """Reads the metadata of a store. Returns them, or ``None`` and the damage to them."""
     texts, damages = [], []
     for file in (path / "zarr.json", path / "activations" / "zarr.json"):
         try:
@@ -78,7 +78,7 @@ def _description(path: Path) -> tuple[Description | None, list[Damage]]:
     if damages:
         return None, damages
     try:
-        return parse(texts[0], texts[1], str(path)), []
+        return parse_metadata(texts[0], texts[1], str(path)), []
     except StoreError as error:
         return None, [Damage(path / "zarr.json", f"does not fit activations/zarr.json: {error}")]
 
@@ -107,11 +107,15 @@ def _verify_side_array(file: Path, rows: int | None) -> list[Damage]:
 
 
 def shard_damage(
-    root: Path, description: Description, view: int, shard: int
+    root: Path, metadata: StoreMetadata, view: int, shard: int
 ) -> dict[int, str] | str:
-    """Finds what is wrong with the chunks of a shard, by their slots, or with the shard as a whole,
-    as one text."""
-    path, layout = root / description.shard_key(view, shard), description.layout
+    """Finds the damage to a shard.
+
+    Returns:
+        What is wrong with each damaged chunk, by its slot; or, if the shard is damaged as a whole,
+        what is wrong with that.
+    """
+    path, layout = root / metadata.shard_key(view, shard), metadata.layout
     first, slots = shard * layout.shard_chunks, layout.shard_chunks
     try:
         with path.open("rb") as file:
@@ -121,7 +125,7 @@ def shard_damage(
             damages = {}
             for slot in range(layout.chunks_in(shard)):
                 where = f"chunk {first + slot} of view {view}"
-                damage = _chunk_damage(file, description, index, slot, where)
+                damage = _chunk_damage(file, metadata, index, slot, where)
                 if damage is not None:
                     damages[slot] = damage
             return damages
@@ -131,19 +135,19 @@ def shard_damage(
         return str(error)
 
 
-def _verify_shard(root: Path, description: Description, view: int, shard: int) -> list[Damage]:
-    file = root / description.shard_key(view, shard)
-    damage = shard_damage(root, description, view, shard)
+def _verify_shard(root: Path, metadata: StoreMetadata, view: int, shard: int) -> list[Damage]:
+    file = root / metadata.shard_key(view, shard)
+    damage = shard_damage(root, metadata, view, shard)
     if isinstance(damage, str):
         return [Damage(file, damage)]
     return [Damage(file, problem) for problem in damage.values()]
 
 
 def _chunk_damage(
-    shard: BinaryIO, description: Description, index: NDArray[np.uint64], slot: int, where: str
+    shard: BinaryIO, metadata: StoreMetadata, index: NDArray[np.uint64], slot: int, where: str
 ) -> str | None:
-    compressor = description.compressor
-    chunk = np.empty(description.chunk_shape, description.encoding.stored_dtype)
+    compressor = metadata.compressor
+    chunk = np.empty(metadata.chunk_shape, metadata.encoding.stored_dtype)
     try:
         offset, size = shards.chunk_span(index, slot, chunk.nbytes, compressor, where)
         shard.seek(offset)
@@ -159,8 +163,8 @@ def _chunk_damage(
 
 
 def unreadable(file: Path, error: OSError) -> Damage:
-    """Returns the damage to a file that an error in reading it shows. Raises the error where the
-    cause is a limit of this process, such as its number of open files."""
+    """Returns the damage to a file that could not be read. Raises the error if its cause is a limit
+    of this process, such as its number of open files."""
     if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         raise error
     if isinstance(error, FileNotFoundError):

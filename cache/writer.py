@@ -16,7 +16,7 @@ from greedy.cache.encodings import Encoding
 from greedy.cache.errors import StoreError
 from greedy.cache.files import write_whole
 from greedy.cache.layout import Layout
-from greedy.cache.metadata import SIDE_ARRAYS, Description
+from greedy.cache.metadata import SIDE_ARRAYS, StoreMetadata
 from greedy.cache.shards import COMPRESSORS, ShardWriter, encode_chunk, shard_digest, with_crc
 from greedy.cache.sources import LocalSource
 from greedy.cache.threads import background
@@ -97,7 +97,7 @@ class StoreWriter:
             raise StoreError(f"{path} already holds files; remove them first")
         self._path = path
         self._layout = layout or Layout.fit(views, rows, encoding)
-        self._description = Description(self._layout, encoding, compressor)
+        self._metadata = StoreMetadata(self._layout, encoding, compressor)
         self._side_arrays = dict(
             zip(SIDE_ARRAYS, (np.asarray(labels, "<i8"), np.asarray(index, "<i8")), strict=True)
         )
@@ -187,11 +187,11 @@ class StoreWriter:
             digest.update(array.tobytes())
         for shard in self._digests:
             digest.update(shard)
-        for name, document in self._description.documents().items():
+        for name, document in self._metadata.documents().items():
             write_whole(self._path / name, document)
         self.summary = StoreSummary(
             disk_bytes=LocalSource(self._path).total_bytes(),
-            values=layout.views * layout.rows * self._description.encoding.row_size,
+            values=layout.views * layout.rows * self._metadata.encoding.row_size,
             digest=digest.hexdigest(),
         )
         return self.summary
@@ -207,7 +207,7 @@ class StoreWriter:
             self._pending.popleft().result()
 
     def _encode(self, values: NDArray[Any]) -> bytes:
-        return encode_rows(values, self._description, self._encoded)
+        return encode_rows(values, self._metadata, self._encoded)
 
     def _write(self, encoded: Future[bytes], view: int, chunk: int) -> None:
         if self._broken:  # nothing may follow a chunk that failed
@@ -216,7 +216,7 @@ class StoreWriter:
             data = encoded.result()
             shard = chunk // self._layout.shard_chunks
             if self._shard is None:
-                path = self._path / self._description.shard_key(view, shard)
+                path = self._path / self._metadata.shard_key(view, shard)
                 self._shard = ShardWriter(path, self._layout.shard_chunks)
             self._shard.append(data)
             if self._shard.written == self._layout.chunks_in(shard):
@@ -227,13 +227,13 @@ class StoreWriter:
             raise
 
     def _keep_whole_shards(self) -> None:
-        layout, description = self._layout, self._description
+        layout, metadata = self._layout, self._metadata
         (self._path / "zarr.json").unlink(missing_ok=True)
         for view in range(layout.views):
             for shard in range(layout.shards):
-                if shard_damage(self._path, description, view, shard):
+                if shard_damage(self._path, metadata, view, shard):
                     return
-                path = self._path / description.shard_key(view, shard)
+                path = self._path / metadata.shard_key(view, shard)
                 self._digests.append(shard_digest(path))
                 rows = min((shard + 1) * layout.shard_rows, layout.rows)
                 self.appended = view * layout.rows + rows
@@ -246,11 +246,11 @@ class StoreWriter:
         return f"{self._layout.views} views of {self._layout.rows} rows"
 
 
-def encode_rows(values: NDArray[Any], description: Description, encoded: bool = False) -> bytes:
+def encode_rows(values: NDArray[Any], metadata: StoreMetadata, encoded: bool = False) -> bytes:
     """Returns the bytes of a chunk with the given rows, float32 (n, *row_shape), or in stored form
     if ``encoded``."""
-    stored = values if encoded else description.encoding.encode(values)
-    padding = description.layout.chunk_rows - len(stored)
+    stored = values if encoded else metadata.encoding.encode(values)
+    padding = metadata.layout.chunk_rows - len(stored)
     if padding:
         stored = np.pad(stored, [(0, padding)] + [(0, 0)] * (stored.ndim - 1))
-    return encode_chunk(stored, description.compressor)
+    return encode_chunk(stored, metadata.compressor)

@@ -9,7 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from greedy.cache import ENCODINGS, Encoding, NonFiniteActivation, StoreError, fit_encoding, pixels
+from greedy.cache import (
+    ENCODINGS,
+    Encoding,
+    NonFiniteActivation,
+    StoreError,
+    fit_encoding,
+    pixel_encoding,
+)
 
 MODEST = settings(max_examples=60, deadline=None)
 ROW_SHAPES = st.sampled_from([(1,), (7,), (10,), (3, 3, 5), (4, 2, 2), (1, 1, 1)])
@@ -154,7 +161,7 @@ def test_value_beyond_a_float_s_range_is_refused(name: str, fits: float, beyond:
 
 def test_pixels_decode_to_the_unit_interval() -> None:
     stored = np.arange(256, dtype=np.uint8).reshape(1, 1, 16, 16)
-    values = decoded(pixels((1, 16, 16)), stored)
+    values = decoded(pixel_encoding((1, 16, 16)), stored)
     np.testing.assert_allclose(values.ravel(), np.arange(256) / 255, rtol=1e-6)
 
 

@@ -19,8 +19,8 @@ from greedy.cache import (
     Store,
     StoreError,
     StoreWriter,
-    describe,
     fit_encoding,
+    store_info,
     verify,
 )
 from greedy.cache.inspection import SAMPLE_CHUNKS
@@ -212,7 +212,7 @@ def test_a_store_described(tmp_path: Path, compressor: str) -> None:
     values[0, :10] = -1
     values[1, :20] = 3
     path = write(tmp_path / "s", "float32", compressor, values)
-    info = describe(Store(path))
+    info = store_info(Store(path))
     size = sum(file.stat().st_size for file in files(path))
     assert (info.rows, info.views, info.row_shape) == (40, 2, (50,))
     assert (info.encoding, info.compressor, info.sampled_rows) == ("float32", compressor, 80)
@@ -227,7 +227,7 @@ def test_a_store_described(tmp_path: Path, compressor: str) -> None:
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_described_values_are_decoded(tmp_path: Path, encoding: str) -> None:
     path = write(tmp_path / "s", encoding, "lz4", activations())
-    store, info = Store(path), describe(Store(path))
+    store, info = Store(path), store_info(Store(path))
     decoded = store.encoding.decode_array(store.load().reshape(-1, *store.encoding.stored_shape))
     assert (info.minimum, info.maximum) == (decoded.min(), decoded.max())
     assert info.zeros == np.mean(decoded == 0)
@@ -238,14 +238,14 @@ def test_described_values_are_decoded(tmp_path: Path, encoding: str) -> None:
 def test_a_description_samples_all_views(tmp_path: Path) -> None:
     values = np.zeros((3, 40, 2, 512, 512), np.float32)  # two rows a chunk
     values += np.arange(3, dtype=np.float32)[:, None, None, None, None]
-    info = describe(Store(write(tmp_path / "s", "float32", "lz4", values)))
+    info = store_info(Store(write(tmp_path / "s", "float32", "lz4", values)))
     assert info.sampled_rows == 2 * SAMPLE_CHUNKS < 3 * 40
     assert (info.minimum, info.maximum) == (0, 2)
     assert info.zeros == pytest.approx(1 / 3, abs=0.03)
 
 
 def test_equal_values_are_described(tmp_path: Path) -> None:
-    info = describe(Store(write(tmp_path / "s", "uint8", "lz4", np.zeros((1, 5, 4), np.float32))))
+    info = store_info(Store(write(tmp_path / "s", "uint8", "lz4", np.zeros((1, 5, 4), np.float32))))
     assert (info.minimum, info.maximum, info.zeros, sum(info.histogram)) == (0, 0, 1, 1)
 
 
@@ -253,4 +253,4 @@ def test_a_damaged_store_is_not_described(damaged: Path) -> None:
     shard = damaged / "activations" / "c.0.0.0.0.0"
     flip(shard, chunk_spans(shard)[0][0] + 20)
     with pytest.raises(DamagedStore, match="chunk 0 of view 0"):
-        describe(Store(damaged))
+        store_info(Store(damaged))

@@ -25,7 +25,7 @@ from greedy.cache import (
     StoreSummary,
     StoreWriter,
     fit_encoding,
-    pixels,
+    pixel_encoding,
 )
 
 ROWS, VIEWS = 37, 2
@@ -126,7 +126,7 @@ def test_chunk_is_read_into_place(tmp_path: Path) -> None:
 
 def test_raw_images_are_stored_as_they_are(tmp_path: Path) -> None:
     images = np.random.default_rng(2).integers(0, 256, (VIEWS, ROWS, 3, 4, 4), np.uint8)
-    write(tmp_path / "s", images, pixels((3, 4, 4)), encoded=True)
+    write(tmp_path / "s", images, pixel_encoding((3, 4, 4)), encoded=True)
     np.testing.assert_array_equal(Store(tmp_path / "s").load(), images)
 
 

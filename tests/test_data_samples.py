@@ -25,6 +25,7 @@ from torchvision import transforms
 
 from greedy.base.errors import UserError
 from greedy.data import dataset_from_torch
+from greedy.runs.state import RunState
 
 RNG = np.random.default_rng(0)
 IMAGE = RNG.integers(0, 256, (5, 6, 3), dtype=np.uint8)
@@ -194,7 +195,7 @@ def test_random_transforms_are_refused_by_name_before_anything_is_written(
 def test_random_transforms_are_stored_once_where_that_is_asked_for(tmp_path):
     insisting = trainer(tmp_path / "run", frozen_transforms=True)
     insisting.prepare(dataset_from_torch(Photos(FLIP), Photos(PLAIN)))
-    assert insisting.run.state(0) == "complete"
+    assert RunState.read(insisting.run).stage_state(0) == "complete"
 
 
 def test_looking_for_random_transforms_draws_nothing_from_the_global_generators(tmp_path):

@@ -11,7 +11,7 @@ from greedy.build.modules import build_loss, build_network, checked_shapes
 from greedy.data import DATASETS
 from greedy.losses import Output
 from greedy.losses.strategies import stage_losses
-from greedy.memory.fake import fake_tensors, materialised
+from greedy.memory.fake import fake_tensors, materialise
 from greedy.models import Stage, StageShapes, cut, initialise
 from greedy.recipes import Recipe, load, names
 from greedy.steps.guard import Guard
@@ -49,7 +49,7 @@ def learners_of(
         if numbers:
             initialise(stage, recipe.seed, zero=zero)
         else:
-            materialised(stage)
+            materialise(stage)
         heads = loss.heads(shape.hidden, classes)
         found.append(Learner(stage, heads, loss, classes, "float32"))
         found[-1].train()

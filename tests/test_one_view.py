@@ -10,6 +10,7 @@ from greedy import Reporter, RunDirectory
 from greedy.cache import Store
 from greedy.recipes import Recipe, load, names
 from greedy.runs.disk_plan import DiskPlan
+from greedy.runs.state import RunState
 
 SAYS = "nothing is drawn at random when images are read, so a store has one view instead of 4 "
 
@@ -82,7 +83,7 @@ def test_a_run_that_started_with_four_views_keeps_them(
     assert recorded(tmp_path / "run") == [4, 4]
     mine.train(2)
     assert recorded(tmp_path / "run") == [4, 1]
-    assert RunDirectory.open(tmp_path / "run").is_finished
+    assert RunState.read(RunDirectory.open(tmp_path / "run")).is_finished
 
 
 def test_augmentation_and_cutout_are_drawn_at_random(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from decided import choices
 from safetensors.torch import load_file
+from small_training import states
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -21,6 +22,7 @@ from greedy.base.errors import Interrupted
 from greedy.losses import Pred
 from greedy.models import cut, mlp
 from greedy.runs.checkpoint_record import Progress, StartRecord
+from greedy.runs.state import RunState
 from greedy.steps.guard import Guard
 from greedy.steps.step import Learner, step
 from greedy.steps.strategies import Greedy
@@ -161,7 +163,7 @@ def test_a_crash_between_new_views_and_their_record_is_noticed(tmp_path: Path) -
     mine = trainer(tmp_path / "run", **REFRESHED)
     mine.fit(TRAIN, TEST)
     expected = outcome(tmp_path / "run")
-    record = mine.run.complete_record(1)
+    record = mine.run.record(1)
     assert record.store.generation == 1
     record.update_store(tmp_path / "run/stage1", generation=-1)  # as it is at the exchange
     mine.train_stage(2, again=True)
@@ -235,9 +237,9 @@ def test_a_retraining_resumes_if_the_old_stages_are_stale(tmp_path: Path) -> Non
     cut._planner.loss = mine._planner.loss = Pred()
     with pytest.raises(Interrupted):
         cut.train(1)
-    assert [mine.run.state(n) for n in (1, 2, 3)] == ["complete", "stale", "stale"]
+    assert states(mine.run, (1, 2, 3)) == ["complete", "stale", "stale"]
     mine.train()
-    assert [mine.run.state(n) for n in (1, 2, 3)] == ["complete"] * 3
+    assert states(mine.run, (1, 2, 3)) == ["complete"] * 3
 
 
 def test_a_damaged_file_of_a_retraining_is_named(tmp_path: Path) -> None:
@@ -303,7 +305,7 @@ def test_only_one_process_writes(tmp_path: Path) -> None:
         for attempt in (other.train, lambda: other.train_stage(1), lambda: other.fit(TRAIN, TEST)):
             with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on .* since"):
                 attempt()
-        assert RunDirectory.open(tmp_path / "run").state(3) == "complete"
+        assert RunState.read(RunDirectory.open(tmp_path / "run")).stage_state(3) == "complete"
         other.assemble()
     other.train()
 

@@ -32,6 +32,7 @@ from greedy.cache import Store
 from greedy.data import dataset_from_torch
 from greedy.losses import LocalHeads, PredSim, Sim
 from greedy.models import mlp, vgg8b
+from greedy.runs.state import RunState
 
 # Adam makes a whole step of a gradient that is rounding alone; what this one does is as small.
 STEADY = {"optimizer": partial(torch.optim.SGD, lr=0.05), "learning_rate": 0.05}
@@ -151,7 +152,7 @@ def test_views_are_refreshed(tmp_path: Path) -> None:
     after = weights(tmp_path / "run", 2), files(tmp_path / "run/stage2/activations.zarr")
     assert same(before[0], after[0])
     assert (Store(store / "train").load() == last).all()
-    assert mine.run.state(1) == "complete"
+    assert RunState.read(mine.run).stage_state(1) == "complete"
 
 
 def test_rows_are_the_same_samples_in_every_store(finished: Path) -> None:

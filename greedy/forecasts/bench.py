@@ -39,8 +39,8 @@ from greedy.stores.source import EpochBatches, Replayed, Source
 from greedy.training.learners import new_learner, new_optimizer
 from greedy.training.resolve import compiles, resolve
 
-SIDES = (1024, 2048, 4096)  # of the matrix products that stand for the peak
-PRODUCTS, PRODUCT_SECONDS = 5, 2.0  # at most of each
+SIDES = (1024, 2048, 4096)  # of the matrices whose products give the peak
+PRODUCTS, PRODUCT_SECONDS = 5, 2.0  # at most, for each side
 
 
 def peak_flops(device: torch.device) -> float:
@@ -63,8 +63,13 @@ def peak_flops(device: torch.device) -> float:
 
 @dataclass(frozen=True)
 class StageSpeed:
-    """What was measured of a stage. ``wait_share`` is, of a step's time, the share between asking
-    for a batch and having it; decoding and augmenting it are part of the step."""
+    """The measured speed of a stage.
+
+    Attributes:
+        measured: its speed, for the calibration.
+        wait_share: the share of a step's time that is spent waiting for its batch, from 0 to 1.
+            Decoding and augmenting the batch are part of the step.
+    """
 
     stage: int
     name: str
@@ -74,7 +79,7 @@ class StageSpeed:
 
 @dataclass(frozen=True)
 class Bench:
-    """The stages of a recipe, to be measured one after the other. Make one with ``of``."""
+    """Measures the stages of a recipe, one after the other. Make one with ``of``."""
 
     recipe: Recipe
     data: DataFacts
@@ -89,11 +94,16 @@ class Bench:
         model: nn.Sequential | None = None,
         allow_function: bool = False,
     ) -> Self:
-        """Prepares the stages of a recipe whose data set need not be there, see
-        ``greedy.forecasts.forecast.named_data_facts``. ``model`` only where the recipe's network is
-        ``python``.
+        """Prepares to measure the stages of a recipe. Its data set need not be on this machine if
+        it is known by name.
 
-        Raises ``UserError`` for a recipe that cannot be trained as asked.
+        Args:
+            device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+            model: the network, only if the recipe's network is ``python``.
+            allow_function: whether a data set ``module:function`` may be called.
+
+        Raises:
+            UserError: the recipe cannot be trained as asked, or the data set is not known.
         """
         if recipe.training.strategy != "greedy":
             raise UserError(
@@ -117,8 +127,9 @@ class Bench:
         """Trains stage ``number`` for about ``seconds``, at least two steps, then computes and
         writes its output for up to half as long.
 
-        Raises ``UserError`` where its step does not fit the memory budget, ``TrainingError`` where
-        the disk has no room for its temporary store.
+        Raises:
+            UserError: its step does not fit the memory budget.
+            TrainingError: the disk has no room for its temporary store.
         """
         network, choice = self.memory.network, self.memory.stage(number, number - 1)
         shapes = network.shapes[number - 1]
@@ -167,26 +178,26 @@ class Bench:
     def _time_steps(
         self, learner: Learner, source: Source, shapes: StageShapes, seconds: float
     ) -> tuple[float, float]:
-        """Measures seconds a row, waiting for it and computing it. The first batch of an epoch
-        warms up: the store is opened and read ahead then, and in the first epoch the step is
-        compiled."""
+        """Measures the seconds that a row takes: waiting for it, and computing it. The first batch
+        of an epoch is not counted, since the store is opened and, in the first epoch, the step
+        compiled for it."""
         learner.train()
         rows, waited, computed = 0, 0.0, 0.0
         strategy, guard, deadline = Greedy(learner), Guard(), math.inf
         for epoch in itertools.count():
             asked = time.perf_counter()
             for position, batch in enumerate(self._epoch(source, learner.stage.number, epoch)):
-                had = time.perf_counter()
-                rows_here = len(batch.labels)
-                mask = learner.mask(self.recipe.seed, rows_here, shapes.input, epoch, position)
+                received = time.perf_counter()
+                batch_rows = len(batch.labels)
+                mask = learner.mask(self.recipe.seed, batch_rows, shapes.input, epoch, position)
                 strategy.step(batch, [mask], guard, position)
                 _finish(self.device)
                 done = time.perf_counter()
                 deadline = min(deadline, done + seconds)
                 if position:
-                    rows += len(batch.labels)
-                    waited += had - asked
-                    computed += done - had
+                    rows += batch_rows
+                    waited += received - asked
+                    computed += done - received
                     if done > deadline:
                         return waited / rows, computed / rows
                 asked = done
@@ -199,32 +210,32 @@ class Bench:
     def _time_frozen(
         self, learner: Learner, source: Source, rows: int, batch: int, place: Path
     ) -> float:
-        """Measures seconds a row: read, computed by the frozen stage, encoded and written. The
-        first batch warms up and gives the encoding its ranges."""
+        """Measures the seconds that a row takes to be read, computed by the frozen stage, encoded
+        and written. The first batch gives the encoding its ranges and is not counted."""
         learner.release()
         learner.eval()
         replayed = Replayed([learner.stage], batch, self.memory.precision)
         frozen = replace(source, replayed=replayed, in_memory=False)
         rows = min(max(rows, batch), source.stores["train"].rows)
         first = next(frozen.view_batches("train", 0, batch, stop=min(batch, rows)))
-        form = fit_encoding(encoding(self.recipe), first.inputs().cpu().numpy())
+        fitted = fit_encoding(encoding(self.recipe), first.inputs().cpu().numpy())
         started = time.perf_counter()
         with StoreWriter(
             place / "frozen",
             rows=rows,
             views=1,
-            encoding=form,
+            encoding=fitted,
             compressor=self.recipe.store.compressor,
             labels=np.zeros(rows, np.int64),
             index=np.arange(rows),
         ) as writer:
-            for read in frozen.view_batches("train", 0, batch, stop=rows):
-                writer.append(read.inputs().cpu().numpy())
-            taken = time.perf_counter() - started  # closing a store does not grow with its rows
-        return taken / rows
+            for computed in frozen.view_batches("train", 0, batch, stop=rows):
+                writer.append(computed.inputs().cpu().numpy())
+            seconds = time.perf_counter() - started  # closing takes the same for any number of rows
+        return seconds / rows
 
 
 def _finish(device: torch.device) -> None:
-    """Waits for what a device still computes."""
+    """Waits until a device has computed everything."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

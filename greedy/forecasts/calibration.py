@@ -1,10 +1,10 @@
-"""What is known of how fast a machine trains, and what follows from it for other stages.
+"""The measured speed of a machine, and estimates for other stages from it.
 
-A stage is thought to compute as many operations a second as the nearest stage that was measured,
-of the same kind and in the same precision. Near are those alike in operations a row, operations a
-value and rows at a time, each counted in doublings; another memory mode is one doubling away. What
-a mode recomputes is counted for both, so that a mode nobody has measured costs what its additional
-passes cost.
+A stage is estimated to compute as many operations a second as the nearest measured stage of the
+same kind and precision. The distance of two stages is that of their operations for a row, their
+operations for a value and their rows at a time, each in doublings, plus one doubling if their
+memory modes differ. Operations that a mode computes again are counted for both, so that a mode that
+was not measured takes longer by its additional passes.
 """
 
 import math
@@ -14,10 +14,10 @@ from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import nn
 
 from greedy.base.devices import device_name
 from greedy.base.files import read_with_digest, with_digest
+from greedy.base.torch_private import CONVOLUTIONS
 from greedy.base.user_folders import measurements_dir
 from greedy.base.versions import versions
 from greedy.cache.files import write_whole
@@ -25,8 +25,8 @@ from greedy.memory.choice import Choice
 from greedy.models import Stage, StageShapes
 from greedy.runs.choices import Mode, ModeName
 
-# Passes that a mode computes beyond the plain step's: of the encoder, of the heads. From "Cost" in
-# docs/exact-step.md, where `heads` keeps c and its gradient.
+# Forward passes of the encoder and of the heads that a mode computes in addition to those of the
+# plain step: from "Cost" in docs/exact-step.md, where `heads` keeps c and its gradient.
 RECOMPUTED = {
     Mode.PLAIN: (0, 0),
     Mode.HEADS: (0, 1),
@@ -41,7 +41,7 @@ Speed = Annotated[float, Field(gt=0, le=1e30)]
 
 
 class NotCalibrated(Exception):
-    """Nobody has measured how fast this machine is; one sentence that says what to do."""
+    """The speed of this machine is not known; one sentence that says what to do."""
 
 
 class _Document(BaseModel):
@@ -49,13 +49,16 @@ class _Document(BaseModel):
 
 
 class Work(_Document):
-    """A stage's step as a clock sees it.
+    """Everything that decides the time of a stage's step.
 
     Attributes:
-        mode: the memory mode, of which ``rows`` are computed at a time.
-        flops: floating-point operations of the plain step, a row.
-        forward_flops: of the frozen stage, a row.
-        values: of a row's input and activation.
+        kind: ``conv`` if the stage has a convolution, else ``linear``.
+        precision: ``float32``, ``bfloat16`` or ``float16``.
+        mode: the memory mode.
+        rows: rows computed at a time.
+        flops: floating-point operations of the plain step for a row.
+        forward_flops: floating-point operations of the frozen stage for a row.
+        values: number of values in a row's input and activation.
     """
 
     kind: Literal["conv", "linear"]
@@ -76,8 +79,8 @@ class Work(_Document):
         step_flops: int,
         batch_size: int,
     ) -> Self:
-        """Computes the work of a stage whose plain step on a whole batch has ``step_flops``."""
-        convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in stage.modules())
+        """Returns the work of a stage whose plain step on a batch has ``step_flops`` operations."""
+        convolutional = any(isinstance(m, CONVOLUTIONS) for m in stage.modules())
         return cls.model_validate(
             {
                 "kind": "conv" if convolutional else "linear",
@@ -92,15 +95,15 @@ class Work(_Document):
 
     @property
     def computed_flops(self) -> float:
-        """Operations of a step with what its memory mode recomputes; the heads' forward pass is a
-        third of what the plain step has beyond the encoder's two passes."""
+        """The operations of a step for a row, those included that its memory mode computes again.
+        The heads' forward pass is a third of the operations of the plain step that are not those of
+        the encoder's two passes."""
         encoder, heads = RECOMPUTED[Mode(self.mode)]
         head_flops = max(0, self.flops - 2 * self.forward_flops) / 3
         return self.flops + encoder * self.forward_flops + heads * head_flops
 
     def distance(self, other: "Work") -> float:
-        """Returns the distance to another stage in doublings: how little that one says about this
-        one."""
+        """Returns the distance to another stage in doublings."""
         pairs = (
             (self.flops, other.flops),
             (self.flops / self.values, other.flops / other.values),
@@ -110,8 +113,13 @@ class Work(_Document):
 
 
 class Measured(_Document):
-    """One stage's speed: rows a second while it trains, waiting for data included, and rows a
-    second that it computes and writes once it is frozen."""
+    """The speed of a stage.
+
+    Attributes:
+        work: the stage.
+        rows_per_second: rows a second while it trains, waiting for data included.
+        frozen_rows_per_second: rows a second that it computes and writes once it is frozen.
+    """
 
     work: Work
     rows_per_second: Speed
@@ -119,16 +127,20 @@ class Measured(_Document):
 
     @property
     def flops_per_second(self) -> float:
-        """Operations a second of the plain step, whatever the mode: recomputation is no gain."""
+        """The operations of the plain step computed in a second; what a mode computes again does
+        not count."""
         return self.rows_per_second * self.work.flops
 
 
 class Calibration(_Document):
-    """What ``greedy bench`` has measured of one device of one machine.
+    """The measurements of ``greedy bench`` on one device of one machine.
 
     Attributes:
+        device: the name of the device.
+        threads: the number of torch's threads.
+        versions: the versions of the packages.
         peak_flops: operations a second at best, see ``greedy.forecasts.bench.peak_flops``.
-        measured: stages, the newest last.
+        measured: the measured stages, the newest last.
     """
 
     format: Literal[1] = 1
@@ -169,10 +181,11 @@ class Calibration(_Document):
 
     @classmethod
     def load(cls, device_type: str) -> Self:
-        """Reads the calibration of this machine as it computes now.
+        """Reads the calibration of this machine.
 
-        Raises ``NotCalibrated`` if there is none, or it is damaged or of another device or number
-        of threads.
+        Raises:
+            NotCalibrated: there is none, or it is damaged or of another device or number of
+                threads.
         """
         if device_type == "cuda" and not torch.cuda.is_available():
             raise NotCalibrated(
@@ -206,33 +219,34 @@ class Calibration(_Document):
             raise ValueError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
 
     def write(self, path: Path) -> None:
-        """Replaces the file."""
+        """Writes the calibration to a file, in place of any older one."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, with_digest(self.model_dump(mode="json")))
 
     def adding(self, measured: Measured) -> Self:
-        """Returns a calibration with one more stage, which replaces one that is exactly alike."""
-        others = [each for each in self.measured if each.work != measured.work]
+        """Returns a calibration with one more stage, in place of an older one with the same
+        work."""
+        others = [other for other in self.measured if other.work != measured.work]
         return self.model_copy(update={"measured": [*others, measured]})
 
     def seconds_a_row(self, work: Work) -> float | None:
-        """Estimates the seconds a row of a stage's training. ``None`` if no stage of its kind and
-        precision was measured."""
+        """Estimates the seconds that a row takes in a stage's training. Returns ``None`` if no
+        stage of its kind and precision was measured."""
         if (near := self._nearest(work)) is None:
             return None
         return work.computed_flops / near.work.computed_flops / near.rows_per_second
 
     def frozen_seconds_a_row(self, work: Work) -> float | None:
-        """Estimates the seconds a row of a frozen stage, computed and written. ``None`` as
-        above."""
+        """Estimates the seconds that a row takes to be computed by a frozen stage and written.
+        Returns ``None`` if no stage of its kind and precision was measured."""
         if (near := self._nearest(work)) is None:
             return None
         return work.forward_flops / near.work.forward_flops / near.frozen_rows_per_second
 
     def _nearest(self, work: Work) -> Measured | None:
         alike = [
-            each
-            for each in self.measured
-            if (each.work.kind, each.work.precision) == (work.kind, work.precision)
+            other
+            for other in self.measured
+            if (other.work.kind, other.work.precision) == (work.kind, work.precision)
         ]
-        return min(alike, key=lambda each: work.distance(each.work), default=None)
+        return min(alike, key=lambda other: work.distance(other.work), default=None)

@@ -1,4 +1,4 @@
-"""What this machine has, and what every ``auto`` would choose on it."""
+"""The facts about this machine, and the choices of every ``auto`` on it."""
 
 import errno
 import mmap
@@ -30,7 +30,7 @@ from greedy.runs import disk_budget as planning
 from greedy.training.resolve import RESIDENT_SHARE
 
 OPTIONAL = ("scipy", "onnx", "onnxscript", "onnxruntime", "matplotlib", "tensorboard")
-PROBE_BYTES, PROBE_SECONDS = 256 * 2**20, 1.0  # at most, to write and again to read
+PROBE_BYTES, PROBE_SECONDS = 256 * 2**20, 1.0  # at most, for writing and for reading each
 BLOCK = 8 * 2**20
 
 PageCache = Literal["dropped", "kept", "unknown"]
@@ -38,12 +38,14 @@ PageCache = Literal["dropped", "kept", "unknown"]
 
 @dataclass(frozen=True)
 class Device:
-    """Somewhere to compute.
+    """A device to compute on.
 
     Attributes:
-        type: as ``--device`` names it; of several GPUs the first is used.
-        total_bytes, free_bytes: of the memory it computes in.
-        fast_bfloat16: whether it computes bfloat16 faster than float32. All compute both.
+        type: the value of ``--device``; of several GPUs the first is used.
+        name: the name of its model.
+        total_bytes: bytes of its memory.
+        free_bytes: bytes of its memory that are free.
+        fast_bfloat16: whether it computes bfloat16 faster than float32; every device computes both.
     """
 
     type: str
@@ -55,13 +57,16 @@ class Device:
 
 @dataclass(frozen=True)
 class Disk:
-    """The file system on which runs are kept.
+    """The file system of the runs.
 
     Attributes:
-        read_bytes_per_second: of one file read from front to back; ``None`` where none could be
-            written.
-        page_cache: what had become of the pages in memory when it was read. ``dropped``: the rate
-            is the disk's. ``kept``: it is that of memory. ``unknown``: of one of the two.
+        path: the directory that was looked at.
+        total_bytes: bytes in all.
+        free_bytes: bytes that are free.
+        read_bytes_per_second: the rate at which a file was read from front to back; ``None`` if
+            none could be written.
+        page_cache: where the file was read from. ``dropped``: from the disk. ``kept``: from memory.
+            ``unknown``: from one of the two.
     """
 
     path: str
@@ -73,7 +78,7 @@ class Disk:
 
 @dataclass(frozen=True)
 class Automatic:
-    """What ``auto``, or no word, would come to in a run that began now."""
+    """The automatic choices of a run that began now."""
 
     device: str
     precision: str
@@ -86,7 +91,7 @@ class Automatic:
 
 @dataclass(frozen=True)
 class Examination:
-    """All that was found. Packages that are not installed have no version."""
+    """The facts about a machine. Packages that are not installed have the version ``None``."""
 
     versions: Mapping[str, str | None]
     system: str
@@ -98,8 +103,8 @@ class Examination:
 
 
 def examine(place: Path) -> Examination:
-    """Looks at the machine, and at the disk of the directory ``place`` with a temporary file of
-    at most 256 MiB, which takes a second or two."""
+    """Examines the machine, and the disk of the directory ``place`` with a temporary file of at
+    most 256 MiB, which takes a second or two."""
     disk = _disk(place)
     return Examination(
         versions=_versions(),
@@ -113,20 +118,20 @@ def examine(place: Path) -> Examination:
 
 
 def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {**versions(), "cuda of torch": torch.version.cuda}
+    by_package: dict[str, str | None] = {**versions(), "cuda of torch": torch.version.cuda}
     for name in ("torchvision", "safetensors", "pillow", *OPTIONAL):
         try:
-            found[name] = version(name)
+            by_package[name] = version(name)
         except PackageNotFoundError:
-            found[name] = None
-    return found
+            by_package[name] = None
+    return by_package
 
 
 def _devices() -> list[Device]:
-    found = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
+    devices = [torch.device("cuda", number) for number in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
-        found.append(torch.device("mps"))
-    return [_device(each) for each in (*found, torch.device("cpu"))]
+        devices.append(torch.device("mps"))
+    return [_device(device) for device in (*devices, torch.device("cpu"))]
 
 
 def _device(device: torch.device) -> Device:
@@ -159,14 +164,14 @@ def _disk(place: Path) -> Disk:
             _fill(file, min(PROBE_BYTES, usage.free // 4))
             page_cache = _drop_pages(file)
             rate = _read_rate(file)
-    except OSError:  # no right to write, or no room: the rest can be told all the same
+    except OSError:  # no permission to write, or no room: the other facts are known all the same
         pass
     return Disk(str(place.absolute()), usage.total, usage.free, rate, page_cache)
 
 
 def _fill(file: BinaryIO, size: int) -> None:
-    """Writes until ``size`` bytes are on the disk, or the time is over. Random ones: file systems
-    may compress."""
+    """Writes random bytes, which no file system can compress, until ``size`` are on the disk or
+    ``PROBE_SECONDS`` are over."""
     block = os.urandom(BLOCK)
     began = time.perf_counter()
     for _ in range(size // BLOCK):
@@ -177,12 +182,12 @@ def _fill(file: BinaryIO, size: int) -> None:
 
 
 def _drop_pages(file: BinaryIO) -> PageCache:
-    """Asks the system to forget a file's pages, and looks whether it did."""
+    """Asks the system to drop a file's pages from memory, and returns whether it did."""
     if not hasattr(os, "posix_fadvise") or not hasattr(os, "RWF_NOWAIT"):
         return "unknown"
     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     byte = bytearray(1)
-    try:  # reads what is in memory, and fails where it would have to wait for the disk
+    try:  # reads a byte if it is in memory, and fails if the disk would have to be waited for
         os.preadv(file.fileno(), [byte], os.fstat(file.fileno()).st_size // 2, os.RWF_NOWAIT)
     except OSError as error:
         return "dropped" if error.errno == errno.EAGAIN else "unknown"
@@ -190,7 +195,8 @@ def _drop_pages(file: BinaryIO) -> PageCache:
 
 
 def _read_rate(file: BinaryIO) -> float | None:
-    """Bytes a second, from the start until the end or the time is over."""
+    """Measures the bytes a second at which a file is read from its start until its end, or until
+    ``PROBE_SECONDS`` are over. Returns ``None`` for an empty file."""
     file.seek(0)
     buffer, done = mmap.mmap(-1, BLOCK), 0
     began = time.perf_counter()

@@ -1,9 +1,8 @@
-"""How long the stages of a run will take on a machine that has been measured.
+"""Forecasts of the time that the stages of a run take on a machine that has been measured.
 
-Included are a stage's training steps and the passes of frozen stages over rows: where a stage
-without a store is replayed, for the local error, when the stage's own store is written and when
-its source's views are drawn again. Not included are the start of each epoch, checkpoints, and
-writing the data set.
+Included are a stage's training steps and the passes of frozen stages over rows: to replay stages
+without a store, to measure the local error, to write the stage's store and to refresh the views of
+its source. Not included are the start of each epoch, checkpoints, and writing the data set.
 """
 
 from collections import Counter
@@ -19,13 +18,14 @@ from greedy.stores.writing import SAMPLE_ROWS
 
 @dataclass(frozen=True)
 class Durations:
-    """What is planned of a run.
+    """Forecasts the times of a run's stages.
 
     Attributes:
-        disk: which stages keep stores, and with how many views.
-        rows: of each split.
-        held_out: training rows that take no part in an epoch.
-        work: of every stage's step.
+        recipe: the run's recipe.
+        disk: the plan of which stages keep stores, and with how many views.
+        rows: number of rows of each split.
+        held_out: number of training rows that are held out.
+        work: the work of every stage's step.
     """
 
     recipe: Recipe
@@ -36,7 +36,7 @@ class Durations:
 
     def seconds(self, calibration: Calibration, number: int, source: int) -> float | None:
         """Estimates the seconds of stage ``number``, trained from the store of stage ``source``,
-        over all its epochs. ``None`` where no stage like it, or like one that it replays, was
+        over all its epochs. Returns ``None`` if no stage like it, or like one that is replayed, was
         measured."""
         epochs = for_stage(self.recipe.training.epochs, number)
         rows = (self.rows["train"] - self.held_out) * epochs
@@ -53,7 +53,8 @@ class Durations:
         return total
 
     def frozen_rows(self, number: int, source: int, epochs: int) -> Counter[int]:
-        """Rows that pass through each frozen stage, by its number."""
+        """Counts the rows that pass through each frozen stage while a stage trains and its store is
+        written. Returns them by the number of the frozen stage."""
         train, test = self.rows["train"], self.rows["test"]
         store, training = self.recipe.store, self.recipe.training
         passed: Counter[int] = Counter()
@@ -61,9 +62,9 @@ class Durations:
         def through(first: int, last: int, rows: int) -> None:
             passed.update(dict.fromkeys(range(first, last + 1), rows))
 
-        looks = -(-epochs // training.test_every) if training.test_every else 1
+        tests = -(-epochs // training.test_every) if training.test_every else 1
         through(source + 1, number - 1, (train - self.held_out) * epochs)
-        through(source + 1, number, self.held_out * epochs + test * looks)
+        through(source + 1, number, self.held_out * epochs + test * tests)
         if (every := self.recipe.refresh_every) and source:
             generations = (epochs - 1) // every
             through(1, source, generations * self._views(source) * train)
@@ -74,8 +75,8 @@ class Durations:
         return passed
 
     def _views(self, number: int) -> int:
-        """Returns the views of a stage's store, 0 if it has none, or if it is stage 0's: from there
-        all stages are computed anyway."""
+        """Returns the number of views in a stage's store; 0 if it has none, and for stage 0, from
+        which all stages are computed."""
         stages = self.disk.stages
         views = stages[number - 1].views if 1 <= number < len(self.work) else "live"
         return 0 if views == "live" else views

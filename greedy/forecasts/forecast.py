@@ -28,18 +28,19 @@ from greedy.recipes.per_stage import for_stage
 from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.disk_budget import plan_disk
 from greedy.runs.disk_plan import DiskPlan
+from greedy.runs.state import RunState
 from greedy.steps.parts import parts_of
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """A data set as a forecast sees it.
+    """The facts about a data set that a forecast needs.
 
     Attributes:
         shape: (C, H, W) of an image.
-        classes: how many.
-        rows: of each split.
-        stored_bytes: of stage 0 on disk, at most.
+        classes: number of classes.
+        rows: number of rows of each split.
+        stored_bytes: bytes of stage 0 on disk at most.
     """
 
     shape: Shape
@@ -50,13 +51,13 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run computes with.
+    """The device that a run computes on, and the settings that depend on it.
 
     Attributes:
         device: ``cpu``, ``cuda`` or ``mps``.
         precision: ``float32``, ``bfloat16`` or ``float16``.
-        memory_budget_bytes: what a step may take on the device; ``None`` for anything.
-        optimizer_state: ``device`` or ``host``, where Adam's moments are.
+        memory_budget_bytes: bytes that a step may take on the device; ``None`` for any number.
+        optimizer_state: where Adam's moments are: ``device`` or ``host``.
     """
 
     device: str
@@ -67,19 +68,21 @@ class Machine:
 
 @dataclass(frozen=True)
 class StageForecast:
-    """What one stage will take.
+    """The forecast of one stage.
 
     Attributes:
-        mode, micro_batch: the memory mode of its step and the rows of its micro-batches.
-        usual: whether the stage is of the usual pattern; others train in the plain mode alone.
-        peak_memory_bytes: in a step, counted.
-        parameters: of encoder and heads.
-        store_bytes: of its store, 0 if it has none.
-        flops: floating-point operations of the plain step over all epochs, a multiply-add
-            counting 2.
-        replay_flops: of the frozen stages between its source and it, likewise.
+        stage: its number.
+        name: its name.
+        mode: the memory mode of its step.
+        micro_batch: rows computed at a time in a step.
+        usual: whether the stage is of the usual pattern; others train only in the plain mode.
+        peak_memory_bytes: counted bytes of a step at most.
+        parameters: number of parameters of encoder and heads.
+        store_bytes: bytes of its store, 0 if it has none.
+        flops: floating-point operations of the plain step over all epochs, two for a multiply-add.
+        replay_flops: those of the frozen stages between its source and it.
         seconds: from its first step to its finished store, see ``greedy.forecasts.duration``;
-            ``None`` as long as nobody has measured how fast this machine is.
+            ``None`` if the speed of this machine is not known.
     """
 
     stage: int
@@ -97,10 +100,14 @@ class StageForecast:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will take, and what its network would take by other means.
+    """The forecast of a run.
 
     Attributes:
-        resident_bytes: of the whole process that trains it on a CPU, about; ``None`` elsewhere.
+        stages: the forecasts of its stages, in order.
+        disk: the plan of its stores.
+        baselines: peak memory in bytes of a step by other ways of training, named as in
+            ``greedy.memory.baselines.BASELINES``.
+        resident_bytes: estimated bytes of the whole process on a CPU; ``None`` on other devices.
     """
 
     stages: Sequence[StageForecast]
@@ -110,25 +117,26 @@ class Forecast:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """The peak of the stage that takes most."""
+        """The bytes of the stage whose step takes most."""
         return max(stage.peak_memory_bytes for stage in self.stages)
 
     @property
     def seconds(self) -> float | None:
-        """Seconds of all stages; ``None`` if that of one is not known."""
+        """The seconds of all stages; ``None`` if those of one are not known."""
         known = [stage.seconds for stage in self.stages if stage.seconds is not None]
         return sum(known) if len(known) == len(self.stages) else None
 
 
 def data_facts(run: RunDirectory, allow_function: bool = False) -> DataFacts:
-    """Returns what is known of the run's data set without reading it: from stage 0 where that is
-    written, else from its name. Of an image folder the files are listed and one header is read; a
-    function ``module:function`` is called only if ``allow_function`` is true.
+    """Returns the facts about a run's data set, from stage 0 if that is written, else as
+    ``named_data_facts`` does.
 
-    Raises ``UserError`` where shape, rows or classes cannot be known.
+    Raises:
+        UserError: shape, rows or classes are not known.
     """
-    if run.record(0) is not None:
-        data = run.complete_record(0)
+    state = RunState.read(run)
+    if state.record(0) is not None:
+        data = state.complete_record(0)
         assert data.store is not None
         return DataFacts(
             data.row_shape, len(data.class_names), dict(data.rows.items()), data.store.bytes
@@ -137,7 +145,13 @@ def data_facts(run: RunDirectory, allow_function: bool = False) -> DataFacts:
 
 
 def named_data_facts(recipe: Recipe, allow_function: bool = False) -> DataFacts:
-    """Returns the facts of a data set that is known by its name only."""
+    """Returns the facts about a recipe's data set without reading it: from the list of data sets,
+    or from the files of an image folder and the header of one of them. A function
+    ``module:function`` is called only if ``allow_function`` is true.
+
+    Raises:
+        UserError: shape, rows or classes are not known.
+    """
     name, image_size = recipe.data.name, recipe.data.image_size
     entry = next((entry for entry in DATASETS if entry.name == name), None)
     if entry is not None and image_size is None:
@@ -164,8 +178,8 @@ def _unwritten(shape: Shape, classes: int, rows: Mapping[str, int], value_bytes:
 
 
 def machine(recipe: Recipe, device: str) -> Machine:
-    """Describes the machine for ``--device``, with the recipe's budget. A GPU need not be there: a
-    precision that the recipe leaves open is then float32, and an open budget is none."""
+    """Returns the machine for the value of ``--device``. A GPU need not be there: without it an
+    automatic precision is float32, and an automatic memory budget is ``None``."""
     absent = device == "cuda" and not torch.cuda.is_available()
     place = torch.device(device) if absent else pick_device(device)
     precision, budget = recipe.training.precision, recipe.memory.budget
@@ -184,11 +198,17 @@ def forecast(
     model: nn.Sequential | None = None,
     calibration: Calibration | None = None,
 ) -> Forecast:
-    """Forecasts a run, whose directory need not exist. ``model`` only where the recipe's network is
-    ``python``; with a ``calibration`` of the machine, times are forecast too.
+    """Forecasts a run.
 
-    Raises ``UserError`` for a recipe that cannot be trained as asked, and for a budget that a stage
-    cannot meet.
+    Args:
+        run: the run directory, which need not exist.
+        data: the facts about its data set.
+        machine: the device and its settings.
+        model: the network, only if the recipe's network is ``python``.
+        calibration: the measured speed of the machine; without it times are not known.
+
+    Raises:
+        UserError: the recipe cannot be trained as asked, or a budget is too small.
     """
     recipe = run.recipe
     network = CutNetwork.of(
@@ -198,7 +218,7 @@ def forecast(
         data.classes,
         build_loss(recipe.loss),
     )
-    disk = plan_disk(run, network.shapes, data.rows, data.stored_bytes)
+    disk = plan_disk(RunState.read(run), network.shapes, data.rows, data.stored_bytes)
     memory = MemoryPlan(
         recipe,
         network,
@@ -208,19 +228,19 @@ def forecast(
     )
     planned = _Planned(recipe, data, memory, disk)
     at_once = None if recipe.training.strategy == "greedy" else memory.at_once()
-    found = [planned.forecast(number, at_once) for number in range(1, len(network) + 1)]
+    stages = [planned.forecast(number, at_once) for number in range(1, len(network) + 1)]
     if calibration is not None and at_once is None:
-        found = planned.timed(found, calibration)
+        stages = planned.timed(stages, calibration)
     others = baselines(network, recipe.training.batch_size)
     process = None
-    if machine.device == "cpu":  # now that counting has brought in the modules that training needs
-        process = resident(max(each.peak_memory_bytes for each in found))
-    return Forecast(found, disk, others, process)
+    if machine.device == "cpu":  # after counting, which has imported what training needs
+        process = resident(max(stage.peak_memory_bytes for stage in stages))
+    return Forecast(stages, disk, others, process)
 
 
 @dataclass(frozen=True)
 class _Planned:
-    """A run as far as it is known before it begins."""
+    """The plans of a run before it begins."""
 
     recipe: Recipe
     data: DataFacts
@@ -228,8 +248,8 @@ class _Planned:
     disk: DiskPlan
 
     def forecast(self, number: int, at_once: Choice | None) -> StageForecast:
-        """Forecasts a stage that trains alone or, given the choice ``at_once`` of the whole
-        network, its share of that."""
+        """Forecasts a stage without its time. ``at_once`` is the choice for the whole network, if
+        all stages train at once."""
         network = self.memory.network
         stage, shape = network.stages[number - 1], network.shapes[number - 1]
         is_output = number == len(network)
@@ -238,7 +258,7 @@ class _Planned:
         with torch.device("meta"):
             heads = self.memory.loss_of(number).heads(shape.hidden, self.data.classes)
         rows = self._rows_trained() * for_stage(self.recipe.training.epochs, number)
-        replayed = sum(each.operations for each in network.shapes[source : number - 1])
+        replayed = sum(shapes.operations for shapes in network.shapes[source : number - 1])
         stored = at_once is None and not is_output
         return StageForecast(
             stage=number,
@@ -253,14 +273,14 @@ class _Planned:
             replay_flops=2 * replayed * rows,
         )
 
-    def timed(self, found: list[StageForecast], calibration: Calibration) -> list[StageForecast]:
-        """Adds their seconds to the forecasts."""
+    def timed(self, stages: list[StageForecast], calibration: Calibration) -> list[StageForecast]:
+        """Returns the forecasts with their times."""
         held_out = self.data.rows["train"] - self._rows_trained()
-        work = [self._work(each.stage) for each in found]
+        work = [self._work(stage.stage) for stage in stages]
         durations = Durations(self.recipe, self.disk, self.data.rows, held_out, work)
         return [
-            replace(each, seconds=durations.seconds(calibration, n, self.disk.source(n)))
-            for n, each in enumerate(found, start=1)
+            replace(stage, seconds=durations.seconds(calibration, n, self.disk.source(n)))
+            for n, stage in enumerate(stages, start=1)
         ]
 
     def _work(self, number: int) -> Work:
@@ -275,6 +295,6 @@ class _Planned:
         )
 
     def _rows_trained(self) -> int:
-        """The number of training rows that take part in an epoch."""
+        """Returns the number of training rows in an epoch."""
         rows = self.data.rows["train"]
         return rows - self.recipe.held_out(rows)

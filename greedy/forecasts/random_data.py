@@ -1,4 +1,4 @@
-"""Temporary stores of random data, as the stages of a recipe would find them."""
+"""Temporary stores of random data, like those from which the stages of a recipe train."""
 
 import math
 from pathlib import Path
@@ -8,7 +8,15 @@ import torch
 
 from greedy.base.disk_space import require_free_space, write_errors_explained
 from greedy.base.seeds import numpy_generator
-from greedy.cache import Encoding, Layout, Store, StoreWriter, fit_encoding, pixels, window_chunks
+from greedy.cache import (
+    Encoding,
+    Layout,
+    Store,
+    StoreWriter,
+    fit_encoding,
+    pixel_encoding,
+    window_chunks,
+)
 from greedy.data import Augmentation
 from greedy.models import Shape, StageShapes
 from greedy.recipes import Recipe
@@ -17,10 +25,10 @@ from greedy.stores.source import ImagePreparation, Source
 from greedy.stores.stage0 import COMPRESSOR
 from greedy.training.resolve import shuffle
 
-STORE_BYTES = 128 * 2**20  # of a store, within the next two bounds
+STORE_BYTES = 128 * 2**20  # about, if these are between 4 and 64 batches
 BATCHES = 4, 64
-WINDOWS = 3  # one in use, one being read, one to come
-BLOCK_VALUES = 2**20  # drawn once and repeated: chunks are compressed one by one
+WINDOWS = 3  # at least: one in use, one being read, one not yet read
+BLOCK_VALUES = 2**20  # drawn once and repeated, since each chunk is compressed by itself
 
 
 def random_source(
@@ -32,20 +40,29 @@ def random_source(
     rows: int,
     device: torch.device,
 ) -> Source:
-    """Writes, into an empty directory, what stage ``number`` of a run on ``rows`` training rows
-    would train from: for stage 1 raw images, augmented on reading, else activations like those
-    after a leaky ReLU, in the recipe's encoding and compressor. It has fewer rows, but is shuffled
-    and read, from memory or disk, as the run's own would be.
+    """Writes a store of random data like that from which a stage of a run would train, with fewer
+    rows. It is shuffled and read, from memory or disk, as the run's would be.
 
-    Raises ``TrainingError`` where the disk has no room for it.
+    For stage 1 it has raw images, augmented on reading; for later stages it has activations like
+    those after a leaky ReLU, in the recipe's encoding and compressor.
+
+    Args:
+        place: an empty directory.
+        number: the number of the stage that trains from it.
+        shapes: the shapes of that stage.
+        classes: the number of classes.
+        rows: the number of training rows of the run.
+
+    Raises:
+        TrainingError: the disk has no room for it.
     """
     images = number == 1
     block = _pixels(shapes.input) if images else _activations(number, shapes.input)
-    form = pixels(shapes.input) if images else fit_encoding(encoding(recipe), block)
+    fitted = pixel_encoding(shapes.input) if images else fit_encoding(encoding(recipe), block)
     views = 1 if images or recipe.views == "live" else recipe.views
-    held = shuffle(recipe, views * rows * form.stored_row_bytes) == "rows"
-    count = _rows(form, recipe.training.batch_size, held)
-    what, needed = f"measuring stage {number}", count * form.stored_row_bytes
+    in_memory = shuffle(recipe, views * rows * fitted.stored_row_bytes) == "rows"
+    count = _rows(fitted, recipe.training.batch_size, in_memory)
+    what, needed = f"measuring stage {number}", count * fitted.stored_row_bytes
     require_free_space(place.parent, what, needed)
     with (
         write_errors_explained(place.parent, what, needed),
@@ -53,7 +70,7 @@ def random_source(
             place / "train",
             rows=count,
             views=1,
-            encoding=form,
+            encoding=fitted,
             compressor=COMPRESSOR if images else recipe.store.compressor,
             labels=numpy_generator(recipe.seed, "labels", number).integers(classes, size=count),
             index=np.arange(count),
@@ -68,19 +85,19 @@ def random_source(
         {"train": Store(place / "train")},
         device,
         recipe.seed,
-        images=_reading(recipe, shapes.input[0]) if images else None,
-        in_memory=held,
+        images=_preparation(recipe, shapes.input[0]) if images else None,
+        in_memory=in_memory,
     )
 
 
-def _rows(form: Encoding, batch_size: int, held: bool) -> int:
-    """Whole batches: about ``STORE_BYTES`` of them, and where the store is read in windows more
-    than are read at once."""
+def _rows(encoding: Encoding, batch_size: int, in_memory: bool) -> int:
+    """Returns the number of rows of the store: whole batches of about ``STORE_BYTES``, but at least
+    ``WINDOWS`` windows of a store that is read from disk."""
     fewest, most = (count * batch_size for count in BATCHES)
-    if not held:
-        chunk_rows = Layout.fit(1, 1, form).chunk_rows
+    if not in_memory:
+        chunk_rows = Layout.fit(1, 1, encoding).chunk_rows
         fewest = max(fewest, WINDOWS * window_chunks(chunk_rows) * chunk_rows)
-    rows = max(fewest, min(most, STORE_BYTES // form.stored_row_bytes))
+    rows = max(fewest, min(most, STORE_BYTES // encoding.stored_row_bytes))
     return math.ceil(rows / batch_size) * batch_size
 
 
@@ -99,7 +116,7 @@ def _block_rows(shape: Shape) -> int:
     return max(1, BLOCK_VALUES // math.prod(shape))
 
 
-def _reading(recipe: Recipe, channels: int) -> ImagePreparation:
+def _preparation(recipe: Recipe, channels: int) -> ImagePreparation:
     data = recipe.data
     return ImagePreparation(
         data.mean or [0.5] * channels,

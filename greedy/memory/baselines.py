@@ -1,7 +1,7 @@
-"""What one training step of the whole network takes, counted on fake tensors.
+"""The memory of one training step of the whole network, counted on fake tensors.
 
-Counted are the bytes of weights, gradients, both moments of Adam, the batch and all that comes
-between: a real step needs what its operators take while they compute besides.
+Counted are the bytes of weights, gradients, both moments of Adam, the batch and everything computed
+from it. A real step also needs the working memory of its operators.
 """
 
 import math
@@ -20,7 +20,7 @@ from greedy.build.cut_network import CutNetwork
 from greedy.losses import Glob, LocalLoss, make_heads
 from greedy.memory.choice import Choice, fused_adam, reserved
 from greedy.memory.counting import Counter
-from greedy.memory.fake import counted, fake_tensors, make_state, materialised
+from greedy.memory.fake import count_with_loss, fake_tensors, make_state, materialise
 from greedy.memory.peaks import OptimizerFactory
 from greedy.models import Stage, StageShapes
 from greedy.models.stages import dropped
@@ -33,7 +33,7 @@ from greedy.steps.strategies import Strategy, together
 from greedy.stores.source import Batch
 from greedy.stores.writing import write_batch
 
-MICRO_BATCH = 8  # rows, of the accumulated step
+MICRO_BATCH = 8  # rows, in back-propagation with micro-batches
 BASELINES = {
     "backprop": "back-propagation, float32",
     "backprop_bfloat16": "back-propagation, bfloat16",
@@ -49,13 +49,14 @@ Step = Callable[[Strategy, Batch, Sequence[Tensor | None]], None]
 
 @dataclass(frozen=True)
 class NetworkDemand:
-    """A step that trains all stages of a network at once, as memory sees it.
+    """Everything that decides the memory of a step that trains all stages of a network at once.
 
     Attributes:
-        batch_size: rows of a batch.
-        strategy: by its name.
+        network: the network; its stages stay as they are.
+        batch_size: rows in a batch.
+        strategy: the name of the strategy.
         precision: ``float32``, ``bfloat16`` or ``float16``.
-        accumulate: micro-batches whose gradients are added up.
+        accumulate: number of micro-batches whose gradients are added up.
         optimizer: makes the optimisers; ``None`` if their state is in host memory.
     """
 
@@ -67,31 +68,36 @@ class NetworkDemand:
     optimizer: OptimizerFactory | None = fused_adam
 
     def peak(self, step: Step | None = None) -> int:
-        """Counts the bytes on the device at most, by default in a step of the strategy. The stages
-        stay as they are."""
-        loss = self.network.loss
-        return counted(lambda seen: self._peak(seen, step or _step), loss, "the network")
+        """Counts the most bytes on the device during ``step``, by default a training step of the
+        strategy."""
+
+        def peak(loss: LocalLoss) -> int:
+            return self._peak(loss, step or _step)
+
+        return count_with_loss(peak, self.network.loss, "the network")
 
     def _peak(self, loss: LocalLoss, step: Step) -> int:
         copies = [deepcopy(stage).to("meta") for stage in self.network.stages]
         losses = replace(self.network, loss=loss).losses(self.strategy)
         with fake_tensors(), Counter() as counter:
             learners = [
-                _learner(stage, shape, each, self.network.classes, self.precision)
-                for stage, shape, each in zip(copies, self.network.shapes, losses, strict=True)
+                _learner(stage, shape, stage_loss, self.network.classes, self.precision)
+                for stage, shape, stage_loss in zip(
+                    copies, self.network.shapes, losses, strict=True
+                )
             ]
             make = self.optimizer or _no_optimizer
-            trained = together(self.strategy, learners, self.accumulate, make)
-            make_state([p for each in learners for p in each.parameters()], trained.optimizers)
+            strategy = together(self.strategy, learners, self.accumulate, make)
+            make_state([p for each in learners for p in each.parameters()], strategy.optimizers)
             batch, masks = _batch(learners, self.network.shapes, self.batch_size)
             counter.reset_peak()
-            step(trained, batch, masks)
+            step(strategy, batch, masks)
         return counter.peak
 
 
 def baselines(network: CutNetwork, batch_size: int) -> dict[str, int]:
-    """Counts the peaks in bytes of steps by other means than ours, named as in ``BASELINES``, in
-    float32 but for ``backprop_bfloat16``; without a local loss there is no ``joint``."""
+    """Counts the peak memory in bytes of a step by each other way of training, named as in
+    ``BASELINES``. Without a local loss there is no ``joint``."""
     backprop = NetworkDemand(network, batch_size, "backprop")
     peaks = {
         "backprop": backprop.peak(),
@@ -114,10 +120,17 @@ def choose_network(
     device_type: str,
     optimizer: OptimizerFactory | None = fused_adam,
 ) -> Choice:
-    """Returns the choice by which a step that trains all stages at once fits a budget of bytes: in
-    its plain mode, the only one it has. Without an ``optimizer`` its state is in host memory.
+    """Returns how a step that trains all stages at once fits a memory budget: in the plain mode,
+    the only one it has.
 
-    Raises ``UserError`` where it does not fit.
+    Args:
+        precision: ``float32``, ``bfloat16`` or ``float16``.
+        budget: bytes on the device; ``None`` for any number.
+        device_type: ``cpu``, ``cuda`` or ``mps``.
+        optimizer: makes the optimisers; ``None`` if their state is in host memory.
+
+    Raises:
+        UserError: the step does not fit.
     """
     demand = NetworkDemand(
         network, training.batch_size, training.strategy, precision, training.accumulate, optimizer
@@ -125,7 +138,7 @@ def choose_network(
     measuring = replace(demand, accumulate=1)
     peak = demand.peak()
     if training.patience:  # held-out rows are measured a batch at a time
-        peak = max(peak, measuring.peak(_measured))
+        peak = max(peak, measuring.peak(_measure))
     peak = reserved(peak, device_type)
     if budget is not None and peak > budget:
         raise UserError(
@@ -135,8 +148,8 @@ def choose_network(
         )
     test_rows = min(map(write_batch, network.shapes))
     while budget is not None and test_rows > 1:
-        looked_at = replace(measuring, batch_size=test_rows).peak(_measured)
-        if reserved(looked_at, device_type) <= budget:
+        test_peak = replace(measuring, batch_size=test_rows).peak(_measure)
+        if reserved(test_peak, device_type) <= budget:
             break
         test_rows //= 2
     rows = math.ceil(training.batch_size / training.accumulate)
@@ -144,7 +157,7 @@ def choose_network(
 
 
 class _Unguarded(Guard):
-    """Steps whatever the loss is: fake tensors have no numbers to look at."""
+    """A guard that looks at no numbers, which fake tensors do not have."""
 
     def update(self, optimizer: torch.optim.Optimizer, *what: object) -> None:
         optimizer.step()
@@ -154,15 +167,15 @@ def _step(strategy: Strategy, batch: Batch, masks: Sequence[Tensor | None]) -> N
     strategy.step(batch, masks, _Unguarded(), 0)
 
 
-def _measured(strategy: Strategy, batch: Batch, masks: Sequence[Tensor | None]) -> None:
-    """Measures a batch of the test split while the gradients of the last step are still there."""
-    for parameter in (p for each in strategy.learners for p in each.parameters()):
+def _measure(strategy: Strategy, batch: Batch, masks: Sequence[Tensor | None]) -> None:
+    """Evaluates a batch of the test split while the gradients of the last step are in memory."""
+    for parameter in (p for learner in strategy.learners for p in learner.parameters()):
         parameter.grad = torch.zeros_like(parameter)
     measure(strategy.learners, [batch])
 
 
 def _checkpointed(strategy: Strategy, batch: Batch, masks: Sequence[Tensor | None]) -> None:
-    """Takes a step of back-propagation that keeps the stages' outputs only, and computes what lies
+    """Takes a step of back-propagation that keeps only the stages' outputs, and computes everything
     within a stage again in the backward pass."""
     x = batch.inputs()
     for learner, mask in zip(strategy.learners, masks, strict=True):
@@ -179,9 +192,9 @@ def _checkpointed(strategy: Strategy, batch: Batch, masks: Sequence[Tensor | Non
 def _learner(
     stage: Stage, shape: StageShapes, loss: LocalLoss, num_classes: int, precision: str
 ) -> Learner:
-    """Makes a stage with weights and heads on the device, ready to train."""
+    """Returns a stage in training mode, with weights and heads on the device."""
     heads = make_heads(loss, shape.hidden, num_classes)
-    learner = Learner(materialised(stage), heads, loss, num_classes, precision, memory_trial=True)
+    learner = Learner(materialise(stage), heads, loss, num_classes, precision, memory_trial=True)
     learner.train()
     return learner
 
@@ -194,12 +207,12 @@ def _batch(
         return torch.zeros((stop - start, *shapes[0].input))
 
     masks = [
-        each.mask(0, batch_size, shape.input, 0, 0)
-        for each, shape in zip(learners, shapes, strict=True)
+        learner.mask(0, batch_size, shape.input, 0, 0)
+        for learner, shape in zip(learners, shapes, strict=True)
     ]
     return Batch(torch.zeros(batch_size, dtype=torch.long), read), masks
 
 
 def _no_optimizer(parameters: object) -> torch.optim.Optimizer:
-    """Makes an optimiser that stands for one whose state is not on the device."""
+    """Returns an optimiser that stands for one whose state is not on the device."""
     return torch.optim.SGD([torch.zeros(1, requires_grad=True)])

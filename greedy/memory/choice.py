@@ -1,4 +1,4 @@
-"""Which memory mode and micro-batch a stage gets under a budget."""
+"""The choice of memory mode and micro-batch for a stage under a memory budget."""
 
 import math
 from collections.abc import Iterable
@@ -19,61 +19,67 @@ from greedy.steps.parts import parts_of
 from greedy.steps.step import Learner
 from greedy.stores.writing import write_batch
 
-LARGEST_MICRO_BATCH = 32  # beyond it a step gains nothing
-POSITIONS = 1024  # of a feature map, over a micro-batch, that are worth a weight's reading
-# On CUDA, see `benchmarks/workspace.py`: of cuBLAS, in the threads of the forward and the backward
-# pass each, and once for products with a bias; and of cuDNN's convolutions.
+LARGEST_MICRO_BATCH = 32  # rows; with more, a step is no faster
+POSITIONS = 1024  # of feature maps in a micro-batch; with fewer, reading weights takes longest
+# Bytes on CUDA, measured by `benchmarks/workspace.py`. cuBLAS: one workspace for each thread, of
+# the forward and of the backward pass, and one for products with a bias.
 CUBLAS_WORKSPACE = 2 * (2 * 2**22 + 8 * 2**14) + 2**20
 CUDNN_WORKSPACE = 16 * 2**20
-FRAGMENTATION = 1.02  # what CUDA's allocator reserves beyond what is asked of it
-FREE_MEMORY_SHARE = 0.85  # of the memory that is free on the device
+FRAGMENTATION = 1.02  # bytes that CUDA's allocator reserves for each byte in use
+FREE_MEMORY_SHARE = 0.85  # of the device's free memory, used by ``auto``
 
 
 @dataclass(frozen=True)
 class Choice(StepMemory):
-    """A mode, the rows of its micro-batches, and the bytes that a step takes with them;
-    ``write_batch`` are the rows computed at a time once the stage is frozen."""
+    """A memory mode with the rows of its micro-batches.
+
+    Attributes:
+        peak_bytes: bytes that a step takes at most.
+        write_batch: rows that the frozen stage computes at a time.
+    """
 
     peak_bytes: int = 0
     write_batch: int = 1
 
     def recorded(self) -> dict[str, Any]:
-        """Returns JSON values by name: those of ``StepMemory.recorded``, the bytes and the rows."""
+        """Returns the fields of the choice for ``Choices``, as JSON values by name."""
         counted = {"planned_peak_bytes": self.peak_bytes, "write_batch": self.write_batch}
         return super().recorded() | counted
 
 
 def memory_budget(recipe: Recipe, device: torch.device) -> int:
-    """Returns the bytes on the device that a step may take."""
+    """Returns the bytes that a step may take on the device: those that the recipe names, else a
+    share of the free memory."""
     named = named_budget(recipe)
     return int(FREE_MEMORY_SHARE * free_memory(device)) if named is None else named
 
 
 def named_budget(recipe: Recipe) -> int | None:
-    """Returns the bytes of a budget that the recipe names, else ``None``."""
+    """Returns the memory budget that the recipe names, in bytes; ``None`` for ``auto``."""
     setting = recipe.memory.budget
     return None if setting == "auto" else parse_size(setting)
 
 
 def room_for(learner: Learner) -> int:
-    """Returns the bytes on the device that a stage may take after a step ran out of memory and was
-    freed: what the stage holds, and the share of free memory that ``auto`` takes."""
-    state = learner.optimizer.state.values() if learner.optimizer else ()
-    moments = [each for of_weight in state for each in of_weight.values()]
-    held = [*learner.parameters(), *learner.buffers(), *filter(torch.is_tensor, moments)]
-    there = sum(t.numel() * t.element_size() for t in held if t.device == learner.device)
-    return there + int(FREE_MEMORY_SHARE * free_memory(learner.device))
+    """Returns the bytes that a stage may take on the device after a step ran out of memory and was
+    freed: those of its weights and optimiser state, and the share of free memory that ``auto``
+    uses."""
+    states = learner.optimizer.state.values() if learner.optimizer else ()
+    moments = [value for state in states for value in state.values()]
+    tensors = [*learner.parameters(), *learner.buffers(), *filter(torch.is_tensor, moments)]
+    on_device = sum(t.numel() * t.element_size() for t in tensors if t.device == learner.device)
+    return on_device + int(FREE_MEMORY_SHARE * free_memory(learner.device))
 
 
 def stored_row_bytes(encoding: str, shape: Shape) -> int:
-    """Returns the bytes of a row of this shape in a store; ``auto`` is an encoding of one byte a
-    value."""
+    """Returns the bytes of a row of a shape in a store, uncompressed; ``auto`` has one byte for
+    each value."""
     bits = {"float32": 32, "float16": 16, "bfloat16": 16, "uint4": 4}
     return math.ceil(math.prod(shape) * bits.get(encoding, 8) / 8)
 
 
 def fused_adam(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """Makes the Adam that stages are trained with; the schedule sets its rate."""
+    """Returns the Adam that trains stages by default; the schedule sets its rate."""
     return torch.optim.Adam(parameters, fused=True)
 
 
@@ -86,16 +92,17 @@ def choose(
     """Chooses how a stage's step fits a budget.
 
     Args:
+        demand: the demand of the step.
         budget: bytes on the device, on CUDA those that the allocator reserves, libraries'
             workspaces included; ``None`` for any number.
-        micro_batch: rows of a micro-batch, where the recipe fixes them.
-        writing: the demand of writing the stage's own store, where that differs.
+        micro_batch: rows of a micro-batch, if the recipe fixes them.
+        writing: the demand of writing the stage's store, if that differs.
 
     Returns:
         The fastest mode that fits, with the largest micro-batch; without a budget the plain mode.
 
     Raises:
-        UserError: nothing fits; names the stage and what its least consists of.
+        UserError: nothing fits; the message names the stage and the least memory that it takes.
     """
     step = _fastest(demand, budget, micro_batch)
     if budget is not None and step.peak_bytes > budget:
@@ -110,18 +117,19 @@ def choose_smaller(
     micro_batch: int | None = None,
     writing: StepDemand | None = None,
 ) -> Choice | None:
-    """Chooses how a stage goes on after a step ran out of memory.
+    """Chooses how a stage's steps continue after one ran out of memory.
 
     Args:
-        failed: the memory of that step.
-        room: bytes that turned out to be free.
-        micro_batch: rows of a micro-batch, where the recipe fixes them; others are tried only where
-            these do not fit.
-        writing: the demand of writing the stage's own store, where that differs.
+        demand: the demand of the step.
+        failed: the memory mode of the step that failed.
+        room: bytes that the stage may take on the device.
+        micro_batch: rows of a micro-batch, if the recipe fixes them; others are tried only if these
+            do not fit.
+        writing: the demand of writing the stage's store, if that differs.
 
     Returns:
-        What fits the room and takes less than ``failed``, or the least of all; ``None`` where
-            nothing takes less.
+        The fastest mode that fits and takes less than ``failed``, or else the smallest; ``None`` if
+        none takes less than ``failed``.
     """
     too_much = _count(demand, failed.mode, failed.micro_batch).peak_bytes
     room = min(room, too_much - 1)
@@ -139,7 +147,7 @@ def _with_writing(step: Choice, writing: StepDemand, budget: int | None) -> Choi
 
 
 def _fastest(demand: StepDemand, budget: int | None, micro_batch: int | None) -> Choice:
-    """Returns the fastest choice that fits; where none does, the smallest."""
+    """Returns the fastest choice that fits the budget, or the smallest if none fits."""
     tried = [_count(demand, Mode.PLAIN, demand.batch_size)]
     if budget is None or tried[0].peak_bytes <= budget:
         return tried[0]
@@ -181,8 +189,8 @@ def reserved(peak: int, device_type: str) -> int:
 
 
 def _enlarged(demand: StepDemand, choice: Choice, budget: int) -> Choice:
-    """Returns the choice with the largest micro-batch, a power of two, that fits, where one of a
-    single row does."""
+    """Returns a choice that fits the budget with the largest micro-batch that does, a power of
+    two."""
     largest = min(LARGEST_MICRO_BATCH, demand.batch_size // 2)
     sizes = [1 << power for power in range(1, largest.bit_length())]
     while sizes:

@@ -1,15 +1,15 @@
-"""Counting the bytes of tensors that live on a device.
+"""A counter of the bytes of tensors on a device.
 
-Under ``FakeTensorMode`` nothing is computed and no memory is taken, yet every operator makes the
-tensors it would make, so that a count of fake tensors is what a real step will allocate:
+Under ``FakeTensorMode`` nothing is computed and no memory is taken, but every operator makes the
+same tensors as always, so that a count of fake tensors is what a real step allocates:
 
     with FakeTensorMode(), Counter() as counter:
         step(...)
     print(counter.peak)
 
-Gradients of fake ``cuda`` tensors fail on a machine without CUDA. So the device is always called
-``cpu`` there, and where its memory is not the host's, host memory is called ``meta``: copies
-between the two work in both directions and are counted on one side alone.
+Gradients of fake ``cuda`` tensors fail on a machine without CUDA. Fake tensors on any device
+therefore have the device ``cpu``, and those in host memory, if that is not the device's, have the
+device ``meta``: copies between the two work in both directions, and only one side is counted.
 """
 
 import weakref
@@ -18,25 +18,25 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from greedy.base.sizes import format_size
+from greedy.base.torch_private import TorchDispatchMode, storage_key, tree_leaves
 
 
 class Counter(TorchDispatchMode):
-    """Inside, every storage that an operator makes is counted until it is released.
+    """Counts every storage that an operator makes inside its ``with``, until it is released.
 
-    Counted are the bytes of storages on devices of ``device_type``, each once however many views
-    it has. What an operator needs only while it computes is not seen. Beyond a ``limit`` an
-    operator's result is released and ``torch.OutOfMemoryError`` raised, as by an allocator,
-    though here after the operator has run: running statistics may have been updated. Of a backward
-    pass that fails so, torch's queue for the CPU keeps the branches that were still waiting.
+    Counted are the bytes of storages on devices of ``device_type``, each once, however many views
+    it has. The working memory of an operator is not counted. Beyond a ``limit`` an operator's
+    result is released and ``torch.OutOfMemoryError`` raised, as by an allocator, but after the
+    operator has run, which may have updated running statistics. If a backward pass fails in this
+    way, torch's queue for the CPU keeps the branches that were waiting.
 
     Attributes:
-        live: bytes alive now, also after the mode's end.
-        peak: most bytes that were alive at a time, since the start or ``reset_peak``.
-        limit: bytes that may be alive; may be changed at any time.
+        device_type: the type of the devices whose storages are counted.
+        live: bytes in use now, also after the ``with``.
+        peak: most bytes in use at a time since the start or ``reset_peak``.
+        limit: bytes that may be in use, ``None`` for any number; may be changed at any time.
     """
 
     def __init__(self, device_type: str = "cpu", limit: int | None = None) -> None:
@@ -48,13 +48,13 @@ class Counter(TorchDispatchMode):
         self._bytes: dict[int, int] = {}  # by storage
 
     def add(self, tensors: Iterable[Tensor]) -> None:
-        """Counts tensors that exist already, such as parameters."""
+        """Counts tensors that were made before, such as parameters."""
         for tensor in tensors:
             self._count(tensor)
         self.peak = max(self.peak, self.live)
 
     def reset_peak(self) -> None:
-        """Forgets the peak so far."""
+        """Sets the peak to the bytes in use now."""
         self.peak = self.live
 
     def __torch_dispatch__(
@@ -76,19 +76,21 @@ class Counter(TorchDispatchMode):
         return result
 
     def _made(self, result: Any, given: Any) -> list[Tensor]:
-        """Returns the tensors of a result whose storages are counted or new, not uncounted
-        arguments."""
+        """Returns the tensors in an operator's result whose storages are counted already or are not
+        those of its arguments."""
         tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        if all(_key(t) in self._bytes for t in tensors):
+        if all(storage_key(t) in self._bytes for t in tensors):
             return tensors
-        aliased = {_key(t) for t in tree_leaves(given) if isinstance(t, Tensor)}
-        return [t for t in tensors if _key(t) in self._bytes or _key(t) not in aliased]
+        aliased = {storage_key(t) for t in tree_leaves(given) if isinstance(t, Tensor)}
+        return [
+            t for t in tensors if storage_key(t) in self._bytes or storage_key(t) not in aliased
+        ]
 
     def _count(self, tensor: Tensor) -> None:
-        """Counts a tensor's storage if it is new, else what it has grown by."""
+        """Counts a tensor's storage if it is new, else the bytes by which it has grown."""
         if tensor.device.type != self.device_type:
             return
-        storage, key = tensor.untyped_storage(), _key(tensor)
+        storage, key = tensor.untyped_storage(), storage_key(tensor)
         if key not in self._bytes:
             self._bytes[key] = 0
             weakref.finalize(storage, self._release, key)
@@ -97,7 +99,3 @@ class Counter(TorchDispatchMode):
 
     def _release(self, key: int) -> None:
         self.live -= self._bytes.pop(key)
-
-
-def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata

@@ -7,30 +7,24 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
 
 from greedy.base.errors import UserError
+from greedy.base.torch_private import DEPENDS_ON_NUMBERS, FakeTensorMode
 from greedy.losses import Features, LocalHeads, LocalLoss
 from greedy.models import Shape
 
 Module = TypeVar("Module", bound=nn.Module)
 
-LOOKS_AT_NUMBERS = (DataDependentOutputException, DynamicOutputShapeException)
-
 
 def fake_tensors() -> FakeTensorMode:
-    """Returns a context in which tensors have sizes and no numbers, also those that modules or
-    losses hold as plain attributes."""
+    """Returns a context in which tensors have sizes and no numbers, those that modules or losses
+    hold as plain attributes included."""
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def materialised(network: Module) -> Module:
-    """Gives a network of the meta device parameters and buffers in memory; one tensor under two
-    names stays one. Returns the network."""
+def materialise(network: Module) -> Module:
+    """Replaces the parameters and buffers of a network on the meta device by empty ones in memory
+    and returns the network. A tensor with two names stays one tensor."""
     made: dict[int, torch.Tensor] = {}
     for module in network.modules():
         parameters = module.named_parameters(recurse=False, remove_duplicate=False)
@@ -46,17 +40,23 @@ def materialised(network: Module) -> Module:
     return network
 
 
-def counted(count: Callable[[LocalLoss], int], loss: LocalLoss, what: str) -> int:
-    """What a count comes to that is given a loss; a loss that looks at numbers is left out of it.
-    Raises ``UserError`` for a loss that fails, or where something else looks at numbers, which is
-    part of ``what``."""
+def count_with_loss(count: Callable[[LocalLoss], int], loss: LocalLoss, what: str) -> int:
+    """Returns ``count(loss)``, or the count with ``LossStandIn`` if the loss depends on the numbers
+    in its tensors, which fake tensors do not have.
+
+    Args:
+        what: the part of the network that is counted, for messages.
+
+    Raises:
+        UserError: the loss fails, or something else in the part depends on numbers.
+    """
     try:
         return count(loss)
     except UserError:
         raise
     except Exception as error:
-        without = _without(loss, count, what)
-        if isinstance(error, LOOKS_AT_NUMBERS):
+        without = _count_without(loss, count, what)
+        if isinstance(error, DEPENDS_ON_NUMBERS):
             return without
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(
@@ -65,10 +65,10 @@ def counted(count: Callable[[LocalLoss], int], loss: LocalLoss, what: str) -> in
         ) from error
 
 
-def _without(loss: LocalLoss, count: Callable[[LocalLoss], int], what: str) -> int:
+def _count_without(loss: LocalLoss, count: Callable[[LocalLoss], int], what: str) -> int:
     try:
         return count(LossStandIn(loss))
-    except LOOKS_AT_NUMBERS as error:
+    except DEPENDS_ON_NUMBERS as error:
         raise UserError(
             f"the memory of {what} cannot be told beforehand, since what it computes depends on "
             f"the numbers it sees: choose between tensors with torch.where"
@@ -77,7 +77,8 @@ def _without(loss: LocalLoss, count: Callable[[LocalLoss], int], what: str) -> i
 
 @dataclass(frozen=True)
 class LossStandIn:
-    """Stands in for a loss, which is computed from small tensors, between its heads."""
+    """A loss with the heads of another one, but a simple function of their features. The memory of
+    the function itself is small."""
 
     loss: LocalLoss
 
@@ -95,10 +96,11 @@ class LossStandIn:
 def make_state(
     parameters: Sequence[nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]
 ) -> None:
-    """Takes a step, so that the optimisers have their state; if one looks at numbers, Adam's
-    moments stand for it.
+    """Takes a step on fake tensors, so that the optimisers have their state. The state of one whose
+    step depends on numbers is replaced by Adam's moments.
 
-    Raises ``UserError`` for an optimiser that computes the loss itself.
+    Raises:
+        UserError: an optimiser needs to compute the loss itself.
     """
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
@@ -111,7 +113,7 @@ def make_state(
             )
         try:
             optimizer.step()
-        except LOOKS_AT_NUMBERS:
+        except DEPENDS_ON_NUMBERS:
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 moments = {name: torch.zeros_like(parameter) for name in ("first", "second")}
                 optimizer.state[parameter] = moments

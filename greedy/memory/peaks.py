@@ -1,4 +1,4 @@
-"""What one step of a stage takes, counted on fake tensors."""
+"""The memory and operations of one step of a stage, counted on fake tensors."""
 
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from greedy.losses import LocalLoss, make_heads
 from greedy.memory.counting import Counter
-from greedy.memory.fake import counted, fake_tensors, make_state, materialised
+from greedy.memory.fake import count_with_loss, fake_tensors, make_state, materialise
 from greedy.models import Shape, Stage, StageShapes
 from greedy.runs.choices import StepMemory
 from greedy.steps.step import Learner, gradients
@@ -23,8 +23,13 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class Replay:
-    """Frozen stages that are computed on the way from a store to the stage that trains, so many
-    ``rows`` at a time; ``shape`` is that of a row of the store."""
+    """The frozen stages between a store and the stage that trains.
+
+    Attributes:
+        stages: the stages, in order.
+        shape: the shape of a row of the store.
+        rows: rows computed at a time.
+    """
 
     stages: Sequence[Stage]
     shape: Shape
@@ -33,16 +38,20 @@ class Replay:
 
 @dataclass(frozen=True)
 class StepDemand:
-    """A stage's step as memory sees it.
+    """Everything that decides the memory of a stage's step.
 
     Attributes:
-        batch_size: rows of a batch.
+        stage: the stage; it stays as it is.
+        shapes: the shapes of its input, activation and output.
+        loss: its local loss.
+        num_classes: the number of classes.
+        batch_size: rows in a batch.
         precision: ``float32``, ``bfloat16`` or ``float16``.
         optimizer: makes the stage's optimiser; ``None`` if its state is in host memory.
-        device_type: of the device; on ``cpu`` host memory is the device's.
-        stored_row_bytes: of a row as the source holds it.
-        replay: what lies between the source and the stage.
-        other_resident_bytes: of frozen stages that are on the device besides, to draw views with.
+        device_type: ``cpu``, ``cuda`` or ``mps``; on ``cpu`` host memory is the device's.
+        stored_row_bytes: bytes of a row in the source.
+        replay: the frozen stages between the source and the stage, if any.
+        other_resident_bytes: bytes of other stages on the device, needed to refresh views.
     """
 
     stage: Stage
@@ -58,19 +67,19 @@ class StepDemand:
     other_resident_bytes: int = 0
 
     def peak(self, memory: StepMemory) -> int:
-        """Bytes on the device at most, in a step with this memory after the first one: weights,
-        gradients, optimiser state, the batch, and what is computed from it."""
-        return self._counted(lambda demand: demand._peak(memory))
+        """Counts the most bytes on the device in a step in a memory mode, any but the first step:
+        weights, gradients, optimiser state, the batch, and everything computed from it."""
+        return self._count(lambda demand: demand._peak(memory))
 
-    def _counted(self, count: Callable[["StepDemand"], int]) -> int:
+    def _count(self, count: Callable[["StepDemand"], int]) -> int:
         what = f"stage {self.stage.number} ({self.stage.name})"
-        return counted(lambda loss: count(replace(self, loss=loss)), self.loss, what)
+        return count_with_loss(lambda loss: count(replace(self, loss=loss)), self.loss, what)
 
     def _peak(self, memory: StepMemory) -> int:
         stage, *replayed = self._skeletons()
         with fake_tensors(), Counter() as counter:
             learner = self._learner(stage, memory)
-            counter.add(_held(learner))
+            counter.add(_tensors_of(learner))
             if self.optimizer is not None:
                 learner.optimizer = self.optimizer(learner.parameters())
                 make_state(learner.parameters(), [learner.optimizer])
@@ -80,16 +89,16 @@ class StepDemand:
         return counter.peak + self.other_resident_bytes
 
     def writing_peak(self, rows: int) -> int:
-        """Bytes on the device at most, while the trained stage computes the outputs and the local
-        error of so many rows."""
-        return self._counted(lambda demand: demand._writing_peak(rows))
+        """Counts the most bytes on the device while the trained stage computes the outputs and the
+        local error of ``rows`` rows."""
+        return self._count(lambda demand: demand._writing_peak(rows))
 
     def _writing_peak(self, rows: int) -> int:
         stage, *replayed = self._skeletons()
         with fake_tensors(), Counter() as counter, torch.no_grad():
             learner = self._learner(stage, StepMemory())
             learner.eval()
-            counter.add(_held(learner))
+            counter.add(_tensors_of(learner))
             read = self._reader(learner, replayed)
             counter.reset_peak()
             x = read(slice(0, rows))
@@ -99,8 +108,8 @@ class StepDemand:
         return counter.peak + self.other_resident_bytes
 
     def flops(self) -> int:
-        """Floating-point operations of the plain step, a multiply-add counting 2."""
-        return self._counted(StepDemand._flops)
+        """Counts the floating-point operations of the plain step, two for a multiply-add."""
+        return self._count(StepDemand._flops)
 
     def _flops(self) -> int:
         stage, *_ = self._skeletons()
@@ -110,7 +119,7 @@ class StepDemand:
         return counter.get_total_flops()
 
     def parameter_bytes(self) -> int:
-        """Bytes of weights, gradients and optimiser state."""
+        """Returns the bytes of weights, gradients and optimiser state."""
         stage, *_ = self._skeletons()
         with fake_tensors():
             parameters = self._learner(stage, StepMemory()).parameters()
@@ -118,18 +127,18 @@ class StepDemand:
         return copies * sum(p.numel() * p.element_size() for p in parameters)
 
     def frozen_bytes(self) -> int:
-        """Bytes of the weights of frozen stages."""
+        """Returns the bytes of the weights of all other stages on the device."""
         replayed = self.replay.stages if self.replay else ()
         return self.other_resident_bytes + sum(map(weight_bytes, replayed))
 
     def _skeletons(self) -> list[Stage]:
-        """The stage and those that are replayed, without their weights: real tensors and fake
-        ones do not mix."""
+        """Returns copies of the stage and of those that are replayed on the meta device, since fake
+        tensors cannot be computed with real ones."""
         replayed = self.replay.stages if self.replay else ()
         return [deepcopy(stage).to("meta") for stage in (self.stage, *replayed)]
 
     def _learner(self, stage: Stage, memory: StepMemory) -> Learner:
-        materialised(stage)
+        materialise(stage)
         heads = make_heads(self.loss, self.shapes.hidden, self.num_classes)
         host = CPU if self.device_type == "cpu" else META
         learner = Learner(
@@ -147,16 +156,17 @@ class StepDemand:
         return learner
 
     def _reader(self, learner: Learner, frozen: Sequence[Stage]) -> Callable[[slice], torch.Tensor]:
-        """Rows of a batch to the stage's input, as ``Source.inputs`` computes it."""
+        """Returns a function that computes the stage's input for some rows of a batch as
+        ``Source.inputs`` does."""
         shape = self.replay.shape if self.replay else self.shapes.input
         at_once = self.replay.rows if self.replay else WRITE_ROWS
-        replayed = [materialised(stage).eval() for stage in frozen]
+        replayed = [materialise(stage).eval() for stage in frozen]
 
         def read(rows: slice) -> torch.Tensor:
             count = (rows.stop or self.batch_size) - (rows.start or 0)
             stored = torch.empty((count, self.stored_row_bytes), dtype=torch.uint8)
             x = torch.empty((count, *shape))
-            del stored  # it is let go of once x is there
+            del stored  # freed once x is decoded
             with torch.no_grad(), learner.autocast():
                 return replay(replayed, x, at_once).float()
 
@@ -169,11 +179,11 @@ class StepDemand:
 
 
 def weight_bytes(stage: Stage) -> int:
-    """Bytes of a stage's weights."""
+    """Returns the bytes of a stage's weights."""
     return sum(p.numel() * p.element_size() for p in stage.parameters())
 
 
-def _held(learner: Learner) -> list[torch.Tensor]:
-    """The stage's and its heads' weights, and what else they hold."""
+def _tensors_of(learner: Learner) -> list[torch.Tensor]:
+    """Returns the parameters and buffers of stage and heads."""
     modules = (learner.stage, learner.heads)
-    return [each for m in modules for each in (*m.parameters(), *m.buffers())]
+    return [tensor for m in modules for tensor in (*m.parameters(), *m.buffers())]

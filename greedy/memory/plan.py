@@ -1,4 +1,4 @@
-"""How the steps of a run fit its memory budget."""
+"""The plan by which the steps of a run fit its memory budget."""
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
@@ -24,12 +24,13 @@ from greedy.stores.writing import write_batch
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The memory of every stage's step, counted once.
+    """Chooses the memory mode of every stage's step, counting each demand once.
 
     Attributes:
-        network: its stages stay as they are.
+        recipe: the run's recipe.
+        network: the network; its stages stay as they are.
         precision: ``float32``, ``bfloat16`` or ``float16``.
-        budget: bytes on the device that a step may take; ``None`` for any number.
+        budget: bytes that a step may take on the device; ``None`` for any number.
         device_type: ``cpu``, ``cuda`` or ``mps``.
         optimizer: makes a stage's optimiser.
         images: the encoding of stage 0's store.
@@ -46,8 +47,9 @@ class MemoryPlan:
     _flops: dict[Hashable, int] = field(default_factory=dict, repr=False)
 
     def require(self, numbers: Iterable[int], disk: DiskPlan) -> None:
-        """Raises ``UserError`` for a stage that the budget has no room for, if each trains from
-        the last store that the disk plan gives it; or for a network that trains at once."""
+        """Raises ``UserError`` if the budget is too small for one of the stages ``numbers``, each
+        trained from the store that the disk plan gives it, or for all of them at once if the run
+        trains them so."""
         if self.recipe.training.strategy != "greedy":
             self.at_once()
             return
@@ -55,9 +57,17 @@ class MemoryPlan:
             self.stage(number, disk.source(number))
 
     def stage(self, number: int, source: int, written_from: int | None = None) -> Choice:
-        """The choice by which stage ``number`` trains from the store of stage ``source``, and how
-        many rows are computed at a time when its own is written from that of stage
-        ``written_from``, by default the same. Raises ``UserError`` where nothing fits."""
+        """Returns how a stage trains, and how many rows are computed at a time when its store is
+        written.
+
+        Args:
+            number: the number of the stage.
+            source: the stage from whose store it is trained.
+            written_from: the stage from whose store its own is written, by default ``source``.
+
+        Raises:
+            UserError: no mode fits the budget.
+        """
         demand, writing = self._demands(number, source, written_from)
         writes = writing and (number, writing.replay)
         key = (
@@ -75,9 +85,9 @@ class MemoryPlan:
     def smaller(
         self, number: int, source: int, written_from: int | None, learner: Learner
     ) -> Choice | None:
-        """The choice with which stage ``number``, planned so, goes on when a step of its
-        ``learner`` ran out of memory and was let go of: as it would have been planned for what
-        turns out to be free, and with less than it had. ``None`` where nothing takes less."""
+        """Chooses a smaller mode for a stage after a step of its ``learner`` ran out of memory and
+        was freed: one that fits the memory that is now free and takes less than before. Returns
+        ``None`` if no mode takes less. Other arguments are those of ``stage``."""
         demand, writing = self._demands(number, source, written_from)
         room = room_for(learner) + demand.frozen_bytes()
         micro_batch = self.recipe.memory.micro_batch
@@ -86,7 +96,8 @@ class MemoryPlan:
     def _demands(
         self, number: int, source: int, written_from: int | None
     ) -> tuple[StepDemand, StepDemand | None]:
-        """The demand of a stage's step, and that of writing its store where that differs."""
+        """Returns the demand of a stage's step, and that of writing its store or ``None`` if that
+        is the same."""
         demand = self._demand(number, source)
         if self.recipe.store.refresh_every > 0:
             demand = replace(
@@ -98,7 +109,7 @@ class MemoryPlan:
         return demand, self._writing(number, written_from)
 
     def _replay(self, source: int, number: int) -> Replay | None:
-        """What lies between a store and a stage."""
+        """Returns the frozen stages between the store of stage ``source`` and stage ``number``."""
         stages = tuple(self.network.stages[source : number - 1])
         if not stages:
             return None
@@ -106,8 +117,8 @@ class MemoryPlan:
         return Replay(stages, self.network.shapes[source].input, rows)
 
     def _writing(self, number: int, source: int) -> StepDemand:
-        """Returns the demand of writing a frozen stage's store from that of stage ``source``; with
-        refreshed views also while the next stage is in memory."""
+        """Returns the demand of writing a frozen stage's store from that of stage ``source``. If
+        views are refreshed, that happens while the next stage is in memory."""
         next_stage = 0
         if self.recipe.store.refresh_every and number < len(self.network):
             next_stage = self._demand(number + 1, number).parameter_bytes()
@@ -127,7 +138,8 @@ class MemoryPlan:
         )
 
     def at_once(self) -> Choice:
-        """Returns how all stages train at once. Raises ``UserError`` where that does not fit."""
+        """Returns how all stages train at once. Raises ``UserError`` if that does not fit the
+        budget."""
         on_device = self.recipe.memory.optimizer_state == "device"
         return choose_network(
             self.network,
@@ -139,8 +151,8 @@ class MemoryPlan:
         )
 
     def flops(self, number: int) -> int:
-        """Floating-point operations of a stage's plain step, a multiply-add counting 2; trained
-        from the network's end, with those of its input's gradient."""
+        """Returns the floating-point operations of a stage's plain step, two for a multiply-add,
+        with those of its input's gradient if gradients pass through it."""
         through = self.recipe.training.strategy in ("backprop", "glob+sim") and number > 1
         forward = 2 * self.recipe.training.batch_size * self.network.shapes[number - 1].operations
         return self._own_flops(number, 2 * forward) + (forward if through else 0)
@@ -155,7 +167,7 @@ class MemoryPlan:
         return self._flops[key]
 
     def loss_of(self, number: int) -> LocalLoss:
-        """The loss of a stage."""
+        """Returns the loss of a stage."""
         return self.network.losses(self.recipe.training.strategy)[number - 1]
 
     def _what(self, number: int) -> tuple[Stage, StageShapes, LocalLoss, int, int, str]:
@@ -164,7 +176,7 @@ class MemoryPlan:
         return stage, shape, self.loss_of(number), self.network.classes, batch_size, self.precision
 
     def _cache_key(self, number: int) -> Hashable:
-        """Networks repeat themselves, and of stages that are alike one is counted."""
+        """Returns a key that is the same for equal stages, so that only one of them is counted."""
         stage, shape = self.network.stages[number - 1], self.network.shapes[number - 1]
         sizes = tuple(p.shape for p in stage.parameters())
         loss = self.loss_of(number)

@@ -1,1 +1,1 @@
-"""One optimiser step of a stage, in as little memory as there is."""
+"""One optimiser step of a stage, in the memory that there is."""

@@ -20,23 +20,24 @@ from greedy.steps.parts import Parts
 from greedy.steps.scaling import LossScale
 from greedy.steps.statistics import Statistics
 
-SHARE = 2**-8  # a power of two, which changes no digit
+SHARE = 2**-8  # a power of two, so that no digit changes
 
 
 @dataclass
 class ExactStep:
-    """One batch's way through a stage, in passes that meet only in small tensors.
+    """The gradients of one batch, computed in passes over micro-batches that share only small
+    tensors.
 
     Attributes:
-        parts: of the stage.
-        loss: of the stage's heads.
-        mode: any but ``plain``.
+        parts: encoder, batch norm, activation and heads of the stage.
+        loss: the local loss of the stage.
+        mode: the memory mode, any but ``plain``.
         slices: the rows of each micro-batch.
         x: the stage's input (B, ...), in host memory if the mode streams it.
         autocast: the precision of encoder and heads.
-        scale: of the loss, and so of all gradients; ``None`` for 1.
-        c: the encoder's output (B, ...), where the mode keeps it.
-        g: its gradient with the statistics held fixed (B, ...), where the mode keeps it.
+        scale: the factor on the loss, and so on all gradients; ``None`` for 1.
+        c: the encoder's output (B, ...), if the mode keeps it.
+        g: its gradient with the statistics held fixed (B, ...), if the mode keeps it.
     """
 
     parts: Parts
@@ -51,8 +52,14 @@ class ExactStep:
 
     @torch.no_grad()
     def gradients(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Puts the gradients of the batch's loss into every parameter's ``grad``, given its
-        targets, a row a sample. Returns the loss, and the logits (B, classes) or ``None``."""
+        """Puts the gradients of the batch's loss into every parameter's ``grad``.
+
+        Args:
+            y: the targets of the loss, a row for each sample.
+
+        Returns:
+            The loss, a scalar, and the logits (B, classes), ``None`` without a local classifier.
+        """
         clear_gradients(self.parts.parameters())
         with self.autocast:  # which casts a weight once for all micro-batches
             statistics = self._statistics()
@@ -76,24 +83,24 @@ class ExactStep:
         return forward(self.parts.encoder, self._input(rows))
 
     def _statistics(self) -> Statistics | None:
-        """First pass: computes the batch's statistics, updates the running ones, and keeps c if the
-        mode does."""
-        found, kept = None, None
+        """Computes the batch's statistics, updates the running ones, and keeps c if the mode does:
+        the first pass."""
+        statistics, whole_c = None, None
         for rows in self.slices:
             c = self._encoded(rows)
             if self.mode.keeps_c:
-                kept = write_rows(kept, len(self.x), rows, c)
+                whole_c = write_rows(whole_c, len(self.x), rows, c)
             if self.parts.norm is not None:
                 part = Statistics.of(c)
-                found = found.merged(part) if found else part
-        self.c = kept
-        if found is None or self.parts.norm is None:
+                statistics = statistics.merged(part) if statistics else part
+        self.c = whole_c
+        if statistics is None or self.parts.norm is None:
             return None
-        found.teach(self.parts.norm)
-        return found.to(self.parts.norm.weight.dtype)
+        statistics.update_running(self.parts.norm)
+        return statistics.to(self.parts.norm.weight.dtype)
 
     def _features(self, statistics: Statistics | None) -> Features:
-        """Second pass: computes z and p of the whole batch, without gradient."""
+        """Computes z and p of the whole batch without gradient: the second pass."""
         whole: list[Any] = [None, None]
         for rows in self.slices:
             features = self.parts.heads(self.parts.hidden(self._encoded(rows), statistics))
@@ -104,8 +111,8 @@ class ExactStep:
         return Features(*whole)
 
     def _backward(self, statistics: Statistics | None, slopes: Features) -> "Moments | None":
-        """Third pass: computes the gradients of heads and batch norm, and g, which is kept or else
-        added to the encoder's gradients."""
+        """Computes the gradients of heads and batch norm, and g, which is kept or else added to the
+        encoder's gradients: the third pass."""
         moments = None
         if statistics is not None and not self.mode.keeps_c:
             moments = Moments.of(self.parts.encoder.weight)
@@ -128,14 +135,14 @@ class ExactStep:
         with torch.enable_grad():
             features = self.parts.heads(self.parts.hidden(leaf, statistics))
         pairs = [(f, s[rows]) for f, s in zip(features, slopes, strict=True) if f is not None]
-        # Within autocast the thread of autograd may compute in float16, whatever was asked for.
+        # Within autocast the thread of autograd may compute in float16 in any precision.
         with torch.autocast(c.device.type, enabled=False):
             torch.autograd.backward([f for f, _ in pairs], [s for _, s in pairs])
         assert leaf.grad is not None
         return leaf.grad
 
     def _close(self, statistics: Statistics | None, moments: "Moments | None") -> None:
-        """Last pass: adds what the encoder's gradients lack."""
+        """Adds what the encoder's gradients lack: the last pass."""
         residue = None
         if statistics is not None and self.parts.norm is not None:
             residue = Residue.of(statistics, self.parts.norm)
@@ -163,7 +170,8 @@ class ExactStep:
 
 @dataclass(frozen=True)
 class Residue:
-    """r = dL/dc - g, what reaches c through mu and v: a + b (c - mu), a number each a channel."""
+    """r = dL/dc - g, the gradient that reaches c through mu and v: a + b (c - mu), where a, b and
+    mu have one number for each channel."""
 
     mean: Tensor
     a: Tensor
@@ -180,26 +188,30 @@ class Residue:
         return cls(statistics.mean, d_mean / n, 2 * d_variance / n)
 
     def __call__(self, c: Tensor) -> Tensor:
-        """Computes r of a micro-batch, in the precision of the parameters."""
+        """Returns r of a micro-batch (m, C, ...), in the precision of the parameters."""
         return (c - along(self.mean, c)).mul_(along(self.b, c)).add_(along(self.a, c))
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Weight gradients that stand for r where c is not kept: ``ones`` is that of a gradient of 1
-    everywhere, the same for all output channels, ``centred`` that of c - mu; both times ``SHARE``,
-    so that their sums over a micro-batch fit float16."""
+    """Weight gradients from which r's part is computed if c is not kept. Both are scaled by
+    ``SHARE``, so that their sums over a micro-batch fit float16.
+
+    Attributes:
+        ones: the weight gradient if dL/dc were 1 everywhere, the same for all output channels.
+        centred: the weight gradient if dL/dc were c - mu.
+    """
 
     ones: Tensor
     centred: Tensor
 
     @classmethod
     def of(cls, weight: Tensor) -> "Moments":
-        """Makes empty sums for a weight."""
+        """Returns sums of zero for a weight."""
         return cls(torch.zeros_like(weight[:1]), torch.zeros_like(weight))
 
     def add(self, encoder: Layer, x: Tensor, centred: Tensor) -> None:
-        """Adds a micro-batch, whose ``centred`` c is overwritten."""
+        """Adds a micro-batch with its input and its c - mu, ``centred``, which is overwritten."""
         add_weight_gradient(encoder, x, centred.mul_(SHARE).to(x.dtype), self.centred)
         ones = torch.full_like(centred[:, :1], SHARE, dtype=x.dtype)
         add_weight_gradient(encoder, x, ones, self.ones)
@@ -215,7 +227,8 @@ class Moments:
 def differentiate(
     loss: LocalLoss, features: Features, y: Tensor, scale: LossScale | None = None
 ) -> tuple[Tensor, Features]:
-    """Computes the loss of a batch and its gradients with respect to z and p, scaled."""
+    """Computes the loss of a batch, a scalar, and its gradients with respect to z and p. The
+    gradients are scaled, the loss is not."""
     with torch.enable_grad():
         leaves = Features(*(f if f is None else f.requires_grad_() for f in features))
         value = loss(leaves, y)
@@ -225,7 +238,7 @@ def differentiate(
 
 
 def clear_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Sets all gradients to zero, in the memory of the last step's."""
+    """Sets all gradients to zero, in the memory of the last step's gradients."""
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
@@ -236,8 +249,8 @@ def clear_gradients(parameters: Iterable[nn.Parameter]) -> None:
 def write_rows(
     whole: Tensor | None, count: int, rows: slice, part: Tensor, *, pinned: bool = False
 ) -> Tensor:
-    """Writes a part into its rows of a tensor of ``count`` rows, which is made with the first part
-    and laid out like it. Returns that tensor."""
+    """Writes a part into its rows of a tensor of ``count`` rows and returns that tensor. If
+    ``whole`` is ``None``, the tensor is made, in the layout of the part."""
     if whole is None:
         whole = torch.empty(
             (count, *part.shape[1:]),
@@ -261,5 +274,5 @@ def per_channel(values: Tensor) -> list[int]:
 
 
 def along(channels: Tensor, like: Tensor) -> Tensor:
-    """Reshapes one number a channel so that it broadcasts over (B, C, ...)."""
+    """Reshapes (C,) so that it broadcasts over ``like``, (B, C, ...)."""
     return channels.reshape(1, -1, *[1] * (like.dim() - 2))

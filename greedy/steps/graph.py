@@ -10,21 +10,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from greedy.base.devices import release_workspaces
+from greedy.base.torch_private import clear_cublas_workspaces
 
-WARM_UP = 2  # steps before it is recorded, in which libraries take their workspaces
+WARM_UP = 2  # steps before one is recorded, in which libraries allocate their workspaces
 
 Gradients = Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]
 
 
 @dataclass(frozen=True)
 class StepGraph:
-    """A recorded step for inputs (B, *shape) and targets of one size, in a memory pool of its own.
+    """A recorded step for inputs and targets of one shape, with its own pool of memory.
 
     Attributes:
-        x, y: what is copied in before each replay.
-        loss, logits: what stands there after it, until the next.
-        gradients: of the parameters, likewise.
+        graph: the recorded kernels.
+        parameters: the parameters that get gradients.
+        x: the input (B, *shape), overwritten before each replay.
+        y: the targets, overwritten before each replay.
+        loss: the loss, overwritten by each replay.
+        logits: the logits (B, classes) or ``None``, overwritten by each replay.
+        gradients: the gradient of each parameter, overwritten by each replay.
     """
 
     graph: torch.cuda.CUDAGraph
@@ -39,18 +43,19 @@ class StepGraph:
     def of(
         cls, compute: Gradients, parameters: Sequence[nn.Parameter], x: Tensor, y: Tensor
     ) -> "StepGraph":
-        """Records what ``compute`` does with such inputs, without running it."""
+        """Records what ``compute`` does with inputs like ``x`` and ``y``, without running it."""
         graph = torch.cuda.CUDAGraph()
         x, y = x.clone(), y.clone()
-        release_workspaces()  # the graph's are from its own pool, which has to go with it
+        clear_cublas_workspaces()  # the graph's are from its own pool, which is freed with it
         # Meanwhile another thread may read ahead, into page-locked memory.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             loss, logits = compute(x, y)
-        release_workspaces()
+        clear_cublas_workspaces()
         return cls(graph, parameters, x, y, loss, logits, [p.grad for p in parameters])
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Replays the step: every parameter gets its gradient. Returns loss and logits."""
+        """Replays the step with other inputs, which gives every parameter its gradient. Returns
+        loss and logits."""
         self.x.copy_(x)
         self.y.copy_(y)
         self.graph.replay()

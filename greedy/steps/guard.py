@@ -1,5 +1,4 @@
-"""What happens to a step whose loss or gradients are not finite: nothing, and the stage is told
-later."""
+"""Protection of the weights from steps whose loss or gradients are not finite."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,18 +7,19 @@ import torch
 from torch import Tensor, nn
 
 from greedy.base.precision import all_finite
+from greedy.base.torch_private import skips_on_device
 from greedy.steps.scaling import LossScale
 
 
 class OptimizerFailed(Exception):
-    """An optimiser failed within its step, which may have changed some weights; its error is the
-    cause."""
+    """An optimiser failed within its step, which may have changed some of the weights. The
+    ``__cause__`` is its error."""
 
 
 @dataclass
 class Guard:
-    """Keeps a step whose loss or gradients are not finite from changing a parameter, and notes the
-    first such step on the device. Nothing waits for the device before it is asked."""
+    """Keeps steps whose loss or gradients are not finite from changing parameters, and notes the
+    first such step on the device. Only reading ``step`` and ``in_loss`` waits for the device."""
 
     _first: Tensor | None = None
     _in_loss: Tensor | None = None
@@ -32,26 +32,31 @@ class Guard:
         parameters: Sequence[nn.Parameter],
         scale: LossScale | None = None,
     ) -> None:
-        """Takes the optimiser's step, number ``step`` of its epoch, unless the loss or a gradient
-        of ``parameters`` is not finite. Gradients of a scaled loss are unscaled first; one that is
-        not finite is then noted only if no scale would help.
+        """Takes the optimiser's step unless the loss or a gradient is not finite.
 
-        Raises ``OptimizerFailed``.
+        Args:
+            loss: the loss of the step, a scalar, not scaled.
+            step: the number of the step in its epoch, counted from 0.
+            parameters: the parameters with their gradients.
+            scale: the factor on the gradients, by which they are divided first. Gradients that are
+                not finite are then noted only if no smaller factor would help.
+
+        Raises:
+            OptimizerFailed: the optimiser raised an error.
         """
         in_loss = ~torch.isfinite(loss.detach())
         if scale is None:
-            left_out = in_loss | ~all_finite(p.grad for p in parameters if p.grad is not None)
-            bad = left_out
+            skipped = in_loss | ~all_finite(p.grad for p in parameters if p.grad is not None)
+            bad = skipped
         else:
-            left_out = in_loss | scale.unscale(parameters)
+            skipped = in_loss | scale.unscale(parameters)
             bad = in_loss | scale.exhausted
         self._note(step, bad, in_loss)
         try:
-            if getattr(optimizer, "_step_supports_amp_scaling", False):
-                # Torch's own way: fused optimisers look at this on the device, as for GradScaler.
-                optimizer.found_inf = left_out.float()  # type: ignore[attr-defined]
+            if skips_on_device(optimizer):
+                optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
                 optimizer.step()
-            elif not left_out:  # any other has to wait for the answer
+            elif not skipped:  # other optimisers have to wait for the device
                 optimizer.step()
         except Exception as error:
             raise OptimizerFailed from error

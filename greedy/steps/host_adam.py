@@ -19,25 +19,25 @@ class HostAdam(torch.optim.Adam):
         super().__init__([nn.Parameter(self._beside(p)) for p in self.trained], lr=lr, fused=True)
 
     def _beside(self, parameter: nn.Parameter) -> Tensor:
-        """Makes an empty tensor on the host, like a parameter."""
+        """Returns an empty tensor on the host, like a parameter."""
         return torch.empty_like(parameter, device="cpu", pin_memory=self._pinned)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Takes one step with the gradients of the parameters on the device."""
         pairs = list(zip(self.param_groups[0]["params"], self.trained, strict=True))
-        for (mine, trained), place in zip(pairs, self._gradients, strict=True):
-            mine.copy_(trained, non_blocking=self._pinned)
+        for (on_host, trained), place in zip(pairs, self._gradients, strict=True):
+            on_host.copy_(trained, non_blocking=self._pinned)
             if trained.grad is None or place is None:
-                mine.grad = None if trained.grad is None else trained.grad.cpu()
+                on_host.grad = None if trained.grad is None else trained.grad.cpu()
             else:
-                mine.grad = place.copy_(trained.grad, non_blocking=True)
-        # Set by the guard, on the device: torch would copy it without waiting, and read it at once.
+                on_host.grad = place.copy_(trained.grad, non_blocking=True)
+        # The guard sets it on the device; torch would copy it and read it without waiting.
         if (bad := getattr(self, "found_inf", None)) is not None:
             self.found_inf = bad.cpu()
         if self._pinned:
             torch.cuda.current_stream(self.trained[0].device).synchronize()
         super().step(closure)
-        for mine, trained in pairs:
-            trained.copy_(mine, non_blocking=self._pinned)
-            mine.grad = None
+        for on_host, trained in pairs:
+            trained.copy_(on_host, non_blocking=self._pinned)
+            on_host.grad = None

@@ -1,4 +1,4 @@
-"""Loss and errors over batches, and of stages that are looked at alone."""
+"""Mean loss and errors of stages over batches."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,15 +14,21 @@ from greedy.stores.source import Batch
 
 @dataclass
 class Totals:
-    """Sums over rows, on the device so that no step waits for them, in float32 since MPS has
-    nothing wider."""
+    """Sums over rows. They stay on the device, so that no step waits for them, and are float32,
+    the widest type on MPS.
+
+    Attributes:
+        rows: number of rows.
+        loss: sum of their losses.
+        wrong: number of rows classified wrongly, ``None`` without a local classifier.
+    """
 
     rows: int = 0
     loss: Tensor | float = 0.0
     wrong: Tensor | None = None
 
     def add(self, loss: Tensor, logits: Tensor | None, labels: Tensor) -> None:
-        """Adds a batch's mean loss and its logits."""
+        """Adds a batch: its mean loss, its logits (B, classes) or ``None``, its labels (B,)."""
         self.rows += len(labels)
         self.loss = self.loss + loss.float() * len(labels)
         if logits is not None:
@@ -31,36 +37,44 @@ class Totals:
 
     @property
     def mean_loss(self) -> float:
-        """The mean over the rows."""
+        """The mean loss of a row."""
         return float(self.loss) / self.rows
 
     @property
     def error_percent(self) -> float | None:
-        """The share of wrong predictions, or ``None`` without a local classifier."""
+        """The share of rows classified wrongly, or ``None`` without a local classifier."""
         return None if self.wrong is None else 100 * int(self.wrong) / self.rows
 
 
 @torch.no_grad()
 def measure(learners: Sequence[Learner], batches: Iterable[Batch]) -> list[Totals]:
-    """Computes loss and errors of consecutive stages in evaluation mode (running statistics, no
-    dropout), given batches of the first stage's inputs."""
+    """Computes losses and errors of consecutive stages in evaluation mode (running statistics, no
+    dropout).
+
+    Args:
+        learners: the stages; each takes the output of the one before.
+        batches: batches of the first stage's inputs.
+
+    Returns:
+        The sums of each stage over all batches.
+    """
     for learner in learners:
         learner.eval()
     totals = [Totals() for _ in learners]
     for batch in batches:
-        given = batch
+        stage_batch = batch
         for learner, total in zip(learners, totals, strict=True):
-            features, outputs = _passed(learner, given, onward=learner is not learners[-1])
+            features, outputs = _pass(learner, stage_batch, onward=learner is not learners[-1])
             loss = learner.loss(features, learner.targets(batch.labels))
             total.add(loss, learner.heads.logits(features), batch.labels)
             if outputs is not None:
-                given = Batch(batch.labels, outputs.__getitem__)
+                stage_batch = Batch(batch.labels, outputs.__getitem__)
     return totals
 
 
-def _passed(learner: Learner, batch: Batch, *, onward: bool) -> tuple[Features, Tensor | None]:
-    """Computes a batch's features, a micro-batch at a time, and its output if a next stage needs
-    it."""
+def _pass(learner: Learner, batch: Batch, *, onward: bool) -> tuple[Features, Tensor | None]:
+    """Computes a batch's features, a micro-batch at a time, and with ``onward`` the stage's output,
+    else ``None``."""
     parts, outputs = [], []
     for rows in learner.slices(len(batch.labels)):
         h = learner.hidden(batch.inputs(rows))

@@ -10,20 +10,22 @@ ADAMS = (torch.optim.Adam, torch.optim.AdamW, HostAdam)
 
 
 def make_moments(optimizer: torch.optim.Optimizer, number: int) -> None:
-    """Makes the moments of an Adam before its first step, with the zeros it would begin with. Once
-    a step has begun to change weights it cannot be repeated with less memory; before, it can. Other
-    optimisers make their state as they go.
+    """Makes the moments of an Adam, zeros, before its first step would make them: memory that runs
+    out within a step, after weights have changed, would end the training. Other optimisers are left
+    as they are. ``number`` is that of the stage.
 
-    Raises TrainingError where memory does not suffice.
+    Raises:
+        TrainingError: the moments do not fit into memory.
     """
     if type(optimizer) not in ADAMS:
         return
     try:
         for group in optimizer.param_groups:
-            counted_there = group["fused"] or group["capturable"]
+            steps_on_device = group["fused"] or group["capturable"]
             for parameter in group["params"]:
                 if parameter.requires_grad and not optimizer.state.get(parameter):
-                    optimizer.state[parameter] = _zeros(parameter, group["amsgrad"], counted_there)
+                    state = _zeros(parameter, group["amsgrad"], steps_on_device)
+                    optimizer.state[parameter] = state
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -36,9 +38,11 @@ def make_moments(optimizer: torch.optim.Optimizer, number: int) -> None:
         ) from error
 
 
-def _zeros(parameter: torch.Tensor, amsgrad: bool, counted_there: bool) -> dict[str, torch.Tensor]:
-    """Makes the state of a parameter, its step count on its device or on the host."""
-    device = parameter.device if counted_there else torch.device("cpu")
+def _zeros(
+    parameter: torch.Tensor, amsgrad: bool, steps_on_device: bool
+) -> dict[str, torch.Tensor]:
+    """Makes the state of a parameter, its count of steps on its device or on the host."""
+    device = parameter.device if steps_on_device else torch.device("cpu")
     names = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if amsgrad else [])]
     zeros = {name: torch.zeros_like(parameter) for name in names}
     return {"step": torch.zeros((), device=device), **zeros}

@@ -1,4 +1,4 @@
-"""The usual pattern of a stage, whose gradients can be had a micro-batch at a time."""
+"""The usual pattern of a stage, whose gradients can be computed a micro-batch at a time."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from greedy.base.torch_private import BATCH_NORMS, DROPOUTS, has_hooks
 from greedy.losses import LocalHeads
 from greedy.models import Shape, Stage
 from greedy.models.lean import Layer
@@ -13,9 +14,9 @@ from greedy.steps.statistics import Statistics
 
 ELEMENTWISE = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Identity)
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
-TORCHS_OWN = {*ELEMENTWISE, nn.BatchNorm1d, nn.BatchNorm2d, nn.Conv2d, nn.Linear}
-# In a head they would couple samples, or draw other masks each time a row passes.
-COUPLED = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+TORCH_CLASSES = {*ELEMENTWISE, nn.BatchNorm1d, nn.BatchNorm2d, nn.Conv2d, nn.Linear}
+# In a head these would couple samples, or draw another mask each time a row is computed.
+COUPLED = (BATCH_NORMS, DROPOUTS)
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,14 @@ class Parts:
     heads: LocalHeads
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Yields all trained parameters."""
+        """Yields the parameters of encoder, batch norm and heads."""
         for module in (self.encoder, self.norm, self.heads):
             if module is not None:
                 yield from module.parameters()
 
     def hidden(self, c: Tensor, statistics: Statistics | None) -> Tensor:
-        """Computes h from the encoder's output c, normalised by the whole batch's statistics."""
+        """Computes h from the encoder's output c (m, C, ...), normalised by the statistics of the
+        whole batch; ``None`` without batch norm."""
         if self.norm is not None:
             assert statistics is not None
             c = F.batch_norm(
@@ -50,38 +52,37 @@ class Parts:
 
 
 def parts_of(stage: Stage, heads: LocalHeads, hidden: Shape = ()) -> Parts | None:
-    """Finds the parts of a stage.
+    """Returns the parts of a stage of the usual pattern, ``None`` for any other stage, which trains
+    in the plain mode only.
 
     Args:
-        hidden: the shape of a row of its activation, by which tokens are told from vectors.
-
-    Returns:
-        ``None`` for a stage of another pattern, which trains in the plain mode only.
+        hidden: the shape of a row of the stage's activation, which distinguishes tokens (T, C) from
+            vectors (F,).
     """
     encoder, *others = stage.layer
     norm = others[0] if others and isinstance(others[0], BatchNorm) else None
     activation = others[1:] if norm else others
     if not isinstance(encoder, Layer) or not _is_plain(encoder, norm, hidden):
         return None
-    is_of_the_pattern = (
+    is_usual = (
         (norm is None or (norm.affine and norm.track_running_stats))
-        and all(isinstance(each, ELEMENTWISE) for each in activation)
-        and all(map(_is_torchs_own, stage.layer))
-        and (norm is not None or not any(getattr(each, "inplace", False) for each in activation))
-        and not any(isinstance(each, COUPLED) for each in heads.modules())
-        and all(each.requires_grad for each in (*stage.parameters(), *heads.parameters()))
+        and all(isinstance(module, ELEMENTWISE) for module in activation)
+        and all(map(_is_unchanged, stage.layer))
+        and (norm is not None or not any(getattr(m, "inplace", False) for m in activation))
+        and not any(isinstance(module, COUPLED) for module in heads.modules())
+        and all(p.requires_grad for p in (*stage.parameters(), *heads.parameters()))
     )
-    return Parts(encoder, norm, nn.Sequential(*activation), heads) if is_of_the_pattern else None
+    return Parts(encoder, norm, nn.Sequential(*activation), heads) if is_usual else None
 
 
-def _is_torchs_own(module: nn.Module) -> bool:
-    """Returns whether a module computes exactly what its class says."""
-    return type(module) in TORCHS_OWN and not (module._forward_hooks or module._forward_pre_hooks)
+def _is_unchanged(module: nn.Module) -> bool:
+    """Returns whether a module is one of torch's and computes exactly what its class does."""
+    return type(module) in TORCH_CLASSES and not has_hooks(module)
 
 
 def _is_plain(encoder: Layer, norm: BatchNorm | None, hidden: Shape) -> bool:
-    """Returns whether each of an encoder's output channels has a batch-norm channel, and the
-    encoder no groups or unusual padding."""
+    """Returns whether an encoder has neither groups nor unusual padding, and a batch-norm channel,
+    if any, for each of its output channels."""
     if isinstance(encoder, nn.Linear):
         return len(hidden) < 2 or (len(hidden) == 2 and norm is None)
     zeros = encoder.padding_mode == "zeros" and isinstance(encoder.padding, tuple)

@@ -12,10 +12,17 @@ GROWTH_INTERVAL = 2000
 
 
 class LossScale(nn.Module):
-    """The factor on a loss whose gradients pass through float16, by the rule and with the numbers
-    of ``torch.amp.GradScaler``: halved when a gradient overflows, which also suppresses that
-    update, doubled after 2,000 steps without. Unlike that, it needs no optimiser that holds the
-    gradients, and its state is kept like a module's. Nothing here waits for the device."""
+    """The factor on a loss whose gradients pass through float16.
+
+    Rule and numbers are those of ``torch.amp.GradScaler``: the factor is halved when a gradient
+    overflows, and that update is skipped; it is doubled after 2,000 steps without an overflow.
+    Unlike ``GradScaler`` it needs no optimiser, its state is that of a module, and nothing waits
+    for the device.
+
+    Attributes:
+        factor: the factor now, a scalar.
+        steps: the number of steps since the last overflow or doubling, a scalar.
+    """
 
     factor: Tensor
     steps: Tensor
@@ -26,13 +33,13 @@ class LossScale(nn.Module):
         self.register_buffer("steps", torch.tensor(0))
 
     def forward(self, loss: Tensor) -> Tensor:
-        """Scales a loss."""
+        """Returns the loss times the factor."""
         return loss * self.factor
 
     @torch.no_grad()
     def unscale(self, parameters: Iterable[nn.Parameter]) -> Tensor:
-        """Divides the gradients by the factor, then sets it for the next step. Returns whether a
-        gradient was not finite."""
+        """Divides the gradients by the factor, then sets the factor for the next step. Returns
+        whether a gradient was not finite, a bool tensor on the device."""
         gradients = [p.grad for p in parameters if p.grad is not None]
         for gradient in gradients:
             gradient.div_(self.factor)
@@ -45,5 +52,5 @@ class LossScale(nn.Module):
 
     @property
     def exhausted(self) -> Tensor:
-        """Whether no factor keeps the gradients finite."""
+        """Whether even the smallest factor did not keep the gradients finite, a bool tensor."""
         return self.factor < LEAST

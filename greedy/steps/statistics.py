@@ -1,4 +1,4 @@
-"""The mean and variance of a batch, gathered a micro-batch at a time."""
+"""The mean and variance of a batch, computed a micro-batch at a time."""
 
 from dataclasses import dataclass
 
@@ -10,8 +10,14 @@ from greedy.base.precision import widened
 
 @dataclass
 class Statistics:
-    """Mean and biased variance of each channel over ``count`` values, merged by Chan's formula in
-    float64: sums of squares would cancel."""
+    """Mean and biased variance of each channel over ``count`` values. They are merged by Chan's
+    formula in float64, since sums of squares would cancel.
+
+    Attributes:
+        count: number of values of each channel.
+        mean: (C,), their mean.
+        variance: (C,), their biased variance.
+    """
 
     count: int
     mean: Tensor
@@ -26,7 +32,7 @@ class Statistics:
         return cls(c.numel() // c.shape[1], mean.to(wide), variance.to(wide))
 
     def merged(self, other: "Statistics") -> "Statistics":
-        """Merges two sets of values."""
+        """Returns the statistics of the values of both."""
         count = self.count + other.count
         share = other.count / count
         shift = other.mean - self.mean
@@ -38,12 +44,12 @@ class Statistics:
         )
 
     def to(self, dtype: torch.dtype) -> "Statistics":
-        """Converts to the precision of the parameters."""
+        """Returns the statistics in another precision."""
         return Statistics(self.count, self.mean.to(dtype), self.variance.to(dtype))
 
     @torch.no_grad()
-    def teach(self, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
-        """Updates a batch norm's running statistics as its own forward pass would: with the
+    def update_running(self, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
+        """Updates the running statistics of a batch norm as its forward pass would: with the
         unbiased variance, and for a momentum of ``None`` with the mean over all batches."""
         assert norm.running_mean is not None and norm.running_var is not None
         assert norm.num_batches_tracked is not None

@@ -28,22 +28,29 @@ from greedy.stores.source import Batch
 
 @dataclass
 class Learner:
-    """A stage with all that exists only while it trains.
+    """A stage with everything that exists only while it trains.
 
     Attributes:
-        scale: of the loss, where the precision is float16.
-        compiled_rows: of a batch whose step is compiled, in the plain mode; 0 for none. Others, the
-            last of an epoch, would have to be compiled once more.
-        compiling_failed: why it did.
-        graph_rows: of a batch whose gradients, in the plain mode, are launched as a CUDA graph,
-            which keeps memory of its own; 0 for none. Numbers are the same.
-        memory: how much of a batch a step keeps; becomes smaller where it does not fit.
-        smaller: what it becomes, of what its plan has counted; ``None`` if nothing is smaller.
-            Without a plan it is the next mode.
-        host: where a mode that streams keeps its input.
-        memory_trial: only the first two and the last micro-batch are computed, which show what
-            memory a step takes.
-        shape: of a row of its activation h, by which tokens are told from vectors.
+        stage: the stage.
+        heads: its local heads.
+        loss: its local loss.
+        num_classes: the number of classes.
+        precision: ``float32``, ``bfloat16`` or ``float16``.
+        optimizer: the optimiser of stage and heads.
+        scale: the factor on the loss, in float16 only.
+        compiled_rows: the size of the batches whose step is compiled in the plain mode; 0 for
+            none. Other batches, the last of an epoch, would have to be compiled once more.
+        compiling_failed: why compiling failed; empty if it did not.
+        graph_rows: the size of the batches whose gradients are launched as a CUDA graph in the
+            plain mode; 0 for none. A graph keeps memory, and gives the same numbers.
+        memory: the memory mode of a step; replaced by a smaller one if memory runs out.
+        smaller: chooses that smaller one from what the plan has counted; returns ``None`` if
+            nothing is smaller. Without it the next mode is taken.
+        host: the device where a mode that streams keeps its input.
+        memory_trial: whether only the first two and the last micro-batch are computed, which show
+            how much memory a step takes.
+        shape: the shape of a row of its activation h, which distinguishes tokens (T, C) from
+            vectors (F,).
     """
 
     stage: Stage
@@ -63,15 +70,16 @@ class Learner:
     shape: Shape = ()
     _compiled: Callable[[Tensor], Features] | None = field(default=None, init=False, repr=False)
     _graph: StepGraph | None = field(default=None, init=False, repr=False)
-    _steps: int = field(default=0, init=False, repr=False)  # of graph_rows
+    _steps: int = field(default=0, init=False, repr=False)  # with graph_rows rows
 
     @property
     def device(self) -> torch.device:
+        """The device of the stage's weights."""
         return next(self.stage.parameters()).device
 
     @cached_property
     def parts(self) -> Parts | None:
-        """Encoder, batch norm and activation of a stage of the usual pattern."""
+        """The parts of a stage of the usual pattern, ``None`` for any other stage."""
         return parts_of(self.stage, self.heads, self.shape)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -79,12 +87,13 @@ class Learner:
         return [*self.stage.parameters(), *self.heads.parameters()]
 
     def buffers(self) -> list[Tensor]:
-        """Returns the running statistics, which a step changes besides."""
+        """Returns the buffers of encoder and heads, such as running statistics, which a step also
+        changes."""
         return [*self.stage.buffers(), *self.heads.buffers()]
 
     def mask(self, seed: int, rows: int, shape: Shape, epoch: int, position: int) -> Tensor | None:
-        """Draws the dropout mask for ``rows`` inputs of this shape, from the stream named by (seed,
-        stage, step); ``None`` without dropout."""
+        """Draws the dropout mask for ``rows`` inputs of a shape, from the stream of random numbers
+        that seed, stage, epoch and position name; returns ``None`` without dropout."""
         if self.stage.dropout is None:
             return None
         generator = torch_generator(seed, "dropout", self.stage.number, epoch, position)
@@ -105,7 +114,7 @@ class Learner:
         """Frees what only training needs: gradients, the optimiser with its state, and compiled
         code."""
         self.optimizer = None
-        self.forget_made()
+        self.drop_compiled()
         for parameter in self.parameters():
             parameter.grad = None
 
@@ -120,7 +129,7 @@ class Learner:
             return self.stage.hidden(x)
 
     def local(self, h: Tensor) -> Features:
-        """Computes the local heads' features of h."""
+        """Computes the local heads' features of h (B, ...)."""
         with self.autocast():
             return self.heads(h)
 
@@ -129,18 +138,18 @@ class Learner:
         return self.local(self.hidden(x))
 
     def compiled(self, x: Tensor) -> Features:
-        """Computes ``features(x)``, compiled for full-size batches."""
+        """Computes ``features(x)``, compiled if the batch has ``compiled_rows`` rows."""
         if len(x) != self.compiled_rows:
             return self.features(x)
         if self._compiled is None:
             prepare_compiling()
-            torch.compiler.reset()  # of the stages before, whose number is limited
+            torch.compiler.reset()  # drops those of earlier stages, whose number is limited
             self._compiled = torch.compile(self.features, dynamic=False)
         return self._compiled(x)
 
     def recorded(self, x: Tensor, y: Tensor, compute: Gradients) -> StepGraph | None:
-        """Returns the CUDA graph that replays ``compute`` for full-size batches, recorded once
-        libraries are warm; ``None`` where there is none."""
+        """Returns the CUDA graph that replays ``compute``, recorded after ``WARM_UP`` steps;
+        ``None`` before that, and unless the batch has ``graph_rows`` rows."""
         if len(x) != self.graph_rows:
             return None
         self._steps += 1
@@ -148,7 +157,7 @@ class Learner:
             self._graph = StepGraph.of(compute, self.parameters(), x, y)
         return self._graph
 
-    def forget_made(self) -> None:
+    def drop_compiled(self) -> None:
         """Drops the compiled function and the CUDA graph with its memory pool."""
         self._graph, self._steps = None, 0
         if self._compiled is not None:
@@ -156,18 +165,18 @@ class Learner:
             torch.compiler.reset()
 
     def one_hot(self, labels: Tensor) -> Tensor:
-        """Encodes labels (B,) as Y (B, classes)."""
+        """Returns labels (B,) as Y (B, classes)."""
         return F.one_hot(labels, self.num_classes).to(next(self.stage.parameters()).dtype)
 
     def targets(self, labels: Tensor) -> Tensor:
-        """Returns what the loss aims at: Y, or what the heads make of it."""
+        """Returns the targets of the loss, given labels (B,): Y, or what the heads map it to."""
         return self.heads.targets(self.one_hot(labels))
 
     def slices(self, rows: int) -> list[slice]:
-        """Returns the micro-batches of a batch."""
+        """Returns the rows of each micro-batch of a batch."""
         size = rows if self.memory.mode is Mode.PLAIN else self.memory.micro_batch
-        found = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
-        return found if not self.memory_trial or len(found) < 3 else [*found[:2], found[-1]]
+        slices = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+        return slices if not self.memory_trial or len(slices) < 3 else [*slices[:2], slices[-1]]
 
 
 def step(
@@ -176,23 +185,28 @@ def step(
     """Trains on one batch, number ``position`` of its epoch, unless loss or gradients are not
     finite.
 
-    Returns the loss, a scalar, and the local classifier's logits (B, classes) or ``None``;
-    neither is waited for. Where memory runs out before the optimiser's step, nothing has been
-    changed yet, and the gradients are computed again with less; the smallest mode's
-    ``torch.OutOfMemoryError`` is raised. The optimiser steps once: if it fails, it may have
-    changed some weights, and ``OptimizerFailed`` is raised.
+    If memory runs out before the optimiser's step, nothing has changed yet, and the gradients are
+    computed again in a smaller memory mode. The optimiser's step is never repeated.
+
+    Returns:
+        The loss, a scalar, and the local classifier's logits (B, classes) or ``None``. Neither is
+        waited for.
+
+    Raises:
+        torch.OutOfMemoryError: no smaller mode is left.
+        OptimizerFailed: the optimiser failed, and may have changed some of the weights.
     """
     assert learner.optimizer is not None
-    while (done := _try(learner, batch)) is None:
+    while (result := _try(learner, batch)) is None:
         pass
-    loss, logits = done
+    loss, logits = result
     guard.update(learner.optimizer, loss, position, learner.parameters(), learner.scale)
     return loss, logits
 
 
 def _try(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None] | None:
-    """Computes the gradients. Returns ``None`` where that is to be tried again: without its CUDA
-    graph, with a smaller memory mode, or not compiled, in this order."""
+    """Computes the gradients. Returns ``None`` if that failed and is to be tried again: without the
+    CUDA graph, in a smaller memory mode, or not compiled, in this order."""
     before = [buffer.clone() for buffer in learner.buffers()]
     try:
         return gradients(learner, batch)
@@ -201,20 +215,20 @@ def _try(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None] | None:
             learner.graph_rows = 0
         elif is_out_of_memory(error) and (smaller := _smaller(learner, error)):
             learner.memory = smaller
-        elif learner.compiled_rows:  # an error of the stage's own will come again
+        elif learner.compiled_rows:  # an error that is the stage's will be raised again
             learner.compiled_rows, learner.compiling_failed = 0, first_line(error)
         else:
             raise
-    _let_go(learner)
+    _free_failed_step(learner)
     for buffer, value in zip(learner.buffers(), before, strict=True):
         buffer.copy_(value)
-    torch.manual_seed(torch.initial_seed())  # what draws from it draws the same again
+    torch.manual_seed(torch.initial_seed())  # so that the same numbers are drawn again
     return None
 
 
-def _let_go(learner: Learner) -> None:
+def _free_failed_step(learner: Learner) -> None:
     """Frees what a failed step left on the device."""
-    learner.forget_made()
+    learner.drop_compiled()
     for parameter in learner.parameters():
         parameter.grad = None
     release_free_memory(learner.device)
@@ -225,14 +239,14 @@ def _smaller(learner: Learner, error: Exception) -> StepMemory | None:
         return None
     if learner.smaller is None:
         return learner.memory.smaller(learner.device.type)
-    clear_frames(error.__traceback__)  # which hold what the step had computed
-    _let_go(learner)
+    clear_frames(error.__traceback__)  # they hold what the step had computed
+    _free_failed_step(learner)
     return learner.smaller(learner)
 
 
 def gradients(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None]:
-    """Computes every parameter's gradient on a batch, times the loss's scale. Returns loss and
-    logits like ``step``."""
+    """Computes the gradients of a batch's loss, times its scale, into every parameter's ``grad``.
+    Returns loss and logits as ``step`` does."""
     y = learner.targets(batch.labels)
     if learner.memory.mode is Mode.PLAIN:
         return _plain_gradients(learner, batch.inputs(), y)
@@ -267,7 +281,8 @@ def _by_autograd(learner: Learner, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def _load_input(learner: Learner, batch: Batch) -> Tensor:
-    """Loads the stage's input a micro-batch at a time, in the encoder's precision."""
+    """Returns the stage's input for a batch, computed a micro-batch at a time, in the encoder's
+    precision, on the host if the mode streams it."""
     x: Tensor | None = None
     streams = learner.memory.mode.streams
     for rows in learner.slices(len(batch.labels)):

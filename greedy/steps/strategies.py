@@ -20,24 +20,28 @@ from greedy.stores.source import Batch
 
 
 class Outcome(NamedTuple):
-    """The loss of a stage's step on a batch, a scalar, and its local classifier's logits (B,
-    classes), or ``None`` without one."""
+    """The result of a stage's step on a batch.
+
+    Attributes:
+        loss: a scalar.
+        logits: the local classifier's logits (B, classes); ``None`` without a classifier.
+    """
 
     loss: Tensor
     logits: Tensor | None
 
 
-WHOLE = "the network"  # what trains where all stages do
+WHOLE = "the network"  # the title if all stages train
 
-Masks = Sequence[Tensor | None]  # of dropout on each stage's input, for a whole batch
+Masks = Sequence[Tensor | None]  # the dropout mask on each stage's input, for a whole batch
 
 
 class Strategy(Protocol):
-    """What the loop trains."""
+    """The stages that the loop trains, and how it trains them."""
 
     @property
     def title(self) -> str:
-        """What trains, in words."""
+        """The name of what is trained, for messages."""
 
     @property
     def learners(self) -> Sequence[Learner]:
@@ -45,15 +49,16 @@ class Strategy(Protocol):
 
     @property
     def optimizers(self) -> Sequence[torch.optim.Optimizer]:
-        """All that step."""
+        """The optimisers that take a step on each batch."""
 
     def step(self, batch: Batch, masks: Masks, guard: Guard, position: int) -> list[Outcome]:
-        """Trains on one batch, number ``position`` of its epoch. Returns an outcome a stage."""
+        """Trains on one batch, number ``position`` of its epoch. Returns the outcome of each
+        stage."""
 
 
 @dataclass(frozen=True)
 class Greedy:
-    """One stage, on what its source gives: the stages before it are frozen."""
+    """One stage, trained from its source; the stages before it are frozen."""
 
     learner: Learner
 
@@ -76,9 +81,9 @@ class Greedy:
 
 @dataclass(frozen=True)
 class Joint:
-    """All stages in the same pass, each on its own loss with its own optimiser, as the authors
-    published it. No gradient goes from a stage to the one before, and the next stage gets what
-    was computed before this one's step."""
+    """All stages in one forward pass, each trained on its loss by its optimiser, as in the authors'
+    published code. No gradient passes from a stage to the one before, and the next stage gets the
+    output from before this one's step."""
 
     learners: Sequence[Learner]
 
@@ -108,13 +113,15 @@ class Joint:
 
 @dataclass(frozen=True)
 class Backprop:
-    """All stages by the gradient of the sum of their losses, with one optimiser: only the output
-    layer has a loss, or every stage has one besides. In float16 the first learner's scale is that
-    of the sum.
+    """All stages trained by the gradient of the sum of their losses, with one optimiser. Either
+    only the output layer has a loss, or every stage has. In float16 the first learner's scale is
+    that of the sum.
 
     Attributes:
-        accumulate: micro-batches that a batch is cut into, whose gradients are added up. Batch
-            norm, and losses that couple samples, then see a micro-batch alone.
+        learners: the learners of the stages, in order.
+        optimizer: the optimiser of all parameters.
+        accumulate: number of micro-batches that a batch is cut into, whose gradients are added up.
+            Batch norm, and losses that couple samples, then see only one micro-batch.
     """
 
     learners: Sequence[Learner]
@@ -140,19 +147,20 @@ class Backprop:
                 Outcome(share * loss, logits) for loss, logits in self._forward(batch, masks, rows)
             ]
             _scaled(_sum(outcomes), scale).backward()
-            parts.append([_detached(each) for each in outcomes])
-        found = [_joined(stage) for stage in zip(*parts, strict=True)]
-        every = [p for learner in self.learners for p in learner.parameters()]
-        guard.update(self.optimizer, _sum(found), position, every, scale)
-        return found
+            parts.append([_detached(outcome) for outcome in outcomes])
+        joined = [_joined(stage_parts) for stage_parts in zip(*parts, strict=True)]
+        parameters = [p for learner in self.learners for p in learner.parameters()]
+        guard.update(self.optimizer, _sum(joined), position, parameters, scale)
+        return joined
 
     def _micro_batches(self, count: int) -> list[slice]:
-        """Cuts a batch into slices of nearly equal size, of at least two rows, which batch norm
-        needs."""
+        """Returns the rows of each micro-batch of a batch: nearly equally many, and at least two,
+        which batch norm needs."""
         number = max(1, min(self.accumulate, count // 2))
         edges = [count * i // number for i in range(number + 1)]
-        found = [slice(start, stop) for start, stop in pairwise(edges)]
-        return found[:2] if self.learners[0].memory_trial else found  # two show what all take
+        slices = [slice(start, stop) for start, stop in pairwise(edges)]
+        # Two show how much memory all of them take.
+        return slices[:2] if self.learners[0].memory_trial else slices
 
     def _forward(self, batch: Batch, masks: Masks, rows: slice) -> list[Outcome]:
         x = batch.inputs(rows)
@@ -170,13 +178,20 @@ def together(
     accumulate: int,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
 ) -> Joint | Backprop:
-    """Puts all stages of a network into one strategy, by its name, with new optimisers."""
+    """Returns a strategy that trains all stages of a network.
+
+    Args:
+        strategy: ``joint``, or the name of a strategy that trains with one graph.
+        learners: the learners of all stages, in order.
+        accumulate: as for ``Backprop``.
+        optimizer: makes the optimiser of some parameters.
+    """
     if strategy == "joint":
         for learner in learners:
             learner.optimizer = optimizer(learner.parameters())
         return Joint(learners)
-    every = [parameter for learner in learners for parameter in learner.parameters()]
-    return Backprop(learners, optimizer(every), accumulate)
+    parameters = [parameter for learner in learners for parameter in learner.parameters()]
+    return Backprop(learners, optimizer(parameters), accumulate)
 
 
 def _optimizers(learners: Sequence[Learner]) -> list[torch.optim.Optimizer]:
@@ -202,10 +217,11 @@ def _detached(outcome: Outcome) -> Outcome:
 
 
 def _sum(outcomes: Sequence[Outcome]) -> Tensor:
-    return torch.stack([each.loss for each in outcomes]).sum()
+    return torch.stack([outcome.loss for outcome in outcomes]).sum()
 
 
 def _joined(parts: Sequence[Outcome]) -> Outcome:
-    """Joins a stage's outcomes of micro-batches, whose losses are shares of the batch's."""
+    """Returns a stage's outcome on a batch, given those on its micro-batches, whose losses add up
+    to the batch's."""
     logits = [part.logits for part in parts if part.logits is not None]
     return Outcome(_sum(parts), torch.cat(logits) if logits else None)

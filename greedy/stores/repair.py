@@ -12,13 +12,14 @@ from greedy.base.errors import UserError
 from greedy.base.files import bytes_below
 from greedy.cache import Damage, Store, verify
 from greedy.cache import repair as cache_repair
-from greedy.cache.metadata import Description
+from greedy.cache.metadata import StoreMetadata
 from greedy.models import Stage
 from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.events import Reporter
 from greedy.runs.exchange import replacing
 from greedy.runs.integrity import verify_stage
 from greedy.runs.record import UNKNOWN_GENERATION, StageRecord, StoreRecord
+from greedy.runs.state import RunState
 from greedy.stores.opening import SourceFinder
 from greedy.stores.source import Source
 from greedy.stores.writing import fit_output_encoding, output_batches, write_split
@@ -41,12 +42,18 @@ class Repair:
 
 @dataclass
 class StoreRepairer:
-    """Repairs the stores of a run. ``stages`` of its network get their weights when needed."""
+    """Repairs the stores of a run, given its state. ``stages`` of its network get their weights
+    when needed."""
 
-    run: RunDirectory
+    state: RunState
     stages: Sequence[Stage]
     device: torch.device
     reporter: Reporter = field(default_factory=Reporter)
+
+    @property
+    def run(self) -> RunDirectory:
+        """The run."""
+        return self.state.run
 
     def repair(self, number: int, *, dropped: bool = False) -> tuple[list[Repair], list[Damage]]:
         """Computes a stage's store again where it is damaged.
@@ -62,13 +69,15 @@ class StoreRepairer:
         Returns:
             The repairs, and the damage that is left.
         """
-        record = self.run.record(number)
+        record = self.state.record(number)
         repairs: list[Repair] = []
         if number and record and record.store:
-            if self.run.store_path(number).is_dir():
+            if self.state.has_store(number):
                 repairs = [done for split in SPLITS if (done := self._repair(record, split))]
             elif dropped:
-                repairs = self._write_again(self.run.complete_record(number), record.store)
+                repairs = self._write_again(self.state.complete_record(number), record.store)
+        if repairs:
+            self.state = self.state.read_again(number)
         return repairs, verify_stage(self.run, number)
 
     def _write_again(self, record: StageRecord, store: StoreRecord) -> list[Repair]:
@@ -119,35 +128,33 @@ class StoreRepairer:
             return None
         assert record.store is not None
         images = self.run.open_store(0, split)
-        description = cache_repair.describe_store(path) or self._description(record, split)
+        metadata = cache_repair.read_metadata(path) or self._metadata(record, split)
         files = {damage.path.name for damage in damages}
         if "zarr.json" in files:
-            cache_repair.rewrite_metadata(path, description)
+            cache_repair.rewrite_metadata(path, metadata)
         if "c.0" in files:
             cache_repair.rewrite_side_arrays(path, images.labels, images.index)
-        damaged = cache_repair.damaged_shards(path, description)
-        digest = partial(
-            cache_repair.content_digest, path, description, images.labels, images.index
-        )
+        damaged = cache_repair.damaged_shards(path, metadata)
+        digest = partial(cache_repair.content_digest, path, metadata, images.labels, images.index)
         chunks = sum(map(len, damaged.values()))
         if not damaged:
             return Repair(record.stage, split, 0, digest() == record.store.digests[split])
-        rows_of = self._rows(record, split, description)
+        rows_of = self._rows(record, split, metadata)
         for (view, shard), chunks_of in damaged.items():
             cache_repair.rewrite_chunks(
-                path, description, view, shard, chunks_of, partial(rows_of, view)
+                path, metadata, view, shard, chunks_of, partial(rows_of, view)
             )
         if digest() == record.store.digests[split]:
             return Repair(record.stage, split, chunks, True)
-        layout = description.layout
+        layout = metadata.layout
         for view in sorted({view for view, _ in damaged}):
             for shard in range(layout.shards):
                 all_chunks = range(layout.chunks_in(shard))
                 cache_repair.rewrite_chunks(
-                    path, description, view, shard, all_chunks, partial(rows_of, view)
+                    path, metadata, view, shard, all_chunks, partial(rows_of, view)
                 )
-        current = self.run.complete_record(record.stage)
-        assert current.store is not None
+        current = self.run.record(record.stage)  # the repair of the other split changes it
+        assert current is not None and current.store is not None
         current.update_store(
             self.run.stage_dir(record.stage),
             digests=current.store.digests | {split: digest()},
@@ -156,11 +163,11 @@ class StoreRepairer:
         views = len({view for view, _ in damaged})
         return Repair(record.stage, split, views * layout.chunks, False)
 
-    def _description(self, record: StageRecord, split: str) -> Description:
-        """Returns the description of a split whose metadata are damaged, from the other split,
+    def _metadata(self, record: StageRecord, split: str) -> StoreMetadata:
+        """Returns the metadata of a split whose metadata are damaged, from the other split,
         which has the same encoding. Raises ``UserError`` if both are damaged."""
         store, other = record.store, SPLITS[split == SPLITS[0]]
-        intact = cache_repair.describe_store(self.run.store_path(record.stage) / other)
+        intact = cache_repair.read_metadata(self.run.store_path(record.stage) / other)
         if intact is None or store is None:
             retrain = command("train", "--run", self.run.path, "--retrain", record.stage)
             raise UserError(
@@ -168,12 +175,12 @@ class StoreRepairer:
                 f"it again with {retrain}"
             )
         views = store.views if split == "train" else 1
-        return cache_repair.description_of(
+        return cache_repair.new_metadata(
             intact.encoding, intact.compressor, views, record.rows[split]
         )
 
     def _rows(
-        self, record: StageRecord, split: str, description: Description
+        self, record: StageRecord, split: str, metadata: StoreMetadata
     ) -> Callable[[int, int], np.ndarray]:
         """Returns a function from view and chunk to the chunk's rows, which it computes in the same
         batches in which the store was written."""
@@ -182,10 +189,10 @@ class StoreRepairer:
         if split == "train":
             _require_known_views(self.run, store)
         torch.set_num_threads(record.choices.threads)
-        batch, step = record.choices.write_batch, description.layout.chunk_rows
+        batch, step = record.choices.write_batch, metadata.layout.chunk_rows
 
         def rows_of(view: int, chunk: int) -> np.ndarray:
-            rows, parts, computed = description.layout.rows_in(chunk), [], 0
+            rows, parts, computed = metadata.layout.rows_in(chunk), [], 0
             for outputs in output_batches(
                 source, split, view, chunk * step, batch, store.generation
             ):
@@ -199,8 +206,7 @@ class StoreRepairer:
 
     def _source(self, record: StageRecord) -> Source:
         """Returns the source from which a stage's store is computed again."""
-        data = self.run.complete_record(0)
-        sources = SourceFinder(self.run, self.stages, data, self.device, Reporter())
+        sources = SourceFinder(self.state, self.stages, self.device, Reporter())
         assert record.store is not None
         return sources.for_repair(record, record.store)
 

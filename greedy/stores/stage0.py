@@ -14,7 +14,7 @@ from greedy.base.seeds import numpy_generator
 from greedy.base.text import first_names, legible
 from greedy.base.versions import versions
 from greedy.build.modules import require_one_logit_a_class
-from greedy.cache import Encoding, StoreWriter, pixels
+from greedy.cache import Encoding, StoreWriter, pixel_encoding
 from greedy.data import Dataset, Split, check_files
 from greedy.data.folder import FolderSplit
 from greedy.data.labels import require_classes
@@ -139,7 +139,9 @@ def pixel_kind(data: StageRecord) -> Kind:
 
 def stored_encoding(split: Split) -> Encoding:
     """Returns the encoding in which a split's images are stored."""
-    return pixels(split.shape) if split.dtype == np.uint8 else Encoding("float32", split.shape)
+    return (
+        pixel_encoding(split.shape) if split.dtype == np.uint8 else Encoding("float32", split.shape)
+    )
 
 
 def _file_fields(dataset: Dataset) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Checkpoints: a stage's training is kept so that it goes on after anything that ends a process.
+"""Checkpoints, from which a stage's training resumes after anything that ended its process.
 
-In the stage's ``training/checkpoint``, next to the documents of
-``greedy.runs.checkpoint_record``: the tensors, whose digest ``progress.json`` names; it is renamed
-into place once they are on disk.
+They are in the stage's ``training/checkpoint``: the documents of ``greedy.runs.checkpoint_record``
+and a file of tensors. ``progress.json`` names that file by its digest, and is renamed into place
+once the file is on disk.
 """
 
 import time
@@ -40,12 +40,16 @@ class Sums(NamedTuple):
 
 @dataclass
 class Checkpoints:
-    """Keeps and finds the progress of what trains in its directory ``training``, at most every
-    ``minutes`` within an epoch.
+    """Writes and loads the checkpoints of one training.
 
     Attributes:
+        training: the directory of the training.
+        strategy: what trains: weights, local heads, optimisers.
+        schedule: the schedule of its learning rate.
+        minutes: the least time between two checkpoints within an epoch.
+        start: what the training began with; updated when a choice changes.
         before: seconds that earlier processes trained.
-        last: what was kept last, in words.
+        last: the position of the last checkpoint, in words.
     """
 
     training: Path
@@ -59,31 +63,36 @@ class Checkpoints:
 
     @property
     def due(self) -> bool:
-        """Whether the last one is old enough for the next."""
+        """Whether the last checkpoint is old enough for the next."""
         return time.monotonic() - self._saved >= 60 * self.minutes
 
     def reduced(self, memory: StepMemory) -> None:
-        """Notes that steps take less memory from here on, since one ran out of it."""
-        self._decided(**memory.recorded(), memory_reduced=True)
+        """Records that steps use ``memory`` from here on, since one ran out of memory."""
+        self._record_choices(**memory.recorded(), memory_reduced=True)
 
     def not_compiled(self) -> None:
-        """Notes that steps are not compiled from here on."""
-        self._decided(compile=False)
+        """Records that steps are not compiled from here on."""
+        self._record_choices(compile=False)
 
-    def _decided(self, **choices: Any) -> None:
+    def _record_choices(self, **choices: Any) -> None:
         resolved = self.start.resolved.model_copy(update=choices)
         self.start = self.start.model_copy(update={"resolved": resolved})
         self.start.write(self.training)
 
     def save(self, progress: Progress, sums: Sequence[Sums] = ()) -> None:
-        """Keeps everything; what was kept before goes when this is on disk."""
+        """Writes a checkpoint, then deletes the one before it.
+
+        Args:
+            progress: the position in the training.
+            sums: each stage's sums over the epoch so far, within an epoch.
+        """
         tensors = {
             f"{name}.{key}": value
             for name, module in self._modules().items()
             for key, value in module.state_dict().items()
         }
-        for index, each in enumerate(sums):
-            for name, value in each._asdict().items():
+        for index, stage_sums in enumerate(sums):
+            for name, value in stage_sums._asdict().items():
                 if isinstance(value, Tensor):
                     tensors[f"{index}.sums.{name}"] = value
         optimizers = [
@@ -97,17 +106,24 @@ class Checkpoints:
             progress=progress, schedule=state, optimizers=optimizers, tensors=name
         )
         directory = self.training / CHECKPOINT
-        kept = directory / f"{name}.safetensors"
-        write_parts(kept, file_parts(tensors))
+        path = directory / f"{name}.safetensors"
+        write_parts(path, file_parts(tensors))
         write_whole(directory / PROGRESS_FILE, with_digest(document.model_dump(mode="json")))
         for old in directory.glob("*.safetensors"):
-            if old != kept:
+            if old != path:
                 old.unlink()
         self._saved, self.last = time.monotonic(), str(progress)
 
     def load(self) -> tuple[Progress, list[Sums]] | None:
-        """Gives strategy and schedule the state that was kept last; ``None`` where none was.
-        Raises ``UserError`` naming a file that is damaged."""
+        """Loads the last checkpoint into the strategy and the schedule.
+
+        Returns:
+            The position in the training, and each stage's sums if it lies within an epoch; ``None``
+            if there is no checkpoint.
+
+        Raises:
+            UserError: a file is damaged, or of another stage or optimiser.
+        """
         document = CheckpointRecord.read(self.training)
         if document is None:
             return None
@@ -117,7 +133,7 @@ class Checkpoints:
         try:
             tensors = read_tensors(path)
             self._restore(document, tensors)
-        except Exception as error:  # whatever torch makes of a stranger's numbers
+        except Exception as error:  # torch raises many types for a file that does not fit
             raise damaged_checkpoint(
                 path, self.training, "it fits another stage or optimiser"
             ) from error
@@ -126,7 +142,7 @@ class Checkpoints:
         return progress, self._sums(tensors)
 
     def _modules(self) -> dict[str, nn.Module]:
-        """All whose state is kept, by the names under which it is."""
+        """Returns the modules whose state a checkpoint has, by their names in it."""
         return {
             f"{index}.{name}": module
             for index, learner in enumerate(self.strategy.learners)
@@ -142,11 +158,11 @@ class Checkpoints:
         for name, module in self._modules().items():
             module.load_state_dict(_below(f"{name}.", tensors))
         for optimizer, packed in zip(self.strategy.optimizers, document.optimizers, strict=True):
-            kept = unpack(packed, tensors)
-            _require_same_settings(optimizer, kept["param_groups"])
-            optimizer.load_state_dict(kept)
+            state = unpack(packed, tensors)
+            _require_same_settings(optimizer, state["param_groups"])
+            optimizer.load_state_dict(state)
             _lay_out_like_weights(optimizer)
-            # CheckpointRecord before groups had rates of their own, it began at the schedule's.
+            # In checkpoints of older versions groups have no first rates: all had the schedule's.
             set_first_rates([optimizer], self.schedule.rate)
             _require_same_shapes(optimizer)
         if isinstance(self.schedule, Patience):
@@ -154,32 +170,37 @@ class Checkpoints:
                 setattr(self.schedule, name, document.schedule[name])
 
     def _sums(self, tensors: dict[str, Tensor]) -> list[Sums]:
-        """The sums of an epoch that was kept unfinished; else none."""
-        found = []
+        """Returns each stage's sums, or an empty list if the checkpoint is of an epoch's end."""
+        all_sums = []
         for index, learner in enumerate(self.strategy.learners):
-            kept = {k: v.to(learner.device) for k, v in _below(f"{index}.sums.", tensors).items()}
-            if "loss" in kept:
-                found.append(Sums(kept["loss"], kept.get("wrong")))
-        return found
+            saved = _below(f"{index}.sums.", tensors)
+            sums = {name: tensor.to(learner.device) for name, tensor in saved.items()}
+            if "loss" in sums:
+                all_sums.append(Sums(sums["loss"], sums.get("wrong")))
+        return all_sums
 
 
 RATES = (int, float, Tensor, type(None))  # a group may have none
 _PATIENCE = ("best", "waited", "dropped")
 
 
-def _require_same_settings(optimizer: torch.optim.Optimizer, kept: list[dict[str, Any]]) -> None:
-    """An optimiser's settings are not the checkpoint's to change: Adam's are those it was made
-    with, but for the rates, which go on as they are; those of others may be numbers that move."""
+def _require_same_settings(optimizer: torch.optim.Optimizer, saved: list[dict[str, Any]]) -> None:
+    """Raises ``ValueError`` if the saved parameter groups have other settings than the optimiser.
+
+    Learning rates may differ, and numbers of optimisers other than Adam, which may change them as
+    they train.
+    """
     free = {"params", "lr", FIRST}
-    for group, other in zip(optimizer.param_groups, kept, strict=True):
-        known = group.keys() | {FIRST} == other.keys() | {FIRST}
-        if not known or not all(isinstance(other.get(name), RATES) for name in ("lr", FIRST)):
+    for group, saved_group in zip(optimizer.param_groups, saved, strict=True):
+        same_names = group.keys() | {FIRST} == saved_group.keys() | {FIRST}
+        rates = (saved_group.get(name) for name in ("lr", FIRST))
+        if not same_names or not all(isinstance(rate, RATES) for rate in rates):
             raise ValueError("other settings of the optimiser")
         for name in group.keys() - free:
-            mine, theirs = group[name], other[name]
-            moves = type(mine) is type(theirs) in (int, float)
-            fixed = isinstance(optimizer, torch.optim.Adam) or not moves
-            if fixed and not (isinstance(mine, Tensor) or mine == theirs):
+            value, saved_value = group[name], saved_group[name]
+            is_number = type(value) is type(saved_value) in (int, float)
+            is_fixed = isinstance(optimizer, torch.optim.Adam) or not is_number
+            if is_fixed and not (isinstance(value, Tensor) or value == saved_value):
                 raise ValueError("other settings of the optimiser")
 
 
@@ -194,8 +215,8 @@ def _lay_out_like_weights(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _require_same_shapes(optimizer: torch.optim.Optimizer) -> None:
-    """A fused Adam believes what it finds; others look. It has nothing of a parameter that never
-    had a gradient."""
+    """Raises ``ValueError`` if the moments of an Adam have other shapes than their parameters: a
+    fused Adam would compute with them all the same. A parameter without a gradient has none."""
     if not isinstance(optimizer, torch.optim.Adam):
         return
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):

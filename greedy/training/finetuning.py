@@ -15,6 +15,7 @@ from greedy.recipes import Recipe, from_document
 from greedy.runs.directory import RunDirectory, new_stage
 from greedy.runs.file_table import FileTable
 from greedy.runs.record import ENCODER
+from greedy.runs.state import RunState
 from greedy.stores.changes import require_unchanged_folder
 
 INITIAL = "initial.safetensors"
@@ -29,28 +30,38 @@ def begin_finetuning(
     *,
     ignore_changes: bool = False,
 ) -> RunDirectory:
-    """The run at ``to`` that goes on from a finished one by back-propagation: with its recipe,
-    for 10 epochs at a tenth of its learning rate unless overridden. A new one gets a copy of the
-    images and the weights; one that is there is gone on with if it is this.
+    """Makes a run that trains the network of a finished run end to end, from its weights.
 
-    Raises ``UserError`` if a stage is not finished, what is at ``to`` is something else, or, unless
-    with ``ignore_changes``, the image folder has changed that the images were read from.
+    The new run has the recipe of the finished one, but trains by back-propagation, and unless
+    overridden for 10 epochs at a tenth of the learning rate. It gets a copy of the images and the
+    weights, unless an earlier call has made it.
+
+    Args:
+        source: the finished run.
+        to: the directory of the new run.
+        overrides: changes of recipe fields, each as KEY=VALUE.
+        ignore_changes: whether to use the stored images although their folder has changed.
+
+    Raises:
+        UserError: a stage is not finished, ``to`` holds something else, an override is not
+            possible, or the folder of the images has changed.
     """
-    data = source.complete_record(0)
+    data = RunState.read(source).complete_record(0)
     if not ignore_changes:
         require_unchanged_folder(source)
 
-    def trained() -> bytes:
+    def trained_weights() -> bytes:
+        state = RunState.read(source)
         tensors = {
             f"{number}.{name}": tensor
             for number in range(1, len(data.network) + 1)
             for name, tensor in read_tensors(
-                source.complete_record(number).check_file(source.stage_dir(number), ENCODER)
+                state.complete_record(number).check_file(source.stage_dir(number), ENCODER)
             ).items()
         }
         return safetensors.torch.save(tensors)
 
-    weights = source.read_consistently(trained)
+    weights = source.read_consistently(trained_weights)
     run = RunDirectory.create(to, _recipe(source.recipe, digest(weights), overrides))
     run.make_directory("--to")
     needed = len(weights) + bytes_below(source.store_path(0))
@@ -69,7 +80,7 @@ def begin_finetuning(
 
 
 def _copy(store: Path, to: Path) -> None:
-    """File by file: ``shutil.copytree`` hides among others the error of a full disk."""
+    """Copies a store file by file, since ``shutil.copytree`` hides the error of a full disk."""
     for path in sorted(store.rglob("*")):
         place = to / path.relative_to(store)
         if path.is_file():
@@ -78,7 +89,11 @@ def _copy(store: Path, to: Path) -> None:
 
 
 def load_initial(run: RunDirectory, stages: Sequence[Stage]) -> None:
-    """Gives stages the weights that the run begins with, if it is one that goes on from another."""
+    """Loads the weights of a finished run into the stages, if the run fine-tunes one.
+
+    Raises:
+        UserError: the file of the weights is missing or damaged.
+    """
     expected = run.recipe.model.initial_weights
     if expected is None:
         return
@@ -91,12 +106,13 @@ def load_initial(run: RunDirectory, stages: Sequence[Stage]) -> None:
     tensors = read_tensors(path)
     for stage in stages:
         prefix = f"{stage.number}."
-        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        stage.load_state_dict(own, assign=True)
+        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        stage.load_state_dict(state, assign=True)
 
 
-def _given(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """The fields that the images and the weights of a run have decided."""
+def _fixed_fields(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Yields section and name of the recipe fields that fine-tuning cannot change, since the images
+    and the weights depend on them."""
     yield from (("data", field) for field in ("name", "image_size"))
     free = {"dropout", "initial_weights"}
     yield from (("model", field) for field in type(recipe.model).model_fields if field not in free)
@@ -111,16 +127,16 @@ def _recipe(recipe: Recipe, weights: str, overrides: Sequence[str]) -> Recipe:
     training["learning_rate"] = RATE * (rate[0] if isinstance(rate, list) else rate)
     document["model"]["initial_weights"] = weights
     document.pop("paper", None)  # the published figure is not that of fine-tuning
-    found = from_document(document, overrides=overrides)
-    for section, field in _given(recipe):
-        if getattr(getattr(found, section), field) != getattr(getattr(recipe, section), field):
+    tuned = from_document(document, overrides=overrides)
+    for section, field in _fixed_fields(recipe):
+        if getattr(getattr(tuned, section), field) != getattr(getattr(recipe, section), field):
             raise UserError(
-                f"{section}.{field} cannot be changed by fine-tuning, which goes on with the "
-                f"images and the network of the run: leave it out"
+                f"{section}.{field} cannot be changed by fine-tuning, which uses the images and "
+                f"the network of the run: leave it out"
             )
-    if found.training.strategy == "greedy":
+    if tuned.training.strategy == "greedy":
         raise UserError(
             "fine-tuning trains all stages at once: leave out --strategy greedy, or use `greedy "
             "train`"
         )
-    return found
+    return tuned

@@ -19,13 +19,13 @@ from greedy.steps.step import Learner
 
 
 def save_weights(learner: Learner, directory: Path) -> None:
-    """The encoder and the local heads, as safetensors."""
+    """Writes the encoder and the local heads into a stage's directory, as safetensors."""
     for name, module in ((ENCODER, learner.stage), (HEADS, learner.heads)):
         write_parts(directory / name, file_parts(module.state_dict()))
 
 
 def history_line(report: EpochReport) -> str:
-    """An epoch as ``history.jsonl`` has it."""
+    """Returns the line of ``history.jsonl`` for an epoch."""
     return json.dumps(asdict(report)) + "\n"
 
 
@@ -44,8 +44,17 @@ def write_record(
     store: StoreRecord | None = None,
     written_before: int = 0,
 ) -> StageRecord:
-    """The last thing to be written into a stage's directory. ``source`` is the stage from whose
-    store it was trained, ``seconds`` what that took."""
+    """Writes ``stage.json``, the last file of a stage's directory, and returns its contents.
+
+    Args:
+        reports: the reports of all epochs, in order.
+        parent: the record of the stage before.
+        source: the number of the stage from whose store this one was trained.
+        is_output: whether it is the output layer.
+        seconds: the time of training and of writing the store.
+        store: the record of its store, if it has one.
+        written_before: bytes of stores that were written for this stage earlier.
+    """
     last = reports[-1]
     rows = sum(report.images_per_second * report.seconds for report in reports)
     return StageRecord(
@@ -79,7 +88,7 @@ def write_record(
 def _lineage(
     directory: Path, recipe: Recipe, choices: Choices, parent: StageRecord, source: int
 ) -> str:
-    """Hashes everything the result follows from."""
+    """Hashes everything that decides the stage's output."""
     return digest(
         canonical_json(
             {

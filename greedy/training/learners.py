@@ -34,8 +34,8 @@ def new_learner(
     zero: bool,
 ) -> Learner:
     """Makes a learner on a device with its first weights and heads, each drawn from a stream of
-    random numbers named after the stage. ``zero`` says that an output layer's weight starts at
-    zero."""
+    random numbers named after the stage. With ``zero`` the weights start at zero, as those of an
+    output layer do."""
     initialise(stage, recipe.seed, zero=zero)
     with seeded(recipe.seed, stage.number, "heads"):
         heads = loss.heads(shapes.hidden, num_classes)

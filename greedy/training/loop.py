@@ -1,4 +1,4 @@
-"""The epochs of one stage."""
+"""The epochs of a training."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,9 +26,16 @@ from greedy.training.schedule import FIRST, Schedule, scale_rates, set_first_rat
 
 @dataclass
 class Epochs:
-    """Trains stages epoch by epoch; iterate over it for the reports of each epoch, one a stage.
-    ``input_shapes`` are those of a row that each stage gets. Test rows are looked at in batches of
-    ``test_batch``. Where memory is ample, what is freed on a CPU stays with the process."""
+    """Trains stages epoch by epoch; iterating gives the reports of each epoch, one for each stage.
+
+    Attributes:
+        strategy: the stages and how they are trained.
+        source: gives the batches.
+        input_shapes: the shape of an input row of each stage.
+        checkpoints: writes checkpoints and has the one to resume from; ``None`` for none.
+        test_batch: test rows evaluated at a time.
+        ample_memory: whether memory that is freed on a CPU stays with the process.
+    """
 
     strategy: Strategy
     source: Source
@@ -42,7 +49,7 @@ class Epochs:
 
     @property
     def number(self) -> int:
-        """Names the streams of random numbers: of the first stage that trains."""
+        """The number of the first stage that trains, which names the streams of random numbers."""
         return self.strategy.learners[0].stage.number
 
     def __iter__(self) -> Iterator[list[EpochReport]]:
@@ -52,8 +59,8 @@ class Epochs:
     def _epochs(self) -> Iterator[list[EpochReport]]:
         began = time.perf_counter()
         set_first_rates(self.strategy.optimizers)
-        done = self.checkpoints.load() if self.checkpoints else None
-        progress, sums = done or (Progress(), [])
+        loaded = self.checkpoints.load() if self.checkpoints else None
+        progress, sums = loaded or (Progress(), [])
         before = progress.before + progress.seconds
         yield from progress.reports
         while not progress.finished:
@@ -61,19 +68,19 @@ class Epochs:
             with PostponedSignals() as stop:
                 reports = self._epoch(progress, sums, stop)
                 epoch = progress.epoch + 1
-                over = self.schedule.observe(_sum(r.holdout_loss for r in reports))
-                over = over or epoch == for_stage(self.recipe.training.epochs, self.number)
+                ends = self.schedule.observe(_sum(r.holdout_loss for r in reports))
+                ends = ends or epoch == for_stage(self.recipe.training.epochs, self.number)
                 every = self.recipe.training.test_every
-                if over or (every and epoch % every == 0):
-                    reports = self._tested(reports)
+                if ends or (every and epoch % every == 0):
+                    reports = self._with_test_errors(reports)
                 progress = Progress(
                     epoch=epoch,
                     before=before + time.perf_counter() - began,
-                    finished=over,
+                    finished=ends,
                     reports=[*progress.reports, reports],
                 )
                 sums = []
-                self._keep(progress, [], stop)
+                self._save(progress, [], stop)
             yield reports
 
     def _epoch(
@@ -81,7 +88,7 @@ class Epochs:
     ) -> list[EpochReport]:
         started = time.perf_counter() - progress.seconds
         epoch, first = progress.epoch, progress.position
-        if first == 0:  # within an epoch it is as it was kept
+        if first == 0:  # within an epoch the checkpoint has the rates
             scale_rates(self.strategy.optimizers, self.schedule.factor_at(epoch))
         rate = self._rate
         size, limited = self.recipe.training.batch_size, self.recipe.data.classes_per_batch
@@ -95,15 +102,15 @@ class Epochs:
         self.reporter.epoch_started(epoch + 1, batches.rows)
         for learner in self.strategy.learners:
             learner.train()
-        known = sums or [Sums(0.0, None) for _ in self.strategy.learners]
-        totals = [Totals(progress.rows, *each) for each in known]
+        sums = sums or [Sums(0.0, None) for _ in self.strategy.learners]
+        totals = [Totals(progress.rows, *stage_sums) for stage_sums in sums]
         guard = Guard()
         if progress.rows:
             self.reporter.resumed(progress.rows)
         for position, batch in enumerate(batches, start=first):
             # For layers and losses that draw from torch's own generators.
-            drawn = derive_seed(self.recipe.seed, "step", self.number, epoch, position)
-            seed_torch(drawn, self.source.device)
+            step_seed = derive_seed(self.recipe.seed, "step", self.number, epoch, position)
+            seed_torch(step_seed, self.source.device)
             outcomes = self._step(batch, epoch, position, guard)
             for total, outcome in zip(totals, outcomes, strict=True):
                 total.add(*outcome, batch.labels)
@@ -112,7 +119,7 @@ class Epochs:
                 seconds = time.perf_counter() - started
                 here = {"position": position + 1, "rows": totals[0].rows, "seconds": seconds}
                 self._require_finite(guard, epoch, rate)
-                self._keep(progress.model_copy(update=here), totals, stop)
+                self._save(progress.model_copy(update=here), totals, stop)
         self._require_finite(guard, epoch, rate)
         seconds = time.perf_counter() - started
         return [
@@ -130,14 +137,14 @@ class Epochs:
 
     @property
     def _rate(self) -> float:
-        """The rate to be reported: that of the first group, if it has one."""
+        """The learning rate to report: that of the first group, if it has one."""
         group = self.strategy.optimizers[0].param_groups[0]
         return float(group["lr"]) if FIRST in group else self.schedule.rate
 
-    def _keep(self, progress: Progress, totals: Sequence[Totals], stop: PostponedSignals) -> None:
-        """Writes a checkpoint, and ends the training where a signal has asked for it."""
+    def _save(self, progress: Progress, totals: Sequence[Totals], stop: PostponedSignals) -> None:
+        """Writes a checkpoint, and ends the training if a signal has asked for that."""
         if self.checkpoints:
-            self.checkpoints.save(progress, [Sums(each.loss, each.wrong) for each in totals])
+            self.checkpoints.save(progress, [Sums(total.loss, total.wrong) for total in totals])
         if stop.requested is not None:
             raise Interrupted(
                 stop.requested,
@@ -151,13 +158,12 @@ class Epochs:
             return [None] * len(learners)
         return measure(learners, self.source.held_out_batches(self.recipe.training.batch_size))
 
-    def _tested(self, reports: Sequence[EpochReport]) -> list[EpochReport]:
-        found = measure(
-            self.strategy.learners, self.source.view_batches("test", 0, self.test_batch)
-        )
+    def _with_test_errors(self, reports: Sequence[EpochReport]) -> list[EpochReport]:
+        batches = self.source.view_batches("test", 0, self.test_batch)
+        totals = measure(self.strategy.learners, batches)
         return [
             replace(report, test_error_percent=total.error_percent)
-            for report, total in zip(reports, found, strict=True)
+            for report, total in zip(reports, totals, strict=True)
         ]
 
     def _step(self, batch: Batch, epoch: int, position: int, guard: Guard) -> list[Outcome]:
@@ -185,37 +191,37 @@ class Epochs:
         return outcomes
 
     def _require_finite(self, guard: Guard, epoch: int, rate: float) -> None:
-        trained = (p for each in self.strategy.learners for p in each.parameters())
+        parameters = (p for learner in self.strategy.learners for p in learner.parameters())
         title, also = self.strategy.title, ""
         if (number := guard.step) is not None:
-            found, where = f"the loss of {title} is", f"in epoch {epoch + 1}, step {number}"
+            fault, where = f"the loss of {title} is", f"in epoch {epoch + 1}, step {number}"
             if not guard.in_loss:
-                found = f"the loss of {title} is finite and its gradient is"
+                fault = f"the loss of {title} is finite and its gradient is"
                 also = ", keep a loss of your own from square roots and logarithms of 0,"
-        elif not all_finite(p for p in trained if p.requires_grad):
-            found, where = f"what {title} has learned is", f"in epoch {epoch + 1}"
+        elif not all_finite(p for p in parameters if p.requires_grad):
+            fault, where = f"what {title} has learned is", f"in epoch {epoch + 1}"
         else:
             return
         raise TrainingError(
-            f"{found} not finite {where}, at a learning rate of {rate:g} ({self._kept}): lower "
-            f"training.learning_rate{also} and begin another run"
+            f"{fault} not finite {where}, at a learning rate of {rate:g} "
+            f"({self._last_checkpoint}): lower training.learning_rate{also} and begin another run"
         )
 
     def _optimizer_failed(
         self, epoch: int, position: int, error: BaseException | None
     ) -> TrainingError:
-        """Returns the error for an optimiser that failed: weights may be half of one step and half
-        of the next, so that only the checkpoint is whole."""
+        """Returns the error for an optimiser that failed. It may have changed some of the weights,
+        so that only the checkpoint is whole."""
         assert error is not None
         way = "free memory on its device" if is_out_of_memory(error) else "mend it"
         return TrainingError(
             f"the optimiser of {self.strategy.title} failed in epoch {epoch + 1}, step "
-            f"{position + 1} ({first_line(error)}; {self._kept}): {way} and give the same command "
-            f"again, which resumes from the last checkpoint"
+            f"{position + 1} ({first_line(error)}; {self._last_checkpoint}): {way} and give the "
+            f"same command again, which resumes from the last checkpoint"
         )
 
     @property
-    def _kept(self) -> str:
+    def _last_checkpoint(self) -> str:
         last = self.checkpoints.last if self.checkpoints else ""
         return f"the last good checkpoint is after {last}" if last else "there is no checkpoint yet"
 

@@ -32,9 +32,16 @@ from greedy.training.resolve import ample_memory, resolve
 
 @dataclass
 class NetworkTraining:
-    """All that training a network at once takes. ``data`` is stage 0's record, ``source`` its
-    images, ``memory`` what a step takes; ``own_rates`` says that an ``optimizer`` of the user's
-    begins at its own rates."""
+    """The training of all stages of a run at once.
+
+    Attributes:
+        network: the network, with its first weights.
+        source: gives the images.
+        data: the record of stage 0.
+        memory: how a step fits the memory budget.
+        optimizer: makes the optimisers; ``None`` for Adam.
+        own_rates: whether those begin at their own learning rates.
+    """
 
     run: RunDirectory
     network: CutNetwork
@@ -53,7 +60,7 @@ class NetworkTraining:
 
     def train(self) -> list[StageRecord]:
         """Trains all stages in the run's ``network`` directory, or resumes an unfinished training
-        there, then puts each stage in its place."""
+        there, then puts each stage in its place. Returns the records of all stages."""
         began = time.perf_counter()
         place = self.run.network_dir / "training"
         start = self._start(place)
@@ -83,7 +90,7 @@ class NetworkTraining:
             return self._write(strategy, histories, checkpoints.start.resolved, seconds)
 
     def _start(self, place: Path) -> StartRecord:
-        """Returns what an unfinished training began with if it was this one, else a new start."""
+        """Returns the start of an unfinished training with the same inputs, else a new one."""
         start = StartRecord(
             stage=0,
             recipe_digest=self.data.recipe_digest,
@@ -131,7 +138,7 @@ class NetworkTraining:
         )
 
     def _run_epochs(self, checkpoints: Checkpoints) -> list[list[EpochReport]]:
-        """Trains. Returns the reports of every stage."""
+        """Trains all epochs. Returns the reports of each stage."""
         training, choices = self.recipe.training, checkpoints.start.resolved
         epochs = training.epochs
         assert isinstance(epochs, int)

@@ -49,9 +49,9 @@ def resolve(
 
 
 def resolve_again(recipe: Recipe, before: Choices, views: Views, memory: Choice) -> Choices:
-    """Returns the choices of a stage's last training for its next one. Decided again are the views,
-    what the recipe names, and the memory where steps had to be reduced, which no training could
-    repeat."""
+    """Returns the choices of a stage's last training for its next one. These are decided again: the
+    views, what the recipe names, and the memory if steps ran out of it, since no training could
+    repeat that."""
     training = recipe.training
     choices = before.model_dump(exclude={"memory_reduced"})
     choices |= {"views": views, "deterministic": training.deterministic}
@@ -63,8 +63,8 @@ def resolve_again(recipe: Recipe, before: Choices, views: Views, memory: Choice)
 
 
 def within_budget(recipe: Recipe, choices: Choices, memory: Choice) -> Choices:
-    """Returns the choices of an unfinished training, with another memory mode if theirs takes more
-    than a budget that the recipe names by now. The gradients are the same but for rounding."""
+    """Returns the choices of an unfinished training, with another memory mode if its own takes more
+    than the budget that the recipe names now. Gradients then differ by rounding alone."""
     budget, planned = recipe.memory.budget, choices.planned_peak_bytes
     if budget == "auto" or planned is None or planned <= parse_size(budget):
         return choices
@@ -81,9 +81,15 @@ def shuffle(recipe: Recipe, stored_bytes: int) -> str:
 def compiles(
     recipe: Recipe, number: int, hidden: Shape, rows: int, memory: Choice, device: torch.device
 ) -> bool:
-    """Returns whether the step of stage ``number`` is compiled, whose activation has the shape
-    ``hidden`` and which trains on ``rows``. Compiling takes the time that some thousand steps save,
-    and pays for feature maps only. The micro-batched modes and MPS do not compile."""
+    """Returns whether the step of a stage is compiled. Compiling takes the time that some thousand
+    steps save, and pays for feature maps only. The micro-batched modes and MPS do not compile.
+
+    Args:
+        number: the number of the stage.
+        hidden: the shape of a row of its activation.
+        rows: the number of training rows.
+        memory: the memory mode of its step.
+    """
     training = recipe.training
     if training.compile == "off" or memory.mode != Mode.PLAIN or device.type == "mps":
         return False
@@ -93,8 +99,9 @@ def compiles(
 
 
 def graphs(recipe: Recipe, choices: Choices, device: torch.device) -> bool:
-    """Returns whether the gradients of a plain step are launched as a CUDA graph. It keeps the
-    memory of a step, also while the last batch of an epoch is computed without it."""
+    """Returns whether the gradients of a plain step are launched as a CUDA graph: if the memory
+    budget has room for two steps, since a graph keeps its memory while the last batch of an epoch
+    is computed without it."""
     planned = choices.planned_peak_bytes
     if device.type != "cuda" or choices.memory.mode is not Mode.PLAIN or planned is None:
         return False
@@ -102,8 +109,8 @@ def graphs(recipe: Recipe, choices: Choices, device: torch.device) -> bool:
 
 
 def ample_memory(recipe: Recipe, choices: Choices) -> bool:
-    """Returns whether a named budget leaves room for freed memory that the process keeps. ``auto``
-    does."""
+    """Returns whether the memory budget leaves room for freed memory that stays with the process:
+    always if it is ``auto``."""
     budget, planned = recipe.memory.budget, choices.planned_peak_bytes
     if choices.memory.mode is not Mode.PLAIN or planned is None:
         return False

@@ -13,29 +13,30 @@ LAST_DROP = 4  # after this many drops a patient stage ends
 
 @dataclass(frozen=True)
 class Milestones:
-    """The rate is multiplied by ``decay`` after each epoch in ``milestones`` (section 4)."""
+    """A schedule that multiplies the rate by ``decay`` after each epoch in ``milestones``, as
+    section 4 of the paper does."""
 
     rate: float
     decay: float
     milestones: Sequence[int]
 
     def factor_at(self, epoch: int) -> float:
-        """The factor on the first rates in an epoch, counted from 0."""
+        """Returns the factor on the first rates in an epoch, counted from 0."""
         return self.decay ** self.drops(epoch)
 
     def drops(self, epoch: int) -> int:
-        """The number of drops of the rate before this epoch."""
+        """Returns how often the rate has dropped before an epoch, counted from 0."""
         return sum(m <= epoch for m in self.milestones)
 
     def observe(self, holdout_loss: float | None) -> bool:
-        """Milestones do not look at losses: the stage never ends early."""
+        """Returns ``False``: milestones do not depend on losses, and no stage ends early."""
         return False
 
 
 @dataclass
 class Patience:
-    """The rate drops whenever the held-out loss has not improved by 0.1 % for ``epochs``
-    epochs; after the fourth drop the stage ends."""
+    """A schedule that multiplies the rate by ``decay`` whenever the held-out loss has not improved
+    by 0.1 % for ``epochs`` epochs, and ends the stage after the fourth time."""
 
     rate: float
     decay: float
@@ -45,15 +46,15 @@ class Patience:
     dropped: int = 0
 
     def factor_at(self, epoch: int) -> float:
-        """The factor on the first rates now."""
+        """Returns the factor on the first rates now."""
         return self.decay**self.dropped
 
     def drops(self, epoch: int) -> int:
-        """The number of drops of the rate so far."""
+        """Returns how often the rate has dropped so far."""
         return self.dropped
 
     def observe(self, holdout_loss: float | None) -> bool:
-        """Takes an epoch's held-out loss, and says whether the stage ends."""
+        """Takes the held-out loss of an epoch. Returns whether the stage ends."""
         assert holdout_loss is not None
         if holdout_loss < self.best * (1 - IMPROVEMENT):
             self.best, self.waited = holdout_loss, 0
@@ -66,23 +67,23 @@ class Patience:
 
 Schedule = Milestones | Patience
 
-FIRST = "initial_lr"  # of a group: torch's own name for what a schedule scales
+FIRST = "initial_lr"  # in a group: torch's name for the rate that a schedule scales
 
 
 def set_first_rates(optimizers: Iterable[torch.optim.Optimizer], rate: float | None = None) -> None:
-    """Notes the rate that each group begins with, unless it is known: the given rate, or its own. A
-    group may have none."""
-    for group in chain.from_iterable(each.param_groups for each in optimizers):
-        if (own := group.get("lr")) is not None and FIRST not in group:
-            group[FIRST] = float(own) if rate is None else rate
+    """Records the first rate of each parameter group that has none recorded: ``rate``, or without
+    it the group's own. A group without a rate is left as it is."""
+    for group in chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
+        if (group_rate := group.get("lr")) is not None and FIRST not in group:
+            group[FIRST] = float(group_rate) if rate is None else rate
 
 
 def scale_rates(optimizers: Sequence[torch.optim.Optimizer], factor: float) -> None:
-    """Sets the rate of each group to ``factor`` times its first one."""
-    for group in chain.from_iterable(each.param_groups for each in optimizers):
+    """Sets the rate of each parameter group to ``factor`` times its first rate."""
+    for group in chain.from_iterable(optimizer.param_groups for optimizer in optimizers):
         if (first := group.get(FIRST)) is None:
             continue
-        if isinstance(group["lr"], Tensor):  # some are compiled with it
+        if isinstance(group["lr"], Tensor):  # some optimisers are compiled with this tensor
             group["lr"].fill_(first * factor)
         else:
             group["lr"] = first * factor

@@ -38,11 +38,20 @@ from greedy.training.resolve import ample_memory
 
 @dataclass
 class StageTraining:
-    """All that training one stage takes. ``train`` makes the stage in a directory.
+    """The training of one stage.
 
-    ``smaller`` is how it goes on where a step ran out of memory. ``own_rates`` says that an
-    ``optimizer`` of the user's begins at its own rates. ``written_before`` are bytes of the stores
-    that this one replaces, for the record.
+    Attributes:
+        stage: the stage, with its first weights.
+        source: gives its inputs.
+        sources: finds the store from which its own store is written.
+        start: what decides the training, and its choices.
+        parent: the record of the stage before.
+        is_output: whether it is the output layer.
+        smaller: chooses the memory of later steps when one has run out of memory; returns ``None``
+            if nothing takes less.
+        optimizer: makes the user's optimiser; ``None`` for Adam.
+        own_rates: whether that begins at its own learning rates.
+        written_before: bytes of stores that were written for this stage earlier, for the record.
     """
 
     stage: Stage
@@ -63,12 +72,12 @@ class StageTraining:
 
     @property
     def choices(self) -> Choices:
-        """What was decided of it."""
+        """The choices with which it trains."""
         return self.start.resolved
 
     def train(self, directory: Path) -> StageRecord:
-        """Trains, freezes and writes the stage into a directory that is empty, or resumes the
-        unfinished training there, which had the same start."""
+        """Trains and freezes the stage and writes it into a directory, which is empty or has an
+        unfinished training with the same start, which is resumed. Returns the stage's record."""
         started = time.perf_counter()
         self.start.write(directory)
         torch.set_num_threads(self.choices.threads)
@@ -76,7 +85,7 @@ class StageTraining:
         reset_peak_memory(self.device)
         with memory_limited(self.device, named_budget(self.recipe)):
             learner = self._learner()
-            needed = self._room(learner)
+            needed = self._bytes_needed(learner)
             require_free_space(
                 directory, f"stage {self.stage.number}", needed - bytes_below(directory)
             )
@@ -92,7 +101,7 @@ class StageTraining:
             self.start,
         )
         reports = self._run_epochs(checkpoints)
-        self.start = checkpoints.start  # where memory ran out, with other choices
+        self.start = checkpoints.start  # has other choices if memory ran out
         learner.release()
         release_free_memory(self.device)
         save_weights(learner, directory)
@@ -111,9 +120,10 @@ class StageTraining:
             seconds=checkpoints.before + time.perf_counter() - started,
         )
 
-    def _room(self, learner: Learner) -> int:
+    def _bytes_needed(self, learner: Learner) -> int:
         """Returns the bytes on disk that the stage takes at most: weights, two checkpoints with two
-        moments a weight, and the store, or before it the source's views, written again."""
+        moments for each weight, and its store or, while it trains, refreshed views of its
+        source."""
         weights = sum(4 * p.numel() for p in learner.parameters())
         views, rows = self.choices.views, self.parent.rows
         store = refreshed = 0
