@@ -88,7 +88,9 @@ class NetworkDemand:
             ]
             make = self.optimizer or _no_optimizer
             strategy = together(self.strategy, learners, self.accumulate, make)
-            make_state([p for each in learners for p in each.parameters()], strategy.optimizers)
+            make_state(
+                [p for learner in learners for p in learner.parameters()], strategy.optimizers
+            )
             batch, masks = _batch(learners, self.network.shapes, self.batch_size)
             counter.reset_peak()
             step(strategy, batch, masks)
