@@ -51,7 +51,7 @@ def main(images: Path, run: Path, epochs: int) -> None:
 
 
 def write_sample(folder: Path) -> None:
-    """1,200 training and 400 test images of the sample, as files."""
+    """Writes 1,200 training and 400 test images of the sample as files."""
     sample = greedy.data.load_dataset("fashion-mnist-sample")
     for name, split, count in (("train", sample.train, 1200), ("test", sample.test, 400)):
         for i, (image, label) in enumerate(zip(*split.read(np.arange(count)), strict=True)):

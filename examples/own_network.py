@@ -19,7 +19,8 @@ from greedy.results.exits import evaluate_exits
 
 
 def network() -> nn.Sequential:
-    """Strides in place of pooling, GELU, and two layers that train as one stage."""
+    """Returns a network with strides in place of pooling, GELU, and two layers that train as one
+    stage."""
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1),
         nn.BatchNorm2d(8),
@@ -59,7 +60,7 @@ def main(run: Path, epochs: int) -> None:
 
 
 def map_style(name: str) -> list[TensorDataset]:
-    """A data set by its name, as PyTorch has them."""
+    """Returns a data set as PyTorch has them, given its name."""
     data = greedy.data.load_dataset(name)
     arrays = (split.read(np.arange(len(split))) for split in (data.train, data.test))
     return [TensorDataset(*map(torch.from_numpy, each)) for each in arrays]

@@ -48,7 +48,7 @@ def with_index(shard: bytes, index: list[list[int]]) -> bytes:
 
 
 def check_damaged(path: Path, shard: bytes | None, chunk: int = 5) -> None:
-    """The chunk is reported by every way of reading; chunks of the other shard are not."""
+    """Checks that every way of reading reports the chunk, and none those of the other shard."""
     if shard is None:
         (path / SHARD).unlink()
     else:

@@ -77,8 +77,9 @@ def flipped(before: bytes, bit: int) -> bytes:
 
 
 def harmless(file: Path, before: bytes) -> bool:
-    """Only in metadata: a flip may leave the JSON document equal, as of `e` to `E` in 1e-05.
-    Everything else, chunks, padding, unused index entries, is under a checksum."""
+    """Returns whether a flipped bit leaves a store as it was. Only in metadata can it do so, if the
+    JSON document stays equal, as with `e` and `E` in 1e-05; everything else, chunks, padding and
+    unused index entries included, is under a checksum."""
     try:
         return file.name == "zarr.json" and json.loads(file.read_bytes()) == json.loads(before)
     except ValueError:
@@ -126,7 +127,7 @@ def test_no_store_is_read_differently(stores: list[Path], data: st.DataObject) -
 
 @pytest.fixture
 def damaged(stores: list[Path], tmp_path: Path) -> Path:
-    """A copy of a uint8 store with lz4, to be damaged."""
+    """Returns a copy of a uint8 store with lz4, to be damaged."""
     return shutil.copytree(stores[ENCODINGS.index("uint8") * len(COMPRESSORS)], tmp_path / "s")
 
 

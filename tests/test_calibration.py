@@ -60,7 +60,7 @@ modest = settings(deadline=None, max_examples=100, suppress_health_check=[Health
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """Where calibrations are kept: not where the developer's own is."""
+    """Sets the folder of calibrations to a temporary one, not the developer's."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     return tmp_path
 
@@ -234,8 +234,9 @@ class Images(list):
 
 
 def trained(path, **settings):
-    """A run of the network, and how many rows passed each stage while it was frozen: those that
-    its encoder saw in evaluation mode. Encoders have a bias, heads of the similarity loss none."""
+    """Trains a run. Returns it, and the number of rows that passed each stage while it was frozen:
+    those that its encoder saw in evaluation mode. Encoders have a bias, heads of the similarity
+    loss none."""
     known = {"views": 2, "epochs": 3, "batch_size": 16, "test_every": 0, "precision": "float32"}
     trainer = GreedyTrainer(
         network(), loss=Sim(), run_dir=path, device="cpu", compressor="none", **(known | settings)

@@ -31,7 +31,7 @@ def write(file: Path) -> None:
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory) -> Path:
-    """A folder with images in ``photos``, and a run on them."""
+    """Makes a folder with images in ``photos``, and trains a run on them."""
     place = tmp_path_factory.mktemp("begun")
     for split, count in (("train", 6), ("test", 2)):
         for name in ("ant", "bee"):
@@ -52,7 +52,7 @@ def begun(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def photos(begun, tmp_path, monkeypatch) -> Path:
-    """The images of a run, both in the current directory."""
+    """Makes the images of a run, both in the current directory."""
     shutil.copytree(begun, tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
     return Path("photos")

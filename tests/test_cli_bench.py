@@ -45,7 +45,7 @@ STAGE_KEYS = {
 
 @contextmanager
 def living_in(folder):
-    """Inside, what a user has is in this folder, temporary files too."""
+    """Makes a folder the home of the user, temporary files included, inside the ``with``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("XDG_DATA_HOME", str(folder / "home"))
@@ -55,8 +55,8 @@ def living_in(folder):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """A folder with recipes where the machine has been measured, what `plan` said before that,
-    and what `bench` said."""
+    """Measures the machine. Returns a folder with recipes, what `plan` printed before that, and
+    what `bench` printed."""
     folder = tmp_path_factory.mktemp("measured")
     (folder / "mlp.toml").write_text(MLP)
     (folder / "mine.toml").write_text(MLP.replace('"mlp"', '"python"'))

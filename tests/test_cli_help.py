@@ -19,7 +19,7 @@ GREEDY = Path(sys.executable).with_name("greedy")
 
 
 def commands(group=cli, path=()):
-    """The words of every command and the command, groups included."""
+    """Yields the words of every command and the command, groups included."""
     yield path, group
     for name, command in group.commands.items():
         if isinstance(command, click.Group):

@@ -58,7 +58,7 @@ def planned(*arguments):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current directory, with two recipes and what one of them needs."""
+    """Makes a folder with two recipes, and what one of them needs, the current directory."""
     (tmp_path / "mlp.toml").write_text(MLP)
     (tmp_path / "python.toml").write_text(MLP.replace('"mlp"', '"python"'))
     (tmp_path / "own.py").write_text(OWN)

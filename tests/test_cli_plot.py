@@ -27,7 +27,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run for each of two losses; the output layer's test error after its second epoch."""
+    """Trains a run for each of two losses. Returns their folder."""
     folder = tmp_path_factory.mktemp("runs")
     for loss in ("pred", "predsim"):
         of_loss = ("--set", f"loss.name={loss}", "--set", "training.test_every=2")
@@ -36,7 +36,8 @@ def runs(tmp_path_factory):
 
 
 def drawn(svg, prefix):
-    """The picture's elements with such ids, each with the number of points on its path."""
+    """Returns the picture's elements whose ids begin with ``prefix``, each with the number of
+    points on its path."""
     lines = {}
     for group in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}g"):
         if group.get("id", "").startswith(prefix):

@@ -34,7 +34,8 @@ views = 1
 
 
 def table(output):
-    """The lines of the printed table by the recipe's name, in words, and the notes below it."""
+    """Returns the lines of the printed table by the recipe's name, in words, and the notes below
+    it."""
     lines = output.splitlines()
     head = max(i for i, line in enumerate(lines) if line.startswith("recipe "))
     assert lines[head].split() == ["recipe", "network", "loss", "paper", "ours", "range", "seeds"]
@@ -55,7 +56,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current directory, with a recipe in it."""
+    """Makes a folder with a recipe in it the current directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.toml").write_text(OWN)
     return tmp_path

@@ -35,7 +35,7 @@ def demands(most: int = 6) -> st.SearchStrategy[DiskDemand]:
 
 
 def planned(demand: DiskDemand, budget: int) -> DiskPlan:
-    """A plan, or a discarded example where nothing fits."""
+    """Returns a plan, or discards the example if nothing fits."""
     try:
         return plan_stores(demand, budget)
     except UserError:
@@ -44,7 +44,7 @@ def planned(demand: DiskDemand, budget: int) -> DiskPlan:
 
 
 def views_of(demand: DiskDemand, plan: DiskPlan) -> list[int]:
-    """The views of each stage, 0 for live, without the output layer."""
+    """Returns the views of each stage, 0 for live, without the output layer."""
     count = len(demand.stages) - 1
     return [v if isinstance(v := plan.views(n), int) else 0 for n in range(1, count + 1)]
 
@@ -55,7 +55,8 @@ def size(demand: DiskDemand, number: int, views: int, test: int = 1) -> int:
 
 
 def simulated(demand: DiskDemand, views: list[int], dropped: dict[int, int]) -> int:
-    """The most bytes on disk when stages are trained in turn and stores deleted as planned."""
+    """Returns the most bytes on disk when stages are trained in turn and stores deleted as
+    planned."""
     disk, most, source = {0: demand.image_bytes}, 0, 0
     for number, count in enumerate([*views, 0], start=1):
         copy = size(demand, source, views[source - 1], test=0) if source else 0
@@ -70,13 +71,14 @@ def simulated(demand: DiskDemand, views: list[int], dropped: dict[int, int]) -> 
 
 
 def at_once(views: list[int]) -> dict[int, int]:
-    """Each store deleted as soon as the next one is written."""
+    """Returns after which stage each store is deleted, if that is as soon as the next one is
+    written."""
     stored = [n for n, count in enumerate(views, start=1) if count]
     return dict(itertools.pairwise(stored))
 
 
 def costs(demand: DiskDemand, views: list[int]) -> tuple[int, Fraction]:
-    """Multiply-adds per row for replaying, and the sum of 1/views."""
+    """Returns the multiply-adds for each row of replaying, and the sum of 1/views."""
     replayed, since = 0, 0
     for stage, count in zip(demand.stages, [*views, 0], strict=True):
         replayed += stage.epochs * since
@@ -179,7 +181,7 @@ def test_planning_again_with_stages_finished_gives_the_same_views(demand, budget
 
 
 def equal_stages(count: int, **settings) -> DiskDemand:
-    """Stages of one value and one operation; a view is 10 bytes."""
+    """Returns stages of one value and one operation; a view is 10 bytes."""
     stages = (StageDemand(1, 1, 1),) * count
     return replace(DiskDemand(stages, {"train": 10, "test": 0}, 4, 1.0, 5), **settings)
 

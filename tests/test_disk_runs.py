@@ -26,7 +26,7 @@ ROWS = {"train": 300, "test": 60}
 
 
 def samples(rows: int, seed: int) -> TensorDataset:
-    """Noisy images; the class is the brighter third."""
+    """Returns noisy images; the class of an image is its brighter third."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, CLASSES, rows)
     images = random.integers(0, 150, (rows, 1, SIDE, SIDE))
@@ -72,7 +72,7 @@ def estimate(width: int, views: int) -> int:
 
 
 def stores(run: Path) -> dict[int, int]:
-    """Views of the stores on disk."""
+    """Returns the numbers of views in the stores on disk, by stage."""
     numbers = (int(p.parent.name[5:]) for p in run.glob("stage*/activations.zarr"))
     return {n: Store(run / f"stage{n}/activations.zarr/train").views for n in sorted(numbers)}
 

@@ -36,7 +36,7 @@ MICRO_MODES = [mode for mode in Mode if mode is not Mode.PLAIN]
 
 
 def make_stage(kind: str) -> Stage:
-    """The second stage of a small network, so that its input has dropout."""
+    """Returns the second stage of a small network, so that its input has dropout."""
     layers = {
         "conv": [nn.Conv2d(5, 6, 3, padding=1), nn.BatchNorm2d(6), nn.LeakyReLU(0.01)],
         "strided": [nn.Conv2d(5, 6, 5, stride=2, padding=2), nn.BatchNorm2d(6), nn.ReLU(True)],
@@ -74,7 +74,7 @@ def make_batch(kind: str, learner: Learner, rows: int = ROWS) -> Batch:
 
 
 def measured(learner: Learner, batch: Batch, memory: StepMemory) -> dict[str, torch.Tensor]:
-    """Loss, gradients and what the batch leaves behind, of a copy."""
+    """Returns the loss, the gradients and the buffers after a step of a copy."""
     learner = deepcopy(learner)
     learner.memory = memory
     loss, logits = gradients(learner, batch)

@@ -52,7 +52,7 @@ sys.addaudithook(hear)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, and next to it another stage 1, as if of other data, and another last stage."""
+    """Trains a run, and next to it another stage 1, as if of other data, and another last stage."""
     place = tmp_path_factory.mktemp("exchanged")
     new_trainer(place / "run", epochs=1).fit(TRAIN, TEST)
     images, labels = TRAIN.tensors

@@ -51,7 +51,7 @@ def new_trainer(run: Path, reporter: Reporter | None = None) -> GreedyTrainer:
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory) -> Path:
-    """A run whose second stage is being trained."""
+    """Returns a run whose second stage is being trained."""
     run = tmp_path_factory.mktemp("runs") / "run"
     random = np.random.default_rng(0)
     images = torch.from_numpy(random.integers(0, 255, (64, 1, SIDE, SIDE)).astype(np.uint8))

@@ -74,7 +74,7 @@ def own_network(*more: nn.Module) -> nn.Sequential:
 
 
 def trained(network: nn.Module) -> float:
-    """The loss of a step on the CPU, as users write it."""
+    """Computes the loss and gradients of a step on the CPU, as users write it."""
     images, labels = TRAIN[:32]
     loss = F.cross_entropy(network(images.float() / 255), labels)
     loss.backward()
@@ -83,7 +83,8 @@ def trained(network: nn.Module) -> float:
 
 
 def state(network: nn.Module) -> list:
-    """All of a network that calling it could change; tensors as themselves and by their numbers."""
+    """Returns everything of a network that calling it could change: tensors, by identity and by
+    their numbers, and flags."""
     parameters = list(network.named_parameters(remove_duplicate=False))
     buffers = list(network.named_buffers(remove_duplicate=False))
     values: list = [(name, module.training) for name, module in network.named_modules()]

@@ -193,7 +193,7 @@ def test_fake_tensors_of_a_step_count_as_real_ones_do(precision: str) -> None:
 
 
 def stage_step(precision: str) -> tuple[Learner, Batch]:
-    """A stage of 8 channels with its heads, and a batch of 16 rows for it."""
+    """Returns a stage of 8 channels with its heads, and a batch of 16 rows for it."""
     torch.manual_seed(0)
     stage, loss = cut(vgg8b(3, 16, 10, feature_multiplier=1 / 16))[0], Sim()
     heads = loss.heads((8, 16, 16), 10)
@@ -203,7 +203,7 @@ def stage_step(precision: str) -> tuple[Learner, Batch]:
 
 
 def step_fails(trained: Learner, batch: Batch) -> bool:
-    """Whether it needs more than the limit; outside, no traceback holds its tensors."""
+    """Returns whether a step needs more than the limit. Outside, no traceback holds its tensors."""
     try:
         gradients(trained, batch)
     except torch.OutOfMemoryError:

@@ -63,7 +63,8 @@ def peak(memory: StepMemory) -> int:
 
 
 def held() -> int:
-    """Bytes that stage 1 holds between its steps: weights, statistics and Adam's state."""
+    """Returns the bytes that stage 1 holds between its steps: weights, statistics and Adam's
+    state."""
     heads = Pred().heads(demand().shapes.hidden, CLASSES)
     weights = [*demand().stage.parameters(), *heads.parameters()]
     statistics = sum(t.numel() * t.element_size() for t in demand().stage.buffers())

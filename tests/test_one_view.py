@@ -38,7 +38,7 @@ class Cut(Reporter):
 
 
 def views(run: Path) -> list[int]:
-    """The views of the stores of stages 1 and 2."""
+    """Returns the numbers of views in the stores of stages 1 and 2."""
     return [Store(run / f"stage{n}/activations.zarr/train").views for n in (1, 2)]
 
 

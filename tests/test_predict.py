@@ -32,13 +32,13 @@ def run(tmp_path_factory):
 
 
 def raw(run, rows):
-    """The first test images of a run, bytes (rows, C, H, W)."""
+    """Returns the first test images of a run, bytes (rows, C, H, W)."""
     return next(Store(run / "stage0/activations.zarr/test").batches(0, rows))
 
 
 @pytest.fixture(scope="module")
 def images(run, tmp_path_factory):
-    """The first 40 test images as files, more than one batch."""
+    """Writes the first 40 test images, more than one batch, as files."""
     folder = tmp_path_factory.mktemp("images")
     files = [folder / f"{number:02}.png" for number in range(40)]
     for file, (pixels,) in zip(files, raw(run, 40), strict=True):

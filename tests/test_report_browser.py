@@ -40,7 +40,8 @@ def many(runs, tmp_path_factory):
 
 
 def complaints(browser):
-    """What the console says and what the network is asked for, beside the page itself."""
+    """Returns the messages of the console and the requests to the network, except for the page
+    itself."""
     methods = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
     asked = (
         each["params"]["request"]["url"]

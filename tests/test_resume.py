@@ -70,7 +70,8 @@ def new_trainer(run: Path, reporter: Reporter | None = None, **settings) -> Gree
 
 
 def outcome(run: Path) -> dict[str, object]:
-    """All files of a run without times, memory and the process that wrote them."""
+    """Returns the contents of a run's files without times, memory and the process that wrote
+    them."""
     contents: dict[str, object] = {}
     for path in sorted(path for path in run.rglob("*") if path.is_file()):
         name = str(path.relative_to(run))

@@ -30,7 +30,8 @@ ROWS, CLASSES = 64, 10
 
 
 def trained(steps: int, **settings) -> tuple[Learner, dict[str, torch.Tensor]]:
-    """The second stage of a narrow VGG8B after some steps, and what it has learned."""
+    """Trains the second stage of a narrow VGG8B for some steps. Returns it, and what it has
+    learned."""
     torch.manual_seed(0)
     stages = cut(vgg8b(3, 32, CLASSES, feature_multiplier=0.25))
     stage, shape, loss = stages[1], shapes(stages, (3, 32, 32))[1], PredSim()

@@ -63,7 +63,7 @@ class FailsHalfWay(torch.optim.AdamW):
 
 
 def _real(parameter: torch.Tensor) -> bool:
-    """Not one that stands in while memory is counted."""
+    """Returns whether a parameter is real, not a fake one on which memory is counted."""
     return type(parameter.data) is torch.Tensor
 
 

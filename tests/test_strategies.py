@@ -34,7 +34,7 @@ SHAPES = shapes(narrow(), (3, SIDE, SIDE))
 
 
 def learners(strategy: str, loss=None) -> list[Learner]:
-    """The stages of a narrow VGG8B in float64, with heads that are not zero."""
+    """Returns the stages of a narrow VGG8B in float64, with heads that are not zero."""
     torch.manual_seed(0)
     stages = narrow()
     losses = stage_losses(strategy, loss or PredSim(pool_target=32), len(stages))

@@ -55,7 +55,7 @@ def events(directory):
 
 
 def curves(directory):
-    """Every curve as its points (step, value)."""
+    """Returns every curve as its points (step, value)."""
     read = events(directory)
     return {
         tag: [(each.step, each.value) for each in read.Scalars(tag)]

@@ -55,7 +55,7 @@ def interrupted(run: Path, stage: int = 2, **settings) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run that was interrupted in epoch 2 of stage 2."""
+    """Returns a run that was interrupted in epoch 2 of stage 2."""
     interrupted(tmp_path / "run")
     return tmp_path / "run"
 
