@@ -52,10 +52,10 @@ def main(run: Path, epochs: int) -> None:
         model, run_dir=run, loss=loss, epochs=epochs, batch_size=64, learning_rate=5e-3
     )
     trainer.fit(*map_style("fashion-mnist-sample"))
-    for each in evaluate_exits(trainer.run, loss, model, "test", trainer.device).exits:
+    for exit in evaluate_exits(trainer.run, loss, model, "test", trainer.device).exits:
         print(
-            f"stage {each.stage}, {each.name:14s} test error {each.error_percent:4.1f} %, "
-            f"{each.parameters:7,} parameters, {each.operations:10,} multiply-adds"
+            f"stage {exit.stage}, {exit.name:14s} test error {exit.error_percent:4.1f} %, "
+            f"{exit.parameters:7,} parameters, {exit.operations:10,} multiply-adds"
         )
 
 
