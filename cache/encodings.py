@@ -1,4 +1,4 @@
-"""How activations become stored numbers, and back.
+"""Encodings, which turn activations into stored numbers and back.
 
 ``Encoding.encode`` runs in background threads and is NumPy only; ``Encoding.decode`` is the one
 place that uses torch, on the device that trains. Torch takes seconds to import, so

@@ -1,4 +1,4 @@
-"""How fast a machine trains the stages of a recipe: real steps on random data.
+"""Measurement of a machine's speed in training the stages of a recipe: real steps on random data.
 
 Each stage trains from a temporary store as in a run, in the memory mode that the run would
 choose, and then computes and writes the output of some rows. One stage is in memory at a time.

@@ -1,7 +1,7 @@
-"""How the stages of a network are trained together, or one of them alone.
+"""The strategies by which stages are trained, together or one of them alone.
 
-All strategies share the stages, the losses and the loop; they differ in who holds the graph and
-who the optimiser.
+All strategies share the stages, the losses and the loop; they differ in which stages share a graph
+and an optimiser.
 """
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""All stages of a network trained at once, from the images."""
+"""The training of all stages of a network at once, from the images."""
 
 import time
 from collections.abc import Sequence

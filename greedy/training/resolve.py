@@ -1,4 +1,4 @@
-"""Every automatic choice of a stage, made once when it starts and written down."""
+"""The automatic choices of a stage, made once when it starts and recorded."""
 
 import torch
 
