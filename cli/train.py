@@ -60,6 +60,7 @@ def train(
     from greedy.build.modules import load_network  # noqa: PLC0415
     from greedy.cli.progress import preparing  # noqa: PLC0415
     from greedy.data import Reading, load_dataset  # noqa: PLC0415
+    from greedy.runs.state import RunState  # noqa: PLC0415
     from greedy.stores.changes import require_unchanged  # noqa: PLC0415
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
 
@@ -70,7 +71,7 @@ def train(
     logger = tensorboard(directory) if log else None
     say(f"{recipe.name} in {directory} on {trainer.device}")
     data, data_named = recipe.data, fields.names_data(overrides)
-    if retrain == 0 or trainer.run.state(0) != "complete":
+    if retrain == 0 or RunState.read(trainer.run).stage_state(0) != "complete":
         reading = Reading.of(data)
         dataset = load_dataset(data.name, data_dir, download, data.image_size, data_named, reading)
         rows = f"{len(dataset.train):,} training and {len(dataset.test):,} test images"
@@ -129,6 +130,7 @@ def train_stage(
     """Train one stage from the store of an earlier one."""
     from greedy.build.modules import load_network  # noqa: PLC0415
     from greedy.runs.directory import run_of_stage  # noqa: PLC0415
+    from greedy.runs.state import RunState  # noqa: PLC0415
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
 
     run, source_number = run_of_stage(source)
@@ -146,8 +148,9 @@ def train_stage(
         say(f"{written} is already complete: --retrain trains it again")
     else:
         say(f"wrote {written}, trained from {_origin(record)}")
-        later = range(number + 1, len(run.complete_record(0).network) + 1)
-        if to is None and (stale := [n for n in later if run.state(n) == "stale"]):
+        state = RunState.read(run)
+        later = range(number + 1, len(state.complete_record(0).network) + 1)
+        if to is None and (stale := [n for n in later if state.is_stale(n)]):
             say(
                 f"{_stages_in_words(stale)} became stale with the new stage {number}: "
                 f"{command('train', '--run', run.path, '--retrain', stale[0])} trains from there on"
@@ -214,6 +217,7 @@ def _origin(record: "StageRecord") -> str:
 def _print_results(trainer: "GreedyTrainer") -> None:
     from greedy.recipes import departures  # noqa: PLC0415
     from greedy.results.evaluation import evaluate  # noqa: PLC0415
+    from greedy.runs.state import RunState  # noqa: PLC0415
     from greedy.runs.status import status  # noqa: PLC0415
 
     print_table(
@@ -229,7 +233,7 @@ def _print_results(trainer: "GreedyTrainer") -> None:
                 f"{stage.images_per_second:,.0f}",
                 f"{stage.seconds:,.1f}",
             )
-            for stage in status(trainer.run)
+            for stage in status(RunState.read(trainer.run))
         ),
         text_columns=2,
     )

@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Self, Unpack
 
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
@@ -17,6 +17,7 @@ from greedy.base.heap import release_free_memory
 from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import build_loss, build_network
 from greedy.build.python_recipe import python_recipe, require_optimizer
+from greedy.build.settings import TrainerSettings
 from greedy.cache import Damage
 from greedy.data import Dataset, dataset_from_torch, require_repeatable
 from greedy.losses import LocalLoss, PredSim, require_local_loss
@@ -29,6 +30,7 @@ from greedy.runs.network import assemble
 from greedy.runs.outside import recover_outside
 from greedy.runs.record import StageRecord
 from greedy.runs.retraining import Retraining
+from greedy.runs.state import RunState
 from greedy.runs.unfinished import interrupted_source, stores_needed
 from greedy.stores.changes import is_stage0_current, require_unchanged_folder
 from greedy.stores.repair import Repair, StoreRepairer
@@ -50,10 +52,11 @@ class GreedyTrainer:
             of its groups begins at its own rate, or at ``learning_rate`` where that is given, and
             the schedule scales it.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
-        reporter: is told of progress.
+        reporter: gets the events of a training, for instance to show its progress.
         settings: fields of a recipe's ``data``, ``training`` and ``store`` sections by their
-            names, ``seed``, ``stage_layers``, ``memory_budget`` and ``optimizer_state``; for
-            instance ``epochs=20, views=4``.
+            names, ``seed``, ``stage_layers``, ``memory_budget``, ``micro_batch`` and
+            ``optimizer_state``; for instance ``epochs=20, views=4``.
+        recipe: in place of ``loss``, ``optimizer`` and ``settings``, see ``from_recipe``.
 
     Raises:
         UserError: for anything that cannot be trained as asked.
@@ -61,20 +64,33 @@ class GreedyTrainer:
 
     def __init__(
         self,
-        model: nn.Sequential,
+        model: nn.Sequential | None,
         *,
         run_dir: str | Path,
         loss: LocalLoss | None = None,
         optimizer: OptimizerFactory | None = None,
         device: str = "auto",
         reporter: Reporter | None = None,
-        **settings: Any,
+        recipe: Recipe | None = None,
+        **settings: Unpack[TrainerSettings],
     ) -> None:
-        loss = PredSim() if loss is None else loss
-        require_local_loss(loss)
-        require_optimizer(settings, optimizer)
-        recipe, own_rates = python_recipe(settings, loss), "learning_rate" not in settings
-        self._set_up(recipe, run_dir, device, reporter, model, loss, optimizer, own_rates)
+        if recipe is not None:
+            _require_recipe_alone(loss, optimizer, settings)
+            loss = build_loss(recipe.loss)
+        else:
+            loss = PredSim() if loss is None else loss
+            require_local_loss(loss)
+            require_optimizer(settings, optimizer)
+            recipe = python_recipe(settings, loss)
+        own_rates = "learning_rate" not in settings
+        self.device = pick_device(device)
+        self.run = RunDirectory.create(Path(run_dir), recipe)
+        self.recipe = recipe
+        self.loss = loss
+        self._model = model
+        self._planner = StagePlanner(
+            self.run, model, loss, self.device, reporter or Reporter(), optimizer, own_rates
+        )
 
     @classmethod
     def from_recipe(
@@ -86,34 +102,13 @@ class GreedyTrainer:
         reporter: Reporter | None = None,
         model: nn.Sequential | None = None,
     ) -> Self:
-        """The trainer of a recipe. ``model`` only where the recipe's network is ``python``."""
-        trainer = cls.__new__(cls)
-        trainer._set_up(recipe, run_dir, device, reporter, model, build_loss(recipe.loss))
-        return trainer
-
-    def _set_up(
-        self,
-        recipe: Recipe,
-        run_dir: str | Path,
-        device: str,
-        reporter: Reporter | None,
-        model: nn.Sequential | None,
-        loss: LocalLoss,
-        optimizer: OptimizerFactory | None = None,
-        own_rates: bool = False,
-    ) -> None:
-        self.device = pick_device(device)
-        self.run = RunDirectory.create(Path(run_dir), recipe)
-        self.recipe = recipe
-        self.loss = loss
-        self._model = model
-        self._planner = StagePlanner(
-            self.run, model, loss, self.device, reporter or Reporter(), optimizer, own_rates
-        )
+        """Returns the trainer of a recipe. ``model`` is given only if the recipe's network is
+        ``python``; other arguments are those of the class."""
+        return cls(model, run_dir=run_dir, device=device, reporter=reporter, recipe=recipe)
 
     @property
     def reporter(self) -> Reporter:
-        """What is told of progress; may be replaced between trainings."""
+        """The reporter, which gets the events of a training; may be replaced between trainings."""
         return self._planner.reporter
 
     @reporter.setter
@@ -123,9 +118,16 @@ class GreedyTrainer:
     def fit(
         self, train_set: TorchDataset, test_set: TorchDataset, *, ignore_changes: bool = False
     ) -> list[StageRecord]:
-        """Trains every stage on two map-style data sets, see ``greedy.data.dataset_from_torch``,
-        which ``prepare`` compares with those that are stored. Returns the records of all
-        stages."""
+        """Writes stage 0 and trains every stage, as ``prepare`` and ``train`` do.
+
+        Args:
+            train_set: a map-style data set, see ``greedy.data.dataset_from_torch``.
+            test_set: another one.
+            ignore_changes: whether to use the stored images although the data sets have changed.
+
+        Returns:
+            The records of all stages.
+        """
         data = dataset_from_torch(train_set, test_set, background=self.recipe.data.background)
         self.prepare(data, ignore_changes=ignore_changes)
         return self.train()
@@ -133,11 +135,23 @@ class GreedyTrainer:
     def prepare(
         self, dataset: Dataset, *, again: bool = False, ignore_changes: bool = False
     ) -> StageRecord:
-        """Writes stage 0; where it is there, only makes sure that it is of these data: of others it
-        is written ``again`` if asked to, or kept with ``ignore_changes``. What cannot be trained
-        is refused before anything is written, or once the labels are read."""
-        if is_stage0_current(self.run, dataset, again=again, ignore=ignore_changes):
-            return self.run.complete_record(0)
+        """Writes stage 0, or checks that the one that is there has these data.
+
+        Args:
+            dataset: the data.
+            again: whether to write stage 0 again if the data have changed.
+            ignore_changes: whether to keep stage 0 if the data have changed.
+
+        Returns:
+            The record of stage 0.
+
+        Raises:
+            UserError: the data have changed, or network or data cannot be trained on, which is
+                checked before anything is written and once the labels are read.
+        """
+        state = RunState.read(self.run)
+        if is_stage0_current(state, dataset, again=again, ignore=ignore_changes):
+            return state.complete_record(0)
         if not self.recipe.data.frozen_transforms:
             require_repeatable(dataset)
         shape, classes = dataset.train.shape, len(dataset.class_names or "")
@@ -148,46 +162,55 @@ class GreedyTrainer:
         needed = sum(rows.values()) * math.prod(shape) * dataset.train.dtype.itemsize
         require_free_space(self.run.path, "stage 0", needed)
         memory = self._planner.plan_memory(network, stored_encoding(dataset.train).name)
-        disk = plan_disk(self.run, network.shapes, rows, needed)
+        disk = plan_disk(state, network.shapes, rows, needed)
         memory.require(range(1, len(network) + 1), disk)
         dataset = drop_unreadable_files(self.recipe, dataset, self.reporter)
         self.run.make_directory()
         with self.run.write_lock():
-            if is_stage0_current(self.run, dataset, again=again, ignore=ignore_changes):
-                return self.run.complete_record(0)
+            state = RunState.read(self.run)
+            if is_stage0_current(state, dataset, again=again, ignore=ignore_changes):
+                return state.complete_record(0)
             output = network.shapes[-1].output if self._model else None
             with write_errors_explained(self.run.path, "stage 0", needed):
                 return write_stage0(self.run, dataset, names, output)
 
     def train(self, retrain_from: int | None = None) -> list[StageRecord]:
-        """Trains every stage that is not complete; from ``retrain_from`` on, also those that
-        are, each once, even if that is cut short and asked for again. Before the first of them it
-        is settled which stores the disk has room for; a store that has to go goes once the next
-        one is written. What was cut short goes on. Returns the records of all stages."""
-        nothing_to_do = retrain_from is None and self.run.is_finished
-        if nothing_to_do and not os.access(self.run.path, os.W_OK):
-            return self._train(None)
-        with self.run.write_lock():
-            return self._train(retrain_from)
+        """Trains every stage that is not complete, or resumes its training.
 
-    def _train(self, retrain_from: int | None) -> list[StageRecord]:
-        count = len(self.run.complete_record(0).network)
+        Before that it is decided which stores the disk has room for; a store without room is
+        deleted once the next one is written.
+
+        Args:
+            retrain_from: also train complete stages again, from this one on. If that is interrupted
+                and asked for again, only those stages are trained that are left.
+
+        Returns:
+            The records of all stages.
+        """
+        if retrain_from is None and not os.access(self.run.path, os.W_OK):
+            state = RunState.read(self.run)
+            if state.is_finished:
+                return self._train(state, None)
+        with self.run.write_lock():
+            return self._train(RunState.read(self.run), retrain_from)
+
+    def _train(self, state: RunState, retrain_from: int | None) -> list[StageRecord]:
+        count = len(state.complete_record(0).network)
         if retrain_from is not None:
-            self.run.require_stage(retrain_from)
+            state.require_stage(retrain_from)
         if self.recipe.training.strategy != "greedy":
-            return self._train_network(count, retrain_from)
-        retraining = Retraining.plan(self.run.path, retrain_from, self.run.is_stale)
+            return self._train_network(state, count, retrain_from)
+        retraining = Retraining.plan(self.run.path, retrain_from, state.is_stale)
         first = retraining.left if retraining else count + 1
         numbers = range(1, count + 1)
-        todo = [n for n in numbers if n >= first or self.run.record(n) is None]
+        todo = [n for n in numbers if n >= first or state.record(n) is None]
         if not todo:
-            self._announce(todo)
-            return [self._skip(number) for number in numbers]
-        plan = self._planner.disk(first)
-        self._planner.memory().require(
-            todo, plan
-        )  # what cannot be trained is refused before anything is
-        self._announce(todo)
+            self._announce(state, todo)
+            return [self._skip(state, number) for number in numbers]
+        plan = self._planner.disk(state, first)
+        # What cannot be trained is refused before anything is.
+        self._planner.memory(state).require(todo, plan)
+        self._announce(state, todo)
         self.reporter.disk_planned(plan)
         if retraining:
             retraining.write(self.run.path)
@@ -195,38 +218,43 @@ class GreedyTrainer:
         for number in numbers:
             if number == first:
                 self.run.drop_stores(*plan.dropped_first)
+                state = state.read_again(*plan.dropped_first)
             if number in todo:
                 path, views = self.run.stage_dir(number), plan.views(number)
-                record = self._train_stage(number, None, path, views)
+                record = self._train_stage(state, number, None, path, views)
             else:
-                record = self._skip(number)
+                record = self._skip(state, number)
             records.append(record)
             due = {n for done in range(1, number + 1) for n in plan.dropped_after(done)}
-            self.run.drop_stores(*due.difference(stores_needed(self.run)))
+            due -= stores_needed(self.run)
+            self.run.drop_stores(*due)
+            state = state.read_again(number, *due)
             if retraining and number >= first:
                 retraining.mark_done(number, self.run.path, last=number == count)
         return records
 
-    def _train_network(self, count: int, retrain_from: int | None) -> list[StageRecord]:
-        """All stages at once."""
+    def _train_network(
+        self, state: RunState, count: int, retrain_from: int | None
+    ) -> list[StageRecord]:
+        """Trains all stages at once."""
         strategy = self.recipe.training.strategy
         if retrain_from not in (None, 1):
             raise UserError(
                 f"training by {strategy} trains all stages at once: give --retrain without a stage"
             )
         numbers = range(1, count + 1)
-        if self.run.is_finished and retrain_from is None:
-            self._announce(())
-            return [self._skip(number) for number in numbers]
-        training = self._planner.whole_network()
-        self._announce(numbers)
+        if state.is_finished and retrain_from is None:
+            self._announce(state, ())
+            return [self._skip(state, number) for number in numbers]
+        training = self._planner.whole_network(state)
+        self._announce(state, numbers)
         return training.train()
 
-    def _announce(self, numbers: Iterable[int]) -> None:
-        self.reporter.run_started(self._planner.outline(numbers))
+    def _announce(self, state: RunState, numbers: Iterable[int]) -> None:
+        self.reporter.run_started(self._planner.outline(state, numbers))
 
-    def _skip(self, number: int) -> StageRecord:
-        record = self.run.complete_record(number)
+    def _skip(self, state: RunState, number: int) -> StageRecord:
+        record = state.complete_record(number)
         self.reporter.stage_skipped(record)
         return record
 
@@ -239,20 +267,32 @@ class GreedyTrainer:
         to: Path | None = None,
         ignore_changes: bool = False,
     ) -> StageRecord:
-        """Trains one stage from the store of stage ``source``, by default the one before it,
-        into ``to``, by default its place in the run. A complete stage is only trained
-        ``again`` if asked to, and stays until the new one is whole. No store is deleted, and
-        the stage gets the views it had, or else those that ``train`` would give it. Where the
-        run's image folder has changed, that is refused without ``ignore_changes``."""
+        """Trains one stage. No store is deleted, and the stage gets as many views as it had, or as
+        ``train`` would give it.
+
+        Args:
+            number: the number of the stage.
+            source: the stage from whose store it is trained, by default the one before it.
+            again: whether to train a complete stage again; it stays until the new one is complete.
+            to: the directory of the stage, by default its place in the run.
+            ignore_changes: whether to use the stored images although their folder has changed.
+
+        Returns:
+            The record of the stage.
+
+        Raises:
+            UserError: the stage cannot be trained as asked, or the folder of the images has
+                changed.
+        """
         if not ignore_changes:
             require_unchanged_folder(self.run)
         with self.run.write_lock():
-            return self._train_alone(number, source, again, to)
+            return self._train_alone(RunState.read(self.run), number, source, again, to)
 
     def _train_alone(
-        self, number: int, source: int | None, again: bool, to: Path | None
+        self, state: RunState, number: int, source: int | None, again: bool, to: Path | None
     ) -> StageRecord:
-        self.run.require_stage(number)
+        state.require_stage(number)
         if (strategy := self.recipe.training.strategy) != "greedy":
             raise UserError(
                 f"this run trains all stages at once, by {strategy}: use "
@@ -263,25 +303,25 @@ class GreedyTrainer:
         source = number - 1 if source is None else source
         if not 0 <= source < number:
             raise UserError(f"stage {number} cannot train from stage {source}: give an earlier one")
-        if not again and to is None and self.run.record(number) is not None:
-            self._announce(())
-            return self._skip(number)
-        parent = self.run.complete_record(number - 1)
+        if not again and to is None and state.record(number) is not None:
+            self._announce(state, ())
+            return self._skip(state, number)
+        parent = state.complete_record(number - 1)
         if to is not None and (record := recover_outside(to, parent)):
-            self._announce(())
+            self._announce(state, ())
             self.reporter.stage_finished(record)
             return record
-        before = previous_record(self.run, number)
-        views = before.choices.views if before else self._planner.disk().views(number)
-        self._announce([number])
-        return self._train_stage(number, source, to or self.run.stage_dir(number), views)
+        before = previous_record(state, number)
+        views = before.choices.views if before else self._planner.disk(state).views(number)
+        self._announce(state, [number])
+        return self._train_stage(state, number, source, to or self.run.stage_dir(number), views)
 
     def _train_stage(
-        self, number: int, source: int | None, directory: Path, views: Views
+        self, state: RunState, number: int, source: int | None, directory: Path, views: Views
     ) -> StageRecord:
-        source = interrupted_source(self.run, number, directory) if source is None else source
-        training = self._planner.stage(number, source, views, directory)
-        before = previous_record(self.run, number)
+        source = interrupted_source(state, number, directory) if source is None else source
+        training = self._planner.stage(state, number, source, views, directory)
+        before = previous_record(state, number)
         if before and directory == self.run.stage_dir(number):
             training.written_before = before.bytes_written
         full = write_errors_explained(self.run.path, f"stage {number}")
@@ -295,14 +335,34 @@ class GreedyTrainer:
     def repair(
         self, numbers: Iterable[int], *, dropped: bool = False
     ) -> tuple[list[Repair], list[Damage]]:
-        """Computes again what is damaged in the stores of stages, and stores that were dropped if
-        asked to; returns what was done and what is damaged still. See ``greedy.stores.repair``."""
+        """Computes damaged parts of stores again, see ``greedy.stores.repair``.
+
+        Args:
+            numbers: the numbers of the stages.
+            dropped: whether to write stores again that were dropped.
+
+        Returns:
+            The repairs, and the damage that is left.
+        """
         with self.run.write_lock():
-            network = self._planner.network()
-            repairer = StoreRepairer(self.run, network.stages, self.device, self.reporter)
-            found = [repairer.repair(number, dropped=dropped) for number in numbers]
-        return [r for done, _ in found for r in done], [d for _, left in found for d in left]
+            state = RunState.read(self.run)
+            network = self._planner.network(state)
+            repairer = StoreRepairer(state, network.stages, self.device, self.reporter)
+            results = [repairer.repair(number, dropped=dropped) for number in numbers]
+        repairs = [repair for stage_repairs, _ in results for repair in stage_repairs]
+        return repairs, [damage for _, remaining in results for damage in remaining]
 
     def assemble(self, until_stage: int | None = None) -> nn.Sequential:
-        """The trained network, see ``greedy.runs.network.assemble``."""
+        """Returns the trained network, see ``greedy.runs.network.assemble``."""
         return assemble(self.run, self.loss, self._model, until_stage=until_stage)
+
+
+def _require_recipe_alone(
+    loss: LocalLoss | None, optimizer: OptimizerFactory | None, settings: TrainerSettings
+) -> None:
+    given = {"loss": loss, "optimizer": optimizer, **settings}
+    if names := [name for name, value in given.items() if value is not None]:
+        raise UserError(
+            f"a recipe has its own loss and settings: leave out {', '.join(names)}, or change the "
+            f"recipe"
+        )

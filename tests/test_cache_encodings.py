@@ -23,7 +23,7 @@ ROW_SHAPES = st.sampled_from([(1,), (7,), (10,), (3, 3, 5), (4, 2, 2), (1, 1, 1)
 
 
 def rows(limit: float) -> st.SearchStrategy[np.ndarray]:
-    """Float32 (n, *row_shape) with values up to `limit`."""
+    """Draws float32 (n, *row_shape) with values up to ``limit``."""
     bound = float(np.float32(limit))
     values = st.floats(-bound, bound, width=32)
     return st.tuples(st.integers(1, 6), ROW_SHAPES).flatmap(
@@ -32,7 +32,7 @@ def rows(limit: float) -> st.SearchStrategy[np.ndarray]:
 
 
 def decoded(encoding: Encoding, stored: np.ndarray) -> np.ndarray:
-    """Through both decoders, which must agree bit for bit."""
+    """Decodes with both decoders, which must agree bit for bit."""
     by_torch = encoding.decode(torch.from_numpy(stored)).numpy()
     by_numpy = encoding.decode_array(stored)
     assert by_torch.dtype == by_numpy.dtype == np.float32

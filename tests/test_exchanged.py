@@ -14,7 +14,7 @@ import pytest
 import torch
 from command_line import answer
 from safetensors.torch import load_file, save_file
-from small_training import TEST, TRAIN, network, trainer
+from small_training import TEST, TRAIN, network, new_trainer
 from torch.utils.data import TensorDataset
 
 from greedy import RunDirectory, evaluate
@@ -26,6 +26,7 @@ from greedy.results.similarity import similarity_by_stage
 from greedy.runs.integrity import verify_run
 from greedy.runs.network import assemble
 from greedy.runs.record import ENCODER
+from greedy.runs.state import RunState
 from greedy.runs.status import status
 from greedy.training.finetuning import begin_finetuning
 
@@ -51,16 +52,16 @@ sys.addaudithook(hear)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, and next to it another stage 1, as if of other data, and another last stage."""
+    """Trains a run, and next to it another stage 1, as if of other data, and another last stage."""
     place = tmp_path_factory.mktemp("exchanged")
-    trainer(place / "run", epochs=1).fit(TRAIN, TEST)
+    new_trainer(place / "run", epochs=1).fit(TRAIN, TEST)
     images, labels = TRAIN.tensors
-    trainer(place / "other", epochs=1).fit(TensorDataset(255 - images, labels), TEST)
+    new_trainer(place / "other", epochs=1).fit(TensorDataset(255 - images, labels), TEST)
     (place / "other/stage1").rename(place / "stage1")
     last = shutil.copytree(place / "run/stage3", place / "stage3")
     tensors = load_file(last / ENCODER)
     save_file({name: -each for name, each in tensors.items()}, last / ENCODER)
-    record = RunDirectory.open(place / "run").complete_record(3)
+    record = RunDirectory.open(place / "run").record(3)
     metrics = record.metrics.model_copy(update={"test_error_percent": 12.5})
     lines = (last / "history.jsonl").read_text()
     (last / "history.jsonl").write_text(lines.replace('"epoch": 1', '"epoch": 2'))
@@ -100,12 +101,12 @@ def evaluated(run: Path) -> object:
 
 
 def alike(run: Path) -> object:
-    found = similarity_by_stage(RunDirectory.open(run), model=network())
-    return [each.difference for each in found.stages]
+    batch = similarity_by_stage(RunDirectory.open(run), model=network())
+    return [each.difference for each in batch.stages]
 
 
 def rated(run: Path) -> object:
-    return [each.test_error_percent for each in status(RunDirectory.open(run))]
+    return [each.test_error_percent for each in status(RunState.read(RunDirectory.open(run)))]
 
 
 # What reads, the stage that is exchanged meanwhile, and at every how many openings that is tried:

@@ -50,7 +50,8 @@ def trained(directory: Path, model: nn.Sequential, images: Tensor, loss: LocalLo
 
 @pytest.fixture(scope="module")
 def of_images(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Four stages, with modules of which much is not default, on colour images in bytes."""
+    """Trains four stages, with many modules that are not of the usual kind, on colour images in
+    bytes."""
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Sequential(
@@ -75,7 +76,7 @@ def of_images(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 @pytest.fixture(scope="module")
 def of_vectors(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Two stages on vectors of floats, without local classifiers."""
+    """Trains two stages on vectors of floats, without local classifiers."""
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Flatten(), nn.Linear(5, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 4)
@@ -176,7 +177,7 @@ def test_modules_are_named_with_what_is_not_default(of_vectors, tmp_path):
 def test_assembled_network_does_as_well_as_its_last_stage_did(of_images, until):
     trainer = of_images.trainer
     figures = evaluate(trainer.run, trainer.assemble(until), "test", CPU)
-    record = trainer.run.complete_record(until or 4)
+    record = trainer.run.record(until or 4)
     assert figures.error_percent == pytest.approx(record.metrics.test_error_percent, abs=5)
 
 

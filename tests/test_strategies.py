@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from small_training import states
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -33,18 +34,18 @@ SHAPES = shapes(narrow(), (3, SIDE, SIDE))
 
 
 def learners(strategy: str, loss=None) -> list[Learner]:
-    """The stages of a narrow VGG8B in float64, with heads that are not zero."""
+    """Returns the stages of a narrow VGG8B in float64, with heads that are not zero."""
     torch.manual_seed(0)
     stages = narrow()
     losses = stage_losses(strategy, loss or PredSim(pool_target=32), len(stages))
-    found = []
+    made = []
     for stage, shape, each in zip(stages, SHAPES, losses, strict=True):
         heads = each.heads(shape.hidden, CLASSES).double()
         for parameter in heads.parameters():
             nn.init.normal_(parameter, std=0.1)
-        found.append(Learner(stage.double(), heads, each, CLASSES, "float32"))
-        found[-1].train()
-    return found
+        made.append(Learner(stage.double(), heads, each, CLASSES, "float32"))
+        made[-1].train()
+    return made
 
 
 def batch_and_masks(trained: list[Learner]) -> tuple[Batch, list]:
@@ -88,24 +89,24 @@ def test_joint_is_each_stage_alone_on_what_the_one_before_gave_before_its_step()
 @pytest.mark.parametrize("strategy", ["backprop", "glob+sim"])
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_backprop_is_autograd_through_the_whole_network(strategy: str, accumulate: int) -> None:
-    mine, theirs = learners(strategy), learners(strategy)
-    batch, masks = batch_and_masks(mine)
-    outcomes = together(strategy, mine, accumulate, SGD).step(batch, masks, Guard(), 0)
+    trained, expected = learners(strategy), learners(strategy)
+    batch, masks = batch_and_masks(trained)
+    outcomes = together(strategy, trained, accumulate, SGD).step(batch, masks, Guard(), 0)
 
-    parameters = [p for each in theirs for p in each.parameters()]
+    parameters = [p for each in expected for p in each.parameters()]
     total = 0.0
     for rows in np.split(np.arange(ROWS), accumulate):
         x, loss = batch.inputs()[rows], 0.0
         y = F.one_hot(batch.labels[rows], CLASSES).double()
-        for learner, mask in zip(theirs, masks, strict=True):
+        for learner, mask in zip(expected, masks, strict=True):
             h = learner.stage.hidden(x if mask is None else x * mask[rows])
-            if strategy == "glob+sim" and learner is not theirs[-1]:
+            if strategy == "glob+sim" and learner is not expected[-1]:
                 loss = loss + Sim()(learner.heads(h), y)  # unweighted
             x = learner.stage.pool(h)
         total = total + (loss + F.cross_entropy(x, y)) / accumulate
     total.backward()
     SGD(parameters).step()
-    assert_close(mine, theirs)
+    assert_close(trained, expected)
     assert float(sum(each.loss for each in outcomes)) == pytest.approx(total.item())
     assert outcomes[-1].logits.shape == (ROWS, CLASSES)
 
@@ -157,10 +158,10 @@ def test_first_weights_do_not_depend_on_the_strategy_but_for_the_output_layer(tm
         encoders[strategy] = [
             load_file(tmp_path / strategy / f"stage{n}/encoder.safetensors") for n in (1, 2, 3)
         ]
-    for strategy, found in encoders.items():
-        for mine, theirs in zip(found[:-1], encoders["greedy"][:-1], strict=True):
-            assert torch.equal(mine["layer.0.weight"], theirs["layer.0.weight"])
-        last = found[-1]["layer.0.weight"]
+    for strategy, weights in encoders.items():
+        for weight, expected in zip(weights[:-1], encoders["greedy"][:-1], strict=True):
+            assert torch.equal(weight["layer.0.weight"], expected["layer.0.weight"])
+        last = weights[-1]["layer.0.weight"]
         assert bool(last.abs().max() > 1e-20) == (strategy == "backprop")
 
 
@@ -168,9 +169,9 @@ def test_first_weights_do_not_depend_on_the_strategy_but_for_the_output_layer(tm
 def test_a_run_is_a_run_whatever_the_strategy(tmp_path, strategy) -> None:
     trainer = run_of(tmp_path / "run", strategy=strategy)
     run = trainer.run
-    assert [run.state(n) for n in range(9)] == ["complete"] * 9
+    assert states(run, range(9)) == ["complete"] * 9
     assert not run.network_dir.exists()
-    records = [run.complete_record(n) for n in range(1, 9)]
+    records = [run.record(n) for n in range(1, 9)]
     errors = [record.metrics.test_error_percent for record in records]
     assert errors[-1] is not None
     assert [error is None for error in errors[:-1]] == [strategy != "joint"] * 7
@@ -192,22 +193,22 @@ def test_a_run_is_a_run_whatever_the_strategy(tmp_path, strategy) -> None:
 )
 def test_optimisers_that_wait_for_the_loss_can_be_planned_too(tmp_path, settings) -> None:
     trainer = run_of(tmp_path / "run", strategy="joint", **settings)
-    assert trainer.run.complete_record(8).choices.planned_peak_bytes > 0
+    assert trainer.run.record(8).choices.planned_peak_bytes > 0
 
 
 def test_a_kill_while_the_makings_are_deleted_costs_nothing(tmp_path) -> None:
     trainer = run_of(tmp_path / "run", strategy="joint")
-    before = [trainer.run.complete_record(n).seconds for n in range(1, 9)]
+    before = [trainer.run.record(n).seconds for n in range(1, 9)]
     (tmp_path / "run/.network.old/training").mkdir(parents=True)
     again = run_of(tmp_path / "run", strategy="joint")
-    assert [again.run.complete_record(n).seconds for n in range(1, 9)] == before
+    assert [again.run.record(n).seconds for n in range(1, 9)] == before
     assert not (tmp_path / "run/.network.old").exists()
 
 
 def test_evaluation_of_the_whole_network_is_within_the_budget_too(tmp_path) -> None:
-    free = run_of(tmp_path / "free", strategy="backprop").run.complete_record(8).choices
+    free = run_of(tmp_path / "free", strategy="backprop").run.record(8).choices
     tight = {"strategy": "backprop", "accumulate": 16, "memory_budget": "1300KiB"}
-    small = run_of(tmp_path / "tight", **tight).run.complete_record(8).choices
+    small = run_of(tmp_path / "tight", **tight).run.record(8).choices
     assert small.planned_peak_bytes <= 1300 * 1024 < free.planned_peak_bytes
     assert small.write_batch < free.write_batch
 

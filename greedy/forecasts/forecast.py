@@ -28,6 +28,7 @@ from greedy.recipes.per_stage import for_stage
 from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.disk_budget import plan_disk
 from greedy.runs.disk_plan import DiskPlan
+from greedy.runs.state import RunState
 from greedy.steps.parts import parts_of
 
 
@@ -133,8 +134,9 @@ def data_facts(run: RunDirectory, allow_function: bool = False) -> DataFacts:
     Raises:
         UserError: shape, rows or classes are not known.
     """
-    if run.record(0) is not None:
-        data = run.complete_record(0)
+    state = RunState.read(run)
+    if state.record(0) is not None:
+        data = state.complete_record(0)
         assert data.store is not None
         return DataFacts(
             data.row_shape, len(data.class_names), dict(data.rows.items()), data.store.bytes
@@ -216,7 +218,7 @@ def forecast(
         data.classes,
         build_loss(recipe.loss),
     )
-    disk = plan_disk(run, network.shapes, data.rows, data.stored_bytes)
+    disk = plan_disk(RunState.read(run), network.shapes, data.rows, data.stored_bytes)
     memory = MemoryPlan(
         recipe,
         network,

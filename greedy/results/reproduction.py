@@ -14,7 +14,8 @@ from greedy.recipes import Recipe, describe, load, names, of_table, result_field
 from greedy.results.evaluation import evaluate
 from greedy.runs.directory import RunDirectory, stage_numbers
 from greedy.runs.events import Reporter
-from greedy.runs.unfinished import trainings_needing
+from greedy.runs.state import RunState
+from greedy.runs.unfinished import stores_needed
 from greedy.stores.changes import require_unchanged
 from greedy.trainer import GreedyTrainer
 
@@ -81,7 +82,7 @@ class SeededRun:
         if self.error_percent is None:
             trainer = GreedyTrainer.from_recipe(self.recipe, self.path, device=device)
             data = self.recipe.data
-            if trainer.run.state(0) != "complete":
+            if RunState.read(trainer.run).stage_state(0) != "complete":
                 dataset = load_dataset(
                     data.name,
                     data_dir,
@@ -107,11 +108,9 @@ class SeededRun:
 
     def _drop_stores(self) -> None:
         run = RunDirectory.create(self.path, self.recipe)
-        unneeded = [
-            n
-            for n in stage_numbers(run.path)
-            if n and run.store_path(n).is_dir() and not trainings_needing(run, n)
-        ]
+        state, needed = RunState.read(run), stores_needed(run)
+        stored = filter(state.has_store, stage_numbers(run.path))
+        unneeded = [number for number in stored if number and number not in needed]
         if unneeded:
             with run.write_lock():
                 run.drop_stores(*unneeded)

@@ -112,12 +112,12 @@ class DataChoices(_Decided):
 
     mean: list[float]
     std: list[float]
-    pixels: Literal["bytes", "integers", "floats"] = "bytes"  # see data/modes.py
+    pixels: Literal["bytes", "integers", "floats"] = "bytes"  # see ``greedy.data.modes``
     skipped: dict[str, str] = {}
 
 
 class Choices(_Decided):
-    """What was decided of a stage that trains, see ``training/resolve.py``."""
+    """The automatic choices of a stage's training, see ``greedy.training.resolve``."""
 
     precision: Literal["float32", "bfloat16", "float16"]
     views: Size | Literal["live"]

@@ -22,13 +22,14 @@ from greedy.runs.disk_plan import (
     plan_stores,
 )
 from greedy.runs.record import StageRecord
+from greedy.runs.state import RunState
 from greedy.runs.unfinished import read_start
 
 FREE_DISK_SHARE = 0.7  # of the file system's free space, for ``store.disk_budget = "auto"``
 
 
 def plan_disk(
-    run: RunDirectory,
+    state: RunState,
     shapes: Sequence[StageShapes],
     rows: Mapping[str, int],
     image_bytes: int,
@@ -37,7 +38,7 @@ def plan_disk(
     """Returns the plan for all stages that are not finished, or are to be trained again.
 
     Args:
-        run: the run, which may have no files yet.
+        state: of the run, which may have no files yet.
         shapes: of all stages.
         rows: of each split.
         image_bytes: of stage 0's store.
@@ -46,7 +47,7 @@ def plan_disk(
     Raises:
         UserError: the stores do not fit the budget.
     """
-    recipe = run.recipe
+    run, recipe = state.run, state.run.recipe
     sizes = UNCOMPRESSED if recipe.store.compressor == "none" else COMPRESSED
     stages = []
     for number, shape in enumerate(shapes, start=1):
@@ -56,8 +57,8 @@ def plan_disk(
                 values=math.prod(shape.output),
                 operations=shape.operations,
                 epochs=for_stage(recipe.training.epochs, number),
-                views=None if again else _views(run, number),
-                interrupted_views=_interrupted_views(run, number),
+                views=None if again else _views(state, number),
+                interrupted_views=_interrupted_views(state, number),
                 replaced=bytes_below(run.store_path(number)) if again else 0,
             )
         )
@@ -86,26 +87,26 @@ def disk_budget(run: RunDirectory) -> int:
     return int(FREE_DISK_SHARE * (shutil.disk_usage(existing).free + bytes_below(path) - aside))
 
 
-def previous_record(run: RunDirectory, number: int) -> StageRecord | None:
+def previous_record(state: RunState, number: int) -> StageRecord | None:
     """Returns the record of a stage's last training; ``None`` if there is none that can be
     read."""
     try:
-        return run.record(number)
+        return state.record(number)
     except UserError:
         return None
 
 
-def _views(run: RunDirectory, number: int) -> Views | None:
+def _views(state: RunState, number: int) -> Views | None:
     """Returns the views of a finished stage's store."""
-    record = previous_record(run, number)
+    record = previous_record(state, number)
     if record is None:
         return None
-    return record.store.views if record.store and run.store_path(number).is_dir() else "live"
+    return record.store.views if record.store and state.has_store(number) else "live"
 
 
-def _interrupted_views(run: RunDirectory, number: int) -> Views | None:
+def _interrupted_views(state: RunState, number: int) -> Views | None:
     """Returns the views of a stage's interrupted training, ``None`` if none can resume."""
-    start, parent = read_start(run, number), previous_record(run, number - 1)
+    start, parent = read_start(state.run, number), previous_record(state, number - 1)
     if start is None or parent is None:
         return None
     can_resume = (start.recipe_digest, start.parent_lineage) == (

@@ -17,6 +17,7 @@ from greedy.runs.disk_plan import Views
 from greedy.runs.events import Reporter
 from greedy.runs.network import load_stage
 from greedy.runs.record import StageRecord, StoreRecord, channel_moments
+from greedy.runs.state import RunState
 from greedy.stores.refreshing import ViewRefresher
 from greedy.stores.source import WRITE_ROWS, ImagePreparation, Replayed, Source
 
@@ -26,16 +27,20 @@ class SourceFinder:
     """Opens the sources of a run's stages.
 
     Attributes:
+        state: of the run, whose stage 0 is complete.
         stages: of the network; frozen ones get their weights when they are needed.
-        data: the record of stage 0.
     """
 
-    run: RunDirectory
+    state: RunState
     stages: Sequence[Stage]
-    data: StageRecord
     device: torch.device
     reporter: Reporter
     _frozen: dict[int, Stage] = field(default_factory=dict, repr=False)
+
+    @property
+    def run(self) -> RunDirectory:
+        """The run."""
+        return self.state.run
 
     def for_training(
         self, number: int, stored: int, precision: str, *, in_memory: bool = False
@@ -43,7 +48,7 @@ class SourceFinder:
         """Returns the source that stage ``number`` trains from: the store of stage ``stored``, with
         its views refreshed if the recipe says so. Raises ``UserError`` if too few training rows are
         left besides those held out."""
-        rows = self.data.rows["train"]
+        rows = self.state.complete_record(0).rows["train"]
         held_out = self.run.recipe.held_out(rows)
         if held_out and rows - held_out < 2:
             raise UserError(
@@ -88,14 +93,14 @@ class SourceFinder:
         since its images are augmented on reading."""
         if number == 0:
             return math.inf
-        store = self.run.complete_record(number).store
-        return store.views if store and self.run.store_path(number).is_dir() else 0
+        store = self.state.complete_record(number).store
+        return store.views if store and self.state.has_store(number) else 0
 
     def _refresher(self, stored: int) -> ViewRefresher | None:
         """Returns what refreshes the views of a stage's store, from the images."""
         if not (stored and (every := self.run.recipe.refresh_every)):
             return None
-        precision = self.run.complete_record(stored).choices.precision
+        precision = self.state.complete_record(stored).choices.precision
         images = self._open(0, self._replayed(0, stored, precision))
         return ViewRefresher(self.run, stored, every, images, self.reporter)
 
@@ -103,7 +108,7 @@ class SourceFinder:
         """Returns the frozen stages after ``stored`` up to ``last``, which compute as few rows at a
         time as the store of any of them was written with."""
         numbers = range(stored + 1, last + 1)
-        rows = [self.run.complete_record(n).choices.write_batch for n in numbers]
+        rows = [self.state.complete_record(n).choices.write_batch for n in numbers]
         return Replayed([self._load(n) for n in numbers], min(rows, default=WRITE_ROWS), precision)
 
     def _open(
@@ -118,7 +123,8 @@ class SourceFinder:
         """Returns the source with the store of stage ``stored``."""
         settings = self.run.recipe.data
         augmentation = Augmentation.parse(settings.augmentation, settings.cutout_length)
-        images = ImagePreparation(*channel_moments(self.run.recipe, self.data), augmentation)
+        moments = channel_moments(self.run.recipe, self.state.complete_record(0))
+        images = ImagePreparation(*moments, augmentation)
         return Source(
             stored,
             self.run.store_path(stored),
@@ -134,7 +140,7 @@ class SourceFinder:
 
     def _load(self, number: int) -> Stage:
         if number not in self._frozen:
-            load_stage(self.run, self.stages[number - 1], self.device)
+            load_stage(self.state, self.stages[number - 1], self.device)
             self._frozen[number] = self.stages[number - 1]
         return self._frozen[number]
 

@@ -35,8 +35,8 @@ class ViewRefresher:
     def __call__(self, epoch: int) -> bool:
         """Writes the views of an epoch if the store does not hold them; returns whether it did."""
         generation = epoch // self.every
-        record = self.run.complete_record(self.stored)
-        assert record.store is not None
+        record = self.run.record(self.stored)
+        assert record is not None and record.store is not None
         if record.store.generation == generation:
             return False
         directory = self.run.stage_dir(self.stored)

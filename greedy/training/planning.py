@@ -24,6 +24,7 @@ from greedy.runs.disk_budget import plan_disk, previous_record
 from greedy.runs.disk_plan import DiskPlan, Views
 from greedy.runs.events import Reporter, RunOutline
 from greedy.runs.network import stages_of
+from greedy.runs.state import RunState
 from greedy.runs.unfinished import find_training
 from greedy.stores.opening import SourceFinder
 from greedy.training.network import NetworkTraining
@@ -33,7 +34,7 @@ from greedy.training.stage import StageTraining
 
 @dataclass
 class StagePlanner:
-    """Plans the stages of a run whose stage 0 is complete.
+    """Plans the stages of a run whose stage 0 is complete, given the state of the run.
 
     Attributes:
         model: the user's network, if the recipe has none.
@@ -60,10 +61,10 @@ class StagePlanner:
     def _precision(self) -> str:
         return pick_precision(self.recipe.training.precision, self.device)
 
-    def network(self) -> CutNetwork:
+    def network(self, state: RunState) -> CutNetwork:
         """Returns the run's network without its trained weights."""
-        data = self.run.complete_record(0)
-        stages, classes = stages_of(self.recipe, data, self.model), len(data.class_names)
+        data, stages = state.complete_record(0), stages_of(state, self.model)
+        classes = len(data.class_names)
         shapes = checked_shapes(self.recipe, stages, data.row_shape, classes)
         return CutNetwork(stages, shapes, self.loss, classes)
 
@@ -81,66 +82,67 @@ class StagePlanner:
         )
         return self._memory
 
-    def memory(self) -> MemoryPlan:
+    def memory(self, state: RunState) -> MemoryPlan:
         """Returns the plan by which steps fit the memory budget."""
         if self._memory is None:
-            store = self.run.complete_record(0).store
+            store = state.complete_record(0).store
             assert store is not None
-            return self.plan_memory(self.network(), store.encoding)
+            return self.plan_memory(self.network(state), store.encoding)
         return self._memory
 
-    def disk(self, retrain_from: int | None = None) -> DiskPlan:
+    def disk(self, state: RunState, retrain_from: int | None = None) -> DiskPlan:
         """Returns the plan for the disk of a training of all stages that are not complete, or of
         those from ``retrain_from`` on."""
-        data = self.run.complete_record(0)
+        data = state.complete_record(0)
         assert data.store is not None
-        shapes, rows = self.network().shapes, dict(data.rows.items())
-        return plan_disk(self.run, shapes, rows, data.store.bytes, retrain_from)
+        shapes, rows = self.network(state).shapes, dict(data.rows.items())
+        return plan_disk(state, shapes, rows, data.store.bytes, retrain_from)
 
-    def outline(self, numbers: Iterable[int]) -> RunOutline:
+    def outline(self, state: RunState, numbers: Iterable[int]) -> RunOutline:
         """Returns what is known of a run before the stages ``numbers`` are trained."""
-        data, epochs = self.run.complete_record(0), self.recipe.training.epochs
+        data, epochs = state.complete_record(0), self.recipe.training.epochs
         assert data.store is not None
         operations = {}
         for number in numbers:
-            row = self.memory().network.shapes[number - 1].operations
+            row = self.memory(state).network.shapes[number - 1].operations
             operations[number] = row * data.rows["train"] * for_stage(epochs, number)
         budget = memory_budget(self.recipe, self.device)
         return RunOutline(data.network, operations, data.store.bytes, budget)
 
-    def whole_network(self) -> NetworkTraining:
+    def whole_network(self, state: RunState) -> NetworkTraining:
         """Returns the training of all stages at once."""
-        network, data = self.network(), self.run.complete_record(0)
-        sources = SourceFinder(self.run, network.stages, data, self.device, self.reporter)
+        network = self.network(state)
+        sources = SourceFinder(state, network.stages, self.device, self.reporter)
         return NetworkTraining(
             run=self.run,
             network=network,
             source=sources.for_training(1, 0, self._precision),
-            data=data,
-            memory=self.memory().at_once(),
+            data=state.complete_record(0),
+            memory=self.memory(state).at_once(),
             device=self.device,
             reporter=self.reporter,
             optimizer=self.optimizer,
             own_rates=self.own_rates,
         )
 
-    def stage(self, number: int, source: int, views: Views, directory: Path) -> StageTraining:
+    def stage(
+        self, state: RunState, number: int, source: int, views: Views, directory: Path
+    ) -> StageTraining:
         """Returns the training of stage ``number`` in a directory, from the store of stage
         ``source`` or of the nearest stage before it that has one. An unfinished training keeps its
         choices."""
-        data, parent = self.run.complete_record(0), self.run.complete_record(number - 1)
-        network = self.network()
+        parent, network = state.complete_record(number - 1), self.network(state)
         stage = network.stages[number - 1]
-        sources = SourceFinder(self.run, network.stages, data, self.device, self.reporter)
+        sources = SourceFinder(state, network.stages, self.device, self.reporter)
         stored, written_from = sources.last_stored(source), sources.written_from(number, views)
-        memory = self.memory().stage(number, stored, written_from)
+        memory = self.memory(state).stage(number, stored, written_from)
         start = StartRecord(
             stage=number,
             recipe_digest=parent.recipe_digest,
             parent_lineage=parent.lineage,
             source=stored,
             layers=stage.kinds,
-            resolved=self._choices(number, stored, views, memory),
+            resolved=self._choices(state, number, stored, views, memory),
         )
         if begun := find_training(directory, start, self.reporter):
             choices = within_budget(self.recipe, begun.resolved, memory)
@@ -160,18 +162,20 @@ class StagePlanner:
             is_output=number == len(network),
             device=self.device,
             reporter=self.reporter,
-            smaller=partial(self.memory().smaller, number, stored, written_from),
+            smaller=partial(self.memory(state).smaller, number, stored, written_from),
             optimizer=self.optimizer,
             own_rates=self.own_rates,
         )
 
-    def _choices(self, number: int, stored: int, views: Views, memory: Choice) -> Choices:
+    def _choices(
+        self, state: RunState, number: int, stored: int, views: Views, memory: Choice
+    ) -> Choices:
         """Returns the choices of the stage's last training if that was from the store of stage
         ``stored`` too, else new ones."""
-        before = previous_record(self.run, number)
+        before = previous_record(state, number)
         if before is not None and before.source == stored:
             return resolve_again(self.recipe, before.choices, views, memory)
-        hidden = self.memory().network.shapes[number - 1].hidden
+        hidden = self.memory(state).network.shapes[number - 1].hidden
         store = self.run.open_store(stored, "train")
         compiled = compiles(self.recipe, number, hidden, store.rows, memory, self.device)
         return resolve(self.recipe, store, views, memory, self.device, compiled=compiled)

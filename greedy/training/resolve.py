@@ -13,7 +13,7 @@ from greedy.runs.choices import Choices, Mode
 from greedy.runs.disk_plan import Views
 
 COMPILED_STEPS = 5000  # each saves a tenth, compiling takes 10 to 40 s
-KEPT_SHARE = 1 / 3  # of a step's memory, at most, is kept besides
+KEPT_SHARE = 1 / 3  # of a step's memory: the most freed memory that stays with the process
 RESIDENT_SHARE = 0.5  # of the memory that is free, for holding a store, unless told otherwise
 
 
