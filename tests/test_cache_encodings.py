@@ -103,6 +103,14 @@ def test_json_keeps_an_encoding(values: np.ndarray, name: str) -> None:
     assert again.decode_array(stored).tobytes() == encoding.decode_array(stored).tobytes()
 
 
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_many_rows_are_encoded_as_each_alone(name: str) -> None:
+    values = np.random.default_rng(0).standard_normal((9, 5, 90, 111), np.float32)
+    encoding = fit_encoding(name, values)
+    alone = [encoding.encode(values[row : row + 1]) for row in range(len(values))]
+    assert np.array_equal(encoding.encode(values), np.concatenate(alone))
+
+
 def test_integers_saturate_and_round_half_to_even() -> None:
     ones = np.ones(1, np.float32)
     encoding = Encoding("uint8", (1,), ones, np.array([100], np.uint8))
