@@ -33,11 +33,11 @@ def convolutions() -> nn.Sequential:
     return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(6 * (SIDE // 2) ** 2, CLASSES))
 
 
-def trainer(kind: str, run: Path) -> GreedyTrainer:
+def new_trainer(kind: str, run: Path) -> GreedyTrainer:
     model = convolutions() if kind == "short-of-memory" else network()
     return GreedyTrainer(model, run_dir=run, **SETTINGS, **KINDS[kind])
 
 
 if __name__ == "__main__":
     for kind in KINDS:
-        trainer(kind, Path(sys.argv[1]) / kind).fit(TRAIN, TEST)
+        new_trainer(kind, Path(sys.argv[1]) / kind).fit(TRAIN, TEST)

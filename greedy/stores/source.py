@@ -23,6 +23,7 @@ from greedy.cache import (
 )
 from greedy.data import Augmentation, Draws, prepare
 from greedy.models import Stage
+from greedy.models.stages import dropped
 
 if TYPE_CHECKING:
     from greedy.stores.ring import Ring
@@ -270,5 +271,4 @@ class Batch:
 
     def inputs(self, rows: slice = slice(None)) -> Tensor:
         """Computes the stage's inputs (rows, *shape) for a slice of the batch, after dropout."""
-        x = self.read(rows)
-        return x if self.mask is None else x * self.mask[rows]
+        return dropped(self.read(rows), self.mask, rows)
