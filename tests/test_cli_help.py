@@ -44,9 +44,9 @@ def test_every_help_has_an_example_of_the_command_itself(path, command):
 
 def test_options_of_recipe_fields_say_what_the_field_does_in_its_group():
     _, _, disk = said("train", "--help").partition("\nDisk:\n")
-    views = " ".join(disk.partition("--views N|live")[2].partition("--reuse")[0].split())
+    views = " ".join(disk.partition("--views N|auto|live")[2].partition("--reuse")[0].split())
     meaning = SECTIONS["store"].model_fields["views"].description
-    assert views == f"{meaning} [store.views; default: 4]"
+    assert views == f"{meaning} [store.views; default: auto]"
 
 
 @pytest.mark.parametrize(("option", "field"), FIELD_OF.items())

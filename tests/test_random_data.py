@@ -80,7 +80,7 @@ def test_whether_a_store_is_held_in_memory_is_decided_by_the_rows_of_the_run(tmp
     """A row of 144 values takes 72 bytes, and a store has four views."""
     (tmp_path / "few").mkdir()
     (tmp_path / "many").mkdir()
-    few = source(tmp_path / "few", 2, MAPS, rows=1000, ram_budget="400KiB")
-    many = source(tmp_path / "many", 2, MAPS, rows=2000, ram_budget="400KiB")
+    few = source(tmp_path / "few", 2, MAPS, rows=1000, views=4, ram_budget="400KiB")
+    many = source(tmp_path / "many", 2, MAPS, rows=2000, views=4, ram_budget="400KiB")
     assert few.in_memory
     assert not many.in_memory

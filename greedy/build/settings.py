@@ -42,8 +42,8 @@ class TrainerSettings(TypedDict, total=False):
     micro_batch: int | None
     optimizer_state: Literal["device", "host"]
 
-    views: int | Literal["live"]
-    refresh_every: int
+    views: int | Literal["auto", "live"]
+    reuse: int | Literal["auto"]
     encoding: Literal["auto", "float32", "float16", "bfloat16", "uint8", "uint4"]
     compressor: Literal["none", "lz4", "zstd"]
     ram_budget: str | None
