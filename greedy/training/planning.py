@@ -163,9 +163,14 @@ class StagePlanner:
             loss=network.losses("greedy")[number - 1],
             recipe=self.recipe,
             source=sources.for_training(
-                number, stored, start.resolved.precision, in_memory=in_memory
+                number,
+                stored,
+                start.resolved.precision,
+                in_memory=in_memory,
+                streamed=memory.draws_streamed,
             ),
             sources=sources,
+            writes_streamed=memory.writes_streamed,
             start=start,
             parent=parent,
             is_output=number == len(network),

@@ -49,6 +49,8 @@ class StageTraining:
         is_output: whether it is the output layer.
         smaller: chooses the memory of later steps when one has run out of memory; returns ``None``
             if nothing takes less.
+        writes_streamed: whether its store is written through frozen stages that are in memory only
+            while they compute.
         optimizer: makes the user's optimiser; ``None`` for Adam.
         own_rates: whether that begins at its own learning rates.
         written_before: bytes of stores that were written for this stage earlier, for the record.
@@ -66,6 +68,7 @@ class StageTraining:
     device: torch.device
     reporter: Reporter
     smaller: Callable[[Learner], Choice | None]
+    writes_streamed: bool = False
     optimizer: OptimizerFactory | None = None
     own_rates: bool = False
     written_before: int = 0
@@ -189,7 +192,9 @@ class StageTraining:
         if self.is_output or views == "live":
             return None
         learner.eval()
-        source = self.sources.for_writing(learner.stage, views, self.choices)
+        source = self.sources.for_writing(
+            learner.stage, views, self.choices, streamed=self.writes_streamed
+        )
         number, seed = learner.stage.number, self.recipe.seed
         fitted = fit_output_encoding(
             self.choices.encoding, source, self.shapes.output, self._batch, seed, number
