@@ -26,9 +26,6 @@ from greedy.runs.state import RunState
 from greedy.runs.unfinished import read_start
 from greedy.runs.views import Views, wanted_views
 
-# Multiply-adds of a convolution that take about as long as reading and decoding a byte of a store:
-# on two cores of a CPU 50 GMAC/s against 1 GB/s, on a GPU 10 TMAC/s against 2 GB/s.
-BYTE_OPERATIONS = {"cpu": 50.0, "cuda": 5000.0, "mps": 1000.0}
 FREE_DISK_SHARE = 0.7  # of the file system's free space, for ``store.disk_budget = "auto"``
 
 
@@ -37,7 +34,7 @@ def plan_disk(
     shapes: Sequence[StageShapes],
     rows: Mapping[str, int],
     image_bytes: int,
-    device_type: str,
+    byte_operations: float,
     retrain_from: int | None = None,
 ) -> DiskPlan:
     """Returns the plan for all stages that are not finished, or are to be trained again.
@@ -47,7 +44,8 @@ def plan_disk(
         shapes: of all stages.
         rows: of each split.
         image_bytes: of stage 0's store.
-        device_type: ``cpu``, ``cuda`` or ``mps``.
+        byte_operations: multiply-adds that take as long as reading a byte of a store, which decide
+            whether a stage needs one where views are ``auto``.
         retrain_from: the first stage that is trained again.
 
     Raises:
@@ -60,7 +58,7 @@ def plan_disk(
         rows,
         sizes[encoding(recipe)],
         image_bytes,
-        BYTE_OPERATIONS[device_type] if recipe.store.views == "auto" else 0,
+        byte_operations if recipe.store.views == "auto" else 0,
     )
     planned = plan_stores(demand, disk_budget(run), recipe.store.keep)
     one_by_one = recipe.training.strategy == "greedy"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -28,6 +28,7 @@ from greedy.runs.state import RunState
 from greedy.runs.unfinished import find_training
 from greedy.runs.views import Views
 from greedy.stores.opening import SourceFinder
+from greedy.training.calibration import byte_operations, calibration_of
 from greedy.training.network import NetworkTraining
 from greedy.training.resolve import compiles, resolve, resolve_again, within_budget
 from greedy.training.stage import StageTraining
@@ -57,6 +58,11 @@ class StagePlanner:
     def recipe(self) -> Recipe:
         """The run's recipe."""
         return self.run.recipe
+
+    @cached_property
+    def byte_operations(self) -> float:
+        """The multiply-adds that take as long as reading a byte of a store."""
+        return byte_operations(self.device.type, calibration_of(self.device.type))
 
     @property
     def _precision(self) -> str:
@@ -97,7 +103,7 @@ class StagePlanner:
         data = state.complete_record(0)
         assert data.store is not None
         shapes, rows = self.network(state).shapes, dict(data.rows.items())
-        return plan_disk(state, shapes, rows, data.store.bytes, self.device.type, retrain_from)
+        return plan_disk(state, shapes, rows, data.store.bytes, self.byte_operations, retrain_from)
 
     def outline(self, state: RunState, numbers: Iterable[int]) -> RunOutline:
         """Returns what is known of a run before the stages ``numbers`` are trained."""
