@@ -48,9 +48,9 @@ class GreedyTrainer:
             ``greedy.models.cut``. Its weights are the first weights; it is not changed.
         run_dir: the run directory; training resumes where it stopped.
         loss: the local loss of every stage but the output layer.
-        optimizer: from parameters to an optimiser; by default Adam at ``learning_rate``. Each
-            of its groups begins at its own rate, or at ``learning_rate`` where that is given, and
-            the schedule scales it.
+        optimizer: ``adam``, ``adamw`` or ``sgd``, at ``learning_rate``; or your own, from
+            parameters to an optimiser. Each of its groups begins at its own rate, or at
+            ``learning_rate`` where that is given, and the schedule scales it.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         reporter: gets the events of a training, for instance to show its progress.
         settings: fields of a recipe's ``data``, ``training`` and ``store`` sections by their
@@ -68,20 +68,22 @@ class GreedyTrainer:
         *,
         run_dir: str | Path,
         loss: LocalLoss | None = None,
-        optimizer: OptimizerFactory | None = None,
+        optimizer: OptimizerFactory | str | None = None,
         device: str = "auto",
         reporter: Reporter | None = None,
         recipe: Recipe | None = None,
         **settings: Unpack[TrainerSettings],
     ) -> None:
+        named, own = (optimizer, None) if isinstance(optimizer, str) else (None, optimizer)
         if recipe is not None:
             _require_recipe_alone(loss, optimizer, settings)
             loss = build_loss(recipe.loss)
         else:
             loss = PredSim() if loss is None else loss
             require_local_loss(loss)
-            require_optimizer(settings, optimizer)
-            recipe = python_recipe(settings, loss)
+            if own is not None:
+                require_optimizer(settings)
+            recipe = python_recipe(settings, loss, named)
         own_rates = "learning_rate" not in settings
         self.device = pick_device(device)
         self.run = RunDirectory.create(Path(run_dir), recipe)
@@ -89,7 +91,7 @@ class GreedyTrainer:
         self.loss = loss
         self._model = model
         self._planner = StagePlanner(
-            self.run, model, loss, self.device, reporter or Reporter(), optimizer, own_rates
+            self.run, model, loss, self.device, reporter or Reporter(), own, own_rates
         )
 
     @classmethod
@@ -369,7 +371,7 @@ class GreedyTrainer:
 
 
 def _require_recipe_alone(
-    loss: LocalLoss | None, optimizer: OptimizerFactory | None, settings: TrainerSettings
+    loss: LocalLoss | None, optimizer: OptimizerFactory | str | None, settings: TrainerSettings
 ) -> None:
     given = {"loss": loss, "optimizer": optimizer, **settings}
     if names := [name for name, value in given.items() if value is not None]:

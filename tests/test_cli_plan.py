@@ -107,7 +107,7 @@ def test_a_budget_that_nothing_meets_is_refused_with_what_it_would_take(folder):
     assert result.exit_code == 2
     message = result.output.replace("\n", " ")
     assert "stage 1 (conv32) takes at least" in message
-    assert "for weights, gradients and Adam's moments" in message
+    assert "for weights, gradients and the optimiser's state" in message
     assert "--memory-budget" in message
 
 

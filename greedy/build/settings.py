@@ -26,9 +26,15 @@ class TrainerSettings(TypedDict, total=False):
 
     strategy: Literal["greedy", "joint", "backprop", "glob+sim"]
     accumulate: int
+    momentum: float
+    nesterov: bool
+    weight_decay: float
     epochs: int | Sequence[int]
     batch_size: int
     learning_rate: float | Sequence[float]
+    schedule: Literal["steps", "cosine"]
+    warmup_epochs: int
+    gradient_clip: float
     milestones: Sequence[int] | Sequence[list[int]] | None
     lr_decay: float
     patience: int

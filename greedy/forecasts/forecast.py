@@ -29,6 +29,7 @@ from greedy.runs.disk_budget import plan_disk
 from greedy.runs.disk_plan import DiskPlan
 from greedy.runs.state import RunState
 from greedy.runs.views import Views, views_drawn
+from greedy.steps.optimizers import factory
 from greedy.steps.parts import parts_of
 from greedy.training.calibration import Calibration, Work, byte_operations
 
@@ -58,7 +59,7 @@ class Machine:
         device: ``cpu``, ``cuda`` or ``mps``.
         precision: ``float32``, ``bfloat16`` or ``float16``.
         memory_budget_bytes: bytes that a step may take on the device; ``None`` for any number.
-        optimizer_state: where Adam's moments are: ``device`` or ``host``.
+        optimizer_state: where the optimiser's moments are: ``device`` or ``host``.
     """
 
     device: str
@@ -251,7 +252,7 @@ def forecast(
     stages = [planned.forecast(number, at_once) for number in range(1, len(network) + 1)]
     if calibration is not None and at_once is None:
         stages = planned.timed(stages, calibration)
-    others = baselines(network, recipe.training.batch_size)
+    others = baselines(network, recipe.training.batch_size, factory(recipe.training))
     process = None
     if machine.device == "cpu":  # after counting, which has imported what training needs
         process = resident(max(stage.peak_memory_bytes for stage in stages))

@@ -109,7 +109,7 @@ class Epochs:
             learner.train()
         sums = sums or [Sums(0.0, None) for _ in self.strategy.learners]
         totals = [Totals(progress.rows, *stage_sums) for stage_sums in sums]
-        guard = Guard()
+        guard = Guard(self.recipe.training.gradient_clip)
         if progress.rows:
             self.reporter.resumed(progress.rows)
         for position, batch in enumerate(batches, start=first):

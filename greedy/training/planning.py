@@ -12,7 +12,7 @@ from greedy.base.devices import pick_precision
 from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import checked_shapes
 from greedy.losses import LocalLoss
-from greedy.memory.choice import Choice, fused_adam, memory_budget
+from greedy.memory.choice import Choice, memory_budget
 from greedy.memory.peaks import OptimizerFactory
 from greedy.memory.plan import MemoryPlan, StageStores
 from greedy.recipes import Recipe
@@ -41,7 +41,7 @@ class StagePlanner:
     Attributes:
         model: the user's network, if the recipe has none.
         loss: the local loss of every stage but the output layer.
-        optimizer: makes the user's optimiser; ``None`` for Adam.
+        optimizer: makes the user's optimiser; ``None`` for the recipe's.
         own_rates: whether that begins at its own learning rates.
     """
 
@@ -84,7 +84,7 @@ class StagePlanner:
             self._precision,
             memory_budget(self.recipe, self.device),
             self.device.type,
-            self.optimizer or fused_adam,
+            self.optimizer,
             images,
         )
         return self._memory

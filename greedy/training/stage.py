@@ -51,7 +51,7 @@ class StageTraining:
             if nothing takes less.
         writes_streamed: whether its store is written through frozen stages that are in memory only
             while they compute.
-        optimizer: makes the user's optimiser; ``None`` for Adam.
+        optimizer: makes the user's optimiser; ``None`` for the recipe's.
         own_rates: whether that begins at its own learning rates.
         written_before: bytes of stores that were written for this stage earlier, for the record.
     """
@@ -157,6 +157,7 @@ class StageTraining:
             self.recipe,
             self.stage.number,
             self.optimizer,
+            learner.undecayed(),
             own_rates=self.own_rates,
         )
         learner.smaller = self.smaller
