@@ -11,10 +11,12 @@ from greedy.cli import options
 from greedy.cli.tables import count, percent, print_json, print_table, say, size, waiting
 
 if TYPE_CHECKING:
+    from greedy.results.evaluation import Evaluation
     from greedy.results.exits import Exits
     from greedy.runs.directory import RunDirectory
 
 LOSE = 1.0  # the default: points of error that an early exit may lose
+MOST_CLASSES = 20  # in the table of `greedy evaluate`
 
 
 @click.command(epilog="Example: greedy status --run runs/demo")
@@ -109,7 +111,8 @@ def evaluate(
 ) -> None:
     """Evaluate the trained network on raw images, in float32.
 
-    Operations are multiply-adds of convolutions and linear layers for one image.
+    The balanced error is the mean of the errors of all classes. Operations are multiply-adds of
+    convolutions and linear layers for one image.
     """
     from greedy.base.devices import pick_device  # noqa: PLC0415
     from greedy.base.sizes import parse_size  # noqa: PLC0415
@@ -140,10 +143,23 @@ def evaluate(
     if as_json:
         print_json(asdict(result))
         return
+    _show_evaluation(result)
+
+
+def _show_evaluation(result: "Evaluation") -> None:
     say(
-        f"{split} error {percent(result.error_percent)}, loss {result.loss:.4f} "
+        f"{result.split} error {percent(result.error_percent)}, loss {result.loss:.4f} "
         f"on {result.samples:,} images"
     )
+    top5 = result.top5_error_percent
+    also = "" if top5 is None else f", top-5 error {percent(top5)}"
+    say(f"balanced error {percent(result.balanced_error_percent)}{also}")
+    shown = result.by_class
+    if len(shown) > MOST_CLASSES:
+        shown = sorted(shown, key=lambda each: -(each.error_percent or 0))[:MOST_CLASSES]
+        say(f"the {MOST_CLASSES} classes with the largest errors (--json has all):")
+    rows = ((each.name, f"{each.samples:,}", percent(each.error_percent)) for each in shown)
+    print_table(("class", "images", "error"), rows, text_columns=1)
 
 
 def print_changes(run: "RunDirectory") -> None:

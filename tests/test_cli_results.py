@@ -1,12 +1,16 @@
 """`greedy status`, `evaluate` and `export`: what a run has become."""
 
 import json
+import re
 import shutil
 
 import pytest
 import safetensors.torch
 import torch
 from command_line import answer, greedy, small_recipe, train
+from torch import nn
+
+from greedy import RunDirectory, evaluate
 
 RECIPE = small_recipe(
     data={"augmentation": "hflip"},
@@ -98,7 +102,15 @@ def test_a_stage_of_other_settings_and_what_follows_are_stale_and_refused(run, t
 
 def test_evaluate_says_how_the_assembled_network_does(run):
     result = answer("evaluate", "--run", run)
-    assert result.keys() == {"split", "samples", "error_percent", "loss"}
+    sums = {"balanced_error_percent", "top5_error_percent", "by_class"}
+    assert result.keys() == {"split", "samples", "error_percent", "loss"} | sums
+    assert [each["samples"] for each in result["by_class"]] == [100] * 10
+    errors = [each["error_percent"] for each in result["by_class"]]
+    assert sum(errors) / 10 == pytest.approx(result["balanced_error_percent"])
+    assert result["balanced_error_percent"] == pytest.approx(result["error_percent"])
+    shown = greedy("evaluate", "--run", run).output
+    assert f"balanced error {result['balanced_error_percent']:.2f} %, top-5 error" in shown
+    assert re.search(r"Sneaker +100 +\d+\.\d\d %", shown)
     assert (result["split"], result["samples"]) == ("test", 1000)
     assert result["error_percent"] == pytest.approx(
         answer("status", "--run", run)["stages"][1]["test_error_percent"], abs=1
@@ -107,6 +119,18 @@ def test_evaluate_says_how_the_assembled_network_does(run):
     training = answer("evaluate", "--run", run, "--split", "train")
     assert (training["split"], training["samples"]) == ("train", 5000)
     assert training["loss"] != result["loss"]
+
+
+def test_errors_are_counted_by_class_and_among_the_five_likeliest(finished):
+    """Of a network that always finds class 0 likeliest, then 1, and so on."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10))
+    network[1].weight.data.zero_()
+    network[1].bias.data = -torch.arange(10.0)
+    result = evaluate(RunDirectory.open(finished), network, "test", torch.device("cpu"))
+    assert [each.error_percent for each in result.by_class] == [0, *[100] * 9]
+    assert result.by_class[9].name == "Ankle boot"
+    assert (result.error_percent, result.balanced_error_percent) == (90, 90)
+    assert result.top5_error_percent == 50
 
 
 def test_evaluate_needs_no_activation_stores(run, finished):
