@@ -117,11 +117,7 @@ class SourceFinder:
         assert store is not None
         named = recipe.store.reuse != "auto" and wanted_views(recipe, stored + 1)[1] > 0
         if store.generation or (named and store.ring is None):
-            again = command("train", "--run", self.run.path, "--retrain", stored)
-            raise UserError(
-                f"the views of stage {stored}'s store are of an older version, which replaced them "
-                f"in another way: train it again with {again}"
-            )
+            raise views_of_older_version(self.run, stored)
         return store.ring is not None
 
     def _ring(self, stored: int, number: int, streamed: bool) -> Ring:
@@ -189,3 +185,13 @@ class SourceFinder:
                     f"train stage {number} again with --retrain"
                 )
         return stores
+
+
+def views_of_older_version(run: RunDirectory, number: int) -> UserError:
+    """Returns the error for views of stage ``number``'s store whose numbers are unknown, since an
+    older version replaced them."""
+    again = command("train", "--run", run.path, "--retrain", number)
+    return UserError(
+        f"the views of stage {number}'s store are of an older version, which replaced them in "
+        f"another way: train it again with {again}"
+    )
