@@ -18,7 +18,7 @@ from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import build_loss, build_network
 from greedy.build.python_recipe import python_recipe, require_optimizer
 from greedy.cache import Damage
-from greedy.data import Dataset, dataset_from_torch, require_repeatable
+from greedy.data import Dataset, dataset_from_torch, draws_at_random, first_pass
 from greedy.losses import LocalLoss, PredSim, require_local_loss
 from greedy.recipes import Recipe
 from greedy.runs.directory import SPLITS, RunDirectory, new_stage
@@ -136,10 +136,11 @@ class GreedyTrainer:
         """Writes stage 0; where it is there, only makes sure that it is of these data: of others it
         is written ``again`` if asked to, or kept with ``ignore_changes``. What cannot be trained
         is refused before anything is written, or once the labels are read."""
+        self._planner.images = dataset.train
         if is_stage0_current(self.run, dataset, again=again, ignore=ignore_changes):
             return self.run.complete_record(0)
-        if not self.recipe.data.frozen_transforms:
-            require_repeatable(dataset)
+        drawn = draws_at_random(dataset)
+        fresh = drawn and self.recipe.data.transforms == "fresh"
         shape, classes = dataset.train.shape, len(dataset.class_names or "")
         model = self._model or build_network(self.recipe.model, shape, classes or 2)
         network = CutNetwork.of(self.recipe, model, shape, classes, self.loss)
@@ -148,7 +149,7 @@ class GreedyTrainer:
         needed = sum(rows.values()) * math.prod(shape) * dataset.train.dtype.itemsize
         require_free_space(self.run.path, "stage 0", needed)
         memory = self._planner.plan_memory(network, stored_encoding(dataset.train).name)
-        disk = plan_disk(self.run, network.shapes, rows, needed, self.device.type)
+        disk = plan_disk(self.run, network.shapes, rows, needed, self.device.type, fresh=fresh)
         memory.require(range(1, len(network) + 1), disk)
         dataset = drop_unreadable_files(self.recipe, dataset, self.reporter)
         self.run.make_directory()
@@ -156,8 +157,18 @@ class GreedyTrainer:
             if is_stage0_current(self.run, dataset, again=again, ignore=ignore_changes):
                 return self.run.complete_record(0)
             output = network.shapes[-1].output if self._model else None
+            if drawn:
+                dataset = first_pass(dataset, self.recipe.seed)
             with write_errors_explained(self.run.path, "stage 0", needed):
-                return write_stage0(self.run, dataset, names, output)
+                return write_stage0(self.run, dataset, names, output, drawn=drawn, fresh=fresh)
+
+    def needs_data(self, retrain_from: int | None = None) -> bool:
+        """Whether ``train`` needs the data set, by ``prepare``: to write stage 0, or to train on
+        images that are drawn again in every pass."""
+        if self.run.state(0) != "complete":
+            return True
+        fresh = self.run.complete_record(0).data_choices.fresh
+        return fresh and (retrain_from is not None or not self.run.is_finished)
 
     def train(self, retrain_from: int | None = None) -> list[StageRecord]:
         """Trains every stage that is not complete; from ``retrain_from`` on, also those that
@@ -183,6 +194,7 @@ class GreedyTrainer:
         if not todo:
             self._announce(todo)
             return [self._skip(number) for number in numbers]
+        self._planner.require_images()
         plan = self._planner.disk(first)
         self._planner.memory().require(
             todo, plan
@@ -218,6 +230,7 @@ class GreedyTrainer:
         if self.run.is_finished and retrain_from is None:
             self._announce(())
             return [self._skip(number) for number in numbers]
+        self._planner.require_images()
         training = self._planner.whole_network()
         self._announce(numbers)
         return training.train()
@@ -303,7 +316,9 @@ class GreedyTrainer:
         asked to; returns what was done and what is damaged still. See ``greedy.stores.repair``."""
         with self.run.write_lock():
             network = self._planner.network()
-            repairer = StoreRepairer(self.run, network.stages, self.device, self.reporter)
+            repairer = StoreRepairer(
+                self.run, network.stages, self.device, self.reporter, self._planner.images
+            )
             found = [repairer.repair(number, dropped=dropped) for number in numbers]
         return [r for done, _ in found for r in done], [d for _, left in found for d in left]
 

@@ -1,13 +1,16 @@
-"""Random transforms: finding a data set's, and protecting the global generators from them."""
+"""Random transforms: finding a data set's, seeding the generators that they draw from, and
+protecting the global ones from them."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
+from greedy.base.seeds import derive_seed, seed_torch
 from greedy.data.classes import inner_set
 
 
@@ -23,6 +26,49 @@ def generators_restored() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
+
+
+Generator = np.random.Generator | np.random.RandomState | random.Random | torch.Generator
+
+LONG = 1000  # a container of more items is taken for data, not for a few transforms
+
+
+def own_generators(samples: Any) -> list[Generator]:
+    """Returns the generators that are attributes of a set, of its transforms, and of the sets and
+    objects inside them."""
+    generators, seen, left = [], set(), [samples]
+    while left:
+        item = left.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, Generator):
+            generators.append(item)
+        elif isinstance(item, dict):
+            left += item.values() if len(item) <= LONG else ()
+        elif isinstance(item, list | tuple | set):
+            left += item if len(item) <= LONG else ()
+        elif hasattr(item, "__dict__") and not isinstance(item, type | ModuleType | torch.Tensor):
+            left.append(vars(item))
+    return generators
+
+
+def seed_generators(own: Sequence[Generator], seed: int, *key: int | str) -> None:
+    """Seeds the global generators of Python, NumPy and torch, and a set's ``own`` ones, with what
+    follows from ``seed`` and ``key``."""
+    derived = derive_seed(seed, "pass", *key)
+    random.seed(derived)
+    np.random.seed(derived % 2**32)  # noqa: NPY002 - transforms draw from it
+    seed_torch(derived, torch.device("cpu"))
+    for number, generator in enumerate(own):
+        derived = derive_seed(seed, "pass", *key, number)
+        if isinstance(generator, np.random.Generator):
+            bits = generator.bit_generator
+            bits.state = type(bits)(derived).state
+        elif isinstance(generator, torch.Generator):
+            generator.manual_seed(derived)
+        else:
+            generator.seed(derived % 2**32)
 
 
 def transform_names(samples: Any) -> list[str]:

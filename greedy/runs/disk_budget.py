@@ -38,6 +38,8 @@ def plan_disk(
     image_bytes: int,
     device_type: str,
     retrain_from: int | None = None,
+    *,
+    fresh: bool = False,
 ) -> DiskPlan:
     """Returns the plan for all stages that are not finished, or are to be trained again.
 
@@ -48,31 +50,39 @@ def plan_disk(
         image_bytes: of stage 0's store.
         device_type: ``cpu``, ``cuda`` or ``mps``.
         retrain_from: the first stage that is trained again.
+        fresh: whether images are read from the data set for every view and live epoch.
 
     Raises:
         UserError: the stores do not fit the budget.
     """
     recipe = run.recipe
     sizes = UNCOMPRESSED if recipe.store.compressor == "none" else COMPRESSED
+    by_speed = recipe.store.views == "auto" and not fresh  # reading a data set may take any time
+    numbers = range(1, len(shapes) + 1)
     demand = DiskDemand(
-        tuple(_stage_demand(run, n, shapes, retrain_from) for n in range(1, len(shapes) + 1)),
+        tuple(_stage_demand(run, n, shapes, retrain_from, fresh) for n in numbers),
         rows,
         sizes[encoding(recipe)],
         image_bytes,
-        BYTE_OPERATIONS[device_type] if recipe.store.views == "auto" else 0,
+        BYTE_OPERATIONS[device_type] if by_speed else 0,
     )
     planned = plan_stores(demand, disk_budget(run), recipe.store.keep)
     one_by_one = recipe.training.strategy == "greedy"
-    return replace(planned, notes=tuple(_notes(recipe)) if one_by_one else ())
+    notes = tuple(_notes(recipe)) if one_by_one and not fresh else ()
+    return replace(planned, notes=notes)
 
 
 def _stage_demand(
-    run: RunDirectory, number: int, shapes: Sequence[StageShapes], retrain_from: int | None
+    run: RunDirectory,
+    number: int,
+    shapes: Sequence[StageShapes],
+    retrain_from: int | None,
+    fresh: bool,
 ) -> StageDemand:
     recipe, shape = run.recipe, shapes[number - 1]
     again = retrain_from is not None and number >= retrain_from
     record, start = previous_record(run, number), _resumable_start(run, number)
-    views, reuse = wanted_views(recipe, min(number + 1, len(shapes)))
+    views, reuse = wanted_views(recipe, min(number + 1, len(shapes)), fresh=fresh)
     if start is not None:
         reuse = start.resolved.reuse
     if record is not None and not again:

@@ -10,7 +10,7 @@ import torch
 from greedy.base.commands import command
 from greedy.base.errors import UserError
 from greedy.cache import Store
-from greedy.data import Augmentation
+from greedy.data import Augmentation, Split
 from greedy.models import Stage
 from greedy.recipes.per_stage import for_stage
 from greedy.runs.choices import Choices
@@ -19,6 +19,7 @@ from greedy.runs.events import Reporter
 from greedy.runs.network import load_stage
 from greedy.runs.record import StageRecord, StoreRecord, channel_moments
 from greedy.runs.views import Views, wanted_views
+from greedy.stores.fresh import FreshImages, require_data_set
 from greedy.stores.ring import Ring
 from greedy.stores.source import WRITE_ROWS, ImagePreparation, Replayed, Source
 
@@ -30,6 +31,7 @@ class SourceFinder:
     Attributes:
         stages: of the network; frozen ones get their weights when they are needed.
         data: the record of stage 0.
+        images: the data set's training split, for runs that read it again in every pass.
     """
 
     run: RunDirectory
@@ -37,6 +39,7 @@ class SourceFinder:
     data: StageRecord
     device: torch.device
     reporter: Reporter
+    images: Split | None = None
     _frozen: dict[int, Stage] = field(default_factory=dict, repr=False)
 
     def for_training(
@@ -100,7 +103,7 @@ class SourceFinder:
             return False
         store, recipe = self.run.complete_record(stored).store, self.run.recipe
         assert store is not None
-        named = recipe.store.reuse != "auto" and wanted_views(recipe, stored + 1)[1] > 0
+        named = recipe.store.reuse != "auto" and self._wants_ring(stored)
         if store.generation or (named and store.ring is None):
             again = command("train", "--run", self.run.path, "--retrain", stored)
             raise UserError(
@@ -108,6 +111,20 @@ class SourceFinder:
                 f"in another way: train it again with {again}"
             )
         return store.ring is not None
+
+    def _wants_ring(self, stored: int) -> bool:
+        fresh = self.data.data_choices.fresh
+        return wanted_views(self.run.recipe, stored + 1, fresh=fresh)[1] > 0
+
+    def require_images(self, number: int, stored: int, views: Views, written_from: int) -> None:
+        """Raises ``UserError`` if the run's data set is needed and was not given: for stage
+        ``number``, which trains from the store of stage ``stored``, or for its own store of
+        ``views``, which is written from that of stage ``written_from``."""
+        if not self.data.data_choices.fresh:
+            return
+        writes = views != "live" and views > 1 and number < len(self.data.network)
+        if stored == 0 or self.is_ring(stored) or (written_from == 0 and writes):
+            require_data_set(self.run.path, self.images)
 
     def _ring(self, stored: int, number: int) -> Ring:
         """Returns the ring of a stage's store, from which stage ``number`` trains."""
@@ -135,7 +152,8 @@ class SourceFinder:
         """Returns the source with the store of stage ``stored``."""
         settings = self.run.recipe.data
         augmentation = Augmentation.parse(settings.augmentation, settings.cutout_length)
-        images = ImagePreparation(*channel_moments(self.run.recipe, self.data), augmentation)
+        moments = channel_moments(self.run.recipe, self.data)
+        images = ImagePreparation(*moments, augmentation, self._fresh())
         return Source(
             stored,
             self.run.store_path(stored),
@@ -147,6 +165,18 @@ class SourceFinder:
             held_out=held_out,
             ring=ring,
             in_memory=in_memory,
+        )
+
+    def _fresh(self) -> FreshImages | None:
+        if not self.data.data_choices.fresh:
+            return None
+        return FreshImages(
+            self.run.path,
+            self.images,
+            self.run.recipe.seed,
+            self.run.recipe.data.num_workers,
+            self.device.type == "cuda",
+            self.reporter.noted,
         )
 
     def _load(self, number: int) -> Stage:

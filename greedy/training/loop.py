@@ -91,7 +91,8 @@ class Epochs:
     def _epoch(
         self, progress: Progress, sums: Sequence[Sums], stop: PostponedSignals
     ) -> list[EpochReport]:
-        started = time.perf_counter() - progress.seconds
+        began, waited_before = time.perf_counter(), self.source.waited
+        started = began - progress.seconds
         epoch, first = progress.epoch, progress.position
         if first == 0:  # within an epoch the checkpoint has the rates
             scale_rates(self.strategy.optimizers, self.schedule.factor_at(epoch))
@@ -128,6 +129,7 @@ class Epochs:
                 self._save(progress.model_copy(update=here), totals, stop)
         self._require_finite(guard, epoch, rate)
         seconds = time.perf_counter() - started
+        waited = (self.source.waited - waited_before) / (time.perf_counter() - began)
         return [
             EpochReport(
                 epoch=epoch + 1,
@@ -137,6 +139,7 @@ class Epochs:
                 holdout_loss=None if held_out is None else held_out.mean_loss,
                 images_per_second=total.rows / seconds,
                 seconds=seconds,
+                waiting_percent=100 * waited,
             )
             for total, held_out in zip(totals, self._held_out(), strict=True)
         ]

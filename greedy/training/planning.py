@@ -11,6 +11,7 @@ from torch import nn
 from greedy.base.devices import pick_precision
 from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import checked_shapes
+from greedy.data import Split
 from greedy.losses import LocalLoss
 from greedy.memory.choice import Choice, fused_adam, memory_budget
 from greedy.memory.peaks import OptimizerFactory
@@ -26,6 +27,7 @@ from greedy.runs.events import Reporter, RunOutline
 from greedy.runs.network import stages_of
 from greedy.runs.unfinished import find_training
 from greedy.runs.views import Views
+from greedy.stores.fresh import require_data_set
 from greedy.stores.opening import SourceFinder
 from greedy.training.network import NetworkTraining
 from greedy.training.resolve import compiles, resolve, resolve_again, within_budget
@@ -41,6 +43,7 @@ class StagePlanner:
         loss: the local loss of every stage but the output layer.
         optimizer: makes the user's optimiser; ``None`` for Adam.
         own_rates: whether that begins at its own learning rates.
+        images: the data set's training split, for runs that read it again in every pass.
     """
 
     run: RunDirectory
@@ -50,6 +53,7 @@ class StagePlanner:
     reporter: Reporter
     optimizer: OptimizerFactory | None = None
     own_rates: bool = False
+    images: Split | None = None
     _memory: MemoryPlan | None = field(default=None, init=False, repr=False)
 
     @property
@@ -96,7 +100,24 @@ class StagePlanner:
         data = self.run.complete_record(0)
         assert data.store is not None
         shapes, rows = self.network().shapes, dict(data.rows.items())
-        return plan_disk(self.run, shapes, rows, data.store.bytes, self.device.type, retrain_from)
+        return plan_disk(
+            self.run,
+            shapes,
+            rows,
+            data.store.bytes,
+            self.device.type,
+            retrain_from,
+            fresh=data.data_choices.fresh,
+        )
+
+    def require_images(self) -> None:
+        """Raises ``UserError`` if the run reads its data set in every pass and was not given it."""
+        if self.run.complete_record(0).data_choices.fresh:
+            require_data_set(self.run.path, self.images)
+
+    def _sources(self, network: CutNetwork) -> SourceFinder:
+        data = self.run.complete_record(0)
+        return SourceFinder(self.run, network.stages, data, self.device, self.reporter, self.images)
 
     def outline(self, numbers: Iterable[int]) -> RunOutline:
         """Returns what is known of a run before the stages ``numbers`` are trained."""
@@ -112,7 +133,7 @@ class StagePlanner:
     def whole_network(self) -> NetworkTraining:
         """Returns the training of all stages at once."""
         network, data = self.network(), self.run.complete_record(0)
-        sources = SourceFinder(self.run, network.stages, data, self.device, self.reporter)
+        sources = self._sources(network)
         return NetworkTraining(
             run=self.run,
             network=network,
@@ -130,12 +151,13 @@ class StagePlanner:
     ) -> StageTraining:
         """Returns the training of stage ``number`` in a directory, from the nearest store that is
         there at or before stage ``source``; an unfinished one goes on as it began."""
-        data, parent = self.run.complete_record(0), self.run.complete_record(number - 1)
+        parent = self.run.complete_record(number - 1)
         network = self.network()
         stage = network.stages[number - 1]
-        sources = SourceFinder(self.run, network.stages, data, self.device, self.reporter)
+        sources = self._sources(network)
         stored = sources.last_stored(source)
         written_from = sources.written_from(number, views, reuse)
+        sources.require_images(number, stored, views, written_from)
         stores = StageStores(stored, sources.is_ring(stored), reuse > 0, written_from)
         memory = self.memory().stage(number, stores)
         start = StartRecord(
@@ -180,6 +202,14 @@ class StagePlanner:
         hidden = self.memory().network.shapes[number - 1].hidden
         store = self.run.open_store(stored, "train")
         compiled = compiles(self.recipe, number, hidden, store.rows, memory, self.device)
+        fresh = stored == 0 and self.run.complete_record(0).data_choices.fresh
         return resolve(
-            self.recipe, store, views, memory, self.device, reuse=reuse, compiled=compiled
+            self.recipe,
+            store,
+            views,
+            memory,
+            self.device,
+            reuse=reuse,
+            compiled=compiled,
+            fresh=fresh,
         )
