@@ -16,7 +16,11 @@ PATIENCE = 120  # seconds, for a page to be drawn on a busy machine
 
 
 class Browser:
-    """One tab. Use it as a context; ``events`` are all that the protocol has told of the page."""
+    """A tab of a headless Chromium. Use it in a ``with``.
+
+    Attributes:
+        events: all events of the page that the protocol has reported.
+    """
 
     def __init__(self) -> None:
         if PROGRAM is None:
@@ -86,7 +90,7 @@ class Browser:
         return json.loads(message)
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression in the page."""
+        """Returns the value of a JavaScript expression in the page."""
         result = self.call(
             "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
         )
@@ -95,7 +99,7 @@ class Browser:
         return result["result"].get("value")
 
     def size(self, width: int, height: int) -> None:
-        """Gives the page a window of so many pixels."""
+        """Gives the page a window of ``width`` x ``height`` pixels."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -117,12 +121,12 @@ class Browser:
             drawn = self.evaluate("document.documentElement?.dataset.drawn")
             if drawn is not None:
                 return int(drawn)
-            if thrown := [each for each in self.events if "exceptionDetails" in each["params"]]:
+            if thrown := [event for event in self.events if "exceptionDetails" in event["params"]]:
                 raise RuntimeError(str(thrown[0]["params"]["exceptionDetails"]))
             time.sleep(0.05)
         raise RuntimeError(f"{page} was not drawn in {PATIENCE} s")
 
     def screenshot(self, *, whole: bool = False) -> bytes:
-        """A PNG of the window, or of the whole page."""
+        """Returns a PNG of the window, or of the whole page."""
         result = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         return base64.b64decode(result["data"])

@@ -1,4 +1,4 @@
-"""Draws docs/demo.svg: a terminal of 80 columns while the demo trains, as tmux holds it.
+"""Draws docs/demo.svg: a terminal of 80 columns, run by tmux, while the demo trains.
 
 .venv/bin/python benchmarks/demo_picture.py --to docs/demo.svg
 """
@@ -23,12 +23,13 @@ TITLE = "greedy"
 
 
 def tmux(socket: str, *words: str) -> str:
-    done = subprocess.run(["tmux", "-S", socket, *words], check=True, stdout=subprocess.PIPE)
-    return done.stdout.decode()
+    result = subprocess.run(["tmux", "-S", socket, *words], check=True, stdout=subprocess.PIPE)
+    return result.stdout.decode()
 
 
 def terminal_at(moment: str, socket: str, place: str) -> str:
-    """What a terminal shows, with its escape sequences, once it shows ``moment``."""
+    """Runs ``COMMAND`` in a terminal. Returns its text, with escape sequences, when it shows
+    ``moment``."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     shell = f"env PATH={shlex.quote(path)} PS1='$ ' NO_COLOR= sh"
     tmux(

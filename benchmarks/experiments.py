@@ -1,8 +1,8 @@
-"""Works off docs/experiments.toml: every run of every experiment that is not done, one after the
-other, in a folder outside the repository. The same command resumes where it stopped.
+"""Runs the pending experiments of docs/experiments.toml, one after the other, in a folder outside
+the repository. The same command resumes where it stopped.
 
-A command's `{placeholders}` take every combination of the lists in its entry. Each run ends with
-`greedy evaluate`, whose answer is kept beside it and printed.
+A command's `{placeholders}` take every combination of the lists in its entry. Each run is evaluated
+by `greedy evaluate`, whose result is printed and saved next to the run.
 """
 
 import itertools
@@ -21,20 +21,20 @@ EXPERIMENTS = Path(__file__).parent.parent / "docs" / "experiments.toml"
 
 
 def commands(experiment: dict[str, Any]) -> Iterator[list[str]]:
-    """The command for every combination of the lists."""
+    """Yields the command for every combination of the lists."""
     lists = {k: v for k, v in experiment.items() if isinstance(v, list)}
     for values in itertools.product(*lists.values()):
         yield shlex.split(experiment["command"].format(**dict(zip(lists, values, strict=True))))
 
 
 def evaluated(run: Path) -> dict[str, Any]:
-    """The finished run's error on raw test images, computed once."""
-    kept = run.with_suffix(".json")
-    if not kept.is_file():
+    """Returns the result of `greedy evaluate` for a finished run, computed once."""
+    result = run.with_suffix(".json")
+    if not result.is_file():
         command = [*GREEDY, "evaluate", "--run", str(run), "--json"]
-        answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        kept.write_text(answer)
-    return json.loads(kept.read_text())
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        result.write_text(output)
+    return json.loads(result.read_text())
 
 
 GREEDY = [sys.executable, "-m", "greedy.cli.main"]
@@ -43,9 +43,9 @@ GREEDY = [sys.executable, "-m", "greedy.cli.main"]
 @click.command()
 @click.option("--to", type=click.Path(path_type=Path), required=True, help="Folder of the runs.")
 @click.option("--only", multiple=True, help="Names of experiments  [default: all pending].")
-@click.option("--dry-run", is_flag=True, help="Print the commands alone.")
+@click.option("--dry-run", is_flag=True, help="Only print the commands.")
 def main(to: Path, only: tuple[str, ...], dry_run: bool) -> None:
-    """Run what is pending."""
+    """Run the pending experiments."""
     to.mkdir(parents=True, exist_ok=True)
     for experiment in tomllib.loads(EXPERIMENTS.read_text())["experiment"]:
         name = experiment["name"]

@@ -1,8 +1,9 @@
-"""What small whole runs survive: kills, flipped bits, full disks; and what checkpoints cost.
+"""Faults that small runs have to survive: kills, flipped bits, full disks. Also measures the time
+that checkpoints take.
 
-Every fault strikes a real process with real files. A run that ends is compared with one that
-nothing happened to: weights, stores, histories and records, but for what tells of time, memory
-and bytes written. Full disks are tmpfs in a mount namespace of our own (`unshare -Urm`).
+Every fault strikes a real process with real files. A run that ends is compared with one without
+faults: weights, stores, histories and records, except for fields about time, memory and bytes
+written. Full disks are tmpfs in a separate mount namespace (`unshare -Urm`).
 """
 
 import contextlib
@@ -53,15 +54,15 @@ TMPFS_BYTES = 64 * 2**20
 
 
 class Ended(NamedTuple):
-    """How a command ended."""
+    """The exit code of a command and everything that it printed."""
 
     code: int
     output: str
 
 
 def start(log: Path, *arguments: object) -> Any:
-    """A `greedy` command in a process of its own, its output going to a file."""
-    process = FORK.Process(target=_command, args=(log, [str(each) for each in arguments]))
+    """Starts a `greedy` command in a new process, which writes its output to a file."""
+    process = FORK.Process(target=_command, args=(log, list(map(str, arguments))))
     process.start()
     return process
 
@@ -83,28 +84,29 @@ def _command(log: Path, arguments: list[str]) -> None:
 
 
 def outcome(directory: Path) -> dict[str, Any]:
-    """What a run came to, by file."""
-    found: dict[str, Any] = {}
+    """Returns the contents of a run's files by their paths, without fields that may differ."""
+    contents: dict[str, Any] = {}
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         name = str(path.relative_to(directory))
         if path.name == "stage.json":
             document = json.loads(path.read_bytes())
             free = {"seconds", "images_per_second", "peak_memory_bytes", "digest"}
             free |= {"written_before", "versions"}
-            found[name] = {k: v for k, v in document.items() if k not in free}
-            found[name]["files"] = sorted(document["files"])
-            found[name]["store"] = {**(document["store"] or {}), "bytes_written": 0}
+            contents[name] = {k: v for k, v in document.items() if k not in free}
+            contents[name]["files"] = sorted(document["files"])
+            contents[name]["store"] = {**(document["store"] or {}), "bytes_written": 0}
         elif path.name == "history.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             free = {"seconds", "images_per_second"}
-            found[name] = [{k: v for k, v in x.items() if k not in free} for x in lines]
+            contents[name] = [{k: v for k, v in x.items() if k not in free} for x in lines]
         elif name not in ("run.toml", ".lock", ".lock.json"):
-            found[name] = path.read_bytes()
-    return found
+            contents[name] = path.read_bytes()
+    return contents
 
 
 def kills(count: int, folder: Path, recipe: Path, expected: dict, seconds: float) -> dict:
-    """Runs killed at a random moment, then given the same command again."""
+    """Kills runs at a random moment, then gives the same command again. Returns how many runs were
+    killed and how many ended as if nothing had happened."""
     choose, identical = random.Random(1), 0
     for number in range(count):
         place, log = folder / f"killed{number}", folder / "log"
@@ -120,7 +122,8 @@ def kills(count: int, folder: Path, recipe: Path, expected: dict, seconds: float
 
 
 def flips(count: int, folder: Path, recipe: Path, expected: dict) -> dict:
-    """Single bits flipped in files of a run whose last stage is half trained."""
+    """Flips single bits in files of a run whose last stage is half trained. Returns how many flips
+    were detected, did not matter, or changed the result without a message."""
     choose, place, log = random.Random(2), folder / "half", folder / "log"
     command = ("train", "--recipe", recipe, "--run", place)
     process = start(log, *command)
@@ -128,7 +131,7 @@ def flips(count: int, folder: Path, recipe: Path, expected: dict) -> dict:
         time.sleep(0.005)
     process.kill()
     process.join()
-    found = {"detected": 0, "harmless": 0, "silent": 0}
+    counts = {"detected": 0, "harmless": 0, "silent": 0}
     for _ in range(count):
         copy = folder / "flipped"
         shutil.copytree(place, copy)
@@ -138,11 +141,11 @@ def flips(count: int, folder: Path, recipe: Path, expected: dict) -> dict:
         bit = choose.randrange(8 * len(data))
         data[bit // 8] ^= 1 << bit % 8
         path.write_bytes(data)
-        looked = run(log, "cache", "verify", copy)
+        verified = run(log, "cache", "verify", copy)
         trained = run(log, "train", "--run", copy)
         refused = trained.code in (1, 2) and "Error: " in trained.output
-        clean = "Traceback" not in looked.output + trained.output
-        if clean and (looked.code == 1 or refused):
+        clean = "Traceback" not in verified.output + trained.output
+        if clean and (verified.code == 1 or refused):
             kind = "detected"
         elif clean and trained.code == 0 and outcome(copy) == expected:
             kind = "harmless"
@@ -150,14 +153,15 @@ def flips(count: int, folder: Path, recipe: Path, expected: dict) -> dict:
             kind = "silent"
             where = f"{path.relative_to(copy)}, bit {bit}: {trained.output[-300:]}"
             click.echo(f"not survived: {where}", err=True)
-        found[kind] += 1
+        counts[kind] += 1
         shutil.rmtree(copy)
-    return {"flips": count, **found}
+    return {"flips": count, **counts}
 
 
 def disk_full(count: int, folder: Path, recipe: Path, expected: dict) -> dict:
-    """Runs on a disk that is too small, or filled by another at a random moment, then given the
-    same command again with room enough."""
+    """Trains runs on a disk that is too small, or that another process fills at a random moment,
+    then makes room and gives the same command again. Returns how many runs there were, how many
+    stopped with a clear message, and how many then ended as if nothing had happened."""
     choose, disk, log = random.Random(3), folder / "disk", folder / "log"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "none", disk], check=True)
@@ -183,9 +187,9 @@ def disk_full(count: int, folder: Path, recipe: Path, expected: dict) -> dict:
         process.join()
         text = log.read_text()
         last = text.splitlines()[-1] if text else ""
-        said = last.startswith("Error: ") and "free" in last and str(disk) in last
-        clean += process.exitcode == 1 and said and "Traceback" not in text
-        if not said:
+        explained = last.startswith("Error: ") and "free" in last and str(disk) in last
+        clean += process.exitcode == 1 and explained and "Traceback" not in text
+        if not explained:
             click.echo(f"no clean stop: {process.exitcode} {text[-500:]}", err=True)
         filler.unlink(missing_ok=True)
         _resize(disk, TMPFS_BYTES)
@@ -205,8 +209,8 @@ def _resize(disk: Path, size: int) -> None:
 
 
 def checkpoint_overhead(folder: Path) -> float:
-    """The share of its time that a run of recipe `demo` with fewer epochs spends on checkpoints
-    at the default interval, those at the end of each epoch included."""
+    """Measures the share of its time that a run of recipe `demo`, with fewer epochs, spends on
+    checkpoints at the default interval, those at the end of each epoch included."""
     spent, save = [], Checkpoints.save
 
     def timed(*arguments: Any) -> None:
@@ -234,10 +238,10 @@ def checkpoint_overhead(folder: Path) -> float:
 @click.option("--kills", "killed", default=100, show_default=True, help="Runs to kill.")
 @click.option("--flips", "flipped", default=200, show_default=True, help="Bits to flip.")
 @click.option("--disk-full", "full", default=20, show_default=True, help="Disks to fill.")
-@click.option("--overhead/--no-overhead", default=True, help="Measure what checkpoints cost.")
+@click.option("--overhead/--no-overhead", default=True, help="Measure the time of checkpoints.")
 @click.option("--inside", is_flag=True, hidden=True)
 def main(as_json: bool, killed: int, flipped: int, full: int, overhead: bool, inside: bool) -> None:
-    """Strikes small runs and prints how many end as if nothing had happened."""
+    """Strike small runs and print how many end as if nothing had happened."""
     if full and not inside:
         again = [sys.executable, *sys.argv, "--inside"]
         os.execvp("unshare", ["unshare", "--user", "--map-root-user", "--mount", *again])
@@ -250,19 +254,19 @@ def main(as_json: bool, killed: int, flipped: int, full: int, overhead: bool, in
         seconds = time.perf_counter() - began
         assert ended.code == 0, ended.output
         expected = outcome(folder / "whole")
-        found: dict[str, Any] = {}
+        results: dict[str, Any] = {}
         if killed:
-            found |= kills(killed, folder, recipe, expected, seconds)
+            results |= kills(killed, folder, recipe, expected, seconds)
         if flipped:
-            found |= flips(flipped, folder, recipe, expected)
+            results |= flips(flipped, folder, recipe, expected)
         if full:
-            found |= disk_full(full, folder, recipe, expected)
+            results |= disk_full(full, folder, recipe, expected)
         if overhead:
-            found["checkpoint_overhead"] = round(checkpoint_overhead(folder), 4)
+            results["checkpoint_overhead"] = round(checkpoint_overhead(folder), 4)
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(json.dumps(results))
         return
-    for name, value in found.items():
+    for name, value in results.items():
         click.echo(f"{name}: {value}")
 
 

@@ -1,8 +1,9 @@
-"""What only a GPU can show, the most important first: `make gpu`.
+"""All measurements that need a GPU, the most important first: `make gpu`.
 
-Every part is a chain of commands with a time limit of its own, and leaves a JSON file in the folder
-of results as soon as it is over, so that what a cut finds has been written. The figures belong in
-docs/results.md, with the name of the card. `--device cpu --little` tries the script without one.
+Every part is a chain of commands with its own time limit, and writes a JSON file into the folder of
+results as soon as it ends, so that nothing is lost if a later part is cut short. The figures belong
+in docs/results.md, with the name of the card. `--device cpu --little` tries the script without a
+GPU.
 """
 
 import json
@@ -21,14 +22,20 @@ import click
 HERE = Path(__file__).parent
 TESTS = HERE.parent / "tests"
 GREEDY = [sys.executable, "-m", "greedy.cli.main"]
-TAIL = 3000  # characters of what a command printed that is kept where it is no JSON
-LEAST_SECONDS = 20.0  # that a command after a cut one gets, for what there is to be said
+TAIL = 3000  # characters of a command's output that are kept if it is not JSON
+LEAST_SECONDS = 20.0  # for each command after the others, even if these took too long
 
 
 @dataclass(frozen=True)
 class Part:
-    """Commands that belong together, one after the other within a time limit in seconds. Those
-    ``after`` them run whatever became of them."""
+    """Commands that belong together.
+
+    Attributes:
+        name: the name of the part and of its files.
+        seconds: the time limit of ``commands`` together.
+        commands: commands that run one after the other, until one fails.
+        after: commands that run after them in any case.
+    """
 
     name: str
     seconds: float
@@ -38,7 +45,16 @@ class Part:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where and on what the parts run; ``little`` is for trying the script."""
+    """The settings of all parts.
+
+    Attributes:
+        runs: the folder of the run directories.
+        data_dir: the folder with Fashion-MNIST.
+        cifar10: the image folder with CIFAR-10.
+        device: ``cuda``, or another device to try the script.
+        little: whether everything is made small, to try the script.
+        epochs: number of epochs of the two trainings.
+    """
 
     runs: Path
     data_dir: Path
@@ -48,23 +64,24 @@ class Setting:
     epochs: int
 
     def training(self, run: str, recipe: str, *options: str) -> list[str]:
-        """The command that trains a recipe into a run directory."""
+        """Returns the command that trains a recipe into a run directory."""
         where = ["--device", self.device, "--run", str(self.runs / run)]
         small = ["--set", "model.feature_multiplier=0.0625"] if self.little else []
         return [*GREEDY, "train", "--recipe", recipe, *where, *options, *small]
 
-    def told(self, run: str) -> tuple[list[str], ...]:
-        """The commands that say what a run has come to."""
+    def results(self, run: str) -> tuple[list[str], ...]:
+        """Returns the commands that print the results of a run."""
         at = ["--run", str(self.runs / run), "--json"]
         return ([*GREEDY, "status", *at], [*GREEDY, "evaluate", *at, "--device", self.device])
 
     def cifar(self, images: int) -> list[str]:
-        """CIFAR-10, or so many of its images."""
+        """Returns the options for CIFAR-10, or for ``images`` of its training images."""
         folder = self.cifar10 if images == 50_000 else self.cifar10.with_name(f"cifar10-{images}")
         return ["--data", f"folder:{folder}"]
 
-    def fewer(self, images: int) -> list[list[str]]:
-        """The command that makes such a part of it, unless it is there."""
+    def make_cifar(self, images: int) -> list[list[str]]:
+        """Returns the command that makes the folder with ``images`` training images of CIFAR-10, if
+        it does not exist."""
         to = self.cifar10.with_name(f"cifar10-{images}")
         sizes = [f"--per-class={images // 10}", f"--test-per-class={images // 50}"]
         command = [*_script("stratified_folder"), str(self.cifar10), str(to), *sizes]
@@ -76,7 +93,7 @@ def _script(name: str) -> list[str]:
 
 
 def parts(given: Setting) -> Iterator[Part]:
-    """All of them, the most important first."""
+    """Yields all parts, the most important first."""
     marked = [p for p in sorted(TESTS.glob("test_*.py")) if "mark.gpu" in p.read_text()]
     yield Part(
         "tests", 90, [[sys.executable, "-m", "pytest", "-q", "-m", "gpu", *map(str, marked)]]
@@ -90,7 +107,7 @@ def parts(given: Setting) -> Iterator[Part]:
 
 
 def _budgets(given: Setting) -> Iterator[Part]:
-    """VGG11B(3x), whole, an epoch a stage, in no more memory than is named."""
+    """Yields trainings of VGG11B(3x) within memory budgets, one epoch for each stage."""
     rows = 200 if given.little else 5000
     once = ["--set", "training.epochs=1", "--views", "1", *given.cifar(rows)]
     for precision, budget, *more in (
@@ -101,11 +118,11 @@ def _budgets(given: Setting) -> Iterator[Part]:
         name = f"budget-{precision}-{budget}"
         how = ["--precision", precision, "--memory-budget", budget, *more]
         train = given.training(name, "cifar10/vgg11b-3x-predsim", *once, *how)
-        yield Part(name, 90, [*given.fewer(rows), train], given.told(name))
+        yield Part(name, 90, [*given.make_cifar(rows), train], given.results(name))
 
 
 def _steps(given: Setting) -> Iterator[Part]:
-    """How fast steps are, eager, compiled and as CUDA graphs."""
+    """Yields measurements of the time of steps: eager, compiled, and as CUDA graphs."""
     step = [*_script("stage_step"), "--json", "--device", given.device]
     step += ["--steps", "2", "--rounds", "1", "--rows", "8"] if given.little else ["--steps", "10"]
     narrow = ["--multiplier", "0.0625" if given.little else "1"]
@@ -119,9 +136,9 @@ def _steps(given: Setting) -> Iterator[Part]:
 
 
 def _trainings(given: Setting) -> Iterator[Part]:
-    """Trains for as many epochs as there is time for, the schedule scaled."""
+    """Yields two trainings with few epochs, their schedules scaled."""
     milestones = [round(share * given.epochs) for share in (0.5, 0.75, 0.89, 0.94)]
-    steps = sorted({each for each in milestones if 0 < each < given.epochs})
+    steps = sorted({epoch for epoch in milestones if 0 < epoch < given.epochs})
     scaled = ["--set", f"training.epochs={given.epochs}", "--set", f"training.milestones={steps}"]
     fashion = ["--data-dir", str(given.data_dir)]
     for name, recipe, data in (
@@ -129,11 +146,12 @@ def _trainings(given: Setting) -> Iterator[Part]:
         ("cifar10", "cifar10/vgg8b-predsim", given.cifar(200 if given.little else 50_000)),
     ):
         train = given.training(name, recipe, *scaled, *data)
-        yield Part(name, 200, [train], given.told(name))
+        yield Part(name, 200, [train], given.results(name))
 
 
 def _race(given: Setting) -> Iterator[Part]:
-    """Greedy and back-propagation in micro-batches within the same budget."""
+    """Yields trainings within the same memory budget: greedy, and by back-propagation in
+    micro-batches."""
     rows = 200 if given.little else 10_000
     how = ["--memory-budget", "1GiB", *given.cifar(rows)]
     wide = [*how, "--set", "model.feature_multiplier=2"]
@@ -150,20 +168,21 @@ def _race(given: Setting) -> Iterator[Part]:
     ):
         train = given.training(name, recipe, *wide, *options)
         curves = [*GREEDY, "status", "--run", str(given.runs / name), "--json"]
-        yield Part(name, 60, [*given.fewer(rows), train], (curves,))
+        yield Part(name, 60, [*given.make_cifar(rows), train], (curves,))
 
 
 def run(part: Part, log: Path) -> dict[str, Any]:
-    """What became of a part; what its commands said goes to a log too."""
+    """Runs a part and returns its document. What its commands print goes to a log too."""
     began = time.perf_counter()
-    told = []
+    results = []
     for command in part.commands:
         left = part.seconds - (time.perf_counter() - began)
-        told.append(_run(command, left, log))
-        if told[-1]["status"] != 0:
+        results.append(_run(command, left, log))
+        if results[-1]["status"] != 0:
             break
-    told += [_run(command, LEAST_SECONDS, log) for command in part.after]
-    return {"part": part.name, "seconds": round(time.perf_counter() - began, 1), "commands": told}
+    results += [_run(command, LEAST_SECONDS, log) for command in part.after]
+    seconds = round(time.perf_counter() - began, 1)
+    return {"part": part.name, "seconds": seconds, "commands": results}
 
 
 def _run(command: list[str], seconds: float, log: Path) -> dict[str, Any]:
@@ -177,23 +196,23 @@ def _run(command: list[str], seconds: float, log: Path) -> dict[str, Any]:
             command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
         ) as process:
             try:
-                said, _ = process.communicate(timeout=seconds)
+                output, _ = process.communicate(timeout=seconds)
             except subprocess.TimeoutExpired:
                 process.terminate()  # a training writes a checkpoint
                 try:
-                    said, _ = process.communicate(timeout=LEAST_SECONDS)
+                    output, _ = process.communicate(timeout=LEAST_SECONDS)
                 except subprocess.TimeoutExpired:
                     process.kill()
-                    said, _ = process.communicate()
-    found = {"command": shlex.join(command[1:]), "status": process.returncode}
-    found["seconds"] = round(time.perf_counter() - began, 1)
+                    output, _ = process.communicate()
+    result = {"command": shlex.join(command[1:]), "status": process.returncode}
+    result["seconds"] = round(time.perf_counter() - began, 1)
     try:
-        found["found"] = json.loads(said)
+        result["found"] = json.loads(output)
     except ValueError:
-        found["said"] = said[-TAIL:]
+        result["said"] = output[-TAIL:]
         with log.open("a", encoding="utf-8") as whole:
-            whole.write(said)
-    return found
+            whole.write(output)
+    return result
 
 
 @click.command()
@@ -215,7 +234,7 @@ def main(
     only: tuple[str, ...],
     little: bool,
 ) -> None:
-    """Run what only a GPU can show."""
+    """Run all measurements that need a GPU."""
     runs = runs or to / "runs"
     for folder in (to, runs):
         folder.mkdir(parents=True, exist_ok=True)
@@ -223,10 +242,10 @@ def main(
     for part in parts(Setting(runs, data_dir, cifar10, device, little, epochs)):
         if only and part.name not in only:
             continue
-        found = run(part, to / "log")
-        (to / f"{part.name}.json").write_text(json.dumps(found, indent=1))
-        states = ", ".join(str(each["status"]) for each in found["commands"])
-        click.echo(f"{part.name}: {found['seconds']} s, status {states}")
+        result = run(part, to / "log")
+        (to / f"{part.name}.json").write_text(json.dumps(result, indent=1))
+        states = ", ".join(str(command["status"]) for command in result["commands"])
+        click.echo(f"{part.name}: {result['seconds']} s, status {states}")
 
 
 if __name__ == "__main__":

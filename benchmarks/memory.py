@@ -1,10 +1,10 @@
-"""What training VGG11B(3x) takes of a GPU's memory, against what is asked of this project.
+"""The GPU memory that training VGG11B(3x) takes, compared with this project's targets.
 
 CIFAR-10 shapes, a batch of 128 rows, as in recipe `cifar10/vgg11b-3x-predsim`. For each stage: the
-memory mode chosen under a budget, its counted peak, and the peak planned for CUDA's allocator (5 %
-and the libraries' workspaces more), which has to keep within the budget. Counting takes neither
-memory nor a GPU; where there is one, a step with this mode is also run and measured. Beside them
-the counted peaks of whole networks.
+memory mode chosen under a budget, its counted peak, and the peak planned for CUDA's allocator (2 %
+and the libraries' workspaces more), which must not exceed the budget. Counting takes neither memory
+nor a GPU; if there is one, steps in this mode are also run and measured. Also prints the counted
+peaks of whole networks.
 """
 
 import json
@@ -47,7 +47,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Target:
-    """What is asked of some stages, 0 standing for all of them."""
+    """A memory budget that a stage has to keep, or all stages if ``stage`` is 0."""
 
     precision: str
     optimizer_state: str
@@ -65,15 +65,15 @@ TARGETS = (
 
 
 def network() -> tuple[list[Stage], list[StageShapes], LocalLoss]:
-    """The stages on the meta device, their shapes, and the local loss."""
+    """Returns the stages on the meta device, their shapes, and the local loss."""
     stages = cut(build_network(RECIPE.model, IMAGES, CLASSES))
     return stages, shapes(stages, IMAGES), build_loss(RECIPE.loss)
 
 
 def rows(target: Target) -> Iterator[dict[str, Any]]:
-    """The stages that a target is about."""
-    stages, found, loss = network()
-    for stage, shape in zip(stages, found, strict=True):
+    """Yields the rows of the stages that a target is about."""
+    stages, stage_shapes, loss = network()
+    for stage, shape in zip(stages, stage_shapes, strict=True):
         if target.stage in {0, stage.number}:
             is_output = stage is stages[-1]
             local = Output(loss.output_scale) if is_output else loss
@@ -83,7 +83,7 @@ def rows(target: Target) -> Iterator[dict[str, Any]]:
 def row(
     target: Target, stage: Stage, shape: StageShapes, loss: LocalLoss, name: str
 ) -> dict[str, Any]:
-    """One stage under a target's budget."""
+    """Returns the row of one stage under a target's budget."""
     row_bytes = stored_row_bytes(RECIPE.store.encoding, shape.input)
     adam = fused_adam if target.optimizer_state == "device" else None
     what = (stage, shape, loss, CLASSES, BATCH, target.precision)
@@ -117,8 +117,8 @@ def _met(choice: Choice, measured: int | None, target: Target) -> bool:
 def reserved(
     target: Target, stage: Stage, shape: StageShapes, loss: LocalLoss, memory: StepMemory
 ) -> tuple[int, bool]:
-    """Bytes that CUDA's allocator reserves at most in three real steps when it may take no more
-    than the target, and whether they ran in the memory mode that was planned."""
+    """Returns the most bytes that CUDA's allocator, limited to the target, reserves in three real
+    steps, and whether they ran in the planned memory mode."""
     device = pick_device("cuda")
     set_determinism(device, False)
     reset_peak_memory(device)
@@ -154,43 +154,43 @@ def _steps(
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(as_json: bool) -> None:
-    """Count what every stage takes under the budgets asked for."""
+    """Count the memory of every stage under the budgets of all targets."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    found: dict[str, Any] = {"recipe": RECIPE.name, "batch_size": BATCH, "device": device}
+    document: dict[str, Any] = {"recipe": RECIPE.name, "batch_size": BATCH, "device": device}
     tables = []
     for target in TARGETS:
         heading = f"{target.precision}, Adam's moments on the {target.optimizer_state}"
         if not as_json:
             click.echo(f"{heading}, {format_size(target.budget)}")
         stages = []
-        for each in rows(target):
-            stages.append(each)
+        for stage in rows(target):
+            stages.append(stage)
             if not as_json:
-                click.echo(_line(each))
+                click.echo(_line(stage))
         settings = {"precision": target.precision, "optimizer_state": target.optimizer_state}
-        met = all(each["met"] for each in stages)
+        met = all(stage["met"] for stage in stages)
         tables.append({**settings, "target_bytes": target.budget, "met": met, "stages": stages})
-    whole, along, loss = network()
-    others = baselines(CutNetwork(whole, along, loss, CLASSES), BATCH)
-    found |= {"budgets": tables, "baselines": others}
+    all_stages, stage_shapes, loss = network()
+    others = baselines(CutNetwork(all_stages, stage_shapes, loss, CLASSES), BATCH)
+    document |= {"budgets": tables, "baselines": others}
     if as_json:
-        click.echo(json.dumps(found, indent=2))
+        click.echo(json.dumps(document, indent=2))
         return
     click.echo("the whole network")
     for name, size in others.items():
         click.echo(f"  {name}: {format_size(size)}")
 
 
-def _line(each: dict[str, Any]) -> str:
-    if "refused" in each:
-        return f"  {each['stage']} {each['name']}: {each['refused']}: MISSED"
-    planned, counted = (format_size(each[f"{n}_peak_bytes"]) for n in ("planned", "counted"))
-    measured = each["measured_peak_bytes"]
+def _line(stage: dict[str, Any]) -> str:
+    if "refused" in stage:
+        return f"  {stage['stage']} {stage['name']}: {stage['refused']}: MISSED"
+    planned, counted = (format_size(stage[f"{n}_peak_bytes"]) for n in ("planned", "counted"))
+    measured = stage["measured_peak_bytes"]
     real = "" if measured is None else f", {format_size(measured)} measured"
-    verdict = "" if each["met"] else ": MISSED"
-    verdict = ", in another mode than planned" * (each["as_planned"] is False) + verdict
+    verdict = "" if stage["met"] else ": MISSED"
+    verdict = ", in another mode than planned" * (stage["as_planned"] is False) + verdict
     return (
-        f"  {each['stage']} {each['name']}: {each['mode']} {each['micro_batch']}, "
+        f"  {stage['stage']} {stage['name']}: {stage['mode']} {stage['micro_batch']}, "
         f"{counted} counted, {planned} planned{real}{verdict}"
     )
 

@@ -1,12 +1,12 @@
-"""What a process that trains a network on a CPU takes, beside what its budget counts.
+"""The resident memory of a process that trains a network on a CPU, compared with its budget.
 
-A budget is of tensors. The process also has its libraries, what operators need while they
-compute, and what the C library keeps. A narrow VGG11B, or with `--multiplier 3` the paper's largest
-network, is trained on noise by `greedy.GreedyTrainer` in a process of its own and then evaluated.
-Linux counts the process's highest resident memory (VmHWM) anew for each phase of a stage. Prints a
-line a stage: what was counted for its step, the highest of each phase, and by how much the highest
-of all is beyond a process that only imports the package; the ratio is that to what was counted. The
-limit of the whole is the budget plus 1 GiB.
+A budget counts tensors. The process also has its libraries, the working memory of operators, and
+memory that the C library does not return. A narrow VGG11B, or with `--multiplier 3` the paper's
+largest network, is trained on noise by `greedy.GreedyTrainer` in a new process and then evaluated.
+The peak of the process's resident memory (Linux's VmHWM) is reset after each phase of a stage.
+Prints a line for each stage: the counted memory of its step, the peak of each phase, and the
+highest peak less the memory of a process that only imports the package, also as a multiple of the
+counted memory. The limit of the whole process is the budget plus 1 GiB.
 """
 
 import json
@@ -34,21 +34,23 @@ PHASES = ("steps", "checkpoint", "store", "rest")
 
 
 def resident(name: str, status: str) -> int:
-    """Bytes of a process's status file: ``VmRSS`` now, ``VmHWM`` at most."""
+    """Returns the bytes in a line of a process's status file: ``VmRSS``, the resident memory now,
+    or ``VmHWM``, its peak."""
     line = next(line for line in status.splitlines() if line.startswith(f"{name}:"))
     return 1024 * int(line.split()[1])
 
 
 def peak_since_last() -> int:
-    """The most bytes that this process had in memory since it was last asked."""
-    found = resident("VmHWM", Path("/proc/self/status").read_text(encoding="ascii"))
+    """Returns the peak of this process's resident memory in bytes since the last call."""
+    peak = resident("VmHWM", Path("/proc/self/status").read_text(encoding="ascii"))
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return found
+    return peak
 
 
 class Phases(Reporter):
-    """Peaks by stage and phase, in bytes. The test images are with the checkpoint of an epoch, the
-    weights and what a store's ranges are taken from with the store."""
+    """Records the peaks of each stage by phase, in bytes. Evaluating the test images belongs to the
+    phase `checkpoint`; saving the weights and fitting the ranges of an encoding belong to
+    `store`."""
 
     def __init__(self) -> None:
         self.stages: list[dict[str, Any]] = []
@@ -83,14 +85,14 @@ class Phases(Reporter):
 
 
 def noise(rows: int) -> TensorDataset:
-    """Images of CIFAR-10's shape, of ten classes."""
+    """Returns random images of CIFAR-10's shape, of ten classes."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(0, 256, (rows, 3, 32, 32), dtype=torch.uint8, generator=generator)
     return TensorDataset(values, torch.arange(rows) % 10)
 
 
 def measured(run: Path, settings: tuple[str, ...], images: int, test_images: int) -> dict[str, Any]:
-    """Measures this process, which trains and evaluates."""
+    """Trains and evaluates a network. Returns the peaks of this process."""
     phases = Phases()
     recipe = load("cifar10/vgg11b-3x-predsim", settings)
     trainer = GreedyTrainer.from_recipe(recipe, run, device="cpu", reporter=phases)
@@ -100,28 +102,29 @@ def measured(run: Path, settings: tuple[str, ...], images: int, test_images: int
 
 
 def in_new_process(*arguments: str) -> str:
-    """What Python prints, given these arguments."""
+    """Runs Python with some arguments and returns its output."""
     command = [sys.executable, *arguments]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
-def summary(found: dict[str, Any], bare: int, budget: int) -> dict[str, Any]:
-    """Adds the highest of each stage and of all, and what they are beyond a bare process."""
-    for stage in found["stages"]:
+def summary(peaks: dict[str, Any], bare: int, budget: int) -> dict[str, Any]:
+    """Adds the highest peak of each stage and of the whole, and how far they exceed the memory of a
+    bare process."""
+    for stage in peaks["stages"]:
         stage["beyond_bare_bytes"] = max(stage["resident_bytes"].values()) - bare
         stage["ratio"] = round(stage["beyond_bare_bytes"] / stage["counted_bytes"], 2)
-    peak = max(*(bare + s["beyond_bare_bytes"] for s in found["stages"]), found["evaluate_bytes"])
+    peak = max(*(bare + s["beyond_bare_bytes"] for s in peaks["stages"]), peaks["evaluate_bytes"])
     whole = {"budget_bytes": budget, "bare_bytes": bare, "peak_bytes": peak}
     limit = budget + ALLOWANCE
-    return found | whole | {"limit_bytes": limit, "within_limit": peak <= limit}
+    return peaks | whole | {"limit_bytes": limit, "within_limit": peak <= limit}
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("--multiplier", default=1.0, show_default=True, help="Of the network's channels.")
-@click.option("--budget", default="128MiB", show_default=True, help="Of memory.")
+@click.option("--multiplier", default=1.0, show_default=True, help="Factor on all channels.")
+@click.option("--budget", default="128MiB", show_default=True, help="The memory budget.")
 @click.option("--precision", default="float32", show_default=True)
-@click.option("--images", default=130, show_default=True, help="That are trained on.")
+@click.option("--images", default=130, show_default=True, help="Number of training images.")
 @click.option("--test-images", default=20, show_default=True)
 @click.option("--measure", type=click.Path(path_type=Path), hidden=True)
 def main(
@@ -133,7 +136,7 @@ def main(
     test_images: int,
     measure: Path | None,
 ) -> None:
-    """Prints what training stage by stage takes in resident memory."""
+    """Print the resident memory that training stage by stage takes."""
     if measure:
         settings: tuple[str, ...] = (
             f"model.feature_multiplier={multiplier}",
@@ -146,13 +149,13 @@ def main(
         return
     with tempfile.TemporaryDirectory() as directory:
         again = [__file__, *sys.argv[1:], "--measure", f"{directory}/run"]
-        found = json.loads(in_new_process(*again))
+        peaks_by_stage = json.loads(in_new_process(*again))
     bare = resident("VmRSS", in_new_process("-c", BARE))
-    found = summary(found, bare, parse_size(budget))
+    document = summary(peaks_by_stage, bare, parse_size(budget))
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(json.dumps(document))
         return
-    for stage in found["stages"]:
+    for stage in document["stages"]:
         peaks = ", ".join(f"{k} {format_size(v)}" for k, v in stage["resident_bytes"].items() if v)
         click.echo(
             f"{stage['stage']} {stage['name']}, {stage['memory_mode']}: counted "
@@ -160,7 +163,7 @@ def main(
             f"{format_size(stage['beyond_bare_bytes'])}, {stage['ratio']:.2f} times counted"
         )
     for name in ("bare_bytes", "evaluate_bytes", "peak_bytes", "limit_bytes", "within_limit"):
-        click.echo(f"{name}: {found[name]}")
+        click.echo(f"{name}: {document[name]}")
 
 
 if __name__ == "__main__":

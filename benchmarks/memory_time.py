@@ -1,8 +1,8 @@
-"""What the memory modes cost in time, against the plain step of the same stage.
+"""The time of a step in each memory mode, compared with the plain step of the same stage.
 
-For stages of VGG11B(3x) on CIFAR-10 shapes: the modes that a batch of 128 rows gets under 768 MiB
-and under 1.5 GiB in float32. Steps are timed on fewer rows, in the micro-batches so chosen,
-interleaved; a ratio is that of medians.
+For stages of VGG11B(3x) on CIFAR-10 shapes: the modes that are chosen for a batch of 128 rows under
+768 MiB and under 1.5 GiB in float32. Interleaved steps on fewer rows, in micro-batches of the
+chosen size, are timed; a ratio is that of medians.
 """
 
 import json
@@ -29,35 +29,35 @@ BUDGETS = {"768MiB": (768 * 2**20, 1.9), "1.5GiB": (1536 * 2**20, 1.35)}
 
 
 def network(multiplier: float) -> list[tuple[Stage, StageShapes]]:
-    """The stages on the meta device, with their shapes."""
+    """Returns the stages on the meta device, with their shapes."""
     with torch.device("meta"):
         stages = cut(vgg11b(3, 32, CLASSES, feature_multiplier=multiplier, dropout=0.2))
     return list(zip(stages, shapes(stages, (3, 32, 32)), strict=True))
 
 
 def chosen(stage: Stage, shape: StageShapes, budget: int) -> Choice:
-    """The mode for a whole batch, on a device with memory of its own."""
+    """Returns the mode for a whole batch on a device with its own memory."""
     what = (stage, shape, PredSim(), CLASSES, BATCH, "float32", fused_adam, "meta")
     return choose(StepDemand(*what, math.prod(shape.input)), budget)
 
 
 def learner(stage: Stage, shape: StageShapes) -> Learner:
-    """A stage with weights, ready to train."""
+    """Returns a stage with weights, ready to train."""
     loss = PredSim()
     stage = stage.to_empty(device="cpu")
     for module in stage.layer:
         if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm1d | nn.BatchNorm2d):
             module.reset_parameters()
-    found = Learner(stage, loss.heads(shape.hidden, CLASSES), loss, CLASSES, "float32")
-    found.optimizer = torch.optim.Adam(found.parameters(), lr=5e-4, fused=True)
-    found.train()
-    return found
+    learner = Learner(stage, loss.heads(shape.hidden, CLASSES), loss, CLASSES, "float32")
+    learner.optimizer = torch.optim.Adam(learner.parameters(), lr=5e-4, fused=True)
+    learner.train()
+    return learner
 
 
 def seconds(
     learning: Learner, batch: Batch, memories: Sequence[StepMemory], repetitions: int
 ) -> list[float]:
-    """The median time of a step with each memory."""
+    """Measures the median time of a step in each memory mode, in seconds."""
     times: list[list[float]] = [[] for _ in memories]
     for _ in range(repetitions + 1):  # the first warms up
         for memory, taken in zip(memories, times, strict=True):
@@ -70,13 +70,13 @@ def seconds(
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("--rows", default=16, show_default=True, help="Of the batch that is timed.")
+@click.option("--rows", default=16, show_default=True, help="Rows in the batch that is timed.")
 @click.option("--repetitions", default=3, show_default=True)
-@click.option("--multiplier", default=3.0, show_default=True, help="Of the network's channels.")
-@click.option("--stages", default="2,4,6,7", show_default=True, help="Those to be timed.")
+@click.option("--multiplier", default=3.0, show_default=True, help="Factor on all channels.")
+@click.option("--stages", default="2,4,6,7", show_default=True, help="Numbers of the stages.")
 def main(as_json: bool, rows: int, repetitions: int, multiplier: float, stages: str) -> None:
     """Time the memory modes."""
-    found = []
+    results = []
     all_stages = network(multiplier)
     for number in map(int, stages.split(",")):
         stage, shape = all_stages[number - 1]
@@ -90,11 +90,11 @@ def main(as_json: bool, rows: int, repetitions: int, multiplier: float, stages: 
             ratio = round(taken / times[0], 3)
             row = {"stage": number, "name": stage.name, "budget": name, "mode": choice.mode}
             row |= {"micro_batch": memory.micro_batch, "peak_memory_bytes": choice.peak_bytes}
-            found.append(row | {"ratio_plain": ratio, "target": BUDGETS[name][1]})
+            results.append(row | {"ratio_plain": ratio, "target": BUDGETS[name][1]})
             if not as_json:
                 click.echo(f"{number} {stage.name} {name}: {memory.mode}, {ratio:.2f} times plain")
     if as_json:
-        click.echo(json.dumps({"rows": found}))
+        click.echo(json.dumps({"rows": results}))
 
 
 if __name__ == "__main__":

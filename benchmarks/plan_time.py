@@ -1,8 +1,8 @@
-"""How far the times that `greedy plan` tells are from those that training takes.
+"""The times that `greedy plan` forecasts, compared with those that training takes.
 
 Measures the machine as `greedy bench` does, plans a recipe, trains it in a temporary directory, and
-prints for each stage and in all the time that was planned over the time that was taken. Nothing is
-kept: what `greedy bench` has written stays as it is.
+prints for each stage and for all of them the planned time over the time taken. Nothing is saved,
+and measurements of `greedy bench` stay as they are.
 """
 
 import json
@@ -22,7 +22,7 @@ from greedy.trainer import GreedyTrainer
 
 
 def calibrated(bench: Bench, seconds: float) -> Calibration:
-    """Every stage measured, those of earlier days left out."""
+    """Returns a calibration from measuring every stage, without earlier measurements."""
     known = Calibration.begin(bench.device, peak_flops(bench.device))
     known = known.model_copy(update={"measured": []})
     for number in range(1, len(bench.memory.network) + 1):
@@ -32,10 +32,10 @@ def calibrated(bench: Bench, seconds: float) -> Calibration:
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("--recipe", default="demo", show_default=True, help="To be planned and trained.")
+@click.option("--recipe", default="demo", show_default=True, help="The recipe to plan and train.")
 @click.option("--measured", help="The recipe to measure  [default: the same].")
-@click.option("--epochs", default=2, show_default=True, help="Of every stage.")
-@click.option("--seconds", default=3.0, show_default=True, help="Of measuring, a stage.")
+@click.option("--epochs", default=2, show_default=True, help="Epochs of every stage.")
+@click.option("--seconds", default=3.0, show_default=True, help="Time to measure each stage.")
 @click.option("--device", default="auto", show_default=True)
 @click.option("--set", "settings", multiple=True, help="As for `greedy train`.")
 def main(
@@ -47,7 +47,7 @@ def main(
     device: str,
     settings: tuple[str, ...],
 ) -> None:
-    """Print planned over taken time."""
+    """Print planned times over times taken."""
     wanted = load(recipe, [f"training.epochs={epochs}", *settings])
     benched = load(measured, settings) if measured else wanted
     calibration = calibrated(Bench.of(benched, device), seconds)

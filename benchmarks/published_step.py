@@ -1,10 +1,10 @@
-"""The published training step, written plainly, as what our own steps are compared with.
+"""The published training step, written plainly, for comparison with the steps of this project.
 
-All layers of a network in one pass, each trained by its own predsim loss with an Adam of its own
-before the next layer gets its output: float32, NCHW, eager. It uses nothing of this project, so
-that no change here makes the comparison faster or slower.
+It trains all layers of a network in one pass, each by its predsim loss and its Adam, before the
+next layer gets its output: in float32, NCHW, eager. It uses nothing of this project, so that no
+change in the project makes it faster or slower.
 
-Run as a program it prints images a second for VGG8B on CIFAR-10 shapes.
+As a program it prints the images a second of VGG8B on CIFAR-10 shapes.
 """
 
 import json
@@ -26,8 +26,8 @@ BETA, POOL_TARGET, DROPOUT, RATE = 0.99, 2048, 0.2, 5e-4
 
 
 def similarity(x: Tensor) -> Tensor:
-    """The correlation of every pair of rows of (B, F), or of (B, C, H, W) through the standard
-    deviation of each feature map."""
+    """Computes the correlation (B, B) of every pair of rows of (B, F), or of the standard
+    deviations of the feature maps of (B, C, H, W)."""
     if x.dim() == 4:
         x = x.flatten(2).std(dim=2) if x.shape[1] > 3 and x.shape[2] > 1 else x.flatten(1)
     centred = x - x.mean(dim=1, keepdim=True)
@@ -36,7 +36,8 @@ def similarity(x: Tensor) -> Tensor:
 
 
 class Layer(nn.Module):
-    """A hidden layer with its local heads and its optimiser. ``side`` is 0 for a linear one."""
+    """A hidden layer with its local heads and its optimiser; ``side`` is the height of its input, 0
+    for a linear layer."""
 
     def __init__(self, inputs: int, outputs: int, side: int, classes: int, *, pool: bool) -> None:
         super().__init__()
@@ -63,12 +64,12 @@ class Layer(nn.Module):
         self.optimizer = torch.optim.Adam(self.parameters(), lr=RATE)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What the next layer gets."""
+        """Computes the input of the next layer."""
         out = self.dropout(F.leaky_relu(self.norm(self.encoder(x)), 0.01))
         return F.max_pool2d(out, 2) if self.pool else out
 
     def step(self, x: Tensor, labels: Tensor, onehot: Tensor) -> Tensor:
-        """Trains on the activations of the layer before; returns what the next one gets."""
+        """Trains on the output of the layer before. Returns the input of the next one."""
         h = F.leaky_relu(self.norm(self.encoder(x)), 0.01)
         p = self.classifier((self.average(h) if self.side else h).flatten(1))
         l_sim = F.mse_loss(similarity(self.similarity(h)), similarity(onehot))
@@ -91,12 +92,12 @@ class Output(nn.Module):
         self.optimizer = torch.optim.Adam(self.parameters(), lr=RATE)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The logits."""
+        """Computes the logits."""
         logits: Tensor = self.classifier(x)
         return logits
 
     def step(self, x: Tensor, labels: Tensor, onehot: Tensor) -> Tensor:
-        """Trains; returns the logits."""
+        """Trains on the output of the layer before. Returns the logits."""
         p = self.classifier(x)
         loss = (1 - BETA) * F.cross_entropy(p, labels)
         self.optimizer.zero_grad()
@@ -126,7 +127,7 @@ class Published:
         self.layers.append(Output(1024, classes))
 
     def step(self, images: Tensor, labels: Tensor) -> list[float]:
-        """Trains every layer on a batch. Returns the seconds that each took."""
+        """Trains every layer on a batch. Returns the seconds that each layer took."""
         onehot = F.one_hot(labels, self.classes).float()
         x, seconds = images, []
         for layer in self.layers:
@@ -170,26 +171,26 @@ class EndToEnd(Published):
 
 
 def batch(rows: int, side: int = 32, classes: int = 10) -> tuple[Tensor, Tensor]:
-    """Images and labels of CIFAR-10's shape, on torch's default device."""
+    """Returns random images and labels of CIFAR-10's shape, on torch's default device."""
     return torch.randn(rows, 3, side, side), torch.randint(classes, (rows,))
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("--rows", default=128, show_default=True, help="Of a batch.")
-@click.option("--steps", default=3, show_default=True, help="Timed, after one that warms up.")
-@click.option("--multipliers", default="0.25,0.5,1", show_default=True, help="Of the channels.")
+@click.option("--rows", default=128, show_default=True, help="Rows in a batch.")
+@click.option("--steps", default=3, show_default=True, help="Steps to time, after one more.")
+@click.option("--multipliers", default="0.25,0.5,1", show_default=True, help="Factors on channels.")
 def main(as_json: bool, rows: int, steps: int, multipliers: str) -> None:
     """Time the published step of VGG8B."""
-    found = {}
+    rates = {}
     for multiplier in multipliers.split(","):
         network = Published(float(multiplier))
         times = [sum(network.step(*batch(rows))) for _ in range(steps + 1)][1:]
-        found[multiplier] = round(rows / statistics.median(times), 2)
+        rates[multiplier] = round(rows / statistics.median(times), 2)
     if as_json:
-        click.echo(json.dumps({"images_per_second": found, "threads": torch.get_num_threads()}))
+        click.echo(json.dumps({"images_per_second": rates, "threads": torch.get_num_threads()}))
     else:
-        for multiplier, rate in found.items():
+        for multiplier, rate in rates.items():
             click.echo(f"VGG8B({multiplier}x): {rate:,.1f} images/s")
 
 

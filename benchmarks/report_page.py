@@ -1,9 +1,9 @@
-"""How large the page of `greedy report` is about a run of 10 stages and 400 epochs, and how long
-headless Chromium takes to draw it.
+"""The size of the page of `greedy report` about a run of 10 stages and 400 epochs, and the time
+that headless Chromium takes to draw it.
 
-The run is made up: a small network is trained for an epoch, and its histories and records then tell
-of 400. Drawing is timed from the page's opening until every chart is there, after a first time that
-warms the browser up.
+The run is made up: a small network is trained for one epoch, then histories of 400 epochs are
+written. Drawing is timed from opening the page until every chart is drawn; the first time is not
+counted.
 """
 
 import json
@@ -36,7 +36,7 @@ SETTINGS = [
 
 
 def made_up_run(path: Path) -> RunDirectory:
-    """A run directory of 10 stages, each with a history of 400 epochs."""
+    """Writes and returns a run of 10 stages, each with a history of 400 epochs."""
     short, whole = (
         load("fashion-mnist/mlp-predsim", [*SETTINGS, f"training.epochs={epochs}"])
         for epochs in (1, EPOCHS)
@@ -65,7 +65,7 @@ def made_up_run(path: Path) -> RunDirectory:
 
 
 def _history(generator: np.random.Generator) -> list[EpochReport]:
-    """Errors that fall, with noise."""
+    """Returns the reports of epochs in which errors fall, with noise."""
     falling = 5 + 40 * np.exp(-np.arange(EPOCHS) / 60)
     train, test = (falling * generator.uniform(0.9, 1.1, EPOCHS) for _ in range(2))
     return [
@@ -84,7 +84,7 @@ def _history(generator: np.random.Generator) -> list[EpochReport]:
 
 
 def draw(page: Path, times: int) -> list[int]:
-    """Milliseconds of each drawing but the first."""
+    """Draws a page several times. Returns the milliseconds that each time but the first took."""
     with Browser() as browser:
         browser.size(1280, 900)
         return [browser.open_report(page) for _ in range(times + 1)][1:]
@@ -92,14 +92,14 @@ def draw(page: Path, times: int) -> list[int]:
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("--times", default=5, show_default=True, help="To draw the page.")
+@click.option("--times", default=5, show_default=True, help="How often to draw the page.")
 def main(as_json: bool, times: int) -> None:
-    """Print the page's size and drawing time, and what they may be."""
+    """Print the page's size and drawing time, and their limits."""
     with tempfile.TemporaryDirectory() as directory:
         run = made_up_run(Path(directory) / "run")
         page = write_report([run], Path(directory) / "report.html", device="cpu")
         size, drawn = page.stat().st_size, draw(page, times)
-    found = {
+    document = {
         "stages": STAGES,
         "epochs": EPOCHS,
         "page_bytes": size,
@@ -110,12 +110,12 @@ def main(as_json: bool, times: int) -> None:
         "met": size < MOST_BYTES and statistics.median(drawn) / 1000 < MOST_SECONDS,
     }
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(json.dumps(document))
         return
     click.echo(
         f"{STAGES} stages, {EPOCHS} epochs: {size / 1e6:.2f} MB (under {MOST_BYTES / 1e6:g}), "
-        f"drawn in {found['drawn_seconds']:.2f} s, at most {found['slowest_seconds']:.2f} (under "
-        f"{MOST_SECONDS:g})"
+        f"drawn in {document['drawn_seconds']:.2f} s, at most {document['slowest_seconds']:.2f} "
+        f"(under {MOST_SECONDS:g})"
     )
 
 

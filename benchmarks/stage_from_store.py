@@ -1,8 +1,8 @@
-"""What training from a store costs, against training from the same activations in memory.
+"""The time of training from a store, compared with training from the same activations in memory.
 
-Prints the ratio of the time of one epoch from a uint8 store on disk, read window by window, to
-one from a float32 tensor: for stage 2 of VGG8B at half width on CIFAR-10 shapes, and for stage 2
-of the 3x1024 MLP. Medians of interleaved pairs.
+Prints the time of an epoch from a uint8 store on disk, read window by window, over that of an epoch
+from a float32 tensor: for stage 2 of VGG8B at half width on CIFAR-10 shapes, and for stage 2 of the
+3x1024 MLP. Ratios are medians over interleaved pairs of epochs.
 """
 
 import json
@@ -48,7 +48,7 @@ class InMemory(Source):
 
 
 class InMemoryEpoch:
-    """Its rows, permuted."""
+    """The permuted rows of an epoch of ``InMemory``."""
 
     def __init__(self, values: Tensor, labels: Tensor) -> None:
         self.values, self.labels, self.rows = values, labels, len(labels)
@@ -59,13 +59,13 @@ class InMemoryEpoch:
 
 
 def activations(rows: int, shape: Shape) -> np.ndarray:
-    """Like those of a trained stage: leaky ReLU of normal numbers."""
+    """Returns activations like those of a trained stage: leaky ReLU of normal numbers."""
     values = np.random.default_rng(0).standard_normal((rows, *shape), dtype=np.float32)
     return np.where(values > 0, values, 0.01 * values)
 
 
 def write(path: Path, values: np.ndarray, labels: np.ndarray) -> Store:
-    """The activations as a uint8 store."""
+    """Writes the activations as a uint8 store and opens it."""
     encoding = fit_encoding("uint8", values[:2048])
     with StoreWriter(
         path,
@@ -81,7 +81,7 @@ def write(path: Path, values: np.ndarray, labels: np.ndarray) -> Store:
 
 
 def learner(network: nn.Sequential, image: Shape) -> Learner:
-    """Stage 2 of a network, ready to train."""
+    """Returns stage 2 of a network, ready to train."""
     stages = cut(network)
     stage, shape = stages[1], shapes(stages, image)[1]
     loss = PredSim()
@@ -93,7 +93,8 @@ def learner(network: nn.Sequential, image: Shape) -> Learner:
 
 
 def ratio(network: nn.Sequential, image: Shape, rows: int, pairs: int, directory: Path) -> float:
-    """The median over pairs of epochs of time from the store over time from memory."""
+    """Measures the median ratio, over pairs of epochs, of the time from a store to that from
+    memory."""
     learning = learner(network, image)
     shape = shapes(cut(network), image)[1].input
     values, labels = activations(rows, shape), np.random.default_rng(1).integers(0, CLASSES, rows)
@@ -126,21 +127,21 @@ def ratio(network: nn.Sequential, image: Shape, rows: int, pairs: int, directory
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--pairs", default=5, show_default=True, help="Interleaved pairs of epochs.")
 def main(as_json: bool, pairs: int) -> None:
-    """Prints the cost of training from a store, relative to training from memory."""
+    """Print the time of training from a store over that of training from memory."""
     cases: dict[str, Callable[[Path], float]] = {
         "conv": lambda d: ratio(
             vgg8b(3, 32, CLASSES, feature_multiplier=0.5, dropout=0.2), (3, 32, 32), 1024, pairs, d
         ),
         "mlp": lambda d: ratio(mlp(dropout=0.025), (1, 28, 28), 30_000, pairs, d),
     }
-    found = {}
+    ratios = {}
     for name, case in cases.items():
         with tempfile.TemporaryDirectory() as directory:
-            found[name] = round(case(Path(directory)), 4)
+            ratios[name] = round(case(Path(directory)), 4)
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(json.dumps(ratios))
     else:
-        for name, value in found.items():
+        for name, value in ratios.items():
             click.echo(f"{name}: {value:.3f} times the time of training from memory")
 
 

@@ -1,18 +1,19 @@
-"""How fast a stage trains from its store, against the machine and against the published step.
+"""The time of each stage's step from its store, compared with the machine's peak and with the
+published step.
 
-Every stage of VGG8B or VGG11B on CIFAR-10 shapes trains for a few steps as `greedy train` does: a
-store on disk, read ahead, decoded, the same loop and step, compiled where a run over CIFAR-10 would
-compile it. In between, in the same process, the published step of all layers at once
-(`published_step.py`). Times are medians over interleaved rounds. A GPU is waited for after every
-step and layer, which only makes ours slower: a run does not wait.
+Every stage of VGG8B or VGG11B on CIFAR-10 shapes trains for a few steps as `greedy train` does:
+from a store on disk that is read ahead and decoded, with the same loop and step, compiled if a run
+over CIFAR-10 would compile it. The published step of all layers at once (`published_step.py`) is
+timed in between, in the same process. Times are medians over interleaved rounds. A GPU is waited
+for after every step and layer, which makes only our steps slower than in a run.
 
-- `share_of_peak`: floating-point operations of the plain step a second, of what the best product
-  of bfloat16 matrices reaches on the same threads.
-- `wait_share`: of a step, for its rows to be there.
-- `ratio_published_step`: the published step's time for the same layer, over ours.
-- `epoch_ratio_published_step`: the published step's time, over the sum of ours.
+- `share_of_peak`: the floating-point operations a second of the plain step, as a share of those of
+  the fastest product of bfloat16 matrices on the same threads.
+- `wait_share`: the share of a step that is spent waiting for its rows.
+- `ratio_published_step`: the published step's time for the same layer over ours.
+- `epoch_ratio_published_step`: the published step's time over the sum of our stages' times.
 - `epoch_ratio_backprop`: with `--backprop`, the time of a step of plain end-to-end back-propagation
-  (float32, eager) through the same network, over the sum of ours.
+  (float32, eager) through the same network over the sum of our stages' times.
 """
 
 import json
@@ -57,7 +58,7 @@ RUN_ROWS = 50_000  # of the data set whose run decides about compiling
 
 
 class Clock(Reporter):
-    """The time of each step but the first, for which reading only begins."""
+    """Records the time of each step but the first, for which reading has to begin."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -76,36 +77,36 @@ class Clock(Reporter):
 
 
 class Waits(EpochBatches):
-    """An epoch that notes how long each batch but the first was waited for."""
+    """An epoch that records the seconds spent waiting for each batch but the first."""
 
     seconds: list[float]
 
     def __iter__(self) -> Iterator[Any]:
         batches = super().__iter__()
-        for number in range(len(self.loader)):
+        yield next(batches)
+        start = time.perf_counter()
+        for computed in batches:
+            self.seconds.append(time.perf_counter() - start)
+            yield computed
             start = time.perf_counter()
-            found = next(batches)
-            if number:
-                self.seconds.append(time.perf_counter() - start)
-            yield found
 
 
 @dataclass(frozen=True)
 class TimedSource(Source):
     """A source whose waits are noted."""
 
-    waits: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
 
     def epoch_batches(self, *args: Any, **settings: Any) -> EpochBatches:
         found = super().epoch_batches(*args, **settings)
         timed = Waits(found.source, found.loader, found.draws)
-        object.__setattr__(timed, "seconds", self.waits)
+        object.__setattr__(timed, "seconds", self.seconds)
         return timed
 
 
 @dataclass
 class Timed:
-    """A stage in training, with what its steps took so far."""
+    """A stage in training, with the times of its steps so far."""
 
     number: int
     name: str
@@ -126,14 +127,15 @@ class Timed:
             pass
 
     def warm_up(self) -> None:
-        """Compiles what is compiled, and forgets the steps."""
+        """Trains for an epoch, in which the step is compiled, and drops its times."""
         self.train()
         self.clock.steps.clear()
         self.waits.clear()
 
 
 def write_store(path: Path, shape: Shape, rows: int, *, raw: bool) -> Store:
-    """Images, or activations like those of a trained stage: leaky ReLU of normal numbers."""
+    """Writes and opens a store of random images if ``raw``, else of activations like those of a
+    trained stage: leaky ReLU of normal numbers."""
     random = np.random.default_rng(0)
     block = (min(rows, max(1, BLOCK_VALUES // math.prod(shape))), *shape)
     values: np.ndarray
@@ -168,7 +170,8 @@ def stages(
     *,
     graphs: bool,
 ) -> Iterator[Timed]:
-    """Yields those stages of the recipe's network, or all, each with its own store."""
+    """Yields the stages ``numbers`` of the recipe's network, by default all, each with its
+    store."""
     network = cut(build_network(recipe.model, IMAGE, CLASSES))
     size = recipe.training.batch_size
     once = recipe.training.model_copy(update={"epochs": 1})
@@ -205,7 +208,7 @@ def stages(
             ample_memory=True,
         )
         name = "output" if is_output else stage.name
-        yield Timed(stage.number, name, flops, learner, epochs, clock, source.waits)
+        yield Timed(stage.number, name, flops, learner, epochs, clock, source.seconds)
 
 
 def measure(
@@ -219,79 +222,79 @@ def measure(
     graphs: bool = True,
     backprop: bool = False,
 ) -> dict[str, Any]:
-    """The document that is printed."""
+    """Measures all stages and returns the document to print."""
     size = recipe.training.batch_size
     set_determinism(device, False)
     with device:
         what = (recipe.model.feature_multiplier, recipe.model.network)
         published, whole = Published(*what), EndToEnd(*what) if backprop else None
-        given = batch(size)
-    theirs: list[list[float]] = []
-    peaks, through = [], []
+        images_and_labels = batch(size)
+    published_times: list[list[float]] = []
+    peaks, backprop_times = [], []
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
         timed = list(stages(recipe, precision, steps, device, place, numbers, graphs=graphs))
-        published.step(*given)
+        published.step(*images_and_labels)
         if whole:
-            whole.whole_step(*given)
-        for _ in range(2):  # compiling a stage for the first time throws away those before it
-            for each in timed:
-                each.warm_up()
+            whole.whole_step(*images_and_labels)
+        for _ in range(2):  # compiling a stage for the first time drops what was compiled before
+            for stage in timed:
+                stage.warm_up()
         for _ in range(rounds):
             peaks.append(peak_flops(device))
-            theirs.append(published.step(*given))
+            published_times.append(published.step(*images_and_labels))
             if whole:
-                through.append(whole.whole_step(*given))
-            for each in timed:
-                each.train()
+                backprop_times.append(whole.whole_step(*images_and_labels))
+            for stage in timed:
+                stage.train()
     peak = statistics.median(peaks)
-    layers = [statistics.median(seconds) for seconds in zip(*theirs, strict=True)]
-    joint = statistics.median(map(sum, theirs))
-    ours = sum(each.seconds for each in timed)
-    found = {
+    layers = [statistics.median(seconds) for seconds in zip(*published_times, strict=True)]
+    published_seconds = statistics.median(map(sum, published_times))
+    stage_seconds = sum(stage.seconds for stage in timed)
+    document = {
         "network": recipe.model.network,
         "device": device_name(device),
         "multiplier": recipe.model.feature_multiplier,
         "precision": precision,
         "threads": torch.get_num_threads(),
         "peak_gflops": round(peak / 1e9, 1),
-        "published_images_per_second": round(size / joint, 2),
+        "published_images_per_second": round(size / published_seconds, 2),
         "stages": [
             {
-                "stage": each.number,
-                "name": each.name,
-                "compiled": bool(each.learner.compiled_rows),
-                "graphs": bool(each.learner.graph_rows),
-                "images_per_second": round(size / each.seconds, 1),
-                "share_of_peak": round(each.flops / each.seconds / peak, 3),
-                "wait_share": round(statistics.median(each.waits) / each.seconds, 4),
-                "ratio_published_step": round(layers[each.number - 1] / each.seconds, 2),
+                "stage": stage.number,
+                "name": stage.name,
+                "compiled": bool(stage.learner.compiled_rows),
+                "graphs": bool(stage.learner.graph_rows),
+                "images_per_second": round(size / stage.seconds, 1),
+                "share_of_peak": round(stage.flops / stage.seconds / peak, 3),
+                "wait_share": round(statistics.median(stage.waits) / stage.seconds, 4),
+                "ratio_published_step": round(layers[stage.number - 1] / stage.seconds, 2),
             }
-            for each in timed
+            for stage in timed
         ],
     }
     if not numbers:
-        found["epoch_ratio_published_step"] = round(joint / ours, 2)
+        document["epoch_ratio_published_step"] = round(published_seconds / stage_seconds, 2)
     if whole:
-        seconds = statistics.median(through)
-        found["backprop_images_per_second"] = round(size / seconds, 2)
+        backprop_seconds = statistics.median(backprop_times)
+        document["backprop_images_per_second"] = round(size / backprop_seconds, 2)
         if not numbers:
-            found["epoch_ratio_backprop"] = round(seconds / ours, 2)
-    return found
+            document["epoch_ratio_backprop"] = round(backprop_seconds / stage_seconds, 2)
+    return document
 
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--network", type=click.Choice(list(NETWORKS)), default="vgg8b", show_default=True)
 @click.option("--device", "place", default="cpu", show_default=True, help="cpu or cuda.")
-@click.option("--multiplier", default=0.5, show_default=True, help="Of the network's channels.")
+@click.option("--multiplier", default=0.5, show_default=True, help="Factor on all channels.")
 @click.option("--precision", default="auto", show_default=True)
 @click.option("--compile", "compiling", default="auto", show_default=True)
-@click.option("--graphs/--no-graphs", default=True, help="As CUDA graphs.")
-@click.option("--stages", default="", help="Numbers of those that are timed  [default: all].")
+@click.option("--graphs/--no-graphs", default=True, help="Launch steps as CUDA graphs.")
+@click.option("--stages", default="", help="Numbers of the stages to time  [default: all].")
 @click.option("--backprop", is_flag=True, help="Time end-to-end back-propagation too.")
-@click.option("--rows", default=128, show_default=True, help="Of a batch.")
-@click.option("--steps", default=2, show_default=True, help="Timed, of a stage in a round.")
+@click.option("--rows", default=128, show_default=True, help="Rows in a batch.")
+@click.option("--steps", default=2, show_default=True, help="Steps of a stage in a round.")
 @click.option("--rounds", default=3, show_default=True)
 def main(
     as_json: bool,
@@ -318,25 +321,26 @@ def main(
         ],
     )
     device = pick_device(place)
-    numbers = [int(each) for each in stages.split(",") if each]
-    what = (recipe, pick_precision(precision, device), steps, rounds, device, numbers)
-    found = measure(*what, graphs=graphs, backprop=backprop)
+    numbers = [int(number) for number in stages.split(",") if number]
+    settings = (recipe, pick_precision(precision, device), steps, rounds, device, numbers)
+    document = measure(*settings, graphs=graphs, backprop=backprop)
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(json.dumps(document))
         return
     click.echo(
-        f"{network}({multiplier:g}x), batch {rows}, {found['device']}, {found['precision']}, "
-        f"{found['threads']} threads: peak {found['peak_gflops']:,.0f} GFLOP/s, published step "
-        f"{found['published_images_per_second']:,.1f} images/s"
+        f"{network}({multiplier:g}x), batch {rows}, {document['device']}, "
+        f"{document['precision']}, {document['threads']} threads: peak "
+        f"{document['peak_gflops']:,.0f} GFLOP/s, published step "
+        f"{document['published_images_per_second']:,.1f} images/s"
     )
-    for row in found["stages"]:
+    for row in document["stages"]:
         click.echo(
             f"{row['stage']} {row['name']}: {row['images_per_second']:,.0f} images/s, "
             f"{row['share_of_peak']:.0%} of the peak, waits {row['wait_share']:.1%}, "
             f"{row['ratio_published_step']:.2f} times the published step"
         )
     for name in ("published_step", "backprop"):
-        if (ratio := found.get(f"epoch_ratio_{name}")) is not None:
+        if (ratio := document.get(f"epoch_ratio_{name}")) is not None:
             click.echo(f"all stages: {ratio:.2f} times an epoch of {name}")
 
 

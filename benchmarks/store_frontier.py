@@ -1,10 +1,10 @@
-"""What each encoding and compressor costs and gives, on the activations of a trained network.
+"""Size, error and speed of each encoding and compressor, on the activations of a trained network.
 
 Trains a narrow VGG8B briefly and writes the frozen output of every stage with every encoding and
-compressor. Prints, as a Markdown table, bytes a value on disk (everything in the store: chunks,
-labels, index, metadata), the error of the encoding, and the rates of writing (encoding,
-compressing, to the disk) and of reading (checksum, decompressing; to the page cache's speed) in
-MB of float32 a second: medians of interleaved repetitions. Draws bytes against error and rate.
+compressor. Prints, as a Markdown table, the bytes on disk for each value (of everything in the
+store: chunks, labels, index, metadata), the error of the encoding, and the rates of writing
+(encoding, compressing, to the disk) and of reading (checksum, decompressing, from the page cache)
+in MB of float32 a second: medians of interleaved repetitions. Draws bytes against error and rate.
 """
 
 import json
@@ -39,7 +39,7 @@ Activations = NDArray[np.float32]
 
 @dataclass
 class Stage:
-    """What a stage's output is like."""
+    """Facts about a stage's output."""
 
     stage: int
     row_shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class Stage:
 
 @dataclass
 class Row:
-    """One stage's output in one encoding and compressor."""
+    """The measurements of a stage's output in one encoding and compressor."""
 
     stage: int
     encoding: str
@@ -62,13 +62,13 @@ class Row:
 
 
 def sample(split: Split, rows: int) -> ArraySplit:
-    """Some of a split's rows, drawn at random."""
+    """Returns some rows of a split, drawn at random."""
     drawn = np.random.default_rng(0).permutation(len(split))[:rows]
     return ArraySplit(*split.read(drawn))
 
 
 def train(name: str, directory: Path) -> Iterator[Activations]:
-    """The frozen output of each stage but the last, (rows, ...)."""
+    """Trains a network. Yields the frozen output (rows, ...) of each stage but the last."""
     whole = load_dataset(name)
     train, test = sample(whole.train, ROWS), sample(whole.test, TEST_ROWS)
     data = Dataset(whole.name, train, test, whole.class_names)
@@ -84,7 +84,7 @@ def train(name: str, directory: Path) -> Iterator[Activations]:
 
 
 def write(path: Path, values: Activations, encoding: Encoding, compressor: str) -> None:
-    """A store of the activations."""
+    """Writes a store of the activations."""
     rows = np.arange(len(values))
     with StoreWriter(
         path,
@@ -99,13 +99,14 @@ def write(path: Path, values: Activations, encoding: Encoding, compressor: str) 
 
 
 def error_percent(values: Activations, encoding: Encoding) -> float:
-    """Standard deviation of decoded less original, relative to that of the activations."""
+    """Returns the standard deviation of the decoded less the original values, in percent of that of
+    the original values."""
     difference = encoding.decode_array(encoding.encode(values)) - values
     return float(100 * difference.std() / values.std())
 
 
 def measure(stage: int, values: Activations, directory: Path) -> Iterator[Row]:
-    """A row for every encoding and compressor."""
+    """Yields the row of a stage's output for every encoding and compressor."""
     encodings = {name: fit_encoding(name, values) for name in ENCODINGS}
     errors = {name: error_percent(values, encoding) for name, encoding in encodings.items()}
     pairs = [(name, compressor) for name in ENCODINGS for compressor in COMPRESSORS]
@@ -134,7 +135,7 @@ def measure(stage: int, values: Activations, directory: Path) -> Iterator[Row]:
 
 
 def describe(number: int, values: Activations, directory: Path) -> Stage:
-    """A stage's activations and what its uint8 store holds beside them."""
+    """Returns the facts about a stage's output, and about its uint8 store."""
     store = Store(directory / f"{number}-uint8-none-0")
     chunks = store.layout.chunks * (store.chunk_rows * store.encoding.stored_row_bytes + CRC_BYTES)
     return Stage(
@@ -147,7 +148,8 @@ def describe(number: int, values: Activations, directory: Path) -> Stage:
 
 
 def over_convolutions(rows: list[Row], values: dict[int, int], encoding: str, by: str) -> Row:
-    """The rows of one encoding and compressor taken together, each stage by its values."""
+    """Returns the mean of the convolutional stages' rows for one encoding and compressor, weighted
+    by their numbers of values."""
     chosen = [
         row
         for row in rows
@@ -171,7 +173,7 @@ def over_convolutions(rows: list[Row], values: dict[int, int], encoding: str, by
 
 
 def table(stages: list[Stage], rows: list[Row], together: list[Row]) -> str:
-    """Both tables in Markdown."""
+    """Returns both tables in Markdown."""
     lines = [
         "| stage | row | rows a chunk | negative | of bytes a value: labels, index, metadata |",
         "|---|---|---|---|---|",
@@ -203,7 +205,8 @@ def table(stages: list[Stage], rows: list[Row], together: list[Row]) -> str:
 
 
 def draw(together: list[Row], path: Path) -> None:
-    """Bytes a value of the convolutions against the error and against the rate of reading."""
+    """Draws the bytes a value of the convolutional stages against the error and the reading
+    rate."""
     import matplotlib as mpl  # noqa: PLC0415
 
     mpl.use("svg")
@@ -241,16 +244,16 @@ def draw(together: list[Row], path: Path) -> None:
 @click.option("--data", default="fashion-mnist-sample", show_default=True, help="Data set.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(data: str, as_json: bool) -> None:
-    """Prints size, error and speed of every encoding and compressor, and draws them."""
+    """Print size, error and speed of every encoding and compressor, and draw them."""
     if find_spec("matplotlib") is None:
         raise click.UsageError("the picture needs matplotlib: pip install '.[plot]'")
     stages, rows, values = list[Stage](), list[Row](), dict[int, int]()
     with tempfile.TemporaryDirectory() as directory:
-        for number, found in enumerate(train(data, Path(directory) / "run"), start=1):
-            with tempfile.TemporaryDirectory(dir=directory) as beside:
-                rows += measure(number, found, Path(beside))
-                stages.append(describe(number, found, Path(beside)))
-            values[number] = found.size
+        for number, output in enumerate(train(data, Path(directory) / "run"), start=1):
+            with tempfile.TemporaryDirectory(dir=directory) as place:
+                rows += measure(number, output, Path(place))
+                stages.append(describe(number, output, Path(place)))
+            values[number] = output.size
     together = [
         over_convolutions(rows, values, name, compressor)
         for name in ENCODINGS

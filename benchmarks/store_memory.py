@@ -1,10 +1,10 @@
-"""What training from a large store takes in memory.
+"""The memory that training from a large store takes.
 
-Trains a convolution whose input, rows of 128x32x32 values, is a uint8 store of more than ten
-times the budget for holding a store: the whole of `GreedyTrainer.train_stage`, in a process of
-its own. Prints the peak of that process's anonymous resident memory (Linux's RssAnon: not what
-the page cache holds, which the system takes back at will) beyond that of a process which only
-imports torch. The limit is the budget plus 1 GiB.
+Trains a convolution whose input, rows of 128x32x32 values, is a uint8 store of more than ten times
+the budget for holding a store, by `GreedyTrainer.train_stage` in a new process. Prints how far the
+peak of that process's anonymous resident memory (Linux's RssAnon, without the page cache, which the
+system takes back when it needs it) exceeds the memory of a process that only imports torch. The
+limit is the budget plus 1 GiB.
 """
 
 import json
@@ -33,7 +33,8 @@ BARE_TORCH = "import torch; print(open('/proc/self/status').read())"
 
 
 class PeakMemory:
-    """The peak, in bytes, of this process's anonymous resident memory inside the block."""
+    """Measures the peak of this process's anonymous resident memory inside the ``with``, in
+    ``bytes``."""
 
     def __enter__(self) -> "PeakMemory":
         self.bytes = 0
@@ -53,13 +54,14 @@ class PeakMemory:
 
 
 def anonymous(status: str) -> int:
-    """Bytes of RssAnon in a process's status file."""
+    """Returns the bytes of RssAnon in a process's status file."""
     line = next(line for line in status.splitlines() if line.startswith("RssAnon:"))
     return 1024 * int(line.split()[1])
 
 
 def trainer(run: Path) -> GreedyTrainer:
-    """Two convolutions and an output layer; the second convolution is what is measured."""
+    """Returns the trainer of two convolutions and an output layer, of which the second convolution
+    is measured."""
     network = nn.Sequential(
         *(nn.Conv2d(3, 128, 3, padding=1), nn.BatchNorm2d(128), nn.LeakyReLU()),
         *(nn.Conv2d(128, 8, 3, padding=1), nn.BatchNorm2d(8), nn.LeakyReLU(), nn.MaxPool2d(2)),
@@ -71,14 +73,14 @@ def trainer(run: Path) -> GreedyTrainer:
 
 
 def images(rows: int) -> TensorDataset:
-    """Noise, which compresses worst."""
+    """Returns images of noise, which compresses worst."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(0, 256, (rows, 3, 32, 32), dtype=torch.uint8, generator=generator)
     return TensorDataset(values, torch.arange(rows) % 10)
 
 
 def in_new_process(*arguments: str) -> str:
-    """What Python prints, given these arguments."""
+    """Runs Python with some arguments and returns its output."""
     command = [sys.executable, *arguments]
     return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
@@ -87,7 +89,7 @@ def in_new_process(*arguments: str) -> str:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 @click.option("--measure", type=click.Path(path_type=Path), hidden=True)
 def main(as_json: bool, measure: Path | None) -> None:
-    """Prints the memory that training from a store ten times the budget takes."""
+    """Print the memory that training from a store of ten times the budget takes."""
     if measure:
         with PeakMemory() as peak:
             trainer(measure).train_stage(2)
@@ -102,7 +104,7 @@ def main(as_json: bool, measure: Path | None) -> None:
         peak_bytes = int(in_new_process(__file__, "--measure", str(run)))
     beyond = peak_bytes - anonymous(in_new_process("-c", BARE_TORCH))
     limit = RAM_BUDGET + ALLOWANCE
-    found = {
+    document = {
         "ram_budget_bytes": RAM_BUDGET,
         "store_bytes": store_bytes,
         "anonymous_bytes_beyond_torch": beyond,
@@ -110,9 +112,9 @@ def main(as_json: bool, measure: Path | None) -> None:
         "within_limit": store_bytes >= 10 * RAM_BUDGET and beyond <= limit,
     }
     if as_json:
-        click.echo(json.dumps(found))
+        click.echo(json.dumps(document))
     else:
-        for name, value in found.items():
+        for name, value in document.items():
             click.echo(f"{name}: {value}")
 
 

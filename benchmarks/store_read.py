@@ -1,10 +1,10 @@
-"""What reading a store costs, against a memory map, zarr-python, and the decoder alone.
+"""The speed of reading a store, compared with a memory map, zarr-python, and the decoder alone.
 
 Chunks in random order are read into the slots of a window, as `BatchLoader` does: from the page
-cache, every checksum verified, on a few threads. Against it, on the same threads and chunks: a
-copy of the same stored bytes from an `np.memmap`, zarr-python on the same store, and Blosc
-decoding chunks that are in memory already. Values are leaky ReLU of normal numbers, rows those
-of a convolution. Prints how many times as fast as each of them the store is: medians of
+cache, every checksum verified, on a few threads. It is compared, on the same threads and chunks,
+with a copy of the same stored bytes from an `np.memmap`, with zarr-python on the same store, and
+with Blosc decoding chunks that are in memory already. Values are leaky ReLU of normal numbers, rows
+those of a convolution. Prints how many times as fast as each of them the store is: medians of
 interleaved repetitions.
 """
 
@@ -28,19 +28,19 @@ from greedy.cache.shards import CRC_BYTES, encode_chunk
 
 SHAPE = (64, 16, 16)
 ROWS = 8192
-PARTS = 4  # of the store's chunks; one measurement reads one part
+PARTS = 4  # of the store; one measurement reads the chunks of one part
 
 Read = Callable[[int, NDArray[Any]], object]
 
 
 def activations(rows: int) -> NDArray[np.float32]:
-    """Like those of a trained stage."""
+    """Returns activations like those of a trained stage."""
     values = np.random.default_rng(0).standard_normal((rows, *SHAPE), dtype=np.float32)
     return np.maximum(values, 0.01 * values)
 
 
 def write(path: Path, encoding: str, compressor: str, values: NDArray[np.float32]) -> Store:
-    """A store that holds the values several times."""
+    """Writes and opens a store that holds the values several times."""
     with StoreWriter(
         path,
         rows=ROWS,
@@ -56,13 +56,14 @@ def write(path: Path, encoding: str, compressor: str, values: NDArray[np.float32
 
 
 def readers(store: Store, path: Path, beside: Path, pool: Executor) -> dict[str, Read]:
-    """What reads a chunk into a slot, by name; the memory map's file is written to `beside`."""
+    """Returns functions that read a chunk into a slot, by name. The file of the memory map is
+    written to ``beside``."""
     stored = store.load()[0]
     stored.tofile(beside)
     mapped = np.memmap(beside, stored.dtype, "r", shape=stored.shape)
     array = zarr.open_array(path / "activations", mode="r")
     chunks = [slice(row, row + store.chunk_rows) for row in range(0, store.rows, store.chunk_rows)]
-    found: dict[str, Read] = {
+    by_name: dict[str, Read] = {
         "store": lambda chunk, slot: store.read_chunk(0, chunk, slot),
         "memmap": lambda chunk, slot: np.copyto(slot, mapped[chunks[chunk]]),
         "zarr": lambda chunk, slot: array[0, chunks[chunk]],
@@ -73,8 +74,8 @@ def readers(store: Store, path: Path, beside: Path, pool: Executor) -> dict[str,
             return encode_chunk(stored[rows], store.compressor)[:-CRC_BYTES]
 
         encoded = list(pool.map(encode, chunks))
-        found["decode"] = lambda chunk, slot: numcodecs.blosc.decompress(encoded[chunk], slot)
-    return found
+        by_name["decode"] = lambda chunk, slot: numcodecs.blosc.decompress(encoded[chunk], slot)
+    return by_name
 
 
 def compare(store: Store, reads: dict[str, Read], repetitions: int, pool: Executor) -> list[dict]:
@@ -103,7 +104,7 @@ def compare(store: Store, reads: dict[str, Read], repetitions: int, pool: Execut
 
 
 def row(encoding: str, compressor: str, repetitions: int, pool: Executor) -> dict[str, Any]:
-    """How many times as fast as each other reader the store is."""
+    """Measures how many times as fast as each other reader the store is."""
     with tempfile.TemporaryDirectory() as directory:
         path, beside = Path(directory) / "store", Path(directory) / "values"
         store = write(path, encoding, compressor, activations(1024))
@@ -123,7 +124,7 @@ def row(encoding: str, compressor: str, repetitions: int, pool: Executor) -> dic
 @click.option("--repetitions", default=24, show_default=True, help="Interleaved measurements.")
 @click.option("--threads", default=2, show_default=True, help="Threads that read chunks.")
 def main(as_json: bool, repetitions: int, threads: int) -> None:
-    """Prints the speed of reading a store, relative to other ways to get the same values."""
+    """Print the speed of reading a store, relative to other ways to get the same values."""
     rows = []
     with ThreadPoolExecutor(threads) as pool:
         for encoding in ENCODINGS:

@@ -1,5 +1,5 @@
-"""A smaller image folder: the first images of every class of its training split, and of its test
-split or the whole of that.
+"""Copies part of an image folder: the first training images of every class, and the first or all of
+its test images.
 
     python benchmarks/stratified_folder.py cifar10-jpeg cifar10-10000 --per-class 1000
 """

@@ -1,8 +1,8 @@
-"""What cuBLAS and cuDNN take of CUDA's allocator while they compute, beyond their tensors.
+"""The memory that cuBLAS and cuDNN take from CUDA's allocator in addition to their tensors.
 
-Convolutions are those of VGG11B(3x) on CIFAR-10 shapes: forward, the gradient of the weight and the
-gradient of the input, each alone, in micro-batches of some rows; what `greedy.models.lean` takes
-beside, a slice of a weight's gradient, is among it. The memory plan reckons with these bytes
+Convolutions are those of VGG11B(3x) on CIFAR-10 shapes: the forward pass, the gradient of the
+weight and that of the input are measured separately, in micro-batches of several sizes. A slice of
+a weight's gradient, which `greedy.models.lean` makes, is included. The memory plan adds these bytes
 (`greedy/memory/choice.py`).
 """
 
@@ -26,7 +26,8 @@ CONVOLUTIONS = ((3, 384, 32), (384, 384, 32), (384, 768, 32), (768, 768, 16), (1
 
 
 def extra(compute: Callable[[], object]) -> int:
-    """Bytes at most, while it computes, beyond what is alive before and what it returns."""
+    """Measures the most bytes in use during a computation, without those in use before and those of
+    its result."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -37,30 +38,30 @@ def extra(compute: Callable[[], object]) -> int:
 
 
 def cublas() -> dict[str, int]:
-    """Bytes that stay after products in the thread of the forward pass, with a bias, and after
-    their gradients in the thread of the backward pass."""
-    found = {}
+    """Measures the bytes that stay in use after products in the thread of the forward pass, after
+    products with a bias, and after gradients in the thread of the backward pass."""
+    sizes = {}
     for precision in (torch.float32, torch.bfloat16):
         x, weight = (torch.randn((512, 512), device="cuda", dtype=precision) for _ in range(2))
         bias = torch.zeros(512, device="cuda", dtype=precision)
         weight.requires_grad_()
 
-        def kept(compute: Callable[[], object]) -> int:
+        def remaining(compute: Callable[[], object]) -> int:
             before = torch.cuda.memory_allocated()
             compute()
             return torch.cuda.memory_allocated() - before
 
         name = str(precision).removeprefix("torch.")
         weight.grad = torch.zeros_like(weight)
-        found[f"{name}, product"] = kept(partial(torch.matmul, x, weight))
-        found[f"{name}, linear"] = kept(partial(F.linear, x, weight, bias))
-        found[f"{name}, gradients"] = kept((x @ weight).sum().backward)
-    return found
+        sizes[f"{name}, product"] = remaining(partial(torch.matmul, x, weight))
+        sizes[f"{name}, linear"] = remaining(partial(F.linear, x, weight, bias))
+        sizes[f"{name}, gradients"] = remaining((x @ weight).sum().backward)
+    return sizes
 
 
 @torch.no_grad()
 def convolutions(rows: int, precision: str, *, channels_last: bool) -> Iterator[dict[str, Any]]:
-    """The extra MiB of each convolution."""
+    """Yields the extra MiB of each convolution."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     dtype = HALVES.get(precision, torch.float32)
     for inputs, outputs, side in CONVOLUTIONS:
@@ -77,7 +78,7 @@ def convolutions(rows: int, precision: str, *, channels_last: bool) -> Iterator[
             "weight": partial(add_weight_gradient, layer, x, g, total),
             "input": partial(input_gradient, layer, x, g),
         }
-        sizes = {f"{name}_mib": round(extra(each) / MIB, 1) for name, each in passes.items()}
+        sizes = {f"{name}_mib": round(extra(run) / MIB, 1) for name, run in passes.items()}
         what = f"{inputs} to {outputs}, side {side}"
         yield (
             {"convolution": what, "rows": rows, "precision": precision}
@@ -88,27 +89,27 @@ def convolutions(rows: int, precision: str, *, channels_last: bool) -> Iterator[
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("--rows", default="1,8,32,128", show_default=True, help="Of a micro-batch.")
+@click.option("--rows", default="1,8,32,128", show_default=True, help="Rows in a micro-batch.")
 def main(as_json: bool, rows: str) -> None:
     """Measure the workspaces; needs a GPU."""
     device = pick_device("cuda")
     set_determinism(device, False)
-    kept = {name: round(size / MIB, 3) for name, size in cublas().items()}
-    found = [
-        each
+    products = {name: round(size / MIB, 3) for name, size in cublas().items()}
+    measured = [
+        row
         for precision in ("float32", "bfloat16")
         for channels_last in (False, True)
         for count in map(int, rows.split(","))
-        for each in convolutions(count, precision, channels_last=channels_last)
+        for row in convolutions(count, precision, channels_last=channels_last)
     ]
     if as_json:
         name = torch.cuda.get_device_name(device)
-        click.echo(json.dumps({"device": name, "cublas_mib": kept, "convolutions": found}))
+        click.echo(json.dumps({"device": name, "cublas_mib": products, "convolutions": measured}))
         return
-    for name, size in kept.items():
+    for name, size in products.items():
         click.echo(f"cuBLAS, {name}: {size:.2f} MiB")
-    for each in found:
-        click.echo(", ".join(f"{name} {value}" for name, value in each.items()))
+    for row in measured:
+        click.echo(", ".join(f"{name} {value}" for name, value in row.items()))
 
 
 if __name__ == "__main__":

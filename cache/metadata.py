@@ -8,9 +8,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-import google_crc32c
 import numpy as np
 
+from greedy.cache.checksum import crc32c
 from greedy.cache.encodings import Encoding
 from greedy.cache.errors import DamagedStore, StoreError
 from greedy.cache.layout import Layout
@@ -132,7 +132,7 @@ def _attributes(metadata: StoreMetadata) -> dict[str, Any]:
         "compressor": metadata.compressor,
     }
     text = json.dumps([attributes, _activations(metadata)])
-    return attributes | {"crc32c": google_crc32c.value(text.encode())}
+    return attributes | {"crc32c": crc32c(text.encode())}
 
 
 def _activations(metadata: StoreMetadata) -> dict[str, Any]:

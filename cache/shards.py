@@ -14,11 +14,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numcodecs.blosc
 import numpy as np
 from numpy.typing import NDArray
 
+from greedy.cache.checksum import crc32c
 from greedy.cache.errors import DamagedStore
 from greedy.cache.files import naming, new_file, part_of, rename
 
@@ -67,7 +67,7 @@ def decode_chunk(data: NDArray[np.uint8], compressor: str, out: NDArray[Any], wh
 
 def with_crc(body: bytes) -> bytes:
     """Returns ``body`` followed by its CRC32C."""
-    return body + google_crc32c.value(body).to_bytes(CRC_BYTES, "little")
+    return body + crc32c(body).to_bytes(CRC_BYTES, "little")
 
 
 def without_crc(data: NDArray[np.uint8], where: str) -> NDArray[np.uint8]:
@@ -77,7 +77,7 @@ def without_crc(data: NDArray[np.uint8], where: str) -> NDArray[np.uint8]:
         DamagedStore: the checksum does not match; the message begins with ``where``.
     """
     body, crc = data[:-CRC_BYTES], data[-CRC_BYTES:]
-    if google_crc32c.value(body) != int.from_bytes(crc.tobytes(), "little"):
+    if crc32c(body) != int.from_bytes(crc.tobytes(), "little"):
         raise DamagedStore(f"{where} does not match its checksum; {_ADVICE}")
     return body
 

@@ -137,6 +137,7 @@ def drop(path: Path, force: bool) -> None:
     """Delete the stores of a run or a stage. Weights and records stay."""
     from greedy.base.errors import UserError  # noqa: PLC0415
     from greedy.base.sizes import format_size  # noqa: PLC0415
+    from greedy.runs.state import RunState  # noqa: PLC0415
     from greedy.runs.unfinished import require_store_unneeded  # noqa: PLC0415
 
     run, numbers = _run_and_stages(path)
@@ -145,12 +146,13 @@ def drop(path: Path, force: bool) -> None:
             "stage 0 holds the images, which cannot be computed again: name another stage"
         )
     with run.write_lock():
-        records = {number: run.record(number) for number in filter(None, numbers)}
-        stored = [n for n, record in records.items() if record and run.store_path(n).is_dir()]
+        state = RunState.read(run)
+        records = {number: state.record(number) for number in filter(None, numbers)}
+        stored = [n for n, record in records.items() if record and state.has_store(n)]
         for number in stored if not force else ():
             require_store_unneeded(run, number)
         for number, record in records.items():
-            if record and record.store and run.store_path(number).is_dir():
+            if record and record.store and state.has_store(number):
                 run.drop_stores(number)
                 freed = format_size(record.store.bytes)
                 say(f"stage {number}: {freed} freed; {_consequences(run, number)}")
@@ -169,12 +171,13 @@ def _consequences(run: "RunDirectory", number: int) -> str:
 def _run_and_stages(path: Path) -> tuple["RunDirectory", list[int]]:
     """Returns the run of a run or stage directory, and the numbers of the stages that it means."""
     from greedy.runs.directory import RunDirectory, run_of_stage  # noqa: PLC0415
+    from greedy.runs.state import RunState  # noqa: PLC0415
 
     if path.name.startswith("stage") and not (path / "run.toml").exists():
         run, number = run_of_stage(path)
         return run, [number]
     run = RunDirectory.open(path)
-    data = run.complete_record(0)
+    data = RunState.read(run).complete_record(0)
     return run, list(range(len(data.network) + 1))
 
 

@@ -24,10 +24,12 @@ LOSE = 1.0  # the default: points of error that an early exit may lose
 def status(run: Path, as_json: bool) -> None:
     """Show the stages of a run: state, errors, store and time."""
     from greedy.runs.directory import RunDirectory  # noqa: PLC0415
+    from greedy.runs.state import RunState  # noqa: PLC0415
     from greedy.runs.status import disk_use, status, trainings_set_aside  # noqa: PLC0415
 
     directory = RunDirectory.open(run)
-    stages, disk = directory.read_consistently(lambda: (status(directory), disk_use(directory)))
+    state = RunState.read(directory)
+    stages, disk = status(state), disk_use(state)
     set_aside = trainings_set_aside(directory)
     if as_json:
         document = {

@@ -131,6 +131,7 @@ def train_stage(
     """Train one stage from the store of an earlier one."""
     from greedy.build.modules import load_network  # noqa: PLC0415
     from greedy.runs.directory import run_of_stage  # noqa: PLC0415
+    from greedy.runs.state import RunState  # noqa: PLC0415
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
 
     run, source_number = run_of_stage(source)
@@ -149,8 +150,9 @@ def train_stage(
         say(f"{written} is already complete: --retrain trains it again")
     else:
         say(f"wrote {written}, trained from {_origin(record)}")
-        later = range(number + 1, len(run.complete_record(0).network) + 1)
-        if to is None and (stale := [n for n in later if run.state(n) == "stale"]):
+        state = RunState.read(run)
+        later = range(number + 1, len(state.complete_record(0).network) + 1)
+        if to is None and (stale := [n for n in later if state.is_stale(n)]):
             say(
                 f"{_stages_in_words(stale)} became stale with the new stage {number}: "
                 f"{command('train', '--run', run.path, '--retrain', stale[0])} trains from there on"
@@ -231,6 +233,7 @@ def _origin(record: "StageRecord") -> str:
 def _print_results(trainer: "GreedyTrainer") -> None:
     from greedy.recipes import departures  # noqa: PLC0415
     from greedy.results.evaluation import evaluate  # noqa: PLC0415
+    from greedy.runs.state import RunState  # noqa: PLC0415
     from greedy.runs.status import status  # noqa: PLC0415
 
     print_table(
@@ -246,7 +249,7 @@ def _print_results(trainer: "GreedyTrainer") -> None:
                 f"{stage.images_per_second:,.0f}",
                 f"{stage.seconds:,.1f}",
             )
-            for stage in status(trainer.run)
+            for stage in status(RunState.read(trainer.run))
         ),
         text_columns=2,
     )

@@ -34,7 +34,7 @@ def main(run: Path, recipe: str, epochs: int, settings: tuple[str, ...]) -> None
         trainer.prepare(greedy.data.load_dataset(chosen.data.name))
         trainer.train()
         result = greedy.evaluate(trainer.run, trainer.assemble(), "test", trainer.device)
-        stages = status(trainer.run)
+        stages = status(greedy.RunState.read(trainer.run))
         # Where all stages train at once, the time of each is that of all.
         seconds = (sum if strategy == "greedy" else max)(each.seconds for each in stages)
         memory = max(each.step_memory_bytes for each in stages)

@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from greedy.runs.directory import RunDirectory
     from greedy.runs.events import EpochReport, Reporter, Reporters
     from greedy.runs.record import StageRecord
+    from greedy.runs.state import RunState
     from greedy.trainer import GreedyTrainer
 
 
 __all__ = [
     "GreedyTrainer",
     "RunDirectory",
+    "RunState",
     "StageRecord",
     "Reporter",
     "Reporters",
@@ -55,6 +57,7 @@ __all__ = [
 _HOME = {
     "GreedyTrainer": "trainer",
     "RunDirectory": "runs.directory",
+    "RunState": "runs.state",
     "StageRecord": "runs.record",
     "Reporter": "runs.events",
     "Reporters": "runs.events",

@@ -28,6 +28,7 @@ from greedy.runs.network import assemble
 from greedy.runs.outside import recover_outside
 from greedy.runs.record import StageRecord
 from greedy.runs.retraining import Retraining
+from greedy.runs.state import RunState
 from greedy.runs.unfinished import interrupted_source, stores_needed
 from greedy.runs.views import Views
 from greedy.stores.changes import is_stage0_current, require_unchanged_folder
@@ -50,7 +51,7 @@ class GreedyTrainer:
             of its groups begins at its own rate, or at ``learning_rate`` where that is given, and
             the schedule scales it.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
-        reporter: is told of progress.
+        reporter: gets the events of a training, for instance to show its progress.
         settings: fields of a recipe's ``data``, ``training`` and ``store`` sections by their
             names, ``seed``, ``stage_layers``, ``memory_budget`` and ``optimizer_state``; for
             instance ``epochs=20, views=4``.
@@ -86,7 +87,8 @@ class GreedyTrainer:
         reporter: Reporter | None = None,
         model: nn.Sequential | None = None,
     ) -> Self:
-        """The trainer of a recipe. ``model`` only where the recipe's network is ``python``."""
+        """Returns the trainer of a recipe. ``model`` is given only if the recipe's network is
+        ``python``; other arguments are those of the class."""
         trainer = cls.__new__(cls)
         trainer._set_up(recipe, run_dir, device, reporter, model, build_loss(recipe.loss))
         return trainer
@@ -113,7 +115,7 @@ class GreedyTrainer:
 
     @property
     def reporter(self) -> Reporter:
-        """What is told of progress; may be replaced between trainings."""
+        """The reporter, which gets the events of a training; may be replaced between trainings."""
         return self._planner.reporter
 
     @reporter.setter
@@ -123,9 +125,16 @@ class GreedyTrainer:
     def fit(
         self, train_set: TorchDataset, test_set: TorchDataset, *, ignore_changes: bool = False
     ) -> list[StageRecord]:
-        """Trains every stage on two map-style data sets, see ``greedy.data.dataset_from_torch``,
-        which ``prepare`` compares with those that are stored. Returns the records of all
-        stages."""
+        """Writes stage 0 and trains every stage, as ``prepare`` and ``train`` do.
+
+        Args:
+            train_set: a map-style data set, see ``greedy.data.dataset_from_torch``.
+            test_set: another one.
+            ignore_changes: whether to use the stored images although the data sets have changed.
+
+        Returns:
+            The records of all stages.
+        """
         data = dataset_from_torch(train_set, test_set, background=self.recipe.data.background)
         self.prepare(data, ignore_changes=ignore_changes)
         return self.train()
@@ -133,12 +142,24 @@ class GreedyTrainer:
     def prepare(
         self, dataset: Dataset, *, again: bool = False, ignore_changes: bool = False
     ) -> StageRecord:
-        """Writes stage 0; where it is there, only makes sure that it is of these data: of others it
-        is written ``again`` if asked to, or kept with ``ignore_changes``. What cannot be trained
-        is refused before anything is written, or once the labels are read."""
+        """Writes stage 0, or checks that the one that is there has these data.
+
+        Args:
+            dataset: the data.
+            again: whether to write stage 0 again if the data have changed.
+            ignore_changes: whether to keep stage 0 if the data have changed.
+
+        Returns:
+            The record of stage 0.
+
+        Raises:
+            UserError: the data have changed, or network or data cannot be trained on, which is
+                checked before anything is written and once the labels are read.
+        """
         self._planner.images = dataset.train
-        if is_stage0_current(self.run, dataset, again=again, ignore=ignore_changes):
-            return self.run.complete_record(0)
+        state = RunState.read(self.run)
+        if is_stage0_current(state, dataset, again=again, ignore=ignore_changes):
+            return state.complete_record(0)
         drawn = draws_at_random(dataset)
         fresh = drawn and self.recipe.data.transforms == "fresh"
         shape, classes = dataset.train.shape, len(dataset.class_names or "")
@@ -149,13 +170,14 @@ class GreedyTrainer:
         needed = sum(rows.values()) * math.prod(shape) * dataset.train.dtype.itemsize
         require_free_space(self.run.path, "stage 0", needed)
         memory = self._planner.plan_memory(network, stored_encoding(dataset.train).name)
-        disk = plan_disk(self.run, network.shapes, rows, needed, self.device.type, fresh=fresh)
+        disk = plan_disk(state, network.shapes, rows, needed, self.device.type, fresh=fresh)
         memory.require(range(1, len(network) + 1), disk)
         dataset = drop_unreadable_files(self.recipe, dataset, self.reporter)
         self.run.make_directory()
         with self.run.write_lock():
-            if is_stage0_current(self.run, dataset, again=again, ignore=ignore_changes):
-                return self.run.complete_record(0)
+            state = RunState.read(self.run)
+            if is_stage0_current(state, dataset, again=again, ignore=ignore_changes):
+                return state.complete_record(0)
             output = network.shapes[-1].output if self._model else None
             if drawn:
                 dataset = first_pass(dataset, self.recipe.seed)
@@ -165,41 +187,50 @@ class GreedyTrainer:
     def needs_data(self, retrain_from: int | None = None) -> bool:
         """Whether ``train`` needs the data set, by ``prepare``: to write stage 0, or to train on
         images that are drawn again in every pass."""
-        if self.run.state(0) != "complete":
+        state = RunState.read(self.run)
+        if state.stage_state(0) != "complete":
             return True
-        fresh = self.run.complete_record(0).data_choices.fresh
-        return fresh and (retrain_from is not None or not self.run.is_finished)
+        fresh = state.complete_record(0).data_choices.fresh
+        return fresh and (retrain_from is not None or not state.is_finished)
 
     def train(self, retrain_from: int | None = None) -> list[StageRecord]:
-        """Trains every stage that is not complete; from ``retrain_from`` on, also those that
-        are, each once, even if that is cut short and asked for again. Before the first of them it
-        is settled which stores the disk has room for; a store that has to go goes once the next
-        one is written. What was cut short goes on. Returns the records of all stages."""
-        nothing_to_do = retrain_from is None and self.run.is_finished
-        if nothing_to_do and not os.access(self.run.path, os.W_OK):
-            return self._train(None)
-        with self.run.write_lock():
-            return self._train(retrain_from)
+        """Trains every stage that is not complete, or resumes its training.
 
-    def _train(self, retrain_from: int | None) -> list[StageRecord]:
-        count = len(self.run.complete_record(0).network)
+        Before that it is decided which stores the disk has room for; a store without room is
+        deleted once the next one is written.
+
+        Args:
+            retrain_from: also train complete stages again, from this one on. If that is interrupted
+                and asked for again, only those stages are trained that are left.
+
+        Returns:
+            The records of all stages.
+        """
+        if retrain_from is None and not os.access(self.run.path, os.W_OK):
+            state = RunState.read(self.run)
+            if state.is_finished:
+                return self._train(state, None)
+        with self.run.write_lock():
+            return self._train(RunState.read(self.run), retrain_from)
+
+    def _train(self, state: RunState, retrain_from: int | None) -> list[StageRecord]:
+        count = len(state.complete_record(0).network)
         if retrain_from is not None:
-            self.run.require_stage(retrain_from)
+            state.require_stage(retrain_from)
         if self.recipe.training.strategy != "greedy":
-            return self._train_network(count, retrain_from)
-        retraining = Retraining.plan(self.run.path, retrain_from, self.run.is_stale)
+            return self._train_network(state, count, retrain_from)
+        retraining = Retraining.plan(self.run.path, retrain_from, state.is_stale)
         first = retraining.left if retraining else count + 1
         numbers = range(1, count + 1)
-        todo = [n for n in numbers if n >= first or self.run.record(n) is None]
+        todo = [n for n in numbers if n >= first or state.record(n) is None]
         if not todo:
-            self._announce(todo)
-            return [self._skip(number) for number in numbers]
-        self._planner.require_images()
-        plan = self._planner.disk(first)
-        self._planner.memory().require(
-            todo, plan
-        )  # what cannot be trained is refused before anything is
-        self._announce(todo)
+            self._announce(state, todo)
+            return [self._skip(state, number) for number in numbers]
+        self._planner.require_images(state)
+        plan = self._planner.disk(state, first)
+        # What cannot be trained is refused before anything is.
+        self._planner.memory(state).require(todo, plan)
+        self._announce(state, todo)
         self.reporter.disk_planned(plan)
         if retraining:
             retraining.write(self.run.path)
@@ -207,39 +238,44 @@ class GreedyTrainer:
         for number in numbers:
             if number == first:
                 self.run.drop_stores(*plan.dropped_first)
+                state = state.read_again(*plan.dropped_first)
             if number in todo:
                 path, views = self.run.stage_dir(number), plan.views(number)
-                record = self._train_stage(number, None, path, views, plan.reuse(number))
+                record = self._train_stage(state, number, None, path, views, plan.reuse(number))
             else:
-                record = self._skip(number)
+                record = self._skip(state, number)
             records.append(record)
             due = {n for done in range(1, number + 1) for n in plan.dropped_after(done)}
-            self.run.drop_stores(*due.difference(stores_needed(self.run)))
+            due -= stores_needed(self.run)
+            self.run.drop_stores(*due)
+            state = state.read_again(number, *due)
             if retraining and number >= first:
                 retraining.mark_done(number, self.run.path, last=number == count)
         return records
 
-    def _train_network(self, count: int, retrain_from: int | None) -> list[StageRecord]:
-        """All stages at once."""
+    def _train_network(
+        self, state: RunState, count: int, retrain_from: int | None
+    ) -> list[StageRecord]:
+        """Trains all stages at once."""
         strategy = self.recipe.training.strategy
         if retrain_from not in (None, 1):
             raise UserError(
                 f"training by {strategy} trains all stages at once: give --retrain without a stage"
             )
         numbers = range(1, count + 1)
-        if self.run.is_finished and retrain_from is None:
-            self._announce(())
-            return [self._skip(number) for number in numbers]
-        self._planner.require_images()
-        training = self._planner.whole_network()
-        self._announce(numbers)
+        if state.is_finished and retrain_from is None:
+            self._announce(state, ())
+            return [self._skip(state, number) for number in numbers]
+        self._planner.require_images(state)
+        training = self._planner.whole_network(state)
+        self._announce(state, numbers)
         return training.train()
 
-    def _announce(self, numbers: Iterable[int]) -> None:
-        self.reporter.run_started(self._planner.outline(numbers))
+    def _announce(self, state: RunState, numbers: Iterable[int]) -> None:
+        self.reporter.run_started(self._planner.outline(state, numbers))
 
-    def _skip(self, number: int) -> StageRecord:
-        record = self.run.complete_record(number)
+    def _skip(self, state: RunState, number: int) -> StageRecord:
+        record = state.complete_record(number)
         self.reporter.stage_skipped(record)
         return record
 
@@ -252,20 +288,32 @@ class GreedyTrainer:
         to: Path | None = None,
         ignore_changes: bool = False,
     ) -> StageRecord:
-        """Trains one stage from the store of stage ``source``, by default the one before it,
-        into ``to``, by default its place in the run. A complete stage is only trained
-        ``again`` if asked to, and stays until the new one is whole. No store is deleted, and
-        the stage gets the views it had, or else those that ``train`` would give it. Where the
-        run's image folder has changed, that is refused without ``ignore_changes``."""
+        """Trains one stage. No store is deleted, and the stage gets as many views as it had, or as
+        ``train`` would give it.
+
+        Args:
+            number: the number of the stage.
+            source: the stage from whose store it is trained, by default the one before it.
+            again: whether to train a complete stage again; it stays until the new one is complete.
+            to: the directory of the stage, by default its place in the run.
+            ignore_changes: whether to use the stored images although their folder has changed.
+
+        Returns:
+            The record of the stage.
+
+        Raises:
+            UserError: the stage cannot be trained as asked, or the folder of the images has
+                changed.
+        """
         if not ignore_changes:
             require_unchanged_folder(self.run)
         with self.run.write_lock():
-            return self._train_alone(number, source, again, to)
+            return self._train_alone(RunState.read(self.run), number, source, again, to)
 
     def _train_alone(
-        self, number: int, source: int | None, again: bool, to: Path | None
+        self, state: RunState, number: int, source: int | None, again: bool, to: Path | None
     ) -> StageRecord:
-        self.run.require_stage(number)
+        state.require_stage(number)
         if (strategy := self.recipe.training.strategy) != "greedy":
             raise UserError(
                 f"this run trains all stages at once, by {strategy}: use "
@@ -276,29 +324,36 @@ class GreedyTrainer:
         source = number - 1 if source is None else source
         if not 0 <= source < number:
             raise UserError(f"stage {number} cannot train from stage {source}: give an earlier one")
-        if not again and to is None and self.run.record(number) is not None:
-            self._announce(())
-            return self._skip(number)
-        parent = self.run.complete_record(number - 1)
+        if not again and to is None and state.record(number) is not None:
+            self._announce(state, ())
+            return self._skip(state, number)
+        parent = state.complete_record(number - 1)
         if to is not None and (record := recover_outside(to, parent)):
-            self._announce(())
+            self._announce(state, ())
             self.reporter.stage_finished(record)
             return record
-        before = previous_record(self.run, number)
+        before = previous_record(state, number)
         if before:
             views, reuse = before.choices.views, before.choices.reuse
         else:
-            plan = self._planner.disk()
+            plan = self._planner.disk(state)
             views, reuse = plan.views(number), plan.reuse(number)
-        self._announce([number])
-        return self._train_stage(number, source, to or self.run.stage_dir(number), views, reuse)
+        self._announce(state, [number])
+        directory = to or self.run.stage_dir(number)
+        return self._train_stage(state, number, source, directory, views, reuse)
 
     def _train_stage(
-        self, number: int, source: int | None, directory: Path, views: Views, reuse: int
+        self,
+        state: RunState,
+        number: int,
+        source: int | None,
+        directory: Path,
+        views: Views,
+        reuse: int,
     ) -> StageRecord:
-        source = interrupted_source(self.run, number, directory) if source is None else source
-        training = self._planner.stage(number, source, views, reuse, directory)
-        before = previous_record(self.run, number)
+        source = interrupted_source(state, number, directory) if source is None else source
+        training = self._planner.stage(state, number, source, views, reuse, directory)
+        before = previous_record(state, number)
         if before and directory == self.run.stage_dir(number):
             training.written_before = before.bytes_written
         full = write_errors_explained(self.run.path, f"stage {number}")
@@ -312,16 +367,25 @@ class GreedyTrainer:
     def repair(
         self, numbers: Iterable[int], *, dropped: bool = False
     ) -> tuple[list[Repair], list[Damage]]:
-        """Computes again what is damaged in the stores of stages, and stores that were dropped if
-        asked to; returns what was done and what is damaged still. See ``greedy.stores.repair``."""
+        """Computes damaged parts of stores again, see ``greedy.stores.repair``.
+
+        Args:
+            numbers: the numbers of the stages.
+            dropped: whether to write stores again that were dropped.
+
+        Returns:
+            The repairs, and the damage that is left.
+        """
         with self.run.write_lock():
-            network = self._planner.network()
+            state = RunState.read(self.run)
+            network = self._planner.network(state)
             repairer = StoreRepairer(
-                self.run, network.stages, self.device, self.reporter, self._planner.images
+                state, network.stages, self.device, self.reporter, self._planner.images
             )
-            found = [repairer.repair(number, dropped=dropped) for number in numbers]
-        return [r for done, _ in found for r in done], [d for _, left in found for d in left]
+            results = [repairer.repair(number, dropped=dropped) for number in numbers]
+        repairs = [repair for stage_repairs, _ in results for repair in stage_repairs]
+        return repairs, [damage for _, remaining in results for damage in remaining]
 
     def assemble(self, until_stage: int | None = None) -> nn.Sequential:
-        """The trained network, see ``greedy.runs.network.assemble``."""
+        """Returns the trained network, see ``greedy.runs.network.assemble``."""
         return assemble(self.run, self.loss, self._model, until_stage=until_stage)

@@ -1,6 +1,7 @@
 """A small network, images that it learns within seconds, and the files of a run."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from greedy import GreedyTrainer
+from greedy import GreedyTrainer, RunDirectory, RunState
 from greedy.models import mlp
 
 SIDE, CLASSES = 8, 3
@@ -41,6 +42,12 @@ def trainer(run: Path, model: nn.Sequential | None = None, **settings) -> Greedy
 
 def weights(run: Path, stage: int) -> dict[str, torch.Tensor]:
     return load_file(run / f"stage{stage}/encoder.safetensors")
+
+
+def states(run: RunDirectory, numbers: Iterable[int]) -> list[str]:
+    """The states of a run's stages."""
+    state = RunState.read(run)
+    return [state.stage_state(number) for number in numbers]
 
 
 def learned(run: Path, stage: int) -> bool:

@@ -21,6 +21,7 @@ from greedy.recipes import from_document
 from greedy.runs.choices import Mode
 from greedy.runs.directory import RunDirectory
 from greedy.runs.disk_budget import plan_disk
+from greedy.runs.state import RunState
 
 CPU = torch.device("cpu")
 WORK = Work(
@@ -269,11 +270,11 @@ def trained(path, **settings):
 )
 def test_the_rows_that_pass_frozen_stages_are_those_of_a_run(changes, tmp_path):
     run, passed = trained(tmp_path / "run", **changes)
-    stages = [run.complete_record(number) for number in range(1, 5)]
+    stages = [run.record(number) for number in range(1, 5)]
     found = shapes(cut(network()), (1, 4, 4))
     unbegun = RunDirectory.create(tmp_path / "unbegun", run.recipe)
-    data = run.complete_record(0)
-    disk = plan_disk(unbegun, found, dict(data.rows), data.store.bytes)
+    data = run.record(0)
+    disk = plan_disk(RunState.read(unbegun), found, dict(data.rows), data.store.bytes, "cpu")
     held_out = 8 if "patience" in changes else 0
     durations = Durations(run.recipe, disk, data.rows, held_out, [WORK] * 4)
     planned = [durations.frozen_rows(stage.stage, stage.source, epochs=3) for stage in stages]
@@ -288,7 +289,7 @@ def test_seconds_are_those_of_all_rows(tmp_path):
     twice_drawn = DOCUMENT | {"data": {"name": "python", "augmentation": "hflip"}}
     run = RunDirectory.create(tmp_path / "run", from_document(twice_drawn, name="unbegun"))
     found = shapes(cut(network()), (1, 4, 4))
-    disk = plan_disk(run, found, {"train": 80, "test": 20}, 1)
+    disk = plan_disk(RunState.read(run), found, {"train": 80, "test": 20}, 1, "cpu")
     durations = Durations(run.recipe, disk, {"train": 80, "test": 20}, 0, [WORK] * 4)
     known = calibration(speed(rows_per_second=10, frozen_rows_per_second=100))
     assert durations.seconds(known, 2, 1) == pytest.approx(240 / 10 + 280 / 100)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from command_line import greedy, said, small_recipe
 from PIL import Image
-from small_training import TEST, TRAIN, trainer
+from small_training import TEST, TRAIN, states, trainer
 from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer
@@ -210,7 +210,7 @@ def test_a_run_is_trained_again_on_changed_images(photos):
     said(*AGAIN, "--retrain", 0)
     run = RunDirectory.open(Path("run"))
     assert run.record(0).lineage != before.lineage
-    assert {run.state(number) for number in range(4)} == {"complete"}
+    assert states(run, range(4)) == ["complete"] * 4
     assert "error" in said(*AGAIN)
     fresh = said("train", "--recipe", "tiny.toml", "--run", "fresh")
     assert RunDirectory.open(Path("fresh")).record(0).lineage == run.record(0).lineage
@@ -221,10 +221,10 @@ def test_a_run_is_trained_again_on_changed_images(photos):
 def test_images_that_change_while_a_run_is_trained_again(photos, monkeypatch):
     training = GreedyTrainer._train_stage
 
-    def stopped(trainer, number, *how):
+    def stopped(trainer, state, number, *how):
         if number == 2:
             raise KeyboardInterrupt
-        return training(trainer, number, *how)
+        return training(trainer, state, number, *how)
 
     edit(photos)
     with monkeypatch.context() as patched:
@@ -233,7 +233,7 @@ def test_images_that_change_while_a_run_is_trained_again(photos, monkeypatch):
     add(photos)
     said(*AGAIN, "--retrain", 0)
     run = RunDirectory.open(Path("run"))
-    assert {run.state(number) for number in range(4)} == {"complete"}
+    assert states(run, range(4)) == ["complete"] * 4
     said("train", "--recipe", "tiny.toml", "--run", "fresh")
     for number in range(1, 4):
         name = f"stage{number}/encoder.safetensors"

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from command_line import answer, greedy, said, small_recipe
+from small_training import states
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -18,6 +19,7 @@ from greedy.cache import Store
 from greedy.runs.directory import RunDirectory
 from greedy.runs.disk_budget import disk_budget
 from greedy.runs.disk_plan import COMPRESSED, DiskPlan
+from greedy.runs.state import RunState
 
 SIDE, CLASSES, WIDTHS = 8, 3, (256, 256, 64, 256, 64)
 ROWS = {"train": 300, "test": 60}
@@ -105,7 +107,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 def test_a_tight_budget_lowers_views_and_deletes_stores(finished: Path) -> None:
     assert stores(finished) == LEFT
     directory = RunDirectory.open(finished)
-    assert [directory.state(n) for n in range(7)] == ["complete"] * 7
+    assert states(directory, range(7)) == ["complete"] * 7
     records = [directory.record(n) for n in range(1, 7)]
     assert [r.choices.views for r in records] == PLANNED
     assert [r.source for r in records] == [0, 1, 2, 3, 4, 5]
@@ -157,7 +159,7 @@ def test_train_stage_again_gives_the_same(run: Path, finished: Path, number: int
     assert record.lineage == RunDirectory.open(finished).record(number).lineage
     assert weights(run, number) == weights(finished, number)
     assert stores(run) == LEFT
-    assert RunDirectory.open(run).state(6) == "complete"
+    assert RunState.read(RunDirectory.open(run)).stage_state(6) == "complete"
 
 
 def test_train_stage_finds_the_views_that_train_gives(run: Path, finished: Path) -> None:
@@ -167,7 +169,7 @@ def test_train_stage_finds_the_views_that_train_gives(run: Path, finished: Path)
     for split in ("train", "test"):
         a, b = (Store(each / f"stage4/activations.zarr/{split}") for each in (run, finished))
         np.testing.assert_array_equal(a.load(), b.load())
-    assert RunDirectory.open(run).state(5) == "complete"
+    assert RunState.read(RunDirectory.open(run)).stage_state(5) == "complete"
 
 
 def test_stages_without_a_store_are_replayed_from_the_nearest_store(tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ def test_deleting_a_store_is_completed_after_a_crash(run: Path) -> None:
     with directory.write_lock():
         pass
     assert not list((run / "stage3").glob("*activations*")) + list((run / "stage3").glob(".*"))
-    assert directory.state(3) == "complete"
+    assert RunState.read(directory).stage_state(3) == "complete"
     directory.drop_stores(3, 4)
     assert list(stores(run)) == [0, 5]
 

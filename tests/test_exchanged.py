@@ -26,6 +26,7 @@ from greedy.results.similarity import similarity_by_stage
 from greedy.runs.integrity import verify_run
 from greedy.runs.network import assemble
 from greedy.runs.record import ENCODER
+from greedy.runs.state import RunState
 from greedy.runs.status import status
 from greedy.training.finetuning import begin_finetuning
 
@@ -60,7 +61,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     last = shutil.copytree(place / "run/stage3", place / "stage3")
     tensors = load_file(last / ENCODER)
     save_file({name: -each for name, each in tensors.items()}, last / ENCODER)
-    record = RunDirectory.open(place / "run").complete_record(3)
+    record = RunDirectory.open(place / "run").record(3)
     metrics = record.metrics.model_copy(update={"test_error_percent": 12.5})
     lines = (last / "history.jsonl").read_text()
     (last / "history.jsonl").write_text(lines.replace('"epoch": 1', '"epoch": 2'))
@@ -105,7 +106,7 @@ def alike(run: Path) -> object:
 
 
 def rated(run: Path) -> object:
-    return [each.test_error_percent for each in status(RunDirectory.open(run))]
+    return [each.test_error_percent for each in status(RunState.read(RunDirectory.open(run)))]
 
 
 # What reads, the stage that is exchanged meanwhile, and at every how many openings that is tried:

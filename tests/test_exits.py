@@ -42,7 +42,7 @@ def test_every_exit_is_the_network_assembled_until_there(run, split):
     assert document["samples"] == {"test": 1000, "train": 5000}[split]
     exits = document["exits"]
     assert [each["stage"] for each in exits] == list(range(1, 9))
-    names = RunDirectory.open(run).complete_record(0).network
+    names = RunDirectory.open(run).record(0).network
     assert [each["name"] for each in exits] == names
     for each in exits:
         expected, parameters = of_assembled(run, split, each["stage"])

@@ -176,7 +176,7 @@ def test_modules_are_named_with_what_is_not_default(of_vectors, tmp_path):
 def test_assembled_network_does_as_well_as_its_last_stage_did(of_images, until):
     trainer = of_images.trainer
     figures = evaluate(trainer.run, trainer.assemble(until), "test", CPU)
-    record = trainer.run.complete_record(until or 4)
+    record = trainer.run.record(until or 4)
     assert figures.error_percent == pytest.approx(record.metrics.test_error_percent, abs=5)
 
 

@@ -156,7 +156,7 @@ def test_damaged_files_are_skipped_on_request_and_recorded(tmp_path):
     wanted = recipe(tmp_path, photos, broken="skip", image_size=8)
     output = said("train", "--recipe", wanted, "--run", run)
     assert all(name in output for name in bad)
-    record = RunDirectory.open(run).complete_record(0)
+    record = RunDirectory.open(run).record(0)
     assert record.rows == {"train": 8, "test": 4}
     assert sorted(Path(name).name for name in record.data_choices.skipped) == sorted(bad)
     assert "train/ant/cut.png" in record.data_choices.skipped

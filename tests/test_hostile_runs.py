@@ -21,6 +21,7 @@ from greedy.base.files import canonical_json, digest
 from greedy.cache import StoreError
 from greedy.models import mlp
 from greedy.runs.integrity import verify_run
+from greedy.runs.state import RunState
 from greedy.runs.status import disk_use, status
 
 SIDE, CLASSES = 6, 3
@@ -65,8 +66,8 @@ def use(run: Path) -> None:
 
     def read() -> None:
         directory = RunDirectory.open(run)
-        status(directory)
-        disk_use(directory)
+        status(RunState.read(directory))
+        disk_use(RunState.read(directory))
 
     def look() -> None:
         mine = trainer(run)

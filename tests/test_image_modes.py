@@ -184,7 +184,7 @@ def test_files_of_every_mode_keep_their_values_in_stage_0(tmp_path, mode):
     assert image.dtype == (np.float32 if mode[0] in "IF" or "16" in mode else np.uint8)
     tolerance = 0.5 if "A" in mode and "16" not in mode and mode != "LAB" else 1e-6
     np.testing.assert_allclose(image, expected.astype(np.float32), rtol=1e-6, atol=tolerance + 0.1)
-    record = RunDirectory.open(run).complete_record(0)
+    record = RunDirectory.open(run).record(0)
     if image.dtype == np.float32:
         assert record.data_choices.mean == pytest.approx(expected.mean((1, 2)), rel=1e-5)
         assert record.data_choices.std == pytest.approx(expected.std((1, 2)), rel=1e-4)

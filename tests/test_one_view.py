@@ -8,8 +8,10 @@ from small_training import TEST, TRAIN, same, trainer, weights
 
 from greedy import Reporter, RunDirectory
 from greedy.cache import Store
-from greedy.recipes import Recipe, load, names
+from greedy.recipes import load, names
 from greedy.runs.disk_plan import DiskPlan
+from greedy.runs.state import RunState
+from greedy.runs.views import wanted_views
 
 SAYS = "nothing is drawn at random when images are read, so a store has one view instead of 4 "
 
@@ -49,7 +51,8 @@ def recorded(run: Path) -> list[int]:
 @pytest.fixture
 def as_before(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Makes the run ask for and write the number of views that earlier versions did."""
-    monkeypatch.setattr(Recipe, "views", property(lambda recipe: recipe.store.views))
+    wanted = lambda recipe, number: (recipe.store.views, 0)  # noqa: E731
+    monkeypatch.setattr("greedy.runs.disk_budget.wanted_views", wanted)
     return monkeypatch
 
 
@@ -82,7 +85,7 @@ def test_a_run_that_started_with_four_views_keeps_them(
     assert recorded(tmp_path / "run") == [4, 4]
     mine.train(2)
     assert recorded(tmp_path / "run") == [4, 1]
-    assert RunDirectory.open(tmp_path / "run").is_finished
+    assert RunState.read(RunDirectory.open(tmp_path / "run")).is_finished
 
 
 def test_augmentation_and_cutout_are_drawn_at_random(tmp_path: Path) -> None:
@@ -93,20 +96,20 @@ def test_augmentation_and_cutout_are_drawn_at_random(tmp_path: Path) -> None:
         assert not heard.plan.notes
 
 
-def test_identical_views_are_not_drawn_again(tmp_path: Path) -> None:
+def test_identical_views_are_not_replaced(tmp_path: Path) -> None:
     settings = {"views": 1, "reuse": 1, "epochs": 3}
     trainer(tmp_path / "run", **settings, reporter=(heard := Cut())).fit(TRAIN, TEST)
     (note,) = heard.plan.notes
-    assert note.endswith("so views are not drawn again")
+    assert note.endswith("so views are not replaced")
     store = RunDirectory.open(tmp_path / "run").record(1).store
-    assert (store.generation, store.bytes_written) == (0, store.bytes)
+    assert (store.ring, store.bytes_written) == (None, store.bytes)
 
 
 def test_the_command_line_plans_one_view_and_says_so(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("tiny.toml").write_text(small_recipe())
     plan = ("plan", "--recipe", "tiny.toml", "--device", "cpu")
-    assert SAYS in said(*plan)
+    assert SAYS in said(*plan, "--views", "4")
     asked, one = answer(*plan, "--views", "4"), answer(*plan, "--views", "1")
     assert asked["stages"] == one["stages"]
     assert SAYS in asked["disk"]["plan"][0]
@@ -119,6 +122,6 @@ def test_the_command_line_plans_one_view_and_says_so(tmp_path: Path, monkeypatch
 def test_shipped_recipes_that_draw_nothing_keep_one_view() -> None:
     for recipe in map(load, names()):
         drawn = recipe.data.augmentation != "none" or recipe.data.cutout_length
-        assert recipe.views == (recipe.store.views if drawn else 1), recipe.name
-    assert load("kmnist/vgg8b-predsim").views == load("svhn/vgg8b-predsim").views == 1
-    assert load("kmnist/vgg8b-predsim-cutout").views == 4
+        assert (wanted_views(recipe, 2) == (1, 0)) == (not drawn), recipe.name
+    assert wanted_views(load("kmnist/vgg8b-predsim"), 2) == (1, 0)
+    assert wanted_views(load("kmnist/vgg8b-predsim-cutout"), 2) == (4, 5)

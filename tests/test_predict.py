@@ -57,7 +57,7 @@ def test_confidences_are_the_networks_own(run, images, until_stage):
     chosen = [] if until_stage is None else ["--until-stage", until_stage]
     found = predictions("--run", run, *images, "--top", 10, *chosen)
     assert [each["image"] for each in found] == [str(file) for file in images]
-    names = RunDirectory.open(run).complete_record(0).class_names
+    names = RunDirectory.open(run).record(0).class_names
     for each, row in zip(found, expected(run, raw(run, 40), until_stage), strict=True):
         confidences = [entry["confidence"] for entry in each["classes"]]
         assert confidences == sorted(confidences, reverse=True)

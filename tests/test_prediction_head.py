@@ -88,7 +88,7 @@ def test_without_hidden_layers_the_head_is_what_it_was() -> None:
 
 def test_hidden_layers_learn_and_are_kept(trained: GreedyTrainer) -> None:
     for number, shape in ((1, (6, 6, 3, 3)), (2, (16, 16))):
-        record = trained.run.complete_record(number)
+        record = trained.run.record(number)
         assert record.metrics.test_error_percent < 33  # chance is 67
         heads = load_file(trained.run.stage_dir(number) / "heads.safetensors")
         assert heads["prediction.hidden1.weight"].shape == shape
@@ -98,7 +98,7 @@ def test_hidden_layers_learn_and_are_kept(trained: GreedyTrainer) -> None:
 @pytest.mark.parametrize("number", [1, 2])
 def test_early_exit_does_as_well_as_the_stage_did(trained: GreedyTrainer, number: int) -> None:
     figures = evaluate(trained.run, trained.assemble(number), "test", CPU)
-    expected = trained.run.complete_record(number).metrics.test_error_percent
+    expected = trained.run.record(number).metrics.test_error_percent
     assert figures.error_percent == pytest.approx(expected, abs=3)  # in other batches
 
 

@@ -2,16 +2,19 @@
 
 import os
 import random
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from small_training import CLASSES, SIDE, files, trainer
+from small_training import CLASSES, SIDE, files, learned, same, trainer, weights
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import v2
 
-from greedy import RunDirectory, UserError
+from greedy import Reporter, RunDirectory, UserError
 from greedy.cache import Store
 from greedy.data import dataset_from_torch
 
@@ -125,9 +128,8 @@ def test_a_view_follows_from_seed_and_number(transform) -> None:
 
 def test_every_view_and_epoch_is_a_pass_of_its_own(finished: Path) -> None:
     run = RunDirectory.open(finished)
-    assert run.complete_record(0).data_choices == run.complete_record(0).data_choices
-    assert run.complete_record(0).data_choices.fresh
-    assert run.complete_record(1).store.view_numbers == [2, 3]
+    assert run.record(0).data_choices.fresh
+    assert run.record(1).store.view_numbers == [2, 3]
     images = np.concatenate([stored(finished, 1), stored(finished, 2)], axis=2)
     assert len({view.tobytes() for view in images}) == 2
 
@@ -148,23 +150,29 @@ def test_a_set_without_randomness_is_stored_as_before(tmp_path: Path) -> None:
     assert content(tmp_path / "plain") == content(tmp_path / "fixed")
     for name in ("plain", "fixed"):
         run = RunDirectory.open(tmp_path / name)
-        assert not run.complete_record(0).data_choices.fresh
-        assert run.complete_record(1).store.views == 1
+        assert not run.record(0).data_choices.fresh
+        assert run.record(1).store.views == 1
 
 
 def test_frozen_transforms_are_drawn_once(tmp_path: Path) -> None:
-    fit(tmp_path / "run", transforms="frozen", epochs=1)
-    fit(tmp_path / "former", frozen_transforms=True, epochs=1)
+    frozen = {"transforms": "frozen", "epochs": 1}
+    fit(tmp_path / "run", **frozen)
     run = RunDirectory.open(tmp_path / "run")
-    assert not run.complete_record(0).data_choices.fresh
-    assert run.complete_record(1).store.views == 1
-    trainer(tmp_path / "run", transforms="frozen", epochs=1).train(retrain_from=1)  # without data
-    assert content(tmp_path / "run") == content(tmp_path / "former")
+    assert not run.record(0).data_choices.fresh
+    assert run.record(1).store.views == 1
+    before = content(run.path)
+    recipe = run.path / "run.toml"
+    older = recipe.read_text().replace('transforms = "frozen"', "frozen_transforms = true")
+    recipe.write_text(older)  # as older versions wrote it
+    trainer(run.path, **frozen).train(retrain_from=1)  # without the data set
+    assert content(run.path) == before
+    with pytest.raises(UserError, match=r"data.transforms is 'frozen' there, 'fresh' here"):
+        trainer(run.path, epochs=1)
 
 
 @pytest.mark.parametrize("transforms", ["fresh", "frozen"])
 def test_a_random_test_set_is_refused(tmp_path: Path, transforms: str) -> None:
-    problem = r"sample 0 of python test changes .* RandomCrop, RandomHorizontalFlip"
+    problem = r"sample 0 of python test changes .*RandomCrop, RandomHorizontalFlip"
     with pytest.raises(UserError, match=problem):
         fit(tmp_path / "run", TRAIN, Drawn(TEST, CROPPED), transforms=transforms)
     assert not (tmp_path / "run").exists()
@@ -221,3 +229,114 @@ def test_a_process_that_dies_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(UserError, match=r"process that reads the data set ended .*num_workers"):
         fit(tmp_path / "run", Drawn(TRAIN.samples, dying), num_workers=1)
+
+
+def elsewhere(code: str, run: Path, *arguments: object) -> subprocess.CompletedProcess:
+    """Runs lines of this module in another process."""
+    code = f"from test_random_transforms import *\nrun = Path(sys.argv[1])\n{code}"
+    command = [sys.executable, "-c", code, run, *map(str, arguments)]
+    settings = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=300, env=os.environ | settings
+    )
+
+
+class Notes(Reporter):
+    """Prints notes."""
+
+    def noted(self, note: str) -> None:
+        print(note)
+
+
+class KillAt(Reporter):
+    """Kills the process after a number of batches."""
+
+    def __init__(self, batches: int) -> None:
+        self.left = batches
+
+    def batch_finished(self, rows: int) -> None:
+        self.left -= 1
+        if not self.left:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fit_until_killed(run: Path, batches: int) -> None:
+    fit(run, **RING, num_workers=2, checkpoint_minutes=0, reporter=KillAt(batches))
+
+
+@pytest.mark.parametrize("batches", [pytest.param(5, marks=pytest.mark.slow), 32])
+def test_a_killed_run_resumes_at_once_to_the_same_bytes(
+    finished: Path, tmp_path: Path, batches: int
+) -> None:
+    """In an epoch of the first stage, and of the second, for which a view is being drawn. The
+    processes that read outlive the one that was killed by some seconds."""
+    run = tmp_path / "run"
+    killed = elsewhere("fit_until_killed(run, int(sys.argv[2]))", run, batches)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    fit(run, **RING, num_workers=1)
+    assert content(run) == content(finished)
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_damaged_view_is_computed_again(finished: Path, place: int) -> None:
+    (shard,) = (finished / "stage1/activations.zarr/train/activations").glob(f"c.{place}.*")
+    before = shard.read_bytes()
+    shard.write_bytes(before[:100] + b"\0" + before[101:])
+    mine = trainer(finished, **RING, num_workers=2)
+    with pytest.raises(UserError, match="reads its data set again in every pass.*fit"):
+        mine.repair([1])
+    mine.prepare(dataset_from_torch(TRAIN, TEST))
+    (repair,), damages = mine.repair([1])
+    assert (repair.identical, damages) == (True, [])
+    assert shard.read_bytes() == before
+
+
+def test_a_stage_is_trained_again_to_the_same_weights(finished: Path) -> None:
+    before = weights(finished, 2)
+    mine = trainer(finished, **RING)
+    with pytest.raises(UserError, match="reads its data set again in every pass"):
+        mine.train_stage(2, again=True)
+    mine.prepare(dataset_from_torch(TRAIN, TEST))
+    mine.train_stage(2, again=True)
+    mine.train_stage(3, again=True)
+    assert same(before, weights(finished, 2))
+
+
+def test_a_stage_that_trains_from_a_store_alone_needs_no_data_set(tmp_path: Path) -> None:
+    fit(tmp_path / "run", epochs=1)
+    before = weights(tmp_path / "run", 3)
+    trainer(tmp_path / "run", epochs=1).train_stage(3, again=True)
+    assert same(before, weights(tmp_path / "run", 3))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"views": "live"}, {"strategy": "joint"}, {"patience": 1}, {"augmentation": "crop4"}],
+    ids=lambda settings: str(*settings.values()),
+)
+def test_every_way_of_training_repeats(tmp_path: Path, settings: dict) -> None:
+    for workers in (0, 2):
+        fit(tmp_path / str(workers), epochs=2, num_workers=workers, **settings)
+    assert content(tmp_path / "0") == content(tmp_path / "2")
+    assert learned(tmp_path / "0", 1)
+
+
+def test_another_data_set_is_refused(finished: Path) -> None:
+    other = Drawn(TRAIN.samples, CROPPED)
+    with pytest.raises(UserError, match="other data than .* images of the train split"):
+        fit(finished, other, **RING)
+
+
+def test_a_set_that_cannot_be_sent_is_read_by_the_process_that_trains(tmp_path: Path) -> None:
+    """Where processes are not forked, as on macOS and since Python 3.14."""
+    done = elsewhere(
+        "import multiprocessing\n"
+        "multiprocessing.set_start_method('spawn')\n"
+        "own = Drawn(TRAIN.samples, lambda image: ALL(image))\n"
+        "fit(run, own, epochs=1, views=1, reporter=Notes())",
+        tmp_path / "run",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("cannot be sent to others") == 1
+    fit(tmp_path / "other", epochs=1, views=1)
+    assert content(tmp_path / "run") == content(tmp_path / "other")

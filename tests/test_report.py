@@ -29,6 +29,7 @@ from greedy.results.curves import Curve
 from greedy.results.evaluation import evaluate
 from greedy.runs.directory import RunDirectory
 from greedy.runs.network import assemble
+from greedy.runs.state import RunState
 from greedy.runs.status import status
 
 pytestmark = pytest.mark.usefixtures("script")
@@ -53,7 +54,7 @@ def facts(runs):
 
 def test_errors_by_stage_are_those_of_status(runs, facts):
     for name, found in facts.items():
-        assert list(found.stages) == status(RunDirectory.open(runs / name))
+        assert list(found.stages) == status(RunState.read(RunDirectory.open(runs / name)))
         spec = charts.errors_by_stage([found])
         drawn = {
             (row["stage"], row["split"]): row["error"] for row in spec["layer"][0]["data"]["values"]

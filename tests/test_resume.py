@@ -13,6 +13,7 @@ import pytest
 import torch
 from decided import choices
 from safetensors.torch import load_file
+from small_training import states
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -21,6 +22,7 @@ from greedy.base.errors import Interrupted
 from greedy.losses import Pred
 from greedy.models import cut, mlp
 from greedy.runs.checkpoint_record import Progress, StartRecord
+from greedy.runs.state import RunState
 from greedy.steps.guard import Guard
 from greedy.steps.step import Learner, step
 from greedy.steps.strategies import Greedy
@@ -38,7 +40,7 @@ def samples(rows: int, seed: int) -> TensorDataset:
 
 
 TRAIN, TEST = samples(300, 0), samples(60, 1)
-REFRESHED = {"augmentation": "hflip", "reuse": 2, "views": 2, "epochs": 3}
+RING = {"augmentation": "hflip", "reuse": 2, "views": 2, "epochs": 3}
 PATIENT = {"patience": 1, "epochs": 5, "views": "live", "augmentation": "crop4"}
 FROM_DISK = {"ram_budget": "1B", "augmentation": "hflip", "views": 3}
 JOINT = {"strategy": "joint", "augmentation": "crop4"}
@@ -81,7 +83,7 @@ def outcome(run: Path) -> dict[str, object]:
             found[name] = kept | {"files": sorted(document["files"])}
         elif name.endswith("history.jsonl"):
             lines = [json.loads(line) for line in path.read_text().splitlines()]
-            free = ("seconds", "images_per_second")
+            free = ("seconds", "images_per_second", "waiting_percent")
             found[name] = [{k: v for k, v in x.items() if k not in free} for x in lines]
         elif name not in (".lock", "run.toml"):
             found[name] = path.read_bytes()
@@ -95,7 +97,7 @@ def fit_until_killed(run: Path, batches: int, settings: dict) -> None:
 
 
 KILLED = {
-    "refreshed": REFRESHED,
+    "ring": RING,
     "patient-joint": PATIENT_JOINT,
     "float16": HALF,
     "plain": {},
@@ -105,7 +107,7 @@ KILLED = {
     "backprop": BACKPROP,
     "float16-backprop": BACKPROP | HALF,
 }
-AT_ONCE = ("refreshed", "patient-joint", "float16")  # each of them has what the slow ones have too
+AT_ONCE = ("ring", "patient-joint", "float16")  # each of them has what the slow ones have too
 
 
 @pytest.mark.parametrize(
@@ -158,12 +160,13 @@ def test_a_signal_finishes_the_batch_and_keeps_it(tmp_path: Path) -> None:
 
 
 def test_a_crash_between_new_views_and_their_record_is_noticed(tmp_path: Path) -> None:
-    mine = trainer(tmp_path / "run", **REFRESHED)
+    mine = trainer(tmp_path / "run", **RING)
     mine.fit(TRAIN, TEST)
     expected = outcome(tmp_path / "run")
-    record = mine.run.complete_record(1)
-    assert record.store.generation == 1
-    record.update_store(tmp_path / "run/stage1", generation=-1)  # as it is at the exchange
+    record = mine.run.record(1)
+    assert record.store.view_numbers == [2, 1]
+    unknown = record.store.ring.with_view(0, -1)  # as it is at the exchange
+    record.update_store(tmp_path / "run/stage1", ring=unknown)
     mine.train_stage(2, again=True)
     found = outcome(tmp_path / "run")
     trained = {name for name in expected if name.startswith("stage1/")}
@@ -235,9 +238,9 @@ def test_a_retraining_resumes_if_the_old_stages_are_stale(tmp_path: Path) -> Non
     cut._planner.loss = mine._planner.loss = Pred()
     with pytest.raises(Interrupted):
         cut.train(1)
-    assert [mine.run.state(n) for n in (1, 2, 3)] == ["complete", "stale", "stale"]
+    assert states(mine.run, (1, 2, 3)) == ["complete", "stale", "stale"]
     mine.train()
-    assert [mine.run.state(n) for n in (1, 2, 3)] == ["complete"] * 3
+    assert states(mine.run, (1, 2, 3)) == ["complete"] * 3
 
 
 def test_a_damaged_file_of_a_retraining_is_named(tmp_path: Path) -> None:
@@ -303,7 +306,7 @@ def test_only_one_process_writes(tmp_path: Path) -> None:
         for attempt in (other.train, lambda: other.train_stage(1), lambda: other.fit(TRAIN, TEST)):
             with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on .* since"):
                 attempt()
-        assert RunDirectory.open(tmp_path / "run").state(3) == "complete"
+        assert RunState.read(RunDirectory.open(tmp_path / "run")).stage_state(3) == "complete"
         other.assemble()
     other.train()
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from small_training import states
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -168,9 +169,9 @@ def test_first_weights_do_not_depend_on_the_strategy_but_for_the_output_layer(tm
 def test_a_run_is_a_run_whatever_the_strategy(tmp_path, strategy) -> None:
     trainer = run_of(tmp_path / "run", strategy=strategy)
     run = trainer.run
-    assert [run.state(n) for n in range(9)] == ["complete"] * 9
+    assert states(run, range(9)) == ["complete"] * 9
     assert not run.network_dir.exists()
-    records = [run.complete_record(n) for n in range(1, 9)]
+    records = [run.record(n) for n in range(1, 9)]
     errors = [record.metrics.test_error_percent for record in records]
     assert errors[-1] is not None
     assert [error is None for error in errors[:-1]] == [strategy != "joint"] * 7
@@ -192,22 +193,22 @@ def test_a_run_is_a_run_whatever_the_strategy(tmp_path, strategy) -> None:
 )
 def test_optimisers_that_wait_for_the_loss_can_be_planned_too(tmp_path, settings) -> None:
     trainer = run_of(tmp_path / "run", strategy="joint", **settings)
-    assert trainer.run.complete_record(8).choices.planned_peak_bytes > 0
+    assert trainer.run.record(8).choices.planned_peak_bytes > 0
 
 
 def test_a_kill_while_the_makings_are_deleted_costs_nothing(tmp_path) -> None:
     trainer = run_of(tmp_path / "run", strategy="joint")
-    before = [trainer.run.complete_record(n).seconds for n in range(1, 9)]
+    before = [trainer.run.record(n).seconds for n in range(1, 9)]
     (tmp_path / "run/.network.old/training").mkdir(parents=True)
     again = run_of(tmp_path / "run", strategy="joint")
-    assert [again.run.complete_record(n).seconds for n in range(1, 9)] == before
+    assert [again.run.record(n).seconds for n in range(1, 9)] == before
     assert not (tmp_path / "run/.network.old").exists()
 
 
 def test_evaluation_of_the_whole_network_is_within_the_budget_too(tmp_path) -> None:
-    free = run_of(tmp_path / "free", strategy="backprop").run.complete_record(8).choices
+    free = run_of(tmp_path / "free", strategy="backprop").run.record(8).choices
     tight = {"strategy": "backprop", "accumulate": 16, "memory_budget": "1300KiB"}
-    small = run_of(tmp_path / "tight", **tight).run.complete_record(8).choices
+    small = run_of(tmp_path / "tight", **tight).run.record(8).choices
     assert small.planned_peak_bytes <= 1300 * 1024 < free.planned_peak_bytes
     assert small.write_batch < free.write_batch
 

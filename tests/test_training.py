@@ -133,27 +133,6 @@ def test_live_and_stored_views_agree_without_augmentation(tmp_path: Path) -> Non
             torch.testing.assert_close(live[key], value, rtol=1e-3, atol=1e-4)
 
 
-def test_views_are_refreshed(tmp_path: Path) -> None:
-    settings = {"augmentation": "hflip", "reuse": 2, "epochs": 5, "views": 1}
-    mine = trainer(tmp_path / "run", **settings)
-    first, second, _ = mine.fit(TRAIN, TEST)
-    store = tmp_path / "run/stage1/activations.zarr"
-    record = mine.run.record(1).store
-    assert (first.store.generation, record.generation) == (0, 2)
-    assert record.bytes_written > 2 * record.bytes > 0
-    assert record.digests["train"] != first.store.digests["train"]
-    assert record.digests["test"] == first.store.digests["test"]
-    last = Store(store / "train").load()
-
-    before = weights(tmp_path / "run", 2), files(tmp_path / "run/stage2/activations.zarr")
-    again = mine.train_stage(2, again=True)  # starts from generation 0 again
-    assert again.lineage == second.lineage
-    after = weights(tmp_path / "run", 2), files(tmp_path / "run/stage2/activations.zarr")
-    assert same(before[0], after[0])
-    assert (Store(store / "train").load() == last).all()
-    assert mine.run.state(1) == "complete"
-
-
 def test_rows_are_the_same_samples_in_every_store(finished: Path) -> None:
     for split in ("train", "test"):
         stores = [Store(finished / f"stage{n}/activations.zarr/{split}") for n in (0, 1, 2)]

@@ -15,6 +15,7 @@ from small_training import (
     files,
     network,
     samples,
+    states,
     trainer,
 )
 from torch import nn
@@ -26,6 +27,7 @@ from greedy.models import mlp
 from greedy.recipes import load
 from greedy.runs.disk_budget import disk_budget
 from greedy.runs.integrity import verify_run
+from greedy.runs.state import RunState
 
 
 class NotANumber(Pred):
@@ -64,7 +66,7 @@ def test_a_retraining_that_fails_leaves_the_old_stage(run: Path) -> None:
         mine.train_stage(2, again=True)
     left = files(run / "stage2")
     assert {k: v for k, v in left.items() if not k.startswith("training/")} == before
-    assert trainer(run).run.state(2) == "complete"
+    assert RunState.read(trainer(run).run).stage_state(2) == "complete"
 
 
 def test_stages_after_a_retrained_one_are_stale(run: Path, tmp_path: Path) -> None:
@@ -74,11 +76,11 @@ def test_stages_after_a_retrained_one_are_stale(run: Path, tmp_path: Path) -> No
     trainer(other, seed=1).fit(TRAIN, TEST)
     shutil.rmtree(first)
     shutil.copytree(other / "stage1", first)  # not what stage 2 was trained from
-    assert [mine.run.state(n) for n in (1, 2, 3)] == ["stale", "stale", "stale"]
+    assert states(mine.run, (1, 2, 3)) == ["stale", "stale", "stale"]
     with pytest.raises(UserError, match="stage 1 .* is stale .*--retrain 1"):
         mine.train()
     mine.train(retrain_from=1)
-    assert [mine.run.state(n) for n in (1, 2, 3)] == ["complete"] * 3
+    assert states(mine.run, (1, 2, 3)) == ["complete"] * 3
 
 
 def test_an_exchange_of_stages_is_completed_after_a_crash(run: Path) -> None:
@@ -183,10 +185,10 @@ def test_images_transformed_at_random_are_the_same_data(tmp_path: Path) -> None:
 
     images, labels = TRAIN.tensors
     for _ in range(2):
-        trainer(tmp_path / "run", epochs=1, frozen_transforms=True).fit(Noisy(images, labels), TEST)
+        trainer(tmp_path / "run", epochs=1, transforms="frozen").fit(Noisy(images, labels), TEST)
     others = Noisy(images, (labels + 1) % CLASSES)
     with pytest.raises(UserError, match="other data than .* labels of the train split"):
-        trainer(tmp_path / "run", epochs=1, frozen_transforms=True).fit(others, TEST)
+        trainer(tmp_path / "run", epochs=1, transforms="frozen").fit(others, TEST)
 
 
 def test_a_class_without_images_is_named(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from greedy import Reporter
 from greedy.base.errors import Interrupted
 from greedy.runs.disk_budget import disk_budget
+from greedy.runs.state import RunState
 from greedy.runs.status import trainings_set_aside
 
 
@@ -126,7 +127,7 @@ def test_a_training_resumes_from_its_source_while_that_exists(tmp_path: Path) ->
     mine, reporter = heard(run)
     mine.train(3)
     assert (reporter.epochs[3], reporter.aside) == ([2], [])
-    assert mine.run.complete_record(3).source == 1
+    assert mine.run.record(3).source == 1
 
 
 def test_the_disk_plan_keeps_a_store_that_a_training_needs(run: Path, monkeypatch) -> None:
@@ -143,7 +144,7 @@ def test_the_disk_plan_keeps_a_store_that_a_training_needs(run: Path, monkeypatc
 
     mine = trainer(run)
     mine.reporter = Watch()
-    plan = mine._planner.disk(2)
+    plan = mine._planner.disk(RunState.read(mine.run), 2)
     monkeypatch.setattr(type(plan), "dropped_after", lambda self, n: [1] if n == 2 else [])
     mine.train(2)
     assert there == [(2, True), (3, True)]
@@ -160,7 +161,7 @@ def test_a_joint_training_is_set_aside_too(tmp_path: Path) -> None:
     mine.train()
     assert [name for _, name, _ in reporter.aside] == ["network.unfinished"]
     assert (run / "network.unfinished/checkpoint/progress.json").is_file()
-    assert mine.run.is_finished
+    assert RunState.read(mine.run).is_finished
 
 
 def test_a_training_set_aside_counts_against_the_budget_and_is_no_stage(

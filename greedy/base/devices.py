@@ -142,11 +142,6 @@ def reset_peak_memory(device: torch.device) -> None:
             (PROCESS / "clear_refs").write_text("5", encoding="ascii")
 
 
-def release_workspaces() -> None:
-    """Frees cuBLAS' workspaces on CUDA; it allocates new ones when it needs them."""
-    torch._C._cuda_clearCublasWorkspaces()
-
-
 def device_name(device: torch.device) -> str:
     """Returns the device's name for records."""
     if device.type == "cuda":

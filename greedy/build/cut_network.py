@@ -15,13 +15,13 @@ from greedy.recipes import Recipe
 
 @dataclass(frozen=True)
 class CutNetwork:
-    """A network as all planning and training sees it.
+    """A network that has been cut into stages.
 
     Attributes:
-        stages: in order; they stay as they are.
-        shapes: of a row along each stage.
+        stages: the stages, in order; they stay as they are.
+        shapes: the shapes of a row before, in and after each stage.
         loss: the local loss of every stage but the output layer.
-        classes: how many there are.
+        classes: the number of classes.
     """
 
     stages: Sequence[Stage]
@@ -33,22 +33,24 @@ class CutNetwork:
     def of(
         cls, recipe: Recipe, network: nn.Sequential, image: Shape, classes: int, loss: LocalLoss
     ) -> Self:
-        """Cuts a network for images (C, H, W) as the recipe says. With 0 ``classes``, which are
-        then not known yet, it has as many as it gives logits.
+        """Cuts a network for images (C, H, W) as the recipe says. If ``classes`` is 0, there are
+        as many classes as logits.
 
-        Raises ``UserError`` for a network that does not fit the images or the recipe."""
+        Raises:
+            UserError: the network does not fit the images or the recipe.
+        """
         stages = cut(network, recipe.model.stage_layers)
         shapes = checked_shapes(recipe, stages, image, classes)
         return cls(stages, shapes, loss, classes or shapes[-1].output[0])
 
     def __len__(self) -> int:
-        """The number of stages."""
+        """Returns the number of stages."""
         return len(self.stages)
 
     def name(self, number: int) -> str:
-        """The name of stage ``number``, as in a plan."""
+        """Returns the name of stage ``number`` in plans and records."""
         return "output" if number == len(self) else self.stages[number - 1].name
 
     def losses(self, strategy: str) -> list[LocalLoss]:
-        """The loss of each stage under a strategy of that name."""
+        """Returns the loss of each stage for a strategy, given by its name."""
         return stage_losses(strategy, self.loss, len(self))

@@ -2,9 +2,10 @@
 label."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
@@ -132,7 +133,6 @@ class MapSplit:
     """
 
     _pass: tuple[int, tuple[int | str, ...]] | None = None
-    _own: Sequence[Generator] = ()
 
     def __init__(
         self,
@@ -157,15 +157,19 @@ class MapSplit:
         """Returns the split as one pass draws it: what a sample draws at random follows from
         ``seed``, ``key`` and its number, whatever was read before it, and in which process."""
         split = copy(self)
-        split._pass, split._own = (seed, key), own_generators(self._samples)
+        split._pass, split._own = (seed, key), self._own  # found once for all passes
         return split
+
+    @cached_property
+    def _own(self) -> Sequence[Generator]:
+        return own_generators(self._samples)
 
     def view(self, seed: int, number: int) -> Self:
         """Returns the split as view ``number`` draws it, in a run with this seed."""
         return self.seeded(seed, "view", number)
 
     def read(self, indices: Rows) -> tuple[Images, Labels]:
-        with self._drawing():
+        with self._drawing() if self._pass else nullcontext():
             return self._read(indices)
 
     def _read(self, indices: Rows) -> tuple[Images, Labels]:

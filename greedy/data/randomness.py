@@ -2,9 +2,10 @@
 protecting the global ones from them."""
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import ModuleType
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,27 +31,64 @@ def generators_restored() -> Iterator[None]:
 
 Generator = np.random.Generator | np.random.RandomState | random.Random | torch.Generator
 
-LONG = 1000  # a container of more items is taken for data, not for a few transforms
+LONG = 1000  # a container of more items holds data, not a few transforms
+CALLED = ("__getitem__", "__call__", "forward")  # by those who read a sample or transform it
 
 
 def own_generators(samples: Any) -> list[Generator]:
-    """Returns the generators that are attributes of a set, of its transforms, and of the sets and
-    objects inside them."""
-    generators, seen, left = [], set(), [samples]
+    """Returns the generators that a set can reach: those among the attributes of the set, of its
+    transforms and of the objects inside them, and among the names that their functions use."""
+    generators, seen, left = [], {}, [samples]
     while left:
         item = left.pop()
         if id(item) in seen:
             continue
-        seen.add(id(item))
+        seen[id(item)] = item  # kept, so that no other object gets its id
         if isinstance(item, Generator):
             generators.append(item)
-        elif isinstance(item, dict):
-            left += item.values() if len(item) <= LONG else ()
-        elif isinstance(item, list | tuple | set):
-            left += item if len(item) <= LONG else ()
-        elif hasattr(item, "__dict__") and not isinstance(item, type | ModuleType | torch.Tensor):
-            left.append(vars(item))
+        else:
+            left += _parts(item)
     return generators
+
+
+def _parts(item: Any) -> Collection[Any]:
+    """Returns the objects inside another one that may hold generators."""
+    parts: Collection[Any] = ()
+    match item:
+        case dict():
+            parts = item.values()
+        case list() | tuple() | set():
+            parts = item
+        case partial():
+            parts = item.func, item.args, item.keywords
+        case MethodType():
+            parts = item.__self__, item.__func__
+        case FunctionType():
+            parts = _used_by(item)
+        case type() | ModuleType() | torch.Tensor():
+            pass
+        case _ if hasattr(item, "__dict__"):
+            methods = (getattr(type(item), name, None) for name in CALLED)
+            parts = vars(item), *(each for each in methods if isinstance(each, FunctionType))
+    return parts if len(parts) <= LONG else ()
+
+
+def _used_by(function: FunctionType) -> list[Any]:
+    """Returns what a function uses by name, but no functions of other modules."""
+    names = function.__globals__
+    used = [names[name] for name in _names_in(function.__code__) if name in names]
+    with suppress(ValueError):  # a variable that is not set yet
+        used += [cell.cell_contents for cell in function.__closure__ or ()]
+    return [
+        each for each in used if not isinstance(each, FunctionType) or each.__globals__ is names
+    ]
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):  # a function or comprehension inside it
+            yield from _names_in(constant)
 
 
 def seed_generators(own: Sequence[Generator], seed: int, *key: int | str) -> None:

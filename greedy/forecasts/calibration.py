@@ -14,10 +14,10 @@ from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import nn
 
 from greedy.base.devices import device_name
 from greedy.base.files import read_with_digest, with_digest
+from greedy.base.torch_private import CONVOLUTIONS
 from greedy.base.user_folders import measurements_dir
 from greedy.base.versions import versions
 from greedy.cache.files import write_whole
@@ -80,7 +80,7 @@ class Work(_Document):
         batch_size: int,
     ) -> Self:
         """Returns the work of a stage whose plain step on a batch has ``step_flops`` operations."""
-        convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in stage.modules())
+        convolutional = any(isinstance(m, CONVOLUTIONS) for m in stage.modules())
         return cls.model_validate(
             {
                 "kind": "conv" if convolutional else "linear",

@@ -28,6 +28,7 @@ from greedy.recipes.per_stage import for_stage
 from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.disk_budget import plan_disk
 from greedy.runs.disk_plan import DiskPlan
+from greedy.runs.state import RunState
 from greedy.runs.views import Views, views_drawn
 from greedy.steps.parts import parts_of
 
@@ -149,8 +150,9 @@ def data_facts(run: RunDirectory, allow_function: bool = False) -> DataFacts:
     Raises:
         UserError: shape, rows or classes are not known.
     """
-    if run.record(0) is not None:
-        data = run.complete_record(0)
+    state = RunState.read(run)
+    if state.record(0) is not None:
+        data = state.complete_record(0)
         assert data.store is not None
         return DataFacts(
             data.row_shape,
@@ -239,7 +241,12 @@ def forecast(
         build_loss(recipe.loss),
     )
     disk = plan_disk(
-        run, network.shapes, data.rows, data.stored_bytes, machine.device, fresh=data.fresh
+        RunState.read(run),
+        network.shapes,
+        data.rows,
+        data.stored_bytes,
+        machine.device,
+        fresh=data.fresh,
     )
     memory = MemoryPlan(
         recipe,

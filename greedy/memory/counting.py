@@ -18,10 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from greedy.base.sizes import format_size
+from greedy.base.torch_private import TorchDispatchMode, storage_key, tree_leaves
 
 
 class Counter(TorchDispatchMode):
@@ -80,16 +79,18 @@ class Counter(TorchDispatchMode):
         """Returns the tensors in an operator's result whose storages are counted already or are not
         those of its arguments."""
         tensors = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        if all(_key(t) in self._bytes for t in tensors):
+        if all(storage_key(t) in self._bytes for t in tensors):
             return tensors
-        aliased = {_key(t) for t in tree_leaves(given) if isinstance(t, Tensor)}
-        return [t for t in tensors if _key(t) in self._bytes or _key(t) not in aliased]
+        aliased = {storage_key(t) for t in tree_leaves(given) if isinstance(t, Tensor)}
+        return [
+            t for t in tensors if storage_key(t) in self._bytes or storage_key(t) not in aliased
+        ]
 
     def _count(self, tensor: Tensor) -> None:
         """Counts a tensor's storage if it is new, else the bytes by which it has grown."""
         if tensor.device.type != self.device_type:
             return
-        storage, key = tensor.untyped_storage(), _key(tensor)
+        storage, key = tensor.untyped_storage(), storage_key(tensor)
         if key not in self._bytes:
             self._bytes[key] = 0
             weakref.finalize(storage, self._release, key)
@@ -98,7 +99,3 @@ class Counter(TorchDispatchMode):
 
     def _release(self, key: int) -> None:
         self.live -= self._bytes.pop(key)
-
-
-def _key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata

@@ -7,19 +7,13 @@ from typing import TypeVar
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-)
 
 from greedy.base.errors import UserError
+from greedy.base.torch_private import DEPENDS_ON_NUMBERS, FakeTensorMode
 from greedy.losses import Features, LocalHeads, LocalLoss
 from greedy.models import Shape
 
 Module = TypeVar("Module", bound=nn.Module)
-
-DEPENDS_ON_NUMBERS = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 def fake_tensors() -> FakeTensorMode:

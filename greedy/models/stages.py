@@ -9,17 +9,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from greedy.base.errors import UserError
+from greedy.base.torch_private import CONVOLUTIONS, POOLS
 
-ENCODERS = (nn.modules.conv._ConvNd, nn.Linear)
+ENCODERS = (CONVOLUTIONS, nn.Linear)
 """The layers that begin a stage."""
 
 DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-POOLS = (
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._AdaptiveMaxPoolNd,
-    nn.modules.pooling._AdaptiveAvgPoolNd,
-)
 
 PROBABILITIES = (nn.Softmax, nn.LogSoftmax, nn.Softmax2d, nn.Sigmoid)
 

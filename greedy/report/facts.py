@@ -18,9 +18,10 @@ from greedy.report.mistakes import TestResult, classify_test_images
 from greedy.report.repeating import commands
 from greedy.results.curves import Curve, curves_so_far, run_names
 from greedy.results.similarity import BatchSimilarity, similarity_by_stage
-from greedy.runs.directory import RunDirectory, State
+from greedy.runs.directory import RunDirectory
 from greedy.runs.network import assemble, stages_of
 from greedy.runs.record import StageRecord
+from greedy.runs.state import RunState, StageState
 from greedy.runs.status import DiskUse, StageStatus, disk_use, status
 
 
@@ -153,19 +154,14 @@ def _facts(
     model: nn.Sequential | None,
     loss: LocalLoss | None,
 ) -> RunFacts:
-    recipe = run.recipe
-    has_data = run.state(0) == "complete"
+    recipe, state = run.recipe, RunState.read(run)
     if recipe.loss.name != "python":
         loss = build_loss(recipe.loss)
-
-    def read() -> tuple[list[StageStatus], dict[int, StageRecord], list[StoreFacts]]:
-        stages = status(run)
-        numbers = range(len(stages) + 1)
-        records = {n: record for n in numbers if (record := run.record(n)) is not None}
-        return stages, records, _stores(run, records)
-
-    stages, records, stores = run.read_consistently(read)
+    stages = status(state)
+    numbers = range(len(stages) + 1)
+    records = {n: record for n in numbers if (record := state.record(n)) is not None}
     finished = [stage.stage for stage in stages if stage.state == "complete"]
+    has_data = state.stage_state(0) == "complete"
     complete = bool(stages) and len(finished) == len(stages)
     # The whole network has no local loss in it, so any loss does.
     network = assemble(run, loss or Glob(), model) if complete else None
@@ -176,9 +172,9 @@ def _facts(
         records=records,
         curves=curves_so_far(run),
         departures=departures(recipe) if recipe.paper else [],
-        baselines=_baselines(run, model, loss) if has_data and loss else {},
-        stores=stores,
-        disk=disk_use(run),
+        baselines=_baselines(state, model, loss) if has_data and loss else {},
+        stores=_stores(state, records),
+        disk=disk_use(state),
         similarity=similarity_by_stage(run, loss, model) if 1 in finished else None,
         test=classify_test_images(run, network, device) if network else None,
         commands=commands(run),
@@ -186,17 +182,14 @@ def _facts(
     )
 
 
-def _baselines(
-    run: RunDirectory, model: nn.Sequential | None, loss: LocalLoss
-) -> Mapping[str, int]:
-    data = run.complete_record(0)
-    stages = stages_of(run.recipe, data, model)
+def _baselines(state: RunState, model: nn.Sequential | None, loss: LocalLoss) -> Mapping[str, int]:
+    data, stages = state.complete_record(0), stages_of(state, model)
     along = shapes(stages, data.row_shape)
     network = CutNetwork(stages, along, loss, len(data.class_names))
-    return baselines(network, run.recipe.training.batch_size)
+    return baselines(network, state.run.recipe.training.batch_size)
 
 
-def _stores(run: RunDirectory, records: Mapping[int, StageRecord]) -> list[StoreFacts]:
+def _stores(state: RunState, records: Mapping[int, StageRecord]) -> list[StoreFacts]:
     return [
         StoreFacts(
             stage=number,
@@ -205,7 +198,7 @@ def _stores(run: RunDirectory, records: Mapping[int, StageRecord]) -> list[Store
             views=record.store.views,
             bytes=record.store.bytes,
             values=record.store.values,
-            kept=run.store_path(number).is_dir(),
+            kept=state.has_store(number),
         )
         for number, record in records.items()
         if record.store
@@ -217,7 +210,7 @@ def _missing(run: RunDirectory, stages: Sequence[StageStatus], loss: LocalLoss |
     remedy = f"{command('train', '--run', run.path)} resumes it"
     if not stages:
         missing.append(f"The run has no data yet, so there is nothing to show: {remedy}.")
-    unfinished: dict[State, str] = {
+    unfinished: dict[StageState, str] = {
         "training": "in training",
         "pending": "not begun",
         "stale": "stale, since an earlier stage was trained again or settings were changed",

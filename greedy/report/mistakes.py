@@ -10,6 +10,7 @@ from torch import nn
 
 from greedy.results.evaluation import classified
 from greedy.runs.directory import RunDirectory
+from greedy.runs.state import RunState
 
 SHOWN = 20  # mistakes
 
@@ -74,7 +75,7 @@ def classify_test_images(
         best = logits.softmax(dim=1).max(dim=1)
         batches.append((best.values.cpu().numpy(), best.indices.cpu().numpy()))
     confidence, predicted = (np.concatenate(parts) for parts in zip(*batches, strict=True))
-    classes = len(run.complete_record(0).class_names)
+    classes = len(RunState.read(run).complete_record(0).class_names)
     confusion = np.zeros((classes, classes), np.int64)
     np.add.at(confusion, (store.labels, predicted), 1)
     wrong = np.flatnonzero(predicted != store.labels)

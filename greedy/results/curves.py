@@ -13,6 +13,7 @@ from greedy.base.files import read_limited
 from greedy.base.text import legible
 from greedy.runs.directory import RunDirectory
 from greedy.runs.record import HISTORY
+from greedy.runs.state import RunState
 
 Percent = Annotated[float, Field(ge=0, le=100)]
 Point = tuple[int, float]  # an epoch, counted from 1, and an error in percent
@@ -60,15 +61,15 @@ def stage_curves(run: RunDirectory) -> list[Curve]:
 
 def curves_so_far(run: RunDirectory) -> list[Curve]:
     """Returns the curves of ``stage_curves``, or an empty list where there are none yet."""
-    return run.read_consistently(lambda: _curves(run))
+    return run.read_consistently(lambda: _curves(RunState.read(run)))
 
 
-def _curves(run: RunDirectory) -> list[Curve]:
-    data = run.record(0)
+def _curves(state: RunState) -> list[Curve]:
+    data, recipe = state.record(0), state.run.recipe
     network = data.network if data else []
     curves = []
     for number, name in enumerate(network, start=1):
-        lines = _history(run, number)
+        lines = _history(state, number)
         train = [
             (line.epoch, line.train_error_percent)
             for line in lines
@@ -80,7 +81,7 @@ def _curves(run: RunDirectory) -> list[Curve]:
             if line.test_error_percent is not None
         ]
         if train or test:
-            paper = run.recipe.paper if number == len(network) else None
+            paper = recipe.paper if number == len(network) else None
             published = paper.test_error_percent if paper else None
             curves.append(Curve(f"stage {number}, {name}", number, train, test, published))
     return curves
@@ -89,7 +90,7 @@ def _curves(run: RunDirectory) -> list[Curve]:
 def run_curves(runs: Sequence[RunDirectory]) -> list[Curve]:
     """Returns the ``network_curve`` of each run. Raises ``UserError`` for a run without curves."""
     return [
-        network_curve(stage_curves(run), name, len(run.complete_record(0).network))
+        network_curve(stage_curves(run), name, len(RunState.read(run).complete_record(0).network))
         for run, name in zip(runs, run_names(runs), strict=True)
     ]
 
@@ -109,10 +110,11 @@ def run_names(runs: Sequence[RunDirectory]) -> list[str]:
     return [legible(name) for name in (names if unique else (str(run.path) for run in runs))]
 
 
-def _history(run: RunDirectory, number: int) -> list[_Line]:
-    match run.state(number):
+def _history(state: RunState, number: int) -> list[_Line]:
+    run = state.run
+    match state.stage_state(number):
         case "complete":
-            return _read(run.complete_record(number).check_file(run.stage_dir(number), HISTORY))
+            return _read(state.complete_record(number).check_file(run.stage_dir(number), HISTORY))
         case "training":
             path = run.training_history_path(number)
             return _read(path) if path.is_file() else []

@@ -13,6 +13,7 @@ from greedy.base.errors import UserError
 from greedy.memory.choice import memory_budget as memory_budget_of
 from greedy.memory.forward import Forward, fit_forward
 from greedy.runs.directory import SPLITS, RunDirectory
+from greedy.runs.state import RunState
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def classified(
     the order of its store. Arguments and errors are those of ``evaluate``."""
     if split not in SPLITS:
         raise UserError(f"{split!r} is not a split: use {' or '.join(SPLITS)}")
-    run.complete_record(0)
+    RunState.read(run).complete_record(0)
     store = run.open_store(0, split)
     budget = memory_budget_of(run.recipe, device) if memory_budget is None else memory_budget
     forward = fit_forward(network, store.row_shape, budget, device.type)

@@ -22,7 +22,7 @@ from greedy.runs.network import (
     normalisation_module,
     stages_of,
 )
-from greedy.runs.record import StageRecord
+from greedy.runs.state import RunState
 
 
 @dataclass(frozen=True)
@@ -96,17 +96,18 @@ def evaluate_exits(
     """
     if split not in SPLITS:
         raise UserError(f"{split!r} is not a split: use {' or '.join(SPLITS)}")
-    data = run.complete_record(0)
-    stages = stages_of(run.recipe, data, model)
+    state = RunState.read(run)
+    data, stages = state.complete_record(0), stages_of(state, model)
     budget = memory_budget_of(run.recipe, device) if memory_budget is None else memory_budget
     modules = (module for stage in stages for module in stage.modules_for_inference())
     forward = fit_forward(nn.Sequential(*modules), data.row_shape, budget, device.type)
     device = device if forward.resident else torch.device("cpu")
 
     def load() -> list[nn.Sequential | None]:
+        state = RunState.read(run)
         for stage in stages:
-            load_stage(run, stage, device)
-        return [_classifier(run, loss, stages, stage.number, data) for stage in stages[:-1]]
+            load_stage(state, stage, device)
+        return [_classifier(state, loss, stages, stage.number) for stage in stages[:-1]]
 
     classifiers = run.read_consistently(load)
     # The output layer's h may only be followed by pooling, which gives the logits.
@@ -160,10 +161,10 @@ class _Tally:
 
 
 def _classifier(
-    run: RunDirectory, loss: LocalLoss, stages: Sequence[Stage], number: int, data: StageRecord
+    state: RunState, loss: LocalLoss, stages: Sequence[Stage], number: int
 ) -> nn.Sequential | None:
     try:
-        return nn.Sequential(*local_classifier(run, loss, stages, number, data)).eval()
+        return nn.Sequential(*local_classifier(state, loss, stages, number)).eval()
     except NoLocalClassifier:
         return None
 

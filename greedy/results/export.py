@@ -21,6 +21,7 @@ from greedy.models import Shape
 from greedy.runs.directory import RunDirectory
 from greedy.runs.network import assemble
 from greedy.runs.record import StageRecord
+from greedy.runs.state import RunState
 
 FORMATS: Final = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onnx"}
 
@@ -71,7 +72,7 @@ def export(
         _require_onnx()
     require_writable(to, overwrite)
     network = assemble(run, loss, model, until_stage=until_stage)
-    data = run.complete_record(0)
+    data = RunState.read(run).complete_record(0)
     metadata = _metadata(data)
     match format:
         case "safetensors":

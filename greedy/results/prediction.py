@@ -18,6 +18,7 @@ from greedy.memory.forward import fit_forward
 from greedy.results.evaluation import raw_to_float
 from greedy.runs.directory import RunDirectory
 from greedy.runs.record import StageRecord
+from greedy.runs.state import RunState
 from greedy.stores.stage0 import pixel_kind
 
 BATCH = 32  # images at a time: fast enough, and little memory compared with the weights
@@ -68,7 +69,7 @@ def predict(
         UserError: one of ``images`` is a folder, ``top`` is not positive, the budget is too small,
             or the run was not trained on images in bytes.
     """
-    data = run.complete_record(0)
+    data = RunState.read(run).complete_record(0)
     _require_images(run, data)
     if top < 1:
         raise UserError(f"{top} classes cannot be shown: ask for 1 or more")

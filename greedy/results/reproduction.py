@@ -14,7 +14,8 @@ from greedy.recipes import Recipe, describe, load, names, of_table, recipe_diges
 from greedy.results.evaluation import evaluate
 from greedy.runs.directory import RunDirectory, stage_numbers
 from greedy.runs.events import Reporter
-from greedy.runs.unfinished import trainings_needing
+from greedy.runs.state import RunState
+from greedy.runs.unfinished import stores_needed
 from greedy.stores.changes import require_unchanged
 from greedy.trainer import GreedyTrainer
 
@@ -107,11 +108,9 @@ class SeededRun:
 
     def _drop_stores(self) -> None:
         run = RunDirectory.create(self.path, self.recipe)
-        unneeded = [
-            n
-            for n in stage_numbers(run.path)
-            if n and run.store_path(n).is_dir() and not trainings_needing(run, n)
-        ]
+        state, needed = RunState.read(run), stores_needed(run)
+        stored = filter(state.has_store, stage_numbers(run.path))
+        unneeded = [number for number in stored if number and number not in needed]
         if unneeded:
             with run.write_lock():
                 run.drop_stores(*unneeded)

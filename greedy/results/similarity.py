@@ -15,6 +15,7 @@ from greedy.models import Stage
 from greedy.results.evaluation import raw_to_float
 from greedy.runs.directory import RunDirectory
 from greedy.runs.network import load_heads, load_stage, normalisation_module, stages_of
+from greedy.runs.state import RunState
 
 MOST_CLASSES = 10  # with more classes, a batch of 100 rows would have few rows of each
 CPU = torch.device("cpu")
@@ -84,14 +85,16 @@ def similarity_by_stage(
     Raises:
         UserError: no stage is trained, one is damaged, or the network is not known.
     """
-    return run.read_consistently(lambda: _similarity_by_stage(run, loss, model, rows))
+    return run.read_consistently(
+        lambda: _similarity_by_stage(RunState.read(run), loss, model, rows)
+    )
 
 
 def _similarity_by_stage(
-    run: RunDirectory, loss: LocalLoss | None, model: nn.Sequential | None, rows: int
+    state: RunState, loss: LocalLoss | None, model: nn.Sequential | None, rows: int
 ) -> BatchSimilarity:
-    data = run.complete_record(0)
-    run.complete_record(1)
+    run, data = state.run, state.complete_record(0)
+    state.complete_record(1)
     if loss is None and run.recipe.loss.name != "python":
         loss = build_loss(run.recipe.loss)
     chosen, labels, images = _batch(run, rows)
@@ -105,13 +108,13 @@ def _similarity_by_stage(
 
     x = normalisation_module(run.recipe, data)(raw_to_float(images, CPU))
     stages = [stage_similarity(0, "images", "pixels", x.flatten(1))]
-    for stage in stages_of(run.recipe, data, model):
-        if run.state(stage.number) != "complete":
+    for stage in stages_of(state, model):
+        if state.stage_state(stage.number) != "complete":
             break
-        load_stage(run, stage, CPU)
+        load_stage(state, stage, CPU)
         h = stage.hidden(x)
         is_output = stage.number == len(data.network)
-        features, z = ("logits", h) if is_output else _features(run, stage, loss, h)
+        features, z = ("logits", h) if is_output else _features(state, stage, loss, h)
         stages.append(stage_similarity(stage.number, data.network[stage.number - 1], features, z))
         x = stage.pool(h)
         stage.to("meta")  # one stage in memory at a time
@@ -131,13 +134,13 @@ def _batch(
 
 
 def _features(
-    run: RunDirectory, stage: Stage, loss: LocalLoss | None, h: Tensor
+    state: RunState, stage: Stage, loss: LocalLoss | None, h: Tensor
 ) -> tuple[str, Tensor]:
     """Returns the features of each row of an activation h that are compared, and their name."""
     if loss is not None:
-        strategy, count = run.recipe.training.strategy, len(run.complete_record(0).network)
+        strategy, count = state.run.recipe.training.strategy, len(state.complete_record(0).network)
         stage_loss = stage_losses(strategy, loss, count)[stage.number - 1]
-        heads = load_heads(run, stage_loss, stage.number, tuple(h.shape[1:]))
+        heads = load_heads(state, stage_loss, stage.number, tuple(h.shape[1:]))
         if heads.similarity is not None:
             return "similarity head", heads.similarity(h)
     return "activation", feature_deviation(h)

@@ -17,6 +17,7 @@ from greedy.runs.choices import Choices
 from greedy.runs.directory import RunDirectory, require_no_links
 from greedy.runs.events import EpochReport, Reporter
 from greedy.runs.record import ENCODER, StageRecord
+from greedy.runs.state import RunState
 from greedy.stores.opening import SourceFinder
 
 if TYPE_CHECKING:
@@ -123,23 +124,24 @@ class TensorBoard(Reporter):
 
     def _write_images(self) -> None:
         """Writes the first training images as the first stage gets them in its first epoch."""
-        run = RunDirectory.open(self._run_dir)
-        data = run.complete_record(0)
+        state = RunState.read(RunDirectory.open(self._run_dir))
+        data = state.complete_record(0)
         if not _is_picture(data.row_shape):
             return
-        sources = SourceFinder(run, [], data, torch.device("cpu"), self)
+        sources = SourceFinder(state, [], torch.device("cpu"), self)
         source = sources.for_training(1, 0, "float32")
         store, images = source.stores["train"], source.images
         assert images is not None and data.store is not None
         values = next(iter(store.batches(0, IMAGES)))
-        x = source.inputs(values, images.draw(store, run.recipe.seed, 1, 0)[: len(values)])
+        x = source.inputs(values, images.draw(store, state.run.recipe.seed, 1, 0)[: len(values)])
         mean, std = (torch.tensor(moment)[:, None, None] for moment in (images.mean, images.std))
         in_bytes = data.store.encoding == "uint8"
         grid = make_grid(x * std + mean, normalize=not in_bytes).clamp(0, 1)
         self._writer(_name(1)).add_image("images", grid, 0)
 
     def _write_filters(self) -> None:
-        row_shape = RunDirectory.open(self._run_dir).complete_record(0).row_shape
+        state = RunState.read(RunDirectory.open(self._run_dir))
+        row_shape = state.complete_record(0).row_shape
         directory = self._to or self._run_dir / _name(1)
         filters = first_filters(read_tensors(directory / ENCODER), row_shape)
         if filters is not None:

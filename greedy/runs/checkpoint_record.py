@@ -48,7 +48,7 @@ class StartRecord(BaseModel):
         )
 
     def has_same_inputs(self, other: Self) -> bool:
-        """Whether the two trainings differ at most in their choices."""
+        """Returns whether the two trainings differ at most in their choices."""
         return self.model_copy(update={"resolved": other.resolved}) == other
 
 

@@ -1,4 +1,4 @@
-"""A run directory: the paths in it, and the state of each stage."""
+"""A run directory: the paths in it, and what is done to it as a whole."""
 
 import os
 import re
@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from greedy.base.commands import command
 from greedy.base.errors import TrainingError, UserError, no_stage
@@ -24,10 +24,8 @@ from greedy.runs.exchange import (
     replacing,
 )
 from greedy.runs.record import HISTORY, StageRecord
-from greedy.runs.retraining import RETRAINING_FILE
 
 Result = TypeVar("Result")
-State = Literal["complete", "training", "pending", "stale"]
 SPLITS = ("train", "test")
 
 _STAGE = r"stage(0|[1-9][0-9]{0,8})"
@@ -197,59 +195,6 @@ class RunDirectory:
             )
         return record
 
-    def state(self, number: int) -> State:
-        """Returns the state of a stage: stale if it was trained with other settings, or if a stage
-        before it was trained again since."""
-        record = self.record(number)
-        if record is None:
-            started = self.network_dir.is_dir() or (self.stage_dir(number) / "training").is_dir()
-            return "training" if number and started else "pending"
-        if record.recipe_digest != self.recipe_digest:
-            return "stale"
-        parent = record.parent
-        if parent is None:
-            return "complete"
-        source = self.record(parent.stage)
-        if source is None or source.lineage != parent.lineage:
-            return "stale"
-        return "stale" if self.state(parent.stage) == "stale" else "complete"
-
-    def is_stale(self, number: int) -> bool:
-        """Whether a stage is finished and stale."""
-        return self.state(number) == "stale"
-
-    def complete_record(self, number: int) -> StageRecord:
-        """Returns the record of a stage. Raises ``UserError`` if the stage is not finished or is
-        stale."""
-        record, state = self.record(number), self.state(number)
-        if state == "stale":
-            first = [number] if self.recipe.training.strategy == "greedy" else []
-            raise UserError(
-                f"stage {number} in {self.path} is stale (an earlier stage was trained again "
-                f"after it, or it is of another run): train it again with "
-                f"{command('train', '--run', self.path, '--retrain', *first)}"
-            )
-        if record is None:
-            raise UserError(
-                f"stage {number} in {self.path} is not finished: train it first, with "
-                f"{command('train', '--run', self.path)}"
-            )
-        return record
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether every stage has a record and no retraining is unfinished."""
-        data = self.record(0)
-        if data is None or self.network_dir.exists() or (self.path / RETRAINING_FILE).exists():
-            return False
-        return all(self.record(n) is not None for n in range(1, len(data.network) + 1))
-
-    def require_stage(self, number: int) -> None:
-        """Raises ``UserError`` unless ``number`` is that of a stage that trains."""
-        count = len(self.complete_record(0).network)
-        if not 1 <= number <= count:
-            raise no_stage(number, count)
-
     def drop_stores(self, *numbers: int) -> None:
         """Deletes the stores of stages, if they exist; the stages stay complete. Does not ask
         whether an interrupted training needs one, see ``greedy.runs.unfinished``."""
@@ -316,11 +261,13 @@ def stage_numbers(path: Path) -> list[int]:
 
 
 def _is_unstarted(path: Path) -> bool:
-    """Whether a directory holds only what a run leaves that was interrupted before ``run.toml``."""
+    """Returns whether a directory holds only what a run leaves that was interrupted before
+    ``run.toml``."""
     parts = (part_of(Path(name)).name for name in (HOLDER, "run.toml"))
     return {entry.name for entry in path.iterdir()} <= {LOCK, HOLDER, *parts}
 
 
 def _is_source_folder(path: Path) -> bool:
-    """Whether this is the source folder ``cache/`` of a checkout, which may hold a run too."""
+    """Returns whether this is the source folder ``cache/`` of a checkout, which may hold a run
+    too."""
     return path.name == "cache" and (path.parent / "greedy" / "runs" / "directory.py").is_file()

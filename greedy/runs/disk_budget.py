@@ -22,6 +22,7 @@ from greedy.runs.disk_plan import (
     plan_stores,
 )
 from greedy.runs.record import StageRecord
+from greedy.runs.state import RunState
 from greedy.runs.unfinished import read_start
 from greedy.runs.views import Views, wanted_views
 
@@ -32,7 +33,7 @@ FREE_DISK_SHARE = 0.7  # of the file system's free space, for ``store.disk_budge
 
 
 def plan_disk(
-    run: RunDirectory,
+    state: RunState,
     shapes: Sequence[StageShapes],
     rows: Mapping[str, int],
     image_bytes: int,
@@ -44,7 +45,7 @@ def plan_disk(
     """Returns the plan for all stages that are not finished, or are to be trained again.
 
     Args:
-        run: the run, which may have no files yet.
+        state: of the run, which may have no files yet.
         shapes: of all stages.
         rows: of each split.
         image_bytes: of stage 0's store.
@@ -55,12 +56,12 @@ def plan_disk(
     Raises:
         UserError: the stores do not fit the budget.
     """
-    recipe = run.recipe
+    run, recipe = state.run, state.run.recipe
     sizes = UNCOMPRESSED if recipe.store.compressor == "none" else COMPRESSED
     by_speed = recipe.store.views == "auto" and not fresh  # reading a data set may take any time
     numbers = range(1, len(shapes) + 1)
     demand = DiskDemand(
-        tuple(_stage_demand(run, n, shapes, retrain_from, fresh) for n in numbers),
+        tuple(_stage_demand(state, n, shapes, retrain_from, fresh) for n in numbers),
         rows,
         sizes[encoding(recipe)],
         image_bytes,
@@ -73,15 +74,15 @@ def plan_disk(
 
 
 def _stage_demand(
-    run: RunDirectory,
+    state: RunState,
     number: int,
     shapes: Sequence[StageShapes],
     retrain_from: int | None,
     fresh: bool,
 ) -> StageDemand:
-    recipe, shape = run.recipe, shapes[number - 1]
+    recipe, shape = state.run.recipe, shapes[number - 1]
     again = retrain_from is not None and number >= retrain_from
-    record, start = previous_record(run, number), _resumable_start(run, number)
+    record, start = previous_record(state, number), _resumable_start(state, number)
     views, reuse = wanted_views(recipe, min(number + 1, len(shapes)), fresh=fresh)
     if start is not None:
         reuse = start.resolved.reuse
@@ -93,9 +94,9 @@ def _stage_demand(
         epochs=for_stage(recipe.training.epochs, number),
         wanted_views=views if recipe.training.strategy == "greedy" else "live",
         reuse=reuse,
-        views=_views(run, record) if record is not None and not again else None,
+        views=_views(state, record) if record is not None and not again else None,
         interrupted_views=start.resolved.views if start is not None else None,
-        replaced=bytes_below(run.store_path(number)) if again else 0,
+        replaced=bytes_below(state.run.store_path(number)) if again else 0,
     )
 
 
@@ -111,24 +112,23 @@ def disk_budget(run: RunDirectory) -> int:
     return int(FREE_DISK_SHARE * (shutil.disk_usage(existing).free + bytes_below(path) - aside))
 
 
-def previous_record(run: RunDirectory, number: int) -> StageRecord | None:
+def previous_record(state: RunState, number: int) -> StageRecord | None:
     """Returns the record of a stage's last training; ``None`` if there is none that can be
     read."""
     try:
-        return run.record(number)
+        return state.record(number)
     except UserError:
         return None
 
 
-def _views(run: RunDirectory, record: StageRecord) -> Views:
+def _views(state: RunState, record: StageRecord) -> Views:
     """Returns the views of a finished stage's store."""
-    exists = record.store and run.store_path(record.stage).is_dir()
-    return record.store.views if record.store and exists else "live"
+    return record.store.views if record.store and state.has_store(record.stage) else "live"
 
 
-def _resumable_start(run: RunDirectory, number: int) -> StartRecord | None:
+def _resumable_start(state: RunState, number: int) -> StartRecord | None:
     """Returns the start of a stage's interrupted training, ``None`` if none can resume."""
-    start, parent = read_start(run, number), previous_record(run, number - 1)
+    start, parent = read_start(state.run, number), previous_record(state, number - 1)
     if start is None or parent is None:
         return None
     can_resume = (start.recipe_digest, start.parent_lineage) == (

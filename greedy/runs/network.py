@@ -16,26 +16,29 @@ from greedy.models import Shape, Stage, cut, shapes
 from greedy.recipes import Recipe
 from greedy.runs.directory import RunDirectory
 from greedy.runs.record import ENCODER, HEADS, StageRecord, channel_moments
+from greedy.runs.state import RunState
 
 
 class NoLocalClassifier(UserError):
     """A stage has no local classifier, so there is no early exit after it."""
 
 
-def stages_of(recipe: Recipe, data: StageRecord, model: nn.Sequential | None) -> list[Stage]:
+def stages_of(state: RunState, model: nn.Sequential | None) -> list[Stage]:
     """Returns the run's stages without their trained weights: of a copy of ``model``, or if that
-    is ``None`` of the recipe's network on the meta device. ``data`` is stage 0's record."""
+    is ``None`` of the recipe's network on the meta device. Raises ``UserError`` unless stage 0 is
+    complete."""
+    data, recipe = state.complete_record(0), state.run.recipe
     if model is None:
         model = build_network(recipe.model, data.row_shape, len(data.class_names))
     return cut(deepcopy(model), recipe.model.stage_layers)
 
 
-def load_stage(run: RunDirectory, stage: Stage, device: torch.device) -> None:
+def load_stage(state: RunState, stage: Stage, device: torch.device) -> None:
     """Loads a stage's frozen weights from the run, checked against their digest.
 
     Raises ``UserError`` if they are missing or damaged, or of other layers than ``stage`` has.
     """
-    directory, record = run.stage_dir(stage.number), run.complete_record(stage.number)
+    record, directory = state.complete_record(stage.number), state.run.stage_dir(stage.number)
     path = record.check_file(directory, ENCODER)
     if record.layers != stage.kinds:
         raise UserError(
@@ -46,15 +49,15 @@ def load_stage(run: RunDirectory, stage: Stage, device: torch.device) -> None:
     stage.to(device).eval().requires_grad_(False)
 
 
-def load_heads(run: RunDirectory, loss: LocalLoss, number: int, hidden: Shape) -> LocalHeads:
+def load_heads(state: RunState, loss: LocalLoss, number: int, hidden: Shape) -> LocalHeads:
     """Returns a stage's local heads with their trained weights from the run, checked against their
     digest. ``hidden`` is the shape of a row of its activation h.
 
     Raises ``UserError`` if they are missing, damaged, or those of another loss.
     """
-    record = run.complete_record(number)
+    record = state.complete_record(number)
     heads = loss.heads(hidden, len(record.class_names))
-    path = record.check_file(run.stage_dir(number), HEADS)
+    path = record.check_file(state.run.stage_dir(number), HEADS)
     _load(heads, path, "the heads of this local loss: give the loss")
     return heads.eval().requires_grad_(False)
 
@@ -83,20 +86,19 @@ def assemble(
         UserError: a stage is missing, stale or damaged, or has no local classifier; or an early
             exit is asked for without the loss.
     """
-    return run.read_consistently(lambda: _assemble(run, loss, model, until_stage))
+    return run.read_consistently(lambda: _assemble(RunState.read(run), loss, model, until_stage))
 
 
 def _assemble(
-    run: RunDirectory, loss: LocalLoss | None, model: nn.Sequential | None, until_stage: int | None
+    state: RunState, loss: LocalLoss | None, model: nn.Sequential | None, until_stage: int | None
 ) -> nn.Sequential:
-    data = run.complete_record(0)
-    stages = stages_of(run.recipe, data, model)
+    stages = stages_of(state, model)
     last = len(stages) if until_stage is None else until_stage
     if not 1 <= last <= len(stages):
         raise no_stage(last, len(stages))
-    modules = [normalisation_module(run.recipe, data)]
+    modules = [normalisation_module(state.run.recipe, state.complete_record(0))]
     for stage in stages[:last]:
-        load_stage(run, stage, torch.device("cpu"))
+        load_stage(state, stage, torch.device("cpu"))
         modules += stage.modules_for_inference()
     if last < len(stages):
         if loss is None:
@@ -104,7 +106,7 @@ def _assemble(
                 f"the early exit after stage {last} needs the run's local loss: give it"
             )
         modules = modules[: len(modules) - len(stages[last - 1].pool)]  # heads take h, unpooled
-        modules += local_classifier(run, loss, stages, last, data)
+        modules += local_classifier(state, loss, stages, last)
     return nn.Sequential(*modules).eval().requires_grad_(False)
 
 
@@ -117,15 +119,16 @@ def normalisation_module(recipe: Recipe, data: StageRecord) -> nn.Module:
 
 
 def local_classifier(
-    run: RunDirectory, loss: LocalLoss, stages: Sequence[Stage], number: int, data: StageRecord
+    state: RunState, loss: LocalLoss, stages: Sequence[Stage], number: int
 ) -> list[nn.Module]:
     """Returns the modules, in order, that map a stage's activation h to logits (B, classes).
-    ``loss`` is the run's local loss, ``data`` stage 0's record.
+    ``loss`` is the run's local loss.
 
     Raises ``NoLocalClassifier`` if the stage was trained without one.
     """
-    loss = stage_losses(run.recipe.training.strategy, loss, len(data.network))[number - 1]
-    heads = load_heads(run, loss, number, shapes(stages[:number], data.row_shape)[-1].hidden)
+    data, strategy = state.complete_record(0), state.run.recipe.training.strategy
+    loss = stage_losses(strategy, loss, len(data.network))[number - 1]
+    heads = load_heads(state, loss, number, shapes(stages[:number], data.row_shape)[-1].hidden)
     if not heads.modules_for_inference():
         raise NoLocalClassifier(
             f"stage {number} has no local classifier (its loss trains none), so there is no "

@@ -43,14 +43,15 @@ def _require_outside(directory: Path) -> None:
 
 
 def _is_half_exchanged(directory: Path) -> bool:
-    """Whether a finished stage still has its temporary name, and its directory is empty or
+    """Returns whether a finished stage still has its temporary name, and its directory is empty or
     missing."""
     finished = (exchange_path(directory, NEW) / "stage.json").is_file()
     return finished and not (directory.exists() and any(directory.iterdir()))
 
 
 def _is_unfinished(directory: Path) -> bool:
-    """Whether a directory holds a stage whose training was interrupted, and nothing else."""
+    """Returns whether a directory holds a stage whose training was interrupted, and nothing
+    else."""
     require_no_links(directory)
     names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
     return names == ["training"] and (directory / "training" / CHECKPOINT).is_dir()

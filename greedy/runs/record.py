@@ -241,7 +241,7 @@ class StageRecord(_Document):
         return self.written_before + (self.store.bytes_written if self.store else 0)
 
     def follows(self, parent: "StageRecord") -> bool:
-        """Whether this stage was trained after ``parent`` as that is now."""
+        """Returns whether this stage was trained after ``parent`` as that is now."""
         return self.parent == Parent(stage=parent.stage, lineage=parent.lineage)
 
     def write(self, directory: Path) -> Self:

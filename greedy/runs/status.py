@@ -1,11 +1,12 @@
-"""The state of a run: its stages, its disk use, and the trainings that were set aside."""
+"""The figures of a run: its stages, its disk use, and the trainings that were set aside."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from greedy.base.files import bytes_below
 from greedy.runs.checkpoint_record import describe_progress
-from greedy.runs.directory import SET_ASIDE, RunDirectory, State
+from greedy.runs.directory import SET_ASIDE, RunDirectory
+from greedy.runs.state import RunState, StageState
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class StageStatus:
 
     stage: int
     name: str
-    state: State
+    state: StageState
     train_error_percent: float | None = None
     test_error_percent: float | None = None
     store_bytes: int | None = None
@@ -39,36 +40,31 @@ class DiskUse:
     bytes_written: int
 
 
-def disk_use(run: RunDirectory) -> DiskUse:
+def disk_use(state: RunState) -> DiskUse:
     """Returns the bytes of a run's stores, on disk and written."""
-
-    def read() -> DiskUse:
-        data = run.record(0)
-        stages = range(len(data.network) + 1) if data else range(0)
-        records = [record for n in stages if (record := run.record(n))]
-        stores = [r.store.bytes for r in records if r.store and run.store_path(r.stage).is_dir()]
-        return DiskUse(sum(stores), sum(record.bytes_written for record in records))
-
-    return run.read_consistently(read)
+    data = state.record(0)
+    stages = range(len(data.network) + 1) if data else range(0)
+    records = [record for n in stages if (record := state.record(n))]
+    stores = [r.store.bytes for r in records if r.store and state.has_store(r.stage)]
+    return DiskUse(sum(stores), sum(record.bytes_written for record in records))
 
 
-def status(run: RunDirectory) -> list[StageStatus]:
+def status(state: RunState) -> list[StageStatus]:
     """Returns the status of all stages of a run from 1 on; empty before stage 0 is written."""
-    data = run.record(0)
+    data = state.record(0)
     names = data.network if data else []
-    numbered = list(enumerate(names, start=1))
-    return run.read_consistently(lambda: [_stage(run, number, name) for number, name in numbered])
+    return [_stage(state, number, name) for number, name in enumerate(names, start=1)]
 
 
-def _stage(run: RunDirectory, number: int, name: str) -> StageStatus:
-    record, state = run.record(number), run.state(number)
+def _stage(state: RunState, number: int, name: str) -> StageStatus:
+    record = state.record(number)
     if record is None:
-        return StageStatus(number, name, state)
-    store = record.store if run.store_path(number).is_dir() else None
+        return StageStatus(number, name, state.stage_state(number))
+    store = record.store if state.has_store(number) else None
     return StageStatus(
         number,
         name,
-        state,
+        state.stage_state(number),
         train_error_percent=record.metrics.train_error_percent,
         test_error_percent=record.metrics.test_error_percent,
         store_bytes=store.bytes if store else None,

@@ -13,6 +13,7 @@ from greedy.cache.files import rename
 from greedy.runs.checkpoint_record import StartRecord, describe_progress
 from greedy.runs.directory import SET_ASIDE, RunDirectory, stage_numbers
 from greedy.runs.events import Reporter
+from greedy.runs.state import RunState
 
 
 def find_training(directory: Path, start: StartRecord, reporter: Reporter) -> StartRecord | None:
@@ -49,11 +50,11 @@ def find_training(directory: Path, start: StartRecord, reporter: Reporter) -> St
     return None
 
 
-def interrupted_source(run: RunDirectory, number: int, directory: Path) -> int:
+def interrupted_source(state: RunState, number: int, directory: Path) -> int:
     """Returns the stage from whose store the interrupted training of stage ``number`` in
     ``directory`` reads, if that store still exists; otherwise the stage before ``number``."""
     start = StartRecord.read(directory / "training")
-    if start and start.source < number and run.store_path(start.source).is_dir():
+    if start and start.source < number and state.has_store(start.source):
         return start.source
     return number - 1
 
@@ -79,13 +80,18 @@ def require_store_unneeded(run: RunDirectory, number: int) -> None:
 
 def trainings_needing(run: RunDirectory, number: int) -> list[int]:
     """Returns the stages whose interrupted trainings read the store of stage ``number``."""
-    starts = ((n, read_start(run, n)) for n in stage_numbers(run.path) if n)
-    return [n for n, start in starts if start is not None and start.source == number]
+    return [n for n, source in _sources(run).items() if source == number]
 
 
-def stores_needed(run: RunDirectory) -> list[int]:
+def stores_needed(run: RunDirectory) -> set[int]:
     """Returns the stages whose stores interrupted trainings of a run read."""
-    return [number for number in stage_numbers(run.path) if trainings_needing(run, number)]
+    return set(_sources(run).values())
+
+
+def _sources(run: RunDirectory) -> dict[int, int]:
+    """Returns the stages from whose stores those whose trainings were interrupted are trained."""
+    starts = ((n, read_start(run, n)) for n in stage_numbers(run.path) if n)
+    return {n: start.source for n, start in starts if start is not None}
 
 
 def _trainings_aside(directory: Path) -> list[Path]:

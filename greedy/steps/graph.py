@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from greedy.base.devices import release_workspaces
+from greedy.base.torch_private import clear_cublas_workspaces
 
 WARM_UP = 2  # steps before one is recorded, in which libraries allocate their workspaces
 
@@ -46,11 +46,11 @@ class StepGraph:
         """Records what ``compute`` does with inputs like ``x`` and ``y``, without running it."""
         graph = torch.cuda.CUDAGraph()
         x, y = x.clone(), y.clone()
-        release_workspaces()  # the graph's are from its own pool, which has to go with it
+        clear_cublas_workspaces()  # the graph's are from its own pool, which is freed with it
         # Meanwhile another thread may read ahead, into page-locked memory.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             loss, logits = compute(x, y)
-        release_workspaces()
+        clear_cublas_workspaces()
         return cls(graph, parameters, x, y, loss, logits, [p.grad for p in parameters])
 
     def __call__(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from greedy.base.precision import all_finite
+from greedy.base.torch_private import skips_on_device
 from greedy.steps.scaling import LossScale
 
 
@@ -52,8 +53,7 @@ class Guard:
             bad = in_loss | scale.exhausted
         self._note(step, bad, in_loss)
         try:
-            if getattr(optimizer, "_step_supports_amp_scaling", False):
-                # Torch's own way: fused optimisers look at this on the device, as for GradScaler.
+            if skips_on_device(optimizer):
                 optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
                 optimizer.step()
             elif not skipped:  # other optimisers have to wait for the device

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from greedy.base.torch_private import BATCH_NORMS, DROPOUTS, has_hooks
 from greedy.losses import LocalHeads
 from greedy.models import Shape, Stage
 from greedy.models.lean import Layer
@@ -15,7 +16,7 @@ ELEMENTWISE = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigm
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
 TORCH_CLASSES = {*ELEMENTWISE, nn.BatchNorm1d, nn.BatchNorm2d, nn.Conv2d, nn.Linear}
 # In a head these would couple samples, or draw another mask each time a row is computed.
-COUPLED = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+COUPLED = (BATCH_NORMS, DROPOUTS)
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,7 @@ def parts_of(stage: Stage, heads: LocalHeads, hidden: Shape = ()) -> Parts | Non
 
 def _is_unchanged(module: nn.Module) -> bool:
     """Returns whether a module is one of torch's and computes exactly what its class does."""
-    has_hooks = module._forward_hooks or module._forward_pre_hooks
-    return type(module) in TORCH_CLASSES and not has_hooks
+    return type(module) in TORCH_CLASSES and not has_hooks(module)
 
 
 def _is_plain(encoder: Layer, norm: BatchNorm | None, hidden: Shape) -> bool:

@@ -26,6 +26,7 @@ from greedy.data.randomness import generators_restored
 from greedy.data.splits import spread_rows
 from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.file_table import FileChanges, FileTable
+from greedy.runs.state import RunState
 
 COMPARED_IMAGES = 64  # of each split
 COMPARED_LABELS = 10_000  # of each split, if labels are known only by reading samples
@@ -36,12 +37,12 @@ MAX_CHANGE, MEAN_CHANGE = 0.03, 0.01
 
 
 def is_stage0_current(
-    run: RunDirectory, dataset: Dataset, *, again: bool = False, ignore: bool = False
+    state: RunState, dataset: Dataset, *, again: bool = False, ignore: bool = False
 ) -> bool:
-    """Whether stage 0 is complete and was written from this data set.
+    """Returns whether stage 0 is complete and was written from this data set.
 
     Args:
-        run: the run.
+        state: of the run.
         dataset: to be compared with the stored one.
         again: whether stage 0 is to be written again if the data have changed.
         ignore: whether changes of the data are ignored.
@@ -49,7 +50,8 @@ def is_stage0_current(
     Raises:
         UserError: the data have changed and neither ``again`` nor ``ignore`` is set.
     """
-    if run.state(0) != "complete":
+    run = state.run
+    if state.stage_state(0) != "complete":
         return False
     if (
         again
@@ -57,22 +59,23 @@ def is_stage0_current(
         and FileTable.read(run.stage_dir(0)) is None
     ):
         return False  # no table to compare with
-    if ignore or (differences := describe_changes(run, dataset)) is None:
+    if ignore or (differences := describe_changes(state, dataset)) is None:
         return True
     if again:
         return False
     raise _changed_error(run, dataset.name, differences)
 
 
-def describe_changes(run: RunDirectory, dataset: Dataset) -> str | None:
+def describe_changes(state: RunState, dataset: Dataset) -> str | None:
     """Returns in few words how a data set differs from the one that stage 0 was written from;
     ``None`` if it does not, or if that cannot be known."""
     if not isinstance(dataset.train, FolderSplit):
-        seed = run.complete_record(0).data_choices.pass_seed
+        seed = state.complete_record(0).data_choices.pass_seed
         if seed is not None:
             dataset = first_pass(dataset, seed)
         with generators_restored():
-            return ", ".join(_differences(run, dataset)) or None
+            return ", ".join(_differences(state, dataset)) or None
+    run = state.run
     before = FileTable.read(run.stage_dir(0))
     if before is None:
         return None
@@ -98,9 +101,8 @@ def describe_folder_changes(run: RunDirectory) -> str | None:
     try:
         if not root.is_dir():
             return None
-        return describe_changes(
-            run, load_dataset(data.name, image_size=data.image_size, reading=Reading.of(data))
-        )
+        dataset = load_dataset(data.name, image_size=data.image_size, reading=Reading.of(data))
+        return describe_changes(RunState.read(run), dataset)
     except UserError as error:
         return str(error)
     except OSError as error:
@@ -119,7 +121,7 @@ def require_unchanged(
         return
     dataset = find_dataset(name, data_dir, allow_function=allow_function, reading=reading)
     if dataset is not None:
-        is_stage0_current(run, dataset)
+        is_stage0_current(RunState.read(run), dataset)
 
 
 def require_unchanged_folder(run: RunDirectory) -> None:
@@ -160,8 +162,8 @@ def _describe_files(changes: FileChanges) -> str:
     return f"of {changes.files:,} files {'; '.join(parts)}"
 
 
-def _differences(run: RunDirectory, dataset: Dataset) -> Iterator[str]:
-    data = run.complete_record(0)
+def _differences(state: RunState, dataset: Dataset) -> Iterator[str]:
+    data = state.complete_record(0)
     rows = {split: len(getattr(dataset, split)) for split in SPLITS}
     if rows != data.rows or dataset.train.shape != data.row_shape:
         shape = "x".join(map(str, data.row_shape))
@@ -172,7 +174,7 @@ def _differences(run: RunDirectory, dataset: Dataset) -> Iterator[str]:
     if names and data.class_names not in (names, numbers):
         yield f"the classes were {first_names(data.class_names)}"
     for name in SPLITS:
-        split, store = getattr(dataset, name), run.open_store(0, name)
+        split, store = getattr(dataset, name), state.run.open_store(0, name)
         if samples := _changed_labels(split, store):
             yield f"{len(samples):,} labels of the {name} split: samples {first_names(samples)}"
         if samples := _changed_images(split, store):

@@ -18,6 +18,7 @@ from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.events import Reporter
 from greedy.runs.network import load_stage
 from greedy.runs.record import StageRecord, StoreRecord, channel_moments
+from greedy.runs.state import RunState
 from greedy.runs.views import Views, wanted_views
 from greedy.stores.fresh import FreshImages, require_data_set
 from greedy.stores.ring import Ring
@@ -29,18 +30,26 @@ class SourceFinder:
     """Opens the sources of a run's stages.
 
     Attributes:
+        state: of the run, whose stage 0 is complete.
         stages: of the network; frozen ones get their weights when they are needed.
-        data: the record of stage 0.
         images: the data set's training split, for runs that read it again in every pass.
     """
 
-    run: RunDirectory
+    state: RunState
     stages: Sequence[Stage]
-    data: StageRecord
     device: torch.device
     reporter: Reporter
     images: Split | None = None
     _frozen: dict[int, Stage] = field(default_factory=dict, repr=False)
+
+    @property
+    def run(self) -> RunDirectory:
+        """The run."""
+        return self.state.run
+
+    @property
+    def _data(self) -> StageRecord:
+        return self.state.complete_record(0)
 
     def for_training(
         self, number: int, stored: int, precision: str, *, in_memory: bool = False
@@ -48,7 +57,7 @@ class SourceFinder:
         """Returns the source that stage ``number`` trains from: the store of stage ``stored``, with
         a ring if its views are replaced. Raises ``UserError`` if too few training rows are left
         besides those held out."""
-        rows = self.data.rows["train"]
+        rows = self.state.complete_record(0).rows["train"]
         held_out = self.run.recipe.held_out(rows)
         if held_out and rows - held_out < 2:
             raise UserError(
@@ -93,15 +102,15 @@ class SourceFinder:
         since its images are augmented on reading."""
         if number == 0:
             return math.inf
-        store = self.run.complete_record(number).store
-        return store.views if store and self.run.store_path(number).is_dir() else 0
+        store = self.state.complete_record(number).store
+        return store.views if store and self.state.has_store(number) else 0
 
     def is_ring(self, stored: int) -> bool:
         """Whether views of a stage's store are replaced while the next stage trains. Raises
         ``UserError`` if an older version replaced all of them at once."""
         if stored == 0:
             return False
-        store, recipe = self.run.complete_record(stored).store, self.run.recipe
+        store, recipe = self.state.complete_record(stored).store, self.run.recipe
         assert store is not None
         named = recipe.store.reuse != "auto" and self._wants_ring(stored)
         if store.generation or (named and store.ring is None):
@@ -113,22 +122,22 @@ class SourceFinder:
         return store.ring is not None
 
     def _wants_ring(self, stored: int) -> bool:
-        fresh = self.data.data_choices.fresh
+        fresh = self._data.data_choices.fresh
         return wanted_views(self.run.recipe, stored + 1, fresh=fresh)[1] > 0
 
     def require_images(self, number: int, stored: int, views: Views, written_from: int) -> None:
         """Raises ``UserError`` if the run's data set is needed and was not given: for stage
         ``number``, which trains from the store of stage ``stored``, or for its own store of
         ``views``, which is written from that of stage ``written_from``."""
-        if not self.data.data_choices.fresh:
+        if not self._data.data_choices.fresh:
             return
-        writes = views != "live" and views > 1 and number < len(self.data.network)
+        writes = views != "live" and views > 1 and number < len(self._data.network)
         if stored == 0 or self.is_ring(stored) or (written_from == 0 and writes):
             require_data_set(self.run.path, self.images)
 
     def _ring(self, stored: int, number: int) -> Ring:
         """Returns the ring of a stage's store, from which stage ``number`` trains."""
-        choices = self.run.complete_record(stored).choices
+        choices = self.state.complete_record(stored).choices
         images = self._open(0, self._replayed(0, stored, choices.precision))
         epochs = for_stage(self.run.recipe.training.epochs, number)
         return Ring(self.run, stored, choices.reuse, epochs, images, self.reporter)
@@ -137,7 +146,7 @@ class SourceFinder:
         """Returns the frozen stages after ``stored`` up to ``last``, which compute as few rows at a
         time as the store of any of them was written with."""
         numbers = range(stored + 1, last + 1)
-        rows = [self.run.complete_record(n).choices.write_batch for n in numbers]
+        rows = [self.state.complete_record(n).choices.write_batch for n in numbers]
         return Replayed([self._load(n) for n in numbers], min(rows, default=WRITE_ROWS), precision)
 
     def _open(
@@ -152,7 +161,7 @@ class SourceFinder:
         """Returns the source with the store of stage ``stored``."""
         settings = self.run.recipe.data
         augmentation = Augmentation.parse(settings.augmentation, settings.cutout_length)
-        moments = channel_moments(self.run.recipe, self.data)
+        moments = channel_moments(self.run.recipe, self._data)
         images = ImagePreparation(*moments, augmentation, self._fresh())
         return Source(
             stored,
@@ -168,7 +177,7 @@ class SourceFinder:
         )
 
     def _fresh(self) -> FreshImages | None:
-        if not self.data.data_choices.fresh:
+        if not self._data.data_choices.fresh:
             return None
         return FreshImages(
             self.run.path,
@@ -181,7 +190,7 @@ class SourceFinder:
 
     def _load(self, number: int) -> Stage:
         if number not in self._frozen:
-            load_stage(self.run, self.stages[number - 1], self.device)
+            load_stage(self.state, self.stages[number - 1], self.device)
             self._frozen[number] = self.stages[number - 1]
         return self._frozen[number]
 

@@ -21,6 +21,7 @@ from greedy.runs.events import Reporter
 from greedy.runs.exchange import replacing
 from greedy.runs.integrity import verify_stage
 from greedy.runs.record import UNKNOWN_VIEW, RingRecord, StageRecord, StoreRecord
+from greedy.runs.state import RunState
 from greedy.stores.opening import SourceFinder
 from greedy.stores.source import Source
 from greedy.stores.writing import fit_output_encoding, output_batches, write_split
@@ -43,14 +44,20 @@ class Repair:
 
 @dataclass
 class StoreRepairer:
-    """Repairs the stores of a run. ``stages`` of its network get their weights when needed;
-    ``images`` is the data set's training split, for runs that read it again in every pass."""
+    """Repairs the stores of a run, given its state. ``stages`` of its network get their weights
+    when needed; ``images`` is the data set's training split, for runs that read it again in every
+    pass."""
 
-    run: RunDirectory
+    state: RunState
     stages: Sequence[Stage]
     device: torch.device
     reporter: Reporter = field(default_factory=Reporter)
     images: Split | None = None
+
+    @property
+    def run(self) -> RunDirectory:
+        """The run."""
+        return self.state.run
 
     def repair(self, number: int, *, dropped: bool = False) -> tuple[list[Repair], list[Damage]]:
         """Computes a stage's store again where it is damaged.
@@ -66,13 +73,15 @@ class StoreRepairer:
         Returns:
             The repairs, and the damage that is left.
         """
-        record = self.run.record(number)
+        record = self.state.record(number)
         repairs: list[Repair] = []
         if number and record and record.store:
-            if self.run.store_path(number).is_dir():
+            if self.state.has_store(number):
                 repairs = [done for split in SPLITS if (done := self._repair(record, split))]
             elif dropped:
-                repairs = self._write_again(self.run.complete_record(number), record.store)
+                repairs = self._write_again(self.state.complete_record(number), record.store)
+        if repairs:
+            self.state = self.state.read_again(number)
         return repairs, verify_stage(self.run, number)
 
     def _write_again(self, record: StageRecord, store: StoreRecord) -> list[Repair]:
@@ -152,8 +161,8 @@ class StoreRepairer:
                 cache_repair.rewrite_chunks(
                     path, metadata, view, shard, all_chunks, partial(rows_of, view)
                 )
-        current = self.run.complete_record(record.stage)
-        assert current.store is not None
+        current = self.run.record(record.stage)  # the repair of the other split changes it
+        assert current is not None and current.store is not None
         content, shards = digest()
         current.update_store(
             self.run.stage_dir(record.stage),
@@ -206,8 +215,7 @@ class StoreRepairer:
 
     def _source(self, record: StageRecord) -> Source:
         """Returns the source from which a stage's store is computed again."""
-        data = self.run.complete_record(0)
-        sources = SourceFinder(self.run, self.stages, data, self.device, self.reporter, self.images)
+        sources = SourceFinder(self.state, self.stages, self.device, self.reporter, self.images)
         assert record.store is not None
         return sources.for_repair(record, record.store)
 

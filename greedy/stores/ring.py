@@ -134,7 +134,9 @@ class Ring:
         return writer
 
     def _record(self) -> StageRecord:
-        return self.run.complete_record(self.stored)
+        record = self.run.record(self.stored)  # it changes with each view
+        assert record is not None
+        return record
 
     def _numbers(self) -> list[int]:
         store = self._record().store

@@ -15,6 +15,7 @@ from greedy.recipes import Recipe, from_document
 from greedy.runs.directory import RunDirectory, new_stage
 from greedy.runs.file_table import FileTable
 from greedy.runs.record import ENCODER
+from greedy.runs.state import RunState
 from greedy.stores.changes import require_unchanged_folder
 
 INITIAL = "initial.safetensors"
@@ -45,16 +46,17 @@ def begin_finetuning(
         UserError: a stage is not finished, ``to`` holds something else, an override is not
             possible, or the folder of the images has changed.
     """
-    data = source.complete_record(0)
+    data = RunState.read(source).complete_record(0)
     if not ignore_changes:
         require_unchanged_folder(source)
 
     def trained_weights() -> bytes:
+        state = RunState.read(source)
         tensors = {
             f"{number}.{name}": tensor
             for number in range(1, len(data.network) + 1)
             for name, tensor in read_tensors(
-                source.complete_record(number).check_file(source.stage_dir(number), ENCODER)
+                state.complete_record(number).check_file(source.stage_dir(number), ENCODER)
             ).items()
         }
         return safetensors.torch.save(tensors)

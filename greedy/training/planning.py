@@ -25,6 +25,7 @@ from greedy.runs.disk_budget import plan_disk, previous_record
 from greedy.runs.disk_plan import DiskPlan
 from greedy.runs.events import Reporter, RunOutline
 from greedy.runs.network import stages_of
+from greedy.runs.state import RunState
 from greedy.runs.unfinished import find_training
 from greedy.runs.views import Views
 from greedy.stores.fresh import require_data_set
@@ -36,7 +37,7 @@ from greedy.training.stage import StageTraining
 
 @dataclass
 class StagePlanner:
-    """Plans the stages of a run whose stage 0 is complete.
+    """Plans the stages of a run whose stage 0 is complete, given the state of the run.
 
     Attributes:
         model: the user's network, if the recipe has none.
@@ -65,10 +66,10 @@ class StagePlanner:
     def _precision(self) -> str:
         return pick_precision(self.recipe.training.precision, self.device)
 
-    def network(self) -> CutNetwork:
+    def network(self, state: RunState) -> CutNetwork:
         """Returns the run's network without its trained weights."""
-        data = self.run.complete_record(0)
-        stages, classes = stages_of(self.recipe, data, self.model), len(data.class_names)
+        data, stages = state.complete_record(0), stages_of(state, self.model)
+        classes = len(data.class_names)
         shapes = checked_shapes(self.recipe, stages, data.row_shape, classes)
         return CutNetwork(stages, shapes, self.loss, classes)
 
@@ -86,22 +87,22 @@ class StagePlanner:
         )
         return self._memory
 
-    def memory(self) -> MemoryPlan:
+    def memory(self, state: RunState) -> MemoryPlan:
         """Returns the plan by which steps fit the memory budget."""
         if self._memory is None:
-            store = self.run.complete_record(0).store
+            store = state.complete_record(0).store
             assert store is not None
-            return self.plan_memory(self.network(), store.encoding)
+            return self.plan_memory(self.network(state), store.encoding)
         return self._memory
 
-    def disk(self, retrain_from: int | None = None) -> DiskPlan:
+    def disk(self, state: RunState, retrain_from: int | None = None) -> DiskPlan:
         """Returns the plan for the disk of a training of all stages that are not complete, or of
         those from ``retrain_from`` on."""
-        data = self.run.complete_record(0)
+        data = state.complete_record(0)
         assert data.store is not None
-        shapes, rows = self.network().shapes, dict(data.rows.items())
+        shapes, rows = self.network(state).shapes, dict(data.rows.items())
         return plan_disk(
-            self.run,
+            state,
             shapes,
             rows,
             data.store.bytes,
@@ -110,36 +111,32 @@ class StagePlanner:
             fresh=data.data_choices.fresh,
         )
 
-    def require_images(self) -> None:
+    def require_images(self, state: RunState) -> None:
         """Raises ``UserError`` if the run reads its data set in every pass and was not given it."""
-        if self.run.complete_record(0).data_choices.fresh:
+        if state.complete_record(0).data_choices.fresh:
             require_data_set(self.run.path, self.images)
 
-    def _sources(self, network: CutNetwork) -> SourceFinder:
-        data = self.run.complete_record(0)
-        return SourceFinder(self.run, network.stages, data, self.device, self.reporter, self.images)
-
-    def outline(self, numbers: Iterable[int]) -> RunOutline:
+    def outline(self, state: RunState, numbers: Iterable[int]) -> RunOutline:
         """Returns what is known of a run before the stages ``numbers`` are trained."""
-        data, epochs = self.run.complete_record(0), self.recipe.training.epochs
+        data, epochs = state.complete_record(0), self.recipe.training.epochs
         assert data.store is not None
         operations = {}
         for number in numbers:
-            row = self.memory().network.shapes[number - 1].operations
+            row = self.memory(state).network.shapes[number - 1].operations
             operations[number] = row * data.rows["train"] * for_stage(epochs, number)
         budget = memory_budget(self.recipe, self.device)
         return RunOutline(data.network, operations, data.store.bytes, budget)
 
-    def whole_network(self) -> NetworkTraining:
+    def whole_network(self, state: RunState) -> NetworkTraining:
         """Returns the training of all stages at once."""
-        network, data = self.network(), self.run.complete_record(0)
-        sources = self._sources(network)
+        network = self.network(state)
+        sources = SourceFinder(state, network.stages, self.device, self.reporter, self.images)
         return NetworkTraining(
             run=self.run,
             network=network,
             source=sources.for_training(1, 0, self._precision),
-            data=data,
-            memory=self.memory().at_once(),
+            data=state.complete_record(0),
+            memory=self.memory(state).at_once(),
             device=self.device,
             reporter=self.reporter,
             optimizer=self.optimizer,
@@ -147,26 +144,32 @@ class StagePlanner:
         )
 
     def stage(
-        self, number: int, source: int, views: Views, reuse: int, directory: Path
+        self,
+        state: RunState,
+        number: int,
+        source: int,
+        views: Views,
+        reuse: int,
+        directory: Path,
     ) -> StageTraining:
-        """Returns the training of stage ``number`` in a directory, from the nearest store that is
-        there at or before stage ``source``; an unfinished one goes on as it began."""
-        parent = self.run.complete_record(number - 1)
-        network = self.network()
+        """Returns the training of stage ``number`` in a directory, from the store of stage
+        ``source`` or of the nearest stage before it that has one. An unfinished training keeps its
+        choices."""
+        parent, network = state.complete_record(number - 1), self.network(state)
         stage = network.stages[number - 1]
-        sources = self._sources(network)
+        sources = SourceFinder(state, network.stages, self.device, self.reporter, self.images)
         stored = sources.last_stored(source)
         written_from = sources.written_from(number, views, reuse)
         sources.require_images(number, stored, views, written_from)
         stores = StageStores(stored, sources.is_ring(stored), reuse > 0, written_from)
-        memory = self.memory().stage(number, stores)
+        memory = self.memory(state).stage(number, stores)
         start = StartRecord(
             stage=number,
             recipe_digest=parent.recipe_digest,
             parent_lineage=parent.lineage,
             source=stored,
             layers=stage.kinds,
-            resolved=self._choices(number, stored, views, reuse, memory),
+            resolved=self._choices(state, number, stored, views, reuse, memory),
         )
         if begun := find_training(directory, start, self.reporter):
             choices = within_budget(self.recipe, begun.resolved, memory)
@@ -186,23 +189,29 @@ class StagePlanner:
             is_output=number == len(network),
             device=self.device,
             reporter=self.reporter,
-            smaller=partial(self.memory().smaller, number, stores),
+            smaller=partial(self.memory(state).smaller, number, stores),
             optimizer=self.optimizer,
             own_rates=self.own_rates,
         )
 
     def _choices(
-        self, number: int, stored: int, views: Views, reuse: int, memory: Choice
+        self,
+        state: RunState,
+        number: int,
+        stored: int,
+        views: Views,
+        reuse: int,
+        memory: Choice,
     ) -> Choices:
-        """Repeats the choices of the stage's earlier training from the store of stage ``stored``,
-        or makes new ones."""
-        before = previous_record(self.run, number)
+        """Returns the choices of the stage's last training if that was from the store of stage
+        ``stored`` too, else new ones."""
+        before = previous_record(state, number)
         if before is not None and before.source == stored:
             return resolve_again(self.recipe, before.choices, views, reuse, memory)
-        hidden = self.memory().network.shapes[number - 1].hidden
+        hidden = self.memory(state).network.shapes[number - 1].hidden
         store = self.run.open_store(stored, "train")
         compiled = compiles(self.recipe, number, hidden, store.rows, memory, self.device)
-        fresh = stored == 0 and self.run.complete_record(0).data_choices.fresh
+        fresh = stored == 0 and state.complete_record(0).data_choices.fresh
         return resolve(
             self.recipe,
             store,

@@ -1,0 +1,60 @@
+"""Every name of torch that is private: what a new version of torch may change is in this file."""
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = [
+    "BATCH_NORMS",
+    "CONVOLUTIONS",
+    "DEPENDS_ON_NUMBERS",
+    "DROPOUTS",
+    "FakeTensorMode",
+    "POOLS",
+    "TorchDispatchMode",
+    "clear_cublas_workspaces",
+    "has_hooks",
+    "skips_on_device",
+    "storage_key",
+    "tree_leaves",
+]
+
+CONVOLUTIONS = nn.modules.conv._ConvNd
+BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+DROPOUTS = nn.modules.dropout._DropoutNd
+POOLS = (
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+)
+
+DEPENDS_ON_NUMBERS = (DataDependentOutputException, DynamicOutputShapeException)
+"""Errors of operators on fake tensors whose result depends on numbers."""
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Returns whether hooks of a module may change what its forward pass takes or gives."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def storage_key(tensor: Tensor) -> int:
+    """Returns a number that all tensors over the same storage have in common."""
+    return tensor.untyped_storage()._cdata
+
+
+def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
+    """Returns whether an optimiser skips its step if its attribute ``found_inf``, a tensor on the
+    device, is not zero, as fused ones do for ``GradScaler``."""
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def clear_cublas_workspaces() -> None:
+    """Frees the workspaces of cuBLAS, which allocates new ones when it needs them."""
+    torch._C._cuda_clearCublasWorkspaces()

@@ -1,0 +1,76 @@
+"""The state of a run is read once for each use, and does not follow the directory after that."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from command_line import answer
+from small_training import TEST, TRAIN, states, trainer
+
+from greedy import RunState, UserError
+from greedy.runs import record
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("state") / "run"
+    trainer(place, epochs=1).fit(TRAIN, TEST)
+    return place
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts how often the record of each stage is read."""
+    counted, read = Counter(), record.read_with_digest
+
+    def count(path: Path) -> dict:
+        counted[path.parent.name] += 1
+        return read(path)
+
+    monkeypatch.setattr(record, "read_with_digest", count)
+    return counted
+
+
+def test_status_reads_each_record_once(run: Path, reads: Counter[str]) -> None:
+    stages = answer("status", "--run", run)["stages"]
+    assert [stage["state"] for stage in stages] == ["complete"] * 3
+    assert reads == {f"stage{number}": 1 for number in range(4)}
+
+
+def test_a_training_with_nothing_to_do_reads_each_record_once(
+    run: Path, reads: Counter[str]
+) -> None:
+    mine = trainer(run, epochs=1)
+    reads.clear()
+    assert len(mine.train()) == 3
+    del reads["stage0"]  # also compared with the recipe when the lock is taken
+    assert reads == {f"stage{number}": 1 for number in range(1, 4)}
+
+
+def test_a_training_reads_a_record_once_it_is_written(tmp_path: Path, reads: Counter[str]) -> None:
+    trainer(tmp_path / "run", epochs=1).fit(TRAIN, TEST)
+    del reads["stage0"]
+    assert reads == {f"stage{number}": 1 for number in range(1, 4)}
+
+
+def test_a_state_stays_as_it_was_read(tmp_path: Path) -> None:
+    mine = trainer(tmp_path / "run", epochs=1)
+    before = RunState.read(mine.run)
+    mine.fit(TRAIN, TEST)
+    assert [before.stage_state(n) for n in range(4)] == ["pending"] * 4
+    assert not before.is_finished
+    after = before.read_again(0, 1)
+    assert [after.stage_state(n) for n in (1, 2)] == ["complete", "pending"]
+    assert after.has_store(1)
+    assert states(mine.run, range(4)) == ["complete"] * 4
+
+
+def test_a_damaged_record_is_told_to_those_who_need_it(tmp_path: Path) -> None:
+    mine = trainer(tmp_path / "run", epochs=1)
+    mine.fit(TRAIN, TEST)
+    (tmp_path / "run/stage2/stage.json").write_text("{}")
+    state = RunState.read(mine.run)
+    assert state.complete_record(1).stage == 1
+    for number in (2, 3):
+        with pytest.raises(UserError, match="stage2/stage.json is damaged"):
+            state.complete_record(number)
