@@ -1,4 +1,4 @@
-"""How activations become stored numbers, and back.
+"""Encodings, which turn activations into stored numbers and back.
 
 ``Encoding.encode`` runs in background threads and is NumPy only; ``Encoding.decode`` is the one
 place that uses torch, on the device that trains. Torch takes seconds to import, so
@@ -32,6 +32,8 @@ _LIMIT = {
     "bfloat16": float(np.uint32(0x7F7F7FFF).view(np.float32)),
 }
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
+# Values encoded at once: what is computed in between stays in the processor's cache.
+_VALUES_AT_ONCE = 2**17
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,12 +113,11 @@ class Encoding:
         self._check_range(values)
         if self.name == "float32":
             return values
-        if self.name == "float16":
-            return values.astype(self.stored_dtype)
-        if self.name == "bfloat16":
-            return _bfloat16_bits(values)
-        levels = self._quantise(values)
-        return levels if self.name == "uint8" else _pack(levels.reshape(len(levels), -1))
+        stored = np.empty((len(values), *self.stored_shape), self.stored_dtype)
+        step = max(_VALUES_AT_ONCE // self.row_size, 1)
+        for start in range(0, len(values), step):
+            stored[start : start + step] = self._stored(values[start : start + step])
+        return stored
 
     def decode(self, stored: "torch.Tensor") -> "torch.Tensor":
         """Converts ``(n, *stored_shape)`` to float32 ``(n, *row_shape)``, on the same device."""
@@ -178,6 +179,14 @@ class Encoding:
             return cls(name, row_shape, scale, zero_point.astype(np.uint8))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise StoreError("the encoding in the store's attributes cannot be read") from error
+
+    def _stored(self, values: NDArray[np.float32]) -> NDArray[Any]:
+        if self.name == "float16":
+            return values.astype(self.stored_dtype)
+        if self.name == "bfloat16":
+            return _bfloat16_bits(values)
+        levels = self._quantise(values)
+        return levels if self.name == "uint8" else _pack(levels.reshape(len(levels), -1))
 
     def _check_range(self, values: NDArray[np.float32]) -> None:
         limit = _LIMIT.get(self.name, _FLOAT32_MAX)

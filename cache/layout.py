@@ -1,4 +1,4 @@
-"""How a store is divided: rows into chunks, chunks into shards, a file each."""
+"""The division of a store: rows into chunks, and chunks into shards, one file each."""
 
 from dataclasses import dataclass
 

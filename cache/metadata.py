@@ -6,6 +6,7 @@ The files of a store are the group's ``zarr.json`` and, for each of the arrays `
 
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,12 +41,12 @@ class StoreMetadata:
     encoding: Encoding
     compressor: str
 
-    @property
+    @cached_property
     def chunk_shape(self) -> tuple[int, ...]:
         """The shape of a stored chunk, without the view's axis."""
         return (self.layout.chunk_rows, *self.encoding.stored_shape)
 
-    @property
+    @cached_property
     def chunk_bytes(self) -> int:
         """Bytes of a chunk before compression."""
         return self.layout.chunk_rows * self.encoding.stored_row_bytes

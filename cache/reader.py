@@ -1,7 +1,6 @@
 """Reading a store: chunks, ranges of rows, everything, or batches in sequence."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
@@ -55,8 +54,10 @@ class Store:
     def __init__(self, location: "Location", advice: str = ADVICE) -> None:
         self._source = open_source(location)
         self.advice = advice
-        with self._advising():
+        try:
             self._open()
+        except DamagedStore as error:
+            raise self._advised(error) from error
 
     def _open(self) -> None:
         group = self._source.whole("zarr.json")
@@ -69,7 +70,7 @@ class Store:
         self.compressor = self.metadata.compressor
         self.labels = self._side_array("labels")
         self.index = self._side_array("index")
-        self._indexes: dict[str, NDArray[np.uint64]] = {}
+        self._shards: dict[tuple[int, int], tuple[str, NDArray[np.uint64]]] = {}
 
     @property
     def rows(self) -> int:
@@ -149,10 +150,17 @@ class Store:
         """
         rows = self.rows if rows is None else rows
         self._check_range(0, rows)
-        for view in range(self.views):
-            for chunk in range(0, -(-rows // self.chunk_rows), self.layout.shard_chunks):
-                with self._advising():
-                    self._span(view, chunk)  # a missing shard is found before memory is allocated
+        chunks = [
+            (view, chunk)
+            for view in range(self.views)
+            for chunk in range(-(-rows // self.chunk_rows))
+        ]
+        try:  # a missing shard is found before memory is allocated
+            for view, chunk in chunks:
+                if chunk % self.layout.shard_chunks == 0:
+                    self._span(view, chunk)
+        except DamagedStore as error:
+            raise self._advised(error) from error
         loaded = np.empty(
             (self.views, rows, *self.encoding.stored_shape), self.encoding.stored_dtype
         )
@@ -205,39 +213,37 @@ class Store:
                 rest = rest[wanted:]
                 yield np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
 
-    @contextmanager
-    def _advising(self) -> Iterator[None]:
-        """Puts this store's advice into every ``DamagedStore`` raised inside."""
-        try:
-            yield
-        except DamagedStore as error:
-            raise DamagedStore(error.problem, self.advice) from error
+    def _advised(self, error: DamagedStore) -> DamagedStore:
+        """Returns the same error with this store's advice."""
+        return DamagedStore(error.problem, self.advice)
 
     def _decode(self, view: int, chunk: int, out: NDArray[Any]) -> None:
-        with self._advising():
-            self._decode_chunk(view, chunk, out)
-
-    def _decode_chunk(self, view: int, chunk: int, out: NDArray[Any]) -> None:
-        key, where, offset, size = self._span(view, chunk)
-        data = self._source.part(key, offset, size)
-        if data is None:
-            raise DamagedStore(f"{where} lies beyond the end of its shard; write the store again")
-        shards.decode_chunk(data, self.compressor, out, where)
+        try:
+            key, where, offset, size = self._span(view, chunk)
+            data = self._source.part(key, offset, size)
+            if data is None:
+                raise DamagedStore(f"{where} lies beyond the end of its shard")
+            shards.decode_chunk(data, self.compressor, out, where)
+        except DamagedStore as error:
+            raise self._advised(error) from error
 
     def _span(self, view: int, chunk: int) -> tuple[str, str, int, int]:
         """Returns a chunk's file, its name for messages, and its offset and size in the file."""
         shard, slot = divmod(chunk, self.layout.shard_chunks)
-        key = self.metadata.shard_key(view, shard)
+        key, index = self._shards.get((view, shard)) or self._open_shard(view, shard, chunk)
         where = f"{self._source}/{key}: chunk {chunk} of view {view}"
-        if key not in self._indexes:
-            slots = self.layout.shard_chunks
-            tail = self._source.tail(key, shards.index_bytes(slots))
-            if tail is None:
-                raise DamagedStore(f"{where} is in a missing shard; write the store again")
-            self._indexes[key] = shards.parse_index(tail, slots, where)
-        chunk_bytes = self.metadata.chunk_bytes
-        entry = shards.chunk_span(self._indexes[key], slot, chunk_bytes, self.compressor, where)
+        entry = shards.chunk_span(index, slot, self.metadata.chunk_bytes, self.compressor, where)
         return key, where, *entry
+
+    def _open_shard(self, view: int, shard: int, chunk: int) -> tuple[str, NDArray[np.uint64]]:
+        """Returns a shard's file and its index; ``chunk`` is named where it is damaged."""
+        key, slots = self.metadata.shard_key(view, shard), self.layout.shard_chunks
+        where = f"{self._source}/{key}: chunk {chunk} of view {view}"
+        tail = self._source.tail(key, shards.index_bytes(slots))
+        if tail is None:
+            raise DamagedStore(f"{where} is in a missing shard")
+        self._shards[view, shard] = key, shards.parse_index(tail, slots, where)
+        return self._shards[view, shard]
 
     def _side_array(self, name: str) -> NDArray[np.int64]:
         where = f"{self._source}/{name}"

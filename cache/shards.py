@@ -108,7 +108,7 @@ def chunk_span(
         DamagedStore: the entry is empty or has an impossible size; the message begins with
             ``where``.
     """
-    offset, size = (int(entry) for entry in index[slot])
+    offset, size = index[slot].tolist()
     if _EMPTY in (offset, size):
         raise DamagedStore(f"{where} is missing from its shard; {_ADVICE}")
     header = _BLOSC_HEADER.size + CRC_BYTES

@@ -37,7 +37,7 @@ def report(runs: tuple[Path, ...], to: Path, force: bool, device: str, model: st
     require_report(to, force)
     directories = [RunDirectory.open(run) for run in runs]
     models = [directory.recipe.model for directory in directories]
-    python_model = next((each for each in models if each.network == "python"), models[0])
+    python_model = next((model for model in models if model.network == "python"), models[0])
     network = load_network(python_model, model)
     with waiting("classifying test images and drawing"):
         write_report(directories, to, device=device, model=network, overwrite=force)

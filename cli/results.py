@@ -36,7 +36,9 @@ def status(run: Path, as_json: bool) -> None:
             "recipe": directory.recipe.name,
             "stages": [asdict(stage) for stage in stages],
             **asdict(disk),
-            "set_aside": [asdict(each) | {"path": str(each.path)} for each in set_aside],
+            "set_aside": [
+                asdict(training) | {"path": str(training.path)} for training in set_aside
+            ],
         }
         print_json(document)
         return

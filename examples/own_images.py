@@ -46,12 +46,14 @@ def main(images: Path, run: Path, epochs: int) -> None:
         print(f"stage {record.stage}, {record.name}: test error {error:.1f} %")
 
     pictures = sorted((images / "test").glob("*/*.png"))[::40][:5]
-    for found in greedy.predict(trainer.run, trainer.assemble(), pictures, trainer.device, top=1):
-        print(f"{found.image}: {found.classes[0]} ({found.confidences[0]:.0%})")
+    for prediction in greedy.predict(
+        trainer.run, trainer.assemble(), pictures, trainer.device, top=1
+    ):
+        print(f"{prediction.image}: {prediction.classes[0]} ({prediction.confidences[0]:.0%})")
 
 
 def write_sample(folder: Path) -> None:
-    """1,200 training and 400 test images of the sample, as files."""
+    """Writes 1,200 training and 400 test images of the sample as files."""
     sample = greedy.data.load_dataset("fashion-mnist-sample")
     for name, split, count in (("train", sample.train, 1200), ("test", sample.test, 400)):
         for i, (image, label) in enumerate(zip(*split.read(np.arange(count)), strict=True)):

@@ -19,7 +19,8 @@ from greedy.results.exits import evaluate_exits
 
 
 def network() -> nn.Sequential:
-    """Strides in place of pooling, GELU, and two layers that train as one stage."""
+    """Returns a network with strides in place of pooling, GELU, and two layers that train as one
+    stage."""
     return nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1),
         nn.BatchNorm2d(8),
@@ -51,15 +52,15 @@ def main(run: Path, epochs: int) -> None:
         model, run_dir=run, loss=loss, epochs=epochs, batch_size=64, learning_rate=5e-3
     )
     trainer.fit(*map_style("fashion-mnist-sample"))
-    for each in evaluate_exits(trainer.run, loss, model, "test", trainer.device).exits:
+    for exit in evaluate_exits(trainer.run, loss, model, "test", trainer.device).exits:
         print(
-            f"stage {each.stage}, {each.name:14s} test error {each.error_percent:4.1f} %, "
-            f"{each.parameters:7,} parameters, {each.operations:10,} multiply-adds"
+            f"stage {exit.stage}, {exit.name:14s} test error {exit.error_percent:4.1f} %, "
+            f"{exit.parameters:7,} parameters, {exit.operations:10,} multiply-adds"
         )
 
 
 def map_style(name: str) -> list[TensorDataset]:
-    """A data set by its name, as PyTorch has them."""
+    """Returns a data set as PyTorch has them, given its name."""
     data = greedy.data.load_dataset(name)
     arrays = (split.read(np.arange(len(split))) for split in (data.train, data.test))
     return [TensorDataset(*map(torch.from_numpy, each)) for each in arrays]

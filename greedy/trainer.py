@@ -4,7 +4,7 @@ import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Self
+from typing import Self, Unpack
 
 from torch import nn
 from torch.utils.data import Dataset as TorchDataset
@@ -17,6 +17,7 @@ from greedy.base.heap import release_free_memory
 from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import build_loss, build_network
 from greedy.build.python_recipe import python_recipe, require_optimizer
+from greedy.build.settings import TrainerSettings
 from greedy.cache import Damage
 from greedy.data import Dataset, dataset_from_torch, draws_at_random, first_pass
 from greedy.losses import LocalLoss, PredSim, require_local_loss
@@ -53,8 +54,9 @@ class GreedyTrainer:
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         reporter: gets the events of a training, for instance to show its progress.
         settings: fields of a recipe's ``data``, ``training`` and ``store`` sections by their
-            names, ``seed``, ``stage_layers``, ``memory_budget`` and ``optimizer_state``; for
-            instance ``epochs=20, views=4``.
+            names, ``seed``, ``stage_layers``, ``memory_budget``, ``micro_batch`` and
+            ``optimizer_state``; for instance ``epochs=20, views=4``.
+        recipe: in place of ``loss``, ``optimizer`` and ``settings``, see ``from_recipe``.
 
     Raises:
         UserError: for anything that cannot be trained as asked.
@@ -62,20 +64,33 @@ class GreedyTrainer:
 
     def __init__(
         self,
-        model: nn.Sequential,
+        model: nn.Sequential | None,
         *,
         run_dir: str | Path,
         loss: LocalLoss | None = None,
         optimizer: OptimizerFactory | None = None,
         device: str = "auto",
         reporter: Reporter | None = None,
-        **settings: Any,
+        recipe: Recipe | None = None,
+        **settings: Unpack[TrainerSettings],
     ) -> None:
-        loss = PredSim() if loss is None else loss
-        require_local_loss(loss)
-        require_optimizer(settings, optimizer)
-        recipe, own_rates = python_recipe(settings, loss), "learning_rate" not in settings
-        self._set_up(recipe, run_dir, device, reporter, model, loss, optimizer, own_rates)
+        if recipe is not None:
+            _require_recipe_alone(loss, optimizer, settings)
+            loss = build_loss(recipe.loss)
+        else:
+            loss = PredSim() if loss is None else loss
+            require_local_loss(loss)
+            require_optimizer(settings, optimizer)
+            recipe = python_recipe(settings, loss)
+        own_rates = "learning_rate" not in settings
+        self.device = pick_device(device)
+        self.run = RunDirectory.create(Path(run_dir), recipe)
+        self.recipe = recipe
+        self.loss = loss
+        self._model = model
+        self._planner = StagePlanner(
+            self.run, model, loss, self.device, reporter or Reporter(), optimizer, own_rates
+        )
 
     @classmethod
     def from_recipe(
@@ -89,29 +104,7 @@ class GreedyTrainer:
     ) -> Self:
         """Returns the trainer of a recipe. ``model`` is given only if the recipe's network is
         ``python``; other arguments are those of the class."""
-        trainer = cls.__new__(cls)
-        trainer._set_up(recipe, run_dir, device, reporter, model, build_loss(recipe.loss))
-        return trainer
-
-    def _set_up(
-        self,
-        recipe: Recipe,
-        run_dir: str | Path,
-        device: str,
-        reporter: Reporter | None,
-        model: nn.Sequential | None,
-        loss: LocalLoss,
-        optimizer: OptimizerFactory | None = None,
-        own_rates: bool = False,
-    ) -> None:
-        self.device = pick_device(device)
-        self.run = RunDirectory.create(Path(run_dir), recipe)
-        self.recipe = recipe
-        self.loss = loss
-        self._model = model
-        self._planner = StagePlanner(
-            self.run, model, loss, self.device, reporter or Reporter(), optimizer, own_rates
-        )
+        return cls(model, run_dir=run_dir, device=device, reporter=reporter, recipe=recipe)
 
     @property
     def reporter(self) -> Reporter:
@@ -389,3 +382,14 @@ class GreedyTrainer:
     def assemble(self, until_stage: int | None = None) -> nn.Sequential:
         """Returns the trained network, see ``greedy.runs.network.assemble``."""
         return assemble(self.run, self.loss, self._model, until_stage=until_stage)
+
+
+def _require_recipe_alone(
+    loss: LocalLoss | None, optimizer: OptimizerFactory | None, settings: TrainerSettings
+) -> None:
+    given = {"loss": loss, "optimizer": optimizer, **settings}
+    if names := [name for name, value in given.items() if value is not None]:
+        raise UserError(
+            f"a recipe has its own loss and settings: leave out {', '.join(names)}, or change the "
+            f"recipe"
+        )

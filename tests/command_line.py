@@ -25,8 +25,8 @@ BUILT_IN_PYTHON = {"network": "python", "hidden_layers": None, "hidden_width": N
 
 
 def small_recipe(**sections: dict[str, Any]) -> str:
-    """The text of a recipe that trains in seconds. Fields of its sections are added or changed, or
-    left out where they are ``None``."""
+    """Returns a recipe that trains in seconds, as TOML. Fields of its sections are added or
+    changed, or left out if they are ``None``."""
     document = {}
     for name in SMALL | sections:
         fields = SMALL.get(name, {}) | sections.get(name, {})
@@ -35,19 +35,19 @@ def small_recipe(**sections: dict[str, Any]) -> str:
 
 
 def greedy(*arguments: object) -> Result:
-    """What a command comes to."""
+    """Runs a command and returns its result."""
     return CliRunner().invoke(cli, [str(each) for each in arguments])
 
 
 def said(*arguments: object) -> str:
-    """What a command says that succeeds."""
+    """Runs a command that succeeds and returns its output."""
     result = greedy(*arguments)
     assert result.exit_code == 0, result.output
     return result.output
 
 
 def answer(*arguments: object) -> Any:
-    """The JSON document that a command prints, which succeeds."""
+    """Runs a command that succeeds and returns the JSON document that it prints."""
     result = greedy(*arguments, "--json")
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout)
@@ -61,6 +61,7 @@ def train(folder: Path, recipe: str, *options: object, run: str = "run") -> Path
 
 
 def written(directory: Path) -> dict[Path, tuple[bytes, int]]:
-    """All files below a directory with their bytes and the times at which they were written."""
+    """Returns all files below a directory with their bytes and the times at which they were
+    written."""
     files = (path for path in sorted(directory.rglob("*")) if path.is_file())
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}

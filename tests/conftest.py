@@ -53,8 +53,8 @@ def write(tmp_path: Path) -> Callable[[str, str], Path]:
 
 @pytest.fixture(scope="session")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """See ``reported.all_trained``. Tests leave them as they are. All workers share them: the first
-    that asks trains them."""
+    """Returns the folder of ``reported.all_trained``, which tests leave as it is. All workers share
+    it: the first that asks trains the runs."""
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "reported"
     done = folder / "done"
@@ -68,7 +68,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def script() -> Iterator[Callable[[str], str]]:
-    """The script that reports embed is put together once, in seconds. Gives what does that."""
+    """Puts the script that reports embed together once, which takes seconds. Returns the function
+    that gives it."""
     import vl_convert
 
     bundle = vl_convert.javascript_bundle

@@ -19,5 +19,5 @@ USUAL = {
 
 
 def choices(**changed: Any) -> Choices:
-    """The usual choices, but for those that are given."""
+    """Returns the usual choices of a stage, with some of them changed."""
     return Choices.model_validate(USUAL | changed)

@@ -13,7 +13,7 @@ from torch import nn
 from greedy import GreedyTrainer
 
 SETTINGS = {"epochs": 2, "learning_rate": 0.01, "batch_size": 32, "device": "cpu", "seed": 3}
-SETTINGS |= {"precision": "float32"}
+SETTINGS |= {"precision": "float32", "reuse": 0}  # as it was before views were replaced
 KINDS = {
     "mlp": {"views": 2},
     "short-of-memory": {
@@ -22,7 +22,7 @@ KINDS = {
         "encoding": "uint4",
         "memory_budget": "96KiB",
     },
-    "joint": {"strategy": "joint"},
+    "joint": {"strategy": "joint", "views": 4},
 }
 
 
@@ -33,11 +33,11 @@ def convolutions() -> nn.Sequential:
     return nn.Sequential(*first, *second, nn.Flatten(), nn.Linear(6 * (SIDE // 2) ** 2, CLASSES))
 
 
-def trainer(kind: str, run: Path) -> GreedyTrainer:
+def new_trainer(kind: str, run: Path) -> GreedyTrainer:
     model = convolutions() if kind == "short-of-memory" else network()
     return GreedyTrainer(model, run_dir=run, **SETTINGS, **KINDS[kind])
 
 
 if __name__ == "__main__":
     for kind in KINDS:
-        trainer(kind, Path(sys.argv[1]) / kind).fit(TRAIN, TEST)
+        new_trainer(kind, Path(sys.argv[1]) / kind).fit(TRAIN, TEST)

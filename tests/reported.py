@@ -17,14 +17,14 @@ RUNS = {
 
 
 def trained(folder: Path, name: str, settings: list[str]) -> Path:
-    """A run of the recipe with these settings, in the folder."""
+    """Trains a run of the recipe with some settings, in the folder."""
     options = [option for each in settings for option in ("--set", each)]
     return train(folder, RECIPE, *options, run=name)
 
 
 def all_trained(folder: Path) -> Path:
-    """The folder with finished runs of several losses and strategies, and one that lacks its last
-    stage."""
+    """Trains runs of several losses and strategies, and one without its last stage. Returns their
+    folder."""
     for name, settings in RUNS.items():
         trained(folder, name, settings)
     partial = shutil.copytree(folder / "predsim", folder / "partial")

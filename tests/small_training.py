@@ -17,7 +17,7 @@ SIDE, CLASSES = 8, 3
 
 
 def samples(rows: int, seed: int, channels: int = 1) -> TensorDataset:
-    """Noisy images; the class is the brighter third."""
+    """Returns noisy images; the class of an image is its brighter third."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, CLASSES, rows)
     images = random.integers(0, 150, (rows, channels, SIDE, SIDE))
@@ -34,7 +34,7 @@ def network(dropout: float = 0.1) -> nn.Sequential:
     return mlp(1, SIDE, CLASSES, hidden_layers=2, hidden_width=16, dropout=dropout)
 
 
-def trainer(run: Path, model: nn.Sequential | None = None, **settings) -> GreedyTrainer:
+def new_trainer(run: Path, model: nn.Sequential | None = None, **settings) -> GreedyTrainer:
     defaults = {"epochs": 2, "learning_rate": 0.01, "batch_size": 32, "views": 2, "device": "cpu"}
     defaults |= {"precision": "float32"}  # what auto takes depends on the machine
     return GreedyTrainer(model or network(), run_dir=run, **(defaults | settings))
@@ -45,13 +45,13 @@ def weights(run: Path, stage: int) -> dict[str, torch.Tensor]:
 
 
 def states(run: RunDirectory, numbers: Iterable[int]) -> list[str]:
-    """The states of a run's stages."""
+    """Returns the states of a run's stages."""
     state = RunState.read(run)
     return [state.stage_state(number) for number in numbers]
 
 
 def learned(run: Path, stage: int) -> bool:
-    """Whether a stage's loss was lower in its last epoch than in its first."""
+    """Returns whether a stage's loss was lower in its last epoch than in its first."""
     lines = (run / f"stage{stage}/history.jsonl").read_text().splitlines()
     first, *_, last = (json.loads(line)["loss"] for line in lines)
     return last < first

@@ -44,8 +44,8 @@ UNUSED = "conv_loss.weight"  # published with sim-bio on feature maps, without e
 CLASSES = 5
 
 
-def assert_golden(ours: Tensor, golden: np.ndarray) -> None:
-    worst = (ours.detach() - torch.from_numpy(golden)).abs().max()
+def assert_golden(values: Tensor, golden: np.ndarray) -> None:
+    worst = (values.detach() - torch.from_numpy(golden)).abs().max()
     assert worst <= 1e-4 * np.abs(golden).max() + 1e-6
 
 
@@ -223,7 +223,7 @@ class StopAfter(Reporter):
             signal.raise_signal(signal.SIGINT)
 
 
-def trainer(run: Path, loss: LocalLoss, reporter: Reporter | None = None) -> GreedyTrainer:
+def new_trainer(run: Path, loss: LocalLoss, reporter: Reporter | None = None) -> GreedyTrainer:
     torch.manual_seed(0)
     return GreedyTrainer(
         mlp(1, SIDE, 3, hidden_layers=2, hidden_width=24),
@@ -243,11 +243,11 @@ def trainer(run: Path, loss: LocalLoss, reporter: Reporter | None = None) -> Gre
 @pytest.mark.parametrize("loss", [PredBio(), SimBio(), PredSimBio(0.5)])
 def test_a_run_learns_and_is_stopped_resumed_and_evaluated(tmp_path: Path, loss: LocalLoss) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    records = trainer(whole, loss).fit(TRAIN, TEST)
+    records = new_trainer(whole, loss).fit(TRAIN, TEST)
     with pytest.raises(Interrupted, match="in stage 1 after step"):
-        trainer(cut, loss, StopAfter(17)).fit(TRAIN, TEST)
-    mine = trainer(cut, loss)
-    mine.fit(TRAIN, TEST)
+        new_trainer(cut, loss, StopAfter(17)).fit(TRAIN, TEST)
+    trainer = new_trainer(cut, loss)
+    trainer.fit(TRAIN, TEST)
     for stage in (1, 2, 3):
         for name in ("encoder", "heads"):
             one, other = (
@@ -267,11 +267,11 @@ def test_a_run_learns_and_is_stopped_resumed_and_evaluated(tmp_path: Path, loss:
         if isinstance(loss, SimBio):
             assert errors[number - 1] is None
             with pytest.raises(UserError, match=f"stage {number} has no local classifier"):
-                mine.assemble(number)
+                trainer.assemble(number)
         else:
-            network = mine.assemble(number)
+            network = trainer.assemble(number)
             assert all(type(module) is getattr(nn, type(module).__name__) for module in network)
-            figures = evaluate(mine.run, network, "test", torch.device("cpu"))
+            figures = evaluate(trainer.run, network, "test", torch.device("cpu"))
             assert figures.error_percent == pytest.approx(errors[number - 1], abs=3)
             assert errors[number - 1] < 33
 
@@ -282,7 +282,7 @@ def test_feature_maps_train_in_every_mode(tmp_path: Path) -> None:
 
     def trained(name: str, budget: str) -> tuple[set[str], float | None]:
         torch.manual_seed(0)
-        mine = GreedyTrainer(
+        trainer = GreedyTrainer(
             vgg8b(1, 16, 3, feature_multiplier=0.1, hidden_width=16),
             run_dir=tmp_path / name,
             loss=PredSimBio(0.5, pool_target=64),
@@ -295,7 +295,7 @@ def test_feature_maps_train_in_every_mode(tmp_path: Path) -> None:
         )
         images, labels = (tensor[:128] for tensor in TRAIN.tensors)
         data = TensorDataset(F.interpolate(images.float(), 16).byte(), labels)
-        records = mine.fit(data, data)
+        records = trainer.fit(data, data)
         return {r.choices.memory_mode for r in records}, records[0].metrics.train_loss
 
     modes, loss = trained("large", "1GiB")

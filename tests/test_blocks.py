@@ -60,9 +60,9 @@ def test_dropout_and_pooling_stay_between_the_layers_of_a_block() -> None:
     rates = [block.dropout.rate if block.dropout else None for block in blocks]
     assert rates == [None, 0.2, 0.2, 0.2]
     assert [block.flatten for block in blocks] == [False, False, True, False]
-    found = shapes(blocks, (3, 32, 32))
-    assert [shape.output for shape in found] == [(25, 16, 16), (51, 2, 2), (20,), (10,)]
-    assert found[1].hidden == (51, 4, 4)
+    block_shapes = shapes(blocks, (3, 32, 32))
+    assert [shape.output for shape in block_shapes] == [(25, 16, 16), (51, 2, 2), (20,), (10,)]
+    assert block_shapes[1].hidden == (51, 4, 4)
 
 
 def test_stages_of_a_staged_network_are_merged_too() -> None:
@@ -102,7 +102,7 @@ class StopAfter(Reporter):
             signal.raise_signal(signal.SIGINT)
 
 
-def trainer(
+def new_trainer(
     run: Path, reporter: Reporter | None = None, *, dropout: float = 0.1, **settings
 ) -> GreedyTrainer:
     torch.manual_seed(0)
@@ -114,44 +114,44 @@ def trainer(
 
 def test_a_block_learns_and_is_stopped_resumed_and_left_early(tmp_path: Path) -> None:
     whole, cut_short = tmp_path / "whole", tmp_path / "cut"
-    records = trainer(whole, stage_layers=2).fit(TRAIN, TEST)
+    records = new_trainer(whole, stage_layers=2).fit(TRAIN, TEST)
     assert [record.name for record in records] == ["linear16+linear16", "linear16", "output"]
     for record in records:
         assert record.metrics.test_error_percent < 33  # chance is 67
     with pytest.raises(Interrupted, match="in stage 1 after step"):
-        trainer(cut_short, StopAfter(17), stage_layers=2).fit(TRAIN, TEST)
-    mine = trainer(cut_short, stage_layers=2)
-    mine.fit(TRAIN, TEST)
+        new_trainer(cut_short, StopAfter(17), stage_layers=2).fit(TRAIN, TEST)
+    trainer = new_trainer(cut_short, stage_layers=2)
+    trainer.fit(TRAIN, TEST)
     for record in records:
         place = f"stage{record.stage}/encoder.safetensors"
         one, other = load_file(whole / place), load_file(cut_short / place)
         assert all(torch.equal(one[key], other[key]) for key in one)  # dropout within included
         until = record.stage if record.stage < len(records) else None
-        figures = evaluate(mine.run, mine.assemble(until), "test", CPU)
+        figures = evaluate(trainer.run, trainer.assemble(until), "test", CPU)
         # Computed in other batches: of the 100 images a few may stand between two classes.
         assert figures.error_percent == pytest.approx(record.metrics.test_error_percent, abs=3)
 
 
 def test_dropout_within_a_block_acts_in_training_alone(tmp_path: Path) -> None:
     def first_weights(rate: float) -> torch.Tensor:
-        mine = trainer(tmp_path / str(rate), stage_layers=2, epochs=1, dropout=rate)
-        mine.fit(TRAIN, TEST)
-        network, images = mine.assemble(), TEST.tensors[0].float() / 255
+        trainer = new_trainer(tmp_path / str(rate), stage_layers=2, epochs=1, dropout=rate)
+        trainer.fit(TRAIN, TEST)
+        network, images = trainer.assemble(), TEST.tensors[0].float() / 255
         assert any(isinstance(module, nn.Dropout) for module in network) == (rate > 0)
         assert torch.equal(network(images), network(images))
-        return load_file(mine.run.stage_dir(1) / "encoder.safetensors")["layer.0.weight"]
+        return load_file(trainer.run.stage_dir(1) / "encoder.safetensors")["layer.0.weight"]
 
     assert not torch.equal(first_weights(0.5), first_weights(0.0))
 
 
 def test_a_run_keeps_its_blocks(tmp_path: Path) -> None:
-    trainer(tmp_path / "run", stage_layers=2, epochs=1).fit(TRAIN, TEST)
+    new_trainer(tmp_path / "run", stage_layers=2, epochs=1).fit(TRAIN, TEST)
     with pytest.raises(UserError, match=r"model\.stage_layers is 2 there, 1 here"):
-        trainer(tmp_path / "run", epochs=1)
+        new_trainer(tmp_path / "run", epochs=1)
     with pytest.raises(
         UserError, match=r"stage_layers is 0 but must be a whole number of at least"
     ):
-        trainer(tmp_path / "other", stage_layers=0)
+        new_trainer(tmp_path / "other", stage_layers=0)
 
 
 RECIPE = small_recipe(

@@ -48,7 +48,7 @@ def with_index(shard: bytes, index: list[list[int]]) -> bytes:
 
 
 def check_damaged(path: Path, shard: bytes | None, chunk: int = 5) -> None:
-    """The chunk is reported by every way of reading; chunks of the other shard are not."""
+    """Checks that every way of reading reports the chunk, and none those of the other shard."""
     if shard is None:
         (path / SHARD).unlink()
     else:
@@ -110,9 +110,9 @@ def test_flipped_bit_in_the_index(path: Path, place: int) -> None:
     check_damaged(path, bytes(shard))
 
 
-@pytest.mark.parametrize("kept", [0, 3, 50])
-def test_truncated_shard(path: Path, kept: int) -> None:
-    check_damaged(path, (path / SHARD).read_bytes()[:kept])
+@pytest.mark.parametrize("size", [0, 3, 50])
+def test_truncated_shard(path: Path, size: int) -> None:
+    check_damaged(path, (path / SHARD).read_bytes()[:size])
 
 
 @pytest.mark.parametrize("path", ["lz4", "zstd"], indirect=True)

@@ -23,7 +23,7 @@ ROW_SHAPES = st.sampled_from([(1,), (7,), (10,), (3, 3, 5), (4, 2, 2), (1, 1, 1)
 
 
 def rows(limit: float) -> st.SearchStrategy[np.ndarray]:
-    """Float32 (n, *row_shape) with values up to `limit`."""
+    """Draws float32 (n, *row_shape) with values up to ``limit``."""
     bound = float(np.float32(limit))
     values = st.floats(-bound, bound, width=32)
     return st.tuples(st.integers(1, 6), ROW_SHAPES).flatmap(
@@ -32,7 +32,7 @@ def rows(limit: float) -> st.SearchStrategy[np.ndarray]:
 
 
 def decoded(encoding: Encoding, stored: np.ndarray) -> np.ndarray:
-    """Through both decoders, which must agree bit for bit."""
+    """Decodes with both decoders, which must agree bit for bit."""
     by_torch = encoding.decode(torch.from_numpy(stored)).numpy()
     by_numpy = encoding.decode_array(stored)
     assert by_torch.dtype == by_numpy.dtype == np.float32
@@ -101,6 +101,14 @@ def test_json_keeps_an_encoding(values: np.ndarray, name: str) -> None:
     again = Encoding.from_json(json.loads(text), encoding.row_shape)
     stored = fit_encoding(name, values).encode(np.clip(values, -6e4, 6e4))
     assert again.decode_array(stored).tobytes() == encoding.decode_array(stored).tobytes()
+
+
+@pytest.mark.parametrize("name", ENCODINGS)
+def test_many_rows_are_encoded_as_each_alone(name: str) -> None:
+    values = np.random.default_rng(0).standard_normal((9, 5, 90, 111), np.float32)
+    encoding = fit_encoding(name, values)
+    alone = [encoding.encode(values[row : row + 1]) for row in range(len(values))]
+    assert np.array_equal(encoding.encode(values), np.concatenate(alone))
 
 
 def test_integers_saturate_and_round_half_to_even() -> None:

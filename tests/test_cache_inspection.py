@@ -77,8 +77,9 @@ def flipped(before: bytes, bit: int) -> bytes:
 
 
 def harmless(file: Path, before: bytes) -> bool:
-    """Only in metadata: a flip may leave the JSON document equal, as of `e` to `E` in 1e-05.
-    Everything else, chunks, padding, unused index entries, is under a checksum."""
+    """Returns whether a flipped bit leaves a store as it was. Only in metadata can it do so, if the
+    JSON document stays equal, as with `e` and `E` in 1e-05; everything else, chunks, padding and
+    unused index entries included, is under a checksum."""
     try:
         return file.name == "zarr.json" and json.loads(file.read_bytes()) == json.loads(before)
     except ValueError:
@@ -93,11 +94,11 @@ def test_every_flipped_bit_is_reported(stores: list[Path], data: st.DataObject) 
     before = file.read_bytes()
     file.write_bytes(flipped(before, data.draw(st.integers(0, 8 * len(before) - 1))))
     try:
-        found = verify(path)
+        damages = verify(path)
         if harmless(file, before):
-            assert found == []
+            assert damages == []
         else:
-            (damage,) = found
+            (damage,) = damages
             assert str(file.relative_to(path)) in f"{damage.path} {damage.problem}"
     finally:
         file.write_bytes(before)
@@ -126,7 +127,7 @@ def test_no_store_is_read_differently(stores: list[Path], data: st.DataObject) -
 
 @pytest.fixture
 def damaged(stores: list[Path], tmp_path: Path) -> Path:
-    """A copy of a uint8 store with lz4, to be damaged."""
+    """Returns a copy of a uint8 store with lz4, to be damaged."""
     return shutil.copytree(stores[ENCODINGS.index("uint8") * len(COMPRESSORS)], tmp_path / "s")
 
 

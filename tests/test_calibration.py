@@ -60,7 +60,7 @@ modest = settings(deadline=None, max_examples=100, suppress_health_check=[Health
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch):
-    """Where calibrations are kept: not where the developer's own is."""
+    """Sets the folder of calibrations to a temporary one, not the developer's."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
     return tmp_path
 
@@ -101,9 +101,9 @@ def test_only_stages_of_the_same_kind_and_precision_say_anything(measured, work)
         for each in known.measured
         if each.work.kind == work.kind and each.work.precision == work.precision
     ]
-    found = known.seconds_a_row(work)
-    assert (found is None) is (not alike)
-    assert found is None or (math.isfinite(found) and found > 0)
+    seconds = known.seconds_a_row(work)
+    assert (seconds is None) is (not alike)
+    assert seconds is None or (math.isfinite(seconds) and seconds > 0)
     assert (known.frozen_seconds_a_row(work) is None) is (not alike)
 
 
@@ -234,8 +234,9 @@ class Images(list):
 
 
 def trained(path, **settings):
-    """A run of the network, and how many rows passed each stage while it was frozen: those that
-    its encoder saw in evaluation mode. Encoders have a bias, heads of the similarity loss none."""
+    """Trains a run. Returns it, and the number of rows that passed each stage while it was frozen:
+    those that its encoder saw in evaluation mode. Encoders have a bias, heads of the similarity
+    loss none."""
     known = {"views": 2, "epochs": 3, "batch_size": 16, "test_every": 0, "precision": "float32"}
     trainer = GreedyTrainer(
         network(), loss=Sim(), run_dir=path, device="cpu", compressor="none", **(known | settings)
@@ -271,10 +272,10 @@ def trained(path, **settings):
 def test_the_rows_that_pass_frozen_stages_are_those_of_a_run(changes, tmp_path):
     run, passed = trained(tmp_path / "run", **changes)
     stages = [run.record(number) for number in range(1, 5)]
-    found = shapes(cut(network()), (1, 4, 4))
+    stage_shapes = shapes(cut(network()), (1, 4, 4))
     unbegun = RunDirectory.create(tmp_path / "unbegun", run.recipe)
     data = run.record(0)
-    disk = plan_disk(RunState.read(unbegun), found, dict(data.rows), data.store.bytes, "cpu")
+    disk = plan_disk(RunState.read(unbegun), stage_shapes, dict(data.rows), data.store.bytes, "cpu")
     held_out = 8 if "patience" in changes else 0
     durations = Durations(run.recipe, disk, data.rows, held_out, [WORK] * 4)
     planned = [durations.frozen_rows(stage.stage, stage.source, epochs=3) for stage in stages]
@@ -288,8 +289,8 @@ def test_seconds_are_those_of_all_rows(tmp_path):
     test rows, two views of 80, 20 more, and 80 for the encoding's ranges at 100 a second."""
     twice_drawn = DOCUMENT | {"data": {"name": "python", "augmentation": "hflip"}}
     run = RunDirectory.create(tmp_path / "run", from_document(twice_drawn, name="unbegun"))
-    found = shapes(cut(network()), (1, 4, 4))
-    disk = plan_disk(RunState.read(run), found, {"train": 80, "test": 20}, 1, "cpu")
+    stage_shapes = shapes(cut(network()), (1, 4, 4))
+    disk = plan_disk(RunState.read(run), stage_shapes, {"train": 80, "test": 20}, 1, "cpu")
     durations = Durations(run.recipe, disk, {"train": 80, "test": 20}, 0, [WORK] * 4)
     known = calibration(speed(rows_per_second=10, frozen_rows_per_second=100))
     assert durations.seconds(known, 2, 1) == pytest.approx(240 / 10 + 280 / 100)

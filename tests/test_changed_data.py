@@ -9,7 +9,7 @@ import pytest
 import torch
 from command_line import greedy, said, small_recipe
 from PIL import Image
-from small_training import TEST, TRAIN, states, trainer
+from small_training import TEST, TRAIN, new_trainer, states
 from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer
@@ -31,7 +31,7 @@ def write(file: Path) -> None:
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory) -> Path:
-    """A folder with images in ``photos``, and a run on them."""
+    """Makes a folder with images in ``photos``, and trains a run on them."""
     place = tmp_path_factory.mktemp("begun")
     for split, count in (("train", 6), ("test", 2)):
         for name in ("ant", "bee"):
@@ -52,7 +52,7 @@ def begun(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def photos(begun, tmp_path, monkeypatch) -> Path:
-    """The images of a run, both in the current directory."""
+    """Makes the images of a run, both in the current directory."""
     shutil.copytree(begun, tmp_path / "work")
     monkeypatch.chdir(tmp_path / "work")
     return Path("photos")
@@ -282,7 +282,7 @@ def test_files_that_change_while_they_are_read_stop_the_reading(photos, monkeypa
 @pytest.fixture(scope="module")
 def in_python(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("in_python") / "run"
-    trainer(run, epochs=1).fit(TRAIN, TEST)
+    new_trainer(run, epochs=1).fit(TRAIN, TEST)
     return run
 
 
@@ -300,7 +300,7 @@ class Unlabelled(torch.utils.data.Dataset):
 
 
 def again(run: Path) -> GreedyTrainer:
-    return trainer(run, epochs=1)
+    return new_trainer(run, epochs=1)
 
 
 @pytest.mark.parametrize("kind", [lambda samples: samples, Unlabelled], ids=["apart", "in samples"])
@@ -366,7 +366,7 @@ def test_each_feature_is_compared_on_its_own_scale(tmp_path):
 
     def fit(features: torch.Tensor) -> None:
         samples = TensorDataset(features, labels)
-        trainer(tmp_path / "run", network, epochs=1).fit(samples, samples)
+        new_trainer(tmp_path / "run", network, epochs=1).fit(samples, samples)
 
     fit(features)
     fit(features)
@@ -386,6 +386,6 @@ def test_changed_data_of_a_function_are_trained_by_the_named_command(tmp_path, m
     said(*AGAIN, "--data", name)
     monkeypatch.setattr("sets_of_a_function.TRAIN", TensorDataset(*TRAIN[:300]))
     refused = greedy(*AGAIN, "--data", name)
-    told = f"greedy train --run run --data {name} --retrain 0"
-    assert f"`{told}`" in refused.output
-    said(*told.split()[1:])
+    remedy = f"greedy train --run run --data {name} --retrain 0"
+    assert f"`{remedy}`" in refused.output
+    said(*remedy.split()[1:])

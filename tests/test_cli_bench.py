@@ -45,7 +45,7 @@ STAGE_KEYS = {
 
 @contextmanager
 def living_in(folder):
-    """Inside, what a user has is in this folder, temporary files too."""
+    """Makes a folder the home of the user, temporary files included, inside the ``with``."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("XDG_DATA_HOME", str(folder / "home"))
@@ -55,8 +55,8 @@ def living_in(folder):
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """A folder with recipes where the machine has been measured, what `plan` said before that,
-    and what `bench` said."""
+    """Measures the machine. Returns a folder with recipes, what `plan` printed before that, and
+    what `bench` printed."""
     folder = tmp_path_factory.mktemp("measured")
     (folder / "mlp.toml").write_text(MLP)
     (folder / "mine.toml").write_text(MLP.replace('"mlp"', '"python"'))
@@ -74,12 +74,12 @@ def folder(measured):
 
 
 def test_every_stage_is_measured(measured):
-    folder, _, found = measured
-    assert found.keys() == KEYS
-    assert found["recipe"] == "mlp"
-    assert found["threads"] == torch.get_num_threads()
-    assert found["peak_gflops"] > 0
-    stages = found["stages"]
+    folder, _, measurements = measured
+    assert measurements.keys() == KEYS
+    assert measurements["recipe"] == "mlp"
+    assert measurements["threads"] == torch.get_num_threads()
+    assert measurements["peak_gflops"] > 0
+    stages = measurements["stages"]
     assert [(each["stage"], each["name"]) for each in stages] == [
         *((1, "linear16"), (2, "linear16"), (3, "output"))
     ]
@@ -89,25 +89,25 @@ def test_every_stage_is_measured(measured):
         assert each["images_per_second"] > 0
         assert each["share_of_peak"] > 0  # a busy machine has no peak
         assert 0 <= each["wait_share"] <= 1
-    rate = stages[2]["share_of_peak"] * found["peak_gflops"] * 1e9
+    rate = stages[2]["share_of_peak"] * measurements["peak_gflops"] * 1e9
     assert rate == pytest.approx(stages[2]["images_per_second"] * 2 * 2 * 16 * 10)
-    assert Path(found["calibration"]).is_relative_to(folder / "home")
+    assert Path(measurements["calibration"]).is_relative_to(folder / "home")
     assert not any((folder / "tmp").glob("greedy-bench-*"))
 
 
 def test_times_are_unknown_before(measured):
-    _, (text, found), _ = measured
-    assert found["seconds"] is None
-    assert {stage["seconds"] for stage in found["stages"]} == {None}
+    _, (text, plan), _ = measured
+    assert plan["seconds"] is None
+    assert {stage["seconds"] for stage in plan["stages"]} == {None}
     assert "times are unknown" in text
     assert "`greedy bench --device cpu`" in text
 
 
 def test_times_are_told_after(folder):
-    found = answer(*PLAN)
-    seconds = [stage["seconds"] for stage in found["stages"]]
+    plan = answer(*PLAN)
+    seconds = [stage["seconds"] for stage in plan["stages"]]
     assert min(seconds) > 0
-    assert found["seconds"] == pytest.approx(sum(seconds))
+    assert plan["seconds"] == pytest.approx(sum(seconds))
     text = greedy(*PLAN).output
     assert "unknown" not in text
     assert max(map(len, text.splitlines())) <= 80
@@ -118,8 +118,8 @@ def test_the_time_of_training_follows_the_epochs(folder):
     times = {}
     for epochs in (2, 4, 6):
         settings = ("--set", f"training.epochs={epochs}", "--set", "training.test_every=0")
-        found = answer(*PLAN, *settings)
-        times[epochs] = [stage["seconds"] for stage in found["stages"]]
+        plan = answer(*PLAN, *settings)
+        times[epochs] = [stage["seconds"] for stage in plan["stages"]]
     for two, four, six in zip(*times.values(), strict=True):
         assert four - two == pytest.approx(six - four)
         assert 0 < two - (four - two) < two

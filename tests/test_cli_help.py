@@ -19,7 +19,7 @@ GREEDY = Path(sys.executable).with_name("greedy")
 
 
 def commands(group=cli, path=()):
-    """The words of every command and the command, groups included."""
+    """Yields the words of every command and the command, groups included."""
     yield path, group
     for name, command in group.commands.items():
         if isinstance(command, click.Group):
@@ -44,9 +44,9 @@ def test_every_help_has_an_example_of_the_command_itself(path, command):
 
 def test_options_of_recipe_fields_say_what_the_field_does_in_its_group():
     _, _, disk = said("train", "--help").partition("\nDisk:\n")
-    views = " ".join(disk.partition("--views N|live")[2].partition("--reuse")[0].split())
+    views = " ".join(disk.partition("--views N|auto|live")[2].partition("--reuse")[0].split())
     meaning = SECTIONS["store"].model_fields["views"].description
-    assert views == f"{meaning} [store.views; default: 4]"
+    assert views == f"{meaning} [store.views; default: auto]"
 
 
 @pytest.mark.parametrize(("option", "field"), FIELD_OF.items())
@@ -60,10 +60,10 @@ def test_every_option_of_a_field_sets_it(option, field):
 @EVERY
 def test_the_example_is_one_that_the_command_takes(path, command):
     words = shlex.split(command.epilog.splitlines()[0].removeprefix("Example: greedy "))
-    found = cli
-    while isinstance(found, click.Group):
-        found = found.commands[words.pop(0)]
-    with found.make_context(found.name, words):
+    group = cli
+    while isinstance(group, click.Group):
+        group = group.commands[words.pop(0)]
+    with group.make_context(group.name, words):
         pass  # the words have been parsed, or this would have raised
 
 
@@ -117,10 +117,10 @@ def test_help_says_how_the_shell_completes(shell):
     ],
 )
 def test_bash_completes_what_help_told_it_to(line, completed):
-    told = next(each.strip() for each in EPILOG.splitlines() if "bash_source" in each)
+    setting = next(each.strip() for each in EPILOG.splitlines() if "bash_source" in each)
     words = line.split()
     script = (
-        f"{told}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; "
+        f"{setting}; COMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; "
         '_greedy_completion greedy; echo "${COMPREPLY[@]}"'
     )
     environment = os.environ | {"PATH": f"{GREEDY.parent}:{os.environ['PATH']}"}

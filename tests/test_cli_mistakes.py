@@ -12,7 +12,7 @@ RECIPE = small_recipe(model={"hidden_layers": 1})
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current directory, with a recipe in it."""
+    """Makes a folder with a recipe in it the current directory."""
     (tmp_path / "tiny.toml").write_text(RECIPE)
     monkeypatch.chdir(tmp_path)
     return tmp_path

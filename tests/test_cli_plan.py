@@ -58,7 +58,7 @@ def planned(*arguments):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current directory, with two recipes and what one of them needs."""
+    """Makes a folder with two recipes, and what one of them needs, the current directory."""
     (tmp_path / "mlp.toml").write_text(MLP)
     (tmp_path / "python.toml").write_text(MLP.replace('"mlp"', '"python"'))
     (tmp_path / "own.py").write_text(OWN)
@@ -74,16 +74,16 @@ def contents(folder):
 def test_a_plan_needs_neither_data_nor_device_and_writes_nothing(folder):
     before = contents(folder)
     settings = ("--data", "cifar100", "--device", "cuda", "--memory-budget", "1GiB")
-    found = planned("--recipe", "mlp.toml", *settings)
+    plan = planned("--recipe", "mlp.toml", *settings)
     assert contents(folder) == before
-    assert [stage["stage"] for stage in found["stages"]] == [1, 2, 3]
-    assert found["stages"][2]["parameters"] == 17 * 100
-    assert all(stage.keys() >= KEYS for stage in found["stages"])
-    assert all(stage["seconds"] is None for stage in found["stages"])
-    assert found["peak_memory_bytes"] == max(s["peak_memory_bytes"] for s in found["stages"])
-    assert found["baselines"].keys() == BASELINES
-    assert found["device"] == "cuda"
-    assert found["memory_budget_bytes"] == 1024 * MIB
+    assert [stage["stage"] for stage in plan["stages"]] == [1, 2, 3]
+    assert plan["stages"][2]["parameters"] == 17 * 100
+    assert all(stage.keys() >= KEYS for stage in plan["stages"])
+    assert all(stage["seconds"] is None for stage in plan["stages"])
+    assert plan["peak_memory_bytes"] == max(s["peak_memory_bytes"] for s in plan["stages"])
+    assert plan["baselines"].keys() == BASELINES
+    assert plan["device"] == "cuda"
+    assert plan["memory_budget_bytes"] == 1024 * MIB
 
 
 def test_every_stage_keeps_within_the_budget_in_the_fastest_mode_that_does(folder):
@@ -129,8 +129,8 @@ def test_the_figures_of_a_small_network(folder):
 
 def test_on_a_cpu_the_process_takes_more_than_is_counted(folder):
     """At least its libraries, which torch makes large."""
-    found = planned("--recipe", "mlp.toml", "--device", "cpu")
-    assert found["resident_bytes"] > found["peak_memory_bytes"] + 100 * MIB
+    plan = planned("--recipe", "mlp.toml", "--device", "cpu")
+    assert plan["resident_bytes"] > plan["peak_memory_bytes"] + 100 * MIB
     there = planned("--recipe", "mlp.toml", "--device", "cuda", "--memory-budget", "1GiB")
     assert there["resident_bytes"] is None
     assert "the process takes about" in said("plan", "--recipe", "mlp.toml", "--device", "cpu")
@@ -185,10 +185,10 @@ def test_a_run_is_planned_from_what_it_has(folder):
     assert len(disk_plan(before)) == 2
     standing = contents(folder)
     assert "nothing more is written" in greedy("plan", "--run", "run", *settings).output
-    found = planned("--run", "run", *settings)
+    plan = planned("--run", "run", *settings)
     assert contents(folder) == standing
     figures = [stage["peak_memory_bytes"] for stage in planned(*wide, *settings)["stages"]]
-    assert [stage["peak_memory_bytes"] for stage in found["stages"]] == figures
+    assert [stage["peak_memory_bytes"] for stage in plan["stages"]] == figures
     result = greedy("plan", "--recipe", "mlp.toml", "--run", "run", "--seed", "5")
     assert result.exit_code == 2
     assert "belongs to a run with other settings" in result.output.replace("\n", " ")
@@ -209,8 +209,8 @@ def test_an_image_folder_is_listed_and_one_header_read(folder):
                 Image.new("RGB", (20, 20)).save(place / f"{number}.png")
     broken = folder / "images" / "train" / "dogs" / "2.png"
     broken.write_bytes(b"no image")
-    found = planned("--recipe", "mlp.toml", "--data", "folder:images", "--device", "cpu")
-    output = found["stages"][-1]
+    plan = planned("--recipe", "mlp.toml", "--data", "folder:images", "--device", "cpu")
+    output = plan["stages"][-1]
     assert output["parameters"] == 16 * 2 + 2
     assert output["flops"] == 2 * 2 * 16 * 2 * 6 * 2
 
@@ -247,7 +247,7 @@ def test_the_table_fits_a_terminal(folder):
 
 
 def test_without_a_local_loss_there_is_no_joint_training_to_compare_with(folder):
-    found = planned("--recipe", "mnist/mlp-glob")
-    assert found["baselines"].keys() == BASELINES - {"joint"}
+    plan = planned("--recipe", "mnist/mlp-glob")
+    assert plan["baselines"].keys() == BASELINES - {"joint"}
     result = greedy("plan", "--recipe", "mnist/mlp-glob")
     assert result.exit_code == 0 and "local training" not in result.output

@@ -27,7 +27,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """A run for each of two losses; the output layer's test error after its second epoch."""
+    """Trains a run for each of two losses. Returns their folder."""
     folder = tmp_path_factory.mktemp("runs")
     for loss in ("pred", "predsim"):
         of_loss = ("--set", f"loss.name={loss}", "--set", "training.test_every=2")
@@ -36,13 +36,14 @@ def runs(tmp_path_factory):
 
 
 def drawn(svg, prefix):
-    """The picture's elements with such ids, each with the number of points on its path."""
-    found = {}
+    """Returns the picture's elements whose ids begin with ``prefix``, each with the number of
+    points on its path."""
+    lines = {}
     for group in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}g"):
         if group.get("id", "").startswith(prefix):
             paths = group.iter("{http://www.w3.org/2000/svg}path")
-            found[group.get("id")] = sum(len(re.findall("[ML]", each.get("d"))) for each in paths)
-    return found
+            lines[group.get("id")] = sum(len(re.findall("[ML]", each.get("d"))) for each in paths)
+    return lines
 
 
 def texts(svg):
@@ -126,14 +127,14 @@ def test_a_network_built_in_python_is_named(tmp_path, monkeypatch):
 
 
 def test_a_picture_is_overwritten_only_when_forced(runs, tmp_path):
-    mine = tmp_path / "mine.svg"
-    mine.write_text("mine")
-    refused = greedy("plot", runs / "pred", "--to", mine)
+    picture = tmp_path / "mine.svg"
+    picture.write_text("mine")
+    refused = greedy("plot", runs / "pred", "--to", picture)
     assert refused.exit_code == 2
     assert "choose another --to, or add --force" in refused.output
-    assert mine.read_text() == "mine"
-    said("plot", runs / "pred", "--to", mine, "--force")
-    assert drawn(mine.read_text(), "curve")
+    assert picture.read_text() == "mine"
+    said("plot", runs / "pred", "--to", picture, "--force")
+    assert drawn(picture.read_text(), "curve")
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ RECORD = StageRecord(
 
 
 def a_stage(shown):
-    """The events of a stage of one epoch of four rows."""
+    """Reports the events of a stage of one epoch of four rows."""
     shown.stage_started(10, "conv1536", 400, choices())
     for epoch in (123, 124):
         shown.epoch_started(epoch, 50_000)
@@ -65,19 +65,19 @@ OUTLINE = RunOutline(NAMES, {10: 1000, 11: 500}, 2**20, 2**30)
 
 
 def frames(console):
-    """What was drawn, a list of lines for each time."""
+    """Returns the lines of each time that something was drawn."""
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue())
     drawn = text.split("stage  name")[1:]
     return [[line.rstrip() for line in re.split(r"[\r\n]+", each)] for each in drawn]
 
 
 def rows(frame):
-    """The words of each line."""
+    """Returns the words of each line."""
     return [line.split() for line in frame]
 
 
 def shown_by(height=40):
-    """A dashboard of 80 columns that draws only when it is told to, and its console."""
+    """Returns a dashboard of 80 columns that draws only when asked to, and its console."""
     console = Console(file=io.StringIO(), force_terminal=True, width=80, height=height)
     shown = reporter(console)
     assert isinstance(shown, Dashboard)

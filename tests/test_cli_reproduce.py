@@ -34,13 +34,14 @@ views = 1
 
 
 def table(output):
-    """The lines of the printed table by the recipe's name, in words, and the notes below it."""
+    """Returns the lines of the printed table by the recipe's name, in words, and the notes below
+    it."""
     lines = output.splitlines()
     head = max(i for i, line in enumerate(lines) if line.startswith("recipe "))
     assert lines[head].split() == ["recipe", "network", "loss", "paper", "ours", "range", "seeds"]
     words = [line.split() for line in lines[head + 1 :]]
-    found = {each[0]: each[1:] for each in words if len(each) == 7}
-    return found, lines[head + 1 + len(found) :]
+    rows = {each[0]: each[1:] for each in words if len(each) == 7}
+    return rows, lines[head + 1 + len(rows) :]
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The current directory, with a recipe in it."""
+    """Makes a folder with a recipe in it the current directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own.toml").write_text(OWN)
     return tmp_path
@@ -223,14 +224,14 @@ def test_a_row_that_diverges_is_told_too(folder):
     assert "unfinished: own.toml, seed 0: the loss of stage 1 is not finite" in result.output
 
 
-# Ends itself when it has told of epoch 4 of stage 2.
+# Ends itself when it has reported epoch 4 of stage 2.
 KILLED = """
 import os, signal, sys
 from greedy.cli.main import main
 from greedy.cli.progress import Lines
-told = Lines.epoch_finished
+epoch_finished = Lines.epoch_finished
 def finished(self, report):
-    told(self, report)
+    epoch_finished(self, report)
     if report.epoch == 4 and (next(Path("runs/reproduce/own").iterdir()) / "stage2").exists():
         os.kill(os.getpid(), signal.SIGKILL)
 from pathlib import Path
@@ -289,11 +290,11 @@ def test_stores_that_a_kill_left_behind_go(done):
 
 def test_a_damaged_figure_is_named(done):
     (row, _) = answer(*COMMAND)["rows"]
-    kept = Path(row["runs"][0]["run"] + ".json")
-    kept.write_text(kept.read_text().replace('"error_percent": ', '"error_percent": 1'))
+    document = Path(row["runs"][0]["run"] + ".json")
+    document.write_text(document.read_text().replace('"error_percent": ', '"error_percent": 1'))
     result = greedy(*COMMAND)
     assert result.exit_code == 2
-    assert f"{kept} is damaged (its digest does not match): delete it" in result.output
-    kept.unlink()
+    assert f"{document} is damaged (its digest does not match): delete it" in result.output
+    document.unlink()
     (again, _) = answer(*COMMAND)["rows"]
     assert again == row

@@ -31,8 +31,8 @@ def states(run):
 
 def test_status_of_a_finished_run(run):
     document = answer("status", "--run", run)
-    kept = {"recipe", "stages", "bytes_on_disk", "bytes_written", "set_aside"}
-    assert document.keys() == kept
+    keys = {"recipe", "stages", "bytes_on_disk", "bytes_written", "set_aside"}
+    assert document.keys() == keys
     assert document["recipe"] == "tiny"
     first, last = document["stages"]
     fields = "stage name state train_error_percent test_error_percent store_bytes"
@@ -163,11 +163,11 @@ def test_export_until_a_stage(run, tmp_path):
 
 
 def test_export_overwrites_only_when_forced(run, tmp_path):
-    mine = tmp_path / "net.safetensors"
-    mine.write_text("mine")
-    refused = greedy("export", "--run", run, "--to", mine)
+    file = tmp_path / "net.safetensors"
+    file.write_text("mine")
+    refused = greedy("export", "--run", run, "--to", file)
     assert refused.exit_code == 2
     assert "choose another --to, or add --force" in refused.output
-    assert mine.read_text() == "mine"
-    assert greedy("export", "--run", run, "--to", mine, "--force").exit_code == 0
-    assert safetensors.torch.load_file(mine)
+    assert file.read_text() == "mine"
+    assert greedy("export", "--run", run, "--to", file, "--force").exit_code == 0
+    assert safetensors.torch.load_file(file)

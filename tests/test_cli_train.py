@@ -30,7 +30,7 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def run(finished, tmp_path, monkeypatch):
-    """A copy of the finished run, in the current directory and beside its recipe."""
+    """Copies the finished run into the current directory, next to its recipe."""
     shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path / "run"

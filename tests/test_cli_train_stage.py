@@ -24,7 +24,7 @@ def run(finished, tmp_path):
 
 
 def contents(directory):
-    """The bytes of the weights and of every file of the store."""
+    """Returns the bytes of the weights and of every file of the store."""
     files = [directory / "encoder.safetensors", directory / "heads.safetensors"]
     files += [path for path in (directory / "activations.zarr").rglob("*") if path.is_file()]
     return {path.relative_to(directory): path.read_bytes() for path in files}

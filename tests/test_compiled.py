@@ -31,7 +31,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(*convolution, nn.Flatten(), nn.Linear(6 * 64, CLASSES))
 
 
-def trainer(run: Path, reporter: Reporter | None = None, **settings) -> GreedyTrainer:
+def new_trainer(run: Path, reporter: Reporter | None = None, **settings) -> GreedyTrainer:
     defaults = {"epochs": 2, "batch_size": ROWS, "views": 1, "checkpoint_minutes": 0}
     settings = defaults | {"learning_rate": 0.01, "precision": "float32"} | settings
     return GreedyTrainer(network(), run_dir=run, device="cpu", reporter=reporter, **settings)
@@ -65,7 +65,7 @@ def weights(run: Path) -> list[bytes]:
 
 
 def test_a_compiled_step_is_the_same_but_for_rounding() -> None:
-    def found(compiled_rows: int) -> dict[str, torch.Tensor]:
+    def computed(compiled_rows: int) -> dict[str, torch.Tensor]:
         stage = cut(network())[0]
         with torch.no_grad():
             stage.layer[0].weight[2] = 0  # a dead feature map
@@ -81,7 +81,7 @@ def test_a_compiled_step_is_the_same_but_for_rounding() -> None:
         assert compiled_rows == learner.compiled_rows
         return named | dict(stage.named_buffers()) | {"loss": value, "logits": logits}
 
-    expected, compiled = found(0), found(ROWS)
+    expected, compiled = computed(0), computed(ROWS)
     for name, value in expected.items():
         worst = (compiled[name] - value).abs().max()
         assert worst <= 1e-4 * value.abs().max() + 1e-5, name
@@ -89,11 +89,11 @@ def test_a_compiled_step_is_the_same_but_for_rounding() -> None:
 
 def test_a_compiled_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     notes = Notes()
-    trainer(tmp_path / "whole", notes, compile="on").fit(samples(112), samples(32))
+    new_trainer(tmp_path / "whole", notes, compile="on").fit(samples(112), samples(32))
     assert notes.failures == []
     with pytest.raises(Interrupted):
-        trainer(tmp_path / "cut", Notes(3), compile="on").fit(samples(112), samples(32))
-    done = trainer(tmp_path / "cut", compile="off").fit(samples(112), samples(32))
+        new_trainer(tmp_path / "cut", Notes(3), compile="on").fit(samples(112), samples(32))
+    done = new_trainer(tmp_path / "cut", compile="off").fit(samples(112), samples(32))
     assert [record.choices.compile for record in done] == [True, False]
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
@@ -103,7 +103,7 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(tmp_path: Path) -> None:
         "import sys, pathlib; sys.path.insert(0, sys.argv[1])\n"
         "from test_compiled import *\n"
         "notes, run = Notes(), pathlib.Path(sys.argv[2])\n"
-        "records = trainer(run, notes, compile='on').fit(samples(96), samples(32))\n"
+        "records = new_trainer(run, notes, compile='on').fit(samples(96), samples(32))\n"
         "print(notes.failures, [r.choices.compile for r in records], sep='\\n')\n"
     )
     environment = os.environ | {
@@ -160,8 +160,8 @@ def test_graphs_are_for_plain_steps_with_room_for_two(
 def test_deterministic_is_torch_s_and_for_this_run_alone(tmp_path: Path) -> None:
     for wanted in (True, False):
         notes, run = Notes(), tmp_path / str(wanted)
-        trainer(run, notes, deterministic=wanted, epochs=1).fit(samples(64), samples(32))
+        new_trainer(run, notes, deterministic=wanted, epochs=1).fit(samples(64), samples(32))
         assert notes.deterministic == {wanted}
     notes = Notes()
-    (again, _) = trainer(run, notes, deterministic=True, epochs=1).train(retrain_from=1)
+    (again, _) = new_trainer(run, notes, deterministic=True, epochs=1).train(retrain_from=1)
     assert notes.deterministic == {again.choices.deterministic} == {True}

@@ -64,7 +64,7 @@ def history(path: Path) -> list[dict]:
 
 
 def rewrite(run: RunDirectory, stage: int, text: str) -> None:
-    """Other epochs for a stage, which its record then vouches for."""
+    """Writes other epochs for a stage, and their digest into its record."""
     (run.stage_dir(stage) / "history.jsonl").write_text(text)
     StageRecord.read(run.stage_dir(stage)).write(run.stage_dir(stage))
 

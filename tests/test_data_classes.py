@@ -9,7 +9,7 @@ import pytest
 import torch
 from command_line import answer
 from PIL import Image
-from small_training import network, trainer
+from small_training import network, new_trainer
 from torch.utils.data import ConcatDataset, Dataset, Subset, TensorDataset, random_split
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
@@ -123,13 +123,13 @@ class Kept(Wrapper):
 
 def test_names_do_not_apply_to_labels_that_a_wrapper_renumbers(tmp_path):
     train, test = images(tmp_path / "train", "abc"), images(tmp_path / "test", "bc")
-    kept = Kept(train, 1, 2)
-    assert dataset_from_torch(kept, kept).class_names is None
-    for reached in (kept, ConcatDataset([kept]), Subset(kept, range(len(kept)))):
+    wrapped = Kept(train, 1, 2)
+    assert dataset_from_torch(wrapped, wrapped).class_names is None
+    for reached in (wrapped, ConcatDataset([wrapped]), Subset(wrapped, range(len(wrapped)))):
         with pytest.raises(UserError, match="number their classes differently.*give both an"):
             dataset_from_torch(reached, test)
-    kept.classes = ["b", "c"]
-    data = dataset_from_torch(kept, test)
+    wrapped.classes = ["b", "c"]
+    data = dataset_from_torch(wrapped, test)
     assert data.class_names == ["b", "c"]
     assert set(read(data.train)) == set(read(data.test)) == {(120, 0), (240, 1)}
     turned = Wrapper(train, lambda label: 2 - label)
@@ -259,12 +259,16 @@ def test_names_reach_the_run_and_what_is_shown_of_it(tmp_path):
     grey = transforms.Compose([transforms.Grayscale(), transforms.PILToTensor()])
     train = images(tmp_path / "train", "abc", transform=grey)
     test = images(tmp_path / "test", "cb", transform=grey)
-    trainer(tmp_path / "run", network(), epochs=1).fit(train, Subset(test, range(4)))
-    found = answer(
+    new_trainer(tmp_path / "run", network(), epochs=1).fit(train, Subset(test, range(4)))
+    answered = answer(
         "predict", "--run", tmp_path / "run", tmp_path / "test/b/0.png", "--top", 3,
         "--model", "small_training:network",
     )  # fmt: skip
-    assert sorted(each["class"] for each in found["predictions"][0]["classes"]) == ["a", "b", "c"]
+    assert sorted(each["class"] for each in answered["predictions"][0]["classes"]) == [
+        "a",
+        "b",
+        "c",
+    ]
 
 
 class Unread(TensorDataset):
@@ -301,14 +305,14 @@ GOOD = [0, 1, 2] * 40
 def test_wrong_labels_are_all_found_before_images_are_read(tmp_path, labels, problem):
     train, test = labelled(labels), labelled(GOOD)
     with pytest.raises(UserError, match=problem):
-        trainer(tmp_path / "run").fit(train, test)
+        new_trainer(tmp_path / "run").fit(train, test)
     assert not (tmp_path / "run").exists()
 
 
 def test_labels_that_both_sets_count_from_1(tmp_path):
     train, test = labelled([1, 2, 3] * 40), labelled([2, 3])
     with pytest.raises(UserError, match="labels of python run from 1 to 3: .*label - 1"):
-        trainer(tmp_path / "run").fit(train, test)
+        new_trainer(tmp_path / "run").fit(train, test)
     assert not (tmp_path / "run").exists()
 
 
@@ -362,4 +366,4 @@ def test_stage_0_refuses_labels_that_only_reading_shows(tmp_path):
     images = [np.full((8, 8), shade, np.uint8) for shade in range(6)]
     train = list(zip(images, [1, 2, 3] * 2, strict=True))
     with pytest.raises(UserError, match="labels of python run from 1 to 3: number the classes"):
-        trainer(tmp_path / "run").fit(train, train)
+        new_trainer(tmp_path / "run").fit(train, train)

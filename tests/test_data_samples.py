@@ -11,7 +11,7 @@ import pytest
 import torch
 from command_line import greedy
 from PIL import Image
-from small_training import network, trainer
+from small_training import network, new_trainer
 from torch import nn
 from torch.utils.data import (
     ConcatDataset,
@@ -149,7 +149,7 @@ class Stream(IterableDataset):
 )
 def test_what_is_no_map_style_set_is_told_so(tmp_path, samples, problem):
     with pytest.raises(UserError, match=f"python train .*{problem}"):
-        trainer(tmp_path / "run").fit(samples, [(IMAGE, 0)])
+        new_trainer(tmp_path / "run").fit(samples, [(IMAGE, 0)])
     assert not (tmp_path / "run").exists()
 
 
@@ -182,14 +182,14 @@ PLAIN = transforms.Compose([transforms.PILToTensor()])
     ids=["own", "subset", "joined"],
 )
 def test_random_transforms_are_found(tmp_path, train):
-    data = trainer(tmp_path / "run").prepare(dataset_from_torch(train, Photos(PLAIN)))
+    data = new_trainer(tmp_path / "run").prepare(dataset_from_torch(train, Photos(PLAIN)))
     assert data.data_choices.fresh
 
 
 def test_a_random_test_set_is_refused_by_name_before_anything_is_written(tmp_path):
     problem = r"python test changes .*once.*RandomHorizontalFlip, PILToTensor"
     with pytest.raises(UserError, match=problem):
-        trainer(tmp_path / "run").fit(Photos(PLAIN), Photos(FLIP, 2))
+        new_trainer(tmp_path / "run").fit(Photos(PLAIN), Photos(FLIP, 2))
     assert not (tmp_path / "run").exists()
 
 
@@ -199,7 +199,7 @@ def test_looking_for_random_transforms_draws_nothing_from_the_global_generators(
     def states():
         return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()  # noqa: NPY002
 
-    asked = trainer(tmp_path / "run", network(), num_workers=0)
+    asked = new_trainer(tmp_path / "run", network(), num_workers=0)
     before = states()
     asked.prepare(data)
     assert states() == before
@@ -289,7 +289,7 @@ def test_a_data_set_of_hugging_face_in_every_format(hugging_face, kind):
 def test_a_data_set_of_hugging_face_trains_and_keeps_its_names(hugging_face, tmp_path):
     rows, _ = hugging_face
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 8), nn.ReLU(), nn.Linear(8, 2))
-    records = trainer(tmp_path / "run", model, epochs=1).fit(rows, rows.select(range(4)))
+    records = new_trainer(tmp_path / "run", model, epochs=1).fit(rows, rows.select(range(4)))
     assert records[-1].class_names == ["cat", "dog"]
 
 
@@ -319,7 +319,7 @@ def test_a_sample_that_cannot_be_read_is_named(tmp_path):
 
     samples = Files(torch.zeros(12, 1, 8, 8), torch.arange(12) % 3)
     with pytest.raises(UserError, match="sample 9 of .*train cannot be read .*file is truncated"):
-        trainer(tmp_path / "run").fit(samples, samples)
+        new_trainer(tmp_path / "run").fit(samples, samples)
 
 
 def test_a_picture_that_is_decoded_late_and_damaged_is_named():

@@ -44,7 +44,7 @@ def wanted_views(demand: DiskDemand) -> int:
 
 
 def planned(demand: DiskDemand, budget: int) -> DiskPlan:
-    """A plan, or a discarded example where nothing fits."""
+    """Returns a plan, or discards the example if nothing fits."""
     try:
         return plan_stores(demand, budget)
     except UserError:
@@ -53,7 +53,7 @@ def planned(demand: DiskDemand, budget: int) -> DiskPlan:
 
 
 def views_of(demand: DiskDemand, plan: DiskPlan) -> list[int]:
-    """The views of each stage, 0 for live, without the output layer."""
+    """Returns the views of each stage, 0 for live, without the output layer."""
     count = len(demand.stages) - 1
     return [v if isinstance(v := plan.views(n), int) else 0 for n in range(1, count + 1)]
 
@@ -64,7 +64,8 @@ def size(demand: DiskDemand, number: int, views: int, test: int = 1) -> int:
 
 
 def simulated(demand: DiskDemand, views: list[int], dropped: dict[int, int]) -> int:
-    """The most bytes on disk when stages are trained in turn and stores deleted as planned."""
+    """Returns the most bytes on disk when stages are trained in turn and stores deleted as
+    planned."""
     disk, most, source = {0: demand.image_bytes}, 0, 0
     for number, count in enumerate([*views, 0], start=1):
         drawn = source and 0 < demand.stages[source - 1].reuse < demand.stages[number - 1].epochs
@@ -80,13 +81,14 @@ def simulated(demand: DiskDemand, views: list[int], dropped: dict[int, int]) -> 
 
 
 def at_once(views: list[int]) -> dict[int, int]:
-    """Each store deleted as soon as the next one is written."""
+    """Returns after which stage each store is deleted, if that is as soon as the next one is
+    written."""
     stored = [n for n, count in enumerate(views, start=1) if count]
     return dict(itertools.pairwise(stored))
 
 
 def costs(demand: DiskDemand, views: list[int]) -> tuple[int, Fraction]:
-    """Multiply-adds per row for replaying, and the sum of 1/views."""
+    """Returns the multiply-adds for each row of replaying, and the sum of 1/views."""
     replayed, since = 0, 0
     for stage, count in zip(demand.stages, [*views, 0], strict=True):
         replayed += stage.epochs * since
@@ -105,10 +107,10 @@ modest = settings(deadline=None, max_examples=150)
 @modest
 @given(demands(), budgets)
 def test_the_peak_is_what_training_needs_and_never_above_the_budget(demand, budget):
-    found = planned(demand, budget)
-    assert found.peak == simulated(demand, views_of(demand, found), dropped(found))
-    assert found.peak <= budget == found.budget
-    for stage in found.stages:
+    plan = planned(demand, budget)
+    assert plan.peak == simulated(demand, views_of(demand, plan), dropped(plan))
+    assert plan.peak <= budget == plan.budget
+    for stage in plan.stages:
         assert stage.bytes == (size(demand, stage.number, stage.views) if stage.bytes else 0)
 
 
@@ -128,13 +130,13 @@ def test_refuses_only_what_does_not_fit_without_any_store(demand, budget):
 def test_everything_is_kept_as_wanted_if_and_only_if_it_fits(demand, budget):
     everything = [wanted_views(demand)] * (len(demand.stages) - 1)
     needed = simulated(demand, everything, {})
-    found = planned(demand, budget)
-    assert found.needed == needed
-    whole = views_of(demand, found) == everything and not dropped(found)
+    plan = planned(demand, budget)
+    assert plan.needed == needed
+    whole = views_of(demand, plan) == everything and not dropped(plan)
     assert whole == (needed <= budget)
-    assert found.explain()[0].startswith("disk: the stores take up to") == whole
+    assert plan.explain()[0].startswith("disk: the stores take up to") == whole
     if needed <= budget:
-        assert plan_stores(demand, budget, "all") == found
+        assert plan_stores(demand, budget, "all") == plan
     else:
         with pytest.raises(UserError, match="keeping all stores takes"):
             plan_stores(demand, budget, "all")
@@ -143,8 +145,8 @@ def test_everything_is_kept_as_wanted_if_and_only_if_it_fits(demand, budget):
 @modest
 @given(demands(), budgets)
 def test_nothing_is_lowered_or_deleted_without_need(demand, budget):
-    found = planned(demand, budget)
-    views, gone = views_of(demand, found), dropped(found)
+    plan = planned(demand, budget)
+    views, gone = views_of(demand, plan), dropped(plan)
     ladder = [count for n in range(3) if (count := wanted_views(demand) >> n)]
     assert set(views) <= {0, *ladder}
     for i, count in enumerate(views):
@@ -159,11 +161,11 @@ def test_nothing_is_lowered_or_deleted_without_need(demand, budget):
 @modest
 @given(demands(most=4), budgets)
 def test_no_other_choice_replays_less_or_has_more_views(demand, budget):
-    found = planned(demand, budget)
+    plan = planned(demand, budget)
     ladder = {0, *(wanted_views(demand) >> n for n in range(3))}
     choices = itertools.product(ladder, repeat=len(demand.stages) - 1)
     fitting = [v for v in map(list, choices) if simulated(demand, v, at_once(v)) <= budget]
-    assert costs(demand, views_of(demand, found)) == min(costs(demand, v) for v in fitting)
+    assert costs(demand, views_of(demand, plan)) == min(costs(demand, v) for v in fitting)
 
 
 @modest
@@ -176,17 +178,17 @@ def test_a_larger_budget_is_never_worse(demand, budget, more):
 @modest
 @given(demands(), budgets, st.data())
 def test_planning_again_with_stages_finished_gives_the_same_views(demand, budget, data):
-    found = planned(demand, budget)
+    plan = planned(demand, budget)
     stages = [
-        replace(stage, views=found.views(n)) if data.draw(st.booleans()) else stage
+        replace(stage, views=plan.views(n)) if data.draw(st.booleans()) else stage
         for n, stage in enumerate(demand.stages, start=1)
     ]
     again = plan_stores(replace(demand, stages=tuple(stages)), budget)
-    assert views_of(demand, again) == views_of(demand, found)
+    assert views_of(demand, again) == views_of(demand, plan)
 
 
 def equal_stages(count: int, **settings) -> DiskDemand:
-    """Stages of one value and one operation; a view is 10 bytes."""
+    """Returns stages of one value and one operation; a view is 10 bytes."""
     stages = (StageDemand(1, 1, 1, 4),) * count
     return replace(DiskDemand(stages, {"train": 10, "test": 0}, 1.0, 5), **settings)
 
@@ -215,8 +217,8 @@ def test_a_finished_stage_keeps_its_views_and_one_without_a_store_is_replayed():
     stages = list(equal_stages(4).stages)
     stages[0] = replace(stages[0], views=2)
     stages[1] = replace(stages[1], views="live")
-    found = plan_stores(equal_stages(4, stages=tuple(stages)), 1000)
-    assert [s.views for s in found.stages] == [2, "live", 4]
+    plan = plan_stores(equal_stages(4, stages=tuple(stages)), 1000)
+    assert [s.views for s in plan.stages] == [2, "live", 4]
     with pytest.raises(UserError, match=r"takes at least 65 B on disk and the budget is 64 B"):
         finished = (replace(stages[0], views=6), *stages[2:])
         plan_stores(equal_stages(0, stages=finished), 64)
@@ -231,11 +233,11 @@ def test_old_stores_are_deleted_first_if_the_new_ones_need_their_room():
 def test_vgg11b_3x_of_the_paper():
     with torch.device("meta"):
         network = vgg11b(3, 32, 10, feature_multiplier=3)
-    found = shapes(cut(network), (3, 32, 32))
-    assert found[0].operations == 3 * 9 * 384 * 32 * 32
-    assert found[1].operations == 384 * 9 * 384 * 32 * 32
-    assert found[-1].operations == 10240
-    stages = tuple(StageDemand(int(np.prod(s.output)), s.operations, 400, 4) for s in found)
+    stage_shapes = shapes(cut(network), (3, 32, 32))
+    assert stage_shapes[0].operations == 3 * 9 * 384 * 32 * 32
+    assert stage_shapes[1].operations == 384 * 9 * 384 * 32 * 32
+    assert stage_shapes[-1].operations == 10240
+    stages = tuple(StageDemand(int(np.prod(s.output)), s.operations, 400, 4) for s in stage_shapes)
     assert sum(stage.values for stage in stages[:10]) == pytest.approx(1.8e6, rel=0.01)
     demand = DiskDemand(stages, {"train": 50_000, "test": 0}, 0.6, image_bytes=0)
     everything = plan_stores(demand, 10**12)

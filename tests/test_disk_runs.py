@@ -26,7 +26,7 @@ ROWS = {"train": 300, "test": 60}
 
 
 def samples(rows: int, seed: int) -> TensorDataset:
-    """Noisy images; the class is the brighter third."""
+    """Returns noisy images; the class of an image is its brighter third."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, CLASSES, rows)
     images = random.integers(0, 150, (rows, 1, SIDE, SIDE))
@@ -60,7 +60,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(*modules, nn.Linear(WIDTHS[-1], CLASSES))
 
 
-def trainer(run: Path, budget: int | str, **changes) -> GreedyTrainer:
+def new_trainer(run: Path, budget: int | str, **changes) -> GreedyTrainer:
     settings = {"epochs": 1, "learning_rate": 0.01, "batch_size": 64, "views": 4, "device": "cpu"}
     settings |= {"encoding": "float32", "augmentation": "hflip", "reporter": Notes()}
     settings["disk_budget"] = budget if isinstance(budget, str) else f"{budget}B"
@@ -72,9 +72,9 @@ def estimate(width: int, views: int) -> int:
 
 
 def stores(run: Path) -> dict[int, int]:
-    """Views of the stores on disk."""
-    found = (int(p.parent.name[5:]) for p in run.glob("stage*/activations.zarr"))
-    return {n: Store(run / f"stage{n}/activations.zarr/train").views for n in sorted(found)}
+    """Returns the numbers of views in the stores on disk, by stage."""
+    numbers = (int(p.parent.name[5:]) for p in run.glob("stage*/activations.zarr"))
+    return {n: Store(run / f"stage{n}/activations.zarr/train").views for n in sorted(numbers)}
 
 
 def weights(run: Path, stage: int) -> bytes:
@@ -91,11 +91,11 @@ LEFT = {0: 1, 3: 4, 4: 2, 5: 4}
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "run"
-    mine = trainer(run, BUDGET)
-    mine.fit(TRAIN, TEST)
-    (found,) = mine.reporter.plans
-    assert [found.views(n) for n in range(1, 7)] == PLANNED
-    assert found.peak <= BUDGET < found.needed
+    trainer = new_trainer(run, BUDGET)
+    trainer.fit(TRAIN, TEST)
+    (plan,) = trainer.reporter.plans
+    assert [plan.views(n) for n in range(1, 7)] == PLANNED
+    assert plan.peak <= BUDGET < plan.needed
     return run
 
 
@@ -112,24 +112,24 @@ def test_a_tight_budget_lowers_views_and_deletes_stores(finished: Path) -> None:
     assert [r.choices.views for r in records] == PLANNED
     assert [r.source for r in records] == [0, 1, 2, 3, 4, 5]
     assert [path.name for path in finished.rglob(".*")] == [".lock"]
-    test = trainer(finished, BUDGET).assemble()(torch.rand(2, 1, SIDE, SIDE))
+    test = new_trainer(finished, BUDGET).assemble()(torch.rand(2, 1, SIDE, SIDE))
     assert test.shape == (2, CLASSES)
 
 
 def test_a_finished_run_is_unchanged_by_any_budget(run: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
-    mine = trainer(run, 1)
-    mine.train()
-    assert (mine.reporter.trained, mine.reporter.plans) == ([], [])
+    trainer = new_trainer(run, 1)
+    trainer.train()
+    assert (trainer.reporter.trained, trainer.reporter.plans) == ([], [])
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
 
 
 def test_a_stage_whose_store_was_deleted_is_not_trained_again(run: Path, finished: Path) -> None:
     for number in (5, 6):
         shutil.rmtree(run / f"stage{number}")
-    mine = trainer(run, BUDGET)
-    mine.train()
-    assert mine.reporter.trained == [5, 6]
+    trainer = new_trainer(run, BUDGET)
+    trainer.train()
+    assert trainer.reporter.trained == [5, 6]
     assert stores(run) == LEFT
     for number in (5, 6):
         assert weights(run, number) == weights(finished, number)
@@ -143,11 +143,11 @@ def test_an_interrupted_run_ends_as_it_would_have_in_one_go(tmp_path: Path, fini
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        trainer(tmp_path / "run", BUDGET, reporter=Crash()).fit(TRAIN, TEST)
+        new_trainer(tmp_path / "run", BUDGET, reporter=Crash()).fit(TRAIN, TEST)
     assert stores(tmp_path / "run") == {0: 1, 2: 2}
-    mine = trainer(tmp_path / "run", BUDGET)
-    mine.fit(TRAIN, TEST)
-    assert mine.reporter.trained == [3, 4, 5, 6]
+    trainer = new_trainer(tmp_path / "run", BUDGET)
+    trainer.fit(TRAIN, TEST)
+    assert trainer.reporter.trained == [3, 4, 5, 6]
     assert stores(tmp_path / "run") == LEFT
     for number in range(1, 7):
         assert weights(tmp_path / "run", number) == weights(finished, number)
@@ -155,7 +155,7 @@ def test_an_interrupted_run_ends_as_it_would_have_in_one_go(tmp_path: Path, fini
 
 @pytest.mark.parametrize("number", [4, 5])
 def test_train_stage_again_gives_the_same(run: Path, finished: Path, number: int) -> None:
-    record = trainer(run, "1TB").train_stage(number, again=True)  # the views it had, not four
+    record = new_trainer(run, "1TB").train_stage(number, again=True)  # the views it had, not four
     assert record.lineage == RunDirectory.open(finished).record(number).lineage
     assert weights(run, number) == weights(finished, number)
     assert stores(run) == LEFT
@@ -164,7 +164,7 @@ def test_train_stage_again_gives_the_same(run: Path, finished: Path, number: int
 
 def test_train_stage_finds_the_views_that_train_gives(run: Path, finished: Path) -> None:
     shutil.rmtree(run / "stage4")
-    trainer(run, BUDGET).train_stage(4)
+    new_trainer(run, BUDGET).train_stage(4)
     assert stores(run) == LEFT
     for split in ("train", "test"):
         a, b = (Store(each / f"stage4/activations.zarr/{split}") for each in (run, finished))
@@ -174,22 +174,22 @@ def test_train_stage_finds_the_views_that_train_gives(run: Path, finished: Path)
 
 def test_stages_without_a_store_are_replayed_from_the_nearest_store(tmp_path: Path) -> None:
     """The budget has room only for the narrow stores."""
-    mine = trainer(tmp_path / "run", IMAGES + estimate(64, 4))
-    records = mine.fit(TRAIN, TEST)
+    trainer = new_trainer(tmp_path / "run", IMAGES + estimate(64, 4))
+    records = trainer.fit(TRAIN, TEST)
     assert [r.choices.views for r in records] == ["live", "live", 1, "live", 2, "live"]
     assert [r.source for r in records] == [0, 0, 0, 3, 3, 5]
-    figures = evaluate(mine.run, mine.assemble(), "test", torch.device("cpu"))
+    figures = evaluate(trainer.run, trainer.assemble(), "test", torch.device("cpu"))
     assert figures.error_percent == pytest.approx(records[-1].metrics.test_error_percent, abs=5)
-    lines = mine.reporter.plans[0].explain()
+    lines = trainer.reporter.plans[0].explain()
     assert lines[2] == "stage 2: live, replayed from stage 0's store"
     assert lines[4] == "stage 4: live, replayed from stage 3's store"
 
 
 def test_retraining_under_a_tight_budget_deletes_the_old_stores_first(run: Path) -> None:
-    mine = trainer(run, BUDGET)
+    trainer = new_trainer(run, BUDGET)
     before = [weights(run, n) for n in range(1, 7)]
-    mine.train(retrain_from=1)
-    assert mine.reporter.plans[0].dropped_first == (3, 4, 5)
+    trainer.train(retrain_from=1)
+    assert trainer.reporter.plans[0].dropped_first == (3, 4, 5)
     assert stores(run) == LEFT
     assert [weights(run, n) for n in range(1, 7)] == before
 
@@ -209,9 +209,9 @@ def test_deleting_a_store_is_completed_after_a_crash(run: Path) -> None:
 def test_keep_all_insists(tmp_path: Path) -> None:
     needed = 3 * estimate(256, 4) + 2 * estimate(64, 4) + IMAGES
     with pytest.raises(UserError, match=r"keeping all stores takes 3.8 MiB and the disk budget is"):
-        trainer(tmp_path / "run", BUDGET, keep="all").fit(TRAIN, TEST)
+        new_trainer(tmp_path / "run", BUDGET, keep="all").fit(TRAIN, TEST)
     assert not (tmp_path / "run").exists()
-    trainer(tmp_path / "run", needed, keep="all").fit(TRAIN, TEST)
+    new_trainer(tmp_path / "run", needed, keep="all").fit(TRAIN, TEST)
     assert stores(tmp_path / "run") == {0: 1} | dict.fromkeys(range(1, 6), 4)
 
 
@@ -220,7 +220,7 @@ def test_auto_is_a_share_of_the_space_free_without_the_run(run: Path, monkeypatc
         usage = SimpleNamespace(free=free)
         with monkeypatch.context() as patch:
             patch.setattr("greedy.runs.disk_budget.shutil.disk_usage", lambda path: usage)
-            return disk_budget(trainer(run, "auto").run)
+            return disk_budget(new_trainer(run, "auto").run)
 
     before = left(2**40)
     assert before == pytest.approx(0.7 * 2**40, rel=0.01)
@@ -232,7 +232,7 @@ def test_auto_is_a_share_of_the_space_free_without_the_run(run: Path, monkeypatc
 @pytest.mark.parametrize("change", [{"disk_budget": "much"}, {"keep": "none"}])
 def test_an_invalid_budget_is_refused(tmp_path: Path, change: dict) -> None:
     with pytest.raises(UserError, match=f"store.{next(iter(change))} is .* but must be"):
-        trainer(tmp_path / "run", "auto", **change)
+        new_trainer(tmp_path / "run", "auto", **change)
 
 
 def test_status_counts_all_bytes_ever_written(run: Path, tmp_path: Path) -> None:
@@ -245,15 +245,15 @@ def test_status_counts_all_bytes_ever_written(run: Path, tmp_path: Path) -> None
     assert on_disk == pytest.approx(sum(p.stat().st_size for p in files), rel=0.02)
     records = [RunDirectory.open(run).record(n).store for n in range(6)]
     assert written == sum(store.bytes for store in records) > on_disk
-    mine = trainer(run, BUDGET)
-    mine.train_stage(5, again=True)
-    mine.train_stage(4, again=True)
-    mine.train_stage(4, again=True)
+    trainer = new_trainer(run, BUDGET)
+    trainer.train_stage(5, again=True)
+    trainer.train_stage(4, again=True)
+    trainer.train_stage(4, again=True)
     more = records[5].bytes + 2 * records[4].bytes
     assert use() == (on_disk, written + more)
-    mine.run.drop_stores(4)
+    trainer.run.drop_stores(4)
     assert use() == (on_disk - records[4].bytes, written + more)
-    mine.train_stage(5, again=True, to=tmp_path / "elsewhere")
+    trainer.train_stage(5, again=True, to=tmp_path / "elsewhere")
     assert use()[1] == written + more
     table = said("status", "--run", run)
     assert re.fullmatch(
@@ -272,6 +272,7 @@ RECIPE = small_recipe(
 def test_the_command_line_shows_the_plan_of_the_stores(tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text(RECIPE)
     command = ["train", "--recipe", str(tmp_path / "tiny.toml"), "--run", str(tmp_path / "run")]
+    command += ["--views", "4"]
     tight = ["--disk-budget", "5MiB"]
     refused = greedy(*command, *tight, "--keep", "all")
     assert refused.exit_code == 2
@@ -280,7 +281,7 @@ def test_the_command_line_shows_the_plan_of_the_stores(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("disk: "))
-    assert re.fullmatch(r"disk: all stores with 4 views would take \d\.\d MiB, so:", lines[start])
+    assert re.fullmatch(r"disk: all stores would take \d\.\d MiB, so:", lines[start])
     assert re.fullmatch(r"stage 1: \d views?, .* KiB, (kept|deleted.*)", lines[start + 1])
     assert lines[start + 4].startswith("stage 1/3 linear64: training")
     roomy = greedy(*command, "--disk-budget", "1GB", "--retrain", "3")

@@ -28,7 +28,7 @@ EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.re
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory):
-    """The site as `make docs` builds it."""
+    """Builds the site as `make docs` does and returns its folder."""
     to = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", to]
     environment = os.environ | {"PYTHONSAFEPATH": "1", "NO_MKDOCS_2_WARNING": "1"}
@@ -40,7 +40,7 @@ def site(tmp_path_factory):
 
 
 def text_of(part):
-    """What a reader sees of a piece of HTML."""
+    """Returns the text that a reader sees of a piece of HTML."""
     inline = re.sub(r"</?(?:a|code|span)\b[^>]*>", "", part)
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", inline)).split())
 
@@ -51,7 +51,7 @@ def as_read(text):
 
 
 def rows_of(page):
-    """The texts of the cells of all tables of a page."""
+    """Returns the texts of the cells of all tables of a page."""
     rows = re.findall(r"<tr>.*?</tr>", page.read_text(), re.DOTALL)
     return [[text_of(each) for each in re.findall(r"<td.*?</td>", row, re.DOTALL)] for row in rows]
 
@@ -148,7 +148,7 @@ def test_links_lead_to_files_of_the_repository(page):
 
 
 def shell_lines(page):
-    """The commands in a page's blocks of shell, and after a prompt in other blocks."""
+    """Yields the commands in a page's blocks of shell, and after a prompt in other blocks."""
     for language, block in re.findall(
         r"^ *```(\w*).*?\n(.*?)^ *```", page.read_text(), re.M | re.S
     ):
@@ -158,7 +158,7 @@ def shell_lines(page):
 
 
 def greedy_commands(line):
-    """The words after each `greedy` in a line of shell."""
+    """Yields the words after each `greedy` in a line of shell."""
     words = shlex.split(line, comments=True)
     for is_end, command in groupby(words, lambda word: word in ("&&", "||", "|", ";", "&")):
         first, *rest = command
@@ -167,8 +167,8 @@ def greedy_commands(line):
 
 
 def below(context, words):
-    """The command that the first word means in a group, or the first of several, and the words
-    after it."""
+    """Returns the command in a group that the first word names, or the first of several, and the
+    words after it."""
     names, *others = words
     commands = {name: context.command.get_command(context, name) for name in names.split("|")}
     assert None not in commands.values(), words
@@ -191,7 +191,7 @@ def test_commands_are_ones_that_greedy_takes(page):
 
 
 def prose(page):
-    """A page without its blocks of code."""
+    """Returns a page without its blocks of code."""
     return re.sub(r"^ *```.*?^ *```", "", page.read_text(), flags=re.M | re.S)
 
 

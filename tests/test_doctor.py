@@ -24,18 +24,18 @@ def here(tmp_path, monkeypatch):
 
 
 def test_it_tells_what_is_here_and_leaves_nothing(here):
-    found = answer("doctor")
-    assert found["versions"]["python"] == platform.python_version()
-    assert found["versions"]["greedy"] == version("greedy-train")
+    facts = answer("doctor")
+    assert facts["versions"]["python"] == platform.python_version()
+    assert facts["versions"]["greedy"] == version("greedy-train")
     for name in ("torch", "torchvision", "zarr", "numcodecs"):
-        assert found["versions"][name] == version(name)
-    assert found["memory_total_bytes"] == psutil.virtual_memory().total
-    assert 0 < found["memory_free_bytes"] <= found["memory_total_bytes"]
-    cpu = found["devices"][-1]
-    assert cpu["type"] == "cpu" and cpu["total_bytes"] == found["memory_total_bytes"]
-    gpus = [each for each in found["devices"] if each["type"] == "cuda"]
+        assert facts["versions"][name] == version(name)
+    assert facts["memory_total_bytes"] == psutil.virtual_memory().total
+    assert 0 < facts["memory_free_bytes"] <= facts["memory_total_bytes"]
+    cpu = facts["devices"][-1]
+    assert cpu["type"] == "cpu" and cpu["total_bytes"] == facts["memory_total_bytes"]
+    gpus = [each for each in facts["devices"] if each["type"] == "cuda"]
     assert len(gpus) == torch.cuda.device_count()
-    disk = found["disk"]
+    disk = facts["disk"]
     assert disk["path"] == str(here)
     assert disk["total_bytes"] == psutil.disk_usage(str(here)).total
     assert disk["read_bytes_per_second"] > 0
@@ -67,10 +67,10 @@ def test_the_choices_are_those_of_a_run_that_begins_now(here, monkeypatch):
 def test_text_for_people(here):
     lines = said("doctor").splitlines()
     assert max(len(line) for line in lines if not line.startswith("disk of")) <= 80
-    told = {line.split()[0]: line for line in lines if line.strip()}
-    assert version("zarr") in told["zarr"]
-    assert told["--device"].split()[1] in ("cpu", "cuda", "mps")
-    assert "/s " in told["read"]
+    by_word = {line.split()[0]: line for line in lines if line.strip()}
+    assert version("zarr") in by_word["zarr"]
+    assert by_word["--device"].split()[1] in ("cpu", "cuda", "mps")
+    assert "/s " in by_word["read"]
 
 
 def test_a_package_that_is_missing_has_no_version(here, monkeypatch):
@@ -82,9 +82,9 @@ def test_a_package_that_is_missing_has_no_version(here, monkeypatch):
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="/proc is Linux's")
 def test_where_no_file_can_be_written_the_rest_is_told():
-    found = examine(Path("/proc"))
-    assert found.disk.read_bytes_per_second is None
-    assert found.versions["torch"] == version("torch")
+    facts = examine(Path("/proc"))
+    assert facts.disk.read_bytes_per_second is None
+    assert facts.versions["torch"] == version("torch")
 
 
 @pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a file system in memory")

@@ -43,7 +43,7 @@ def learners_of(
     classes: int,
     numbers: bool,
 ) -> list[Learner]:
-    found = []
+    learners = []
     for stage, shape, loss in zip(stages, shapes, losses, strict=True):
         zero = isinstance(loss, Output) and recipe.training.strategy != "backprop"
         if numbers:
@@ -51,9 +51,9 @@ def learners_of(
         else:
             materialise(stage)
         heads = loss.heads(shape.hidden, classes)
-        found.append(Learner(stage, heads, loss, classes, "float32"))
-        found[-1].train()
-    return found
+        learners.append(Learner(stage, heads, loss, classes, "float32"))
+        learners[-1].train()
+    return learners
 
 
 def two_steps(strategy: Strategy, batch: Batch, masks: list, classes: int) -> None:

@@ -36,7 +36,7 @@ MICRO_MODES = [mode for mode in Mode if mode is not Mode.PLAIN]
 
 
 def make_stage(kind: str) -> Stage:
-    """The second stage of a small network, so that its input has dropout."""
+    """Returns the second stage of a small network, so that its input has dropout."""
     layers = {
         "conv": [nn.Conv2d(5, 6, 3, padding=1), nn.BatchNorm2d(6), nn.LeakyReLU(0.01)],
         "strided": [nn.Conv2d(5, 6, 5, stride=2, padding=2), nn.BatchNorm2d(6), nn.ReLU(True)],
@@ -74,17 +74,17 @@ def make_batch(kind: str, learner: Learner, rows: int = ROWS) -> Batch:
 
 
 def measured(learner: Learner, batch: Batch, memory: StepMemory) -> dict[str, torch.Tensor]:
-    """Loss, gradients and what the batch leaves behind, of a copy."""
+    """Returns the loss, the gradients and the buffers after a step of a copy."""
     learner = deepcopy(learner)
     learner.memory = memory
     loss, logits = gradients(learner, batch)
     if learner.scale is not None:
         assert not learner.scale.unscale(learner.parameters())
-    found = {"loss": loss} | ({} if logits is None else {"logits": logits})
+    tensors = {"loss": loss} | ({} if logits is None else {"logits": logits})
     for name, module in (("stage", learner.stage), ("heads", learner.heads)):
-        found |= {f"{name}.{k}.grad": p.grad for k, p in module.named_parameters()}
-        found |= {f"{name}.{k}": b for k, b in module.named_buffers()}
-    return found
+        tensors |= {f"{name}.{k}.grad": p.grad for k, p in module.named_parameters()}
+        tensors |= {f"{name}.{k}": b for k, b in module.named_buffers()}
+    return tensors
 
 
 @pytest.mark.parametrize("mode", MICRO_MODES)
@@ -98,10 +98,10 @@ def test_every_mode_gives_what_autograd_gives(kind: str, loss: str, mode: Mode) 
         assert_same(measured(learner, batch, StepMemory(mode, micro_batch)), expected)
 
 
-def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_same(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        worst = float((found[name] - value).abs().max())
+        worst = float((actual[name] - value).abs().max())
         assert worst <= 1e-10 * max(1.0, float(value.abs().max())), name
 
 
@@ -120,8 +120,8 @@ def test_halves_err_no_more_than_the_plain_step_does(kind: str, loss: str, preci
     batch = make_batch(kind, rough, rows)
 
     def errors(mode: Mode) -> dict[str, float]:
-        found = measured(rough, batch, StepMemory(mode, 16))
-        return {k: float((found[k] - v).norm()) for k, v in truth.items() if k.endswith("grad")}
+        halves = measured(rough, batch, StepMemory(mode, 16))
+        return {k: float((halves[k] - v).norm()) for k, v in truth.items() if k.endswith("grad")}
 
     plain = errors(Mode.PLAIN)
     eps = torch.finfo(torch.bfloat16 if precision == "bfloat16" else torch.float16).eps
@@ -143,9 +143,9 @@ def test_channels_last_changes_the_layout_alone(kind: str, mode: Mode) -> None:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
     x = batch.read(slice(None)).contiguous(memory_format=torch.channels_last)
     batch = replace(batch, read=x.__getitem__)
-    found = measured(learner, batch, StepMemory(mode, 5))
+    channels_last = measured(learner, batch, StepMemory(mode, 5))
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, msg=name)
+        torch.testing.assert_close(channels_last[name], value, msg=name)
     h = learner.hidden(batch.inputs())
     assert h.is_contiguous(memory_format=torch.channels_last) and not h.is_contiguous()
 
@@ -182,9 +182,9 @@ def test_a_step_that_runs_out_of_memory_is_repeated_in_a_smaller_mode() -> None:
 
     untouched, expected = trained(limit_at=9)
     assert untouched.memory.mode is Mode.PLAIN
-    learner, found = trained(limit_at=2)
+    learner, tensors = trained(limit_at=2)
     assert learner.memory.mode is not Mode.PLAIN
-    assert_same(found, expected)
+    assert_same(tensors, expected)
 
 
 def test_without_any_smaller_mode_the_failure_is_the_user_s() -> None:

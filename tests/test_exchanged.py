@@ -14,7 +14,7 @@ import pytest
 import torch
 from command_line import answer
 from safetensors.torch import load_file, save_file
-from small_training import TEST, TRAIN, network, trainer
+from small_training import TEST, TRAIN, network, new_trainer
 from torch.utils.data import TensorDataset
 
 from greedy import RunDirectory, evaluate
@@ -52,11 +52,11 @@ sys.addaudithook(hear)
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, and next to it another stage 1, as if of other data, and another last stage."""
+    """Trains a run, and next to it another stage 1, as if of other data, and another last stage."""
     place = tmp_path_factory.mktemp("exchanged")
-    trainer(place / "run", epochs=1).fit(TRAIN, TEST)
+    new_trainer(place / "run", epochs=1).fit(TRAIN, TEST)
     images, labels = TRAIN.tensors
-    trainer(place / "other", epochs=1).fit(TensorDataset(255 - images, labels), TEST)
+    new_trainer(place / "other", epochs=1).fit(TensorDataset(255 - images, labels), TEST)
     (place / "other/stage1").rename(place / "stage1")
     last = shutil.copytree(place / "run/stage3", place / "stage3")
     tensors = load_file(last / ENCODER)
@@ -101,8 +101,8 @@ def evaluated(run: Path) -> object:
 
 
 def alike(run: Path) -> object:
-    found = similarity_by_stage(RunDirectory.open(run), model=network())
-    return [each.difference for each in found.stages]
+    batch = similarity_by_stage(RunDirectory.open(run), model=network())
+    return [each.difference for each in batch.stages]
 
 
 def rated(run: Path) -> object:

@@ -31,8 +31,8 @@ def run(tmp_path_factory):
 def of_assembled(run, split, until_stage):
     trainer = GreedyTrainer.from_recipe(RunDirectory.open(run).recipe, run, device="cpu")
     network = trainer.assemble(until_stage=until_stage)
-    found = evaluate(trainer.run, network, split, CPU)
-    return found, sum(each.numel() for each in network.parameters())
+    evaluation = evaluate(trainer.run, network, split, CPU)
+    return evaluation, sum(each.numel() for each in network.parameters())
 
 
 @pytest.mark.parametrize("split", ["test", "train"])
@@ -85,10 +85,10 @@ def test_which_early_exit_loses_little(run):
 def test_the_cheapest_exit_is_the_one_of_fewest_operations():
     rows = [(30.0, 5), (None, 9), (20.5, 40), (20.2, 35), (20.0, 50)]
     exits = [Exit(n, "conv", error, error, 1, cost) for n, (error, cost) in enumerate(rows, 1)]
-    found = Exits("test", 10, exits)
-    cheapest = {lose: found.cheapest(lose) for lose in (0.1, 0.4, 1.0, 11.0)}
+    all_exits = Exits("test", 10, exits)
+    cheapest = {lose: all_exits.cheapest(lose) for lose in (0.1, 0.4, 1.0, 11.0)}
     assert cheapest == {0.1: None, 0.4: exits[3], 1.0: exits[3], 11.0: exits[0]}
-    assert found.points_lost(exits[2]) == 0.5
+    assert all_exits.points_lost(exits[2]) == 0.5
 
 
 @pytest.mark.parametrize("settings", [("--set", "loss.name=sim"), ("--strategy", "backprop")])
@@ -128,8 +128,8 @@ def test_from_python_with_an_own_loss_and_network(tmp_path):
         model, run_dir=tmp_path / "run", loss=loss, epochs=1, batch_size=50, device="cpu"
     )
     trainer.fit(samples, samples)
-    found = evaluate_exits(trainer.run, loss, model, "test", CPU)
-    first, whole = found.exits
+    exits = evaluate_exits(trainer.run, loss, model, "test", CPU)
+    first, whole = exits.exits
     for each, until in ((first, 1), (whole, None)):
         expected = evaluate(trainer.run, trainer.assemble(until_stage=until), "test", CPU)
         assert each.error_percent == pytest.approx(expected.error_percent, abs=1)

@@ -50,7 +50,8 @@ def trained(directory: Path, model: nn.Sequential, images: Tensor, loss: LocalLo
 
 @pytest.fixture(scope="module")
 def of_images(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Four stages, with modules of which much is not default, on colour images in bytes."""
+    """Trains four stages, with many modules that are not of the usual kind, on colour images in
+    bytes."""
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Sequential(
@@ -75,7 +76,7 @@ def of_images(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 @pytest.fixture(scope="module")
 def of_vectors(tmp_path_factory: pytest.TempPathFactory) -> Trained:
-    """Two stages on vectors of floats, without local classifiers."""
+    """Trains two stages on vectors of floats, without local classifiers."""
     torch.manual_seed(0)
     network = nn.Sequential(
         nn.Flatten(), nn.Linear(5, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 4)

@@ -27,10 +27,10 @@ def struck(**counts: int) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_killed_and_rotten_runs() -> None:
-    found = struck(kills=2, flips=2)
-    assert found["identical"] == 2
-    assert found["silent"] == 0
-    assert found["detected"] + found["harmless"] == 2
+    counts = struck(kills=2, flips=2)
+    assert counts["identical"] == 2
+    assert counts["silent"] == 0
+    assert counts["detected"] + counts["harmless"] == 2
 
 
 mounting = pytest.mark.skipif(

@@ -91,10 +91,10 @@ def test_images_below_class_folders_and_of_every_suffix(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     write_image(elsewhere / "x.webp", kind="WEBP")
     (photos / "train/ant/linked").symlink_to(elsewhere)
-    found = names(load_dataset(f"folder:{photos}").train)
+    files = names(load_dataset(f"folder:{photos}").train)
     expected = {*others, "linked/x.webp", *(f"{number}.png" for number in range(4))}
-    assert {name for name in found if "/ant/" in name} == {f"train/ant/{n}" for n in expected}
-    assert len(found) == len(expected) + 4
+    assert {name for name in files if "/ant/" in name} == {f"train/ant/{n}" for n in expected}
+    assert len(files) == len(expected) + 4
 
 
 def test_notes_name_the_files_left_out_except_those_of_systems(tmp_path):

@@ -44,8 +44,8 @@ def resident():
 with freed_memory_kept(torch.device("cpu")):
     faults(40)  # until the blocks fit
     print(faults(10))
-    kept = resident()
-print(kept - resident())
+    inside = resident()
+print(inside - resident())
 print(faults(10))
 """
 

@@ -41,7 +41,7 @@ class Stop(Reporter):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def trainer(run: Path, reporter: Reporter | None = None) -> GreedyTrainer:
+def new_trainer(run: Path, reporter: Reporter | None = None) -> GreedyTrainer:
     torch.manual_seed(0)
     model = mlp(1, SIDE, CLASSES, hidden_layers=2, hidden_width=8)
     known = {"epochs": 1, "learning_rate": 0.01, "batch_size": 32, "views": 1}
@@ -51,13 +51,13 @@ def trainer(run: Path, reporter: Reporter | None = None) -> GreedyTrainer:
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory) -> Path:
-    """A run whose second stage is being trained."""
+    """Returns a run whose second stage is being trained."""
     run = tmp_path_factory.mktemp("runs") / "run"
     random = np.random.default_rng(0)
     images = torch.from_numpy(random.integers(0, 255, (64, 1, SIDE, SIDE)).astype(np.uint8))
     data = TensorDataset(images, torch.arange(64) % CLASSES)
     with pytest.raises(Interrupted):
-        trainer(run, Stop()).fit(data, data)
+        new_trainer(run, Stop()).fit(data, data)
     return run
 
 
@@ -70,11 +70,16 @@ def use(run: Path) -> None:
         disk_use(RunState.read(directory))
 
     def look() -> None:
-        mine = trainer(run)
-        evaluate(mine.run, mine.assemble(1), "test", torch.device("cpu"))
+        trainer = new_trainer(run)
+        evaluate(trainer.run, trainer.assemble(1), "test", torch.device("cpu"))
 
     verify_run(run)
-    attempts = [read, look, lambda: trainer(run).train(), lambda: trainer(run).repair([0, 1, 2, 3])]
+    attempts = [
+        read,
+        look,
+        lambda: new_trainer(run).train(),
+        lambda: new_trainer(run).repair([0, 1, 2, 3]),
+    ]
     for attempt in attempts:
         try:
             attempt()
@@ -175,7 +180,7 @@ def test_links_are_not_followed(half: Path, tmp_path: Path, name: str) -> None:
         (outside / "precious").touch()
     path.symlink_to(outside)
     before = {p: p.is_file() and p.read_bytes() for p in sorted(outside.rglob("*"))}
-    for attempt in (lambda: RunDirectory.open(run), lambda: trainer(run).train()):
+    for attempt in (lambda: RunDirectory.open(run), lambda: new_trainer(run).train()):
         with pytest.raises(UserError, match=f"{path} is a link"):
             attempt()
     assert {p: p.is_file() and p.read_bytes() for p in sorted(outside.rglob("*"))} == before
@@ -195,11 +200,11 @@ def test_a_document_that_is_too_large_is_not_read(half: Path, tmp_path: Path) ->
     with (run / "stage1/stage.json").open("r+b") as file:
         file.truncate(2**36)  # sparse
     with pytest.raises(UserError, match="too large"):
-        trainer(run).train()
+        new_trainer(run).train()
 
 
 def test_documents_nested_too_deeply_are_refused(half: Path, tmp_path: Path) -> None:
     run = shutil.copytree(half, tmp_path / "run")
     (run / "stage1/stage.json").write_text("[" * 200_000)
     with pytest.raises(UserError, match="stage.json is damaged"):
-        trainer(run).train()
+        new_trainer(run).train()

@@ -195,11 +195,11 @@ def test_predict_reads_them_as_training_did(tmp_path, mode):
     run = trained(tmp_path, photos(tmp_path / "photos", *FILES[mode][:2]))
     image = stage0(run)
     file = next((tmp_path / "photos").glob("*/*"))
-    (found,) = answer("predict", "--run", run, file)["predictions"]
+    (prediction,) = answer("predict", "--run", run, file)["predictions"]
     trainer = GreedyTrainer.from_recipe(RunDirectory.open(run).recipe, run, device="cpu")
     x = torch.from_numpy(image[None]).float() / (255 if image.dtype == np.uint8 else 1)
     best = trainer.assemble()(x).softmax(dim=1).max()
-    assert found["classes"][0]["confidence"] == pytest.approx(float(best), abs=1e-5)
+    assert prediction["classes"][0]["confidence"] == pytest.approx(float(best), abs=1e-5)
 
 
 @pytest.mark.parametrize("form", ["LA;16", "PPM", "SGI", "JPEG2000"])
@@ -227,9 +227,9 @@ def test_pil_images_of_every_mode_keep_their_values(tmp_path):
     deep = {"I;16": TWELVE, "I;16L": TWELVE, "I;16B": TWELVE.astype(">u2"), "I": INTS, "F": FLOATS}
     for mode, values in deep.items():
         image = Image.frombytes(mode, (SIDE, SIDE), values.tobytes())
-        found = pixel_values(image)
-        assert found.dtype == np.float32
-        np.testing.assert_array_equal(found[0], values.astype(np.float32))
+        read = pixel_values(image)
+        assert read.dtype == np.float32
+        np.testing.assert_array_equal(read[0], values.astype(np.float32))
     rgb = Image.fromarray(COLOUR)
     for mode in ("RGBX", "CMYK", "HSV", "YCbCr", "LAB"):
         image = rgb.convert("RGBA").convert(mode) if mode == "RGBX" else rgb.convert(mode)
@@ -238,11 +238,12 @@ def test_pil_images_of_every_mode_keep_their_values(tmp_path):
     grey = with_opacity("L", GREY)
     colour = with_opacity("RGB", COLOUR)
     for image, pixels in ((grey, GREY[..., None]), (colour, COLOUR)):
-        for each in (image, image.convert({"LA": "La", "RGBA": "RGBa"}[image.mode])):
-            shown = OPACITY > 0 if each is image else OPACITY > 250
-            found = pixel_values(each, "black").transpose(1, 2, 0)
+        premultiplied = image.convert({"LA": "La", "RGBA": "RGBa"}[image.mode])
+        for converted in (image, premultiplied):
+            shown = OPACITY > 0 if converted is image else OPACITY > 250
+            read = pixel_values(converted, "black").transpose(1, 2, 0)
             expected = over(pixels, OPACITY, np.zeros(pixels.shape[-1]))
-            np.testing.assert_allclose(found[shown], expected[shown], atol=2.5)
+            np.testing.assert_allclose(read[shown], expected[shown], atol=2.5)
 
 
 def test_kinds_of_numbers_are_not_mixed(tmp_path):

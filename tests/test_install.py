@@ -21,12 +21,12 @@ SOURCES = [path for part in ("greedy", "cache", "cli") for path in (ROOT / part)
 
 
 def installed(text: str) -> set[str]:
-    """What a text has pip install, as it is typed."""
+    """Returns the arguments of `pip install` in a text, as they are typed."""
     return set(re.findall(r"pip install ((?:-e )?(?:'[^']+'|\"[^\"]+\"|[^\s`'\"]+))", text))
 
 
 def lines() -> list[str]:
-    """All that is named in pages, scripts and messages."""
+    """Returns the arguments of every `pip install` in pages, scripts and messages."""
     extras = re.findall(
         r'missing_packages\(.*"(\w+)"\)$', "".join(map(Path.read_text, SOURCES)), re.M
     )
@@ -39,7 +39,7 @@ def lines() -> list[str]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy with the wheel that `make wheel` puts into it."""
+    """Copies the checkout, with the wheel that `make wheel` puts into it."""
     copy = tmp_path_factory.mktemp("checkout")
     for name in PARTS:
         if (ROOT / name).is_dir():
@@ -52,7 +52,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pip(folder: Path, arguments: str) -> str:
-    """What pip says, given words of shell."""
+    """Runs pip with words of shell and returns its output."""
     command, _, words = arguments.partition(" ")
     script = f'"$0" -m pip {command} --no-index --no-build-isolation {words}'
     done = subprocess.run(

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from small_training import CLASSES, SIDE, TEST, TRAIN, trainer
+from small_training import CLASSES, SIDE, TEST, TRAIN, new_trainer
 from torch import nn
 
 from greedy import GreedyTrainer, evaluate, predict
@@ -60,7 +60,7 @@ class Failing(nn.Module):
         raise RuntimeError("as it is")
 
 
-def mine(*more: nn.Module) -> nn.Sequential:
+def own_network(*more: nn.Module) -> nn.Sequential:
     """Makes a network in training mode but for one layer, some of it frozen, with gradients of a
     step."""
     torch.manual_seed(0)
@@ -74,7 +74,7 @@ def mine(*more: nn.Module) -> nn.Sequential:
 
 
 def trained(network: nn.Module) -> float:
-    """The loss of a step on the CPU, as users write it."""
+    """Computes the loss and gradients of a step on the CPU, as users write it."""
     images, labels = TRAIN[:32]
     loss = F.cross_entropy(network(images.float() / 255), labels)
     loss.backward()
@@ -83,21 +83,22 @@ def trained(network: nn.Module) -> float:
 
 
 def state(network: nn.Module) -> list:
-    """All of a network that calling it could change; tensors as themselves and by their numbers."""
+    """Returns everything of a network that calling it could change: tensors, by identity and by
+    their numbers, and flags."""
     parameters = list(network.named_parameters(remove_duplicate=False))
     buffers = list(network.named_buffers(remove_duplicate=False))
-    found: list = [(name, module.training) for name, module in network.named_modules()]
+    values: list = [(name, module.training) for name, module in network.named_modules()]
     for name, tensor in parameters + buffers:
-        found += [name, id(tensor), tensor.device, tensor.requires_grad, tensor.is_inference()]
-        found += [id(tensor.grad), tensor.tolist(), tensor.grad is None or tensor.grad.tolist()]
-    return found
+        values += [name, id(tensor), tensor.device, tensor.requires_grad, tensor.is_inference()]
+        values += [id(tensor.grad), tensor.tolist(), tensor.grad is None or tensor.grad.tolist()]
+    return values
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> GreedyTrainer:
-    found = trainer(tmp_path_factory.mktemp("trained") / "run", epochs=1)
-    found.fit(TRAIN, TEST)
-    return found
+    trainer = new_trainer(tmp_path_factory.mktemp("trained") / "run", epochs=1)
+    trainer.fit(TRAIN, TEST)
+    return trainer
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +109,8 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def by_predict(run: GreedyTrainer, network: nn.Sequential, picture: Path) -> None:
-    (found,) = predict(run.run, network, [picture], CPU, top=1)
-    assert 0 < found.confidences[0] <= 1
+    (prediction,) = predict(run.run, network, [picture], CPU, top=1)
+    assert 0 < prediction.confidences[0] <= 1
 
 
 def by_evaluate(run: GreedyTrainer, network: nn.Sequential, picture: Path) -> None:
@@ -120,7 +121,7 @@ def by_evaluate(run: GreedyTrainer, network: nn.Sequential, picture: Path) -> No
 def test_a_network_stays_as_it_was_and_trains_on(
     run: GreedyTrainer, picture: Path, use: Callable[..., None]
 ) -> None:
-    network, twin = mine(), mine()
+    network, twin = own_network(), own_network()
     before = state(network)
     use(run, network, picture)
     assert state(network) == before
@@ -141,7 +142,7 @@ def test_what_training_gives_can_be_evaluated_and_trained_on(run: GreedyTrainer)
 
 
 def test_a_network_is_evaluated_in_evaluation_mode(run: GreedyTrainer) -> None:
-    network, quiet = mine(), mine()
+    network, quiet = own_network(), own_network()
     for module in quiet.modules():
         module.training = False
     images, labels = TEST.tensors
@@ -151,7 +152,7 @@ def test_a_network_is_evaluated_in_evaluation_mode(run: GreedyTrainer) -> None:
 
 
 def test_a_network_that_fails_stays_as_it_was(run: GreedyTrainer, picture: Path) -> None:
-    network = mine(Failing())
+    network = own_network(Failing())
     before = state(network)
     with pytest.raises(RuntimeError, match="as it is"):
         evaluate(run.run, network, "test", CPU)
@@ -190,12 +191,12 @@ def test_weights_that_are_on_the_device_are_not_copied() -> None:
 
 
 def test_a_network_that_is_trained_or_looked_at_by_stage_stays_as_it_was(tmp_path: Path) -> None:
-    network = mine()
+    network = own_network()
     before = state(network)
-    found = trainer(tmp_path / "run", network, epochs=1)
-    found.fit(TRAIN, TEST)
-    evaluate_exits(found.run, PredSim(), network, "test", CPU)
-    similarity_by_stage(found.run, PredSim(), network, rows=20)
-    export(found.run, None, network, tmp_path / "net.pt2", "torch-export")
+    trainer = new_trainer(tmp_path / "run", network, epochs=1)
+    trainer.fit(TRAIN, TEST)
+    evaluate_exits(trainer.run, PredSim(), network, "test", CPU)
+    similarity_by_stage(trainer.run, PredSim(), network, rows=20)
+    export(trainer.run, None, network, tmp_path / "net.pt2", "torch-export")
     assert state(network) == before
     trained(network)

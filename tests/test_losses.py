@@ -29,8 +29,8 @@ OURS = {  # the published names of the parameters, and ours
 }
 
 
-def assert_golden(ours: torch.Tensor, golden: np.ndarray) -> None:
-    worst = (ours.detach() - torch.from_numpy(golden)).abs().max()
+def assert_golden(values: torch.Tensor, golden: np.ndarray) -> None:
+    worst = (values.detach() - torch.from_numpy(golden)).abs().max()
     assert worst <= 1e-5 * np.abs(golden).max() + 1e-7
 
 
@@ -102,11 +102,11 @@ def test_deviation_is_torch_s(dtype: torch.dtype, accuracy: float, layout) -> No
     rows, channels = 160, 16  # more than one slice
     maps = (torch.randn(rows, channels, 32, 32) + 3).to(dtype).contiguous(memory_format=layout)
     h, wide = maps.requires_grad_(), maps.detach().double().requires_grad_()
-    found, expected = feature_deviation(h), wide.flatten(2).std(dim=2)
-    assert found.dtype == torch.promote_types(dtype, torch.float32)
-    assert torch.allclose(found.double(), expected, rtol=1e-5)
+    deviation, expected = feature_deviation(h), wide.flatten(2).std(dim=2)
+    assert deviation.dtype == torch.promote_types(dtype, torch.float32)
+    assert torch.allclose(deviation.double(), expected, rtol=1e-5)
     slopes = torch.randn(rows, channels)
-    found.backward(slopes.to(found.dtype))
+    deviation.backward(slopes.to(deviation.dtype))
     expected.backward(slopes.double())
     worst = (h.grad - wide.grad).abs().max()
     assert h.grad.dtype == dtype

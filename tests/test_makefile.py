@@ -23,7 +23,7 @@ PLAIN = {
 
 
 def lines(target: str) -> list[str]:
-    """What is run for a target, with this Python, once everything is installed."""
+    """Returns the commands that a target runs with this Python, once everything is installed."""
     old = [option for name in (".wheel", ".installed") for option in ("-o", f".venv/{name}")]
     done = subprocess.run(
         ["make", "-n", *old, f"BIN={Path(sys.executable).parent}", target],

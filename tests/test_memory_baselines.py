@@ -21,11 +21,11 @@ def peaks(network, batch_size: int, side: int = 16, loss=None) -> dict[str, int]
 
 
 def test_where_activations_are_most_each_saves_what_it_says() -> None:
-    found = peaks(vgg8b(3, 16, 10, **VGG), batch_size=128)
-    most = found["backprop"]
-    assert found["backprop_accumulated"] < 0.2 * most
-    assert found["backprop_checkpointed"] < 0.7 * most
-    assert 0.5 * most < found["backprop_bfloat16"] < 0.7 * most
+    by_name = peaks(vgg8b(3, 16, 10, **VGG), batch_size=128)
+    most = by_name["backprop"]
+    assert by_name["backprop_accumulated"] < 0.2 * most
+    assert by_name["backprop_checkpointed"] < 0.7 * most
+    assert 0.5 * most < by_name["backprop_bfloat16"] < 0.7 * most
 
 
 def test_activations_grow_with_the_batch_but_not_where_it_is_cut_into_micro_batches() -> None:
@@ -40,21 +40,21 @@ def test_parameters_count_four_times_where_activations_are_few() -> None:
     gradients of one stage alone."""
     network = mlp(3, 4, 10, hidden_width=256, hidden_layers=3)
     parameters = sum(p.numel() for p in network.parameters()) * FLOAT
-    found = peaks(network, batch_size=2, side=4)
+    by_name = peaks(network, batch_size=2, side=4)
     for name in ("backprop", "backprop_checkpointed"):
-        assert 4 * parameters < found[name] < 4.2 * parameters
+        assert 4 * parameters < by_name[name] < 4.2 * parameters
     heads = 3 * (256 * 256 + 257 * 10) * FLOAT
     gradients = 2 * 256 * 256 * FLOAT  # of an encoder and its similarity head
     state = 3 * (parameters + heads) + gradients
-    assert state < found["joint"] < 1.1 * state
+    assert state < by_name["joint"] < 1.1 * state
 
 
 def test_heads_count_by_the_local_loss() -> None:
     network = vgg8b(3, 16, 10, **VGG)
-    found = [peaks(network, 16, loss=loss) for loss in (Pred(), Sim(), PredSim())]
-    pred, sim, both = (each.pop("joint") for each in found)
+    by_loss = [peaks(network, 16, loss=loss) for loss in (Pred(), Sim(), PredSim())]
+    pred, sim, both = (each.pop("joint") for each in by_loss)
     assert pred < sim < both
-    assert found[0] == found[1] == found[2]
+    assert by_loss[0] == by_loss[1] == by_loss[2]
 
 
 def test_without_a_local_loss_there_is_no_joint_training() -> None:

@@ -83,7 +83,7 @@ class Peaks(Reporter):
     """The most bytes that were counted in an epoch of each stage."""
 
     def __init__(self, counter: Counter) -> None:
-        self.counter, self.stage, self.found = counter, 0, {}
+        self.counter, self.stage, self.bytes = counter, 0, {}
 
     def stage_started(self, number: int, *rest: object) -> None:
         self.stage = number
@@ -92,7 +92,7 @@ class Peaks(Reporter):
         self.counter.reset_peak()
 
     def epoch_finished(self, report: object) -> None:
-        self.found[self.stage] = self.counter.peak
+        self.bytes[self.stage] = self.counter.peak
 
 
 def test_replayed_stages_are_within_the_budget_too(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_replayed_stages_are_within_the_budget_too(tmp_path: Path) -> None:
         records = fit(tmp_path / "run", views="live", memory_budget="1200KiB", reporter=peaks)
     planned = [record.choices.planned_peak_bytes for record in records]
     assert records[1].source == 0 and records[1].choices.memory_mode != Mode.PLAIN
-    for peak, plan in zip(peaks.found.values(), planned, strict=True):
+    for peak, plan in zip(peaks.bytes.values(), planned, strict=True):
         images = 2 * 64 * SIDE**2 * 4  # of a batch while they are normalised
         assert plan <= 1200 * 1024
         assert peak <= plan + images + 16 * 1024  # and the loop's own small tensors
@@ -126,7 +126,7 @@ def test_held_out_rows_and_looks_at_the_test_split_are_within_the_budget(tmp_pat
         records = fit(tmp_path / "run", memory_budget="1300KiB", reporter=peaks, patience=2)
     assert records[0].choices.memory_mode != Mode.PLAIN
     images = 2 * 64 * SIDE**2 * 4  # of a batch while they are normalised
-    assert max(peaks.found.values()) <= 1300 * 1024 + images
+    assert max(peaks.bytes.values()) <= 1300 * 1024 + images
 
 
 def test_views_are_drawn_within_the_budget(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_views_are_drawn_within_the_budget(tmp_path: Path) -> None:
     with Counter() as counter:
         peaks = StagePeaks(counter)
         fit(tmp_path / "run", model, memory_budget="7000KiB", reporter=peaks, **ring)
-    assert 4_000 * 1024 < peaks.found[3] <= max(peaks.found.values()) <= budget
+    assert 4_000 * 1024 < peaks.bytes[3] <= max(peaks.bytes.values()) <= budget
 
 
 def test_rows_go_through_frozen_stages_a_few_at_a_time() -> None:
@@ -157,16 +157,16 @@ def test_rows_go_through_frozen_stages_a_few_at_a_time() -> None:
 def test_evaluation_keeps_within_the_budget_and_finds_the_same(tmp_path: Path) -> None:
     fit(tmp_path / "run")
     run = RunDirectory.open(tmp_path / "run")
-    found, peaks = [], []
+    evaluations, peaks = [], []
     for budget in (2**30, 400 * 1024):
         net = assemble(run, PredSim(), network())
-        found.append(evaluate(run, net, "test", torch.device("cpu"), budget))
+        evaluations.append(evaluate(run, net, "test", torch.device("cpu"), budget))
         forward = fit_forward(net, (1, SIDE, SIDE), budget, "cpu")
         with Counter() as counter, torch.no_grad():
             counter.add(net.state_dict().values())
             forward(torch.zeros(forward.rows, 1, SIDE, SIDE))
         peaks.append(counter.peak)
-    free, tight = found
+    free, tight = evaluations
     assert tight.error_percent == pytest.approx(free.error_percent, abs=5)  # of 64 images
     assert tight.loss == pytest.approx(free.loss, rel=1e-4)
     assert peaks[1] < 400 * 1024 < peaks[0]
@@ -223,8 +223,8 @@ def test_vgg11b_3x_fits_small_gpus(number: int, precision: str, state: str, budg
     stage, row = stages[number - 1], shape.input[0] * shape.input[1] * shape.input[2]
     adam = fused_adam if state == "device" else None
     demand = StepDemand(stage, shape, PredSim(), 10, 128, precision, adam, "meta", row)
-    found = choose(demand, budget * 2**20)
-    assert found.peak_bytes <= budget * 2**20
+    choice = choose(demand, budget * 2**20)
+    assert choice.peak_bytes <= budget * 2**20
 
 
 class Allocator(Counter):
@@ -249,9 +249,9 @@ def test_a_stage_that_runs_out_of_memory_says_how_it_went_on(tmp_path: Path) -> 
         def memory_reduced(self, number: int, memory: StepMemory) -> None:
             self.reduced, allocator.limit = memory, 2**40
 
-    told = Told()
+    reporter = Told()
     with Allocator() as allocator:
-        first, *_ = fit(tmp_path / "run", reporter=told)
-    assert told.reduced is not None
-    assert first.choices.memory_mode == told.reduced.mode != Mode.PLAIN
-    assert first.choices.micro_batch == told.reduced.micro_batch
+        first, *_ = fit(tmp_path / "run", reporter=reporter)
+    assert reporter.reduced is not None
+    assert first.choices.memory_mode == reporter.reduced.mode != Mode.PLAIN
+    assert first.choices.micro_batch == reporter.reduced.micro_batch

@@ -137,7 +137,7 @@ def test_adam_has_two_moments_and_takes_no_more() -> None:
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_limit_is_an_allocator_s(precision: str) -> None:
     with Counter() as counter:
-        kept = torch.zeros(1000)
+        tensor = torch.zeros(1000)
         counter.limit = 6000
         with pytest.raises(torch.OutOfMemoryError, match=r"3.9 KiB more than 3.9 KiB"):
             torch.zeros(1000)
@@ -148,7 +148,7 @@ def test_a_limit_is_an_allocator_s(precision: str) -> None:
         assert counter.live == 4000
         _ = torch.zeros(500)
         counter.limit = 0
-        kept.add_(1)  # takes nothing, so it is not stopped
+        tensor.add_(1)  # takes nothing, so it is not stopped
         counter.limit = None
         _ = torch.zeros(1000)
 
@@ -193,17 +193,17 @@ def test_fake_tensors_of_a_step_count_as_real_ones_do(precision: str) -> None:
 
 
 def stage_step(precision: str) -> tuple[Learner, Batch]:
-    """A stage of 8 channels with its heads, and a batch of 16 rows for it."""
+    """Returns a stage of 8 channels with its heads, and a batch of 16 rows for it."""
     torch.manual_seed(0)
     stage, loss = cut(vgg8b(3, 16, 10, feature_multiplier=1 / 16))[0], Sim()
     heads = loss.heads((8, 16, 16), 10)
-    found = Learner(stage, heads, loss, 10, precision)
-    found.optimizer = torch.optim.Adam(found.parameters(), fused=True)
-    return found, Batch(torch.arange(16) % 10, torch.ones(16, 3, 16, 16).__getitem__)
+    learner = Learner(stage, heads, loss, 10, precision)
+    learner.optimizer = torch.optim.Adam(learner.parameters(), fused=True)
+    return learner, Batch(torch.arange(16) % 10, torch.ones(16, 3, 16, 16).__getitem__)
 
 
 def step_fails(trained: Learner, batch: Batch) -> bool:
-    """Whether it needs more than the limit; outside, no traceback holds its tensors."""
+    """Returns whether a step needs more than the limit. Outside, no traceback holds its tensors."""
     try:
         gradients(trained, batch)
     except torch.OutOfMemoryError:

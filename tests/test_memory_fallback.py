@@ -37,7 +37,7 @@ def data(rows: int) -> TensorDataset:
     return TensorDataset(images, torch.arange(rows) % CLASSES)
 
 
-def trainer(run: Path, reporter: Reporter | None = None, **settings) -> GreedyTrainer:
+def new_trainer(run: Path, reporter: Reporter | None = None, **settings) -> GreedyTrainer:
     defaults = {"epochs": 1, "learning_rate": 0.01, "batch_size": BATCH, "views": 1}
     defaults |= {"device": "cpu", "precision": "float32", "reporter": reporter}
     return GreedyTrainer(network(), run_dir=run, loss=Pred(), **defaults | settings)
@@ -63,7 +63,8 @@ def peak(memory: StepMemory) -> int:
 
 
 def held() -> int:
-    """Bytes that stage 1 holds between its steps: weights, statistics and Adam's state."""
+    """Returns the bytes that stage 1 holds between its steps: weights, statistics and Adam's
+    state."""
     heads = Pred().heads(demand().shapes.hidden, CLASSES)
     weights = [*demand().stage.parameters(), *heads.parameters()]
     statistics = sum(t.numel() * t.element_size() for t in demand().stage.buffers())
@@ -85,8 +86,8 @@ class Device:
         monkeypatch.setattr(choice, "free_memory", self.free)
 
     def free(self, device: torch.device) -> float:
-        told = self.tells and self.tried
-        return (self.limit - held()) / choice.FREE_MEMORY_SHARE if told else 2**40
+        known = self.tells and self.tried
+        return (self.limit - held()) / choice.FREE_MEMORY_SHARE if known else 2**40
 
     def gradients(self, learner: Learner, batch: object) -> tuple:
         memory = StepMemory(learner.memory.mode, learner.memory.micro_batch)
@@ -97,8 +98,8 @@ class Device:
 
 
 def assert_trained(record: StageRecord, expected: Choice) -> None:
-    found = (record.choices.memory_mode, record.choices.micro_batch)
-    assert found == (expected.mode, expected.micro_batch)
+    memory = (record.choices.memory_mode, record.choices.micro_batch)
+    assert memory == (expected.mode, expected.micro_batch)
     assert record.choices.planned_peak_bytes == expected.peak_bytes
 
 
@@ -108,7 +109,7 @@ def test_it_ends_where_the_planner_would_have_begun(
 ) -> None:
     """Though nothing but the failures tells how much there is."""
     device = Device(monkeypatch, limit, tells=False)
-    first, last = trainer(tmp_path / "run").fit(data(128), data(64))
+    first, last = new_trainer(tmp_path / "run").fit(data(128), data(64))
     assert planned(limit).mode is not Mode.PLAIN
     assert_trained(first, planned(limit))
     peaks = [*map(peak, device.tried), planned(limit).peak_bytes]
@@ -122,7 +123,7 @@ def test_what_turns_out_to_be_free_is_asked_for(
     """One step fails, and rows are written so that they fit too."""
     limit = 900 * KIB
     device = Device(monkeypatch, limit)
-    first, _ = trainer(tmp_path / "run").fit(data(128), data(64))
+    first, _ = new_trainer(tmp_path / "run").fit(data(128), data(64))
     assert [memory.mode for memory in device.tried] == [Mode.PLAIN]
     assert_trained(first, planned(limit))
     assert first.choices.write_batch == planned(limit).write_batch < planned(None).write_batch
@@ -132,10 +133,10 @@ def test_a_micro_batch_that_is_named_stays_while_any_mode_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = Device(monkeypatch, 1500 * KIB)
-    first, _ = trainer(tmp_path / "roomy", micro_batch=2).fit(data(128), data(64))
+    first, _ = new_trainer(tmp_path / "roomy", micro_batch=2).fit(data(128), data(64))
     assert_trained(first, planned(device.limit, 2))
     device.limit, device.tried = 900 * KIB, []
-    first, _ = trainer(tmp_path / "tight", micro_batch=32).fit(data(128), data(64))
+    first, _ = new_trainer(tmp_path / "tight", micro_batch=32).fit(data(128), data(64))
     assert_trained(first, planned(device.limit))
 
 
@@ -144,7 +145,7 @@ def test_where_nothing_smaller_is_counted_the_failure_is_the_user_s(
 ) -> None:
     device = Device(monkeypatch, held())
     with pytest.raises(torch.OutOfMemoryError):
-        trainer(tmp_path / "run").fit(data(128), data(64))
+        new_trainer(tmp_path / "run").fit(data(128), data(64))
     assert device.tried[1:] == [StepMemory(Mode.KEEP_NOTHING, 1)]
 
 
@@ -160,9 +161,9 @@ def test_a_stage_goes_on_as_it_was_and_is_planned_anew_when_it_is_trained_again(
 ) -> None:
     device = Device(monkeypatch, 900 * KIB)
     with pytest.raises(Interrupted):
-        trainer(tmp_path, Interrupts()).fit(data(128), data(64))
+        new_trainer(tmp_path, Interrupts()).fit(data(128), data(64))
     device.limit = 2**40
-    resumed, _ = trainer(tmp_path).train()
+    resumed, _ = new_trainer(tmp_path).train()
     assert_trained(resumed, planned(900 * KIB))
-    again, _ = trainer(tmp_path).train(retrain_from=1)
+    again, _ = new_trainer(tmp_path).train(retrain_from=1)
     assert_trained(again, planned(None))

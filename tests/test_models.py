@@ -73,9 +73,9 @@ def test_pooling_is_cached_and_dropout_is_not() -> None:
     assert [s.dropout.rate if s.dropout else None for s in stages] == [None] + [0.2] * 7
     assert [s.dropout.channels for s in stages[1:]] == [True] * 6 + [False]
     assert [s.flatten for s in stages] == [False] * 6 + [True, False]
-    found = shapes(stages, (3, 32, 32))
-    assert found[1].hidden == (25, 32, 32)
-    assert found[1].output == (25, 16, 16)
+    stage_shapes = shapes(stages, (3, 32, 32))
+    assert stage_shapes[1].hidden == (25, 32, 32)
+    assert stage_shapes[1].output == (25, 16, 16)
 
 
 def test_a_staged_sequential_is_cut_along_its_children() -> None:
@@ -167,8 +167,8 @@ def test_dropout_goes_to_the_input_only_where_it_is(entry: list[nn.Module], move
     width = nn.Sequential(*entry).eval()(torch.rand(2, 1, 6, 6)).shape[1]
     stage = cut(nn.Sequential(*entry, nn.Linear(width, 4), nn.ReLU(), nn.Linear(4, 2)))[0]
     assert (stage.dropout is not None) == moved
-    kept = [m for m in stage.layer if not (moved and isinstance(m, nn.Dropout))]
-    assert kept[: len(entry) - moved] == entry[moved:]
+    modules = [m for m in stage.layer if not (moved and isinstance(m, nn.Dropout))]
+    assert modules[: len(entry) - moved] == entry[moved:]
 
 
 @pytest.mark.parametrize(

@@ -78,9 +78,9 @@ def test_every_command_shows_them(run: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_json_has_them(run: Path) -> None:
     image = Path(os.fsdecode(os.fsencode(run.parent / "photos") + b"/caf\xe9/0.png"))
-    (found,) = answer("predict", "--run", run, "--top", len(NAMES), image)["predictions"]
-    assert sorted(each["class"] for each in found["classes"]) == sorted(KEPT)
-    assert found["image"].endswith(r"caf\xe9/0.png")
+    (prediction,) = answer("predict", "--run", run, "--top", len(NAMES), image)["predictions"]
+    assert sorted(each["class"] for each in prediction["classes"]) == sorted(KEPT)
+    assert prediction["image"].endswith(r"caf\xe9/0.png")
     record = json.loads((run / "stage0/stage.json").read_text())
     assert sorted(record["class_names"]) == sorted(KEPT)
     assert sorted(RunDirectory.open(run).record(0).class_names) == sorted(KEPT)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from command_line import answer, said, small_recipe
-from small_training import TEST, TRAIN, same, trainer, weights
+from small_training import TEST, TRAIN, new_trainer, same, weights
 
 from greedy import Reporter, RunDirectory
 from greedy.cache import Store
@@ -39,7 +39,7 @@ class Cut(Reporter):
 
 
 def views(run: Path) -> list[int]:
-    """The views of the stores of stages 1 and 2."""
+    """Returns the numbers of views in the stores of stages 1 and 2."""
     return [Store(run / f"stage{n}/activations.zarr/train").views for n in (1, 2)]
 
 
@@ -57,13 +57,14 @@ def as_before(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_one_view_gives_the_same_network_as_four_identical_ones(tmp_path: Path, as_before) -> None:
-    trainer(tmp_path / "four", views=4).fit(TRAIN, TEST)
+    new_trainer(tmp_path / "four", views=4).fit(TRAIN, TEST)
     assert views(tmp_path / "four") == [4, 4]
     as_before.undo()
-    mine = trainer(tmp_path / "one", views=4, reporter=(heard := Cut()))
-    mine.fit(TRAIN, TEST)
+    reporter = Cut()
+    trainer = new_trainer(tmp_path / "one", views=4, reporter=reporter)
+    trainer.fit(TRAIN, TEST)
     assert views(tmp_path / "one") == recorded(tmp_path / "one") == [1, 1]
-    note, size = heard.plan.explain()
+    note, size = reporter.plan.explain()
     assert note == f"disk: {SAYS}identical ones"
     assert size.startswith("disk: the stores take up to ")
     for stage in (1, 2, 3):
@@ -75,31 +76,34 @@ def test_a_run_that_started_with_four_views_keeps_them(
     tmp_path: Path, as_before, writing: bool
 ) -> None:
     with pytest.raises(KeyboardInterrupt):
-        trainer(tmp_path / "run", views=4, reporter=Cut(2, writing=writing)).fit(TRAIN, TEST)
+        new_trainer(tmp_path / "run", views=4, reporter=Cut(2, writing=writing)).fit(TRAIN, TEST)
     as_before.undo()
-    mine = trainer(tmp_path / "run", views=4, reporter=(heard := Cut()))
-    mine.fit(TRAIN, TEST)
-    assert [heard.plan.views(n) for n in (1, 2)] == [4, 4]
+    reporter = Cut()
+    trainer = new_trainer(tmp_path / "run", views=4, reporter=reporter)
+    trainer.fit(TRAIN, TEST)
+    assert [reporter.plan.views(n) for n in (1, 2)] == [4, 4]
     assert views(tmp_path / "run") == recorded(tmp_path / "run") == [4, 4]
-    mine.train_stage(2, again=True)
+    trainer.train_stage(2, again=True)
     assert recorded(tmp_path / "run") == [4, 4]
-    mine.train(2)
+    trainer.train(2)
     assert recorded(tmp_path / "run") == [4, 1]
     assert RunState.read(RunDirectory.open(tmp_path / "run")).is_finished
 
 
 def test_augmentation_and_cutout_are_drawn_at_random(tmp_path: Path) -> None:
     for name, settings in {"flip": {"augmentation": "hflip"}, "hole": {"cutout_length": 2}}.items():
-        mine = trainer(tmp_path / name, **settings, reporter=(heard := Cut()))
-        mine.fit(TRAIN, TEST)
+        reporter = Cut()
+        trainer = new_trainer(tmp_path / name, **settings, reporter=reporter)
+        trainer.fit(TRAIN, TEST)
         assert views(tmp_path / name) == [2, 2]
-        assert not heard.plan.notes
+        assert not reporter.plan.notes
 
 
 def test_identical_views_are_not_replaced(tmp_path: Path) -> None:
     settings = {"views": 1, "reuse": 1, "epochs": 3}
-    trainer(tmp_path / "run", **settings, reporter=(heard := Cut())).fit(TRAIN, TEST)
-    (note,) = heard.plan.notes
+    reporter = Cut()
+    new_trainer(tmp_path / "run", **settings, reporter=reporter).fit(TRAIN, TEST)
+    (note,) = reporter.plan.notes
     assert note.endswith("so views are not replaced")
     store = RunDirectory.open(tmp_path / "run").record(1).store
     assert (store.ring, store.bytes_written) == (None, store.bytes)
@@ -115,7 +119,7 @@ def test_the_command_line_plans_one_view_and_says_so(tmp_path: Path, monkeypatch
     assert SAYS in asked["disk"]["plan"][0]
     assert len(one["disk"]["plan"]) == len(asked["disk"]["plan"]) - 1
     assert len(answer(*plan, "--views", "live")["disk"]["plan"]) == 1
-    drawn = answer(*plan, "--set", "data.augmentation=hflip")
+    drawn = answer(*plan, "--views", "4", "--set", "data.augmentation=hflip")
     assert drawn["stages"][0]["store_bytes"] > 3 * one["stages"][0]["store_bytes"]
 
 

@@ -32,13 +32,13 @@ def run(tmp_path_factory):
 
 
 def raw(run, rows):
-    """The first test images of a run, bytes (rows, C, H, W)."""
+    """Returns the first test images of a run, bytes (rows, C, H, W)."""
     return next(Store(run / "stage0/activations.zarr/test").batches(0, rows))
 
 
 @pytest.fixture(scope="module")
 def images(run, tmp_path_factory):
-    """The first 40 test images as files, more than one batch."""
+    """Writes the first 40 test images, more than one batch, as files."""
     folder = tmp_path_factory.mktemp("images")
     files = [folder / f"{number:02}.png" for number in range(40)]
     for file, (pixels,) in zip(files, raw(run, 40), strict=True):
@@ -55,10 +55,10 @@ def expected(run, rows, until_stage=None):
 @pytest.mark.parametrize("until_stage", [None, 1])
 def test_confidences_are_the_networks_own(run, images, until_stage):
     chosen = [] if until_stage is None else ["--until-stage", until_stage]
-    found = predictions("--run", run, *images, "--top", 10, *chosen)
-    assert [each["image"] for each in found] == [str(file) for file in images]
+    results = predictions("--run", run, *images, "--top", 10, *chosen)
+    assert [each["image"] for each in results] == [str(file) for file in images]
     names = RunDirectory.open(run).record(0).class_names
-    for each, row in zip(found, expected(run, raw(run, 40), until_stage), strict=True):
+    for each, row in zip(results, expected(run, raw(run, 40), until_stage), strict=True):
         confidences = [entry["confidence"] for entry in each["classes"]]
         assert confidences == sorted(confidences, reverse=True)
         by_name = {entry["class"]: entry["confidence"] for entry in each["classes"]}
@@ -69,8 +69,8 @@ def test_the_best_three_unless_told_otherwise(run, images):
     everything = predictions("--run", run, images[0], "--top", 99)[0]["classes"]
     assert len(everything) == 10
     for extra, count in (([], 3), (["--top", 1], 1)):
-        found = predictions("--run", run, images[0], *extra)
-        assert found[0]["classes"] == everything[:count]
+        results = predictions("--run", run, images[0], *extra)
+        assert results[0]["classes"] == everything[:count]
     refused = greedy("predict", "--run", run, images[0], "--top", 0)
     assert refused.exit_code == 2 and "ask for 1 or more" in refused.output
 
@@ -164,9 +164,9 @@ def test_images_that_are_not_square(tmp_path):
     pixels = np.zeros((12, 9, 3), np.uint8)
     pixels[3:9] = rows[0].permute(1, 2, 0)
     Image.fromarray(pixels).save(tmp_path / "high.png")
-    (found,) = predict(trainer.run, trainer.assemble(), [tmp_path / "high.png"], CPU)
+    (prediction,) = predict(trainer.run, trainer.assemble(), [tmp_path / "high.png"], CPU)
     (alone,) = trainer.assemble()(rows[:1].float() / 255).softmax(dim=1)
-    assert sorted(found.confidences) == pytest.approx(sorted(alone.tolist()), abs=1e-4)
+    assert sorted(prediction.confidences) == pytest.approx(sorted(alone.tolist()), abs=1e-4)
 
 
 OWN = """
@@ -193,9 +193,9 @@ def test_only_early_exits_need_a_loss_written_in_python(tmp_path, monkeypatch):
     trainer.fit(samples, samples)
     Image.fromarray(rows[0, 0].numpy()).save(tmp_path / "first.png")
     where = ("--run", tmp_path / "run", "--model", "own_loss_module:network")
-    (found,) = predictions(*where, tmp_path / "first.png")
+    (prediction,) = predictions(*where, tmp_path / "first.png")
     (alone,) = trainer.assemble()(rows[:1].float() / 255).softmax(dim=1)
-    assert found["classes"][0]["confidence"] == pytest.approx(float(alone.max()), abs=1e-4)
+    assert prediction["classes"][0]["confidence"] == pytest.approx(float(alone.max()), abs=1e-4)
     assert greedy("evaluate", *where).exit_code == 0
     assert greedy("export", *where, "--to", tmp_path / "net.safetensors").exit_code == 0
     early = "--until-stage", "1"
@@ -217,9 +217,9 @@ def test_a_memory_budget_holds(run, images):
         net = assemble(directory, None)
         with Counter() as counter:
             counter.add(net.state_dict().values())
-            found = predict(directory, net, images[:40], CPU, memory_budget=budget)
+            results = predict(directory, net, images[:40], CPU, memory_budget=budget)
             counter.reset_peak()  # planning looks at tensors without contents
-            list(found)
+            list(results)
         peaks.append(counter.peak)
     assert peaks[1] <= 210 * 1024 < peaks[0]
 
@@ -228,11 +228,11 @@ def test_a_memory_budget_changes_no_class(run, images):
     tight = ("--run", run, *images[:40])
     within = predictions(*tight, "--top", 10, "--memory-budget", "300KiB")
     for one, other in zip(within, predictions(*tight, "--top", 10), strict=True):
-        found, expected = (
+        results, expected = (
             {each["class"]: each["confidence"] for each in which["classes"]}
             for which in (one, other)
         )
-        assert found == pytest.approx(expected, abs=1e-4)
+        assert results == pytest.approx(expected, abs=1e-4)
     refused = greedy("predict", *tight, "--memory-budget", "10KiB")
     assert refused.exit_code == 2
     assert "raise --memory-budget" in refused.stderr

@@ -109,9 +109,9 @@ def test_early_exit_is_exported(trained: GreedyTrainer, tmp_path: Path, suffix: 
     store = Store(trained.run.store_path(0) / "test")
     images = raw_to_float(next(store.batches(0, 8)), CPU)
     with torch.no_grad():
-        found = loaded(path, images)
-        torch.testing.assert_close(found, trained.assemble(1)(images), atol=1e-3, rtol=0)
-    assert found.std(dim=0).min() > 1e-3  # it has learned something to compare
+        logits = loaded(path, images)
+        torch.testing.assert_close(logits, trained.assemble(1)(images), atol=1e-3, rtol=0)
+    assert logits.std(dim=0).min() > 1e-3  # it has learned something to compare
 
 
 def loaded(path: Path, images: Tensor) -> Tensor:

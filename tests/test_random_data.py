@@ -34,11 +34,11 @@ def source(place, number, shapes, rows=1000, **store):
 
 
 def test_activations_are_in_the_form_of_the_recipe(tmp_path):
-    found = source(tmp_path, 2, MAPS)
+    random = source(tmp_path, 2, MAPS)
     store = Store(tmp_path / "source" / "train")
     assert (store.encoding.name, store.compressor) == ("uint4", "zstd")
-    assert found.in_memory
-    batches = list(found.epoch_batches(2, 0, 24))
+    assert random.in_memory
+    batches = list(random.epoch_batches(2, 0, 24))
     assert {len(batch.labels) for batch in batches} == {24}
     assert len(batches) >= 4
     x = batches[0].inputs()
@@ -49,18 +49,18 @@ def test_activations_are_in_the_form_of_the_recipe(tmp_path):
 
 
 def test_a_source_is_complete_when_it_is_made(tmp_path):
-    found = source(tmp_path, 2, MAPS)
+    random = source(tmp_path, 2, MAPS)
     with pytest.raises(FrozenInstanceError):
-        found.held_out = 8
-    fewer, rows = replace(found, held_out=8), found.stores["train"].rows
+        random.held_out = 8
+    fewer, rows = replace(random, held_out=8), random.stores["train"].rows
     assert sum(len(batch.labels) for batch in fewer.epoch_batches(2, 0, 24)) == rows - 8
 
 
 def test_a_first_stage_reads_and_augments_images(tmp_path):
-    found = source(tmp_path, 1, IMAGES)
-    store = found.stores["train"]
+    random = source(tmp_path, 1, IMAGES)
+    store = random.stores["train"]
     assert store.encoding.stored_dtype == "u1"
-    batch = next(iter(found.epoch_batches(1, 0, 24)))
+    batch = next(iter(random.epoch_batches(1, 0, 24)))
     x = batch.inputs()
     assert x.shape == (24, 1, 8, 8)
     assert -2 <= x.min() < -1.9 < 1.9 < x.max() <= 2  # (0 - 0.5) / 0.25 and (1 - 0.5) / 0.25
@@ -69,9 +69,9 @@ def test_a_first_stage_reads_and_augments_images(tmp_path):
 @pytest.mark.parametrize(("number", "shapes"), [(1, IMAGES), (2, MAPS)])
 def test_what_a_run_would_read_from_disk_is_read_from_disk(tmp_path, number, shapes):
     """It is read in windows, of which there are more than are in memory at once."""
-    found = source(tmp_path, number, shapes, ram_budget="1KiB")
-    store = found.stores["train"]
-    assert not found.in_memory
+    random = source(tmp_path, number, shapes, ram_budget="1KiB")
+    store = random.stores["train"]
+    assert not random.in_memory
     assert store.rows > 2 * window_chunks(store.chunk_rows) * store.chunk_rows
     assert store.rows % 24 == 0
 
@@ -80,7 +80,7 @@ def test_whether_a_store_is_held_in_memory_is_decided_by_the_rows_of_the_run(tmp
     """A row of 144 values takes 72 bytes, and a store has four views."""
     (tmp_path / "few").mkdir()
     (tmp_path / "many").mkdir()
-    few = source(tmp_path / "few", 2, MAPS, rows=1000, ram_budget="400KiB")
-    many = source(tmp_path / "many", 2, MAPS, rows=2000, ram_budget="400KiB")
+    few = source(tmp_path / "few", 2, MAPS, rows=1000, views=4, ram_budget="400KiB")
+    many = source(tmp_path / "many", 2, MAPS, rows=2000, views=4, ram_budget="400KiB")
     assert few.in_memory
     assert not many.in_memory

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_training import CLASSES, SIDE, files, learned, same, trainer, weights
+from small_training import CLASSES, SIDE, files, learned, new_trainer, same, weights
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import v2
 
@@ -77,9 +77,9 @@ RING = {"views": 2, "reuse": 2, "epochs": 5}
 
 
 def fit(run: Path, train=TRAIN, test=TEST, **settings):
-    mine = trainer(run, **({"epochs": 3} | settings))
-    mine.fit(train, test)
-    return mine
+    trainer = new_trainer(run, **({"epochs": 3} | settings))
+    trainer.fit(train, test)
+    return trainer
 
 
 def stored(run: Path, stage: int, split: str = "train") -> np.ndarray:
@@ -138,9 +138,9 @@ def test_the_global_generators_are_left_alone(tmp_path: Path) -> None:
     def states():
         return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()  # noqa: NPY002
 
-    mine, data = trainer(tmp_path / "run", num_workers=0), dataset_from_torch(TRAIN, TEST)
+    trainer, data = new_trainer(tmp_path / "run", num_workers=0), dataset_from_torch(TRAIN, TEST)
     before = states()
-    mine.prepare(data)
+    trainer.prepare(data)
     assert states() == before
 
 
@@ -164,10 +164,10 @@ def test_frozen_transforms_are_drawn_once(tmp_path: Path) -> None:
     recipe = run.path / "run.toml"
     older = recipe.read_text().replace('transforms = "frozen"', "frozen_transforms = true")
     recipe.write_text(older)  # as older versions wrote it
-    trainer(run.path, **frozen).train(retrain_from=1)  # without the data set
+    new_trainer(run.path, **frozen).train(retrain_from=1)  # without the data set
     assert content(run.path) == before
     with pytest.raises(UserError, match=r"data.transforms is 'frozen' there, 'fresh' here"):
-        trainer(run.path, epochs=1)
+        new_trainer(run.path, epochs=1)
 
 
 @pytest.mark.parametrize("transforms", ["fresh", "frozen"])
@@ -210,12 +210,12 @@ class Failing(Drawn):
 
 def test_an_error_in_another_process_names_the_sample(tmp_path: Path) -> None:
     sentence = r"^sample 7 of python train cannot be read \(ValueError: no such file, .*line \d+\)"
-    mine = trainer(tmp_path / "run", num_workers=2)
+    trainer = new_trainer(tmp_path / "run", num_workers=2)
     broken = Failing(TRAIN.samples, noisy)
-    mine.prepare(dataset_from_torch(broken, TEST))
+    trainer.prepare(dataset_from_torch(broken, TEST))
     broken.reads = 5
     with pytest.raises(UserError, match=sentence) as raised:
-        mine.train()
+        trainer.train()
     assert "\n" not in str(raised.value)
 
 
@@ -282,30 +282,30 @@ def test_a_damaged_view_is_computed_again(finished: Path, place: int) -> None:
     (shard,) = (finished / "stage1/activations.zarr/train/activations").glob(f"c.{place}.*")
     before = shard.read_bytes()
     shard.write_bytes(before[:100] + b"\0" + before[101:])
-    mine = trainer(finished, **RING, num_workers=2)
+    trainer = new_trainer(finished, **RING, num_workers=2)
     with pytest.raises(UserError, match="reads its data set again in every pass.*fit"):
-        mine.repair([1])
-    mine.prepare(dataset_from_torch(TRAIN, TEST))
-    (repair,), damages = mine.repair([1])
+        trainer.repair([1])
+    trainer.prepare(dataset_from_torch(TRAIN, TEST))
+    (repair,), damages = trainer.repair([1])
     assert (repair.identical, damages) == (True, [])
     assert shard.read_bytes() == before
 
 
 def test_a_stage_is_trained_again_to_the_same_weights(finished: Path) -> None:
     before = weights(finished, 2)
-    mine = trainer(finished, **RING)
+    trainer = new_trainer(finished, **RING)
     with pytest.raises(UserError, match="reads its data set again in every pass"):
-        mine.train_stage(2, again=True)
-    mine.prepare(dataset_from_torch(TRAIN, TEST))
-    mine.train_stage(2, again=True)
-    mine.train_stage(3, again=True)
+        trainer.train_stage(2, again=True)
+    trainer.prepare(dataset_from_torch(TRAIN, TEST))
+    trainer.train_stage(2, again=True)
+    trainer.train_stage(3, again=True)
     assert same(before, weights(finished, 2))
 
 
 def test_a_stage_that_trains_from_a_store_alone_needs_no_data_set(tmp_path: Path) -> None:
     fit(tmp_path / "run", epochs=1)
     before = weights(tmp_path / "run", 3)
-    trainer(tmp_path / "run", epochs=1).train_stage(3, again=True)
+    new_trainer(tmp_path / "run", epochs=1).train_stage(3, again=True)
     assert same(before, weights(tmp_path / "run", 3))
 
 

@@ -45,27 +45,27 @@ def network():
 @pytest.fixture(scope="module")
 def facts(runs):
     names = [*RUNS, "partial"]
-    found = facts_of([RunDirectory.open(runs / name) for name in names], CPU)
-    return dict(zip(names, found, strict=True))
+    all_facts = facts_of([RunDirectory.open(runs / name) for name in names], CPU)
+    return dict(zip(names, all_facts, strict=True))
 
 
 # What the page says
 
 
 def test_errors_by_stage_are_those_of_status(runs, facts):
-    for name, found in facts.items():
-        assert list(found.stages) == status(RunState.read(RunDirectory.open(runs / name)))
-        spec = charts.errors_by_stage([found])
+    for name, run_facts in facts.items():
+        assert list(run_facts.stages) == status(RunState.read(RunDirectory.open(runs / name)))
+        spec = charts.errors_by_stage([run_facts])
         drawn = {
             (row["stage"], row["split"]): row["error"] for row in spec["layer"][0]["data"]["values"]
         }
-        told = {
+        charted = {
             (each.stage, split): error
-            for each in found.stages
+            for each in run_facts.stages
             for split in ("train", "test")
             if (error := getattr(each, f"{split}_error_percent")) is not None
         }
-        assert drawn == told
+        assert drawn == charted
     assert {stage for stage, _ in drawn} == {1, 2}  # of the partial run, the last
     assert facts["sim"].stages[0].test_error_percent is None
     assert [each["error"] for each in spec["layer"][1]["data"]["values"]] == [8.5]
@@ -73,14 +73,14 @@ def test_errors_by_stage_are_those_of_status(runs, facts):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_the_confusion_matrix_is_that_of_the_assembled_network(runs, facts, name):
-    run, found = RunDirectory.open(runs / name), facts[name].test
+    run, result = RunDirectory.open(runs / name), facts[name].test
     network = assemble(run, build_loss(run.recipe.loss))
     evaluation = evaluate(run, network, "test", CPU)
     store = Store(run.store_path(0) / "test")
-    assert found.confusion.sum(axis=1).tolist() == np.bincount(store.labels).tolist()
-    wrong = int(found.confusion.sum() - np.trace(found.confusion))
-    assert wrong == found.wrong == round(found.error_percent * evaluation.samples / 100)
-    assert found.error_percent == pytest.approx(evaluation.error_percent, abs=0.5)
+    assert result.confusion.sum(axis=1).tolist() == np.bincount(store.labels).tolist()
+    wrong = int(result.confusion.sum() - np.trace(result.confusion))
+    assert wrong == result.wrong == round(result.error_percent * evaluation.samples / 100)
+    assert result.error_percent == pytest.approx(evaluation.error_percent, abs=0.5)
 
 
 def test_the_wrong_images_are_the_most_confident_mistakes(runs, facts):
@@ -105,18 +105,18 @@ def test_the_wrong_images_are_the_most_confident_mistakes(runs, facts):
 
 
 def test_memory_and_disk_are_those_of_the_records(runs, facts):
-    found = facts["predsim"]
+    run_facts = facts["predsim"]
     run = RunDirectory.open(runs / "predsim")
-    assert found.baselines.keys() == BASELINES.keys()
-    assert found.step_memory_bytes == max(
+    assert run_facts.baselines.keys() == BASELINES.keys()
+    assert run_facts.step_memory_bytes == max(
         run.record(n).choices.planned_peak_bytes for n in (1, 2, 3)
     )
-    for each in found.stores:
+    for each in run_facts.stores:
         arrays = [run.store_path(each.stage) / split for split in ("train", "test")]
         assert each.kept and each.bytes <= sum(map(bytes_below, arrays))
         assert each.encoding == Store(arrays[0]).encoding.name
-    assert [each.stage for each in found.stores] == [0, 1, 2]
-    assert found.seconds == sum(run.record(n).seconds for n in (1, 2, 3))
+    assert [each.stage for each in run_facts.stores] == [0, 1, 2]
+    assert run_facts.seconds == sum(run.record(n).seconds for n in (1, 2, 3))
 
 
 def test_of_a_network_trained_at_once_memory_and_time_are_counted_once(facts):
@@ -132,18 +132,18 @@ def test_of_a_network_trained_at_once_memory_and_time_are_counted_once(facts):
 def test_a_dropped_store_is_told(runs, tmp_path):
     path = shutil.copytree(runs / "predsim", tmp_path / "run")
     said("cache", "drop", path / "stage1")
-    found = facts_of([RunDirectory.open(path)], CPU)[0]
-    assert [each.kept for each in found.stores] == [True, False, True]
-    labels = [each["label"] for each in charts.disk(found)["data"]["values"]]
+    run_facts = facts_of([RunDirectory.open(path)], CPU)[0]
+    assert [each.kept for each in run_facts.stores] == [True, False, True]
+    labels = [each["label"] for each in charts.disk(run_facts)["data"]["values"]]
     assert [label.endswith(", deleted") for label in labels] == [False, True, False]
 
 
 def test_what_a_partial_run_lacks_is_said(facts, runs, tmp_path):
-    found = facts["partial"]
-    assert found.test is None
-    assert [each.stage for each in found.similarity.stages] == [0, 1, 2]
-    assert found.missing[0] == "Stage 3 is not begun."
-    assert f"`greedy train --run {runs / 'partial'}` resumes it" in found.missing[1]
+    run_facts = facts["partial"]
+    assert run_facts.test is None
+    assert [each.stage for each in run_facts.similarity.stages] == [0, 1, 2]
+    assert run_facts.missing[0] == "Stage 3 is not begun."
+    assert f"`greedy train --run {runs / 'partial'}` resumes it" in run_facts.missing[1]
     assert facts["predsim"].missing == []
     path = shutil.copytree(runs / "predsim", tmp_path / "empty")
     for number in range(4):
@@ -158,8 +158,8 @@ def test_the_commands_make_the_same_weights(tmp_path, monkeypatch):
     settings = ["data.name=fashion-mnist-sample", "model.hidden_width=8", "training.epochs=1"]
     options = [option for each in settings for option in ("--set", each)]
     said("train", "--recipe", "fashion-mnist/mlp-pred", "--run", "first/it is", *options)
-    found = facts_of([RunDirectory.open(Path("first/it is"))], CPU)[0]
-    for line in found.commands:
+    run_facts = facts_of([RunDirectory.open(Path("first/it is"))], CPU)[0]
+    for line in run_facts.commands:
         said(*shlex.split(line)[1:])
     for stage in ("stage1", "stage2", "stage3", "stage4"):
         first, again = (
@@ -169,9 +169,9 @@ def test_the_commands_make_the_same_weights(tmp_path, monkeypatch):
 
 
 def test_a_recipe_that_does_not_ship_is_in_the_page(runs, facts):
-    found = facts["predsim"]
-    assert found.commands[0] == "greedy train --recipe recipe.toml --run runs/predsim"
-    page = render([found])
+    run_facts = facts["predsim"]
+    assert run_facts.commands[0] == "greedy train --recipe recipe.toml --run runs/predsim"
+    page = render([run_facts])
     shown = re.search(r"The whole recipe</summary><pre>(.*?)</pre>", page, re.DOTALL)[1]
     document = tomllib.loads(shown.replace("&#34;", '"'))
     assert from_document(document) == RunDirectory.open(runs / "predsim").recipe

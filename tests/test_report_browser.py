@@ -40,14 +40,15 @@ def many(runs, tmp_path_factory):
 
 
 def complaints(browser):
-    """What the console says and what the network is asked for, beside the page itself."""
-    told = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
+    """Returns the messages of the console and the requests to the network, except for the page
+    itself."""
+    methods = ("Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Log.entryAdded")
     asked = (
         each["params"]["request"]["url"]
         for each in browser.events
         if each["method"] == "Network.requestWillBeSent"
     )
-    return [each for each in browser.events if each["method"] in told] + [
+    return [each for each in browser.events if each["method"] in methods] + [
         url for url in asked if not url.startswith(("file:///", "data:"))
     ]
 

@@ -61,7 +61,7 @@ class KillAt(Reporter):
             self.how()
 
 
-def trainer(run: Path, reporter: Reporter | None = None, **settings) -> GreedyTrainer:
+def new_trainer(run: Path, reporter: Reporter | None = None, **settings) -> GreedyTrainer:
     torch.manual_seed(0)
     model = mlp(1, SIDE, CLASSES, hidden_layers=2, hidden_width=12, dropout=0.1)
     defaults = {"epochs": 2, "learning_rate": 0.01, "batch_size": 64, "views": 1}
@@ -70,8 +70,9 @@ def trainer(run: Path, reporter: Reporter | None = None, **settings) -> GreedyTr
 
 
 def outcome(run: Path) -> dict[str, object]:
-    """All files of a run without times, memory and the process that wrote them."""
-    found: dict[str, object] = {}
+    """Returns the contents of a run's files without times, memory and the process that wrote
+    them."""
+    contents: dict[str, object] = {}
     for path in sorted(path for path in run.rglob("*") if path.is_file()):
         name = str(path.relative_to(run))
         if name.endswith("stage.json"):
@@ -79,21 +80,21 @@ def outcome(run: Path) -> dict[str, object]:
             document["store"] = document["store"] and document["store"] | {"bytes_written": 0}
             free = ("seconds", "images_per_second", "peak_memory_bytes", "digest")
             free += ("written_before",)
-            kept = {k: v for k, v in document.items() if k not in free}
-            found[name] = kept | {"files": sorted(document["files"])}
+            fields = {k: v for k, v in document.items() if k not in free}
+            contents[name] = fields | {"files": sorted(document["files"])}
         elif name.endswith("history.jsonl"):
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             free = ("seconds", "images_per_second", "waiting_percent")
-            found[name] = [{k: v for k, v in x.items() if k not in free} for x in lines]
+            contents[name] = [{k: v for k, v in x.items() if k not in free} for x in lines]
         elif name not in (".lock", "run.toml"):
-            found[name] = path.read_bytes()
-    return found
+            contents[name] = path.read_bytes()
+    return contents
 
 
 def fit_until_killed(run: Path, batches: int, settings: dict) -> None:
     reporter = KillAt(batches, lambda: os.kill(os.getpid(), signal.SIGKILL))
     torch.set_num_threads(1)
-    trainer(run, reporter, **settings).fit(TRAIN, TEST)
+    new_trainer(run, reporter, **settings).fit(TRAIN, TEST)
 
 
 KILLED = {
@@ -119,7 +120,7 @@ AT_ONCE = ("ring", "patient-joint", "float16")  # each of them has what the slow
 )
 def test_a_run_killed_anywhere_ends_the_same(tmp_path: Path, settings: dict) -> None:
     torch.set_num_threads(1)
-    trainer(tmp_path / "whole", **settings).fit(TRAIN, TEST)
+    new_trainer(tmp_path / "whole", **settings).fit(TRAIN, TEST)
     expected = outcome(tmp_path / "whole")
     # Forked from a server that has only imported: autograd's threads do not survive a fork.
     server = multiprocessing.get_context("forkserver")
@@ -140,59 +141,59 @@ def test_the_scale_of_a_float16_loss_is_resumed(tmp_path: Path) -> None:
     for steps in (2, 4):  # the second process counts on from the first one's two
         reporter = KillAt(2, lambda: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(Interrupted):
-            trainer(tmp_path / "run", reporter, **HALF).fit(TRAIN, TEST)
-        (kept,) = (tmp_path / "run/stage1/training/checkpoint").glob("*.safetensors")
-        assert load_file(kept)["0.scale.steps"] == steps
+            new_trainer(tmp_path / "run", reporter, **HALF).fit(TRAIN, TEST)
+        (tensors,) = (tmp_path / "run/stage1/training/checkpoint").glob("*.safetensors")
+        assert load_file(tensors)["0.scale.steps"] == steps
 
 
 def test_a_signal_finishes_the_batch_and_keeps_it(tmp_path: Path) -> None:
-    trainer(tmp_path / "whole").fit(TRAIN, TEST)
+    new_trainer(tmp_path / "whole").fit(TRAIN, TEST)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         reporter = KillAt(3, lambda number=number: os.kill(os.getpid(), number))
-        cut = trainer(tmp_path / "cut", reporter, checkpoint_minutes=60)
+        cut = new_trainer(tmp_path / "cut", reporter, checkpoint_minutes=60)
         with pytest.raises(Interrupted, match="in stage 1 after .* resumes there") as caught:
             cut.fit(TRAIN, TEST)
         assert caught.value.signal == number
         progress = tmp_path / "cut/stage1/training/checkpoint/progress.json"
         assert json.loads(progress.read_text())["progress"]["position"] > 0
-    trainer(tmp_path / "cut", checkpoint_minutes=60).fit(TRAIN, TEST)
+    new_trainer(tmp_path / "cut", checkpoint_minutes=60).fit(TRAIN, TEST)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 
 
 def test_a_crash_between_new_views_and_their_record_is_noticed(tmp_path: Path) -> None:
-    mine = trainer(tmp_path / "run", **RING)
-    mine.fit(TRAIN, TEST)
+    trainer = new_trainer(tmp_path / "run", **RING)
+    trainer.fit(TRAIN, TEST)
     expected = outcome(tmp_path / "run")
-    record = mine.run.record(1)
+    record = trainer.run.record(1)
     assert record.store.view_numbers == [2, 1]
     unknown = record.store.ring.with_view(0, -1)  # as it is at the exchange
     record.update_store(tmp_path / "run/stage1", ring=unknown)
-    mine.train_stage(2, again=True)
-    found = outcome(tmp_path / "run")
+    trainer.train_stage(2, again=True)
+    contents = outcome(tmp_path / "run")
     trained = {name for name in expected if name.startswith("stage1/")}
     trained |= {f"stage2/{name}" for name in ("encoder.safetensors", "history.jsonl")}
-    assert {name: found[name] for name in trained} == {name: expected[name] for name in trained}
+    assert {name: contents[name] for name in trained} == {name: expected[name] for name in trained}
 
 
 def test_a_stage_outside_its_run_resumes_too(tmp_path: Path) -> None:
-    trainer(tmp_path / "run").fit(TRAIN, TEST)
-    cut = trainer(tmp_path / "run", KillAt(3, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    new_trainer(tmp_path / "run").fit(TRAIN, TEST)
+    cut = new_trainer(tmp_path / "run", KillAt(3, lambda: os.kill(os.getpid(), signal.SIGINT)))
     with pytest.raises(Interrupted):
         cut.train_stage(2, to=tmp_path / "there")
-    trainer(tmp_path / "run").train_stage(2, to=tmp_path / "there")
+    new_trainer(tmp_path / "run").train_stage(2, to=tmp_path / "there")
     assert outcome(tmp_path / "there") == outcome(tmp_path / "run/stage2")
     with pytest.raises(UserError, match="exists already"):
-        trainer(tmp_path / "run").train_stage(2, to=tmp_path / "there")
-    kept = outcome(tmp_path / "there")
+        new_trainer(tmp_path / "run").train_stage(2, to=tmp_path / "there")
+    before = outcome(tmp_path / "there")
     (tmp_path / "there").rename(tmp_path / ".there.new")  # a crash while it takes its place
     (tmp_path / "there").mkdir()
-    again = trainer(tmp_path / "run", KillAt(1, lambda: pytest.fail("it was trained")))
+    again = new_trainer(tmp_path / "run", KillAt(1, lambda: pytest.fail("it was trained")))
     assert again.train_stage(2, to=tmp_path / "there").stage == 2
-    assert outcome(tmp_path / "there") == kept
+    assert outcome(tmp_path / "there") == before
     assert not (tmp_path / ".there.new").exists()
     (tmp_path / "there").rename(tmp_path / ".there.new")
     with pytest.raises(UserError, match="exists already"):  # it is another stage
-        trainer(tmp_path / "run").train_stage(1, to=tmp_path / "there")
+        new_trainer(tmp_path / "run").train_stage(1, to=tmp_path / "there")
 
 
 class Listener(Reporter):
@@ -218,49 +219,49 @@ def test_a_retraining_resumes(
     tmp_path: Path, asked: int, again: int | None, left: list[int]
 ) -> None:
     run = tmp_path / "run"
-    trainer(run).fit(TRAIN, TEST)
+    new_trainer(run).fit(TRAIN, TEST)
     expected = outcome(run)
     with pytest.raises(Interrupted, match="in stage 2 .* the same command resumes there"):
-        trainer(run, Listener(interrupted=2)).train(asked)
+        new_trainer(run, Listener(interrupted=2)).train(asked)
     listener = Listener()
-    trainer(run, listener).train(again)
+    new_trainer(run, listener).train(again)
     assert listener.trained == left
     assert outcome(run) == expected
     listener = Listener()
-    trainer(run, listener).train(asked)  # done once, it can be asked for anew
+    new_trainer(run, listener).train(asked)  # done once, it can be asked for anew
     assert listener.trained == list(range(asked, 4))
 
 
 def test_a_retraining_resumes_if_the_old_stages_are_stale(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    trainer(run).fit(TRAIN, TEST)
-    cut, mine = trainer(run, Listener(interrupted=2)), trainer(run)
-    cut._planner.loss = mine._planner.loss = Pred()
+    new_trainer(run).fit(TRAIN, TEST)
+    cut, trainer = new_trainer(run, Listener(interrupted=2)), new_trainer(run)
+    cut._planner.loss = trainer._planner.loss = Pred()
     with pytest.raises(Interrupted):
         cut.train(1)
-    assert states(mine.run, (1, 2, 3)) == ["complete", "stale", "stale"]
-    mine.train()
-    assert states(mine.run, (1, 2, 3)) == ["complete"] * 3
+    assert states(trainer.run, (1, 2, 3)) == ["complete", "stale", "stale"]
+    trainer.train()
+    assert states(trainer.run, (1, 2, 3)) == ["complete"] * 3
 
 
 def test_a_damaged_file_of_a_retraining_is_named(tmp_path: Path) -> None:
-    trainer(tmp_path / "run").fit(TRAIN, TEST)
+    new_trainer(tmp_path / "run").fit(TRAIN, TEST)
     (tmp_path / "run/retraining.json").write_text('{"first": 1, "left": -2}')
     with pytest.raises(UserError, match="retraining.json is damaged: delete it"):
-        trainer(tmp_path / "run").train()
+        new_trainer(tmp_path / "run").train()
 
 
 @pytest.mark.parametrize("name", ["start.json", "progress.json", "*.safetensors"])
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str) -> None:
     reporter = KillAt(3, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(Interrupted):
-        trainer(tmp_path / "run", reporter).fit(TRAIN, TEST)
+        new_trainer(tmp_path / "run", reporter).fit(TRAIN, TEST)
     (path,) = (tmp_path / "run/stage1/training/checkpoint").glob(name)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
     path.write_bytes(data)
     with pytest.raises(UserError, match=f"{path.name} is damaged .*: delete .*training"):
-        trainer(tmp_path / "run").train()
+        new_trainer(tmp_path / "run").train()
 
 
 def test_user_defined_optimisers_resume(tmp_path: Path) -> None:
@@ -268,9 +269,9 @@ def test_user_defined_optimisers_resume(tmp_path: Path) -> None:
         return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True)
 
     def make(run, reporter=None):
-        mine = trainer(tmp_path / run, reporter)
-        mine._planner.optimizer = optimizer
-        return mine
+        trainer = new_trainer(tmp_path / run, reporter)
+        trainer._planner.optimizer = optimizer
+        return trainer
 
     make("whole").fit(TRAIN, TEST)
     with pytest.raises(Interrupted):
@@ -290,19 +291,19 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_named(tmp_path: Path) 
 
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), Spoilt(), nn.Linear(8, 3))
     settings = {"epochs": 4, "batch_size": 64, "learning_rate": 0.01, "precision": "float32"}
-    mine = GreedyTrainer(model, run_dir=tmp_path / "run", device="cpu", **settings)
+    trainer = GreedyTrainer(model, run_dir=tmp_path / "run", device="cpu", **settings)
     text = r"stage 1 is not finite in epoch 2, step 3, at a learning rate of 0.01 \(the last good"
     with pytest.raises(TrainingError, match=text + " checkpoint is after epoch 1"):
-        mine.fit(TRAIN, TEST)
-    (kept,) = (tmp_path / "run/stage1/training/checkpoint").glob("*.safetensors")
-    assert all(torch.isfinite(v).all() for v in load_file(kept).values())
+        trainer.fit(TRAIN, TEST)
+    (tensors,) = (tmp_path / "run/stage1/training/checkpoint").glob("*.safetensors")
+    assert all(torch.isfinite(v).all() for v in load_file(tensors).values())
 
 
 def test_only_one_process_writes(tmp_path: Path) -> None:
-    mine = trainer(tmp_path / "run")
-    mine.fit(TRAIN, TEST)
-    with mine.run.write_lock():
-        other = trainer(tmp_path / "run")
+    trainer = new_trainer(tmp_path / "run")
+    trainer.fit(TRAIN, TEST)
+    with trainer.run.write_lock():
+        other = new_trainer(tmp_path / "run")
         for attempt in (other.train, lambda: other.train_stage(1), lambda: other.fit(TRAIN, TEST)):
             with pytest.raises(UserError, match=f"is in use by process {os.getpid()} on .* since"):
                 attempt()
@@ -333,12 +334,12 @@ def test_moments_come_back_in_the_layout_of_their_weights(tmp_path: Path) -> Non
         start.write(tmp_path)
         return Checkpoints(tmp_path, Greedy(learner), Milestones(0.1, 0.5, []), 10, start)
 
-    kept, again = checkpoints(), checkpoints()
-    (learner,), (other,) = kept.strategy.learners, again.strategy.learners
+    saved, again = checkpoints(), checkpoints()
+    (learner,), (other,) = saved.strategy.learners, again.strategy.learners
     x = torch.randn(8, 2, 4, 4).contiguous(memory_format=torch.channels_last)
     set_first_rates([learner.optimizer, other.optimizer])
     step(learner, Batch(torch.arange(8) % 2, x.__getitem__), Guard(), 0)
-    kept.save(Progress(epoch=1))
+    saved.save(Progress(epoch=1))
     again.load()
     weight, moments = other.stage.layer[0].weight, other.optimizer.state
     assert weight.is_contiguous(memory_format=torch.channels_last) and not weight.is_contiguous()

@@ -8,7 +8,7 @@ import pytest
 from command_line import said
 from hypothesis import given
 from hypothesis import strategies as st
-from small_training import TEST, TRAIN, files, learned, same, trainer, weights
+from small_training import TEST, TRAIN, files, learned, new_trainer, same, weights
 
 from greedy import Reporter, RunDirectory, UserError
 from greedy.cache import Store, row_order, verify
@@ -28,7 +28,7 @@ def train_split(run: Path, stage: int = 1) -> Path:
 @pytest.fixture(scope="module", params=[None, "1B"], ids=["in-memory", "from-disk"])
 def finished(tmp_path_factory, request) -> Path:
     run = tmp_path_factory.mktemp("ring") / "run"
-    trainer(run, **RING, ram_budget=request.param).fit(TRAIN, TEST)
+    new_trainer(run, **RING, ram_budget=request.param).fit(TRAIN, TEST)
     return run
 
 
@@ -47,7 +47,7 @@ def test_the_oldest_view_makes_room_for_the_next(finished: Path) -> None:
 def test_a_view_is_what_its_number_says(finished: Path, tmp_path: Path) -> None:
     """Views 3 and 4 have the bytes that they have in a store of the first five."""
     settings = RING | {"views": 5, "reuse": 0, "epochs": [7, 1, 1]}
-    trainer(tmp_path / "run", **settings).fit(TRAIN, TEST)
+    new_trainer(tmp_path / "run", **settings).fit(TRAIN, TEST)
     assert same(weights(tmp_path / "run", 1), weights(finished, 1))
     five, two = Store(train_split(tmp_path / "run")).load(), Store(train_split(finished)).load()
     np.testing.assert_array_equal(two, five[[4, 3]])
@@ -55,17 +55,17 @@ def test_a_view_is_what_its_number_says(finished: Path, tmp_path: Path) -> None:
 
 
 def test_a_stage_that_is_trained_again_begins_with_the_first_views(finished: Path) -> None:
-    mine = trainer(finished, **RING)
+    trainer = new_trainer(finished, **RING)
     before = weights(finished, 2), files(finished / "stage2/activations.zarr")
-    records = [mine.run.record(n) for n in (1, 2)]
-    again = mine.train_stage(2, again=True)
+    records = [trainer.run.record(n) for n in (1, 2)]
+    again = trainer.train_stage(2, again=True)
     assert again.lineage == records[1].lineage
     assert same(before[0], weights(finished, 2))
     assert again.store.digests != records[1].store.digests  # of views 0 and 1, as it began
-    mine.train_stage(3, again=True)
+    trainer.train_stage(3, again=True)
     assert files(finished / "stage2/activations.zarr") == before[1]
-    assert mine.run.record(1).store.digests == records[0].store.digests
-    assert mine.run.record(2).store.digests == records[1].store.digests
+    assert trainer.run.record(1).store.digests == records[0].store.digests
+    assert trainer.run.record(2).store.digests == records[1].store.digests
 
 
 def test_rows_are_drawn_little_by_little(tmp_path: Path) -> None:
@@ -78,7 +78,7 @@ def test_rows_are_drawn_little_by_little(tmp_path: Path) -> None:
         def writing_started(self, stage: int, split: str, rows: int) -> None:
             self.heard.append(f"stage {stage}: {rows} rows of {split}")
 
-    trainer(tmp_path / "run", **RING, reporter=(reporter := Watch())).fit(TRAIN, TEST)
+    new_trainer(tmp_path / "run", **RING, reporter=(reporter := Watch())).fit(TRAIN, TEST)
     assert reporter.heard == [
         f"stage {n}: {rows}" for n in (1, 2) for rows in ("800 rows of train", "100 rows of test")
     ]  # no view was drawn at once
@@ -90,26 +90,26 @@ def test_a_damaged_view_is_computed_again(finished: Path, place: int) -> None:
     (shard,) = (train_split(finished) / "activations").glob(f"c.{place}.*")
     before = shard.read_bytes()
     shard.write_bytes(before[:100] + b"\0" + before[101:])
-    mine = trainer(finished, **RING)
-    (repair,), damages = mine.repair([1])
+    trainer = new_trainer(finished, **RING)
+    (repair,), damages = trainer.repair([1])
     assert (repair.identical, damages) == (True, [])
     assert shard.read_bytes() == before
-    assert mine.run.record(1).store == store
+    assert trainer.run.record(1).store == store
 
 
 def test_a_dropped_store_comes_back_with_its_views(finished: Path) -> None:
-    mine = trainer(finished, **RING)
-    before, store = files(train_split(finished)), mine.run.record(1).store
-    mine.run.drop_stores(1)
-    repairs, damages = mine.repair([1], dropped=True)
+    trainer = new_trainer(finished, **RING)
+    before, store = files(train_split(finished)), trainer.run.record(1).store
+    trainer.run.drop_stores(1)
+    repairs, damages = trainer.repair([1], dropped=True)
     assert all(repair.identical for repair in repairs) and not damages
     assert files(train_split(finished)) == before
-    assert mine.run.record(1).store.ring == store.ring
+    assert trainer.run.record(1).store.ring == store.ring
 
 
 def test_views_of_an_older_version_are_not_trained_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    trainer(run, **RING).fit(TRAIN, TEST)
+    new_trainer(run, **RING).fit(TRAIN, TEST)
     for name in ("run.toml",):
         text = (run / name).read_text()
         (run / name).write_text(text.replace("reuse = 2", "refresh_every = 2"))
@@ -117,11 +117,11 @@ def test_views_of_an_older_version_are_not_trained_on(tmp_path: Path) -> None:
     record.update_store(run / "stage1", ring=None, generation=3)
     assert "complete" in said("status", "--run", str(run))
     with pytest.raises(UserError, match=r"stage 1's store are of an older version.*--retrain 1"):
-        trainer(run, **RING).train_stage(2, again=True)
+        new_trainer(run, **RING).train_stage(2, again=True)
 
 
 def test_frozen_records_are_those_of_older_versions(tmp_path: Path) -> None:
-    trainer(tmp_path / "run", augmentation="hflip", reuse=0).fit(TRAIN, TEST)
+    new_trainer(tmp_path / "run", augmentation="hflip", reuse=0).fit(TRAIN, TEST)
     document = json.loads((tmp_path / "run/stage1/stage.json").read_text())
     assert "ring" not in document["store"]
     assert "reuse" not in document["resolved"]

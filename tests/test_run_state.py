@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from command_line import answer
-from small_training import TEST, TRAIN, states, trainer
+from small_training import TEST, TRAIN, new_trainer, states
 
 from greedy import RunState, UserError
 from greedy.runs import record
@@ -14,7 +14,7 @@ from greedy.runs import record
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("state") / "run"
-    trainer(place, epochs=1).fit(TRAIN, TEST)
+    new_trainer(place, epochs=1).fit(TRAIN, TEST)
     return place
 
 
@@ -40,36 +40,36 @@ def test_status_reads_each_record_once(run: Path, reads: Counter[str]) -> None:
 def test_a_training_with_nothing_to_do_reads_each_record_once(
     run: Path, reads: Counter[str]
 ) -> None:
-    mine = trainer(run, epochs=1)
+    trainer = new_trainer(run, epochs=1)
     reads.clear()
-    assert len(mine.train()) == 3
+    assert len(trainer.train()) == 3
     del reads["stage0"]  # also compared with the recipe when the lock is taken
     assert reads == {f"stage{number}": 1 for number in range(1, 4)}
 
 
 def test_a_training_reads_a_record_once_it_is_written(tmp_path: Path, reads: Counter[str]) -> None:
-    trainer(tmp_path / "run", epochs=1).fit(TRAIN, TEST)
+    new_trainer(tmp_path / "run", epochs=1).fit(TRAIN, TEST)
     del reads["stage0"]
     assert reads == {f"stage{number}": 1 for number in range(1, 4)}
 
 
 def test_a_state_stays_as_it_was_read(tmp_path: Path) -> None:
-    mine = trainer(tmp_path / "run", epochs=1)
-    before = RunState.read(mine.run)
-    mine.fit(TRAIN, TEST)
+    trainer = new_trainer(tmp_path / "run", epochs=1)
+    before = RunState.read(trainer.run)
+    trainer.fit(TRAIN, TEST)
     assert [before.stage_state(n) for n in range(4)] == ["pending"] * 4
     assert not before.is_finished
     after = before.read_again(0, 1)
     assert [after.stage_state(n) for n in (1, 2)] == ["complete", "pending"]
     assert after.has_store(1)
-    assert states(mine.run, range(4)) == ["complete"] * 4
+    assert states(trainer.run, range(4)) == ["complete"] * 4
 
 
 def test_a_damaged_record_is_told_to_those_who_need_it(tmp_path: Path) -> None:
-    mine = trainer(tmp_path / "run", epochs=1)
-    mine.fit(TRAIN, TEST)
+    trainer = new_trainer(tmp_path / "run", epochs=1)
+    trainer.fit(TRAIN, TEST)
     (tmp_path / "run/stage2/stage.json").write_text("{}")
-    state = RunState.read(mine.run)
+    state = RunState.read(trainer.run)
     assert state.complete_record(1).stage == 1
     for number in (2, 3):
         with pytest.raises(UserError, match="stage2/stage.json is damaged"):

@@ -21,10 +21,10 @@ def make_learner(optimizer=torch.optim.Adam, **settings) -> Learner:
     stage = cut(nn.Sequential(*network, nn.Flatten(), nn.Linear(6 * 36, CLASSES)))[0]
     loss = PredSim(beta=0.5)
     scale = LossScale()
-    found = Learner(stage, loss.heads((6, 6, 6), CLASSES), loss, CLASSES, "float16", scale=scale)
-    found.optimizer = optimizer(found.parameters(), lr=0.01, **settings)
-    found.train()
-    return found
+    learner = Learner(stage, loss.heads((6, 6, 6), CLASSES), loss, CLASSES, "float16", scale=scale)
+    learner.optimizer = optimizer(learner.parameters(), lr=0.01, **settings)
+    learner.train()
+    return learner
 
 
 def make_batch() -> Batch:
@@ -93,7 +93,7 @@ def test_float16_learns_as_float32_does() -> None:
 
     wide = make_learner(fused=True)
     wide.precision, wide.scale = "float32", None
-    expected, found = losses(wide), losses(make_learner(fused=True))
+    expected, actual = losses(wide), losses(make_learner(fused=True))
     assert expected[-1] < expected[0] / 2
-    assert found[-1] < found[0] / 2
-    assert (found[0] - expected[0]).abs() < 16 * torch.finfo(torch.float16).eps * expected[0]
+    assert actual[-1] < actual[0] / 2
+    assert (actual[0] - expected[0]).abs() < 16 * torch.finfo(torch.float16).eps * expected[0]

@@ -61,7 +61,7 @@ def network(classes: int = CLASSES) -> nn.Sequential:
 
 
 def images(rows: int, classes: int = CLASSES) -> TensorDataset:
-    """Noise over a pattern a class."""
+    """Returns noise over a pattern for each class."""
     generator = torch.Generator().manual_seed(1)
     patterns = torch.rand(classes, 1, 8, 8, generator=generator)
     labels = torch.randint(classes, (rows,), generator=generator)

@@ -30,7 +30,8 @@ ROWS, CLASSES = 64, 10
 
 
 def trained(steps: int, **settings) -> tuple[Learner, dict[str, torch.Tensor]]:
-    """The second stage of a narrow VGG8B after some steps, and what it has learned."""
+    """Trains the second stage of a narrow VGG8B for some steps. Returns it, and what it has
+    learned."""
     torch.manual_seed(0)
     stages = cut(vgg8b(3, 32, CLASSES, feature_multiplier=0.25))
     stage, shape, loss = stages[1], shapes(stages, (3, 32, 32))[1], PredSim()
@@ -55,23 +56,23 @@ def trained(steps: int, **settings) -> tuple[Learner, dict[str, torch.Tensor]]:
 def test_graphs_change_no_number(compiled_rows: int) -> None:
     set_determinism(DEVICE, True)
     _, expected = trained(8, compiled_rows=compiled_rows)
-    learner, found = trained(8, compiled_rows=compiled_rows, graph_rows=ROWS)
+    learner, numbers = trained(8, compiled_rows=compiled_rows, graph_rows=ROWS)
     assert learner._graph is not None
     assert (learner.compiled_rows, learner.compiling_failed) == (compiled_rows, "")
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)
+        torch.testing.assert_close(numbers[name], value, rtol=0, atol=0, msg=name)
 
 
 def test_graphs_leave_no_memory_behind() -> None:
-    def kept(graphs: bool) -> int:
+    def reserved(graphs: bool) -> int:
         learner, _ = trained(8, graph_rows=ROWS if graphs else 0)
         learner.release()
         del learner, _
         torch.cuda.empty_cache()
         return torch.cuda.memory_reserved()
 
-    kept(False)  # libraries take their workspaces
-    assert kept(True) <= kept(False)
+    reserved(False)  # libraries take their workspaces
+    assert reserved(True) <= reserved(False)
 
 
 def test_graphs_give_way_where_memory_is_short() -> None:
@@ -98,8 +99,8 @@ def test_tf32_is_for_convolutions_that_need_not_be_deterministic() -> None:
     exact = F.conv2d(x.double(), weight.double(), padding=1).to(DEVICE)
 
     def error() -> float:
-        found = F.conv2d(x.to(DEVICE), weight.to(DEVICE), padding=1)
-        return float((found - exact).abs().max() / exact.abs().max())
+        product = F.conv2d(x.to(DEVICE), weight.to(DEVICE), padding=1)
+        return float((product - exact).abs().max() / exact.abs().max())
 
     set_determinism(DEVICE, True)
     assert error() < 1e-5
@@ -159,10 +160,10 @@ def test_a_constant_map_deviates_by_nothing_where_compiled_too(precision: torch.
         return deviation(F.leaky_relu(x * 3.0 - 0.7, 0.01))
 
     x = torch.full((8, 16, 12, 12), 0.1, device=DEVICE, dtype=precision, requires_grad=True)
-    found = torch.compile(deviations)(x)
-    found.sum().backward()
+    computed = torch.compile(deviations)(x)
+    computed.sum().backward()
     assert x.grad is not None
-    assert not found.any()
+    assert not computed.any()
     assert not x.grad.any()
 
 

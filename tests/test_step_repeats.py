@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_training import TEST, TRAIN, same, trainer, weights
+from small_training import TEST, TRAIN, new_trainer, same, weights
 from torch import nn
 
 from greedy.base.errors import TrainingError
@@ -63,7 +63,7 @@ class FailsHalfWay(torch.optim.AdamW):
 
 
 def _real(parameter: torch.Tensor) -> bool:
-    """Not one that stands in while memory is counted."""
+    """Returns whether a parameter is real, not a fake one on which memory is counted."""
     return type(parameter.data) is torch.Tensor
 
 
@@ -81,7 +81,7 @@ def shallow() -> nn.Sequential:
 
 
 def fit(run: Path, optimizer) -> None:
-    trainer(run, shallow(), optimizer=optimizer, views=1).fit(TRAIN, TEST)
+    new_trainer(run, shallow(), optimizer=optimizer, views=1).fit(TRAIN, TEST)
 
 
 def test_an_optimizer_that_fails_half_way_ends_the_stage_at_its_last_checkpoint(
@@ -112,12 +112,12 @@ def test_an_optimizer_steps_once_a_batch_whatever_it_runs_out_of() -> None:
             super().step(closure)
             raise torch.OutOfMemoryError
 
-    mine, guard = Seeded(Counts, lr=0.01, foreach=True), Guard()
+    seeded, guard = Seeded(Counts, lr=0.01, foreach=True), Guard()
     with pytest.raises(OptimizerFailed):
-        mine.step(0, guard)
-    assert mine.learner.optimizer.calls == 1
-    assert mine.learner.memory == StepMemory()  # a smaller mode would not have helped
-    counts = {float(state["step"]) for state in mine.learner.optimizer.state.values()}
+        seeded.step(0, guard)
+    assert seeded.learner.optimizer.calls == 1
+    assert seeded.learner.memory == StepMemory()  # a smaller mode would not have helped
+    counts = {float(state["step"]) for state in seeded.learner.optimizer.state.values()}
     assert counts == {1.0}
 
 
@@ -158,17 +158,17 @@ def test_a_repeated_step_draws_the_same_and_moves_statistics_once(
 ) -> None:
     def trained(failures: int) -> dict[str, torch.Tensor]:
         monkeypatch.setattr(Own, "failures", failures)
-        mine = Seeded(loss=Own())
-        mine.learner.graph_rows = failures  # a graph gives way to whatever fails
+        seeded = Seeded(loss=Own())
+        seeded.learner.graph_rows = failures  # a graph gives way to whatever fails
         torch.manual_seed(5)
-        mine.step(0, Guard())
-        assert not mine.learner.graph_rows
-        heads = mine.learner.heads.state_dict()
-        return heads | {f"stage.{k}": v for k, v in mine.learner.stage.state_dict().items()}
+        seeded.step(0, Guard())
+        assert not seeded.learner.graph_rows
+        heads = seeded.learner.heads.state_dict()
+        return heads | {f"stage.{k}": v for k, v in seeded.learner.stage.state_dict().items()}
 
-    expected, found = trained(0), trained(1)
+    expected, repeated = trained(0), trained(1)
     assert expected["norm.num_batches_tracked"] == 1
-    assert same(found, expected)
+    assert same(repeated, expected)
 
 
 class Rooted(Pred):
@@ -186,28 +186,28 @@ FUSED = [(torch.optim.Adam, {"fused": True}), (torch.optim.Adam, {}), (torch.opt
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_noted(
     optimizer, settings, mode: Mode
 ) -> None:
-    mine, guard = Seeded(optimizer, Rooted(), lr=0.1, **settings), Guard()
-    mine.learner.memory = StepMemory(mode, 4)
-    before = mine.weights
-    mine.step(6, guard)
+    seeded, guard = Seeded(optimizer, Rooted(), lr=0.1, **settings), Guard()
+    seeded.learner.memory = StepMemory(mode, 4)
+    before = seeded.weights
+    seeded.step(6, guard)
     assert (guard.step, guard.in_loss) == (7, False)
-    assert all(map(torch.equal, mine.weights, before))
+    assert all(map(torch.equal, seeded.weights, before))
 
 
 def test_float16_s_scale_cannot_help_a_gradient_that_is_none() -> None:
-    mine, guard = Seeded(loss=Rooted(), scale=LossScale(), lr=0.1), Guard()
-    before = mine.weights
+    seeded, guard = Seeded(loss=Rooted(), scale=LossScale(), lr=0.1), Guard()
+    before = seeded.weights
     for position in range(40):
-        mine.step(position, guard)
+        seeded.step(position, guard)
     assert guard.step is not None and 30 <= guard.step < 40  # it was halved until then
-    assert all(map(torch.equal, mine.weights, before))
+    assert all(map(torch.equal, seeded.weights, before))
 
 
 def test_of_several_bad_steps_the_first_is_told() -> None:
-    mine, guard = Seeded(lr=0.1), Guard()
+    seeded, guard = Seeded(lr=0.1), Guard()
     for position, good in enumerate([True, False, True]):
-        mine.learner.loss = Sim() if good else lambda f, y: f.z.sum() * float("nan")
-        mine.step(position, guard)
+        seeded.learner.loss = Sim() if good else lambda f, y: f.z.sum() * float("nan")
+        seeded.step(position, guard)
     assert (guard.step, guard.in_loss) == (2, True)
 
 
@@ -226,14 +226,16 @@ def test_the_last_good_checkpoint_stays_one(tmp_path: Path, strategy: str) -> No
 
     torch.manual_seed(0)
     layers = [nn.Flatten(), nn.Linear(64, 8), RootedLater(), nn.ReLU(), nn.Linear(8, 3)]
-    mine = trainer(tmp_path / "run", nn.Sequential(*layers), strategy=strategy, epochs=3, views=1)
+    trainer = new_trainer(
+        tmp_path / "run", nn.Sequential(*layers), strategy=strategy, epochs=3, views=1
+    )
     title = "stage 1" if strategy == "greedy" else "the network"
     said = f"the loss of {title} is finite and its gradient is not finite in epoch 2, step 4"
     with pytest.raises(TrainingError, match=said) as caught:
-        mine.fit(TRAIN, TEST)
+        trainer.fit(TRAIN, TEST)
     assert "the last good checkpoint is after epoch 1" in str(caught.value)
-    (kept,) = (tmp_path / "run").rglob("checkpoint/*.safetensors")
-    assert all(torch.isfinite(v).all() for v in load_file(kept).values())
+    (tensors,) = (tmp_path / "run").rglob("checkpoint/*.safetensors")
+    assert all(torch.isfinite(v).all() for v in load_file(tensors).values())
 
 
 def test_weights_that_an_optimizer_spoils_are_not_kept(tmp_path: Path) -> None:
@@ -249,11 +251,11 @@ def test_weights_that_an_optimizer_spoils_are_not_kept(tmp_path: Path) -> None:
             if Spoils.steps == 2 * STEPS:
                 p.data.fill_(float("inf"))
 
-    mine = trainer(tmp_path / "run", optimizer=Spoils, epochs=3)
+    trainer = new_trainer(tmp_path / "run", optimizer=Spoils, epochs=3)
     with pytest.raises(TrainingError, match="what stage 1 has learned is not finite in epoch 2"):
-        mine.fit(TRAIN, TEST)
-    (kept,) = (tmp_path / "run").rglob("checkpoint/*.safetensors")
-    assert all(torch.isfinite(v).all() for v in load_file(kept).values())
+        trainer.fit(TRAIN, TEST)
+    (tensors,) = (tmp_path / "run").rglob("checkpoint/*.safetensors")
+    assert all(torch.isfinite(v).all() for v in load_file(tensors).values())
 
 
 @pytest.mark.parametrize("mode", [mode for mode in Mode if mode.streams])
@@ -263,26 +265,26 @@ def test_a_streaming_mode_on_a_cpu_hides_no_error(mode: Mode) -> None:
     def broken(features: Features, y: torch.Tensor) -> torch.Tensor:
         raise ZeroDivisionError("the user's own")
 
-    mine = Seeded()
-    mine.learner.memory, mine.learner.loss = StepMemory(mode, 4), broken
+    seeded = Seeded()
+    seeded.learner.memory, seeded.learner.loss = StepMemory(mode, 4), broken
     with pytest.raises(ZeroDivisionError, match="the user's own"):
-        mine.step(0, Guard())
+        seeded.step(0, Guard())
 
 
 def test_a_streaming_mode_on_a_cpu_goes_on_to_those_that_make_a_difference() -> None:
     assert StepMemory(Mode.KEEP_C_STREAM_X, 4).smaller("cpu") == StepMemory(Mode.KEEP_NOTHING, 4)
     assert StepMemory(Mode.STREAM_X, 4).smaller("cpu") == StepMemory(Mode.STREAM_X, 2)
     assert StepMemory(Mode.STREAM_X, 1).smaller("cpu") is None
-    mine = Seeded(lr=0.01)
-    mine.learner.memory = StepMemory(Mode.KEEP_C_STREAM_X, 4)
+    seeded = Seeded(lr=0.01)
+    seeded.learner.memory = StepMemory(Mode.KEEP_C_STREAM_X, 4)
     with Counter() as allocator:
         for position in range(3):
             if position == 2:  # what a step has taken is too much from here on
                 room = allocator.peak - allocator.live
                 allocator.limit = allocator.live + room * 2 // 3
             allocator.reset_peak()
-            mine.step(position, Guard())
-    assert mine.learner.memory.mode is Mode.KEEP_NOTHING
+            seeded.step(position, Guard())
+    assert seeded.learner.memory.mode is Mode.KEEP_NOTHING
 
 
 @pytest.mark.parametrize(
@@ -303,13 +305,13 @@ def test_moments_made_before_the_first_step_are_those_that_it_would_make(kind, s
         ahead.step(position, Guard())
         lazy.step(position, Guard())
     assert all(torch.equal(a, b) for a, b in zip(ahead.weights, lazy.weights, strict=True))
-    mine, other = (each.learner.optimizer.state_dict() for each in (ahead, lazy))
-    assert mine["param_groups"] == other["param_groups"]
-    for number, state in other["state"].items():
-        assert list(mine["state"][number]) == list(state)
+    made_ahead, made_by_step = (each.learner.optimizer.state_dict() for each in (ahead, lazy))
+    assert made_ahead["param_groups"] == made_by_step["param_groups"]
+    for number, state in made_by_step["state"].items():
+        assert list(made_ahead["state"][number]) == list(state)
         for name, value in state.items():
-            same_kind = mine["state"][number][name].dtype == value.dtype
-            assert same_kind and torch.equal(mine["state"][number][name], value)
+            same_kind = made_ahead["state"][number][name].dtype == value.dtype
+            assert same_kind and torch.equal(made_ahead["state"][number][name], value)
 
 
 def test_moments_that_do_not_fit_are_a_sentence_before_the_first_step(tmp_path, monkeypatch):
@@ -318,6 +320,6 @@ def test_moments_that_do_not_fit_are_a_sentence_before_the_first_step(tmp_path, 
 
     monkeypatch.setattr("greedy.steps.moments._zeros", no_room)
     with pytest.raises(TrainingError, match="moments of stage 1's optimiser do not fit"):
-        trainer(tmp_path / "run", epochs=1).fit(TRAIN, TEST)
+        new_trainer(tmp_path / "run", epochs=1).fit(TRAIN, TEST)
     monkeypatch.undo()
-    trainer(tmp_path / "run", epochs=1).fit(TRAIN, TEST)
+    new_trainer(tmp_path / "run", epochs=1).fit(TRAIN, TEST)

@@ -34,18 +34,18 @@ SHAPES = shapes(narrow(), (3, SIDE, SIDE))
 
 
 def learners(strategy: str, loss=None) -> list[Learner]:
-    """The stages of a narrow VGG8B in float64, with heads that are not zero."""
+    """Returns the stages of a narrow VGG8B in float64, with heads that are not zero."""
     torch.manual_seed(0)
     stages = narrow()
     losses = stage_losses(strategy, loss or PredSim(pool_target=32), len(stages))
-    found = []
+    made = []
     for stage, shape, each in zip(stages, SHAPES, losses, strict=True):
         heads = each.heads(shape.hidden, CLASSES).double()
         for parameter in heads.parameters():
             nn.init.normal_(parameter, std=0.1)
-        found.append(Learner(stage.double(), heads, each, CLASSES, "float32"))
-        found[-1].train()
-    return found
+        made.append(Learner(stage.double(), heads, each, CLASSES, "float32"))
+        made[-1].train()
+    return made
 
 
 def batch_and_masks(trained: list[Learner]) -> tuple[Batch, list]:
@@ -89,24 +89,24 @@ def test_joint_is_each_stage_alone_on_what_the_one_before_gave_before_its_step()
 @pytest.mark.parametrize("strategy", ["backprop", "glob+sim"])
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_backprop_is_autograd_through_the_whole_network(strategy: str, accumulate: int) -> None:
-    mine, theirs = learners(strategy), learners(strategy)
-    batch, masks = batch_and_masks(mine)
-    outcomes = together(strategy, mine, accumulate, SGD).step(batch, masks, Guard(), 0)
+    trained, expected = learners(strategy), learners(strategy)
+    batch, masks = batch_and_masks(trained)
+    outcomes = together(strategy, trained, accumulate, SGD).step(batch, masks, Guard(), 0)
 
-    parameters = [p for each in theirs for p in each.parameters()]
+    parameters = [p for each in expected for p in each.parameters()]
     total = 0.0
     for rows in np.split(np.arange(ROWS), accumulate):
         x, loss = batch.inputs()[rows], 0.0
         y = F.one_hot(batch.labels[rows], CLASSES).double()
-        for learner, mask in zip(theirs, masks, strict=True):
+        for learner, mask in zip(expected, masks, strict=True):
             h = learner.stage.hidden(x if mask is None else x * mask[rows])
-            if strategy == "glob+sim" and learner is not theirs[-1]:
+            if strategy == "glob+sim" and learner is not expected[-1]:
                 loss = loss + Sim()(learner.heads(h), y)  # unweighted
             x = learner.stage.pool(h)
         total = total + (loss + F.cross_entropy(x, y)) / accumulate
     total.backward()
     SGD(parameters).step()
-    assert_close(mine, theirs)
+    assert_close(trained, expected)
     assert float(sum(each.loss for each in outcomes)) == pytest.approx(total.item())
     assert outcomes[-1].logits.shape == (ROWS, CLASSES)
 
@@ -158,10 +158,10 @@ def test_first_weights_do_not_depend_on_the_strategy_but_for_the_output_layer(tm
         encoders[strategy] = [
             load_file(tmp_path / strategy / f"stage{n}/encoder.safetensors") for n in (1, 2, 3)
         ]
-    for strategy, found in encoders.items():
-        for mine, theirs in zip(found[:-1], encoders["greedy"][:-1], strict=True):
-            assert torch.equal(mine["layer.0.weight"], theirs["layer.0.weight"])
-        last = found[-1]["layer.0.weight"]
+    for strategy, weights in encoders.items():
+        for weight, expected in zip(weights[:-1], encoders["greedy"][:-1], strict=True):
+            assert torch.equal(weight["layer.0.weight"], expected["layer.0.weight"])
+        last = weights[-1]["layer.0.weight"]
         assert bool(last.abs().max() > 1e-20) == (strategy == "backprop")
 
 

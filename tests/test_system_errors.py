@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from command_line import greedy, said, small_recipe, train
-from small_training import TEST, TRAIN, trainer
+from small_training import TEST, TRAIN, new_trainer
 from torch.utils.data import Dataset
 
 from greedy import RunDirectory, TrainingError, UserError
@@ -34,22 +34,22 @@ def limited(what: int, most: int) -> Iterator[None]:
 def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
     """Stage 0's shard, the first file that is too large, is written by a thread."""
     with limited(resource.RLIMIT_FSIZE, 8192), pytest.raises(TrainingError) as caught:
-        trainer(tmp_path / "run").fit(TRAIN, TEST)
+        new_trainer(tmp_path / "run").fit(TRAIN, TEST)
     message = str(caught.value)
     assert str(tmp_path / "run/stage0/training/activations.zarr/train/activations/c.0.0") in message
     assert (
         "(File too large): raise the limit on the size of a file (ulimit -f unlimited)" in message
     )
     assert message.endswith(AGAIN)
-    trainer(tmp_path / "run").fit(TRAIN, TEST)
+    new_trainer(tmp_path / "run").fit(TRAIN, TEST)
 
 
 def test_a_limit_on_the_size_of_a_checkpoint_keeps_what_is_finished(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    trainer(run).prepare(dataset_from_torch(TRAIN, TEST))
+    new_trainer(run).prepare(dataset_from_torch(TRAIN, TEST))
     with limited(resource.RLIMIT_FSIZE, 6000), pytest.raises(TrainingError, match="ulimit -f"):
-        trainer(run).train()
-    records = trainer(run).train()
+        new_trainer(run).train()
+    records = new_trainer(run).train()
     assert len(records) == 3
 
 
@@ -83,7 +83,7 @@ def test_what_a_write_is_refused_for(
 ) -> None:
     """The first write fails in a thread that writes stage 1's store; the error names no file."""
     run = tmp_path / "run"
-    trainer(run).prepare(dataset_from_torch(TRAIN, TEST))
+    new_trainer(run).prepare(dataset_from_torch(TRAIN, TEST))
     original = os.fsync
 
     def refused(descriptor: int) -> None:
@@ -94,12 +94,12 @@ def test_what_a_write_is_refused_for(
     with monkeypatch.context() as patch:
         patch.setattr("os.fsync", refused)
         with pytest.raises(TrainingError) as caught:
-            trainer(run).train()
+            new_trainer(run).train()
     message = str(caught.value)
     assert str(run / "stage1/training/activations.zarr/train/activations/c.0.0") in message
     assert CODES[code] in message
     assert message.endswith(AGAIN)
-    assert len(trainer(run).train()) == 3
+    assert len(new_trainer(run).train()) == 3
 
 
 class Photos(Dataset):
@@ -115,9 +115,9 @@ class Photos(Dataset):
 
 
 def test_a_file_that_a_data_set_misses_is_not_said_to_be_written(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="sample 50 .*photos/50.png") as told:
-        trainer(tmp_path / "run").fit(Photos(), TEST)
-    assert "writ" not in str(told.value)
+    with pytest.raises(UserError, match="sample 50 .*photos/50.png") as caught:
+        new_trainer(tmp_path / "run").fit(Photos(), TEST)
+    assert "writ" not in str(caught.value)
 
 
 def test_no_locks_on_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,8 +136,8 @@ def test_no_locks_on_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyP
             patch.setattr("fcntl.flock", refused)
             result = greedy("train", "--run", run)
         assert result.exit_code == 2
-        told = f"{run} cannot be locked against other processes ({os.strerror(code)}): "
-        assert told in result.output
+        message = f"{run} cannot be locked against other processes ({os.strerror(code)}): "
+        assert message in result.output
         assert remedy in result.output
     said("status", "--run", run)
 
@@ -156,8 +156,8 @@ def test_a_place_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         patch.setattr("os.mkdir", refused)
         result = greedy("train", "--recipe", "tiny.toml")
     assert result.exit_code == 1
-    told = f"the run directory runs/tiny cannot be made in {tmp_path} (Permission denied): "
-    assert told + "choose another place with --run" in result.output
+    message = f"the run directory runs/tiny cannot be made in {tmp_path} (Permission denied): "
+    assert message + "choose another place with --run" in result.output
     (tmp_path / "runs").touch()
     result = greedy("train", "--recipe", "tiny.toml", "--run", "runs/other")
     assert result.exit_code == 1
@@ -175,11 +175,11 @@ def spoil(store: Path) -> None:
 
 def test_damage_met_while_training_names_the_repair(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    trainer(run).fit(TRAIN, TEST)
+    new_trainer(run).fit(TRAIN, TEST)
     spoil(run / "stage1/activations.zarr/train")
     for settings in ({}, {"ram_budget": "1B"}):
         with pytest.raises(DamagedStore) as caught:
-            trainer(run, **settings).train_stage(2, again=True)
+            new_trainer(run, **settings).train_stage(2, again=True)
         message = str(caught.value)
         assert "does not match its checksum; `greedy cache repair " in message
         assert f"{run}/stage1` writes it as it was, then the same command resumes" in message

@@ -55,7 +55,7 @@ def events(directory):
 
 
 def curves(directory):
-    """Every curve as its points (step, value)."""
+    """Returns every curve as its points (step, value)."""
     read = events(directory)
     return {
         tag: [(each.step, each.value) for each in read.Scalars(tag)]
@@ -66,20 +66,20 @@ def curves(directory):
 def history(stage):
     """Reads the same from the stage's own history."""
     lines = [json.loads(line) for line in (stage / "history.jsonl").read_text().splitlines()]
-    found = {
+    curves = {
         tag: [(line["epoch"], line[field]) for line in lines if line[field] is not None]
         for tag, field in FIGURES.items()
     }
-    return {tag: points for tag, points in found.items() if points}
+    return {tag: points for tag, points in curves.items() if points}
 
 
 def assert_told(logs, stage):
-    told, expected = curves(logs), history(stage)
-    assert told.keys() == expected.keys()
+    logged, expected = curves(logs), history(stage)
+    assert logged.keys() == expected.keys()
     for tag, points in expected.items():
-        assert [step for step, _ in told[tag]] == [step for step, _ in points]
+        assert [step for step, _ in logged[tag]] == [step for step, _ in points]
         values = [value for _, value in points]
-        assert [value for _, value in told[tag]] == pytest.approx(values, rel=1e-6)
+        assert [value for _, value in logged[tag]] == pytest.approx(values, rel=1e-6)
 
 
 def picture(directory, tag):
@@ -288,19 +288,19 @@ def test_from_python_on_floats(tmp_path, rows):
 
 
 def test_reporters_pass_on_every_event():
-    heard = []
+    calls = []
 
     class Listener(Reporter):
         def __getattribute__(self, name):
-            return lambda *arguments: heard.append((name, arguments))
+            return lambda *arguments: calls.append((name, arguments))
 
     events = [name for name in vars(Reporter) if not name.startswith("_")]
     several = Reporters(Listener(), Listener())
     for name in events:
         count = len(inspect.signature(getattr(Reporter, name)).parameters) - 1
         getattr(several, name)(*range(count))
-        assert heard == 2 * [(name, tuple(range(count)))]
-        heard.clear()
+        assert calls == 2 * [(name, tuple(range(count)))]
+        calls.clear()
     assert "run_started" in events
 
 

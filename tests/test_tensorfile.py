@@ -25,9 +25,9 @@ def test_they_are_those_of_the_library() -> None:
 
 def test_memory_of_two_names_or_another_order_is_written_as_it_reads() -> None:
     values = torch.arange(12.0).reshape(3, 4).requires_grad_()
-    found = safetensors.torch.load(written({"one": values, "same": values, "turned": values.T}))
+    read = safetensors.torch.load(written({"one": values, "same": values, "turned": values.T}))
     for name, expected in (("one", values), ("same", values), ("turned", values.T)):
-        assert torch.equal(found[name], expected)
+        assert torch.equal(read[name], expected)
 
 
 def test_a_type_without_a_name_is_refused() -> None:
@@ -50,13 +50,13 @@ def resident(name):
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
-def watched(keep):
-    def kept(*args):
+def watched(save):
+    def watched_save(*args):
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         before = resident("VmRSS:")
-        keep(*args)
+        save(*args)
         print(resident("VmHWM:") - before)
-    return kept
+    return watched_save
 
 Checkpoints.save = watched(Checkpoints.save)
 images = torch.randint(0, 256, (8, 1, 32, 64), dtype=torch.uint8)
@@ -71,6 +71,6 @@ trainer.fit(data, data)
 @pytest.mark.skipif(sys.platform != "linux", reason="the system's own count of a process's memory")
 def test_a_checkpoint_takes_no_memory_for_what_it_keeps(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WIDE_STAGE, str(tmp_path / "run")]
-    found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     weights = 4 * 2048 * 2048
-    assert max(map(int, found.split())) < weights / 2
+    assert max(map(int, output.split())) < weights / 2

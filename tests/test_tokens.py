@@ -10,7 +10,7 @@ import pytest
 import torch
 from command_line import answer, said
 from PIL import Image
-from small_training import CLASSES, SIDE, TEST, TRAIN, same, trainer, weights
+from small_training import CLASSES, SIDE, TEST, TRAIN, new_trainer, same, weights
 from torch import nn
 
 from greedy import Reporter, UserError, evaluate
@@ -83,7 +83,7 @@ class Cut(Reporter):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "run"
-    records = trainer(run, transformer(), epochs=3).fit(TRAIN, TEST)
+    records = new_trainer(run, transformer(), epochs=3).fit(TRAIN, TEST)
     assert [each.name for each in records] == ["conv8", "transformer8", "transformer8", "output"]
     return run
 
@@ -94,8 +94,10 @@ def run(tmp_path_factory) -> Path:
 def test_the_similarity_head_gives_the_deviation_over_tokens() -> None:
     h = torch.randn(5, TOKENS, WIDTH, dtype=torch.float64, requires_grad=True)
     torch.testing.assert_close(feature_deviation(h), h.std(dim=1))
-    ours, theirs = (torch.autograd.grad(f.sum(), h) for f in (feature_deviation(h), h.std(dim=1)))
-    torch.testing.assert_close(ours, theirs)
+    gradient, expected = (
+        torch.autograd.grad(f.sum(), h) for f in (feature_deviation(h), h.std(dim=1))
+    )
+    torch.testing.assert_close(gradient, expected)
     head = SimilarityHead((TOKENS, WIDTH)).double()
     torch.testing.assert_close(head(h), (h @ head.transform.weight.T).std(dim=1))
     assert feature_deviation(h[:, :1]).shape == (5, WIDTH)
@@ -122,7 +124,7 @@ def test_the_prediction_head_averages_neighbouring_tokens(target: int, pooled: i
     "loss", [PredSimBio(pool_target=32), Pred(pool_target=32, hidden_layers=1)]
 )
 def test_other_losses_have_heads_for_tokens(tmp_path: Path, loss) -> None:
-    records = trainer(tmp_path / "run", transformer(), loss=loss, epochs=1).fit(TRAIN, TEST)
+    records = new_trainer(tmp_path / "run", transformer(), loss=loss, epochs=1).fit(TRAIN, TEST)
     assert [each.metrics.test_error_percent is not None for each in records] == [True] * 4
 
 
@@ -134,20 +136,20 @@ def test_a_transformer_is_trained_stored_and_evaluated(run: Path) -> None:
         store = Store(run / f"stage{number}/activations.zarr/train")
         assert store.row_shape == (TOKENS, WIDTH)
         assert len(store.encoding.scale) == WIDTH  # a range each feature, as maps have
-    mine = trainer(run, transformer(), epochs=3)
+    trainer = new_trainer(run, transformer(), epochs=3)
     lines = [(run / f"stage{n}/history.jsonl").read_text().splitlines() for n in range(1, 5)]
     assert [len(each) for each in lines] == [3] * 4
-    result = evaluate(mine.run, mine.assemble(), "test", mine.device)
+    result = evaluate(trainer.run, trainer.assemble(), "test", trainer.device)
     assert result.samples == len(TEST)
-    found = similarity_by_stage(mine.run, mine.loss, transformer()).stages
-    assert [each.features for each in found[1:4]] == ["similarity head"] * 3
+    stages = similarity_by_stage(trainer.run, trainer.loss, transformer()).stages
+    assert [each.features for each in stages[1:4]] == ["similarity head"] * 3
 
 
 def test_a_transformer_goes_on_with_the_same_bytes(run: Path, tmp_path: Path) -> None:
     cut_short = tmp_path / "run"
     with pytest.raises(Interrupted):
-        trainer(cut_short, transformer(), epochs=3, reporter=Cut()).fit(TRAIN, TEST)
-    trainer(cut_short, transformer(), epochs=3).fit(TRAIN, TEST)
+        new_trainer(cut_short, transformer(), epochs=3, reporter=Cut()).fit(TRAIN, TEST)
+    new_trainer(cut_short, transformer(), epochs=3).fit(TRAIN, TEST)
     for number in (1, 2, 3, 4):
         assert same(weights(run, number), weights(cut_short, number))
 
@@ -156,10 +158,10 @@ def test_a_transformer_goes_on_with_the_same_bytes(run: Path, tmp_path: Path) ->
 def test_a_transformer_is_exported_whole_and_from_an_early_exit(
     run: Path, tmp_path: Path, until: int | None
 ) -> None:
-    mine = trainer(run, transformer(), epochs=3)
+    trainer = new_trainer(run, transformer(), epochs=3)
     x = torch.rand(5, 1, SIDE, SIDE)
-    expected = mine.assemble(until)(x)
-    what = (mine.run, mine.loss, transformer())
+    expected = trainer.assemble(until)(x)
+    what = (trainer.run, trainer.loss, transformer())
     program = export(*what, tmp_path / "net.pt2", "torch-export", until)
     torch.testing.assert_close(torch.export.load(program).module()(x), expected)
     session = onnxruntime.InferenceSession(str(export(*what, tmp_path / "n.onnx", "onnx", until)))
@@ -189,7 +191,7 @@ def test_the_command_line_plans_trains_and_reads_a_transformer(
 
 def test_a_budget_is_kept_or_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="raise --memory-budget"):
-        trainer(tmp_path / "run", transformer(), memory_budget="20KiB").fit(TRAIN, TEST)
+        new_trainer(tmp_path / "run", transformer(), memory_budget="20KiB").fit(TRAIN, TEST)
 
 
 # A linear layer on each token is of the usual pattern
@@ -206,14 +208,14 @@ def test_micro_batches_of_tokens_give_the_batch_s_gradients(mode: Mode, loss) ->
         nn.init.normal_(parameter)
     x = torch.randn(11, TOKENS, 5, dtype=torch.float64)
     batch = Batch(torch.arange(11) % CLASSES, lambda rows: x[rows])
-    found = []
+    by_mode = []
     for memory in (StepMemory(), StepMemory(mode, 4)):
         learner = Learner(
             stage, heads, loss, CLASSES, "float32", memory=memory, shape=(TOKENS, WIDTH)
         )
         gradients(learner, batch)
-        found.append([p.grad.clone() for p in learner.parameters()])
-    torch.testing.assert_close(found[0], found[1])
+        by_mode.append([p.grad.clone() for p in learner.parameters()])
+    torch.testing.assert_close(by_mode[0], by_mode[1])
 
 
 def test_batch_norm_on_tokens_has_no_mode_but_plain() -> None:
@@ -275,7 +277,7 @@ def test_tokens_are_stored_with_a_range_a_feature(encoding: str) -> None:
 )
 def test_other_shapes_are_one_sentence(tmp_path: Path, network: nn.Sequential, says: str) -> None:
     with pytest.raises(UserError) as refused:
-        trainer(tmp_path / "run", network).fit(TRAIN, TEST)
+        new_trainer(tmp_path / "run", network).fit(TRAIN, TEST)
     assert says in str(refused.value)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "run").exists()
@@ -284,7 +286,7 @@ def test_other_shapes_are_one_sentence(tmp_path: Path, network: nn.Sequential, s
 def test_an_activation_without_heads_is_refused_though_nothing_is_stored(tmp_path: Path) -> None:
     network = nn.Sequential(Volume(), nn.Conv3d(1, 4, 1), nn.Flatten(), nn.Linear(256, CLASSES))
     with pytest.raises(UserError, match="4x1x8x8 an image, and stages are trained on features"):
-        trainer(tmp_path / "run", network, strategy="joint").fit(TRAIN, TEST)
+        new_trainer(tmp_path / "run", network, strategy="joint").fit(TRAIN, TEST)
 
 
 def test_attention_among_samples_is_refused() -> None:

@@ -19,9 +19,9 @@ from small_training import (
     files,
     learned,
     network,
+    new_trainer,
     same,
     samples,
-    trainer,
     weights,
 )
 from torch import nn
@@ -40,7 +40,7 @@ STEADY = {"optimizer": partial(torch.optim.SGD, lr=0.05), "learning_rate": 0.05}
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "run"
-    trainer(run).fit(TRAIN, TEST)
+    new_trainer(run).fit(TRAIN, TEST)
     return run
 
 
@@ -50,7 +50,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 
 def test_every_stage_learns(tmp_path: Path) -> None:
-    records = trainer(tmp_path / "run", epochs=6).fit(TRAIN, TEST)
+    records = new_trainer(tmp_path / "run", epochs=6).fit(TRAIN, TEST)
     assert [r.name for r in records] == ["linear16", "linear16", "output"]
     for record in records:
         assert record.metrics.test_error_percent < 33  # chance is 67
@@ -59,8 +59,8 @@ def test_every_stage_learns(tmp_path: Path) -> None:
 
 
 def test_the_same_seed_gives_the_same_bytes(finished: Path, tmp_path: Path) -> None:
-    trainer(tmp_path / "again").fit(TRAIN, TEST)
-    trainer(tmp_path / "other", seed=1).fit(TRAIN, TEST)
+    new_trainer(tmp_path / "again").fit(TRAIN, TEST)
+    new_trainer(tmp_path / "other", seed=1).fit(TRAIN, TEST)
     for stage in (1, 2, 3):
         assert same(weights(finished, stage), weights(tmp_path / "again", stage))
         assert not same(weights(finished, stage), weights(tmp_path / "other", stage))
@@ -72,32 +72,32 @@ def test_the_same_seed_gives_the_same_bytes(finished: Path, tmp_path: Path) -> N
 def test_the_users_network_is_not_changed(finished: Path, run: Path) -> None:
     model = network()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    mine = trainer(run, model)
-    mine.train(retrain_from=1)
-    mine.assemble()
+    trainer = new_trainer(run, model)
+    trainer.train(retrain_from=1)
+    trainer.assemble()
     assert same(before, model.state_dict())
     assert model.training
 
 
 def test_any_ancestor_is_a_source(tmp_path: Path) -> None:
-    mine = trainer(tmp_path / "run", encoding="float32", **STEADY)
-    mine.fit(TRAIN, TEST)
-    replayed = mine.train_stage(3, source=1, to=tmp_path / "replayed")
+    trainer = new_trainer(tmp_path / "run", encoding="float32", **STEADY)
+    trainer.fit(TRAIN, TEST)
+    replayed = trainer.train_stage(3, source=1, to=tmp_path / "replayed")
     assert replayed.source == 1
     a, b = weights(tmp_path / "run", 3), load_file(tmp_path / "replayed/encoder.safetensors")
     for name, value in a.items():
         torch.testing.assert_close(b[name], value, rtol=1e-3, atol=1e-4)
     with pytest.raises(UserError, match="cannot train from stage 3"):
-        mine.train_stage(2, source=3, again=True)
+        trainer.train_stage(2, source=3, again=True)
 
 
 def test_views_are_the_stage_applied_to_augmented_images(tmp_path: Path) -> None:
-    mine = trainer(tmp_path / "run", augmentation="hflip", encoding="float32", views=3)
-    mine.fit(TRAIN, TEST)
+    trainer = new_trainer(tmp_path / "run", augmentation="hflip", encoding="float32", views=3)
+    trainer.fit(TRAIN, TEST)
     images, store = (Store(tmp_path / f"run/stage{n}/activations.zarr/train") for n in (0, 1))
     assert store.views == 3
     raw = torch.from_numpy(images.load()[0]).float() / 255
-    first_stage = mine.assemble()[:4]  # normalisation, flatten, linear, norm
+    first_stage = trainer.assemble()[:4]  # normalisation, flatten, linear, norm
     plain, flipped = (
         nn.functional.leaky_relu(first_stage(x), 0.01).numpy() for x in (raw, raw.flip(3))
     )
@@ -112,21 +112,21 @@ def test_views_are_the_stage_applied_to_augmented_images(tmp_path: Path) -> None
 
 
 def test_live_views_write_no_store_and_are_new_in_every_epoch(tmp_path: Path) -> None:
-    mine = trainer(tmp_path / "run", views="live", augmentation="hflip", epochs=4)
-    records = mine.fit(TRAIN, TEST)
+    trainer = new_trainer(tmp_path / "run", views="live", augmentation="hflip", epochs=4)
+    records = trainer.fit(TRAIN, TEST)
     assert [r.source for r in records] == [0, 0, 0]
     assert [r.store for r in records] == [None] * 3
     assert not list((tmp_path / "run").glob("stage[123]/activations.zarr"))
     assert learned(tmp_path / "run", 3)
     before = weights(tmp_path / "run", 3)
-    mine.train_stage(3, source=2, again=True)
+    trainer.train_stage(3, source=2, again=True)
     assert same(before, weights(tmp_path / "run", 3))
 
 
 def test_live_and_stored_views_agree_without_augmentation(tmp_path: Path) -> None:
     """What is replayed is what was stored: only the order of summation may differ."""
     for name, views in (("live", "live"), ("stored", 1)):
-        trainer(tmp_path / name, views=views, encoding="float32", **STEADY).fit(TRAIN, TEST)
+        new_trainer(tmp_path / name, views=views, encoding="float32", **STEADY).fit(TRAIN, TEST)
     for stage in (1, 2, 3):
         live, stored = weights(tmp_path / "live", stage), weights(tmp_path / "stored", stage)
         for key, value in stored.items():
@@ -146,20 +146,22 @@ def test_rows_are_the_same_samples_in_every_store(finished: Path) -> None:
 
 
 def test_settings_may_be_lists_with_an_entry_a_stage(tmp_path: Path) -> None:
-    trainer(tmp_path / "run", epochs=[1, 3, 2], learning_rate=[0.01, 0.02, 0.03]).fit(TRAIN, TEST)
+    new_trainer(tmp_path / "run", epochs=[1, 3, 2], learning_rate=[0.01, 0.02, 0.03]).fit(
+        TRAIN, TEST
+    )
     for stage, (epochs, rate) in enumerate([(1, 0.01), (3, 0.02), (2, 0.03)], start=1):
         history = (tmp_path / f"run/stage{stage}/history.jsonl").read_text().splitlines()
         assert len(history) == epochs
         assert json.loads(history[0])["learning_rate"] == rate
     with pytest.raises(UserError, match=r"training.epochs has 2 entries and the network 3 stages"):
-        trainer(tmp_path / "other", epochs=[1, 2]).fit(TRAIN, TEST)
+        new_trainer(tmp_path / "other", epochs=[1, 2]).fit(TRAIN, TEST)
 
 
 def test_patience_drops_the_rate_and_ends_the_stage(tmp_path: Path) -> None:
     settings = {"patience": 1, "epochs": 60, "learning_rate": 0.01}
-    mine = trainer(tmp_path / "run", **settings)
-    mine.prepare(dataset_from_torch(TRAIN, TEST))
-    mine.train_stage(1)
+    trainer = new_trainer(tmp_path / "run", **settings)
+    trainer.prepare(dataset_from_torch(TRAIN, TEST))
+    trainer.train_stage(1)
     history = [
         json.loads(line)
         for line in (tmp_path / "run/stage1/history.jsonl").read_text().splitlines()
@@ -177,14 +179,14 @@ def test_patience_drops_the_rate_and_ends_the_stage(tmp_path: Path) -> None:
 
 def test_held_out_rows_are_never_trained_on(tmp_path: Path) -> None:
     settings = {"patience": 9, "epochs": 1, "mean": [0.4], "std": [0.2]}
-    trainer(tmp_path / "plain", **settings).fit(TRAIN, TEST)
+    new_trainer(tmp_path / "plain", **settings).fit(TRAIN, TEST)
     index = Store(tmp_path / "plain/stage0/activations.zarr/train").index
     images, labels = (t.clone() for t in TRAIN.tensors)
     images[index[-40:]] = 0  # the last tenth of the rows as stored
-    trainer(tmp_path / "spoilt", **settings).fit(TensorDataset(images, labels), TEST)
+    new_trainer(tmp_path / "spoilt", **settings).fit(TensorDataset(images, labels), TEST)
     assert same(weights(tmp_path / "plain", 1), weights(tmp_path / "spoilt", 1))
     images[index[-41]] = 0
-    trainer(tmp_path / "more", **settings).fit(TensorDataset(images, labels), TEST)
+    new_trainer(tmp_path / "more", **settings).fit(TensorDataset(images, labels), TEST)
     assert not same(weights(tmp_path / "plain", 1), weights(tmp_path / "more", 1))
 
 
@@ -201,26 +203,26 @@ class Quarrel:
 
 
 def test_loss_and_optimiser_may_be_ones_own(tmp_path: Path) -> None:
-    mine = trainer(
+    trainer = new_trainer(
         tmp_path / "run",
         loss=Quarrel(),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1.0, momentum=0.9),
         learning_rate=0.1,
         epochs=5,
     )
-    records = mine.fit(TRAIN, TEST)
+    records = trainer.fit(TRAIN, TEST)
     assert records[0].metrics.test_error_percent < 33
-    assert mine.assemble(until_stage=1)(torch.rand(2, 1, SIDE, SIDE)).shape == (2, CLASSES)
+    assert trainer.assemble(until_stage=1)(torch.rand(2, 1, SIDE, SIDE)).shape == (2, CLASSES)
 
 
 def test_a_sim_stage_has_no_local_error_and_no_early_exit(tmp_path: Path) -> None:
-    mine = trainer(tmp_path / "run", loss=Sim(), epochs=4)
-    first, _, last = mine.fit(TRAIN, TEST)
+    trainer = new_trainer(tmp_path / "run", loss=Sim(), epochs=4)
+    first, _, last = trainer.fit(TRAIN, TEST)
     assert first.metrics.train_error_percent is None
     assert first.metrics.test_error_percent is None
     assert last.metrics.test_error_percent < 33
     with pytest.raises(UserError, match="stage 1 has no local classifier"):
-        mine.assemble(until_stage=1)
+        trainer.assemble(until_stage=1)
 
 
 def test_convolutional_stages_with_large_maps_and_odd_batches(tmp_path: Path) -> None:
@@ -228,10 +230,12 @@ def test_convolutional_stages_with_large_maps_and_odd_batches(tmp_path: Path) ->
     images = torch.randint(0, 255, (65, 3, 32, 32), dtype=torch.uint8)  # 64 + 1 in a batch
     data = TensorDataset(images, torch.arange(65) % CLASSES)
     model = vgg8b(3, 32, CLASSES, feature_multiplier=0.05, hidden_width=8, dropout=0.1)
-    mine = trainer(tmp_path / "run", model, epochs=1, batch_size=64, augmentation="crop4+hflip")
-    records = mine.fit(data, data)
+    trainer = new_trainer(
+        tmp_path / "run", model, epochs=1, batch_size=64, augmentation="crop4+hflip"
+    )
+    records = trainer.fit(data, data)
     assert [r.row_shape for r in records[:2]] == [(6, 32, 32), (12, 16, 16)]
-    result = evaluate(mine.run, mine.assemble(), "test", torch.device("cpu"))
+    result = evaluate(trainer.run, trainer.assemble(), "test", torch.device("cpu"))
     assert result.samples == 65
     assert np.isfinite(result.loss)
 
@@ -242,18 +246,18 @@ def test_vectors_are_data_too(tmp_path: Path) -> None:
     model = nn.Sequential(
         nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, CLASSES)
     )
-    mine = trainer(tmp_path / "run", model, loss=PredSim(), epochs=5)
-    records = mine.fit(vectors, vectors)
+    trainer = new_trainer(tmp_path / "run", model, loss=PredSim(), epochs=5)
+    records = trainer.fit(vectors, vectors)
     assert records[-1].metrics.test_error_percent < 33
-    assert evaluate(mine.run, mine.assemble(), "test", torch.device("cpu")).error_percent < 33
+    assert evaluate(trainer.run, trainer.assemble(), "test", torch.device("cpu")).error_percent < 33
 
 
 def test_an_assembled_network_is_torch_alone(finished: Path) -> None:
-    net = trainer(finished).assemble()
+    net = new_trainer(finished).assemble()
     assert type(net) is nn.Sequential
     assert all(type(m).__module__.startswith("torch.nn") for m in net.modules())
     assert not net.training
-    exit_ = trainer(finished).assemble(until_stage=1)
+    exit_ = new_trainer(finished).assemble(until_stage=1)
     assert len(exit_) < len(net)
 
 
@@ -263,19 +267,19 @@ def test_layers_that_draw_numbers_draw_the_same_ones_again(tmp_path: Path) -> No
         nn.Flatten(), nn.Linear(64, 8), nn.AlphaDropout(0.3), nn.SELU(), nn.Linear(8, CLASSES)
     )
     for name in ("one", "two"):
-        trainer(tmp_path / name, model, epochs=1).fit(TRAIN, TEST)  # torch's state differs
+        new_trainer(tmp_path / name, model, epochs=1).fit(TRAIN, TEST)  # torch's state differs
     assert same(weights(tmp_path / "one", 1), weights(tmp_path / "two", 1))
 
 
 def test_precision_is_that_of_the_layer_alone(finished: Path, tmp_path: Path) -> None:
-    mine = trainer(tmp_path / "run", precision="bfloat16", epochs=6)
-    first, *_, last = mine.fit(TRAIN, TEST)
+    trainer = new_trainer(tmp_path / "run", precision="bfloat16", epochs=6)
+    first, *_, last = trainer.fit(TRAIN, TEST)
     assert first.choices.precision == "bfloat16"
     assert last.metrics.test_error_percent < 33
     assert {v.dtype for k, v in weights(tmp_path / "run", 1).items() if "weight" in k} == {
         torch.float32
     }
-    trainer(tmp_path / "short", precision="bfloat16").fit(TRAIN, TEST)
+    new_trainer(tmp_path / "short", precision="bfloat16").fit(TRAIN, TEST)
     assert not same(weights(finished, 1), weights(tmp_path / "short", 1))
 
 
@@ -299,7 +303,7 @@ def test_classes_in_a_batch_are_limited_until_the_first_drop(
     few = TensorDataset(*(t[:60] for t in data.tensors))
     Watching.seen.clear()
     model = mlp(1, 4, 60, hidden_layers=1, hidden_width=8)
-    mine = trainer(
+    trainer = new_trainer(
         tmp_path / "run",
         model,
         loss=Watching(),
@@ -309,8 +313,8 @@ def test_classes_in_a_batch_are_limited_until_the_first_drop(
         milestones=[1],
         ram_budget=ram_budget,
     )
-    mine.prepare(dataset_from_torch(data, few))
-    mine.train_stage(1)
+    trainer.prepare(dataset_from_torch(data, few))
+    trainer.train_stage(1)
     batches = -(-3000 // 64)
     limited, plain = Watching.seen[:batches], Watching.seen[batches : 2 * batches]
     assert np.mean(limited) < 25

@@ -14,9 +14,9 @@ from small_training import (
     TRAIN,
     files,
     network,
+    new_trainer,
     samples,
     states,
-    trainer,
 )
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -38,7 +38,7 @@ class NotANumber(Pred):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "run"
-    trainer(run).fit(TRAIN, TEST)
+    new_trainer(run).fit(TRAIN, TEST)
     return run
 
 
@@ -49,9 +49,9 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 def test_a_finished_stage_is_trained_again_only_when_asked(run: Path) -> None:
     before = files(run)
-    trainer(run).fit(TRAIN, TEST)
+    new_trainer(run).fit(TRAIN, TEST)
     assert files(run) == before
-    trainer(run).train(retrain_from=3)
+    new_trainer(run).train(retrain_from=3)
     after = files(run)
     assert after["stage3/encoder.safetensors"] == before["stage3/encoder.safetensors"]
     assert after["stage3/stage.json"] != before["stage3/stage.json"]  # it took its own time
@@ -60,42 +60,42 @@ def test_a_finished_stage_is_trained_again_only_when_asked(run: Path) -> None:
 
 def test_a_retraining_that_fails_leaves_the_old_stage(run: Path) -> None:
     before = files(run / "stage2")
-    mine = trainer(run)
-    mine._planner.loss = NotANumber()
+    trainer = new_trainer(run)
+    trainer._planner.loss = NotANumber()
     with pytest.raises(TrainingError, match="stage 2 is not finite in epoch 1"):
-        mine.train_stage(2, again=True)
+        trainer.train_stage(2, again=True)
     left = files(run / "stage2")
     assert {k: v for k, v in left.items() if not k.startswith("training/")} == before
-    assert RunState.read(trainer(run).run).stage_state(2) == "complete"
+    assert RunState.read(new_trainer(run).run).stage_state(2) == "complete"
 
 
 def test_stages_after_a_retrained_one_are_stale(run: Path, tmp_path: Path) -> None:
-    mine = trainer(run)
-    first = mine.run.path / "stage1"
+    trainer = new_trainer(run)
+    first = trainer.run.path / "stage1"
     other = tmp_path / "other"
-    trainer(other, seed=1).fit(TRAIN, TEST)
+    new_trainer(other, seed=1).fit(TRAIN, TEST)
     shutil.rmtree(first)
     shutil.copytree(other / "stage1", first)  # not what stage 2 was trained from
-    assert states(mine.run, (1, 2, 3)) == ["stale", "stale", "stale"]
+    assert states(trainer.run, (1, 2, 3)) == ["stale", "stale", "stale"]
     with pytest.raises(UserError, match="stage 1 .* is stale .*--retrain 1"):
-        mine.train()
-    mine.train(retrain_from=1)
-    assert states(mine.run, (1, 2, 3)) == ["complete"] * 3
+        trainer.train()
+    trainer.train(retrain_from=1)
+    assert states(trainer.run, (1, 2, 3)) == ["complete"] * 3
 
 
 def test_an_exchange_of_stages_is_completed_after_a_crash(run: Path) -> None:
     before = files(run / "stage1")
     (run / "stage1").rename(run / ".stage1.new")  # between the two renames
-    trainer(run).train()
+    new_trainer(run).train()
     assert files(run / "stage1") == before
     shutil.copytree(run / "stage1", run / ".stage1.old")  # after the second
-    trainer(run).train()
+    new_trainer(run).train()
     assert files(run / "stage1") == before
     assert not list(run.glob(".stage*"))
 
 
 def test_a_run_is_read_while_its_stages_are_exchanged(run: Path) -> None:
-    trainer(run.with_name("other")).fit(samples(400, 2), TEST)
+    new_trainer(run.with_name("other")).fit(samples(400, 2), TEST)
     shutil.copytree(run.with_name("other") / "stage1", run / ".stage1.new")
     done = Event()
 
@@ -132,49 +132,49 @@ def test_a_run_is_read_while_its_stages_are_exchanged(run: Path) -> None:
 )
 def test_what_cannot_be_trained_is_refused(tmp_path: Path, change: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        trainer(tmp_path / "run", **change).fit(TRAIN, TEST)
+        new_trainer(tmp_path / "run", **change).fit(TRAIN, TEST)
     assert not (tmp_path / "run/stage1/stage.json").exists()
 
 
 def test_a_run_starts_where_one_was_killed_at_its_start(tmp_path: Path) -> None:
     for name in (".lock", ".lock.json.part", "run.toml.part"):
         (tmp_path / name).touch()
-    trainer(tmp_path, epochs=1)
+    new_trainer(tmp_path, epochs=1)
     (tmp_path / "mine").touch()
     with pytest.raises(UserError, match="is not empty and not a run directory"):
-        trainer(tmp_path, epochs=1)
+        new_trainer(tmp_path, epochs=1)
 
 
 def test_images_too_small_for_their_augmentation_leave_no_trace(tmp_path: Path) -> None:
     images, labels = TRAIN.tensors
     small = TensorDataset(images[:, :, :4, :4], labels)
     with pytest.raises(UserError, match="4x4 are too small to be shifted by 4 pixels"):
-        trainer(tmp_path / "run", mlp(1, 4, CLASSES), augmentation="crop4").fit(small, small)
+        new_trainer(tmp_path / "run", mlp(1, 4, CLASSES), augmentation="crop4").fit(small, small)
     assert not (tmp_path / "run").exists()
 
 
 def test_other_settings_are_refused_in_a_run(run: Path) -> None:
     with pytest.raises(UserError, match=r"training.epochs is 2 there, 5 here"):
-        trainer(run, epochs=5)
-    trainer(run, ram_budget="1GiB")  # a machine field
+        new_trainer(run, epochs=5)
+    new_trainer(run, ram_budget="1GiB")  # a machine field
 
 
 def test_another_network_is_refused_in_a_run(run: Path) -> None:
     model = network()
     model[3] = nn.Tanh()
     with pytest.raises(UserError, match="holds other layers than stage 1 of this network"):
-        trainer(run, model).assemble()
+        new_trainer(run, model).assemble()
 
 
 def test_other_data_are_refused_in_a_run(run: Path) -> None:
     with pytest.raises(UserError, match=r"\(there were 400 \+ 100 rows of 1x8x8\)"):
-        trainer(run).fit(samples(300, 0), TEST)
+        new_trainer(run).fit(samples(300, 0), TEST)
     images, labels = TRAIN.tensors
     for other in (TensorDataset(images.flip(3), labels), TensorDataset(images, labels.flip(0))):
         with pytest.raises(UserError, match="(images|labels) of the train split"):
-            trainer(run).fit(other, TEST)
+            new_trainer(run).fit(other, TEST)
     with pytest.raises(UserError, match="other data than .* of the test split"):
-        trainer(run).fit(TRAIN, samples(100, 2))
+        new_trainer(run).fit(TRAIN, samples(100, 2))
 
 
 def test_images_transformed_at_random_are_the_same_data(tmp_path: Path) -> None:
@@ -185,10 +185,12 @@ def test_images_transformed_at_random_are_the_same_data(tmp_path: Path) -> None:
 
     images, labels = TRAIN.tensors
     for _ in range(2):
-        trainer(tmp_path / "run", epochs=1, transforms="frozen").fit(Noisy(images, labels), TEST)
+        new_trainer(tmp_path / "run", epochs=1, transforms="frozen").fit(
+            Noisy(images, labels), TEST
+        )
     others = Noisy(images, (labels + 1) % CLASSES)
     with pytest.raises(UserError, match="other data than .* labels of the train split"):
-        trainer(tmp_path / "run", epochs=1, transforms="frozen").fit(others, TEST)
+        new_trainer(tmp_path / "run", epochs=1, transforms="frozen").fit(others, TEST)
 
 
 def test_a_class_without_images_is_named(tmp_path: Path) -> None:
@@ -197,15 +199,15 @@ def test_a_class_without_images_is_named(tmp_path: Path) -> None:
 
     model = mlp(1, SIDE, CLASSES + 1, hidden_layers=1)
     with pytest.raises(UserError, match=r"ends in 4 values .* 3 classes: .* attribute `classes`"):
-        trainer(tmp_path / "run", model).fit(TRAIN, TEST)
+        new_trainer(tmp_path / "run", model).fit(TRAIN, TEST)
     assert RunDirectory.open(tmp_path / "run").record(0) is None
-    trainer(tmp_path / "run", model).fit(Named(*TRAIN.tensors), TEST)
+    new_trainer(tmp_path / "run", model).fit(Named(*TRAIN.tensors), TEST)
 
 
 def test_a_stage_is_not_written_into_a_run_from_outside(run: Path) -> None:
     for place in (run / "mine", run / "stage2/mine"):
         with pytest.raises(UserError, match="is inside the run directory"):
-            trainer(run).train_stage(1, to=place)
+            new_trainer(run).train_stage(1, to=place)
         assert not place.exists()
 
 
@@ -217,8 +219,8 @@ def test_a_run_may_share_the_source_folder_cache_of_a_checkout() -> None:
 def test_settings_are_free_until_there_are_data(tmp_path: Path) -> None:
     bad = TensorDataset(TRAIN.tensors[0], TRAIN.tensors[1] - 1)
     with pytest.raises(UserError, match="number the classes from 0"):
-        trainer(tmp_path / "run").fit(bad, TEST)
-    trainer(tmp_path / "run", epochs=1).fit(TRAIN, TEST)
+        new_trainer(tmp_path / "run").fit(bad, TEST)
+    new_trainer(tmp_path / "run", epochs=1).fit(TRAIN, TEST)
 
 
 def test_reading_a_run_changes_nothing(run: Path) -> None:
@@ -234,7 +236,7 @@ def test_a_damaged_weight_file_is_named(run: Path) -> None:
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match="stage1/encoder.safetensors is not the file"):
-        trainer(run).assemble()
+        new_trainer(run).assemble()
 
 
 def test_data_that_are_not_finite_are_refused(tmp_path: Path) -> None:
@@ -242,4 +244,4 @@ def test_data_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     images[7, 1, 0, 0] = float("nan")
     data = TensorDataset(images, torch.arange(64) % CLASSES)
     with pytest.raises(UserError, match=r"not finite .* in 1 of 64 samples looked at \(7\)"):
-        trainer(tmp_path / "run", mlp(2, SIDE, CLASSES, hidden_layers=1)).fit(data, data)
+        new_trainer(tmp_path / "run", mlp(2, SIDE, CLASSES, hidden_layers=1)).fit(data, data)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import answer, greedy, said
-from small_training import TEST, TRAIN, files, network, same, trainer, weights
+from small_training import TEST, TRAIN, files, network, new_trainer, same, weights
 from torch import nn
 
 from greedy import Reporter
@@ -40,21 +40,22 @@ class Cut(Reporter):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def heard(run: Path, stage: int | None = None, **settings) -> tuple[object, Cut]:
-    mine = trainer(run, **settings)
-    mine.reporter = Cut(stage)
-    return mine, mine.reporter
+def trainer_until(run: Path, stage: int | None = None, **settings) -> tuple[object, Cut]:
+    """Returns a trainer that is interrupted in a stage, and its reporter."""
+    trainer = new_trainer(run, **settings)
+    trainer.reporter = Cut(stage)
+    return trainer, trainer.reporter
 
 
 def interrupted(run: Path, stage: int = 2, **settings) -> None:
-    mine, _ = heard(run, stage, **settings)
+    trainer, _ = trainer_until(run, stage, **settings)
     with pytest.raises(Interrupted):
-        mine.fit(TRAIN, TEST)
+        trainer.fit(TRAIN, TEST)
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run that was interrupted in epoch 2 of stage 2."""
+    """Returns a run that was interrupted in epoch 2 of stage 2."""
     interrupted(tmp_path / "run")
     return tmp_path / "run"
 
@@ -74,67 +75,67 @@ def test_dropping_a_store_that_a_training_needs_is_refused(run: Path) -> None:
 def test_a_training_whose_store_is_deleted_is_set_aside_and_resumes_after_repair(
     run: Path, tmp_path: Path
 ) -> None:
-    trainer(tmp_path / "whole").fit(TRAIN, TEST)
-    kept = files(run / "stage2/training")
-    trainer(run).run.drop_stores(1)
-    mine, reporter = heard(run, 2)
+    new_trainer(tmp_path / "whole").fit(TRAIN, TEST)
+    before = files(run / "stage2/training")
+    new_trainer(run).run.drop_stores(1)
+    trainer, reporter = trainer_until(run, 2)
     with pytest.raises(Interrupted):
-        mine.train()
+        trainer.train()
     ((number, name, progress),) = reporter.aside
     assert (number, name) == (2, "stage2.unfinished")
     assert progress.endswith("of epoch 2")
-    assert files(run / "stage2.unfinished") == kept
+    assert files(run / "stage2.unfinished") == before
     assert reporter.epochs[2] == [1, 2]
     (document,) = answer("status", "--run", run)["set_aside"]
     assert (Path(document["path"]).name, document["progress"]) == (name, progress)
     assert "stage2.unfinished: a training interrupted after" in said("status", "--run", run)
-    trainer(run).repair([1], dropped=True)
-    mine, reporter = heard(run)
-    mine.train_stage(2, source=1)
+    new_trainer(run).repair([1], dropped=True)
+    trainer, reporter = trainer_until(run)
+    trainer.train_stage(2, source=1)
     assert reporter.epochs[2] == [2]
     assert same(weights(run, 2), weights(tmp_path / "whole", 2))
-    (left,) = trainings_set_aside(mine.run)  # the one that began from the images
+    (left,) = trainings_set_aside(trainer.run)  # the one that began from the images
     assert reporter.aside == [(2, left.path.name, left.progress)]
 
 
 def test_another_source_sets_aside_and_the_first_resumes_it(run: Path) -> None:
-    mine, reporter = heard(run, 2)
+    trainer, reporter = trainer_until(run, 2)
     with pytest.raises(Interrupted):
-        mine.train_stage(2, source=0)
+        trainer.train_stage(2, source=0)
     assert len(reporter.aside) == 1
-    mine, reporter = heard(run)
-    mine.train_stage(2, source=1)
+    trainer, reporter = trainer_until(run)
+    trainer.train_stage(2, source=1)
     assert reporter.epochs[2] == [2]
-    assert len(trainings_set_aside(mine.run)) == 1
+    assert len(trainings_set_aside(trainer.run)) == 1
 
 
 def test_a_stage_outside_its_run_sets_aside_next_to_it(run: Path, tmp_path: Path) -> None:
-    trainer(run).train()
+    new_trainer(run).train()
     for source in (1, 0):
-        mine, reporter = heard(run, 2)
+        trainer, reporter = trainer_until(run, 2)
         with pytest.raises(Interrupted):
-            mine.train_stage(2, source=source, to=tmp_path / "there")
+            trainer.train_stage(2, source=source, to=tmp_path / "there")
     assert [name for _, name, _ in reporter.aside] == ["there.unfinished"]
     assert (tmp_path / "there.unfinished/checkpoint/progress.json").is_file()
 
 
 def test_a_training_resumes_from_its_source_while_that_exists(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    trainer(run).fit(TRAIN, TEST)
-    mine, _ = heard(run, 3)
+    new_trainer(run).fit(TRAIN, TEST)
+    trainer, _ = trainer_until(run, 3)
     with pytest.raises(Interrupted):
-        mine.train_stage(3, source=1, again=True)
-    mine, reporter = heard(run)
-    mine.train(3)
+        trainer.train_stage(3, source=1, again=True)
+    trainer, reporter = trainer_until(run)
+    trainer.train(3)
     assert (reporter.epochs[3], reporter.aside) == ([2], [])
-    assert mine.run.record(3).source == 1
+    assert trainer.run.record(3).source == 1
 
 
 def test_the_disk_plan_keeps_a_store_that_a_training_needs(run: Path, monkeypatch) -> None:
-    trainer(run).train()
-    mine, _ = heard(run, 3)
+    new_trainer(run).train()
+    trainer, _ = trainer_until(run, 3)
     with pytest.raises(Interrupted):
-        mine.train_stage(3, source=1, again=True)
+        trainer.train_stage(3, source=1, again=True)
     there = []
 
     class Watch(Cut):
@@ -142,11 +143,11 @@ def test_the_disk_plan_keeps_a_store_that_a_training_needs(run: Path, monkeypatc
             super().stage_started(number)
             there.append((number, (run / "stage1/activations.zarr").is_dir()))
 
-    mine = trainer(run)
-    mine.reporter = Watch()
-    plan = mine._planner.disk(RunState.read(mine.run), 2)
+    trainer = new_trainer(run)
+    trainer.reporter = Watch()
+    plan = trainer._planner.disk(RunState.read(trainer.run), 2)
     monkeypatch.setattr(type(plan), "dropped_after", lambda self, n: [1] if n == 2 else [])
-    mine.train(2)
+    trainer.train(2)
     assert there == [(2, True), (3, True)]
     assert not (run / "stage1/activations.zarr").exists()
 
@@ -156,31 +157,31 @@ def test_a_joint_training_is_set_aside_too(tmp_path: Path) -> None:
     interrupted(run, 1, **joint)
     other = network()
     other[3] = nn.Tanh()
-    mine = trainer(run, other, **joint)
-    mine.reporter = reporter = Cut()
-    mine.train()
+    trainer = new_trainer(run, other, **joint)
+    trainer.reporter = reporter = Cut()
+    trainer.train()
     assert [name for _, name, _ in reporter.aside] == ["network.unfinished"]
     assert (run / "network.unfinished/checkpoint/progress.json").is_file()
-    assert RunState.read(mine.run).is_finished
+    assert RunState.read(trainer.run).is_finished
 
 
 def test_a_training_set_aside_counts_against_the_budget_and_is_no_stage(
     run: Path, monkeypatch
 ) -> None:
-    mine = trainer(run)
+    trainer = new_trainer(run)
     full = type("", (), {"free": 0})
     monkeypatch.setattr("greedy.runs.disk_budget.shutil.disk_usage", lambda path: full)
-    before = disk_budget(mine.run)
+    before = disk_budget(trainer.run)
     place = run / "stage2.unfinished"
     place.mkdir()
     (place / "much").write_bytes(np.zeros(1000, np.uint8).tobytes())
-    assert disk_budget(mine.run) == before
+    assert disk_budget(trainer.run) == before
     assert not answer("cache", "verify", run)["damaged"]
 
 
 def test_notes_in_a_stage_s_directory_survive_retraining(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    trainer(run).fit(TRAIN, TEST)
+    new_trainer(run).fit(TRAIN, TEST)
     (run / "stage2/notes.txt").write_text("mine")
-    trainer(run).train(1)
+    new_trainer(run).train(1)
     assert (run / "stage2/notes.txt").read_text() == "mine"

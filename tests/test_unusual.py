@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from small_training import CLASSES, SIDE, TEST, TRAIN, learned, trainer, weights
+from small_training import CLASSES, SIDE, TEST, TRAIN, learned, new_trainer, weights
 from small_training import network as small_network
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
@@ -127,25 +127,27 @@ class TiedHeads(OwnLoss):
 
 @pytest.mark.parametrize("module", [WithBuffer, WithTensor, Tied])
 def test_modules_of_every_kind_are_stages(tmp_path: Path, module: type[nn.Module]) -> None:
-    mine = trainer(tmp_path / "run", with_stage(module()), epochs=3)
-    records = mine.fit(TRAIN, TEST)
+    trainer = new_trainer(tmp_path / "run", with_stage(module()), epochs=3)
+    records = trainer.fit(TRAIN, TEST)
     assert records[-1].metrics.test_error_percent < 33  # chance is 67
     assert records[0].choices.planned_peak_bytes > 32 * 4 * SIDE * SIDE * 4
     with torch.no_grad():
-        assert mine.assemble().eval()(torch.rand(2, 1, SIDE, SIDE)).shape == (2, CLASSES)
+        assert trainer.assemble().eval()(torch.rand(2, 1, SIDE, SIDE)).shape == (2, CLASSES)
 
 
 def test_what_cannot_be_counted_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"memory of stage 1 \(conv4\) .* torch.where"):
-        trainer(tmp_path / "run", with_stage(Deciding())).fit(TRAIN, TEST)
+        new_trainer(tmp_path / "run", with_stage(Deciding())).fit(TRAIN, TEST)
     with pytest.raises(UserError, match="has lazy layers, which have no weights yet"):
-        trainer(tmp_path / "lazy", nn.Sequential(nn.Flatten(), nn.LazyLinear(2))).fit(TRAIN, TEST)
+        new_trainer(tmp_path / "lazy", nn.Sequential(nn.Flatten(), nn.LazyLinear(2))).fit(
+            TRAIN, TEST
+        )
     assert not (tmp_path / "run").exists() and not (tmp_path / "lazy").exists()
 
 
 @pytest.mark.parametrize("loss", [Scaled, Weighted, OfPresentClasses, TiedHeads])
 def test_losses_of_every_kind_train(tmp_path: Path, loss: type[OwnLoss]) -> None:
-    records = trainer(tmp_path / "run", loss=loss(), epochs=3).fit(TRAIN, TEST)
+    records = new_trainer(tmp_path / "run", loss=loss(), epochs=3).fit(TRAIN, TEST)
     assert records[-1].metrics.test_error_percent < 33
 
 
@@ -183,7 +185,7 @@ class OtherHeads(OwnLoss):
 )
 def test_what_is_no_local_loss_is_told(tmp_path: Path, loss: object, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        trainer(tmp_path / "run", loss=loss).fit(TRAIN, TEST)
+        new_trainer(tmp_path / "run", loss=loss).fit(TRAIN, TEST)
     assert not (tmp_path / "run").exists()
 
 
@@ -197,20 +199,20 @@ def test_what_is_no_local_loss_is_told(tmp_path: Path, loss: object, message: st
 )
 def test_a_network_ends_in_logits(tmp_path: Path, end: list[nn.Module], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        trainer(tmp_path / "run", nn.Sequential(*end)).fit(TRAIN, TEST)
+        new_trainer(tmp_path / "run", nn.Sequential(*end)).fit(TRAIN, TEST)
 
 
 @pytest.mark.parametrize("optimizer", ["ASGD", "Adafactor", "Rprop"])
 def test_optimisers_of_every_kind_train(tmp_path: Path, optimizer: str) -> None:
-    trainer(tmp_path / "run", optimizer=getattr(torch.optim, optimizer)).fit(TRAIN, TEST)
+    new_trainer(tmp_path / "run", optimizer=getattr(torch.optim, optimizer)).fit(TRAIN, TEST)
     assert learned(tmp_path / "run", 1)
 
 
 def test_optimisers_that_cannot_train_a_stage_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="LBFGS wants to compute the loss several times"):
-        trainer(tmp_path / "run", optimizer=torch.optim.LBFGS).fit(TRAIN, TEST)
+        new_trainer(tmp_path / "run", optimizer=torch.optim.LBFGS).fit(TRAIN, TEST)
     with pytest.raises(UserError, match="optimizer_state='host' is for the Adam"):
-        trainer(tmp_path / "host", optimizer=torch.optim.SGD, optimizer_state="host")
+        new_trainer(tmp_path / "host", optimizer=torch.optim.SGD, optimizer_state="host")
     assert not (tmp_path / "run").exists() and not (tmp_path / "host").exists()
 
 
@@ -322,8 +324,8 @@ def test_a_rate_that_is_a_tensor_or_absent(tmp_path: Path) -> None:
             return made[-1]
 
         run = tmp_path / kind.__name__
-        mine = GreedyTrainer(small_network(), run_dir=run, optimizer=factory, **given)
-        mine.fit(TRAIN, TEST)
+        trainer = GreedyTrainer(small_network(), run_dir=run, optimizer=factory, **given)
+        trainer.fit(TRAIN, TEST)
         rate = made[-1].param_groups[0]["lr"]
         assert rate is None if kind is Fixed else torch.equal(rate, torch.tensor(0.125))
 
@@ -335,7 +337,7 @@ def test_what_is_not_to_be_trained_stays(tmp_path: Path, budget: str) -> None:
     plain = with_stage(frozen, nn.BatchNorm2d(4), nn.ReLU())
     for name, network in (("module", model), ("layer", plain)):
         run = tmp_path / name
-        trainer(run, network, memory_budget=budget).fit(TRAIN, TEST)
+        new_trainer(run, network, memory_budget=budget).fit(TRAIN, TEST)
         before = next(p for p in network.parameters() if not p.requires_grad)
         (after,) = (v for v in weights(run, 1).values() if v.shape == before.shape and v.dim() == 4)
         assert torch.equal(before, after)
@@ -349,10 +351,10 @@ def test_a_parameter_without_a_gradient_resumes(tmp_path: Path, strategy: str) -
 
     settings = {"strategy": strategy, "checkpoint_minutes": 0}
     with pytest.raises(Interrupted):
-        trainer(tmp_path / "cut", unused(), reporter=Stopping(), **settings).fit(TRAIN, TEST)
+        new_trainer(tmp_path / "cut", unused(), reporter=Stopping(), **settings).fit(TRAIN, TEST)
     (next((tmp_path / "cut").rglob("training")) / ".swp").write_text("left by an editor")
-    trainer(tmp_path / "cut", unused(), **settings).fit(TRAIN, TEST)
-    trainer(tmp_path / "whole", unused(), **settings).fit(TRAIN, TEST)
+    new_trainer(tmp_path / "cut", unused(), **settings).fit(TRAIN, TEST)
+    new_trainer(tmp_path / "whole", unused(), **settings).fit(TRAIN, TEST)
     for stage in (1, 2):
         cut, whole = (weights(tmp_path / name, stage) for name in ("cut", "whole"))
         assert all(torch.equal(cut[k], whole[k]) for k in whole)
@@ -366,7 +368,7 @@ def test_a_weight_norm_is_trained_as_it_is_written(tmp_path: Path) -> None:
         conv = weight_norm(nn.Conv2d(1, 4, 3, padding=1))
         return with_stage(conv, nn.BatchNorm2d(4), nn.ReLU())
 
-    trainer(tmp_path / "roomy", normed()).fit(TRAIN, TEST)
-    trainer(tmp_path / "tight", normed(), memory_budget="300KiB").fit(TRAIN, TEST)
+    new_trainer(tmp_path / "roomy", normed()).fit(TRAIN, TEST)
+    new_trainer(tmp_path / "tight", normed(), memory_budget="300KiB").fit(TRAIN, TEST)
     roomy, tight = (weights(tmp_path / name, 1) for name in ("roomy", "tight"))
     assert all(torch.equal(roomy[k], tight[k]) for k in roomy)

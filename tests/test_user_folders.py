@@ -55,11 +55,13 @@ def temporary(outside: Path) -> Path:
 
 
 def as_stranger(temporary: Path, *arguments: object, **more: str) -> subprocess.CompletedProcess:
-    kept = {k: v for k, v in os.environ.items() if k not in NAMED and not k.startswith("XDG_")}
+    environment = {
+        k: v for k, v in os.environ.items() if k not in NAMED and not k.startswith("XDG_")
+    }
     return subprocess.run(
         [*STRANGER, *map(str, arguments)],
         cwd=temporary,
-        env=kept | {"TMPDIR": str(temporary)} | more,
+        env=environment | {"TMPDIR": str(temporary)} | more,
         capture_output=True,
         text=True,
         check=False,
@@ -76,29 +78,29 @@ def places(temporary: Path, **more: str) -> tuple[list[Path], list[str]]:
 def test_without_a_home_they_are_among_temporary_files(temporary: Path) -> None:
     own = temporary / f"greedy-{UID}"
     for _ in range(2):  # made, and found again
-        found, said = places(temporary)
-        assert found == [own / "data", own / "calibration"]
+        folders, said = places(temporary)
+        assert folders == [own / "data", own / "calibration"]
         (line,) = said
         assert line.startswith("no writable home directory: ") and str(own) in line
     assert (own.stat().st_uid, own.stat().st_mode & 0o777) == (UID, 0o700)
 
 
 def test_a_home_that_can_be_written_is_used(temporary: Path) -> None:
-    found, said = places(temporary, HOME=str(temporary))
-    assert [path.is_relative_to(temporary / f"greedy-{UID}") for path in found] == [False, False]
-    assert all(path.is_relative_to(temporary) for path in found) and said == []
+    folders, said = places(temporary, HOME=str(temporary))
+    assert [path.is_relative_to(temporary / f"greedy-{UID}") for path in folders] == [False, False]
+    assert all(path.is_relative_to(temporary) for path in folders) and said == []
 
 
 def test_a_home_for_reading_lends_what_it_has(temporary: Path, outside: Path) -> None:
     home = outside / "home"
     home.mkdir()
     for where in (home, Path("/")):  # `/` is what containers say
-        found, said = places(temporary, HOME=str(where))
-        assert all(path.is_relative_to(temporary) for path in found) and len(said) == 1
+        folders, said = places(temporary, HOME=str(where))
+        assert all(path.is_relative_to(temporary) for path in folders) and len(said) == 1
     filled = home / ".cache/greedy/data"
     filled.mkdir(parents=True)
-    found, said = places(temporary, HOME=str(home))
-    assert found == [filled, temporary / f"greedy-{UID}/calibration"] and len(said) == 1
+    folders, said = places(temporary, HOME=str(home))
+    assert folders == [filled, temporary / f"greedy-{UID}/calibration"] and len(said) == 1
 
 
 @pytest.mark.parametrize("kind", ["another's", "for all to write", "a link", "a file"])
@@ -113,8 +115,8 @@ def test_what_a_stranger_may_have_put_there_is_not_used(temporary: Path, kind: s
     if kind == "for all to write":
         os.chown(laid, UID, UID)
         laid.chmod(0o777)
-    found, _ = places(temporary)
-    (own,) = {path.parent for path in found}
+    folders, _ = places(temporary)
+    (own,) = {path.parent for path in folders}
     assert own != laid and own.parent == temporary
     assert (own.stat().st_uid, own.stat().st_mode & 0o777) == (UID, 0o700)
 

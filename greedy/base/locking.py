@@ -1,4 +1,4 @@
-"""One process at a time writes into a run."""
+"""The lock by which only one process at a time writes into a run."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""One seed a run; every stream of random numbers is derived from it by name."""
+"""Streams of random numbers, each derived by its name from the one seed of a run."""
 
 import hashlib
 

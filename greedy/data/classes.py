@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from greedy.base.errors import UserError
@@ -17,7 +17,7 @@ from greedy.data.labels import as_array, outside_remedy
 from greedy.data.samples import LABEL_KEYS
 
 Table = dict[int, str]  # from labels to class names
-Positions = npt.NDArray[np.integer[Any]]
+Positions = NDArray[np.integer[Any]]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ClassInfo:
 
     tables: list[Table | None]
     owner: Positions
-    labels: npt.NDArray[Any] | None
+    labels: NDArray[Any] | None
     renumbered: bool = False
 
 
@@ -53,7 +53,7 @@ class ClassLookup:
     owner: Positions
     class_names: list[str]
 
-    def numbers(self, rows: Positions, labels: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    def numbers(self, rows: Positions, labels: NDArray[np.int64]) -> NDArray[np.int64]:
         """Returns the class numbers (n,) of the samples ``rows`` (n,) from their labels (n,); -1
         where there is no class."""
         if self.tables is None:
@@ -61,7 +61,7 @@ class ClassLookup:
         pairs = zip(self.owner[rows].tolist(), labels.tolist(), strict=True)
         return np.array([self.tables[part].get(label, -1) for part, label in pairs], np.int64)
 
-    def remedy(self, labels: npt.NDArray[np.int64]) -> str:
+    def remedy(self, labels: NDArray[np.int64]) -> str:
         """Returns what to do about labels (n,) some of which have no class."""
         labels_of_classes = {label for table in self.tables or () for label in table}
         return outside_remedy(labels, sorted(labels_of_classes), self.class_names)
@@ -236,7 +236,7 @@ def _text(name: Any) -> str:
     return os.fsdecode(name) if isinstance(name, bytes) else str(name)
 
 
-def _own_labels(samples: Any) -> npt.NDArray[Any] | None:
+def _own_labels(samples: Any) -> NDArray[Any] | None:
     """Returns the labels that a set keeps apart from its images, in the order of its samples."""
     if column := label_column(samples):
         return as_array(samples.select_columns([column]).with_format("numpy")[:][column])

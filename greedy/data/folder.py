@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 
 from greedy.base.errors import UserError
 from greedy.data.images import DEFAULT_READING, ImageFile, Reading, UnreadableImage, open_image
@@ -216,7 +216,7 @@ class FolderSplit:
         rest.files, rest.labels = [self.files[i] for i in kept], self.labels[kept]
         return rest
 
-    def _decode(self, file: Path, out: npt.NDArray[Any]) -> None:
+    def _decode(self, file: Path, out: NDArray[Any]) -> None:
         with open_image(file, self.reading) as image:
             self.first.require_like(file, image)
             size = self.shape[1:] if self.first.resized else None

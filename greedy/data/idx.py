@@ -7,7 +7,7 @@ from importlib.resources.abc import Traversable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 
 from greedy.base.errors import UserError
 from greedy.data.splits import ArraySplit
@@ -38,7 +38,7 @@ def read_splits(folder: Traversable) -> tuple[ArraySplit, ArraySplit]:
     return ArraySplit(images[:, None], labels), ArraySplit(test_images[:, None], test_labels)
 
 
-def _read(folder: Traversable, name: str) -> npt.NDArray[Any]:
+def _read(folder: Traversable, name: str) -> NDArray[Any]:
     file = find(folder, name)
     if file is None:
         raise UserError(f"{folder} has neither {name} nor {name}.gz: put one there")
@@ -49,7 +49,7 @@ def _read(folder: Traversable, name: str) -> npt.NDArray[Any]:
         raise UserError(f"{file} is damaged ({error}): delete it and fetch it again") from error
 
 
-def parse(raw: bytes) -> npt.NDArray[np.uint8]:
+def parse(raw: bytes) -> NDArray[np.uint8]:
     """Returns the array of an IDX file: two zero bytes, type, number of axes n, n big-endian
     lengths, data.
 

@@ -10,7 +10,7 @@ from threading import Lock
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from PIL.ImageFile import ImageFile as PillowFile
 
@@ -84,7 +84,7 @@ class ImageFile:
 
     def values(
         self, channels: int, background: str, size: tuple[int, int] | None = None
-    ) -> npt.NDArray[Any]:
+    ) -> NDArray[Any]:
         """Returns (C, H, W), uint8 for 8 bits and else float32. With ``size`` (H, W) the image is
         resized (bilinear, antialiased) until it just covers that, and the centre cropped."""
         if size is None:

@@ -4,17 +4,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from numpy.typing import NDArray
 
 from greedy.base.errors import UserError
 from greedy.base.text import SHOWN, first_names
 
-NumbersAndRemedies = tuple[npt.NDArray[np.int64], dict[int, str]]
+NumbersAndRemedies = tuple[NDArray[np.int64], dict[int, str]]
 MOST = 2**31  # more than the classes of any data set
 
 
-def as_array(labels: Any) -> npt.NDArray[Any] | None:
+def as_array(labels: Any) -> NDArray[Any] | None:
     """Returns a label, or all labels of a set, as an array; ``None`` where that is impossible."""
     if isinstance(labels, torch.Tensor):
         labels = labels.detach().cpu()
@@ -65,7 +65,7 @@ def label_or_remedy(label: Any) -> int | str:
         return str(error)
 
 
-def class_numbers(labels: Sequence[Any] | npt.NDArray[Any]) -> NumbersAndRemedies:
+def class_numbers(labels: Sequence[Any] | NDArray[Any]) -> NumbersAndRemedies:
     """Returns the labels (n,) as class numbers, -1 for invalid ones, and the remedy for each
     invalid one by its position."""
     array = labels if isinstance(labels, np.ndarray) else None
@@ -94,9 +94,7 @@ def wrong_labels(
     return UserError(f"{count} of {name}{among} {verb} no class number: {shown}{more}; {remedy}")
 
 
-def outside_remedy(
-    values: npt.NDArray[np.int64], classes: Sequence[int], names: Sequence[str]
-) -> str:
+def outside_remedy(values: NDArray[np.int64], classes: Sequence[int], names: Sequence[str]) -> str:
     """Returns the remedy for labels outside the classes' numbers ``classes``, given all labels
     ``values`` that were looked at; ``names`` are the classes' names."""
     first, last = min(classes), max(classes)
@@ -110,7 +108,7 @@ def outside_remedy(
 
 
 def require_classes(
-    name: str, labels: Mapping[str, npt.NDArray[np.int64] | None], class_names: list[str] | None
+    name: str, labels: Mapping[str, NDArray[np.int64] | None], class_names: list[str] | None
 ) -> None:
     """Raises ``UserError`` where the labels (n,) of the training and the test split, by the splits'
     names, are not those of at least two classes: a label without a class among ``class_names``, or,
@@ -138,7 +136,7 @@ def require_classes(
         _require_numbers(name, known["train"], known["test"])
 
 
-def _require_numbers(name: str, train: npt.NDArray[np.int64], test: npt.NDArray[np.int64]) -> None:
+def _require_numbers(name: str, train: NDArray[np.int64], test: NDArray[np.int64]) -> None:
     highest = int(train.max())
     if first := int(min(train.min(), test.min())):
         raise UserError(

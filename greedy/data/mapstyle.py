@@ -9,8 +9,8 @@ from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -139,7 +139,7 @@ class MapSplit:
         samples: Any,
         name: str,
         lookup: ClassLookup,
-        labels: npt.NDArray[Any] | None,
+        labels: NDArray[Any] | None,
         background: str = WHITE,
     ) -> None:
         self._samples, self.name, self._lookup = samples, name, lookup
@@ -220,7 +220,7 @@ class MapSplit:
         image, label = self._sample(row)
         return image.shape, image.dtype, image.tobytes(), label_or_remedy(label)
 
-    def _sample(self, index: int) -> tuple[npt.NDArray[Any], Any]:
+    def _sample(self, index: int) -> tuple[NDArray[Any], Any]:
         if self._pass:
             seed, key = self._pass
             seed_generators(self._own, seed, *key, index)
@@ -231,7 +231,7 @@ class MapSplit:
             except ValueError as error:
                 raise UserError(f"the image of sample {index} of {self.name} {error}") from error
 
-    def _classes(self, rows: Rows, labels: Sequence[Any] | npt.NDArray[Any]) -> Labels:
+    def _classes(self, rows: Rows, labels: Sequence[Any] | NDArray[Any]) -> Labels:
         """Returns the class numbers (n,) of the samples ``rows`` (n,) from their labels."""
         values, remedies = class_numbers(labels)
         classes = self._lookup.numbers(rows, values)
@@ -308,7 +308,7 @@ def _checked_class_info(samples: Any, name: str) -> ClassInfo:
     return replace(info, labels=None, renumbered=info.renumbered or named)
 
 
-def _rows_of_all_kinds(labels: npt.NDArray[Any]) -> list[int]:
+def _rows_of_all_kinds(labels: NDArray[Any]) -> list[int]:
     """Returns a few rows, some spread over the set and some with as many different labels as
     possible."""
     rows = spread_rows(len(labels), LOOKED_AT)
@@ -327,7 +327,7 @@ def _read(samples: Any, index: int, name: str) -> tuple[Any, Any]:
         raise UserError(f"sample {index} of {name} {error}") from error
 
 
-def _as_image(image: Any, background: str) -> npt.NDArray[Any]:
+def _as_image(image: Any, background: str) -> NDArray[Any]:
     """Returns an image as (C, H, W). Raises ``ValueError`` with the rest of a sentence about it."""
     if isinstance(image, Image.Image):
         return pixel_values(image, background)
@@ -346,7 +346,7 @@ def _as_image(image: Any, background: str) -> npt.NDArray[Any]:
     return _to_channels_first(array) if array.ndim == 3 else _with_channels(array)
 
 
-def _pixels(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _pixels(array: NDArray[Any]) -> NDArray[Any]:
     """Returns the values of an array as uint8 or float32."""
     if not array.size:
         raise ValueError(f"is empty, of shape {array.shape}: leave it out")
@@ -363,7 +363,7 @@ def _pixels(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     )
 
 
-def _with_channels(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _with_channels(array: NDArray[Any]) -> NDArray[Any]:
     """Returns a grey image (H, W) or a vector of floats (F,) with axes for channels, height and
     width."""
     if array.ndim == 2:
@@ -376,7 +376,7 @@ def _with_channels(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     )
 
 
-def _channels_first(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _channels_first(array: NDArray[Any]) -> NDArray[Any]:
     """Returns a tensor's values (C, H, W). Raises ``ValueError`` where its shape looks like
     (H, W, C)."""
     first, middle, last = array.shape
@@ -388,7 +388,7 @@ def _channels_first(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return array
 
 
-def _to_channels_first(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _to_channels_first(array: NDArray[Any]) -> NDArray[Any]:
     """Returns an array (H, W, C) or (C, H, W), whichever its shape says, as (C, H, W)."""
     first, middle, last = array.shape
     if (first in CHANNELS) == (last in CHANNELS) or (first not in CHANNELS and last == middle):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 from PIL import Image, ImageColor
 from PIL.ImageFile import ImageFile
 
@@ -29,7 +29,7 @@ def kind_of(image: Image.Image) -> Kind:
     return "floats" if image.mode == "F" else "bytes"
 
 
-def pixel_values(image: Image.Image, background: str = WHITE) -> npt.NDArray[Any]:
+def pixel_values(image: Image.Image, background: str = WHITE) -> NDArray[Any]:
     """Returns an image as (C, H, W), grey or RGB, its transparent parts over the background: uint8
     for modes of 8 bits, float32 with the same values for the others.
 
@@ -78,7 +78,7 @@ def flattened(parts: Sequence[Image.Image], background: str) -> list[Image.Image
     return [Image.alpha_composite(below, image.convert("RGBA")).convert("RGB")]
 
 
-def stacked(parts: Sequence[Image.Image]) -> npt.NDArray[Any]:
+def stacked(parts: Sequence[Image.Image]) -> NDArray[Any]:
     """Returns the parts that ``flattened`` gives as (C, H, W)."""
     arrays = [np.asarray(part) for part in parts]
     if arrays[0].ndim == 3:

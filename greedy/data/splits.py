@@ -5,15 +5,15 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import ArrayLike, NDArray
 
 from greedy.base.errors import UserError
 from greedy.data.modes import Kind
 
 Shape = tuple[int, int, int]
-Rows = npt.NDArray[np.integer[Any]]
-Images = npt.NDArray[Any]
-Labels = npt.NDArray[np.int64]
+Rows = NDArray[np.integer[Any]]
+Images = NDArray[Any]
+Labels = NDArray[np.int64]
 
 
 class Split(Protocol):
@@ -81,7 +81,7 @@ def spread_rows(count: int, most: int) -> Rows:
 class ArraySplit:
     """Images (N, C, H, W) and labels (N,) held in memory."""
 
-    def __init__(self, images: Images, labels: npt.ArrayLike) -> None:
+    def __init__(self, images: Images, labels: ArrayLike) -> None:
         self._images, self.labels = images, np.asarray(labels, dtype=np.int64)
         channels, height, width = images.shape[1:]
         self.shape: Shape = (channels, height, width)

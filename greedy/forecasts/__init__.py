@@ -1,1 +1,1 @@
-"""What a run will take, before it runs."""
+"""Forecasts of the memory, disk and time of a run, and measurements of a machine."""

@@ -1,4 +1,4 @@
-"""How fast a machine trains the stages of a recipe: real steps on random data.
+"""Measurement of a machine's speed in training the stages of a recipe: real steps on random data.
 
 Each stage trains from a temporary store as in a run, in the memory mode that the run would
 choose, and then computes and writes the output of some rows. One stage is in memory at a time.
@@ -33,7 +33,8 @@ from greedy.models import StageShapes
 from greedy.recipes import Recipe
 from greedy.recipes.per_stage import encoding
 from greedy.steps.guard import Guard
-from greedy.steps.step import Learner, step
+from greedy.steps.step import Learner
+from greedy.steps.strategies import Greedy
 from greedy.stores.source import EpochBatches, Replayed, Source
 from greedy.training.learners import new_learner, new_optimizer
 from greedy.training.resolve import compiles, resolve
@@ -182,14 +183,14 @@ class Bench:
         compiled for it."""
         learner.train()
         rows, waited, computed = 0, 0.0, 0.0
-        guard, deadline = Guard(), math.inf
+        strategy, guard, deadline = Greedy(learner), Guard(), math.inf
         for epoch in itertools.count():
             asked = time.perf_counter()
             for position, batch in enumerate(self._epoch(source, learner.stage.number, epoch)):
                 received = time.perf_counter()
                 batch_rows = len(batch.labels)
                 mask = learner.mask(self.recipe.seed, batch_rows, shapes.input, epoch, position)
-                step(learner, replace(batch, mask=mask), guard, position)
+                strategy.step(batch, [mask], guard, position)
                 _finish(self.device)
                 done = time.perf_counter()
                 deadline = min(deadline, done + seconds)

@@ -24,9 +24,9 @@ from greedy.base.devices import (
     pick_precision,
 )
 from greedy.base.versions import versions
-from greedy.memory import choice
+from greedy.memory.choice import FREE_MEMORY_SHARE
 from greedy.recipes.per_stage import AUTO_ENCODING
-from greedy.runs import disk_budget as planning
+from greedy.runs.disk_budget import FREE_DISK_SHARE
 from greedy.training.resolve import RESIDENT_SHARE
 
 OPTIONAL = ("scipy", "onnx", "onnxscript", "onnxruntime", "matplotlib", "tensorboard")
@@ -148,8 +148,8 @@ def _automatic(disk_free: int) -> Automatic:
         device=device.type,
         precision=pick_precision("auto", device),
         encoding=AUTO_ENCODING,
-        memory_budget_bytes=int(choice.FREE_MEMORY_SHARE * free_memory(device)),
-        disk_budget_bytes=int(planning.FREE_DISK_SHARE * disk_free),
+        memory_budget_bytes=int(FREE_MEMORY_SHARE * free_memory(device)),
+        disk_budget_bytes=int(FREE_DISK_SHARE * disk_free),
         ram_budget_bytes=int(RESIDENT_SHARE * available_memory()),
         threads=torch.get_num_threads(),
     )

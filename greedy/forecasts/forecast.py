@@ -1,4 +1,4 @@
-"""What a run will take, told before anything runs: memory, disk and operations of each stage.
+"""Forecasts of the memory, disk, operations and time of each stage, before anything runs.
 
 Neither data nor a GPU is touched, and nothing is written. The figures of memory are counted on
 fake tensors, those of the disk are the estimates that the run itself plans with.

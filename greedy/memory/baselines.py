@@ -23,6 +23,7 @@ from greedy.memory.counting import Counter
 from greedy.memory.fake import count_with_loss, fake_tensors, make_state, materialise
 from greedy.memory.peaks import OptimizerFactory
 from greedy.models import Stage, StageShapes
+from greedy.models.stages import dropped
 from greedy.recipes import Training
 from greedy.runs.choices import Mode
 from greedy.steps.guard import Guard
@@ -87,7 +88,9 @@ class NetworkDemand:
             ]
             make = self.optimizer or _no_optimizer
             strategy = together(self.strategy, learners, self.accumulate, make)
-            make_state([p for each in learners for p in each.parameters()], strategy.optimizers)
+            make_state(
+                [p for learner in learners for p in learner.parameters()], strategy.optimizers
+            )
             batch, masks = _batch(learners, self.network.shapes, self.batch_size)
             counter.reset_peak()
             step(strategy, batch, masks)
@@ -180,7 +183,7 @@ def _checkpointed(strategy: Strategy, batch: Batch, masks: Sequence[Tensor | Non
     for learner, mask in zip(strategy.learners, masks, strict=True):
         x = checkpoint(
             learner.stage,
-            x if mask is None else x * mask,
+            dropped(x, mask),
             use_reentrant=False,
             preserve_rng_state=False,
         )
@@ -205,11 +208,8 @@ def _batch(
         start, stop, _ = rows.indices(batch_size)
         return torch.zeros((stop - start, *shapes[0].input))
 
-    generator = torch.Generator()
     masks = [
-        None
-        if (dropout := learner.stage.dropout) is None
-        else dropout.mask(batch_size, shape.input, generator)
+        learner.mask(0, batch_size, shape.input, 0, 0)
         for learner, shape in zip(learners, shapes, strict=True)
     ]
     return Batch(torch.zeros(batch_size, dtype=torch.long), read), masks

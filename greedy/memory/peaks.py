@@ -173,10 +173,7 @@ class StepDemand:
         return read
 
     def _batch(self, learner: Learner, frozen: Sequence[Stage]) -> Batch:
-        mask = None
-        if learner.stage.dropout is not None:
-            generator = torch.Generator()
-            mask = learner.stage.dropout.mask(self.batch_size, self.shapes.input, generator)
+        mask = learner.mask(0, self.batch_size, self.shapes.input, 0, 0)
         labels = torch.zeros(self.batch_size, dtype=torch.long)
         return Batch(labels, self._reader(learner, frozen), mask)
 

@@ -37,6 +37,12 @@ class InputDropout:
         return keep.float().div_(1 - self.rate)
 
 
+def dropped(x: Tensor, mask: Tensor | None, rows: slice = slice(None)) -> Tensor:
+    """Applies the dropout mask of a batch, if there is one, to the stage's inputs (rows, *shape)
+    of a slice of the batch."""
+    return x if mask is None else x * mask[rows].to(x.dtype)
+
+
 class Stage(nn.Module):
     """One trainable layer, or a block of several, with dropout on its input and pooling.
 

@@ -1,1 +1,1 @@
-"""What a trained network is good for."""
+"""Uses of a trained network: evaluation, prediction, export, curves and figures."""

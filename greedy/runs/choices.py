@@ -113,7 +113,7 @@ class DataChoices(_Decided):
 
     mean: list[float]
     std: list[float]
-    pixels: Literal["bytes", "integers", "floats"] = "bytes"  # see data/modes.py
+    pixels: Literal["bytes", "integers", "floats"] = "bytes"  # see ``greedy.data.modes``
     skipped: dict[str, str] = {}
     pass_seed: Annotated[int, Field(ge=0)] | None = None
 
@@ -124,8 +124,8 @@ class DataChoices(_Decided):
 
 
 class Choices(_Decided):
-    """What was decided of a stage that trains, see ``training/resolve.py``; ``views`` and
-    ``reuse`` are of its own store."""
+    """The automatic choices of a stage's training, see ``greedy.training.resolve``. ``views`` and
+    ``reuse`` are those of the store that it writes."""
 
     precision: Literal["float32", "bfloat16", "float16"]
     views: Size | Literal["live"]

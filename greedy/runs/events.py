@@ -59,58 +59,62 @@ class Reporter:
     """Receives the events of a run and ignores them; override the methods of those you need."""
 
     def files_checked(self, done: int, files: int) -> None:
-        """``done`` of ``files`` image files are checked. Called often: return quickly."""
+        """Is called often, with the number of image files checked so far: return quickly."""
 
     def noted(self, note: str) -> None:
-        """There is a note about the data, such as files that are skipped: one sentence."""
+        """Is called with a note about the data, one sentence, such as that files are skipped."""
 
     def run_started(self, outline: RunOutline) -> None:
-        """Stages are about to be trained. The first event, even if no stage is left."""
+        """Is called before stages are trained: the first event, even if no stage is left."""
 
     def disk_planned(self, plan: DiskPlan) -> None:
-        """The stores that the stages to be trained will keep on disk are decided."""
+        """Is called when it is decided which stores are kept on disk."""
 
     def stage_started(self, number: int, name: str, epochs: int, choices: Choices) -> None:
-        """The training of a stage starts."""
+        """Is called when the training of a stage starts or resumes."""
 
     def network_started(self, strategy: str, epochs: int, choices: Choices) -> None:
-        """The training of all stages at once starts."""
+        """Is called when the training of all stages at once starts or resumes."""
 
     def training_set_aside(self, number: int, path: Path, progress: str | None) -> None:
-        """An interrupted training of a stage, or with ``number`` 0 of all stages at once, cannot
-        resume, since its inputs have changed. It is kept at ``path``; ``progress`` says how far it
-        got. A new training starts."""
+        """Is called when an interrupted training of a stage, or with ``number`` 0 of all stages at
+        once, cannot resume, since its inputs have changed, and a new one starts. The old one is
+        kept at ``path``; ``progress`` is its position in words."""
 
     def epoch_started(self, epoch: int, rows: int) -> None:
-        """An epoch over ``rows`` rows starts; epochs count from 1."""
+        """Is called when an epoch over ``rows`` rows starts; epochs count from 1."""
 
     def batch_finished(self, rows: int) -> None:
-        """A batch of ``rows`` rows is done. Called often: return quickly."""
+        """Is called often, after each batch of ``rows`` rows: return quickly."""
 
     def resumed(self, rows: int) -> None:
-        """An earlier process did ``rows`` rows of the epoch or store that has just started."""
+        """Is called if an earlier process did ``rows`` rows of the epoch or store that has just
+        started."""
 
     def memory_reduced(self, number: int, memory: StepMemory) -> None:
-        """A step of a stage ran out of memory; from now on its steps use ``memory``."""
+        """Is called when a step of a stage has run out of memory; from then on its steps use
+        ``memory``."""
 
     def compiling_failed(self, number: int, reason: str) -> None:
-        """A stage's step could not be compiled; it runs uncompiled."""
+        """Is called when a stage's step could not be compiled; it runs uncompiled."""
 
     def epoch_finished(self, report: EpochReport) -> None:
-        """An epoch is over; if all stages train at once, the report is of the last stage."""
+        """Is called after each epoch; if all stages train at once, with the report of the last
+        stage."""
 
     def network_epoch_finished(self, reports: Sequence[EpochReport]) -> None:
-        """An epoch of all stages at once is over: a report per stage, before ``epoch_finished``."""
+        """Is called after each epoch of all stages at once, before ``epoch_finished``, with the
+        report of each stage."""
 
     def writing_started(self, number: int, split: str, rows: int) -> None:
-        """A split's store is being written, ``rows`` rows over all views; ``batch_finished``
-        follows for each batch."""
+        """Is called before a split's store is written, ``rows`` rows over all views;
+        ``batch_finished`` follows for each batch."""
 
     def stage_finished(self, record: StageRecord) -> None:
-        """A stage is complete."""
+        """Is called when a stage is complete."""
 
     def stage_skipped(self, record: StageRecord) -> None:
-        """A stage was already complete."""
+        """Is called if a stage was already complete."""
 
 
 class Reporters(Reporter):

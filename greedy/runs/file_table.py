@@ -12,7 +12,7 @@ from typing import Any, Self, TypeVar
 from zipfile import BadZipFile
 
 import numpy as np
-import numpy.typing as npt
+from numpy.typing import NDArray
 
 from greedy.base.errors import UserError
 from greedy.cache.files import write_whole
@@ -20,7 +20,7 @@ from greedy.runs.record import FILES
 
 FILES_PER_TASK = 256  # looked at by one thread in turn
 
-Numbers = npt.NDArray[np.int64]
+Numbers = NDArray[np.int64]
 Result = TypeVar("Result")
 # What NumPy raises for a damaged archive.
 DAMAGE_ERRORS = (
@@ -69,7 +69,7 @@ class FileTable:
         names = [os.fspath(file).removeprefix(below) for file in files]
         return cls(names, status[:, 0], status[:, 1], np.zeros(len(files), np.int64))
 
-    def compute_digests(self, root: Path, rows: npt.NDArray[np.integer[Any]]) -> None:
+    def compute_digests(self, root: Path, rows: NDArray[np.integer[Any]]) -> None:
         """Reads the files ``rows`` (m,) below ``root`` and sets their digests."""
         self.digests[rows] = _in_threads(_digest, [root / self.names[row] for row in rows])
 

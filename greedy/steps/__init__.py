@@ -1,1 +1,1 @@
-"""One optimiser step of a stage, in the memory that there is."""
+"""The optimiser step of a stage, within the available memory."""

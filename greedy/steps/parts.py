@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from greedy.base.torch_private import BATCH_NORMS, DROPOUTS, has_hooks
 from greedy.losses import LocalHeads

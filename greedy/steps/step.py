@@ -1,4 +1,4 @@
-"""One optimiser step of a stage on one batch."""
+"""The optimiser step of a stage on one batch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field

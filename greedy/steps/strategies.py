@@ -1,7 +1,7 @@
-"""How the stages of a network are trained together, or one of them alone.
+"""The strategies by which stages are trained, together or one of them alone.
 
-All strategies share the stages, the losses and the loop; they differ in who holds the graph and
-who the optimiser.
+All strategies share the stages, the losses and the loop; they differ in which stages share a graph
+and an optimiser.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from greedy.models.stages import dropped
 from greedy.steps.guard import Guard
 from greedy.steps.scaling import LossScale
 from greedy.steps.step import Learner, step
@@ -99,7 +100,7 @@ class Joint:
         outcomes = []
         for learner, mask, optimizer in zip(self.learners, masks, self.optimizers, strict=True):
             _clear(learner)
-            h = learner.hidden(_dropped(x, mask))
+            h = learner.hidden(dropped(x, mask))
             outcome = _outcome(learner, h, batch.labels)
             _scaled(outcome.loss, learner.scale).backward()
             x = learner.stage.pool(h.detach())
@@ -165,7 +166,7 @@ class Backprop:
         x = batch.inputs(rows)
         outcomes = []
         for learner, mask in zip(self.learners, masks, strict=True):
-            h = learner.hidden(_dropped(x, mask if mask is None else mask[rows]))
+            h = learner.hidden(dropped(x, mask, rows))
             outcomes.append(_outcome(learner, h, batch.labels[rows]))
             x = learner.stage.pool(h)
         return outcomes
@@ -204,10 +205,6 @@ def _clear(learner: Learner) -> None:
 
 def _scaled(loss: Tensor, scale: LossScale | None) -> Tensor:
     return loss if scale is None else scale(loss)
-
-
-def _dropped(x: Tensor, mask: Tensor | None) -> Tensor:
-    return x if mask is None else x * mask.to(x.dtype)
 
 
 def _outcome(learner: Learner, h: Tensor, labels: Tensor) -> Outcome:

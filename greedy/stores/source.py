@@ -25,6 +25,7 @@ from greedy.cache import (
 )
 from greedy.data import Augmentation, Draws, prepare
 from greedy.models import Stage
+from greedy.models.stages import dropped
 from greedy.stores.fresh import FreshImages
 
 if TYPE_CHECKING:
@@ -311,5 +312,4 @@ class Batch:
 
     def inputs(self, rows: slice = slice(None)) -> Tensor:
         """Computes the stage's inputs (rows, *shape) for a slice of the batch, after dropout."""
-        x = self.read(rows)
-        return x if self.mask is None else x * self.mask[rows]
+        return dropped(self.read(rows), self.mask, rows)

@@ -1,4 +1,4 @@
-"""What a trained stage leaves: its weights, its history and its record."""
+"""The files of a trained stage: its weights, its history and its record."""
 
 import json
 from collections.abc import Sequence

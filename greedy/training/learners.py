@@ -1,4 +1,4 @@
-"""What a stage begins its training with: first weights, local heads, optimiser, schedule."""
+"""The start of a stage's training: first weights, local heads, optimiser, schedule."""
 
 from typing import TypeVar
 

@@ -1,4 +1,4 @@
-"""All stages of a network trained at once, from the images."""
+"""The training of all stages of a network at once, from the images."""
 
 import time
 from collections.abc import Sequence
@@ -75,7 +75,8 @@ class NetworkTraining:
 
     def _train(self, place: Path, start: StartRecord, began: float) -> list[StageRecord]:
         strategy = self._strategy(start.resolved)
-        needed = 7 * 4 * sum(p.numel() for each in strategy.learners for p in each.parameters())
+        parameters = (p for learner in strategy.learners for p in learner.parameters())
+        needed = 7 * 4 * sum(p.numel() for p in parameters)
         require_free_space(place, "the network", needed - bytes_below(place))
         with write_errors_explained(self.run.path, "the network", needed):
             checkpoints = Checkpoints(

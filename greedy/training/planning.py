@@ -1,4 +1,4 @@
-"""How each stage of a run trains: from which store, in how much memory, with which choices."""
+"""The plan for training each stage of a run: its source, its memory mode and its choices."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Every automatic choice of a stage, made once when it starts and written down."""
+"""The automatic choices of a stage, made once when it starts and recorded."""
 
 import torch
 
@@ -13,7 +13,7 @@ from greedy.runs.choices import Choices, Mode
 from greedy.runs.views import Views
 
 COMPILED_STEPS = 5000  # each saves a tenth, compiling takes 10 to 40 s
-KEPT_SHARE = 1 / 3  # of a step's memory, at most, is kept besides
+KEPT_SHARE = 1 / 3  # of a step's memory: the most freed memory that stays with the process
 RESIDENT_SHARE = 0.5  # of the memory that is free, for holding a store, unless told otherwise
 
 

@@ -1,4 +1,4 @@
-"""One stage from its first weights to its finished directory."""
+"""The training of one stage, from its first weights to its finished directory."""
 
 import math
 import time
