@@ -1,5 +1,6 @@
 """Data sets whose own transforms draw at random."""
 
+import json
 import os
 import random
 import signal
@@ -95,6 +96,11 @@ def content(run: Path) -> dict[str, bytes]:
     }
 
 
+def percent_waited(run: Path, stage: int) -> list[float]:
+    lines = (run / f"stage{stage}/history.jsonl").read_text().splitlines()
+    return [json.loads(line)["waiting_percent"] for line in lines]
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("fresh") / "run"
@@ -132,6 +138,13 @@ def test_every_view_and_epoch_is_a_pass_of_its_own(finished: Path) -> None:
     assert run.record(1).store.view_numbers == [2, 3]
     images = np.concatenate([stored(finished, 1), stored(finished, 2)], axis=2)
     assert len({view.tobytes() for view in images}) == 2
+
+
+def test_every_epoch_says_how_long_it_waited(finished: Path) -> None:
+    for stage in (1, 2, 3):
+        waited = percent_waited(finished, stage)
+        assert len(waited) == 5
+        assert all(0 < share < 100 for share in waited)
 
 
 def test_the_global_generators_are_left_alone(tmp_path: Path) -> None:
