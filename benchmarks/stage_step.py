@@ -81,7 +81,7 @@ class Waits(EpochBatches):
 
     seconds: list[float]
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Generator[Any]:
         batches = super().__iter__()
         yield next(batches)
         start = time.perf_counter()

@@ -250,7 +250,13 @@ def elsewhere(code: str, run: Path, *arguments: object) -> subprocess.CompletedP
     command = [sys.executable, "-c", code, run, *map(str, arguments)]
     settings = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=300, env=os.environ | settings
+        command,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | settings,
+        start_new_session=True,
     )
 
 
@@ -261,31 +267,51 @@ class Notes(Reporter):
         print(note)
 
 
-class KillAt(Reporter):
-    """Kills the process after a number of batches."""
+class StopAt(Reporter):
+    """Stops the process after a number of batches: kills it, or sends another signal to it and to
+    the processes that read, as a terminal does."""
 
-    def __init__(self, batches: int) -> None:
-        self.left = batches
+    def __init__(self, batches: int, number: int) -> None:
+        self.left, self.number = batches, number
 
     def batch_finished(self, rows: int) -> None:
         self.left -= 1
-        if not self.left:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.left:
+            return
+        if self.number == signal.SIGKILL:
+            os.kill(os.getpid(), self.number)
+        else:
+            os.killpg(0, self.number)
 
 
-def fit_until_killed(run: Path, batches: int) -> None:
-    fit(run, **RING, num_workers=2, checkpoint_minutes=0, reporter=KillAt(batches))
+def fit_until_stopped(run: Path, batches: int, number: int) -> None:
+    stop = StopAt(batches, number)
+    fit(run, **RING, num_workers=2, checkpoint_minutes=0, reporter=stop)
 
 
-@pytest.mark.parametrize("batches", [pytest.param(5, marks=pytest.mark.slow), 32])
-def test_a_killed_run_resumes_at_once_to_the_same_bytes(
-    finished: Path, tmp_path: Path, batches: int
+@pytest.mark.parametrize(
+    ("batches", "number"),
+    [
+        pytest.param(5, signal.SIGKILL, marks=pytest.mark.slow),
+        (32, signal.SIGKILL),
+        (5, signal.SIGINT),
+        pytest.param(32, signal.SIGINT, marks=pytest.mark.slow),
+    ],
+)
+def test_a_stopped_run_resumes_at_once_to_the_same_bytes(
+    finished: Path, tmp_path: Path, batches: int, number: int
 ) -> None:
     """In an epoch of the first stage, and of the second, for which a view is being drawn. The
-    processes that read outlive the one that was killed by some seconds."""
+    processes that read outlive one that was killed by some seconds."""
     run = tmp_path / "run"
-    killed = elsewhere("fit_until_killed(run, int(sys.argv[2]))", run, batches)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    code = "fit_until_stopped(run, *map(int, sys.argv[2:]))"
+    stopped = elsewhere(code, run, batches, int(number))
+    if number == signal.SIGKILL:
+        assert stopped.returncode == -number, stopped.stderr
+    else:
+        assert stopped.returncode != 0
+        assert "Interrupted: interrupted in stage 1" in stopped.stderr
+        assert "DataLoader" not in stopped.stderr
     fit(run, **RING, num_workers=1)
     assert content(run) == content(finished)
 

@@ -62,10 +62,14 @@ def read_batches(
         worker_init_fn=_leave_signals,
         generator=torch.Generator(),  # else it would draw from torch's own
     )
-    for read in _worker_deaths_explained(iter(loader)):
-        if read.error is not None:
-            raise read.error
-        yield torch.as_tensor(read.images), read.labels
+    reading: Any = iter(loader)
+    try:
+        while (read := _next(reading)) is not None:
+            if read.error is not None:
+                raise read.error
+            yield torch.as_tensor(read.images), read.labels
+    finally:
+        reading._shutdown_workers()  # deleting it does this too, but a traceback may keep it
 
 
 def _default_workers() -> int:
@@ -101,20 +105,17 @@ class _Batches(Dataset[_Read]):
             return _Read(np.empty(0), np.empty(0, np.int64), error)
 
 
-def _worker_deaths_explained(batches: Iterator[_Read]) -> Iterator[_Read]:
-    while True:
-        try:
-            batch = next(batches, None)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise UserError(
-                f"a process that reads the data set ended ({first_line(error)}): free memory, or "
-                f"set data.num_workers to fewer, 0 for none"
-            ) from error
-        if batch is None:
-            return
-        yield batch
+def _next(batches: Iterator[_Read]) -> _Read | None:
+    """Returns the next batch, ``None`` after the last. Raises ``UserError`` if a process ended."""
+    try:
+        return next(batches, None)
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise UserError(
+            f"a process that reads the data set ended ({first_line(error)}): free memory, or set "
+            f"data.num_workers to fewer, 0 for none"
+        ) from error
 
 
 def _cannot_be_sent(split: Split) -> str:
@@ -141,6 +142,8 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _leave_signals(worker: int) -> None:
-    """Ignores what stops a run: its process finishes the step and then ends the others."""
+    """Ignores what stops a run in a terminal: its process finishes the step and then ends those
+    that read, by SIGTERM if need be."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,7 +1,7 @@
 """The source that a stage trains from."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
@@ -290,7 +290,7 @@ class EpochBatches:
         """The number of rows in the epoch."""
         return self.source.stores["train"].rows - self.source.held_out
 
-    def __iter__(self) -> Iterator["Batch"]:
+    def __iter__(self) -> Generator["Batch"]:
         for batch in self.source.waits.timed(self.loader):
             yield self.source.batch(batch.values, batch.labels, batch.rows, self.draws)
 

@@ -1,7 +1,8 @@
 """Writing stage 0: the data set, decoded and shuffled once."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,8 +95,9 @@ def write_stage0(
             index = numpy_generator(run.recipe.seed, "rows", name).permutation(len(split))
             labels[name], rows[name] = np.empty(len(split), np.int64), index
             path = directory / "activations.zarr" / name
-            with _writer(path, split, labels[name], index) as writer:
-                for samples, images in _read(split, index, labels[name], workers):
+            reading = closing(_read(split, index, labels[name], workers))
+            with reading as parts, _writer(path, split, labels[name], index) as writer:
+                for samples, images in parts:
                     writer.append(images)
                     if files and isinstance(split, FolderSplit):  # cached now
                         before = 0 if name == "train" else len(dataset.train)
@@ -178,7 +180,7 @@ def _writer(path: Path, split: Split, labels: np.ndarray, index: np.ndarray) -> 
 
 def _read(
     split: Split, index: np.ndarray, labels: np.ndarray, workers: int | None
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Generator[tuple[np.ndarray, np.ndarray]]:
     """Yields the numbers and images of the split's samples, ``READ_ROWS`` at a time, in the order
     of ``index``; writes their labels into ``labels``. ``workers`` are as for ``read_batches``."""
     batches = [index[start : start + READ_ROWS] for start in range(0, len(index), READ_ROWS)]
