@@ -14,11 +14,11 @@ import click
 
 from greedy.data import load_dataset
 from greedy.forecasts.bench import Bench, peak_flops
-from greedy.forecasts.calibration import Calibration
 from greedy.forecasts.forecast import data_facts, forecast, machine
 from greedy.recipes import load
 from greedy.runs.directory import RunDirectory
 from greedy.trainer import GreedyTrainer
+from greedy.training.calibration import Calibration
 
 
 def calibrated(bench: Bench, seconds: float) -> Calibration:

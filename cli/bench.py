@@ -14,8 +14,8 @@ from greedy.cli.tables import count, print_json, print_table, say
 
 if TYPE_CHECKING:
     from greedy.forecasts.bench import StageSpeed
-    from greedy.forecasts.calibration import Calibration
     from greedy.recipes import Recipe
+    from greedy.training.calibration import Calibration
 
 DEFAULT = "demo"
 
@@ -55,8 +55,8 @@ def bench(
     from greedy.base.devices import device_name  # noqa: PLC0415
     from greedy.build.modules import load_network  # noqa: PLC0415
     from greedy.forecasts.bench import Bench, peak_flops  # noqa: PLC0415
-    from greedy.forecasts.calibration import Calibration  # noqa: PLC0415
     from greedy.recipes import load  # noqa: PLC0415
+    from greedy.training.calibration import Calibration  # noqa: PLC0415
 
     overrides = fields.overrides(settings, field_values)
     recipe = load(recipe_name or DEFAULT, overrides)

@@ -51,9 +51,9 @@ def plan(
     a stage and writing its store.
     """
     from greedy.build.modules import load_network  # noqa: PLC0415
-    from greedy.forecasts.calibration import Calibration, NotCalibrated  # noqa: PLC0415
     from greedy.forecasts.forecast import data_facts, forecast, machine  # noqa: PLC0415
     from greedy.runs.directory import RunDirectory  # noqa: PLC0415
+    from greedy.training.calibration import Calibration, NotCalibrated  # noqa: PLC0415
 
     overrides = fields.overrides(settings, field_values)
     recipe, directory = recipe_and_run(recipe_name, run, overrides)

@@ -163,7 +163,9 @@ class GreedyTrainer:
         needed = sum(rows.values()) * math.prod(shape) * dataset.train.dtype.itemsize
         require_free_space(self.run.path, "stage 0", needed)
         memory = self._planner.plan_memory(network, stored_encoding(dataset.train).name)
-        disk = plan_disk(state, network.shapes, rows, needed, self.device.type, fresh=fresh)
+        disk = plan_disk(
+            state, network.shapes, rows, needed, self._planner.byte_operations, fresh=fresh
+        )
         memory.require(range(1, len(network) + 1), disk)
         dataset = drop_unreadable_files(self.recipe, dataset, self.reporter)
         self.run.make_directory()

@@ -13,7 +13,6 @@ from torch import nn
 
 from greedy import GreedyTrainer
 from greedy.base.files import with_digest
-from greedy.forecasts.calibration import Calibration, Measured, NotCalibrated, Work
 from greedy.forecasts.duration import Durations
 from greedy.losses import Sim
 from greedy.models import cut, shapes
@@ -22,6 +21,7 @@ from greedy.runs.choices import Mode
 from greedy.runs.directory import RunDirectory
 from greedy.runs.disk_budget import plan_disk
 from greedy.runs.state import RunState
+from greedy.training.calibration import Calibration, Measured, NotCalibrated, Work, byte_operations
 
 CPU = torch.device("cpu")
 WORK = Work(
@@ -275,7 +275,7 @@ def test_the_rows_that_pass_frozen_stages_are_those_of_a_run(changes, tmp_path):
     stage_shapes = shapes(cut(network()), (1, 4, 4))
     unbegun = RunDirectory.create(tmp_path / "unbegun", run.recipe)
     data = run.record(0)
-    disk = plan_disk(RunState.read(unbegun), stage_shapes, dict(data.rows), data.store.bytes, "cpu")
+    disk = plan_disk(RunState.read(unbegun), stage_shapes, dict(data.rows), data.store.bytes, 0)
     held_out = 8 if "patience" in changes else 0
     durations = Durations(run.recipe, disk, data.rows, held_out, [WORK] * 4)
     planned = [durations.frozen_rows(stage.stage, stage.source, epochs=3) for stage in stages]
@@ -290,9 +290,23 @@ def test_seconds_are_those_of_all_rows(tmp_path):
     twice_drawn = DOCUMENT | {"data": {"name": "python", "augmentation": "hflip"}}
     run = RunDirectory.create(tmp_path / "run", from_document(twice_drawn, name="unbegun"))
     stage_shapes = shapes(cut(network()), (1, 4, 4))
-    disk = plan_disk(RunState.read(run), stage_shapes, {"train": 80, "test": 20}, 1, "cpu")
+    disk = plan_disk(RunState.read(run), stage_shapes, {"train": 80, "test": 20}, 1, 0)
     durations = Durations(run.recipe, disk, {"train": 80, "test": 20}, 0, [WORK] * 4)
     known = calibration(speed(rows_per_second=10, frozen_rows_per_second=100))
     assert durations.seconds(known, 2, 1) == pytest.approx(240 / 10 + 280 / 100)
     assert durations.seconds(known, 4, 3) == pytest.approx(240 / 10 + 20 / 100)
     assert durations.seconds(calibration(), 2, 1) is None
+
+
+def test_reading_is_weighed_against_the_measured_rate_of_frozen_stages():
+    unmeasured = byte_operations("cpu", None)
+    assert byte_operations("cpu", calibration()) == unmeasured < byte_operations("cuda", None)
+    slow, fast = (
+        speed(
+            WORK.model_copy(update={"rows": rows}),
+            frozen_rows_per_second=rows * 2e9 / WORK.forward_flops,
+        )
+        for rows in (3, 7)
+    )
+    assert byte_operations("cpu", calibration(slow)) == pytest.approx(3)
+    assert byte_operations("cpu", calibration(fast, slow)) == pytest.approx(5)

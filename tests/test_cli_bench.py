@@ -138,7 +138,7 @@ def test_what_was_not_measured_is_not_told(folder):
     result = greedy(*PLAN, "--precision", "bfloat16")
     assert result.exit_code == 0
     assert "`greedy bench` with the same recipe" in result.output.replace("\n", " ")
-    convolutional = answer("plan", *CONVOLUTIONAL)
+    convolutional = answer("plan", *CONVOLUTIONAL, "--views", "1")
     known = [stage["seconds"] is not None for stage in convolutional["stages"]]
     assert known == [False, False, True]
     assert convolutional["seconds"] is None
@@ -173,7 +173,7 @@ def test_a_damaged_calibration_is_told_and_left_to_bench(measured, folder, monke
 def test_stages_are_measured_in_the_modes_of_a_budget(folder, monkeypatch, tmp_path):
     """And in a table, a line for each stage as it begins."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    planned = answer("plan", *CONVOLUTIONAL)
+    planned = answer("plan", *CONVOLUTIONAL, "--views", "1")
     result = greedy(*BENCH, *CONVOLUTIONAL)
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
@@ -185,7 +185,7 @@ def test_stages_are_measured_in_the_modes_of_a_budget(folder, monkeypatch, tmp_p
     assert len(set(modes)) > 1
     table = [line.split() for line in lines if line[:1].isdigit()]
     assert [row[3] for row in table] == modes
-    assert answer("plan", *CONVOLUTIONAL)["seconds"] > 0
+    assert answer("plan", *CONVOLUTIONAL, "--views", "1")["seconds"] > 0
     assert not any((folder / "tmp").glob("greedy-bench-*"))
 
 

@@ -5,14 +5,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from command_line import said
 from hypothesis import given
 from hypothesis import strategies as st
-from small_training import TEST, TRAIN, files, learned, new_trainer, same, weights
+from small_training import CLASSES, SIDE, TEST, TRAIN, files, learned, new_trainer, same, weights
+from torch import nn
 
 from greedy import Reporter, RunDirectory, UserError
+from greedy.base.files import read_tensors as load
 from greedy.cache import Store, row_order, verify
+from greedy.losses import Pred
 from greedy.runs.views import SPREAD, USES, enough_views, view_numbers, views_drawn
+from greedy.stores import streamed
 
 RING = {"augmentation": "hflip", "views": 2, "reuse": 2, "epochs": 7}
 
@@ -125,6 +130,27 @@ def test_frozen_records_are_those_of_older_versions(tmp_path: Path) -> None:
     document = json.loads((tmp_path / "run/stage1/stage.json").read_text())
     assert "ring" not in document["store"]
     assert "reuse" not in document["resolved"]
+
+
+def test_frozen_stages_are_streamed_where_memory_has_no_room_for_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Views drawn so are those that a repair computes without streaming."""
+    layers = [nn.Flatten(), nn.Linear(SIDE**2, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU()]
+    torch.manual_seed(0)
+    network = nn.Sequential(*layers, nn.Linear(256, 1024), nn.ReLU(), nn.Linear(1024, CLASSES))
+    settings = RING | {"reuse": 1, "epochs": 3, "loss": Pred()}
+    read: list[Path] = []
+    monkeypatch.setattr(streamed, "read_tensors", lambda path: (read.append(path), load(path))[1])
+    trainer = new_trainer(tmp_path, network, **settings, memory_budget="4600KiB")  # stage 3's step
+    trainer.fit(TRAIN, TEST)
+    assert {path.parent for path in read} == {tmp_path / f"stage{n}" for n in (1, 2)}
+    read.clear()
+    before = [files(train_split(tmp_path, stage)) for stage in (1, 2, 3)]
+    trainer.run.drop_stores(1, 2, 3)
+    repairs, damages = trainer.repair([1, 2, 3], dropped=True)
+    assert all(repair.identical for repair in repairs) and not damages and not read
+    assert [files(train_split(tmp_path, stage)) for stage in (1, 2, 3)] == before
 
 
 @given(st.integers(0, 200), st.integers(1, 9), st.integers(1, 9))

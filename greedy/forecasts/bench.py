@@ -24,7 +24,6 @@ from greedy.base.errors import UserError
 from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import build_loss, build_network
 from greedy.cache import StoreWriter, fit_encoding
-from greedy.forecasts.calibration import Measured, Work
 from greedy.forecasts.forecast import DataFacts, machine, named_data_facts
 from greedy.forecasts.random_data import random_source
 from greedy.memory.choice import Choice
@@ -36,6 +35,7 @@ from greedy.steps.guard import Guard
 from greedy.steps.step import Learner
 from greedy.steps.strategies import Greedy
 from greedy.stores.source import EpochBatches, Replayed, Source
+from greedy.training.calibration import Measured, Work
 from greedy.training.learners import new_learner, new_optimizer
 from greedy.training.resolve import compiles, resolve
 

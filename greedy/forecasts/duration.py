@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from greedy.forecasts.calibration import Calibration, Work
 from greedy.recipes import Recipe
 from greedy.recipes.per_stage import for_stage
 from greedy.runs.disk_plan import DiskPlan
 from greedy.runs.views import views_drawn
 from greedy.stores.writing import SAMPLE_ROWS
+from greedy.training.calibration import Calibration, Work
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from greedy.base.errors import UserError
 from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import build_loss, build_network
 from greedy.data import DATASETS, Reading, draws_at_random, load_dataset
-from greedy.forecasts.calibration import Calibration, Work
 from greedy.forecasts.duration import Durations
 from greedy.memory.baselines import baselines
 from greedy.memory.choice import Choice, memory_budget
@@ -31,6 +30,7 @@ from greedy.runs.disk_plan import DiskPlan
 from greedy.runs.state import RunState
 from greedy.runs.views import Views, views_drawn
 from greedy.steps.parts import parts_of
+from greedy.training.calibration import Calibration, Work, byte_operations
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def forecast(
         network.shapes,
         data.rows,
         data.stored_bytes,
-        machine.device,
+        byte_operations(machine.device, calibration),
         fresh=data.fresh,
     )
     memory = MemoryPlan(

@@ -36,10 +36,15 @@ class Choice(StepMemory):
     Attributes:
         peak_bytes: bytes that a step takes at most.
         write_batch: rows that the frozen stage computes at a time.
+        draws_streamed: whether the frozen stages that views of the source are drawn through are on
+            the device only while they compute.
+        writes_streamed: whether those are so that the stage's own store is written through.
     """
 
     peak_bytes: int = 0
     write_batch: int = 1
+    draws_streamed: bool = False
+    writes_streamed: bool = False
 
     def recorded(self) -> dict[str, Any]:
         """Returns the fields of the choice for ``Choices``, as JSON values by name."""

@@ -29,11 +29,13 @@ class Replay:
         stages: the stages, in order.
         shape: the shape of a row of the store.
         rows: rows computed at a time.
+        streamed: whether each is on the device only while it computes.
     """
 
     stages: Sequence[Stage]
     shape: Shape
     rows: int
+    streamed: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class StepDemand:
         device_type: ``cpu``, ``cuda`` or ``mps``; on ``cpu`` host memory is the device's.
         stored_row_bytes: bytes of a row in the source.
         replay: the frozen stages between the source and the stage, if any.
-        other_resident_bytes: bytes of other stages on the device, needed to refresh views.
+        other_resident_bytes: bytes of other stages on the device, needed to draw views.
     """
 
     stage: Stage
@@ -128,8 +130,9 @@ class StepDemand:
 
     def frozen_bytes(self) -> int:
         """Returns the bytes of the weights of all other stages on the device."""
-        replayed = self.replay.stages if self.replay else ()
-        return self.other_resident_bytes + sum(map(weight_bytes, replayed))
+        replayed = [weight_bytes(stage) for stage in (self.replay.stages if self.replay else ())]
+        at_once = max if self.replay and self.replay.streamed else sum
+        return self.other_resident_bytes + at_once(replayed)
 
     def _skeletons(self) -> list[Stage]:
         """Returns copies of the stage and of those that are replayed on the meta device, since fake
@@ -160,7 +163,8 @@ class StepDemand:
         ``Source.inputs`` does."""
         shape = self.replay.shape if self.replay else self.shapes.input
         at_once = self.replay.rows if self.replay else WRITE_ROWS
-        replayed = [materialise(stage).eval() for stage in frozen]
+        prepared = _loaded_on_call if self.replay and self.replay.streamed else _loaded
+        replayed = [prepared(stage) for stage in frozen]
 
         def read(rows: slice) -> torch.Tensor:
             count = (rows.stop or self.batch_size) - (rows.start or 0)
@@ -176,6 +180,20 @@ class StepDemand:
         mask = learner.mask(0, self.batch_size, self.shapes.input, 0, 0)
         labels = torch.zeros(self.batch_size, dtype=torch.long)
         return Batch(labels, self._reader(learner, frozen), mask)
+
+
+def _loaded(stage: Stage) -> Callable[[torch.Tensor], torch.Tensor]:
+    return materialise(stage).eval()
+
+
+def _loaded_on_call(stage: Stage) -> Callable[[torch.Tensor], torch.Tensor]:
+    def call(x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = _loaded(stage)(x)
+        with META:  # where nothing is counted
+            materialise(stage)
+        return output
+
+    return call
 
 
 def weight_bytes(stage: Stage) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Self
 
+from greedy.base.errors import UserError
 from greedy.build.cut_network import CutNetwork
 from greedy.losses import Glob, LocalLoss
 from greedy.memory.baselines import choose_network
@@ -70,6 +71,7 @@ class MemoryPlan:
     images: str = "uint8"
     _choices: dict[Hashable, Choice] = field(default_factory=dict, repr=False)
     _flops: dict[Hashable, int] = field(default_factory=dict, repr=False)
+    _streamed: dict[int, bool] = field(default_factory=dict, repr=False)
 
     def require(self, numbers: Iterable[int], disk: DiskPlan) -> None:
         """Raises ``UserError`` if the budget is too small for one of the stages ``numbers``, each
@@ -91,35 +93,63 @@ class MemoryPlan:
             demand.replay,
             demand.other_resident_bytes,
             stores.source == 0,
+            stores.source_is_ring and self._streams(stores.source),
             writes,
         )
         if key not in self._choices:
-            micro_batch = self.recipe.memory.micro_batch
-            self._choices[key] = choose(demand, self.budget, micro_batch, writing)
+            streams = stores.source_is_ring and self._streams(stores.source)
+            self._choices[key] = self._choose(demand, writing, draws_streamed=streams)
         return self._choices[key]
+
+    def _choose(
+        self, demand: StepDemand, writing: StepDemand | None, *, draws_streamed: bool
+    ) -> Choice:
+        """Chooses how a stage trains; where there is no room for the frozen stages that views are
+        drawn through, they are streamed."""
+        micro_batch = self.recipe.memory.micro_batch
+        try:
+            choice = choose(demand, self.budget, micro_batch, writing)
+        except UserError:
+            if not demand.other_resident_bytes:
+                raise
+            demand, draws_streamed = replace(demand, other_resident_bytes=0), True
+            choice = choose(demand, self.budget, micro_batch, writing)
+        writes_streamed = bool(writing and writing.replay and writing.replay.streamed)
+        return replace(choice, draws_streamed=draws_streamed, writes_streamed=writes_streamed)
 
     def smaller(self, number: int, stores: StageStores, learner: Learner) -> Choice | None:
         """Chooses a smaller mode for a stage after a step of its ``learner`` ran out of memory and
         was freed: one that fits the memory that is now free and takes less than before. Returns
         ``None`` if no mode takes less."""
         demand, writing = self._demands(number, stores)
+        if self.stage(number, stores).draws_streamed:
+            demand = replace(demand, other_resident_bytes=0)
         room = room_for(learner) + demand.frozen_bytes()
         micro_batch = self.recipe.memory.micro_batch
         return choose_smaller(demand, learner.memory, room, micro_batch, writing)
 
     def _demands(self, number: int, stores: StageStores) -> tuple[StepDemand, StepDemand | None]:
         """Returns the demand of a stage's step, and that of writing its store or ``None`` if that
-        is the same."""
+        is the same. Frozen stages that views are drawn through are resident if they may be."""
         source = stores.source
         demand = self._demand(number, source)
-        if stores.source_is_ring:
+        if stores.source_is_ring and not self._streams(source):
             drawing = sum(map(weight_bytes, self.network.stages[:source]))
             demand = replace(demand, other_resident_bytes=drawing)
         if stores.is_ring:
-            return demand, self._drawing(number)
+            return demand, self._drawing(number, streamed=self._streams(number))
         if stores.written_from is None or stores.written_from == source:
             return demand, None
         return demand, self._demand(number, stores.written_from)
+
+    def _streams(self, number: int) -> bool:
+        """Returns whether there is no room for all frozen stages while views of a stage's store are
+        drawn, so that each is on the device only while it computes."""
+        if number not in self._streamed:
+            resident = self._drawing(number, streamed=False)
+            room = self.budget is None or resident.writing_peak(1) <= self.budget
+            self._streamed[number] = not room
+        return self._streamed[number]
 
     def _replay(self, source: int, number: int) -> Replay | None:
         """Returns the frozen stages between the store of stage ``source`` and stage ``number``."""
@@ -129,13 +159,15 @@ class MemoryPlan:
         rows = min(map(write_batch, self.network.shapes[source : number - 1]))
         return Replay(stages, self.network.shapes[source].input, rows)
 
-    def _drawing(self, number: int) -> StepDemand:
+    def _drawing(self, number: int, *, streamed: bool) -> StepDemand:
         """Returns the demand of drawing views of a frozen stage's store from the images while the
         next stage is in memory."""
         next_stage = 0
         if number < len(self.network):
             next_stage = self._demand(number + 1, number).parameter_bytes()
-        return replace(self._demand(number, 0), other_resident_bytes=next_stage)
+        demand = self._demand(number, 0)
+        replay = demand.replay and replace(demand.replay, streamed=streamed)
+        return replace(demand, replay=replay, other_resident_bytes=next_stage)
 
     def _demand(self, number: int, source: int) -> StepDemand:
         on_device = self.recipe.memory.optimizer_state == "device"

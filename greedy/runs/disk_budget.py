@@ -24,11 +24,8 @@ from greedy.runs.disk_plan import (
 from greedy.runs.record import StageRecord
 from greedy.runs.state import RunState
 from greedy.runs.unfinished import read_start
-from greedy.runs.views import Views, wanted_views
+from greedy.runs.views import Views, enough_views, wanted_views
 
-# Multiply-adds of a convolution that take about as long as reading and decoding a byte of a store:
-# on two cores of a CPU 50 GMAC/s against 1 GB/s, on a GPU 10 TMAC/s against 2 GB/s.
-BYTE_OPERATIONS = {"cpu": 50.0, "cuda": 5000.0, "mps": 1000.0}
 FREE_DISK_SHARE = 0.7  # of the file system's free space, for ``store.disk_budget = "auto"``
 
 
@@ -37,7 +34,7 @@ def plan_disk(
     shapes: Sequence[StageShapes],
     rows: Mapping[str, int],
     image_bytes: int,
-    device_type: str,
+    byte_operations: float,
     retrain_from: int | None = None,
     *,
     fresh: bool = False,
@@ -49,7 +46,8 @@ def plan_disk(
         shapes: of all stages.
         rows: of each split.
         image_bytes: of stage 0's store.
-        device_type: ``cpu``, ``cuda`` or ``mps``.
+        byte_operations: multiply-adds that take as long as reading a byte of a store, which decide
+            whether a stage needs one where views are ``auto``.
         retrain_from: the first stage that is trained again.
         fresh: whether images are read from the data set for every view and live epoch.
 
@@ -65,7 +63,7 @@ def plan_disk(
         rows,
         sizes[encoding(recipe)],
         image_bytes,
-        BYTE_OPERATIONS[device_type] if by_speed else 0,
+        byte_operations if by_speed else 0,
     )
     planned = plan_stores(demand, disk_budget(run), recipe.store.keep)
     one_by_one = recipe.training.strategy == "greedy"
@@ -83,17 +81,22 @@ def _stage_demand(
     recipe, shape = state.run.recipe, shapes[number - 1]
     again = retrain_from is not None and number >= retrain_from
     record, start = previous_record(state, number), _resumable_start(state, number)
-    views, reuse = wanted_views(recipe, min(number + 1, len(shapes)), fresh=fresh)
+    next_stage = min(number + 1, len(shapes))
+    (views, reuse), lowered = wanted_views(recipe, next_stage, fresh=fresh), None
+    drawn = recipe.data.is_augmented or fresh
+    if isinstance(views, int) and drawn and recipe.store.reuse == "auto":
+        _, lowered = enough_views(for_stage(recipe.training.epochs, next_stage), 1)
     if start is not None:
-        reuse = start.resolved.reuse
+        reuse, lowered = start.resolved.reuse, None
     if record is not None and not again:
-        reuse = record.choices.reuse
+        reuse, lowered = record.choices.reuse, None
     return StageDemand(
         values=math.prod(shape.output),
         operations=shape.operations,
         epochs=for_stage(recipe.training.epochs, number),
         wanted_views=views if recipe.training.strategy == "greedy" else "live",
         reuse=reuse,
+        lowered_reuse=lowered,
         views=_views(state, record) if record is not None and not again else None,
         interrupted_views=start.resolved.views if start is not None else None,
         replaced=bytes_below(state.run.store_path(number)) if again else 0,

@@ -33,10 +33,10 @@ def stages_of(state: RunState, model: nn.Sequential | None) -> list[Stage]:
     return cut(deepcopy(model), recipe.model.stage_layers)
 
 
-def load_stage(state: RunState, stage: Stage, device: torch.device) -> None:
-    """Loads a stage's frozen weights from the run, checked against their digest.
+def stage_weights(state: RunState, stage: Stage) -> Path:
+    """Returns the file of a stage's frozen weights, checked against its digest.
 
-    Raises ``UserError`` if they are missing or damaged, or of other layers than ``stage`` has.
+    Raises ``UserError`` if it is missing or damaged, or of other layers than ``stage`` has.
     """
     record, directory = state.complete_record(stage.number), state.run.stage_dir(stage.number)
     path = record.check_file(directory, ENCODER)
@@ -45,6 +45,13 @@ def load_stage(state: RunState, stage: Stage, device: torch.device) -> None:
             f"{directory} holds other layers than stage {stage.number} of this network: give "
             f"the network (--model) that the run was trained with"
         )
+    return path
+
+
+def load_stage(state: RunState, stage: Stage, device: torch.device) -> None:
+    """Loads a stage's frozen weights from the run. Raises ``UserError`` as ``stage_weights`` does,
+    and if they do not fit the stage."""
+    path = stage_weights(state, stage)
     _load(stage, path, f"stage {stage.number} of this network: give the network (--model)")
     stage.to(device).eval().requires_grad_(False)
 

@@ -16,13 +16,14 @@ from greedy.recipes.per_stage import for_stage
 from greedy.runs.choices import Choices
 from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.events import Reporter
-from greedy.runs.network import load_stage
+from greedy.runs.network import load_stage, stage_weights
 from greedy.runs.record import StageRecord, StoreRecord, channel_moments
 from greedy.runs.state import RunState
 from greedy.runs.views import Views, wanted_views
 from greedy.stores.fresh import FreshImages, require_data_set
 from greedy.stores.ring import Ring
 from greedy.stores.source import WRITE_ROWS, ImagePreparation, Replayed, Source
+from greedy.stores.streamed import StreamedStage
 
 
 @dataclass
@@ -52,11 +53,17 @@ class SourceFinder:
         return self.state.complete_record(0)
 
     def for_training(
-        self, number: int, stored: int, precision: str, *, in_memory: bool = False
+        self,
+        number: int,
+        stored: int,
+        precision: str,
+        *,
+        in_memory: bool = False,
+        streamed: bool = False,
     ) -> Source:
         """Returns the source that stage ``number`` trains from: the store of stage ``stored``, with
-        a ring if its views are replaced. Raises ``UserError`` if too few training rows are left
-        besides those held out."""
+        a ring if its views are replaced, drawn through ``streamed`` stages or others. Raises
+        ``UserError`` if too few training rows are left besides those held out."""
         rows = self.state.complete_record(0).rows["train"]
         held_out = self.run.recipe.held_out(rows)
         if held_out and rows - held_out < 2:
@@ -65,14 +72,17 @@ class SourceFinder:
                 f"which leaves too few to train on: lower data.holdout"
             )
         replayed = self._replayed(stored, number - 1, precision)
-        ring = self._ring(stored, number) if self.is_ring(stored) else None
+        ring = self._ring(stored, number, streamed) if self.is_ring(stored) else None
         return self._open(stored, replayed, held_out=held_out, ring=ring, in_memory=in_memory)
 
-    def for_writing(self, stage: Stage, views: int, choices: Choices) -> Source:
+    def for_writing(
+        self, stage: Stage, views: int, choices: Choices, *, streamed: bool = False
+    ) -> Source:
         """Returns the source from which a trained stage's store is written. The source replays the
-        stage itself, so its inputs are the rows of the store."""
+        stage itself, after frozen ones that may be ``streamed``, so its inputs are the rows of the
+        store."""
         stored = self.written_from(stage.number, views, choices.reuse)
-        before = self._replayed(stored, stage.number - 1, choices.precision)
+        before = self._replayed(stored, stage.number - 1, choices.precision, streamed)
         rows = min(before.rows, choices.write_batch)
         return self._open(stored, replace(before, stages=[*before.stages, stage], rows=rows))
 
@@ -135,19 +145,20 @@ class SourceFinder:
         if stored == 0 or self.is_ring(stored) or (written_from == 0 and writes):
             require_data_set(self.run.path, self.images)
 
-    def _ring(self, stored: int, number: int) -> Ring:
+    def _ring(self, stored: int, number: int, streamed: bool) -> Ring:
         """Returns the ring of a stage's store, from which stage ``number`` trains."""
         choices = self.state.complete_record(stored).choices
-        images = self._open(0, self._replayed(0, stored, choices.precision))
+        images = self._open(0, self._replayed(0, stored, choices.precision, streamed))
         epochs = for_stage(self.run.recipe.training.epochs, number)
         return Ring(self.run, stored, choices.reuse, epochs, images, self.reporter)
 
-    def _replayed(self, stored: int, last: int, precision: str) -> Replayed:
+    def _replayed(self, stored: int, last: int, precision: str, streamed: bool = False) -> Replayed:
         """Returns the frozen stages after ``stored`` up to ``last``, which compute as few rows at a
         time as the store of any of them was written with."""
         numbers = range(stored + 1, last + 1)
         rows = [self.state.complete_record(n).choices.write_batch for n in numbers]
-        return Replayed([self._load(n) for n in numbers], min(rows, default=WRITE_ROWS), precision)
+        load = self._stream if streamed else self._load
+        return Replayed([load(n) for n in numbers], min(rows, default=WRITE_ROWS), precision)
 
     def _open(
         self,
@@ -193,6 +204,10 @@ class SourceFinder:
             load_stage(self.state, self.stages[number - 1], self.device)
             self._frozen[number] = self.stages[number - 1]
         return self._frozen[number]
+
+    def _stream(self, number: int) -> StreamedStage:
+        stage = self.stages[number - 1]
+        return StreamedStage(stage, stage_weights(self.state, stage), self.device)
 
     def _stores(self, number: int) -> dict[str, Store]:
         """Opens both splits of a stage's store. Raises ``UserError`` if their rows are not the

@@ -24,7 +24,6 @@ from greedy.cache import (
     window_order,
 )
 from greedy.data import Augmentation, Draws, prepare
-from greedy.models import Stage
 from greedy.models.stages import dropped
 from greedy.stores.fresh import FreshImages
 
@@ -86,7 +85,7 @@ class Replayed:
         precision: that they compute in.
     """
 
-    stages: Sequence[Stage]
+    stages: Sequence[Callable[[Tensor], Tensor]]
     rows: int
     precision: str
 
@@ -268,7 +267,7 @@ class Source:
         return to_device(labels, self.device)
 
 
-def replay(stages: Sequence[Stage], x: Tensor, rows: int) -> Tensor:
+def replay(stages: Sequence[Callable[[Tensor], Tensor]], x: Tensor, rows: int) -> Tensor:
     """Returns the output of frozen stages for inputs (B, *shape), computed ``rows`` rows at a time,
     since the activations of earlier stages may be much larger than the output."""
     if not stages:

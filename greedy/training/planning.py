@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ from greedy.runs.unfinished import find_training
 from greedy.runs.views import Views
 from greedy.stores.fresh import require_data_set
 from greedy.stores.opening import SourceFinder
+from greedy.training.calibration import byte_operations, calibration_of
 from greedy.training.network import NetworkTraining
 from greedy.training.resolve import compiles, resolve, resolve_again, within_budget
 from greedy.training.stage import StageTraining
@@ -61,6 +62,11 @@ class StagePlanner:
     def recipe(self) -> Recipe:
         """The run's recipe."""
         return self.run.recipe
+
+    @cached_property
+    def byte_operations(self) -> float:
+        """The multiply-adds that take as long as reading a byte of a store."""
+        return byte_operations(self.device.type, calibration_of(self.device.type))
 
     @property
     def _precision(self) -> str:
@@ -106,7 +112,7 @@ class StagePlanner:
             shapes,
             rows,
             data.store.bytes,
-            self.device.type,
+            self.byte_operations,
             retrain_from,
             fresh=data.data_choices.fresh,
         )
@@ -181,9 +187,14 @@ class StagePlanner:
             loss=network.losses("greedy")[number - 1],
             recipe=self.recipe,
             source=sources.for_training(
-                number, stored, start.resolved.precision, in_memory=in_memory
+                number,
+                stored,
+                start.resolved.precision,
+                in_memory=in_memory,
+                streamed=memory.draws_streamed,
             ),
             sources=sources,
+            writes_streamed=memory.writes_streamed,
             start=start,
             parent=parent,
             is_output=number == len(network),

@@ -10,7 +10,7 @@ import torch
 
 from greedy.base.devices import memory_limited, reset_peak_memory, set_determinism
 from greedy.base.disk_space import require_free_space, write_errors_explained
-from greedy.base.files import bytes_below
+from greedy.base.files import bytes_below, read_tensors
 from greedy.base.heap import release_free_memory
 from greedy.losses import LocalLoss
 from greedy.memory.choice import Choice, named_budget
@@ -23,7 +23,7 @@ from greedy.runs.choices import Choices
 from greedy.runs.directory import SPLITS
 from greedy.runs.disk_plan import COMPRESSED, UNCOMPRESSED
 from greedy.runs.events import EpochReport, Reporter
-from greedy.runs.record import HISTORY, StageRecord, StoreRecord
+from greedy.runs.record import ENCODER, HISTORY, StageRecord, StoreRecord
 from greedy.steps.step import Learner
 from greedy.steps.strategies import Greedy
 from greedy.stores.opening import SourceFinder
@@ -49,6 +49,8 @@ class StageTraining:
         is_output: whether it is the output layer.
         smaller: chooses the memory of later steps when one has run out of memory; returns ``None``
             if nothing takes less.
+        writes_streamed: whether its store is written through frozen stages that are in memory only
+            while they compute.
         optimizer: makes the user's optimiser; ``None`` for Adam.
         own_rates: whether that begins at its own learning rates.
         written_before: bytes of stores that were written for this stage earlier, for the record.
@@ -66,6 +68,7 @@ class StageTraining:
     device: torch.device
     reporter: Reporter
     smaller: Callable[[Learner], Choice | None]
+    writes_streamed: bool = False
     optimizer: OptimizerFactory | None = None
     own_rates: bool = False
     written_before: int = 0
@@ -189,7 +192,12 @@ class StageTraining:
         if self.is_output or views == "live":
             return None
         learner.eval()
-        source = self.sources.for_writing(learner.stage, views, self.choices)
+        if self.device.type == "cpu":
+            # A repair computes with mapped weights, whose alignment can change the last digit.
+            learner.stage.load_state_dict(read_tensors(directory / ENCODER), assign=True)
+        source = self.sources.for_writing(
+            learner.stage, views, self.choices, streamed=self.writes_streamed
+        )
         number, seed = learner.stage.number, self.recipe.seed
         fitted = fit_output_encoding(
             self.choices.encoding, source, self.shapes.output, self._batch, seed, number

@@ -9,6 +9,7 @@ was not measured takes longer by its additional passes.
 
 import math
 import platform
+import statistics
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -35,6 +36,11 @@ RECOMPUTED = {
     Mode.KEEP_NOTHING: (3, 1),
     Mode.STREAM_X: (3, 1),
 }
+
+# Bytes of a store that are read and decoded in a second, and, where nothing was measured,
+# multiply-adds of frozen stages: on two cores of a CPU and on a small GPU.
+READ_RATE = {"cpu": 1e9, "cuda": 2e9, "mps": 2e9}
+COMPUTE_RATE = {"cpu": 5e10, "cuda": 3e12, "mps": 1e12}
 
 Amount = Annotated[int, Field(ge=1, le=2**62)]
 Speed = Annotated[float, Field(gt=0, le=1e30)]
@@ -243,6 +249,13 @@ class Calibration(_Document):
             return None
         return work.forward_flops / near.work.forward_flops / near.frozen_rows_per_second
 
+    @property
+    def frozen_rate(self) -> float | None:
+        """The multiply-adds a second of frozen stages, the median of all measured ones; ``None`` if
+        none was."""
+        rates = [m.frozen_rows_per_second * m.work.forward_flops / 2 for m in self.measured]
+        return statistics.median(rates) if rates else None
+
     def _nearest(self, work: Work) -> Measured | None:
         alike = [
             other
@@ -250,3 +263,18 @@ class Calibration(_Document):
             if (other.work.kind, other.work.precision) == (work.kind, work.precision)
         ]
         return min(alike, key=lambda other: work.distance(other.work), default=None)
+
+
+def byte_operations(device_type: str, calibration: Calibration | None) -> float:
+    """Returns how many multiply-adds of frozen stages take as long as reading a byte of a store on
+    a ``cpu``, ``cuda`` or ``mps`` device: measured, or those of a usual one."""
+    measured = calibration.frozen_rate if calibration else None
+    return (measured or COMPUTE_RATE[device_type]) / READ_RATE[device_type]
+
+
+def calibration_of(device_type: str) -> Calibration | None:
+    """Returns the calibration of this machine, ``None`` if there is none that can be used."""
+    try:
+        return Calibration.load(device_type)
+    except NotCalibrated:
+        return None
