@@ -10,7 +10,7 @@ from torch import Tensor
 
 from greedy.base.errors import UserError
 from greedy.base.text import first_names
-from greedy.cache import EpochOrder, Store, StoredBatch
+from greedy.cache import Store, StoredBatch
 from greedy.data import Split
 from greedy.data.mapstyle import MapSplit
 from greedy.data.passes import read_batches
@@ -38,18 +38,12 @@ class FreshImages:
     noted: Callable[[str], None]
 
     def epoch(
-        self,
-        store: Store,
-        order: EpochOrder,
-        batches: Sequence[np.ndarray],
-        stage: int,
-        epoch: int,
+        self, store: Store, batches: Sequence[np.ndarray], stage: int, epoch: int
     ) -> Iterator[StoredBatch]:
-        """Yields batches of positions in ``order``, as ``BatchLoader`` does, drawn for an epoch of
-        a stage. ``store`` is stage 0's training split."""
+        """Yields batches of row numbers of stage 0's training split ``store``, as ``BatchLoader``
+        does, drawn for an epoch of a stage."""
         split = require_data_set(self.run, self.split).seeded(self.seed, "epoch", stage, epoch)
-        numbers = [order.rows[positions] for positions in batches]
-        for rows, images in zip(numbers, self._read(split, store, numbers), strict=True):
+        for rows, images in zip(batches, self._read(split, store, batches), strict=True):
             yield StoredBatch(rows, np.zeros_like(rows), images, store.labels[rows])
 
     def view(
@@ -84,6 +78,20 @@ class FreshImages:
                     f"labels at random, and another data set needs another run"
                 )
             yield images
+
+
+@dataclass(frozen=True)
+class FreshEpoch:
+    """The batches of ``FreshImages.epoch``. Processes read for an iteration, and end with it."""
+
+    images: FreshImages
+    store: Store
+    batches: Sequence[np.ndarray]
+    stage: int
+    epoch: int
+
+    def __iter__(self) -> Iterator[StoredBatch]:
+        return self.images.epoch(self.store, self.batches, self.stage, self.epoch)
 
 
 def require_data_set(run: Path, split: Split | None) -> MapSplit:

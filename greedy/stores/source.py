@@ -25,7 +25,7 @@ from greedy.cache import (
 )
 from greedy.data import Augmentation, Draws, prepare
 from greedy.models.stages import dropped
-from greedy.stores.fresh import FreshImages
+from greedy.stores.fresh import FreshEpoch, FreshImages
 
 if TYPE_CHECKING:
     from greedy.stores.ring import Ring
@@ -196,7 +196,8 @@ class Source:
         )
         loader: Iterable[StoredBatch]
         if self._fresh:
-            loader = self._fresh.epoch(store, order, batches[start_batch:], stage, epoch)
+            rows = [order.rows[positions] for positions in batches[start_batch:]]
+            loader = FreshEpoch(self._fresh, store, rows, stage, epoch)
         else:
             loader = BatchLoader(
                 self._loaded[0] if self.in_memory else store,
