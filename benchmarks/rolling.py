@@ -27,6 +27,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, RunState
+from greedy.cache import BatchLoader
 from greedy.data import dataset_from_torch
 from greedy.recipes import Recipe, load
 from greedy.runs.events import Reporter
@@ -42,7 +43,7 @@ EPOCHS = 100  # of the recipe, so that there is always a view to draw
 TEST_ROWS = 16
 
 
-def images(rows: int) -> TensorDataset:
+def random_images(rows: int) -> TensorDataset:
     """Returns random images of CIFAR-10's shape with labels."""
     random = np.random.default_rng(rows)
     pixels = random.integers(0, 256, (rows, 3, 32, 32), np.uint8)
@@ -56,8 +57,9 @@ def one_step() -> Iterator[None]:
     whole_epoch, all_epochs = Source.epoch_batches, Epochs.__iter__
 
     def last_batch(source: Source, *which: Any, **settings: Any) -> EpochBatches:
-        batches = len(whole_epoch(source, *which, **settings).loader)
-        return whole_epoch(source, *which, **settings | {"start_batch": batches - 1})
+        loader = whole_epoch(source, *which, **settings).loader
+        assert isinstance(loader, BatchLoader)
+        return whole_epoch(source, *which, **settings | {"start_batch": len(loader) - 1})
 
     def first_epoch(epochs: Epochs) -> Iterator[Any]:
         yield next(all_epochs(epochs))
@@ -73,25 +75,27 @@ def prepare(recipe: Recipe, rows: int, last: int, directory: Path) -> StagePlann
     """Makes a run whose stages up to ``last`` were each trained for a step, and returns what plans
     the next."""
     trainer = GreedyTrainer.from_recipe(recipe, directory, device="cpu")
-    trainer.prepare(dataset_from_torch(images(rows), images(TEST_ROWS)))
+    trainer.prepare(dataset_from_torch(random_images(rows), random_images(TEST_ROWS)))
     with one_step():
         for number in range(1, last + 1):
             trainer.train_stage(number)
     return StagePlanner(trainer.run, None, trainer.loss, trainer.device, Reporter())
 
 
-def measure(planner: StagePlanner, number: int, pairs: int) -> dict[str, Any]:
+def measure(planner: StagePlanner, number: int, reuse: int, pairs: int) -> dict[str, Any]:
     """Measures stage ``number`` and returns its entry in the document to print."""
     recipe, state = planner.recipe, RunState.read(planner.run)
     directory = planner.run.stage_dir(number) / "training"
-    stage = planner.stage(state, number, number - 1, 1, recipe.store.reuse, directory)
+    stage = planner.stage(state, number, number - 1, 1, reuse, directory)
     with_ring, frozen = stage.source, replace(stage.source, ring=None)
     ring = with_ring.ring
+    assert ring is not None
+    images = ring.source
     what = (stage.stage, stage.shapes, stage.loss, CLASSES, recipe, stage.choices)
     learner = new_learner(*what, planner.device, zero=False)
     learner.optimizer = new_optimizer(learner.parameters(), recipe, number, None)
     rows = with_ring.stores["train"].rows
-    batch, due = state.complete_record(number - 1).choices.write_batch, rows // ring.reuse
+    batch, due = state.complete_record(number - 1).choices.write_batch, rows // reuse
     drawn = min(-(-due // batch) * batch, rows)  # in whole batches; a later epoch draws less
 
     def train(source: Source) -> None:
@@ -102,7 +106,7 @@ def measure(planner: StagePlanner, number: int, pairs: int) -> dict[str, Any]:
         list(Epochs(Greedy(learner), source, [shape], schedule, once, Reporter(), None, 128, True))
 
     def compute() -> None:
-        for part in ring.source.view_batches("train", 1, batch, stop=drawn):
+        for part in images.view_batches("train", 1, batch, stop=drawn):
             part.inputs()
 
     with one_step():
@@ -110,11 +114,11 @@ def measure(planner: StagePlanner, number: int, pairs: int) -> dict[str, Any]:
     times = [
         [seconds(train, with_ring), seconds(train, frozen), seconds(compute)] for _ in range(pairs)
     ]
-    ring.draw(ring.reuse - 1, rows, rows)
-    exchange = seconds(with_ring.advance_views, ring.reuse)
+    ring.draw(reuse - 1, rows, rows)
+    exchange = seconds(with_ring.advance_views, reuse)
     with_ring.end_drawing(finished=True)
     rolling, still, forward = (statistics.median(column) for column in zip(*times, strict=True))
-    drawing = (rolling - still) * due / drawn + exchange / ring.reuse
+    drawing = (rolling - still) * due / drawn + exchange / reuse
     return {
         "stage": number,
         "ratio": round(1 + drawing / still, 4),
@@ -150,7 +154,7 @@ def main(as_json: bool, stages: str, reuse: int, rows: int, pairs: int) -> None:
     )
     with tempfile.TemporaryDirectory() as directory:
         planner = prepare(recipe, rows, max(numbers) - 1, Path(directory))
-        found = [measure(planner, number, pairs) for number in numbers]
+        found = [measure(planner, number, reuse, pairs) for number in numbers]
     if as_json:
         click.echo(json.dumps({"stages": found}))
         return
