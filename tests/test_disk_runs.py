@@ -116,6 +116,14 @@ def test_a_tight_budget_lowers_views_and_deletes_stores(finished: Path) -> None:
     assert test.shape == (2, CLASSES)
 
 
+def test_the_plan_knows_which_stores_are_written_from_the_images(finished: Path) -> None:
+    trainer = new_trainer(finished, BUDGET)
+    plan = trainer._planner.disk(RunState.read(trainer.run), 1)
+    planned = [plan.is_written_from_images(n) for n in range(1, 7)]
+    written = [trainer.run.record(n).store.source == 0 for n in range(1, 6)]
+    assert planned == [*written, False] == [True, False, True, False, True, False]
+
+
 def test_a_finished_run_is_unchanged_by_any_budget(run: Path) -> None:
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
     trainer = new_trainer(run, 1)
