@@ -135,6 +135,17 @@ class Forecast:
         return max(stage.peak_memory_bytes for stage in self.stages)
 
     @property
+    def bytes_written(self) -> int:
+        """The bytes that are written into all stores, also for views that are replaced."""
+        return sum(stage.bytes_written for stage in self.stages)
+
+    @property
+    def drawing_share(self) -> float:
+        """The share of all operations that draw views."""
+        drawn = sum(stage.drawing_flops for stage in self.stages)
+        return drawn / sum(s.flops + s.replay_flops + s.drawing_flops for s in self.stages)
+
+    @property
     def seconds(self) -> float | None:
         """The seconds of all stages; ``None`` if those of one are not known."""
         known = [stage.seconds for stage in self.stages if stage.seconds is not None]
