@@ -17,7 +17,7 @@ from greedy.cache.shards import store_digest
 from greedy.models import Stage
 from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.events import Reporter
-from greedy.runs.exchange import replacing
+from greedy.runs.exchange import PART, exchange_path, replacing
 from greedy.runs.integrity import verify_stage
 from greedy.runs.record import UNKNOWN_VIEW, RingRecord, StageRecord, StoreRecord
 from greedy.runs.state import RunState
@@ -92,7 +92,7 @@ class StoreRepairer:
         encoding = fit_output_encoding(
             store.encoding, source, record.row_shape, batch, seed, number
         )
-        with replacing(path, path.with_name(f".{path.name}.part")) as new_path:
+        with replacing(path, exchange_path(path, PART)) as new_path:
             written = {
                 split: write_split(
                     new_path / split,

@@ -13,7 +13,7 @@ from greedy.base.files import bytes_below, canonical_json, digest
 from greedy.cache import StoreSummary, store_with_view
 from greedy.runs.directory import RunDirectory
 from greedy.runs.events import Reporter
-from greedy.runs.exchange import replacing
+from greedy.runs.exchange import PART, exchange_path, replacing
 from greedy.runs.record import UNKNOWN_VIEW, StageRecord
 from greedy.runs.views import view_numbers, views_drawn
 from greedy.stores.source import Source
@@ -94,7 +94,7 @@ class Ring:
         assert store is not None and store.ring is not None
         ring = store.ring.with_view(place, number, drawn.shards)
         path = self.run.store_path(self.stored) / "train"
-        with replacing(path, path.with_name(".train.part")) as new_path:
+        with replacing(path, exchange_path(path, PART)) as new_path:
             written = store_with_view(path, place, self._path(number), new_path, ring.shards)
             # If the process ends before the new record is written, the view is exchanged again.
             unknown = store.ring.with_view(place, UNKNOWN_VIEW)
