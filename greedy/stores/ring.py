@@ -2,7 +2,7 @@
 trains from it."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -157,7 +157,7 @@ class Ring:
         assert record is not None
         return record
 
-    def _numbers(self) -> list[int]:
+    def _numbers(self) -> Sequence[int]:
         store = self._record().store
         assert store is not None
         return store.view_numbers
