@@ -2,14 +2,15 @@
 properties."""
 
 import json
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from interrupting import StopAfter
 from safetensors.torch import load_file
+from small_training import TEST, TRAIN, new_trainer
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -195,58 +196,18 @@ def test_predsim_bio_has_a_beta_of_its_own_and_no_hidden_layers() -> None:
 # A run
 
 
-SIDE = 8
-
-
-def samples(rows: int, seed: int) -> TensorDataset:
-    """Returns images whose class is the brightest third, with noise."""
-    random = np.random.default_rng(seed)
-    labels = random.integers(0, 3, rows)
-    images = random.integers(0, 150, (rows, 1, SIDE, SIDE))
-    for image, label in zip(images, labels, strict=True):
-        image[:, :, 2 * label : 2 * label + 2] += 80
-    return TensorDataset(torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels))
-
-
-TRAIN, TEST = samples(300, 0), samples(100, 1)
-
-
-class StopAfter(Reporter):
-    """Interrupts the process after ``batches`` batches."""
-
-    def __init__(self, batches: int) -> None:
-        self.left = batches
-
-    def batch_finished(self, rows: int) -> None:
-        self.left -= 1
-        if not self.left:
-            signal.raise_signal(signal.SIGINT)
-
-
-def new_trainer(run: Path, loss: LocalLoss, reporter: Reporter | None = None) -> GreedyTrainer:
-    torch.manual_seed(0)
-    return GreedyTrainer(
-        mlp(1, SIDE, 3, hidden_layers=2, hidden_width=24),
-        run_dir=run,
-        loss=loss,
-        reporter=reporter,
-        device="cpu",
-        epochs=6,
-        batch_size=32,
-        learning_rate=0.01,
-        views=1,
-        precision="float32",
-        encoding="float32",
-    )
+def bio_trainer(run: Path, loss: LocalLoss, reporter: Reporter | None = None) -> GreedyTrainer:
+    exact = {"views": 1, "encoding": "float32"}
+    return new_trainer(run, loss=loss, reporter=reporter, epochs=6, **exact)
 
 
 @pytest.mark.parametrize("loss", [PredBio(), SimBio(), PredSimBio(0.5)])
 def test_a_run_learns_and_is_stopped_resumed_and_evaluated(tmp_path: Path, loss: LocalLoss) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    records = new_trainer(whole, loss).fit(TRAIN, TEST)
+    records = bio_trainer(whole, loss).fit(TRAIN, TEST)
     with pytest.raises(Interrupted, match="in stage 1 after step"):
-        new_trainer(cut, loss, StopAfter(17)).fit(TRAIN, TEST)
-    trainer = new_trainer(cut, loss)
+        bio_trainer(cut, loss, StopAfter(17)).fit(TRAIN, TEST)
+    trainer = bio_trainer(cut, loss)
     trainer.fit(TRAIN, TEST)
     for stage in (1, 2, 3):
         for name in ("encoder", "heads"):
@@ -282,15 +243,13 @@ def test_feature_maps_train_in_every_mode(tmp_path: Path) -> None:
 
     def trained(name: str, budget: str) -> tuple[set[str], float | None]:
         torch.manual_seed(0)
-        trainer = GreedyTrainer(
+        trainer = new_trainer(
+            tmp_path / name,
             vgg8b(1, 16, 3, feature_multiplier=0.1, hidden_width=16),
-            run_dir=tmp_path / name,
             loss=PredSimBio(0.5, pool_target=64),
-            device="cpu",
             epochs=1,
             batch_size=64,
             views=1,
-            precision="float32",
             memory_budget=budget,
         )
         images, labels = (tensor[:128] for tensor in TRAIN.tensors)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 from command_line import answer, greedy, said, small_recipe
-from small_training import states
+from small_training import CLASSES, SIDE, samples, states
+from small_training import new_trainer as small_trainer
 from torch import nn
-from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, Reporter, UserError, evaluate
 from greedy.cache import Store
@@ -21,18 +21,8 @@ from greedy.runs.disk_budget import disk_budget
 from greedy.runs.disk_plan import COMPRESSED, DiskPlan
 from greedy.runs.state import RunState
 
-SIDE, CLASSES, WIDTHS = 8, 3, (256, 256, 64, 256, 64)
+WIDTHS = (256, 256, 64, 256, 64)
 ROWS = {"train": 300, "test": 60}
-
-
-def samples(rows: int, seed: int) -> TensorDataset:
-    """Returns noisy images; the class of an image is its brighter third."""
-    random = np.random.default_rng(seed)
-    labels = random.integers(0, CLASSES, rows)
-    images = random.integers(0, 150, (rows, 1, SIDE, SIDE))
-    for i, label in enumerate(labels):
-        images[i, :, :, 3 * label : 3 * label + 2] += 80
-    return TensorDataset(torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels))
 
 
 TRAIN, TEST = samples(ROWS["train"], 0), samples(ROWS["test"], 1)
@@ -61,10 +51,10 @@ def network() -> nn.Sequential:
 
 
 def new_trainer(run: Path, budget: int | str, **changes) -> GreedyTrainer:
-    settings = {"epochs": 1, "learning_rate": 0.01, "batch_size": 64, "views": 4, "device": "cpu"}
-    settings |= {"encoding": "float32", "augmentation": "hflip", "reporter": Notes()}
+    settings = {"epochs": 1, "batch_size": 64, "views": 4, "encoding": "float32"}
+    settings |= {"augmentation": "hflip", "reporter": Notes()}
     settings["disk_budget"] = budget if isinstance(budget, str) else f"{budget}B"
-    return GreedyTrainer(network(), run_dir=run, **(settings | changes))
+    return small_trainer(run, network(), **(settings | changes))
 
 
 def estimate(width: int, views: int) -> int:

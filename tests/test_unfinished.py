@@ -1,12 +1,11 @@
 """An interrupted training is never deleted: the store it needs is protected, or it is set aside."""
 
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 from command_line import answer, greedy, said
+from interrupting import interrupt
 from small_training import TEST, TRAIN, files, network, new_trainer, same, weights
 from torch import nn
 
@@ -37,7 +36,7 @@ class Cut(Reporter):
 
     def batch_finished(self, rows: int) -> None:
         if self.now == self.stage and self.epochs.get(self.now, [0])[-1] == 2:
-            os.kill(os.getpid(), signal.SIGINT)
+            interrupt()
 
 
 def trainer_until(run: Path, stage: int | None = None, **settings) -> tuple[object, Cut]:
