@@ -3,7 +3,6 @@
 import random
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,6 @@ RECIPE = small_recipe(data={"augmentation": "hflip"}, store={"views": 2})
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     return train(tmp_path_factory.mktemp("finished"), RECIPE)
-
-
-@pytest.fixture
-def run(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
 
 
 def test_info_of_a_run_and_of_a_stage(run):

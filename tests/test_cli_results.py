@@ -20,11 +20,6 @@ def finished(tmp_path_factory):
     return train(tmp_path_factory.mktemp("finished"), RECIPE)
 
 
-@pytest.fixture
-def run(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
-
-
 def states(run):
     return [each["state"] for each in answer("status", "--run", run)["stages"]]
 

@@ -89,11 +89,6 @@ def finished(tmp_path_factory) -> Path:
     return run
 
 
-@pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
 def test_a_tight_budget_lowers_views_and_deletes_stores(finished: Path) -> None:
     assert stores(finished) == LEFT
     directory = RunDirectory.open(finished)

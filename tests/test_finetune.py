@@ -13,13 +13,8 @@ RECIPE = small_recipe(model=NARROW, training={"epochs": [1, 1, 1], "batch_size":
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("trained"), RECIPE)
-
-
-@pytest.fixture
-def run(trained, tmp_path):
-    return shutil.copytree(trained, tmp_path / "run")
+def finished(tmp_path_factory):
+    return train(tmp_path_factory.mktemp("finished"), RECIPE)
 
 
 def weights(run, number):

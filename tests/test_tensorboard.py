@@ -44,11 +44,6 @@ def finished(tmp_path_factory):
     return train(tmp_path_factory.mktemp("finished"), RECIPE, "--log", "tensorboard")
 
 
-@pytest.fixture
-def run(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
-
-
 def events(directory):
     assert directory.is_dir()
     return EventAccumulator(str(directory), size_guidance={"images": 0, "tensors": 0}).Reload()
