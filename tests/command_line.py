@@ -46,6 +46,14 @@ def said(*arguments: object) -> str:
     return result.output
 
 
+def refused(*arguments: object) -> str:
+    """Runs a command that is refused as the user's mistake, and returns what it says of it."""
+    result = greedy(*arguments)
+    assert result.exit_code == 2, result.output
+    assert "Error" not in result.stdout and "Traceback" not in result.stdout
+    return result.stderr
+
+
 def answer(*arguments: object) -> Any:
     """Runs a command that succeeds and returns the JSON document that it prints."""
     result = greedy(*arguments, "--json")

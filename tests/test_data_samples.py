@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from command_line import greedy
+from command_line import greedy, refused
 from PIL import Image
 from small_training import network, new_trainer
 from torch import nn
@@ -231,9 +231,7 @@ def test_the_command_line_refuses_and_insists_alike(tmp_path, monkeypatch):
     base = ("train", "--recipe", "mnist/mlp-predsim", "--run", tmp_path / "run", "--set")
     short = ("training.epochs=1", "--set", "model.hidden_layers=1", "--set", "model.hidden_width=8")
     asked = (*base, *short, "--data", "random_photos:sets")
-    refused = greedy(*asked)
-    assert refused.exit_code == 2
-    assert "RandomHorizontalFlip" in refused.output
+    assert "RandomHorizontalFlip" in refused(*asked)
     assert greedy(*asked, "--set", "data.frozen_transforms=true").exit_code == 0
     elsewhere = ("--data", "random_photos:needs", "--run", tmp_path / "other")
     needing = greedy(*base, *short, *elsewhere)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import answer, greedy, said, small_recipe
+from command_line import answer, greedy, refused, said, small_recipe
 from decided import choices
 from PIL import Image
 from rich.console import Console
@@ -118,9 +118,8 @@ def test_names_that_are_no_utf_8_name_recipes_and_are_refused_in_them(
     assert r'name = "r\\xe9c"' in said("recipes", "show", recipe)
     assert said("train", "--recipe", recipe, "--run", "run").startswith(r"r\xe9c in run on ")
     assert RunDirectory.open(Path("run")).recipe.name == r"r\xe9c"
-    refused = greedy("train", "--recipe", recipe, "--run", "new", "--data", folder)
-    assert refused.exit_code == 2
-    assert r'data.name is "folder:caf\xe9", which is not UTF-8' in refused.output
+    told = refused("train", "--recipe", recipe, "--run", "new", "--data", folder)
+    assert r'data.name is "folder:caf\xe9", which is not UTF-8' in told
 
 
 def test_classes_of_python_may_be_called_like_paths(tmp_path: Path, monkeypatch) -> None:
