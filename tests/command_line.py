@@ -21,6 +21,22 @@ SMALL = {
     },
 }
 
+NETWORKS = """
+from torch import nn
+
+
+def network():
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.ReLU(), nn.Linear(16, 10))
+
+
+def convolutional():
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.AvgPool2d(16),
+        nn.Flatten(), nn.Linear(128, 10),
+    )
+"""  # a module of networks that are built in Python
+
 BUILT_IN_PYTHON = {"network": "python", "hidden_layers": None, "hidden_width": None}
 
 

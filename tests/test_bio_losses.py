@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from interrupting import StopAfter
+from published import CLASSES, GOLDEN, OURS, Block, assert_golden
 from safetensors.torch import load_file
 from small_training import TEST, TRAIN, new_trainer
 from torch import Tensor, nn
@@ -25,45 +26,13 @@ from greedy.recipes import Loss
 from greedy.results.evaluation import evaluate
 from greedy.runs.choices import StepMemory
 
-GOLDEN = np.load(Path(__file__).parent / "data/local_loss_blocks.npz")
 LOSSES = {
     "pred-bio": (PredBio(pool_target=64, target_projection=16), nn.ReLU),
     "sim-bio": (SimBio(pool_target=64, target_projection=16), nn.LeakyReLU),
     "predsim-bio": (PredSimBio(0.01, pool_target=64, target_projection=16), nn.LeakyReLU),
 }
-OURS = {  # the published names of what is trained, and of what is fixed, and ours
-    "encoder.weight": "layer.0.weight",
-    "encoder.bias": "layer.0.bias",
-    "bn.weight": "layer.1.weight",
-    "bn.bias": "layer.1.bias",
-    "decoder_y.weight": "heads.prediction.classifier.weight",
-    "decoder_y.bias": "heads.prediction.classifier.bias",
-    "decoder_y.weight_fa": "heads.prediction.feedback",
-    "proj_y.weight": "heads.projection",
-}
 UNUSED = "conv_loss.weight"  # published with sim-bio on feature maps, without effect
-CLASSES = 5
-
-
-def assert_golden(values: Tensor, golden: np.ndarray) -> None:
-    worst = (values.detach() - torch.from_numpy(golden)).abs().max()
-    assert worst <= 1e-4 * np.abs(golden).max() + 1e-6
-
-
-class Block(nn.Module):
-    def __init__(self, kind: str, name: str) -> None:
-        super().__init__()
-        self.loss, activation = LOSSES[name]
-        encoder, norm, shape = (
-            (nn.Linear(12, 20), nn.BatchNorm1d(20), (20,))
-            if kind == "linear"
-            else (nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), (8, 7, 7))
-        )
-        self.layer = nn.Sequential(encoder, norm, activation())
-        self.heads = self.loss.heads(shape, CLASSES)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.loss(self.heads(self.layer(x)), self.heads.targets(y))
+ACCURACY = 1e-4
 
 
 def one_hot(labels: Tensor, classes: int = CLASSES) -> Tensor:
@@ -78,18 +47,20 @@ def test_loss_and_gradients_are_the_published_ones(kind: str, name: str) -> None
 
     prefix = f"{kind}/{name}/param/"
     published = {k.removeprefix(prefix) for k in GOLDEN.files if k.startswith(prefix)} - {UNUSED}
-    block = Block(kind, name)
+    loss, activation = LOSSES[name]
+    block = Block(kind, loss, activation)
     counted = {k for k in block.state_dict() if "running" not in k and "num_batches" not in k}
     assert {OURS[k] for k in published} == counted
     tensors = {OURS[k]: torch.from_numpy(golden(f"param/{k}")) for k in published}
     block.load_state_dict(tensors, strict=False)
 
     x = torch.from_numpy(golden("x")).requires_grad_()
-    value = block(x, one_hot(torch.from_numpy(golden("y"))))
+    targets = block.heads.targets(one_hot(torch.from_numpy(golden("y"))))
+    value = loss(block.heads(block.layer(x)), targets)
     value.backward()
 
-    assert_golden(value, golden("loss"))
-    assert_golden(x.grad, golden("grad/x"))
+    assert_golden(value, golden("loss"), ACCURACY)
+    assert_golden(x.grad, golden("grad/x"), ACCURACY)
     gradients = {k: p.grad for k, p in block.named_parameters()}
     assert {OURS[k] for k in published if f"{prefix[:-6]}grad/{k}" in GOLDEN.files} == set(
         gradients
@@ -98,7 +69,7 @@ def test_loss_and_gradients_are_the_published_ones(kind: str, name: str) -> None
         if key == "encoder.bias":  # batch norm cancels it: rounding is all there is
             assert gradients[OURS[key]].abs().max() < 1e-5
         elif OURS[key] in gradients:
-            assert_golden(gradients[OURS[key]], golden(f"grad/{key}"))
+            assert_golden(gradients[OURS[key]], golden(f"grad/{key}"), ACCURACY)
 
 
 @pytest.mark.parametrize("shape", [(20,), (8, 7, 7)])

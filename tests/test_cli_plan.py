@@ -1,7 +1,7 @@
 """`greedy plan`: what a run will take, told before anything runs."""
 
 import pytest
-from command_line import answer, greedy, refused, said, small_recipe
+from command_line import NETWORKS, answer, greedy, refused, said, small_recipe
 from PIL import Image
 
 MLP = small_recipe(
@@ -11,7 +11,6 @@ MLP = small_recipe(
 )
 OWN = """
 import numpy as np
-from torch import nn
 
 
 class Digits(list):
@@ -30,14 +29,6 @@ def nameless():
 def unusual():
     return nn.Sequential(
         nn.Conv2d(1, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 2)
-    )
-
-
-def convolutional():
-    return nn.Sequential(
-        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
-        nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.AvgPool2d(16),
-        nn.Flatten(), nn.Linear(128, 10),
     )
 """
 KEYS = {"stage", "mode", "micro_batch", "peak_memory_bytes", "store_bytes", "flops", "seconds"}
@@ -61,7 +52,7 @@ def folder(tmp_path, monkeypatch):
     """Makes a folder with two recipes, and what one of them needs, the current directory."""
     (tmp_path / "mlp.toml").write_text(MLP)
     (tmp_path / "python.toml").write_text(MLP.replace('"mlp"', '"python"'))
-    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "own.py").write_text(NETWORKS + OWN)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "nothing"))  # no calibration of this machine
     return tmp_path

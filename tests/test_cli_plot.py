@@ -6,7 +6,7 @@ import sys
 from xml.etree import ElementTree
 
 import pytest
-from command_line import BUILT_IN_PYTHON, refused, said, small_recipe, train
+from command_line import BUILT_IN_PYTHON, NETWORKS, refused, said, small_recipe, train
 from PIL import Image
 
 from greedy.results.curves import Curve
@@ -18,11 +18,6 @@ RECIPE = small_recipe(
     store={"views": 1},
     paper={"table": 1, "test_error_percent": 8.5},
 )
-MODEL = """
-from torch import nn
-def network():
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.ReLU(), nn.Linear(16, 10))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +111,7 @@ def test_pictures_can_be_opened(runs, tmp_path):
 
 def test_a_network_built_in_python_is_named(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "plotted_network.py").write_text(MODEL)
+    (tmp_path / "plotted_network.py").write_text(NETWORKS)
     named = ("--model", "plotted_network:network")
     train(tmp_path, small_recipe(model=BUILT_IN_PYTHON), *named)
     said("plot", "run", "--to", "curves.svg")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import vl_convert
-from command_line import BUILT_IN_PYTHON, refused, said, small_recipe, train
+from command_line import BUILT_IN_PYTHON, NETWORKS, refused, said, small_recipe, train
 from reported import RUNS
 from torch import nn
 
@@ -35,11 +35,6 @@ from greedy.runs.status import status
 pytestmark = pytest.mark.usefixtures("script")
 
 CPU = torch.device("cpu")
-MODEL = """
-from torch import nn
-def network():
-    return nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.ReLU(), nn.Linear(16, 10))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +232,7 @@ def test_the_page_is_report_html_and_overwritten_only_when_forced(runs, tmp_path
 
 def test_a_network_built_in_python_is_named(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Path("reported_network.py").write_text(MODEL)
+    Path("reported_network.py").write_text(NETWORKS)
     named = ("--model", "reported_network:network")
     train(tmp_path, small_recipe(model=BUILT_IN_PYTHON), *named, run="own")
     assert "--model module:function" in refused("report", "own")
