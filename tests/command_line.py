@@ -89,3 +89,8 @@ def written(directory: Path) -> dict[Path, tuple[bytes, int]]:
     written."""
     files = (path for path in sorted(directory.rglob("*")) if path.is_file())
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def times(directory: Path) -> dict[Path, int]:
+    """Returns the times at which all files and folders below a directory were written."""
+    return {path: path.stat().st_mtime_ns for path in directory.rglob("*")}

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from command_line import greedy, refused, small_recipe
-from PIL import Image
+from pictures import write_classes
 
 RECIPE = small_recipe(model={"hidden_layers": 1})
 
@@ -82,9 +82,7 @@ def test_a_stage_to_retrain_must_exist(folder):
 
 def test_a_network_too_deep_for_the_images_is_refused_before_anything_is_written(folder):
     for split in ("train", "test"):
-        for name in ("a", "b"):
-            (folder / "images" / split / name).mkdir(parents=True)
-            Image.new("RGB", (8, 8)).save(folder / "images" / split / name / "1.png")
+        write_classes(folder / "images" / split, 1)
     deep = ["--set", "model.network=vgg8b", "--data", "folder:images"]
     told = refused(*TINY.split(), *deep)
     assert "images of side 8 are too small for this network's 4 poolings" in told

@@ -1,8 +1,8 @@
 """`greedy plan`: what a run will take, told before anything runs."""
 
 import pytest
-from command_line import NETWORKS, answer, greedy, refused, said, small_recipe
-from PIL import Image
+from command_line import NETWORKS, answer, greedy, refused, said, small_recipe, times
+from pictures import write_classes
 
 MLP = small_recipe(
     data={"augmentation": "hflip"},
@@ -58,15 +58,11 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def contents(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-
-
 def test_a_plan_needs_neither_data_nor_device_and_writes_nothing(folder):
-    before = contents(folder)
+    before = times(folder)
     settings = ("--data", "cifar100", "--device", "cuda", "--memory-budget", "1GiB")
     plan = planned("--recipe", "mlp.toml", *settings)
-    assert contents(folder) == before
+    assert times(folder) == before
     assert [stage["stage"] for stage in plan["stages"]] == [1, 2, 3]
     assert plan["stages"][2]["parameters"] == 17 * 100
     assert all(stage.keys() >= KEYS for stage in plan["stages"])
@@ -146,10 +142,10 @@ def test_a_plan_is_not_kept_from_a_recipe_by_a_run_of_other_settings(folder):
     fresh = planned("--recipe", "mlp.toml", "--device", "cpu")
     settings = ("--set", "training.epochs=1", "--set", "training.batch_size=500", "--seed", "3")
     said("train", "--recipe", "mlp.toml", "--views", "1", *settings, "--device", "cpu")
-    before = contents(folder)
+    before = times(folder)
     again = planned("--recipe", "mlp.toml", "--device", "cpu")
     assert again["stages"] == fresh["stages"]
-    assert contents(folder) == before
+    assert times(folder) == before
     told = refused("train", "--recipe", "mlp.toml")
     assert told.count(" there, ") == 3 and "and 2 more)" in told
 
@@ -171,10 +167,10 @@ def test_a_run_is_planned_from_what_it_has(folder):
     assert trained.exit_code == 0, trained.output
     assert disk_plan(trained) == disk_plan(before)
     assert len(disk_plan(before)) == 2
-    standing = contents(folder)
+    standing = times(folder)
     assert "nothing more is written" in greedy("plan", "--run", "run", *settings).output
     plan = planned("--run", "run", *settings)
-    assert contents(folder) == standing
+    assert times(folder) == standing
     figures = [stage["peak_memory_bytes"] for stage in planned(*wide, *settings)["stages"]]
     assert [stage["peak_memory_bytes"] for stage in plan["stages"]] == figures
     told = refused("plan", "--recipe", "mlp.toml", "--run", "run", "--seed", "5")
@@ -189,12 +185,8 @@ def disk_plan(result):
 
 def test_an_image_folder_is_listed_and_one_header_read(folder):
     for split, images in (("train", 3), ("test", 2)):
-        for name in ("cats", "dogs"):
-            place = folder / "images" / split / name
-            place.mkdir(parents=True)
-            for number in range(images):
-                Image.new("RGB", (20, 20)).save(place / f"{number}.png")
-    broken = folder / "images" / "train" / "dogs" / "2.png"
+        write_classes(folder / "images" / split, images, width=20, height=20)
+    broken = folder / "images/train/bird/2.png"
     broken.write_bytes(b"no image")
     plan = planned("--recipe", "mlp.toml", "--data", "folder:images", "--device", "cpu")
     output = plan["stages"][-1]

@@ -6,10 +6,9 @@ import subprocess
 import sys
 import tomllib
 
-import numpy as np
 import pytest
 from command_line import greedy, refused, said, small_recipe, written
-from PIL import Image
+from pictures import write_classes
 
 from greedy.recipes import departures, load
 
@@ -140,13 +139,8 @@ def test_a_stage_whose_retraining_fails_stays_as_it_was(run):
 
 
 def test_images_of_folders_are_trained_on(run, tmp_path):
-    generator = np.random.default_rng(0)
     for split, count in (("train", 12), ("test", 4)):
-        for name in ("cat", "dog"):
-            (tmp_path / "images" / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = generator.integers(0, 256, (9, 9, 3), np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "images" / split / name / f"{i}.png")
+        write_classes(tmp_path / "images" / split, count, width=9, height=9)
     of_colours = ["--set", "data.mean=[0.5,0.5,0.5]", "--set", "data.std=[0.2,0.2,0.2]"]
     settings = ["--data", "folder:images", "--set", "training.batch_size=8", *of_colours]
     result = greedy("train", "--recipe", "tiny.toml", *settings, "--run", "new")

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from command_line import greedy, refused, small_recipe, train
+from command_line import greedy, refused, small_recipe, times, train
 
 RECIPE = small_recipe(data={"augmentation": "jitter2"}, model={"dropout": 0.1}, store={"views": 2})
 
@@ -28,10 +28,6 @@ def contents(directory):
     files = [directory / "encoder.safetensors", directory / "heads.safetensors"]
     files += [path for path in (directory / "activations.zarr").rglob("*") if path.is_file()]
     return {path.relative_to(directory): path.read_bytes() for path in files}
-
-
-def times(directory):
-    return {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from command_line import answer, greedy, refused, said, small_recipe
+from command_line import answer, greedy, refused, said, small_recipe, times
 from small_training import CLASSES, SIDE, samples, states
 from small_training import new_trainer as small_trainer
 from torch import nn
@@ -102,11 +102,11 @@ def test_a_tight_budget_lowers_views_and_deletes_stores(finished: Path) -> None:
 
 
 def test_a_finished_run_is_unchanged_by_any_budget(run: Path) -> None:
-    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    before = times(run)
     trainer = new_trainer(run, 1)
     trainer.train()
     assert (trainer.reporter.trained, trainer.reporter.plans) == ([], [])
-    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+    assert times(run) == before
 
 
 def test_a_stage_whose_store_was_deleted_is_not_trained_again(run: Path, finished: Path) -> None:

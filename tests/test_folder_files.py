@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from command_line import answer, greedy, refused, said, small_recipe
+from pictures import write_classes, write_image
 from PIL import Image
 from rich.console import Console
 
@@ -21,20 +22,10 @@ from greedy.cache import Store
 from greedy.cli.progress import Preparing
 from greedy.data import check_files, load_dataset
 
-RNG = np.random.default_rng(0)
-
-
-def write_image(path, width=8, height=8, kind=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path, kind)
-
 
 def sorted_photos(folder, test="test", classes=("ant", "bird")):
-    for name in classes:
-        for split, count in (("train", 4), (test, 2)):
-            for number in range(count):
-                write_image(folder / split / name / f"{number}.png")
+    for split, count in (("train", 4), (test, 2)):
+        write_classes(folder / split, count, classes)
     return folder
 
 
@@ -85,11 +76,11 @@ def test_images_below_class_folders_and_of_every_suffix(tmp_path):
     photos = sorted_photos(tmp_path)
     others = {"2020/may/0.jfif": "JPEG", "1.JPE": "JPEG", "2.avif": "AVIF", "A.TIFF": "TIFF"}
     for name, kind in others.items():
-        write_image(photos / "train/ant" / name, kind=kind)
+        write_image(photos / "train/ant" / name, format=kind)
     (photos / "train/ant/2020/again").symlink_to(photos / "train/ant")
     (photos / "train/ant/up").symlink_to(photos / "train")  # where other classes are
     elsewhere = tmp_path / "elsewhere"
-    write_image(elsewhere / "x.webp", kind="WEBP")
+    write_image(elsewhere / "x.webp", format="WEBP")
     (photos / "train/ant/linked").symlink_to(elsewhere)
     files = names(load_dataset(f"folder:{photos}").train)
     expected = {*others, "linked/x.webp", *(f"{number}.png" for number in range(4))}
@@ -166,10 +157,8 @@ def test_damaged_files_are_skipped_on_request_and_recorded(tmp_path):
 
 
 def test_a_folder_of_damaged_files_alone(tmp_path):
-    for name in ("ant", "bird"):
-        for number in range(2):
-            write_image(tmp_path / name / f"{number}.png")
-            (tmp_path / name / f"{number}.png").write_text("damaged")
+    for file in write_classes(tmp_path, 2).glob("*/*.png"):
+        file.write_text("damaged")
     told = refused("data", "prepare", f"folder:{tmp_path}")
     assert f"none of the images of {tmp_path} can be read" in told
 

@@ -7,10 +7,10 @@ import os
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 from command_line import answer, greedy, refused, said, small_recipe
 from decided import choices
+from pictures import write_classes
 from PIL import Image
 from rich.console import Console
 
@@ -25,14 +25,7 @@ KEPT = ["cat[a]", "x]y[", "[bold]", ":smile:", "new\nline", "\x1b[31mred", r"caf
 
 def photos(folder: Path) -> Path:
     """Writes a folder of images whose classes have such names, and a file with such a name."""
-    random = np.random.default_rng(0)
-    for name in NAMES:
-        place = folder / os.fsdecode(name)
-        place.mkdir(parents=True)
-        for number in range(5):
-            image = Image.fromarray(random.integers(0, 255, (8, 8, 3)).astype(np.uint8))
-            image.save(place / f"{number}.png")
-    return folder
+    return write_classes(folder, 5, map(os.fsdecode, NAMES))
 
 
 @pytest.fixture(scope="module")
