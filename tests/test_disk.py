@@ -276,6 +276,15 @@ def test_a_store_is_left_out_where_computing_is_faster_than_reading():
     assert views_of(demand, plan_stores(often, 1000)) == [0, 0]
 
 
+def test_fewer_views_than_wanted_are_replaced():
+    """Four views are enough for 20 epochs, two are not."""
+    stage = StageDemand(1, 1, 20, 4, lowered_reuse=5)
+    demand = DiskDemand((stage, StageDemand(1, 1, 20)), {"train": 10, "test": 0}, 1.0, 5)
+    (ample,), (tight,) = (plan_stores(demand, budget).stages for budget in (45, 35))
+    assert (ample.views, ample.reuse, ample.bytes_written) == (4, 0, 40)
+    assert (tight.views, tight.reuse, tight.bytes_written) == (2, 5, 20 + 3 * 10)
+
+
 def test_bytes_written_count_the_views_that_are_replaced():
     stages = (StageDemand(1, 1, 9, 4, reuse=2), StageDemand(1, 1, 9, 2), StageDemand(1, 1, 9))
     demand = DiskDemand(stages, {"train": 10, "test": 3}, 1.0, 5)

@@ -24,7 +24,7 @@ from greedy.runs.disk_plan import (
 from greedy.runs.record import StageRecord
 from greedy.runs.state import RunState
 from greedy.runs.unfinished import read_start
-from greedy.runs.views import Views, wanted_views
+from greedy.runs.views import Views, enough_views, wanted_views
 
 FREE_DISK_SHARE = 0.7  # of the file system's free space, for ``store.disk_budget = "auto"``
 
@@ -71,17 +71,21 @@ def _stage_demand(
     recipe, shape = state.run.recipe, shapes[number - 1]
     again = retrain_from is not None and number >= retrain_from
     record, start = previous_record(state, number), _resumable_start(state, number)
-    views, reuse = wanted_views(recipe, min(number + 1, len(shapes)))
+    next_stage = min(number + 1, len(shapes))
+    (views, reuse), lowered = wanted_views(recipe, next_stage), None
+    if isinstance(views, int) and recipe.data.is_augmented and recipe.store.reuse == "auto":
+        _, lowered = enough_views(for_stage(recipe.training.epochs, next_stage), 1)
     if start is not None:
-        reuse = start.resolved.reuse
+        reuse, lowered = start.resolved.reuse, None
     if record is not None and not again:
-        reuse = record.choices.reuse
+        reuse, lowered = record.choices.reuse, None
     return StageDemand(
         values=math.prod(shape.output),
         operations=shape.operations,
         epochs=for_stage(recipe.training.epochs, number),
         wanted_views=views if recipe.training.strategy == "greedy" else "live",
         reuse=reuse,
+        lowered_reuse=lowered,
         views=_views(state, record) if record is not None and not again else None,
         interrupted_views=start.resolved.views if start is not None else None,
         replaced=bytes_below(state.run.store_path(number)) if again else 0,

@@ -25,6 +25,7 @@ class StageDemand:
         epochs: for which it trains.
         wanted_views: of its store, if there is room.
         reuse: epochs after which a view of its store is replaced, 0 for never.
+        lowered_reuse: the same if it has fewer views than wanted; ``None`` for ``reuse``.
         views: of its store if it is finished; ``live`` if that was deleted.
         interrupted_views: the views chosen for its training if that was interrupted.
         replaced: bytes of an old store that is kept until the stage is trained again.
@@ -35,9 +36,16 @@ class StageDemand:
     epochs: int
     wanted_views: Views = "live"
     reuse: int = 0
+    lowered_reuse: int | None = None
     views: Views | None = None
     interrupted_views: Views | None = None
     replaced: int = 0
+
+    def reuse_of(self, views: int) -> int:
+        """Returns the epochs after which one of ``views`` views of its store is replaced."""
+        if self.lowered_reuse is None or views == self.wanted_views:
+            return self.reuse
+        return self.lowered_reuse
 
     @property
     def fixed_views(self) -> Views | None:
@@ -93,7 +101,9 @@ class DiskDemand:
             if n == source or (n < number and n in kept)
         )
         written = self.store_bytes(number, stored[number]) if number in stored else 0
-        if self.views_drawn(source, number):  # the old view is kept until the new one is complete
+        if self.views_drawn(
+            source, number, stored
+        ):  # the old view is kept until the new one is complete
             written = max(written, self.store_bytes(source, 1, ["train"]))
         return self.image_bytes + existing + written
 
@@ -107,13 +117,13 @@ class DiskDemand:
         input."""
         return sum(stage.operations for stage in self.stages[source : number - 1])
 
-    def views_drawn(self, source: int, number: int) -> int:
+    def views_drawn(self, source: int, number: int, stored: Mapping[int, int]) -> int:
         """Returns the views of stage ``source``'s store that are drawn while stage ``number``
-        trains from it."""
-        reuse = self.stages[source - 1].reuse if source else 0
+        trains from it; ``stored`` has the views of each store by stage."""
+        reuse = self.stages[source - 1].reuse_of(stored[source]) if source else 0
         return views_drawn(self.stages[number - 1].epochs, reuse)
 
-    def cost(self, source: int, number: int) -> int:
+    def cost(self, source: int, number: int, stored: Mapping[int, int]) -> int:
         """Returns the multiply-adds per row that stage ``number``'s inputs take in all epochs if it
         trains from the store of stage ``source``: replaying and, if that counts, reading and
         drawing views."""
@@ -123,7 +133,8 @@ class DiskDemand:
             return replayed
         row_bytes = self.value_bytes * self.stages[source - 1].values if source else 0
         read = math.ceil(epochs * row_bytes * self.byte_operations)
-        return replayed + read + self.views_drawn(source, number) * self.replay(0, source + 1)
+        drawn = self.views_drawn(source, number, stored)
+        return replayed + read + drawn * self.replay(0, source + 1)
 
 
 @dataclass(frozen=True)
@@ -252,7 +263,7 @@ def plan_stores(demand: DiskDemand, budget: int, keep: Literal["auto", "all"] = 
             StagePlan(
                 number=n,
                 views=stored.get(n, "live"),
-                reuse=stage.reuse if n in stored else 0,
+                reuse=stage.reuse_of(stored[n]) if n in stored else 0,
                 bytes=demand.store_bytes(n, stored[n]) if n in stored else 0,
                 bytes_written=_bytes_written(demand, n, stored),
                 dropped_after=None
@@ -313,7 +324,7 @@ def _extend(
     used = [] if budget is None else [demand.on_disk(n, on_disk, ()) - budget for n in steps]
     return _Path(
         path.excess + sum(excess for excess in used if excess > 0),
-        path.cost + sum(demand.cost(source, n) for n in steps),
+        path.cost + sum(demand.cost(source, n, on_disk) for n in steps),
         path.coarseness + (Fraction(1, views) if views else 0),
         stored,
     )
@@ -344,7 +355,7 @@ def _bytes_written(demand: DiskDemand, number: int, stored: Mapping[int, int]) -
     if number not in stored:
         return 0
     readers = (n for n in range(1, len(demand.stages) + 1) if demand.source(n, stored) == number)
-    drawn = sum(demand.views_drawn(number, reader) for reader in readers)
+    drawn = sum(demand.views_drawn(number, reader, stored) for reader in readers)
     written = demand.store_bytes(number, stored[number])
     return written + drawn * demand.store_bytes(number, 1, ["train"])
 
