@@ -11,8 +11,11 @@ from greedy.cli import options
 from greedy.cli.tables import count, percent, print_json, print_table, say, size, waiting
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from greedy.results.exits import Exits
     from greedy.runs.directory import RunDirectory
+    from greedy.runs.status import StoreStatus
 
 LOSE = 1.0  # the default: points of error that an early exit may lose
 
@@ -22,7 +25,11 @@ LOSE = 1.0  # the default: points of error that an early exit may lose
 @options.as_json
 @options.debug
 def status(run: Path, as_json: bool) -> None:
-    """Show the stages of a run: state, errors, store and time."""
+    """Show the stages of a run: state, errors, store, views and time.
+
+    REUSE is the number of epochs after which a store's oldest view is replaced, 0 for never; HELD
+    are the numbers of the views that it has now, WRITTEN all bytes ever written into it.
+    """
     from greedy.runs.directory import RunDirectory  # noqa: PLC0415
     from greedy.runs.state import RunState  # noqa: PLC0415
     from greedy.runs.status import disk_use, status, trainings_set_aside  # noqa: PLC0415
@@ -64,6 +71,7 @@ def status(run: Path, as_json: bool) -> None:
         ),
         text_columns=3,
     )
+    print_stores((s.stage, s.store) for s in stages if s.store)
     say(
         f"stores, with the images: {size(disk.bytes_on_disk)} on disk, "
         f"{size(disk.bytes_written)} written since the run began"
@@ -144,6 +152,16 @@ def evaluate(
         f"{split} error {percent(result.error_percent)}, loss {result.loss:.4f} "
         f"on {result.samples:,} images"
     )
+
+
+def print_stores(stores: "Iterable[tuple[int, StoreStatus]]") -> None:
+    """Prints a table of the views of stages' stores, if there are any."""
+    rows = [
+        (str(n), str(store.views), str(store.reuse), store.held, size(store.bytes_written))
+        for n, store in stores
+    ]
+    if rows:
+        print_table(("stage", "views", "reuse", "held", "written"), rows, text_columns=1)
 
 
 def print_changes(run: "RunDirectory") -> None:
