@@ -100,8 +100,9 @@ def verify(path: Path, as_json: bool) -> None:
 @click.argument("path", type=options.PATH)
 @options.device
 @options.model
+@options.data_function
 @options.debug
-def repair(path: Path, device: str, model: str | None) -> None:
+def repair(path: Path, device: str, model: str | None, data: str | None) -> None:
     """Compute the damaged chunks in the stores of a run or a stage again.
 
     Where the store or the images that they were computed from are still there, damaged chunks get
@@ -111,12 +112,14 @@ def repair(path: Path, device: str, model: str | None) -> None:
     """
     from greedy.build.modules import load_network  # noqa: PLC0415
     from greedy.cli.progress import Lines  # noqa: PLC0415
+    from greedy.cli.train import give_data  # noqa: PLC0415
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
 
     run, numbers = _run_and_stages(path)
     network = load_network(run.recipe.model, model)
     trainer = GreedyTrainer.from_recipe(run.recipe, run.path, device=device, model=network)
     trainer.reporter = Lines()
+    give_data(trainer, data)
     print_changes(run)
     with terminable():
         repairs, remaining = trainer.repair(numbers, dropped=len(numbers) == 1)

@@ -60,6 +60,15 @@ def a_stage(shown):
 FINISHED = "stage 10/11 conv1536: train error 12.34 %, test -, 4.0 MiB, 1,234.0 s"
 
 
+def test_waiting_for_data_is_named_where_it_takes_long(capsys):
+    lines = Lines()
+    for waited in (9.9, 37.4):
+        lines.epoch_finished(EpochReport(1, 1e-3, 0.5, 12, None, 100, 4.0, None, waited))
+    short, long = capsys.readouterr().out.splitlines()
+    assert "waiting" not in short
+    assert long.endswith("100 images/s, waiting for data: 37 % of the time")
+
+
 NAMES = [*["conv384"] * 9, "conv1536", "output"]
 OUTLINE = RunOutline(NAMES, {10: 1000, 11: 500}, 2**20, 2**30)
 

@@ -84,7 +84,7 @@ def outcome(run: Path) -> dict[str, object]:
             contents[name] = fields | {"files": sorted(document["files"])}
         elif name.endswith("history.jsonl"):
             lines = [json.loads(line) for line in path.read_text().splitlines()]
-            free = ("seconds", "images_per_second")
+            free = ("seconds", "images_per_second", "waiting_percent")
             contents[name] = [{k: v for k, v in x.items() if k not in free} for x in lines]
         elif name not in (".lock", "run.toml"):
             contents[name] = path.read_bytes()

@@ -15,7 +15,7 @@ from greedy.base.devices import pick_device, pick_precision
 from greedy.base.errors import UserError
 from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import build_loss, build_network
-from greedy.data import DATASETS, Reading, load_dataset
+from greedy.data import DATASETS, Reading, draws_at_random, load_dataset
 from greedy.forecasts.duration import Durations
 from greedy.memory.baselines import baselines
 from greedy.memory.choice import Choice, memory_budget
@@ -42,12 +42,14 @@ class DataFacts:
         classes: number of classes.
         rows: number of rows of each split.
         stored_bytes: bytes of stage 0 on disk at most.
+        fresh: whether images are read from the data set for every view and live epoch.
     """
 
     shape: Shape
     classes: int
     rows: Mapping[str, int]
     stored_bytes: int
+    fresh: bool = False
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,11 @@ def data_facts(run: RunDirectory, allow_function: bool = False) -> DataFacts:
         data = state.complete_record(0)
         assert data.store is not None
         return DataFacts(
-            data.row_shape, len(data.class_names), dict(data.rows.items()), data.store.bytes
+            data.row_shape,
+            len(data.class_names),
+            dict(data.rows.items()),
+            data.store.bytes,
+            data.data_choices.fresh,
         )
     return named_data_facts(run.recipe, allow_function)
 
@@ -195,7 +201,9 @@ def named_data_facts(recipe: Recipe, allow_function: bool = False) -> DataFacts:
         )
     rows = {split: len(getattr(dataset, split)) for split in SPLITS}
     itemsize = dataset.train.dtype.itemsize
-    return _unwritten(dataset.train.shape, len(dataset.class_names), rows, itemsize)
+    facts = _unwritten(dataset.train.shape, len(dataset.class_names), rows, itemsize)
+    fresh = draws_at_random(dataset) and recipe.data.transforms == "fresh"
+    return replace(facts, fresh=fresh)
 
 
 def _unwritten(shape: Shape, classes: int, rows: Mapping[str, int], value_bytes: int) -> DataFacts:
@@ -249,6 +257,7 @@ def forecast(
         data.rows,
         data.stored_bytes,
         byte_operations(machine.device, calibration),
+        fresh=data.fresh,
     )
     memory = MemoryPlan(
         recipe,

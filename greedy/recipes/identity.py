@@ -6,10 +6,10 @@ from greedy.base.files import canonical_json, digest
 from greedy.recipes.schema import Data, Recipe
 
 FREE_FIELDS: Final = {
-    *("max_pixels", "frozen_transforms"),
+    *("max_pixels", "num_workers"),
     *("compile", "deterministic", "test_every", "checkpoint_minutes"),
 }
-_LATER_DATA_FIELDS = ("background", "broken", "max_pixels")
+_LATER_DATA_FIELDS = ("background", "broken", "max_pixels", "transforms")
 LATER_FIELDS: Final[dict[str, Any]] = {
     f"data.{field}": Data.model_fields[field].default for field in _LATER_DATA_FIELDS
 }
@@ -40,6 +40,7 @@ def result_fields(recipe: Recipe) -> dict[str, Any]:
 def recipe_digest(recipe: Recipe) -> str:
     """Returns the digest of ``result_fields``."""
     fields = result_fields(recipe)
+    fields.pop("data.transforms", None)  # older versions left it out; stage 0's lineage has it
     for name, former in _FORMER_NAMES.items():
         fields[former] = fields.pop(name)
     return digest(canonical_json(fields))

@@ -10,7 +10,7 @@ import torch
 from greedy.base.commands import command
 from greedy.base.errors import UserError
 from greedy.cache import Store
-from greedy.data import Augmentation
+from greedy.data import Augmentation, Split
 from greedy.models import Stage
 from greedy.recipes.per_stage import for_stage
 from greedy.runs.choices import Choices
@@ -20,6 +20,7 @@ from greedy.runs.network import load_stage, stage_weights
 from greedy.runs.record import StageRecord, StoreRecord, channel_moments
 from greedy.runs.state import RunState
 from greedy.runs.views import Views, wanted_views
+from greedy.stores.fresh import FreshImages, require_data_set
 from greedy.stores.ring import Ring
 from greedy.stores.source import WRITE_ROWS, ImagePreparation, Replayed, Source
 from greedy.stores.streamed import StreamedStage
@@ -32,18 +33,24 @@ class SourceFinder:
     Attributes:
         state: of the run, whose stage 0 is complete.
         stages: of the network; frozen ones get their weights when they are needed.
+        images: the data set's training split, for runs that read it again in every pass.
     """
 
     state: RunState
     stages: Sequence[Stage]
     device: torch.device
     reporter: Reporter
+    images: Split | None = None
     _frozen: dict[int, Stage] = field(default_factory=dict, repr=False)
 
     @property
     def run(self) -> RunDirectory:
         """The run."""
         return self.state.run
+
+    @property
+    def _data(self) -> StageRecord:
+        return self.state.complete_record(0)
 
     def for_training(
         self,
@@ -115,7 +122,7 @@ class SourceFinder:
             return False
         store, recipe = self.state.complete_record(stored).store, self.run.recipe
         assert store is not None
-        named = recipe.store.reuse != "auto" and wanted_views(recipe, stored + 1)[1] > 0
+        named = recipe.store.reuse != "auto" and self._wants_ring(stored)
         if store.generation or (named and store.ring is None):
             again = command("train", "--run", self.run.path, "--retrain", stored)
             raise UserError(
@@ -123,6 +130,20 @@ class SourceFinder:
                 f"in another way: train it again with {again}"
             )
         return store.ring is not None
+
+    def _wants_ring(self, stored: int) -> bool:
+        fresh = self._data.data_choices.fresh
+        return wanted_views(self.run.recipe, stored + 1, fresh=fresh)[1] > 0
+
+    def require_images(self, number: int, stored: int, views: Views, written_from: int) -> None:
+        """Raises ``UserError`` if the run's data set is needed and was not given: for stage
+        ``number``, which trains from the store of stage ``stored``, or for its own store of
+        ``views``, which is written from that of stage ``written_from``."""
+        if not self._data.data_choices.fresh:
+            return
+        writes = views != "live" and views > 1 and number < len(self._data.network)
+        if stored == 0 or self.is_ring(stored) or (written_from == 0 and writes):
+            require_data_set(self.run.path, self.images)
 
     def _ring(self, stored: int, number: int, streamed: bool) -> Ring:
         """Returns the ring of a stage's store, from which stage ``number`` trains."""
@@ -151,8 +172,8 @@ class SourceFinder:
         """Returns the source with the store of stage ``stored``."""
         settings = self.run.recipe.data
         augmentation = Augmentation.parse(settings.augmentation, settings.cutout_length)
-        moments = channel_moments(self.run.recipe, self.state.complete_record(0))
-        images = ImagePreparation(*moments, augmentation)
+        moments = channel_moments(self.run.recipe, self._data)
+        images = ImagePreparation(*moments, augmentation, self._fresh())
         return Source(
             stored,
             self.run.store_path(stored),
@@ -164,6 +185,18 @@ class SourceFinder:
             held_out=held_out,
             ring=ring,
             in_memory=in_memory,
+        )
+
+    def _fresh(self) -> FreshImages | None:
+        if not self._data.data_choices.fresh:
+            return None
+        return FreshImages(
+            self.run.path,
+            self.images,
+            self.run.recipe.seed,
+            self.run.recipe.data.num_workers,
+            self.device.type == "cuda",
+            self.reporter.noted,
         )
 
     def _load(self, number: int) -> Stage:

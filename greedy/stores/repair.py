@@ -14,6 +14,7 @@ from greedy.cache import Damage, Store, verify
 from greedy.cache import repair as cache_repair
 from greedy.cache.metadata import StoreMetadata
 from greedy.cache.shards import store_digest
+from greedy.data import Split
 from greedy.models import Stage
 from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.events import Reporter
@@ -44,12 +45,14 @@ class Repair:
 @dataclass
 class StoreRepairer:
     """Repairs the stores of a run, given its state. ``stages`` of its network get their weights
-    when needed."""
+    when needed; ``images`` is the data set's training split, for runs that read it again in every
+    pass."""
 
     state: RunState
     stages: Sequence[Stage]
     device: torch.device
     reporter: Reporter = field(default_factory=Reporter)
+    images: Split | None = None
 
     @property
     def run(self) -> RunDirectory:
@@ -212,7 +215,7 @@ class StoreRepairer:
 
     def _source(self, record: StageRecord) -> Source:
         """Returns the source from which a stage's store is computed again."""
-        sources = SourceFinder(self.state, self.stages, self.device, Reporter())
+        sources = SourceFinder(self.state, self.stages, self.device, self.reporter, self.images)
         assert record.store is not None
         return sources.for_repair(record, record.store)
 
