@@ -17,11 +17,12 @@ MLP = small_recipe(
     data={"augmentation": "jitter2+hflip"},
     model={"dropout": 0.1},
     training={"epochs": 2, "batch_size": 32},
-    store={"views": 2, "encoding": "uint4"},
+    store={"views": 2, "reuse": 0, "encoding": "uint4"},
 )
 CONVOLUTIONAL = (
     *("--recipe", "mine.toml", "--data", "cifar10", "--model", "mine:convolutional"),
     *("--set", "training.batch_size=256", "--memory-budget", "40MiB", "--device", "cpu"),
+    *("--views", "1", "--reuse", "0"),
 )
 PLAN = ("plan", "--recipe", "mlp.toml", "--device", "cpu", "--memory-budget", "1GiB")
 BENCH = ("bench", "--seconds", "0.05", "--device", "cpu")
@@ -127,7 +128,7 @@ def test_what_was_not_measured_is_not_told(folder):
     result = greedy(*PLAN, "--precision", "bfloat16")
     assert result.exit_code == 0
     assert "`greedy bench` with the same recipe" in result.output.replace("\n", " ")
-    convolutional = answer("plan", *CONVOLUTIONAL, "--views", "1")
+    convolutional = answer("plan", *CONVOLUTIONAL)
     known = [stage["seconds"] is not None for stage in convolutional["stages"]]
     assert known == [False, False, True]
     assert convolutional["seconds"] is None
@@ -162,7 +163,7 @@ def test_a_damaged_calibration_is_told_and_left_to_bench(measured, folder, monke
 def test_stages_are_measured_in_the_modes_of_a_budget(folder, monkeypatch, tmp_path):
     """And in a table, a line for each stage as it begins."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
-    planned = answer("plan", *CONVOLUTIONAL, "--views", "1")
+    planned = answer("plan", *CONVOLUTIONAL)
     result = greedy(*BENCH, *CONVOLUTIONAL)
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()
@@ -174,7 +175,7 @@ def test_stages_are_measured_in_the_modes_of_a_budget(folder, monkeypatch, tmp_p
     assert len(set(modes)) > 1
     table = [line.split() for line in lines if line[:1].isdigit()]
     assert [row[3] for row in table] == modes
-    assert answer("plan", *CONVOLUTIONAL, "--views", "1")["seconds"] > 0
+    assert answer("plan", *CONVOLUTIONAL)["seconds"] > 0
     assert not any((folder / "tmp").glob("greedy-bench-*"))
 
 
