@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_training import new_trainer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.data import TensorDataset
@@ -43,11 +44,8 @@ def network() -> nn.Sequential:
 
 
 def fit(run: Path, model: nn.Sequential | None = None, **settings) -> list:
-    defaults = {"epochs": 1, "learning_rate": 0.01, "batch_size": 64, "views": 1}
-    defaults |= {"device": "cpu", "precision": "float32"}
-    return GreedyTrainer(model or network(), run_dir=run, **defaults | settings).fit(
-        data(256), data(64)
-    )
+    settings = {"epochs": 1, "batch_size": 64, "views": 1} | settings
+    return new_trainer(run, model or network(), **settings).fit(data(256), data(64))
 
 
 def test_a_budget_chooses_the_mode_and_not_the_result(tmp_path: Path) -> None:
