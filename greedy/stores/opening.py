@@ -124,7 +124,11 @@ class SourceFinder:
         assert store is not None
         named = recipe.store.reuse != "auto" and self._wants_ring(stored)
         if store.generation or (named and store.ring is None):
-            raise views_of_older_version(self.run, stored)
+            again = command("train", "--run", self.run.path, "--retrain", stored)
+            raise UserError(
+                f"the views of stage {stored}'s store are of an older version, which replaced them "
+                f"in another way: train it again with {again}"
+            )
         return store.ring is not None
 
     def _wants_ring(self, stored: int) -> bool:
@@ -146,7 +150,7 @@ class SourceFinder:
         choices = self.state.complete_record(stored).choices
         images = self._open(0, self._replayed(0, stored, choices.precision, streamed))
         epochs = for_stage(self.run.recipe.training.epochs, number)
-        return Ring(self.run, stored, choices.reuse, epochs, images, self.reporter)
+        return Ring(self.run, stored, choices.reuse, epochs, choices.threads, images, self.reporter)
 
     def _replayed(self, stored: int, last: int, precision: str, streamed: bool = False) -> Replayed:
         """Returns the frozen stages after ``stored`` up to ``last``, which compute as few rows at a
@@ -207,24 +211,21 @@ class SourceFinder:
 
     def _stores(self, number: int) -> dict[str, Store]:
         """Opens both splits of a stage's store. Raises ``UserError`` if their rows are not the
-        samples of stage 0's rows."""
-        path = self.run.store_path(number)
+        samples of stage 0's rows, or if it has other views than recorded."""
         stores = {split: self.run.open_store(number, split) for split in SPLITS}
         for split, store in stores.items():
             expected = self.run.open_store(0, split).index
             if not np.array_equal(store.index, expected):
-                raise UserError(
-                    f"{path / split} is a store of another run (its rows are other samples): "
-                    f"train stage {number} again with --retrain"
-                )
+                raise another_store(self.run, number, split, "its rows are other samples")
+        recorded = self.state.complete_record(number).store
+        if recorded and stores["train"].views != recorded.views:
+            raise another_store(self.run, number, "train", "it has other views")
         return stores
 
 
-def views_of_older_version(run: RunDirectory, number: int) -> UserError:
-    """Returns the error for views of stage ``number``'s store whose numbers are unknown, since an
-    older version replaced them."""
-    again = command("train", "--run", run.path, "--retrain", number)
+def another_store(run: RunDirectory, number: int, split: str, reason: str) -> UserError:
+    """Returns the error for a split of a stage's store that is not the recorded one."""
     return UserError(
-        f"the views of stage {number}'s store are of an older version, which replaced them in "
-        f"another way: train it again with {again}"
+        f"{run.store_path(number) / split} is a store of another run ({reason}): train stage "
+        f"{number} again with {command('train', '--run', run.path, '--retrain', number)}"
     )

@@ -19,11 +19,11 @@ from greedy.data import Split
 from greedy.models import Stage
 from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.events import Reporter
-from greedy.runs.exchange import replacing
+from greedy.runs.exchange import PART, exchange_path, replacing
 from greedy.runs.integrity import verify_stage
 from greedy.runs.record import UNKNOWN_VIEW, RingRecord, StageRecord, StoreRecord
 from greedy.runs.state import RunState
-from greedy.stores.opening import SourceFinder, views_of_older_version
+from greedy.stores.opening import SourceFinder, another_store
 from greedy.stores.source import Source
 from greedy.stores.writing import fit_output_encoding, output_batches, write_split
 
@@ -96,7 +96,7 @@ class StoreRepairer:
         encoding = fit_output_encoding(
             store.encoding, source, record.row_shape, batch, seed, number
         )
-        with replacing(path, path.with_name(f".{path.name}.part")) as new_path:
+        with replacing(path, exchange_path(path, PART)) as new_path:
             written = {
                 split: write_split(
                     new_path / split,
@@ -134,6 +134,8 @@ class StoreRepairer:
         assert record.store is not None
         images = self.run.open_store(0, split)
         metadata = cache_repair.read_metadata(path) or self._metadata(record, split)
+        if split == "train" and metadata.layout.views != record.store.views:
+            raise another_store(self.run, record.stage, split, "it has other views")
         files = {damage.path.name for damage in damages}
         if "zarr.json" in files:
             cache_repair.rewrite_metadata(path, metadata)
@@ -215,13 +217,17 @@ class StoreRepairer:
 
         return rows_of
 
-    def _numbers(self, record: StageRecord, store: StoreRecord, split: str) -> list[int]:
+    def _numbers(self, record: StageRecord, store: StoreRecord, split: str) -> Sequence[int]:
         """Returns the numbers of the views of a split, by which they are computed again. Raises
-        ``UserError`` if an older version replaced them, which named them in another way."""
+        ``UserError`` if an older version replaced them."""
         if split == "test":
             return [0]
         if store.generation:
-            raise views_of_older_version(self.run, record.stage)
+            again = command("train", "--run", self.run.path, "--retrain", record.stage)
+            raise UserError(
+                f"the views of stage {record.stage}'s store were replaced by an older version, in "
+                f"another way, and cannot be computed again: train it again with {again}"
+            )
         return store.ring.known().numbers if store.ring else store.view_numbers
 
     def _source(self, record: StageRecord) -> Source:
@@ -242,3 +248,4 @@ def _with_shards(ring: RingRecord | None, shards: Sequence[str], split: str) -> 
     if ring is None or split != "train":
         return ring
     return ring.known().model_copy(update={"shards": list(shards)})
+    return ring.model_copy(update={"shards": list(shards)})
