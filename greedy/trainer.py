@@ -229,24 +229,23 @@ class GreedyTrainer:
         self.reporter.disk_planned(plan)
         if retraining:
             retraining.write(self.run.path)
-        records = []
         for number in numbers:
             if number == first:
                 self.run.drop_stores(*plan.dropped_first)
                 state = state.read_again(*plan.dropped_first)
             if number in todo:
                 path, views = self.run.stage_dir(number), plan.views(number)
-                record = self._train_stage(state, number, None, path, views, plan.reuse(number))
+                self._train_stage(state, number, None, path, views, plan.reuse(number))
             else:
-                record = self._skip(state, number)
-            records.append(record)
+                self._skip(state, number)
             due = {n for done in range(1, number + 1) for n in plan.dropped_after(done)}
             due -= stores_needed(self.run)
             self.run.drop_stores(*due)
             state = state.read_again(number, *due)
             if retraining and number >= first:
                 retraining.mark_done(number, self.run.path, last=number == count)
-        return records
+        state = RunState.read(self.run)  # a later stage has replaced views of a store
+        return [state.complete_record(number) for number in numbers]
 
     def _train_network(
         self, state: RunState, count: int, retrain_from: int | None

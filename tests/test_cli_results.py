@@ -6,7 +6,7 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from command_line import answer, greedy, small_recipe, train
+from command_line import answer, greedy, refused, small_recipe, train
 
 RECIPE = small_recipe(
     data={"augmentation": "hflip"},
@@ -18,11 +18,6 @@ RECIPE = small_recipe(
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     return train(tmp_path_factory.mktemp("finished"), RECIPE)
-
-
-@pytest.fixture
-def run(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
 
 
 def states(run):
@@ -90,9 +85,7 @@ def test_a_stage_of_other_settings_and_what_follows_are_stale_and_refused(run, t
     shutil.copytree(other / "stage1", run / "stage1")
     assert states(run) == ["stale", "stale"]
     for command in ("evaluate", "train"):
-        refused = greedy(command, "--run", run)
-        assert refused.exit_code == 2
-        assert f"`greedy train --run {run} --retrain 1`" in refused.output
+        assert f"`greedy train --run {run} --retrain 1`" in refused(command, "--run", run)
     assert greedy("train", "--run", run, "--retrain", "1").exit_code == 0
     assert states(run) == ["complete", "complete"]
 
@@ -145,9 +138,8 @@ def test_export_takes_the_format_from_the_suffix_or_from_format(run, tmp_path):
     assert by_name.exit_code == 0, by_name.output
     load = safetensors.torch.load_file
     assert load(tmp_path / "n.bin").keys() == load(tmp_path / "net.safetensors").keys()
-    refused = greedy("export", "--run", run, "--to", tmp_path / "net.bin")
-    assert refused.exit_code == 2
-    assert "--format" in refused.output and not (tmp_path / "net.bin").exists()
+    told = refused("export", "--run", run, "--to", tmp_path / "net.bin")
+    assert "--format" in told and not (tmp_path / "net.bin").exists()
 
 
 def test_export_until_a_stage(run, tmp_path):
@@ -159,16 +151,14 @@ def test_export_until_a_stage(run, tmp_path):
     classifier = next(each for each in heads if each.shape == (10, 16))
     assert any(each.shape == (10, 16) and torch.equal(each, classifier) for each in tensors)
     for stage in ("0", "3"):
-        refused = greedy("export", "--run", run, "--to", tmp_path / "x.pt2", "--until-stage", stage)
-        assert refused.exit_code == 2 and f"there is no stage {stage}" in refused.output
+        told = refused("export", "--run", run, "--to", tmp_path / "x.pt2", "--until-stage", stage)
+        assert f"there is no stage {stage}" in told
 
 
 def test_export_overwrites_only_when_forced(run, tmp_path):
     file = tmp_path / "net.safetensors"
     file.write_text("mine")
-    refused = greedy("export", "--run", run, "--to", file)
-    assert refused.exit_code == 2
-    assert "choose another --to, or add --force" in refused.output
+    assert "choose another --to, or add --force" in refused("export", "--run", run, "--to", file)
     assert file.read_text() == "mine"
     assert greedy("export", "--run", run, "--to", file, "--force").exit_code == 0
     assert safetensors.torch.load_file(file)

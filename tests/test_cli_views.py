@@ -1,7 +1,6 @@
 """The views of stores, as `greedy plan`, `status`, `cache info` and `report` show them."""
 
 import re
-import shutil
 
 import pytest
 from command_line import answer, said, small_recipe, train
@@ -19,11 +18,6 @@ RECIPE = small_recipe(
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     return train(tmp_path_factory.mktemp("finished"), RECIPE)
-
-
-@pytest.fixture
-def run(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
 
 
 def line(output: str, table: str, stage: int) -> list[str]:

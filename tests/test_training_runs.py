@@ -35,18 +35,6 @@ class NotANumber(Pred):
         return super().__call__(features, y) * float("nan")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "run"
-    new_trainer(run).fit(TRAIN, TEST)
-    return run
-
-
-@pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
 def test_a_finished_stage_is_trained_again_only_when_asked(run: Path) -> None:
     before = files(run)
     new_trainer(run).fit(TRAIN, TEST)

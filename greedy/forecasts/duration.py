@@ -69,8 +69,7 @@ class Durations:
         if drawn := views_drawn(epochs, self.disk.reuse(source)):
             through(1, source, drawn * train)
         if views := self._views(number):
-            is_ring = any(self.disk.reuse(n) for n in (source, number))
-            first = 1 if is_ring or self._views(source) < views else source + 1
+            first = 1 if self.disk.is_written_from_images(number) else source + 1
             through(first, number, views * train + test + min(SAMPLE_ROWS, train))
         return passed
 

@@ -150,7 +150,7 @@ class SourceFinder:
         choices = self.state.complete_record(stored).choices
         images = self._open(0, self._replayed(0, stored, choices.precision, streamed))
         epochs = for_stage(self.run.recipe.training.epochs, number)
-        return Ring(self.run, stored, choices.reuse, epochs, images, self.reporter)
+        return Ring(self.run, stored, choices.reuse, epochs, choices.threads, images, self.reporter)
 
     def _replayed(self, stored: int, last: int, precision: str, streamed: bool = False) -> Replayed:
         """Returns the frozen stages after ``stored`` up to ``last``, which compute as few rows at a
@@ -211,14 +211,21 @@ class SourceFinder:
 
     def _stores(self, number: int) -> dict[str, Store]:
         """Opens both splits of a stage's store. Raises ``UserError`` if their rows are not the
-        samples of stage 0's rows."""
-        path = self.run.store_path(number)
+        samples of stage 0's rows, or if it has other views than recorded."""
         stores = {split: self.run.open_store(number, split) for split in SPLITS}
         for split, store in stores.items():
             expected = self.run.open_store(0, split).index
             if not np.array_equal(store.index, expected):
-                raise UserError(
-                    f"{path / split} is a store of another run (its rows are other samples): "
-                    f"train stage {number} again with --retrain"
-                )
+                raise another_store(self.run, number, split, "its rows are other samples")
+        recorded = self.state.complete_record(number).store
+        if recorded and stores["train"].views != recorded.views:
+            raise another_store(self.run, number, "train", "it has other views")
         return stores
+
+
+def another_store(run: RunDirectory, number: int, split: str, reason: str) -> UserError:
+    """Returns the error for a split of a stage's store that is not the recorded one."""
+    return UserError(
+        f"{run.store_path(number) / split} is a store of another run ({reason}): train stage "
+        f"{number} again with {command('train', '--run', run.path, '--retrain', number)}"
+    )

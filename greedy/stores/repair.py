@@ -18,11 +18,11 @@ from greedy.data import Split
 from greedy.models import Stage
 from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.events import Reporter
-from greedy.runs.exchange import replacing
+from greedy.runs.exchange import PART, exchange_path, replacing
 from greedy.runs.integrity import verify_stage
 from greedy.runs.record import UNKNOWN_VIEW, RingRecord, StageRecord, StoreRecord
 from greedy.runs.state import RunState
-from greedy.stores.opening import SourceFinder
+from greedy.stores.opening import SourceFinder, another_store
 from greedy.stores.source import Source
 from greedy.stores.writing import fit_output_encoding, output_batches, write_split
 
@@ -88,14 +88,14 @@ class StoreRepairer:
         """Writes a store again from the source it was written from, or else from the images."""
         number = record.stage
         path = self.run.store_path(number)
-        _require_known_views(self.run, store)
+        _require_known_views(self.run, record)
         torch.set_num_threads(record.choices.threads)
         source, batch = self._source(record), record.choices.write_batch
         seed = self.run.recipe.seed
         encoding = fit_output_encoding(
             store.encoding, source, record.row_shape, batch, seed, number
         )
-        with replacing(path, path.with_name(f".{path.name}.part")) as new_path:
+        with replacing(path, exchange_path(path, PART)) as new_path:
             written = {
                 split: write_split(
                     new_path / split,
@@ -133,6 +133,8 @@ class StoreRepairer:
         assert record.store is not None
         images = self.run.open_store(0, split)
         metadata = cache_repair.read_metadata(path) or self._metadata(record, split)
+        if split == "train" and metadata.layout.views != record.store.views:
+            raise another_store(self.run, record.stage, split, "it has other views")
         files = {damage.path.name for damage in damages}
         if "zarr.json" in files:
             cache_repair.rewrite_metadata(path, metadata)
@@ -197,7 +199,7 @@ class StoreRepairer:
         source, store = self._source(record), record.store
         assert store is not None
         if split == "train":
-            _require_known_views(self.run, store)
+            _require_known_views(self.run, record)
         torch.set_num_threads(record.choices.threads)
         batch, step = record.choices.write_batch, metadata.layout.chunk_rows
         numbers = store.view_numbers if split == "train" else [0]
@@ -227,9 +229,19 @@ def _with_shards(ring: RingRecord | None, shards: Sequence[str], split: str) -> 
     return ring.model_copy(update={"shards": list(shards)})
 
 
-def _require_known_views(run: RunDirectory, store: StoreRecord) -> None:
+def _require_known_views(run: RunDirectory, record: StageRecord) -> None:
+    """Raises ``UserError`` if it is not known of which numbers a store's views are."""
+    store, number = record.store, record.stage
+    assert store is not None
+    again = command("train", "--run", run.path, "--retrain", number)
+    if store.generation:
+        raise UserError(
+            f"the views of stage {number}'s store were replaced by an older version, in another "
+            f"way, and cannot be computed again: train it again with {again}"
+        )
     if UNKNOWN_VIEW in store.view_numbers:
         raise UserError(
-            f"views of this store were being replaced when the run stopped: "
-            f"{command('train', '--run', run.path)} writes them again"
+            f"a view of stage {number}'s store was being replaced when training stopped: give the "
+            f"command that was interrupted again, which writes it, or train the stage again with "
+            f"{again}"
         )
