@@ -11,9 +11,12 @@ from greedy.cli import options
 from greedy.cli.tables import count, percent, print_json, print_table, say, size, waiting
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from greedy.results.evaluation import Evaluation
     from greedy.results.exits import Exits
     from greedy.runs.directory import RunDirectory
+    from greedy.runs.status import StoreStatus
 
 LOSE = 1.0  # the default: points of error that an early exit may lose
 MOST_CLASSES = 20  # in the table of `greedy evaluate`
@@ -24,7 +27,11 @@ MOST_CLASSES = 20  # in the table of `greedy evaluate`
 @options.as_json
 @options.debug
 def status(run: Path, as_json: bool) -> None:
-    """Show the stages of a run: state, errors, store and time."""
+    """Show the stages of a run: state, errors, store, views and time.
+
+    REUSE is the number of epochs after which a store's oldest view is replaced, 0 for never; HELD
+    are the numbers of the views that it has now, WRITTEN all bytes ever written into it.
+    """
     from greedy.runs.directory import RunDirectory  # noqa: PLC0415
     from greedy.runs.state import RunState  # noqa: PLC0415
     from greedy.runs.status import disk_use, status, trainings_set_aside  # noqa: PLC0415
@@ -66,6 +73,7 @@ def status(run: Path, as_json: bool) -> None:
         ),
         text_columns=3,
     )
+    print_stores((s.stage, s.store) for s in stages if s.store)
     say(
         f"stores, with the images: {size(disk.bytes_on_disk)} on disk, "
         f"{size(disk.bytes_written)} written since the run began"
@@ -160,6 +168,16 @@ def _show_evaluation(result: "Evaluation") -> None:
         say(f"the {MOST_CLASSES} classes with the largest errors (--json has all):")
     rows = ((each.name, f"{each.samples:,}", percent(each.error_percent)) for each in shown)
     print_table(("class", "images", "error"), rows, text_columns=1)
+
+
+def print_stores(stores: "Iterable[tuple[int, StoreStatus]]") -> None:
+    """Prints a table of the views of stages' stores, if there are any."""
+    rows = [
+        (str(n), str(store.views), str(store.reuse), store.held, size(store.bytes_written))
+        for n, store in stores
+    ]
+    if rows:
+        print_table(("stage", "views", "reuse", "held", "written"), rows, text_columns=1)
 
 
 def print_changes(run: "RunDirectory") -> None:

@@ -1,14 +1,13 @@
 """Unusual modules, losses and optimisers of PyTorch users."""
 
 import json
-import os
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from interrupting import StopAfter, interrupt
 from small_training import CLASSES, SIDE, TEST, TRAIN, learned, new_trainer, weights
 from small_training import network as small_network
 from torch import nn
@@ -243,7 +242,7 @@ class Rates(Reporter):
             self.seen.append(rates)
         self.left -= 1
         if not self.left:
-            os.kill(os.getpid(), signal.SIGINT)
+            interrupt()
 
     def epoch_finished(self, report) -> None:
         self.reported.append(report.learning_rate)
@@ -345,13 +344,9 @@ def test_what_is_not_to_be_trained_stays(tmp_path: Path, budget: str) -> None:
 
 @pytest.mark.parametrize("strategy", ["greedy", "joint"])
 def test_a_parameter_without_a_gradient_resumes(tmp_path: Path, strategy: str) -> None:
-    class Stopping(Reporter):
-        def batch_finished(self, rows: int) -> None:
-            os.kill(os.getpid(), signal.SIGINT)
-
     settings = {"strategy": strategy, "checkpoint_minutes": 0}
     with pytest.raises(Interrupted):
-        new_trainer(tmp_path / "cut", unused(), reporter=Stopping(), **settings).fit(TRAIN, TEST)
+        new_trainer(tmp_path / "cut", unused(), reporter=StopAfter(1), **settings).fit(TRAIN, TEST)
     (next((tmp_path / "cut").rglob("training")) / ".swp").write_text("left by an editor")
     new_trainer(tmp_path / "cut", unused(), **settings).fit(TRAIN, TEST)
     new_trainer(tmp_path / "whole", unused(), **settings).fit(TRAIN, TEST)

@@ -22,7 +22,8 @@ class TrainerSettings(TypedDict, total=False):
     background: str
     broken: Literal["refuse", "skip"]
     max_pixels: int
-    frozen_transforms: bool
+    transforms: Literal["fresh", "frozen"]
+    num_workers: int | None
 
     strategy: Literal["greedy", "joint", "backprop", "glob+sim"]
     accumulate: int

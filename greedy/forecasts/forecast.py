@@ -15,7 +15,7 @@ from greedy.base.devices import pick_device, pick_precision
 from greedy.base.errors import UserError
 from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import build_loss, build_network
-from greedy.data import DATASETS, Reading, load_dataset
+from greedy.data import DATASETS, Reading, draws_at_random, load_dataset
 from greedy.forecasts.duration import Durations
 from greedy.memory.baselines import baselines
 from greedy.memory.choice import Choice, memory_budget
@@ -43,12 +43,14 @@ class DataFacts:
         classes: number of classes.
         rows: number of rows of each split.
         stored_bytes: bytes of stage 0 on disk at most.
+        fresh: whether images are read from the data set for every view and live epoch.
     """
 
     shape: Shape
     classes: int
     rows: Mapping[str, int]
     stored_bytes: int
+    fresh: bool = False
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,17 @@ class Forecast:
         return max(stage.peak_memory_bytes for stage in self.stages)
 
     @property
+    def bytes_written(self) -> int:
+        """The bytes that are written into all stores, also for views that are replaced."""
+        return sum(stage.bytes_written for stage in self.stages)
+
+    @property
+    def drawing_share(self) -> float:
+        """The share of all operations that draw views."""
+        drawn = sum(stage.drawing_flops for stage in self.stages)
+        return drawn / sum(s.flops + s.replay_flops + s.drawing_flops for s in self.stages)
+
+    @property
     def seconds(self) -> float | None:
         """The seconds of all stages; ``None`` if those of one are not known."""
         known = [stage.seconds for stage in self.stages if stage.seconds is not None]
@@ -154,7 +167,11 @@ def data_facts(run: RunDirectory, allow_function: bool = False) -> DataFacts:
         data = state.complete_record(0)
         assert data.store is not None
         return DataFacts(
-            data.row_shape, len(data.class_names), dict(data.rows.items()), data.store.bytes
+            data.row_shape,
+            len(data.class_names),
+            dict(data.rows.items()),
+            data.store.bytes,
+            data.data_choices.fresh,
         )
     return named_data_facts(run.recipe, allow_function)
 
@@ -185,7 +202,9 @@ def named_data_facts(recipe: Recipe, allow_function: bool = False) -> DataFacts:
         )
     rows = {split: len(getattr(dataset, split)) for split in SPLITS}
     itemsize = dataset.train.dtype.itemsize
-    return _unwritten(dataset.train.shape, len(dataset.class_names), rows, itemsize)
+    facts = _unwritten(dataset.train.shape, len(dataset.class_names), rows, itemsize)
+    fresh = draws_at_random(dataset) and recipe.data.transforms == "fresh"
+    return replace(facts, fresh=fresh)
 
 
 def _unwritten(shape: Shape, classes: int, rows: Mapping[str, int], value_bytes: int) -> DataFacts:
@@ -239,6 +258,7 @@ def forecast(
         data.rows,
         data.stored_bytes,
         byte_operations(machine.device, calibration),
+        fresh=data.fresh,
     )
     memory = MemoryPlan(
         recipe,

@@ -45,7 +45,7 @@ class StageStores:
         """Returns the stores that a disk plan gives to stage ``number``."""
         source = disk.source(number)
         from_ring, is_ring = (disk.reuse(n) > 0 for n in (source, number))
-        return cls(source, from_ring, is_ring, 0 if from_ring or is_ring else None)
+        return cls(source, from_ring, is_ring, 0 if disk.is_written_from_images(number) else None)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class MemoryPlan:
             return demand, self._drawing(number, streamed=self._streams(number))
         if stores.written_from is None or stores.written_from == source:
             return demand, None
-        return demand, self._demand(number, stores.written_from)
+        return demand, self._writing(number, stores.written_from)
 
     def _streams(self, number: int) -> bool:
         """Returns whether there is no room for all frozen stages while views of a stage's store are
@@ -168,6 +168,14 @@ class MemoryPlan:
         demand = self._demand(number, 0)
         replay = demand.replay and replace(demand.replay, streamed=streamed)
         return replace(demand, replay=replay, other_resident_bytes=next_stage)
+
+    def _writing(self, number: int, source: int) -> StepDemand:
+        """Returns the demand of writing a stage's store from that of an earlier stage ``source``.
+        Where there is no room for the frozen stages between them, they are streamed."""
+        demand = self._demand(number, source)
+        if self.budget is None or not demand.replay or demand.writing_peak(1) <= self.budget:
+            return demand
+        return replace(demand, replay=replace(demand.replay, streamed=True))
 
     def _demand(self, number: int, source: int) -> StepDemand:
         return StepDemand(

@@ -8,11 +8,11 @@ from greedy.base.files import canonical_json, digest
 from greedy.recipes.schema import Data, Recipe, Training
 
 FREE_FIELDS: Final = {
-    *("max_pixels", "frozen_transforms"),
+    *("max_pixels", "num_workers"),
     *("compile", "deterministic", "test_every", "checkpoint_minutes"),
 }
 _LATER: Final[dict[type[BaseModel], tuple[str, ...]]] = {
-    Data: ("background", "broken", "max_pixels"),
+    Data: ("background", "broken", "max_pixels", "transforms"),
     Training: (
         *("optimizer", "momentum", "nesterov", "weight_decay"),
         *("schedule", "warmup_epochs", "gradient_clip"),
@@ -50,6 +50,7 @@ def result_fields(recipe: Recipe) -> dict[str, Any]:
 def recipe_digest(recipe: Recipe) -> str:
     """Returns the digest of ``result_fields``."""
     fields = result_fields(recipe)
+    fields.pop("data.transforms", None)  # older versions left it out; stage 0's lineage has it
     for name, former in _FORMER_NAMES.items():
         fields[former] = fields.pop(name)
     return digest(canonical_json(fields))

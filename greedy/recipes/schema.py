@@ -67,10 +67,25 @@ class Data(Section):
     max_pixels: Count = Field(
         default=178_956_970, description="Most pixels of an image file, above which it is refused."
     )
-    frozen_transforms: bool = Field(
-        default=False,
-        description="Store a data set once although its own transforms draw at random.",
+    transforms: Literal["fresh", "frozen"] = Field(
+        default="fresh",
+        description="What a data set's own transforms draw at random; fresh: again for each view "
+        "and live epoch; frozen: once.",
     )
+    num_workers: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="Processes that read such a data set again, 0: none besides that which trains; "
+        "absent: one less than cores.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _frozen_had_another_name(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "frozen_transforms" in values:
+            values = dict(values)
+            if values.pop("frozen_transforms"):
+                values.setdefault("transforms", "frozen")
+        return values
 
     @field_validator("augmentation")
     @classmethod

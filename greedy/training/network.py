@@ -99,7 +99,12 @@ class NetworkTraining:
             source=0,
             layers=[kind for stage in self.network.stages for kind in stage.kinds],
             resolved=resolve(
-                self.recipe, self.source.stores["train"], "live", self.memory, self.device
+                self.recipe,
+                self.source.stores["train"],
+                "live",
+                self.memory,
+                self.device,
+                fresh=self.data.data_choices.fresh,
             ),
         )
         if begun := find_training(self.run.network_dir, start, self.reporter):

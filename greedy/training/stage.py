@@ -89,9 +89,9 @@ class StageTraining:
         with memory_limited(self.device, named_budget(self.recipe)):
             learner = self._learner()
             needed = self._bytes_needed(learner)
-            require_free_space(
-                directory, f"stage {self.stage.number}", needed - bytes_below(directory)
-            )
+            written = bytes_below(directory)
+            written += self.source.ring.drawn_bytes if self.source.ring else 0
+            require_free_space(directory, f"stage {self.stage.number}", needed - written)
             with write_errors_explained(directory, f"stage {self.stage.number}", needed):
                 return self._train(learner, directory, started)
 
