@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -19,9 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from greedy import Reporter, RunDirectory, TrainingError, UserError
 from greedy.base.files import read_tensors as load
 from greedy.base.files import with_digest
-from greedy.cache import Store, row_order, verify
+from greedy.cache import DamagedStore, Store, row_order, verify
 from greedy.data import dataset_from_torch
 from greedy.losses import Pred
+from greedy.runs.exchange import replacing
+from greedy.runs.record import UNKNOWN_VIEW, RingRecord
 from greedy.runs.views import SPREAD, USES, enough_views, view_numbers, views_drawn
 from greedy.stores import streamed
 
@@ -120,6 +124,65 @@ def test_a_dropped_store_comes_back_with_its_views(finished: Path) -> None:
     assert trainer.run.record(1).store.ring == store.ring
 
 
+def killed_in_exchange(run: Path, patch: pytest.MonkeyPatch, *, exchanged: bool) -> None:
+    """Trains until the first view of stage 1 is about to be exchanged, or is but not recorded."""
+
+    @contextmanager
+    def stop(*paths: Path) -> Iterator[Path]:
+        with replacing(*paths) as new_path:
+            yield new_path
+            if not exchanged:
+                raise KeyboardInterrupt
+        raise KeyboardInterrupt
+
+    with patch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("greedy.stores.ring.replacing", stop)
+        new_trainer(run, **RING).fit(TRAIN, TEST)
+    assert ring(run) == [UNKNOWN_VIEW, 1]
+
+
+@pytest.mark.parametrize("exchanged", [False, True])
+@pytest.mark.parametrize("place", [0, 1])
+def test_damage_is_repaired_while_a_view_is_exchanged(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanged: bool, place: int
+) -> None:
+    """Also in the views that are not exchanged, which training alone cannot write again."""
+    run = tmp_path / "run"
+    killed_in_exchange(run, monkeypatch, exchanged=exchanged)
+    (shard,) = (train_split(run) / "activations").glob(f"c.{place}.*")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(DamagedStore, match="cache repair"):
+        new_trainer(run, **RING).train()
+    (repair,), damages = new_trainer(run, **RING).repair([1])
+    assert repair.identical and not damages
+    assert ring(run) == [0, 1]
+    new_trainer(run, **RING).train()
+    assert files(train_split(run)) == files(train_split(finished))
+    assert same(weights(run, 2), weights(finished, 2))
+
+
+def test_a_store_that_is_dropped_while_a_view_is_exchanged_comes_back(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    killed_in_exchange(run, monkeypatch, exchanged=True)
+    trainer = new_trainer(run, **RING)
+    trainer.run.drop_stores(1)
+    repairs, damages = trainer.repair([1], dropped=True)
+    assert all(repair.identical for repair in repairs) and not damages
+    trainer.train()
+    assert files(train_split(run)) == files(train_split(finished))
+    assert same(weights(run, 2), weights(finished, 2))
+
+
+@given(st.integers(0, 200), st.integers(1, 9), st.integers(1, 9))
+def test_an_unknown_view_is_taken_for_the_oldest(epoch: int, views: int, reuse: int) -> None:
+    numbers = view_numbers(epoch, views, reuse)
+    oldest = numbers.index(min(numbers))
+    record = RingRecord(numbers=numbers, shards=[]).with_view(oldest, UNKNOWN_VIEW)
+    assert record.known().numbers == (numbers if views > 1 else [0])
+
+
 def test_views_of_an_older_version_are_not_trained_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
     new_trainer(run, **RING).fit(TRAIN, TEST)
@@ -142,13 +205,12 @@ def damage(run: Path, stage: int = 1) -> None:
 def test_views_whose_numbers_are_not_known_are_not_repaired(finished: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     damage(run)
-    record, trainer = RunDirectory.open(run).record(1), new_trainer(run, **RING)
-    record.update_store(run / "stage1", ring=record.store.ring.with_view(0, -1))
-    with pytest.raises(UserError, match=r"was being replaced .* that was interrupted again"):
-        trainer.repair([1])
-    record.update_store(run / "stage1", ring=None, generation=3)
-    with pytest.raises(UserError, match=r"replaced by an older version.*--retrain 1"):
-        trainer.repair([1])
+    trainer = new_trainer(run, **RING)
+    trainer.run.record(1).update_store(run / "stage1", ring=None, generation=3)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"replaced by an older version.*--retrain 1"):
+            trainer.repair([1], dropped=True)
+        trainer.run.drop_stores(1)
 
 
 @pytest.mark.parametrize(

@@ -76,6 +76,15 @@ class RingRecord(_Document):
             digests[slot * size : (slot + 1) * size] = shards
         return self.model_copy(update={"numbers": numbers, "shards": digests})
 
+    def known(self) -> Self:
+        """Returns the record with the number that an unknown view had if it was the oldest."""
+        views, newest = len(self.numbers), max(self.numbers)
+        numbers = [
+            place + views * max((newest - place) // views, 0) if number == UNKNOWN_VIEW else number
+            for place, number in enumerate(self.numbers)
+        ]
+        return self.model_copy(update={"numbers": numbers})
+
 
 class StoreRecord(_Document):
     """The activation store of one stage, both splits together.

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
@@ -88,7 +89,7 @@ class StoreRepairer:
         """Writes a store again from the source it was written from, or else from the images."""
         number = record.stage
         path = self.run.store_path(number)
-        _require_known_views(self.run, record)
+        numbers = {split: self._numbers(record, store, split) for split in SPLITS}
         torch.set_num_threads(record.choices.threads)
         source, batch = self._source(record), record.choices.write_batch
         seed = self.run.recipe.seed
@@ -101,7 +102,7 @@ class StoreRepairer:
                     new_path / split,
                     source,
                     split,
-                    numbers=store.view_numbers if split == "train" else [0],
+                    numbers=numbers[split],
                     encoding=encoding,
                     compressor=store.compressor,
                     batch=batch,
@@ -141,6 +142,9 @@ class StoreRepairer:
         if "c.0" in files:
             cache_repair.rewrite_side_arrays(path, images.labels, images.index)
         damaged = cache_repair.damaged_shards(path, metadata)
+        layout, unknown = metadata.layout, _unknown_views(record.store, split)
+        for view, shard in product(unknown, range(layout.shards)):
+            damaged[view, shard] = range(layout.chunks_in(shard))
 
         def digest() -> tuple[str, list[bytes]]:
             shards = cache_repair.shard_digests(path, metadata)
@@ -154,26 +158,26 @@ class StoreRepairer:
             cache_repair.rewrite_chunks(
                 path, metadata, view, shard, chunks_of, partial(rows_of, view)
             )
-        if digest()[0] == record.store.digests[split]:
-            return Repair(record.stage, split, chunks, True)
-        layout = metadata.layout
-        for view in sorted({view for view, _ in damaged}):
-            for shard in range(layout.shards):
+        identical = digest()[0] == record.store.digests[split]
+        if not identical:
+            views = sorted({view for view, _ in damaged})
+            chunks = len(views) * layout.chunks
+            for view, shard in product(views, range(layout.shards)):
                 all_chunks = range(layout.chunks_in(shard))
                 cache_repair.rewrite_chunks(
                     path, metadata, view, shard, all_chunks, partial(rows_of, view)
                 )
-        current = self.run.record(record.stage)  # the repair of the other split changes it
-        assert current is not None and current.store is not None
-        content, shards = digest()
-        current.update_store(
-            self.run.stage_dir(record.stage),
-            digests=current.store.digests | {split: content},
-            split_bytes=current.store.split_bytes | {split: bytes_below(path)},
-            ring=_with_shards(current.store.ring, [shard.hex() for shard in shards], split),
-        )
-        views = len({view for view, _ in damaged})
-        return Repair(record.stage, split, views * layout.chunks, False)
+        if unknown or not identical:
+            current = self.run.record(record.stage)  # the repair of the other split changes it
+            assert current is not None and current.store is not None
+            content, shards = digest()
+            current.update_store(
+                self.run.stage_dir(record.stage),
+                digests=current.store.digests | {split: content},
+                split_bytes=current.store.split_bytes | {split: bytes_below(path)},
+                ring=_with_shards(current.store.ring, [shard.hex() for shard in shards], split),
+            )
+        return Repair(record.stage, split, chunks, identical)
 
     def _metadata(self, record: StageRecord, split: str) -> StoreMetadata:
         """Returns the metadata of a split whose metadata are damaged, from the other split,
@@ -198,11 +202,9 @@ class StoreRepairer:
         batches in which the store was written."""
         source, store = self._source(record), record.store
         assert store is not None
-        if split == "train":
-            _require_known_views(self.run, record)
+        numbers = self._numbers(record, store, split)
         torch.set_num_threads(record.choices.threads)
         batch, step = record.choices.write_batch, metadata.layout.chunk_rows
-        numbers = store.view_numbers if split == "train" else [0]
 
         def rows_of(view: int, chunk: int) -> np.ndarray:
             rows, parts, computed = metadata.layout.rows_in(chunk), [], 0
@@ -215,6 +217,19 @@ class StoreRepairer:
 
         return rows_of
 
+    def _numbers(self, record: StageRecord, store: StoreRecord, split: str) -> Sequence[int]:
+        """Returns the numbers of the views of a split, by which they are computed again. Raises
+        ``UserError`` if an older version replaced them."""
+        if split == "test":
+            return [0]
+        if store.generation:
+            again = command("train", "--run", self.run.path, "--retrain", record.stage)
+            raise UserError(
+                f"the views of stage {record.stage}'s store were replaced by an older version, in "
+                f"another way, and cannot be computed again: train it again with {again}"
+            )
+        return store.ring.known().numbers if store.ring else store.view_numbers
+
     def _source(self, record: StageRecord) -> Source:
         """Returns the source from which a stage's store is computed again."""
         sources = SourceFinder(self.state, self.stages, self.device, self.reporter, self.images)
@@ -222,26 +237,15 @@ class StoreRepairer:
         return sources.for_repair(record, record.store)
 
 
+def _unknown_views(store: StoreRecord, split: str) -> list[int]:
+    """Returns the places of the views of a split that were being exchanged when a run stopped."""
+    numbers = store.view_numbers if split == "train" and store.ring else []
+    return [place for place, number in enumerate(numbers) if number == UNKNOWN_VIEW]
+
+
 def _with_shards(ring: RingRecord | None, shards: Sequence[str], split: str) -> RingRecord | None:
     """Returns the record of a ring with other digests of the training split's shards."""
     if ring is None or split != "train":
         return ring
+    return ring.known().model_copy(update={"shards": list(shards)})
     return ring.model_copy(update={"shards": list(shards)})
-
-
-def _require_known_views(run: RunDirectory, record: StageRecord) -> None:
-    """Raises ``UserError`` if it is not known of which numbers a store's views are."""
-    store, number = record.store, record.stage
-    assert store is not None
-    again = command("train", "--run", run.path, "--retrain", number)
-    if store.generation:
-        raise UserError(
-            f"the views of stage {number}'s store were replaced by an older version, in another "
-            f"way, and cannot be computed again: train it again with {again}"
-        )
-    if UNKNOWN_VIEW in store.view_numbers:
-        raise UserError(
-            f"a view of stage {number}'s store was being replaced when training stopped: give the "
-            f"command that was interrupted again, which writes it, or train the stage again with "
-            f"{again}"
-        )
