@@ -221,6 +221,7 @@ def test_views_whose_numbers_are_not_known_are_not_repaired(finished: Path, tmp_
         ({"views": 2**40, "ring": None}, "it has other views|of an older version"),
         ({"views": 3, "numbers": [4, 3, 2], "shards": 3}, "it has other views"),
         ({"views": 1, "numbers": [4], "shards": 1}, "it has other views"),
+        ({"shards": 4}, "it has other views"),
     ],
 )
 def test_records_that_disagree_with_their_store_are_refused(

@@ -19,7 +19,7 @@ from greedy.base.commands import command
 from greedy.base.errors import UserError
 from greedy.base.files import file_digest, read_with_digest, with_digest
 from greedy.base.text import legible
-from greedy.cache import StoreSummary
+from greedy.cache import Layout, StoreSummary
 from greedy.cache.files import write_whole
 from greedy.recipes import Recipe
 from greedy.runs.choices import Choices, Count, DataChoices, Size
@@ -125,6 +125,11 @@ class StoreRecord(_Document):
         """The number of each view of the training split, ``UNKNOWN_VIEW`` for one that is being
         exchanged. If ``generation`` is not 0 they are not known."""
         return self.ring.numbers if self.ring else range(self.views)
+
+    def fits(self, train: Layout) -> bool:
+        """Returns whether a training split has the recorded views and, in a ring, shards."""
+        shards = len(self.ring.shards) if self.ring else train.views * train.shards
+        return (self.views, shards) == (train.views, train.views * train.shards)
 
     @property
     def bytes(self) -> int:

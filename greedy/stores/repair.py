@@ -134,7 +134,7 @@ class StoreRepairer:
         assert record.store is not None
         images = self.run.open_store(0, split)
         metadata = cache_repair.read_metadata(path) or self._metadata(record, split)
-        if split == "train" and metadata.layout.views != record.store.views:
+        if split == "train" and not record.store.fits(metadata.layout):
             raise another_store(self.run, record.stage, split, "it has other views")
         files = {damage.path.name for damage in damages}
         if "zarr.json" in files:
