@@ -141,6 +141,7 @@ def killed_in_exchange(run: Path, patch: pytest.MonkeyPatch, *, exchanged: bool)
     assert ring(run) == [UNKNOWN_VIEW, 1]
 
 
+@pytest.mark.parametrize("finished", [None], ids=["in-memory"], indirect=True)
 @pytest.mark.parametrize("exchanged", [False, True])
 @pytest.mark.parametrize("place", [0, 1])
 def test_damage_is_repaired_while_a_view_is_exchanged(
@@ -161,6 +162,7 @@ def test_damage_is_repaired_while_a_view_is_exchanged(
     assert same(weights(run, 2), weights(finished, 2))
 
 
+@pytest.mark.parametrize("finished", [None], ids=["in-memory"], indirect=True)
 def test_a_store_that_is_dropped_while_a_view_is_exchanged_comes_back(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
