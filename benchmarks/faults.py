@@ -137,7 +137,7 @@ def outcome(directory: Path) -> dict[str, Any]:
             contents[name]["store"] = {**(document["store"] or {}), "bytes_written": 0}
         elif path.name == "history.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
-            free = {"seconds", "images_per_second"}
+            free = {"seconds", "images_per_second", "waiting_percent"}
             contents[name] = [{k: v for k, v in x.items() if k not in free} for x in lines]
         elif name not in ("run.toml", ".lock", ".lock.json"):
             contents[name] = path.read_bytes()
