@@ -200,7 +200,7 @@ def claims_too_much(text):
 
 
 @pytest.mark.parametrize("damage", [cut_short, changed, claims_too_much, lambda text: "[" * 10**5])
-def test_a_damaged_calibration_says_so_in_a_sentence_and_is_written_anew(home, damage):
+def test_a_damaged_calibration_says_so_in_a_sentence_and_is_replaced(home, damage):
     path = Calibration.path("cpu")
     calibration(speed()).write(path)
     path.write_text(damage(path.read_text()))

@@ -116,7 +116,7 @@ def test_evaluate_says_how_the_assembled_network_does(run):
 
 
 def test_errors_are_counted_by_class_and_among_the_five_likeliest(finished):
-    """Of a network that always finds class 0 likeliest, then 1, and so on."""
+    """Evaluates a network that always finds class 0 likeliest, then 1, and so on."""
     network = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10))
     network[1].weight.data.zero_()
     network[1].bias.data = -torch.arange(10.0)

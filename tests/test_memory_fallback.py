@@ -148,7 +148,7 @@ def test_where_nothing_smaller_is_counted_the_failure_is_the_user_s(
     assert device.tried[1:] == [StepMemory(Mode.KEEP_NOTHING, 1)]
 
 
-def test_a_stage_goes_on_as_it_was_and_is_planned_anew_when_it_is_trained_again(
+def test_a_stage_resumes_as_it_was_and_is_planned_again_when_it_is_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = Device(monkeypatch, 900 * KIB)

@@ -168,7 +168,7 @@ def test_texts_can_be_read_in_light_and_in_dark(browser, one):
     background = "getComputedStyle(document.body).backgroundColor"
     label = "getComputedStyle(document.querySelector('.chart text')).fill"
     dark = browser.evaluate(background), browser.evaluate(label)
-    browser.scheme("light")  # while the page is open: its charts are drawn anew
+    browser.scheme("light")  # while the page is open: its charts are drawn again
     redrawn = f"new Promise(done => setTimeout(() => drawing.then(() => done({label})), 50))"
     light = browser.evaluate(background), browser.evaluate(redrawn)
     assert light[0] != dark[0] and light[1] != dark[1]

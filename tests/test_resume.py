@@ -188,7 +188,7 @@ def test_a_retraining_resumes(
     assert listener.trained == left
     assert outcome(run) == expected
     listener = Listener()
-    new_trainer(run, listener).train(asked)  # done once, it can be asked for anew
+    new_trainer(run, listener).train(asked)  # done once, it can be asked for again
     assert listener.trained == list(range(asked, 4))
 
 

@@ -88,16 +88,16 @@ class MemoryPlan:
         store is written. Raises ``UserError`` if no mode fits the budget."""
         demand, writing = self._demands(number, stores)
         writes = writing and (number, writing.replay, writing.other_resident_bytes)
+        streams = stores.source_is_ring and self._streams(stores.source)
         key = (
             self._cache_key(number),
             demand.replay,
             demand.other_resident_bytes,
             stores.source == 0,
-            stores.source_is_ring and self._streams(stores.source),
+            streams,
             writes,
         )
         if key not in self._choices:
-            streams = stores.source_is_ring and self._streams(stores.source)
             self._choices[key] = self._choose(demand, writing, draws_streamed=streams)
         return self._choices[key]
 

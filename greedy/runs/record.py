@@ -67,13 +67,14 @@ class RingRecord(_Document):
             raise ValueError("its views have different numbers of shards")
         return self
 
-    def with_view(self, slot: int, number: int, shards: Sequence[str] | None = None) -> Self:
-        """Returns the record with another view in a slot; with ``shards``, of these digests."""
+    def with_view(self, place: int, number: int, shards: Sequence[str] | None = None) -> Self:
+        """Returns the record with another view in a place, whose shards have the digests ``shards``
+        unless these stay."""
         numbers, size = list(self.numbers), len(self.shards) // len(self.numbers)
-        numbers[slot] = number
+        numbers[place] = number
         digests = list(self.shards)
         if shards is not None:
-            digests[slot * size : (slot + 1) * size] = shards
+            digests[place * size : (place + 1) * size] = shards
         return self.model_copy(update={"numbers": numbers, "shards": digests})
 
     def known(self) -> Self:

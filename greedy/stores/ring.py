@@ -126,6 +126,8 @@ class Ring:
     ) -> None:
         """Draws a view until ``rows`` of its rows are written; calls ``written`` with those of each
         batch."""
+        if writer.written >= rows:
+            return  # as after most steps
         threads = torch.get_num_threads()
         torch.set_num_threads(self.threads)
         try:
