@@ -89,6 +89,8 @@ def _words(schema: Mapping[str, Any], several: bool = False) -> str:
         return " or ".join(kinds)
     if "enum" in schema:
         return f"one of {', '.join(schema['enum'])}"
+    if "const" in schema:
+        return str(schema["const"])
     if schema["type"] == "array":
         return f"{'lists' if several else 'a list'} of {_words(schema['items'], several=True)}"
     singular, plural = {
