@@ -11,6 +11,7 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from greedy.losses import Pred, PredBio, PredSim, PredSimBio, Sim, SimBio
+from greedy.losses.prediction import CrossEntropy
 from greedy.memory.counting import Counter
 from greedy.models import Stage, cut, shapes
 from greedy.runs.choices import Mode, StepMemory
@@ -24,6 +25,7 @@ from greedy.stores.source import Batch
 ROWS, CLASSES = 12, 4
 LOSSES = {
     "pred": Pred(pool_target=32),
+    "smooth-pred": Pred(32, cross_entropy=CrossEntropy(0.1, (1.0, 0.5, 2.0, 1.5))),
     "sim": Sim(),
     "predsim": PredSim(0.9, pool_target=32),
     "deep-predsim": PredSim(0.9, pool_target=32, hidden_layers=2),

@@ -98,6 +98,8 @@ def test_each_published_figure_has_its_recipe(row: Row) -> None:
         "pred_pool_target": int(row["pred_pool_target"] or 2048),
         "pred_hidden_layers": 0,
         "target_projection": 128,
+        "label_smoothing": 0.0,
+        "class_weights": None,
     }
     assert recipe.training.model_dump() == {
         "strategy": STRATEGIES.get(row["loss"], "greedy"),

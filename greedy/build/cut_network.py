@@ -6,8 +6,9 @@ from typing import Self
 
 from torch import nn
 
-from greedy.build.modules import checked_shapes
+from greedy.build.modules import build_cross_entropy, checked_shapes
 from greedy.losses import LocalLoss
+from greedy.losses.prediction import PLAIN, CrossEntropy
 from greedy.losses.strategies import stage_losses
 from greedy.models import Shape, Stage, StageShapes, cut
 from greedy.recipes import Recipe
@@ -22,26 +23,29 @@ class CutNetwork:
         shapes: the shapes of a row before, in and after each stage.
         loss: the local loss of every stage but the output layer.
         classes: the number of classes.
+        cross_entropy: the loss of logits.
     """
 
     stages: Sequence[Stage]
     shapes: Sequence[StageShapes]
     loss: LocalLoss
     classes: int
+    cross_entropy: CrossEntropy = PLAIN
 
     @classmethod
     def of(
         cls, recipe: Recipe, network: nn.Sequential, image: Shape, classes: int, loss: LocalLoss
     ) -> Self:
         """Cuts a network for images (C, H, W) as the recipe says. If ``classes`` is 0, there are
-        as many classes as logits.
+        as many classes as logits. Balanced class weights are all 1, since no labels are known.
 
         Raises:
             UserError: the network does not fit the images or the recipe.
         """
         stages = cut(network, recipe.model.stage_layers)
         shapes = checked_shapes(recipe, stages, image, classes)
-        return cls(stages, shapes, loss, classes or shapes[-1].output[0])
+        classes = classes or shapes[-1].output[0]
+        return cls(stages, shapes, loss, classes, build_cross_entropy(recipe.loss, [1] * classes))
 
     def __len__(self) -> int:
         """Returns the number of stages."""
@@ -53,4 +57,4 @@ class CutNetwork:
 
     def losses(self, strategy: str) -> list[LocalLoss]:
         """Returns the loss of each stage for a strategy, given by its name."""
-        return stage_losses(strategy, self.loss, len(self))
+        return stage_losses(strategy, self.loss, len(self), self.cross_entropy)

@@ -11,6 +11,7 @@ from greedy.base.errors import UserError
 from greedy.base.functions import call_function
 from greedy.data import Augmentation
 from greedy.losses import Glob, LocalLoss, Pred, PredBio, PredSim, PredSimBio, Sim, SimBio
+from greedy.losses.prediction import PLAIN, CrossEntropy
 from greedy.models import ENCODERS, Shape, Stage, StageShapes
 from greedy.recipes import Loss, Model, Recipe
 
@@ -83,10 +84,17 @@ def checked_shapes(
         )
     if classes:
         require_one_logit_a_class(output, classes)
+    weights = recipe.loss.class_weights
+    if isinstance(weights, list) and len(weights) != output[0]:
+        raise UserError(
+            f"loss.class_weights has {len(weights)} entries and the data have {output[0]} classes: "
+            f"give one a class, or balanced"
+        )
     for stage, shape in zip(stages[:-1], shapes[:-1], strict=True):
         _require_heads_and_store(recipe, stage, shape)
     augmentation = Augmentation.parse(recipe.data.augmentation, recipe.data.cutout_length)
     augmentation.require_image_size(*row_shape[1:])
+    augmentation.require_channels(row_shape[0])
     mean = recipe.data.mean
     if mean is not None and len(mean) != row_shape[0]:
         raise UserError(
@@ -180,6 +188,11 @@ def load_network(
 
 def loss_settings(loss: LocalLoss) -> dict[str, str | float | int]:
     """Returns the recipe's ``loss`` section for a loss given in Python."""
+    if getattr(loss, "cross_entropy", PLAIN) != PLAIN:
+        raise UserError(
+            "the cross-entropy is the same for the output layer and local losses: give "
+            "label_smoothing and class_weights to the trainer"
+        )
     names = [name for name, kind in LOSSES.items() if type(loss) is kind]
     if not names:
         return {"name": "python"}
@@ -195,6 +208,17 @@ def build_loss(loss: Loss) -> LocalLoss:
         )
     kind = LOSSES[loss.name]
     return kind(**{name: getattr(loss, field) for field, name in _arguments(kind).items()})
+
+
+def build_cross_entropy(loss: Loss, rows: Sequence[int]) -> CrossEntropy:
+    """Returns the recipe's cross-entropy. ``rows`` is the number of training rows of each class:
+    balanced weights are inverse to it, with a mean over rows of 1, and 0 for classes without
+    rows."""
+    weights = loss.class_weights
+    if weights == "balanced":
+        share = sum(rows) / sum(count > 0 for count in rows)
+        weights = [share / count if count else 0.0 for count in rows]
+    return CrossEntropy(loss.label_smoothing, None if weights is None else tuple(weights))
 
 
 def _arguments(kind: type[LocalLoss]) -> dict[str, str]:

@@ -14,6 +14,8 @@ OTHER_FIELDS: Final = {
     "micro_batch": ("memory", "micro_batch"),
     "optimizer_state": ("memory", "optimizer_state"),
     "stage_layers": ("model", "stage_layers"),
+    "label_smoothing": ("loss", "label_smoothing"),
+    "class_weights": ("loss", "class_weights"),
 }
 FIELDS: Final[dict[str, tuple[str, str]]] = OTHER_FIELDS | {
     field: (section, field)

@@ -25,6 +25,9 @@ class TrainerSettings(TypedDict, total=False):
     transforms: Literal["fresh", "frozen"]
     num_workers: int | None
 
+    label_smoothing: float
+    class_weights: Literal["balanced"] | Sequence[float] | None
+
     strategy: Literal["greedy", "joint", "backprop", "glob+sim"]
     accumulate: int
     momentum: float

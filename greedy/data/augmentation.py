@@ -1,4 +1,4 @@
-"""Random crop, horizontal flip and cutout, drawn as tables over all rows and applied by batch.
+"""The augmentation of training images, drawn as tables over all rows and applied by batch.
 
 Since draws are indexed by row, a row's augmentation does not depend on the order of reading.
 """
@@ -13,9 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from greedy.base.errors import UserError, unknown
+from greedy.data.operations import ColorJitter, Erasing, Operation, ResizedCrop
+from greedy.data.randaugment import RandAugment
+from greedy.recipes.schema import AUGMENTATIONS, CROPS
 
 PADDINGS = {"jitter2": 2, "crop4": 4}
-NAMES = ("none", *PADDINGS, "hflip")
+OPERATIONS: dict[str, Operation] = {
+    operation.name: operation
+    for operation in (ResizedCrop(), RandAugment(), ColorJitter(), Erasing())
+}  # in the order in which they are applied
+NAMES = ("none", *PADDINGS, "hflip", *OPERATIONS)
+AT_ONCE = 2**20  # values of the images that an operation takes at a time
 
 
 @dataclass(frozen=True)
@@ -28,26 +36,32 @@ class Draws:
     """(N,), bool."""
     centres: Tensor
     """(N, 2): y and x of the hole's centre."""
+    tables: tuple[Tensor, ...] = ()
+    """(N, ...) for each other operation."""
 
     def __getitem__(self, rows: Tensor | np.ndarray[Any, Any] | slice) -> "Draws":
         """Returns the draws of the given rows, in their order."""
         rows = torch.from_numpy(rows) if isinstance(rows, np.ndarray) else rows
-        return Draws(self.shifts[rows], self.flips[rows], self.centres[rows])
+        tables = tuple(table[rows] for table in self.tables)
+        return Draws(self.shifts[rows], self.flips[rows], self.centres[rows], tables)
 
 
 @dataclass(frozen=True)
 class Augmentation:
     """The augmentation of training images, in this order: a random crop of the image zero-padded by
     ``padding`` pixels, a horizontal flip with probability 1/2 if ``flip``, and, after
-    normalisation, a square hole of side ``hole`` pixels."""
+    normalisation, a square hole of side ``hole`` pixels; and other operations, each before, between
+    or after these as its ``place`` says."""
 
     padding: int = 0
     flip: bool = False
     hole: int = 0
+    operations: tuple[Operation, ...] = ()
 
     @classmethod
     def parse(cls, text: str, cutout_length: int = 0) -> "Augmentation":
-        """Reads names joined by ``+``: ``none``, ``jitter2`` or ``crop4``, ``hflip``.
+        """Reads names joined by ``+``: ``none``, or one of ``jitter2``, ``crop4`` and
+        ``random-resized-crop``, ``hflip``, ``randaugment``, ``color-jitter``, ``random-erasing``.
 
         Raises ``UserError`` for an unknown name, or names that exclude each other.
         """
@@ -55,15 +69,14 @@ class Augmentation:
         for name in names:
             if name not in NAMES:
                 raise unknown("augmentation", name, NAMES)
-        paddings = [PADDINGS[name] for name in names if name in PADDINGS]
-        if len(set(names)) < len(names) or len(paddings) > 1 or ("none" in names and names[1:]):
-            raise UserError(
-                f"augmentation {text!r} repeats or contradicts itself: "
-                "give none, or one of jitter2, crop4 and hflip joined by +"
-            )
+        crops = CROPS.intersection(names)
+        if len(set(names)) < len(names) or len(crops) > 1 or ("none" in names and names[1:]):
+            raise UserError(f"augmentation {text!r} repeats or contradicts itself: {AUGMENTATIONS}")
         if cutout_length < 0:
             raise UserError(f"cutout_length is {cutout_length}: give 0 or more pixels")
-        return cls(sum(paddings), "hflip" in names, cutout_length)
+        padding = sum(PADDINGS.get(name, 0) for name in names)
+        others = tuple(OPERATIONS[name] for name in OPERATIONS if name in names)
+        return cls(padding, "hflip" in names, cutout_length, others)
 
     def require_image_size(self, height: int, width: int) -> None:
         """Raises ``UserError`` for images that are no larger than their padding."""
@@ -71,6 +84,16 @@ class Augmentation:
             raise UserError(
                 f"images of {height}x{width} are too small to be shifted by {self.padding} pixels: "
                 "set data.augmentation without a crop"
+            )
+
+    def require_channels(self, channels: int) -> None:
+        """Raises ``UserError`` for images that are neither grey nor in three colours where an
+        operation needs to know their colours."""
+        names = [each.name for each in self.operations if each.place == "flipped"]
+        if names and channels not in (1, 3):
+            raise UserError(
+                f"{names[0]} changes colours, and images of {channels} channels have none that it "
+                f"knows: leave it out of data.augmentation"
             )
 
     def draw(self, rows: int, height: int, width: int, generator: torch.Generator) -> Draws:
@@ -86,12 +109,30 @@ class Augmentation:
         reach = (-self.padding, self.padding + 1)
         shifts = torch.stack((uniform(*reach), uniform(*reach)), dim=1)
         flips = uniform(0, 1 + self.flip).bool()
-        return Draws(shifts, flips, torch.stack((uniform(0, height), uniform(0, width)), dim=1))
+        centres = torch.stack((uniform(0, height), uniform(0, width)), dim=1)
+        tables = (each.draw(rows, height, width, generator) for each in self.operations)
+        return Draws(shifts, flips, centres, tuple(tables))
 
     def apply(self, images: Tensor, draws: Draws) -> Tensor:
-        """Returns the images (B, C, H, W) of any dtype, cropped, then flipped, by their B draws."""
-        if not (self.padding or self.flip):
-            return images
+        """Returns the images (B, C, H, W) of any dtype, cropped, flipped and in other colours, by
+        their B draws."""
+        images = self._operated(images, draws, "raw")
+        if self.padding or self.flip:
+            images = self._shifted(images, draws)
+        return self._operated(images, draws, "flipped")
+
+    def _operated(self, images: Tensor, draws: Draws, place: str) -> Tensor:
+        """Applies the operations of a place, each to a few images at a time, so that their
+        intermediate results take little memory."""
+        rows = max(1, AT_ONCE // images[0].numel())
+        for operation, table in zip(self.operations, draws.tables, strict=True):
+            if operation.place == place:
+                pairs = zip(images.split(rows), table.split(rows), strict=True)
+                parts = [operation.apply(*pair) for pair in pairs]
+                images = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return images
+
+    def _shifted(self, images: Tensor, draws: Draws) -> Tensor:
         channels, height, width = images.shape[1:]
         shifts = draws.shifts.to(images.device, non_blocking=True)
         flips = draws.flips.to(images.device, non_blocking=True)
@@ -106,9 +147,13 @@ class Augmentation:
 
     def cutout(self, images: Tensor, draws: Draws) -> Tensor:
         """Returns the normalised images (B, C, H, W) with one hole of zeros in each: on each axis
-        the pixels [c - L // 2, c + L // 2) around the drawn centre c, clipped at the border."""
-        if not self.hole:
-            return images
+        the pixels [c - L // 2, c + L // 2) around the drawn centre c, clipped at the border; and
+        with what other operations erase."""
+        if self.hole:
+            images = self._with_hole(images, draws)
+        return self._operated(images, draws, "normalised")
+
+    def _with_hole(self, images: Tensor, draws: Draws) -> Tensor:
         half = self.hole // 2
         centres = draws.centres.to(images.device, non_blocking=True)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from greedy.base.errors import UserError
 from greedy.base.precision import widened
-from greedy.losses.prediction import PredictionHead, prediction_loss
+from greedy.losses.prediction import PLAIN, CrossEntropy, PredictionHead, prediction_loss
 from greedy.losses.similarity import SimilarityHead, similarity_loss
 from greedy.models import Shape
 
@@ -110,18 +110,20 @@ class Pred:
         pool_target: the largest width of the local classifier's input after average pooling.
         hidden_layers: of the prediction head, before that pooling.
         output_scale: the factor on the output layer's cross-entropy.
+        cross_entropy: the loss of the logits, as a recipe's settings have it.
     """
 
     pool_target: int = 2048
     hidden_layers: int = 0
     output_scale: float = 1.0
+    cross_entropy: CrossEntropy = PLAIN
 
     def heads(self, shape: Shape, num_classes: int) -> LocalHeads:
         head = PredictionHead(shape, num_classes, self.pool_target, self.hidden_layers)
         return LocalHeads(prediction=head)
 
     def __call__(self, features: Features, y: Tensor) -> Tensor:
-        return prediction_loss(features.p, y)
+        return prediction_loss(features.p, y, self.cross_entropy)
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ class PredSim:
     beta: float = 0.99
     pool_target: int = 2048
     hidden_layers: int = 0
+    cross_entropy: CrossEntropy = PLAIN
 
     @property
     def output_scale(self) -> float:
@@ -158,7 +161,7 @@ class PredSim:
         )
 
     def __call__(self, features: Features, y: Tensor) -> Tensor:
-        l_pred = prediction_loss(features.p, y)
+        l_pred = prediction_loss(features.p, y, self.cross_entropy)
         l_sim = similarity_loss(features.z, y)
         return (1 - self.beta) * l_pred + self.beta * l_sim
 
@@ -182,6 +185,7 @@ class Output:
     the form of a local loss, so that the output layer trains like every stage."""
 
     scale: float = 1.0
+    cross_entropy: CrossEntropy = PLAIN
 
     @property
     def output_scale(self) -> float:
@@ -191,7 +195,7 @@ class Output:
         return LocalHeads(prediction=Float32Identity())
 
     def __call__(self, features: Features, y: Tensor) -> Tensor:
-        return self.scale * prediction_loss(features.p, y)
+        return self.scale * prediction_loss(features.p, y, self.cross_entropy)
 
 
 class Float32Identity(nn.Module):

@@ -1,6 +1,7 @@
 """The prediction loss, equation (6)."""
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +13,50 @@ from greedy.models import Shape
 from greedy.models.lean import Layer, lean
 
 
-def prediction_loss(p: Tensor, y: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class CrossEntropy:
+    """The cross-entropy of logits, with the numbers of ``nn.CrossEntropyLoss``.
+
+    Attributes:
+        label_smoothing: the share of each target that is spread evenly over all classes.
+        class_weights: the weight of each class; ``None`` for equal weights. The mean over a batch
+            is divided by the weights of its rows.
+    """
+
+    label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] | None = None
+    _weights: dict[tuple[torch.device, torch.dtype], Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def __call__(self, p: Tensor, y: Tensor) -> Tensor:
+        """Returns the mean over a batch of logits ``p`` and labels ``y``, one-hot or mixed, both
+        (B, classes)."""
+        if self.class_weights is None:
+            return F.cross_entropy(p, y, label_smoothing=self.label_smoothing)
+        weights = self._weights_like(p, self.class_weights)
+        smoothing = self.label_smoothing
+        loss = F.cross_entropy(p, y, weights, reduction="sum", label_smoothing=smoothing)
+        return loss / (y @ weights).sum()
+
+    def _weights_like(self, p: Tensor, weights: tuple[float, ...]) -> Tensor:
+        if type(p) is not Tensor:  # a fake one, which no real step may find here
+            return p.new_tensor(weights)
+        key = p.device, p.dtype
+        if key not in self._weights:  # copied once, since copying synchronises
+            self._weights[key] = p.new_tensor(weights)
+        return self._weights[key]
+
+
+PLAIN = CrossEntropy()
+
+
+def prediction_loss(p: Tensor, y: Tensor, cross_entropy: CrossEntropy = PLAIN) -> Tensor:
     """Returns L_pred = CrossEntropy(Y, p) with p = W^T·H, the mean over the batch, equation (6).
 
     ``p`` (B, classes) are logits, ``y`` (B, classes) the one-hot labels.
     """
-    return F.cross_entropy(p, y)
+    return cross_entropy(p, y)
 
 
 def pooling_kernel(shape: Shape, target: int) -> tuple[int, int]:

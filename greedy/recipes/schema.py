@@ -15,7 +15,11 @@ from greedy.recipes.limits import AutoLimit, Limit
 from greedy.recipes.section import Count, Rates, Section
 from greedy.recipes.training import Training
 
-CROPS: Final = {"jitter2", "crop4"}
+CROPS: Final = {"jitter2", "crop4", "random-resized-crop"}
+AUGMENTATIONS: Final = (
+    "give none, or one of jitter2, crop4 and random-resized-crop, and any of hflip, randaugment, "
+    "color-jitter and random-erasing, joined by +"
+)
 
 
 class Data(Section):
@@ -27,7 +31,8 @@ class Data(Section):
     )
     augmentation: str = Field(
         default="none",
-        description="Augmentation of training rows: none, or jitter2, crop4, hflip with +.",
+        description="Augmentation of training rows: none, or jitter2, crop4, random-resized-crop, "
+        "hflip, randaugment, color-jitter, random-erasing with +.",
     )
     cutout_length: int = Field(
         default=0, ge=0, description="Side of the cutout hole in pixels, 0: none."
@@ -91,9 +96,10 @@ class Data(Section):
     @classmethod
     def _augmentation_is_a_sum(cls, value: str) -> str:
         parts = value.split("+")
-        once = len(set(parts)) == len(parts) and not set(parts) >= CROPS
-        if value != "none" and (set(parts) - {*CROPS, "hflip"} or not once):
-            raise ValueError("be none, or one of jitter2, crop4 and hflip joined by +")
+        once = len(set(parts)) == len(parts) and len(CROPS.intersection(parts)) <= 1
+        known = {*CROPS, "hflip", "randaugment", "color-jitter", "random-erasing"}
+        if value != "none" and (set(parts) - known or not once):
+            raise ValueError(AUGMENTATIONS.replace("give none", "be none"))
         return value
 
     @property
@@ -163,6 +169,19 @@ class Loss(Section):
     )
     target_projection: Count = Field(
         default=128, description="Width of the projected labels that the bio losses aim at."
+    )
+
+    label_smoothing: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of a target spread over all classes, in the cross-entropies of pred and "
+        "the output layer; sim's targets stay one-hot.",
+    )
+    class_weights: Literal["balanced"] | Rates | None = Field(
+        default=None,
+        description="Weights of the classes in these cross-entropies; balanced: inverse to their "
+        "numbers of training rows; absent: equal.",
     )
 
     @model_validator(mode="before")

@@ -5,12 +5,13 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from greedy.base.devices import pick_precision
 from greedy.build.cut_network import CutNetwork
-from greedy.build.modules import checked_shapes
+from greedy.build.modules import build_cross_entropy, checked_shapes
 from greedy.data import Split
 from greedy.losses import LocalLoss
 from greedy.memory.choice import Choice, memory_budget
@@ -77,7 +78,12 @@ class StagePlanner:
         data, stages = state.complete_record(0), stages_of(state, self.model)
         classes = len(data.class_names)
         shapes = checked_shapes(self.recipe, stages, data.row_shape, classes)
-        return CutNetwork(stages, shapes, self.loss, classes)
+        rows = [0] * classes
+        if self.recipe.loss.class_weights == "balanced":
+            labels = self.run.open_store(0, "train").labels
+            rows = np.bincount(labels, minlength=classes).tolist()
+        cross_entropy = build_cross_entropy(self.recipe.loss, rows)
+        return CutNetwork(stages, shapes, self.loss, classes, cross_entropy)
 
     def plan_memory(self, network: CutNetwork, images: str) -> MemoryPlan:
         """Plans how the steps of a network fit the memory budget, and keeps the plan for
