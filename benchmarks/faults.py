@@ -1,6 +1,9 @@
 """Faults that small runs have to survive: kills, flipped bits, full disks. Also measures the time
 that checkpoints take.
 
+Stages train from rings of views: runs are also killed inside the exchange of a view, bits of a
+view that is being drawn are flipped, and disks are filled while one is drawn.
+
 Every fault strikes a real process with real files. A run that ends is compared with one without
 faults: weights, stores, histories and records, except for fields about time, memory and bytes
 written. Full disks are tmpfs in a separate mount namespace (`unshare -Urm`).
@@ -51,6 +54,8 @@ reuse = 2
 """
 FORK = multiprocessing.get_context("fork")
 TMPFS_BYTES = 64 * 2**20
+EXCHANGES = 2  # in a run, of a view of stage 1 and one of stage 2
+MOMENTS = 7  # in an exchange, see `is_moment`
 
 
 class Ended(NamedTuple):
@@ -60,9 +65,10 @@ class Ended(NamedTuple):
     output: str
 
 
-def start(log: Path, *arguments: object) -> Any:
-    """Starts a `greedy` command in a new process, which writes its output to a file."""
-    process = FORK.Process(target=_command, args=(log, list(map(str, arguments))))
+def start(log: Path, *arguments: object, moment: int = 0) -> Any:
+    """Starts a `greedy` command in a new process, which writes its output to a file. It is killed
+    at the ``moment``-th moment of its exchanges of views, if that is not 0."""
+    process = FORK.Process(target=_command, args=(log, list(map(str, arguments)), moment))
     process.start()
     return process
 
@@ -74,7 +80,41 @@ def run(log: Path, *arguments: object) -> Ended:
     return Ended(process.exitcode, log.read_text())
 
 
-def _command(log: Path, arguments: list[str]) -> None:
+def is_moment(event: str, arguments: tuple) -> bool:
+    """Returns whether an event of Python's audit hooks is a moment of an exchange of a view: a
+    directory of views or a record in use is about to be renamed, or a directory to be deleted."""
+    if event not in ("os.rename", "shutil.rmtree"):
+        return False
+    last = Path(os.fsdecode(arguments[event == "os.rename"]))
+    if last.name == "stage.json":
+        return last.exists()
+    names = {Path(os.fsdecode(name)).name for name in arguments[: 1 + (event == "os.rename")]}
+    return any(name.startswith((".train.", ".view.")) for name in names)
+
+
+def _kill_at(moment: int) -> None:
+    left = moment
+
+    def hook(event: str, arguments: tuple) -> None:
+        nonlocal left
+        if is_moment(event, arguments):
+            left -= 1
+            if not left:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def kill_in_exchange(log: Path, *arguments: object, moment: int) -> None:
+    """Runs a `greedy` command until it is killed at the ``moment``-th moment of its exchanges."""
+    process = start(log, *arguments, moment=moment)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, log.read_text()
+
+
+def _command(log: Path, arguments: list[str], moment: int) -> None:
+    if moment:
+        _kill_at(moment)
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -105,16 +145,20 @@ def outcome(directory: Path) -> dict[str, Any]:
 
 
 def kills(count: int, folder: Path, recipe: Path, expected: dict, seconds: float) -> dict:
-    """Kills runs at a random moment, then gives the same command again. Returns how many runs were
-    killed and how many ended as if nothing had happened."""
+    """Kills runs at a random moment, every other one inside an exchange of a view, then gives the
+    same command again. Returns how many runs were killed and how many ended as if nothing had
+    happened."""
     choose, identical = random.Random(1), 0
     for number in range(count):
         place, log = folder / f"killed{number}", folder / "log"
         command = ("train", "--recipe", recipe, "--run", place)
-        process = start(log, *command)
-        time.sleep(choose.uniform(0, seconds))
-        process.kill()
-        process.join()
+        if number % 2:
+            kill_in_exchange(log, *command, moment=choose.randint(1, EXCHANGES * MOMENTS))
+        else:
+            process = start(log, *command)
+            time.sleep(choose.uniform(0, seconds))
+            process.kill()
+            process.join()
         ended = run(log, *command)
         identical += ended.code == 0 and outcome(place) == expected
         shutil.rmtree(place)
@@ -122,20 +166,19 @@ def kills(count: int, folder: Path, recipe: Path, expected: dict, seconds: float
 
 
 def flips(count: int, folder: Path, recipe: Path, expected: dict) -> dict:
-    """Flips single bits in files of a run whose last stage is half trained. Returns how many flips
-    were detected, did not matter, or changed the result without a message."""
+    """Flips single bits in files of a run whose last stage is half trained, every other one in the
+    view that is drawn for it. Returns how many flips were detected, did not matter, or changed the
+    result without a message."""
     choose, place, log = random.Random(2), folder / "half", folder / "log"
+    # All of the view is drawn, and none of it is exchanged.
     command = ("train", "--recipe", recipe, "--run", place)
-    process = start(log, *command)
-    while not (place / "stage3/training/checkpoint/progress.json").is_file():
-        time.sleep(0.005)
-    process.kill()
-    process.join()
+    kill_in_exchange(log, *command, moment=(EXCHANGES - 1) * MOMENTS + 1)
     counts = {"detected": 0, "harmless": 0, "silent": 0}
-    for _ in range(count):
+    for number in range(count):
         copy = folder / "flipped"
         shutil.copytree(place, copy)
-        files = sorted(p for p in copy.rglob("*") if p.is_file() and p.stat().st_size)
+        pattern = "stage*/activations.zarr/.view.*/**/*" if number % 2 else "**/*"
+        files = sorted(p for p in copy.glob(pattern) if p.is_file() and p.stat().st_size)
         path = choose.choice(files)
         data = bytearray(path.read_bytes())
         bit = choose.randrange(8 * len(data))
@@ -175,7 +218,10 @@ def disk_full(count: int, folder: Path, recipe: Path, expected: dict) -> dict:
         command = ("train", "--recipe", recipe, "--run", place)
         process = start(log, *command)
         if not small:
-            _wait_for(place / f"stage{choose.randint(1, 3)}/training", process)
+            stage = choose.randint(1, 3)
+            drawn = number % 4 == 3 and stage < 3  # a view of its store, or the stage trains
+            pattern = f"stage{stage}/" + ("*/.view.*" if drawn else "training")
+            _wait_for(place, pattern, process)
             time.sleep(choose.uniform(0, 0.2))
             with contextlib.suppress(OSError), filler.open("wb", buffering=0) as file:
                 while process.is_alive():
@@ -199,8 +245,8 @@ def disk_full(count: int, folder: Path, recipe: Path, expected: dict) -> dict:
     return {"disk_full": count, "clean_stops": clean, "continued": continued}
 
 
-def _wait_for(path: Path, process: Any) -> None:
-    while not path.exists() and process.is_alive():
+def _wait_for(place: Path, pattern: str, process: Any) -> None:
+    while not any(place.glob(pattern)) and process.is_alive():
         time.sleep(0.002)
 
 

@@ -35,7 +35,7 @@ from greedy.models import Stage, StageShapes, cut, initialise, shapes
 from greedy.recipes import load
 from greedy.runs.choices import StepMemory
 from greedy.steps.guard import Guard
-from greedy.steps.host_adam import HostAdam
+from greedy.steps.host_state import HostAdam
 from greedy.steps.step import Learner, step
 from greedy.stores.source import Batch
 from greedy.training.learners import placed

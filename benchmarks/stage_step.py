@@ -21,7 +21,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,26 +81,26 @@ class Waits(EpochBatches):
 
     seconds: list[float]
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Generator[Any]:
         batches = super().__iter__()
-        for number in range(len(self.loader)):
+        yield next(batches)
+        start = time.perf_counter()
+        for computed in batches:
+            self.seconds.append(time.perf_counter() - start)
+            yield computed
             start = time.perf_counter()
-            batch = next(batches)
-            if number:
-                self.seconds.append(time.perf_counter() - start)
-            yield batch
 
 
 @dataclass(frozen=True)
 class TimedSource(Source):
     """A source whose waits are noted."""
 
-    waits: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
 
     def epoch_batches(self, *args: Any, **settings: Any) -> EpochBatches:
         found = super().epoch_batches(*args, **settings)
         timed = Waits(found.source, found.loader, found.draws)
-        object.__setattr__(timed, "seconds", self.waits)
+        object.__setattr__(timed, "seconds", self.seconds)
         return timed
 
 
@@ -208,7 +208,7 @@ def stages(
             ample_memory=True,
         )
         name = "output" if is_output else stage.name
-        yield Timed(stage.number, name, flops, learner, epochs, clock, source.waits)
+        yield Timed(stage.number, name, flops, learner, epochs, clock, source.seconds)
 
 
 def measure(

@@ -10,12 +10,13 @@ import click
 from greedy.base.commands import command
 from greedy.cli import options
 from greedy.cli.failures import Group, terminable
-from greedy.cli.results import print_changes
+from greedy.cli.results import print_changes, print_stores
 from greedy.cli.tables import print_json, print_table, say, size
 
 if TYPE_CHECKING:
     from greedy.cache import StoreInfo
     from greedy.runs.directory import RunDirectory
+    from greedy.runs.status import StoreStatus
 
 BAR = 40  # columns of the widest bar of a histogram
 
@@ -30,17 +31,23 @@ def cache() -> None:
 @options.as_json
 @options.debug
 def info(path: Path, as_json: bool) -> None:
-    """Show the size and the values of the stores of a run or a stage.
+    """Show the size, the values and the views of the stores of a run or a stage.
 
-    Figures about values are from a sample of the training rows.
+    Figures about values are from a sample of the training rows. REUSE is the number of epochs after
+    which a store's oldest view is replaced, 0 for never; HELD are the numbers of the views that it
+    has now, WRITTEN all bytes ever written into it.
     """
     from greedy.cache import store_info  # noqa: PLC0415
+    from greedy.runs.status import store_status  # noqa: PLC0415
 
     run, numbers = _run_and_stages(path)
 
-    def describe_stage(number: int) -> "StoreInfo | None":
-        has_store = run.store_path(number).is_dir()
-        return store_info(run.open_store(number, "train")) if has_store else None
+    def describe_stage(number: int) -> "tuple[StoreInfo, StoreStatus] | None":
+        record = run.record(number)
+        if record is None or not run.store_path(number).is_dir():
+            return None
+        status = store_status(record, has_store=True)
+        return (store_info(run.open_store(number, "train")), status) if status else None
 
     infos = {
         number: info
@@ -48,15 +55,19 @@ def info(path: Path, as_json: bool) -> None:
         if (info := run.read_consistently(partial(describe_stage, number), number)) is not None
     }
     if as_json:
-        print_json({"stores": [{"stage": n, **asdict(info)} for n, info in infos.items()]})
+        stores = [
+            {"stage": n, **asdict(info), **asdict(status)} for n, (info, status) in infos.items()
+        ]
+        print_json({"stores": stores})
         return
     print_table(
-        ("stage", "views", "row", "encoding", "size", "B/value", "range", "zeros", "< 0"),
-        (_line(number, info) for number, info in infos.items()),
+        ("stage", "row", "encoding", "size", "B/value", "range", "zeros", "< 0"),
+        (_line(number, info) for number, (info, _) in infos.items()),
         text_columns=1,
     )
+    print_stores((number, status) for number, (_, status) in infos.items())
     if len(infos) == 1:
-        _print_histogram(*infos.values())
+        _print_histogram(*(info for info, _ in infos.values()))
 
 
 @cache.command(epilog="Example: greedy cache verify runs/demo")
@@ -89,8 +100,9 @@ def verify(path: Path, as_json: bool) -> None:
 @click.argument("path", type=options.PATH)
 @options.device
 @options.model
+@options.data_function
 @options.debug
-def repair(path: Path, device: str, model: str | None) -> None:
+def repair(path: Path, device: str, model: str | None, data: str | None) -> None:
     """Compute the damaged chunks in the stores of a run or a stage again.
 
     Where the store or the images that they were computed from are still there, damaged chunks get
@@ -100,12 +112,14 @@ def repair(path: Path, device: str, model: str | None) -> None:
     """
     from greedy.build.modules import load_network  # noqa: PLC0415
     from greedy.cli.progress import Lines  # noqa: PLC0415
+    from greedy.cli.train import give_data  # noqa: PLC0415
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
 
     run, numbers = _run_and_stages(path)
     network = load_network(run.recipe.model, model)
     trainer = GreedyTrainer.from_recipe(run.recipe, run.path, device=device, model=network)
     trainer.reporter = Lines()
+    give_data(trainer, data)
     print_changes(run)
     with terminable():
         repairs, remaining = trainer.repair(numbers, dropped=len(numbers) == 1)
@@ -181,7 +195,6 @@ def _run_and_stages(path: Path) -> tuple["RunDirectory", list[int]]:
 def _line(number: int, info: "StoreInfo") -> tuple[str, ...]:
     return (
         str(number),
-        str(info.views),
         "x".join(map(str, info.row_shape)),
         f"{info.encoding} {info.compressor}",
         size(info.disk_bytes),

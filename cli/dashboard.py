@@ -13,7 +13,7 @@ from rich.text import Text
 
 from greedy.base.sizes import format_size
 from greedy.base.text import shown
-from greedy.cli.progress import Lines
+from greedy.cli.progress import Lines, waiting_note
 from greedy.cli.tables import percent, size
 from greedy.runs.choices import Choices
 from greedy.runs.disk_plan import DiskPlan
@@ -234,7 +234,8 @@ class Dashboard(Lines):
             return []
         last = self._reports[-1]
         errors = [error for report in self._reports if (error := _error(report)) is not None]
-        lines = [f"loss {last.loss:<9.4g} {sparkline([report.loss for report in self._reports])}"]
+        losses = sparkline([report.loss for report in self._reports])
+        lines = [f"loss {last.loss:<9.4g} {losses}{waiting_note(last)}"]
         if errors:
             train = percent(last.train_error_percent)
             lines.append(f"error {errors[-1]:.2f} % {sparkline(errors)}  (train {train})")

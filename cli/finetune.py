@@ -7,7 +7,7 @@ import click
 from greedy.cli import fields, options
 from greedy.cli.failures import terminable
 from greedy.cli.tables import say
-from greedy.cli.train import tensorboard, train_and_show
+from greedy.cli.train import give_data, tensorboard, train_and_show
 
 
 @click.command(
@@ -49,11 +49,12 @@ def finetune(
     source = RunDirectory.open(run)
     to = to or run.with_name(f"{run.name}-finetuned")
     logger = tensorboard(to) if log else None
+    overrides = fields.overrides(settings, field_values)
     with terminable():
-        tuned = begin_finetuning(
-            source, to, fields.overrides(settings, field_values), ignore_changes=ignore_changes
-        )
+        tuned = begin_finetuning(source, to, overrides, ignore_changes=ignore_changes)
     network = load_network(tuned.recipe.model, model)
     trainer = GreedyTrainer.from_recipe(tuned.recipe, to, device=device, model=network)
     say(f"{tuned.recipe.name}, from the weights of {run}, in {to} on {trainer.device}")
+    if fields.names_data(overrides) and trainer.needs_data():
+        give_data(trainer, tuned.recipe.data.name, ignore_changes=ignore_changes)
     train_and_show(trainer, log=logger)

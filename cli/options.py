@@ -40,6 +40,11 @@ model = click.option(
     metavar="MODULE:FUNCTION",
     help="The function that returns the network, for runs whose network was built in Python.",
 )
+data_function = click.option(
+    "--data",
+    metavar="MODULE:FUNCTION",
+    help="The function that returns the data sets, for runs that read them again in every pass.",
+)
 until_stage = click.option(
     "--until-stage",
     type=int,

@@ -12,7 +12,9 @@ from greedy.cli.tables import count, duration, print_json, print_table, size
 from greedy.cli.train import recipe_and_run
 
 if TYPE_CHECKING:
-    from greedy.forecasts.forecast import DataFacts, Forecast, Machine
+    from collections.abc import Sequence
+
+    from greedy.forecasts.forecast import DataFacts, Forecast, Machine, StageForecast
     from greedy.recipes import Recipe
 
 UNMEASURED = (
@@ -49,6 +51,10 @@ def plan(
     GPU for --device cuda. Operations are those of the plain step over all epochs; a multiply-add
     counts as 2. Times, known once `greedy bench` has measured this machine, are those of training
     a stage and writing its store.
+
+    REUSE is the number of epochs after which a store's oldest view is replaced by a new one, 0 for
+    never; WRITTEN are all bytes that a run writes into it; DRAWING is the share of a stage's
+    operations that draws new views of the store that it trains from.
     """
     from greedy.build.modules import load_network  # noqa: PLC0415
     from greedy.forecasts.forecast import data_facts, forecast, machine  # noqa: PLC0415
@@ -93,7 +99,9 @@ def _document(recipe: "Recipe", machine: "Machine", forecast: "Forecast") -> dic
         "recipe": recipe.name,
         **asdict(machine),
         "batch_size": recipe.training.batch_size,
-        "stages": [asdict(stage) for stage in forecast.stages],
+        "stages": [
+            asdict(stage) | {"drawing_share": stage.drawing_share} for stage in forecast.stages
+        ],
         "peak_memory_bytes": forecast.peak_memory_bytes,
         "resident_bytes": forecast.resident_bytes,
         "parameters": sum(stage.parameters for stage in forecast.stages),
@@ -104,6 +112,7 @@ def _document(recipe: "Recipe", machine: "Machine", forecast: "Forecast") -> dic
             "peak_bytes": forecast.disk.peak,
             "needed_bytes": forecast.disk.needed,
             "budget_bytes": forecast.disk.budget,
+            "bytes_written": forecast.bytes_written,
             "plan": forecast.disk.explain(),
         },
         "baselines": dict(forecast.baselines),
@@ -133,7 +142,7 @@ def _print(
     if machine.device == "cuda":
         click.echo("memory is what the allocator reserves; the driver's own context comes on top")
     print_table(
-        ("stage", "name", "mode", "rows", "memory", "params", "store", "time" if timed else "flop"),
+        ("stage", "name", "mode", "rows", "memory", "params", "time" if timed else "flop"),
         (
             (
                 str(stage.stage),
@@ -142,7 +151,6 @@ def _print(
                 str(stage.micro_batch),
                 size(stage.peak_memory_bytes),
                 count(stage.parameters),
-                size(stage.store_bytes or None),
                 duration(stage.seconds) if timed else count(stage.flops),
             )
             for stage in forecast.stages
@@ -182,5 +190,32 @@ def _print_totals(forecast: "Forecast", unknown: str) -> None:
     if not forecast.disk.needed:
         click.echo("disk: every stage is trained, nothing more is written")
         return
+    if any(stage.store_bytes for stage in forecast.stages):
+        _print_stores(forecast.stages)
+        drawn = forecast.drawing_share
+        click.echo(
+            f"in all: {size(forecast.bytes_written)} written into stores"
+            + (f", {drawn:.1%} of all operations draw views" if drawn else "")
+        )
     for line in forecast.disk.explain():
         click.echo(line)
+
+
+def _print_stores(stages: "Sequence[StageForecast]") -> None:
+    """Prints a table of the stores. The share of drawing is of the stage that trains, not of the
+    one whose views are drawn."""
+    print_table(
+        ("stage", "views", "reuse", "store", "written", "drawing"),
+        (
+            (
+                str(stage.stage),
+                "-" if stage is stages[-1] else str(stage.views),  # the output layer
+                str(stage.reuse) if stage.store_bytes else "-",
+                size(stage.store_bytes or None),
+                size(stage.bytes_written or None),
+                f"{stage.drawing_share:.1%}" if stage.drawing_share else "-",
+            )
+            for stage in stages
+        ),
+        text_columns=1,
+    )

@@ -121,7 +121,7 @@ class Lines(Reporter):
     def epoch_finished(self, report: EpochReport) -> None:
         self._print(
             f"{self._title}: epoch {report.epoch}/{self._epochs}, {_loss_and_error(report)}, "
-            f"{report.images_per_second:,.0f} images/s"
+            f"{report.images_per_second:,.0f} images/s{waiting_note(report)}"
         )
 
     def writing_started(self, number: int, split: str, rows: int) -> None:
@@ -144,6 +144,11 @@ class Lines(Reporter):
             f"{record.seconds:,.1f} s",
         ]
         return f"{self._stage_title(record.stage, record.name)}: {', '.join(parts)}"
+
+
+def waiting_note(report: EpochReport) -> str:
+    """Returns how long training waited for data, to be added to a line; empty if hardly at all."""
+    return f", waiting for data: {report.waiting_percent:.0f} % of the time" if report.waits else ""
 
 
 def _loss_and_error(report: EpochReport) -> str:

@@ -11,10 +11,15 @@ from greedy.cli import options
 from greedy.cli.tables import count, percent, print_json, print_table, say, size, waiting
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from greedy.results.evaluation import Evaluation
     from greedy.results.exits import Exits
     from greedy.runs.directory import RunDirectory
+    from greedy.runs.status import StoreStatus
 
 LOSE = 1.0  # the default: points of error that an early exit may lose
+MOST_CLASSES = 20  # in the table of `greedy evaluate`
 
 
 @click.command(epilog="Example: greedy status --run runs/demo")
@@ -22,7 +27,11 @@ LOSE = 1.0  # the default: points of error that an early exit may lose
 @options.as_json
 @options.debug
 def status(run: Path, as_json: bool) -> None:
-    """Show the stages of a run: state, errors, store and time."""
+    """Show the stages of a run: state, errors, store, views and time.
+
+    REUSE is the number of epochs after which a store's oldest view is replaced, 0 for never; HELD
+    are the numbers of the views that it has now, WRITTEN all bytes ever written into it.
+    """
     from greedy.runs.directory import RunDirectory  # noqa: PLC0415
     from greedy.runs.state import RunState  # noqa: PLC0415
     from greedy.runs.status import disk_use, status, trainings_set_aside  # noqa: PLC0415
@@ -64,6 +73,7 @@ def status(run: Path, as_json: bool) -> None:
         ),
         text_columns=3,
     )
+    print_stores((s.stage, s.store) for s in stages if s.store)
     say(
         f"stores, with the images: {size(disk.bytes_on_disk)} on disk, "
         f"{size(disk.bytes_written)} written since the run began"
@@ -109,7 +119,8 @@ def evaluate(
 ) -> None:
     """Evaluate the trained network on raw images, in float32.
 
-    Operations are multiply-adds of convolutions and linear layers for one image.
+    The balanced error is the mean of the errors of all classes. Operations are multiply-adds of
+    convolutions and linear layers for one image.
     """
     from greedy.base.devices import pick_device  # noqa: PLC0415
     from greedy.base.sizes import parse_size  # noqa: PLC0415
@@ -140,10 +151,33 @@ def evaluate(
     if as_json:
         print_json(asdict(result))
         return
+    _show_evaluation(result)
+
+
+def _show_evaluation(result: "Evaluation") -> None:
     say(
-        f"{split} error {percent(result.error_percent)}, loss {result.loss:.4f} "
+        f"{result.split} error {percent(result.error_percent)}, loss {result.loss:.4f} "
         f"on {result.samples:,} images"
     )
+    top5 = result.top5_error_percent
+    also = "" if top5 is None else f", top-5 error {percent(top5)}"
+    say(f"balanced error {percent(result.balanced_error_percent)}{also}")
+    shown = result.by_class
+    if len(shown) > MOST_CLASSES:
+        shown = sorted(shown, key=lambda each: -(each.error_percent or 0))[:MOST_CLASSES]
+        say(f"the {MOST_CLASSES} classes with the largest errors (--json has all):")
+    rows = ((each.name, f"{each.samples:,}", percent(each.error_percent)) for each in shown)
+    print_table(("class", "images", "error"), rows, text_columns=1)
+
+
+def print_stores(stores: "Iterable[tuple[int, StoreStatus]]") -> None:
+    """Prints a table of the views of stages' stores, if there are any."""
+    rows = [
+        (str(n), str(store.views), str(store.reuse), store.held, size(store.bytes_written))
+        for n, store in stores
+    ]
+    if rows:
+        print_table(("stage", "views", "reuse", "held", "written"), rows, text_columns=1)
 
 
 def print_changes(run: "RunDirectory") -> None:

@@ -60,7 +60,6 @@ def train(
     from greedy.build.modules import load_network  # noqa: PLC0415
     from greedy.cli.progress import preparing  # noqa: PLC0415
     from greedy.data import Reading, load_dataset  # noqa: PLC0415
-    from greedy.runs.state import RunState  # noqa: PLC0415
     from greedy.stores.changes import require_unchanged  # noqa: PLC0415
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
 
@@ -71,13 +70,13 @@ def train(
     logger = tensorboard(directory) if log else None
     say(f"{recipe.name} in {directory} on {trainer.device}")
     data, data_named = recipe.data, fields.names_data(overrides)
-    if retrain == 0 or RunState.read(trainer.run).stage_state(0) != "complete":
+    if retrain == 0 or trainer.needs_data(retrain):
         reading = Reading.of(data)
         dataset = load_dataset(data.name, data_dir, download, data.image_size, data_named, reading)
         rows = f"{len(dataset.train):,} training and {len(dataset.test):,} test images"
         say(f"stage 0: {rows} of {dataset.name}")
         with terminable(), preparing() as trainer.reporter:
-            trainer.prepare(dataset, again=retrain == 0)
+            trainer.prepare(dataset, again=retrain == 0, ignore_changes=ignore_changes)
         retrain = 1 if retrain == 0 else retrain
     elif not ignore_changes:
         with terminable(), waiting("comparing the data with those stored"):
@@ -114,6 +113,7 @@ def train(
 @options.device
 @options.log
 @options.model
+@options.data_function
 @options.debug
 def train_stage(
     number: int,
@@ -126,6 +126,7 @@ def train_stage(
     device: str,
     log: str | None,
     model: str | None,
+    data: str | None,
 ) -> None:
     """Train one stage from the store of an earlier one."""
     from greedy.build.modules import load_network  # noqa: PLC0415
@@ -139,6 +140,7 @@ def train_stage(
     trainer = GreedyTrainer.from_recipe(
         recipe, run.path, device=device, model=load_network(recipe.model, model, needed=True)
     )
+    give_data(trainer, data, ignore_changes=ignore_changes)
     with reporting(trainer, tensorboard(run.path, to) if log else None) as progress:
         record = trainer.train_stage(
             number, source=source_number, again=retrain, to=to, ignore_changes=ignore_changes
@@ -164,6 +166,20 @@ def train_and_show(
     with reporting(trainer, log):
         trainer.train(retrain)
     _print_results(trainer)
+
+
+def give_data(
+    trainer: "GreedyTrainer", function: str | None, *, ignore_changes: bool = False
+) -> None:
+    """Gives a trainer the data sets that a function returns, if it is named."""
+    from greedy.data import Reading  # noqa: PLC0415
+    from greedy.data.mapstyle import load_function  # noqa: PLC0415
+
+    if function is not None:
+        background = Reading.of(trainer.recipe.data).background
+        with terminable(), waiting("comparing the data with those stored"):
+            dataset = load_function(function, background)
+            trainer.prepare(dataset, ignore_changes=ignore_changes)
 
 
 def tensorboard(run: Path, to: Path | None = None) -> "TensorBoard":

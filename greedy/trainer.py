@@ -19,7 +19,7 @@ from greedy.build.modules import build_loss, build_network
 from greedy.build.python_recipe import python_recipe, require_optimizer
 from greedy.build.settings import TrainerSettings
 from greedy.cache import Damage
-from greedy.data import Dataset, dataset_from_torch, require_repeatable
+from greedy.data import Dataset, dataset_from_torch, draws_at_random, first_pass
 from greedy.losses import LocalLoss, PredSim, require_local_loss
 from greedy.recipes import Recipe
 from greedy.runs.directory import SPLITS, RunDirectory, new_stage
@@ -48,9 +48,9 @@ class GreedyTrainer:
             ``greedy.models.cut``. Its weights are the first weights; it is not changed.
         run_dir: the run directory; training resumes where it stopped.
         loss: the local loss of every stage but the output layer.
-        optimizer: from parameters to an optimiser; by default Adam at ``learning_rate``. Each
-            of its groups begins at its own rate, or at ``learning_rate`` where that is given, and
-            the schedule scales it.
+        optimizer: ``adam``, ``adamw`` or ``sgd``, at ``learning_rate``; or your own, from
+            parameters to an optimiser. Each of its groups begins at its own rate, or at
+            ``learning_rate`` where that is given, and the schedule scales it.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         reporter: gets the events of a training, for instance to show its progress.
         settings: fields of a recipe's ``data``, ``training`` and ``store`` sections by their
@@ -68,20 +68,22 @@ class GreedyTrainer:
         *,
         run_dir: str | Path,
         loss: LocalLoss | None = None,
-        optimizer: OptimizerFactory | None = None,
+        optimizer: OptimizerFactory | str | None = None,
         device: str = "auto",
         reporter: Reporter | None = None,
         recipe: Recipe | None = None,
         **settings: Unpack[TrainerSettings],
     ) -> None:
+        named, own = (optimizer, None) if isinstance(optimizer, str) else (None, optimizer)
         if recipe is not None:
             _require_recipe_alone(loss, optimizer, settings)
             loss = build_loss(recipe.loss)
         else:
             loss = PredSim() if loss is None else loss
             require_local_loss(loss)
-            require_optimizer(settings, optimizer)
-            recipe = python_recipe(settings, loss)
+            if own is not None:
+                require_optimizer(settings)
+            recipe = python_recipe(settings, loss, named)
         own_rates = "learning_rate" not in settings
         self.device = pick_device(device)
         self.run = RunDirectory.create(Path(run_dir), recipe)
@@ -89,7 +91,7 @@ class GreedyTrainer:
         self.loss = loss
         self._model = model
         self._planner = StagePlanner(
-            self.run, model, loss, self.device, reporter or Reporter(), optimizer, own_rates
+            self.run, model, loss, self.device, reporter or Reporter(), own, own_rates
         )
 
     @classmethod
@@ -149,11 +151,12 @@ class GreedyTrainer:
             UserError: the data have changed, or network or data cannot be trained on, which is
                 checked before anything is written and once the labels are read.
         """
+        self._planner.images = dataset.train
         state = RunState.read(self.run)
         if is_stage0_current(state, dataset, again=again, ignore=ignore_changes):
             return state.complete_record(0)
-        if not self.recipe.data.frozen_transforms:
-            require_repeatable(dataset)
+        drawn = draws_at_random(dataset)
+        fresh = drawn and self.recipe.data.transforms == "fresh"
         shape, classes = dataset.train.shape, len(dataset.class_names or "")
         model = self._model or build_network(self.recipe.model, shape, classes or 2)
         network = CutNetwork.of(self.recipe, model, shape, classes, self.loss)
@@ -162,7 +165,9 @@ class GreedyTrainer:
         needed = sum(rows.values()) * math.prod(shape) * dataset.train.dtype.itemsize
         require_free_space(self.run.path, "stage 0", needed)
         memory = self._planner.plan_memory(network, stored_encoding(dataset.train).name)
-        disk = plan_disk(state, network.shapes, rows, needed, self._planner.byte_operations)
+        disk = plan_disk(
+            state, network.shapes, rows, needed, self._planner.byte_operations, fresh=fresh
+        )
         memory.require(range(1, len(network) + 1), disk)
         dataset = drop_unreadable_files(self.recipe, dataset, self.reporter)
         self.run.make_directory()
@@ -171,8 +176,19 @@ class GreedyTrainer:
             if is_stage0_current(state, dataset, again=again, ignore=ignore_changes):
                 return state.complete_record(0)
             output = network.shapes[-1].output if self._model else None
+            if drawn:
+                dataset = first_pass(dataset, self.recipe.seed)
             with write_errors_explained(self.run.path, "stage 0", needed):
-                return write_stage0(self.run, dataset, names, output)
+                return write_stage0(self.run, dataset, names, output, drawn=drawn, fresh=fresh)
+
+    def needs_data(self, retrain_from: int | None = None) -> bool:
+        """Whether ``train`` needs the data set, by ``prepare``: to write stage 0, or to train on
+        images that are drawn again in every pass."""
+        state = RunState.read(self.run)
+        if state.stage_state(0) != "complete":
+            return True
+        fresh = state.complete_record(0).data_choices.fresh
+        return fresh and (retrain_from is not None or not state.is_finished)
 
     def train(self, retrain_from: int | None = None) -> list[StageRecord]:
         """Trains every stage that is not complete, or resumes its training.
@@ -207,6 +223,7 @@ class GreedyTrainer:
         if not todo:
             self._announce(state, todo)
             return [self._skip(state, number) for number in numbers]
+        self._planner.require_images(state)
         plan = self._planner.disk(state, first)
         # What cannot be trained is refused before anything is.
         self._planner.memory(state).require(todo, plan)
@@ -214,24 +231,23 @@ class GreedyTrainer:
         self.reporter.disk_planned(plan)
         if retraining:
             retraining.write(self.run.path)
-        records = []
         for number in numbers:
             if number == first:
                 self.run.drop_stores(*plan.dropped_first)
                 state = state.read_again(*plan.dropped_first)
             if number in todo:
                 path, views = self.run.stage_dir(number), plan.views(number)
-                record = self._train_stage(state, number, None, path, views, plan.reuse(number))
+                self._train_stage(state, number, None, path, views, plan.reuse(number))
             else:
-                record = self._skip(state, number)
-            records.append(record)
+                self._skip(state, number)
             due = {n for done in range(1, number + 1) for n in plan.dropped_after(done)}
             due -= stores_needed(self.run)
             self.run.drop_stores(*due)
             state = state.read_again(number, *due)
             if retraining and number >= first:
                 retraining.mark_done(number, self.run.path, last=number == count)
-        return records
+        state = RunState.read(self.run)  # a later stage has replaced views of a store
+        return [state.complete_record(number) for number in numbers]
 
     def _train_network(
         self, state: RunState, count: int, retrain_from: int | None
@@ -246,6 +262,7 @@ class GreedyTrainer:
         if state.is_finished and retrain_from is None:
             self._announce(state, ())
             return [self._skip(state, number) for number in numbers]
+        self._planner.require_images(state)
         training = self._planner.whole_network(state)
         self._announce(state, numbers)
         return training.train()
@@ -358,7 +375,9 @@ class GreedyTrainer:
         with self.run.write_lock():
             state = RunState.read(self.run)
             network = self._planner.network(state)
-            repairer = StoreRepairer(state, network.stages, self.device, self.reporter)
+            repairer = StoreRepairer(
+                state, network.stages, self.device, self.reporter, self._planner.images
+            )
             results = [repairer.repair(number, dropped=dropped) for number in numbers]
         repairs = [repair for stage_repairs, _ in results for repair in stage_repairs]
         return repairs, [damage for _, remaining in results for damage in remaining]
@@ -369,7 +388,7 @@ class GreedyTrainer:
 
 
 def _require_recipe_alone(
-    loss: LocalLoss | None, optimizer: OptimizerFactory | None, settings: TrainerSettings
+    loss: LocalLoss | None, optimizer: OptimizerFactory | str | None, settings: TrainerSettings
 ) -> None:
     given = {"loss": loss, "optimizer": optimizer, **settings}
     if names := [name for name, value in given.items() if value is not None]:

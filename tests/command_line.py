@@ -21,6 +21,22 @@ SMALL = {
     },
 }
 
+NETWORKS = """
+from torch import nn
+
+
+def network():
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 16), nn.ReLU(), nn.Linear(16, 10))
+
+
+def convolutional():
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Conv2d(32, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.AvgPool2d(16),
+        nn.Flatten(), nn.Linear(128, 10),
+    )
+"""  # a module of networks that are built in Python
+
 BUILT_IN_PYTHON = {"network": "python", "hidden_layers": None, "hidden_width": None}
 
 
@@ -46,6 +62,14 @@ def said(*arguments: object) -> str:
     return result.output
 
 
+def refused(*arguments: object) -> str:
+    """Runs a command that is refused as the user's mistake, and returns what it says of it."""
+    result = greedy(*arguments)
+    assert result.exit_code == 2, result.output
+    assert "Error" not in result.stdout and "Traceback" not in result.stdout
+    return result.stderr
+
+
 def answer(*arguments: object) -> Any:
     """Runs a command that succeeds and returns the JSON document that it prints."""
     result = greedy(*arguments, "--json")
@@ -65,3 +89,8 @@ def written(directory: Path) -> dict[Path, tuple[bytes, int]]:
     written."""
     files = (path for path in sorted(directory.rglob("*")) if path.is_file())
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
+
+
+def times(directory: Path) -> dict[Path, int]:
+    """Returns the times at which all files and folders below a directory were written."""
+    return {path: path.stat().st_mtime_ns for path in directory.rglob("*")}

@@ -1,6 +1,7 @@
-"""What all tests share: threads, signals, how patient hypothesis is, and runs for reports."""
+"""What all tests share: threads, signals, how patient hypothesis is, and finished runs."""
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -14,6 +15,7 @@ import pytest
 from filelock import FileLock
 from hypothesis import HealthCheck, settings
 from reported import all_trained
+from small_training import TEST, TRAIN, new_trainer
 
 from greedy.base.devices import pick_device
 
@@ -49,6 +51,21 @@ def write(tmp_path: Path) -> Callable[[str, str], Path]:
         return path
 
     return write_file
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trains the small network. Modules whose tests need another run have a fixture of this name,
+    which ``run`` copies then."""
+    run = tmp_path_factory.mktemp("finished") / "run"
+    new_trainer(run).fit(TRAIN, TEST)
+    return run
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """Copies the finished run for a test that may change it."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 @pytest.fixture(scope="session")

@@ -29,9 +29,33 @@ def samples(rows: int, seed: int, channels: int = 1) -> TensorDataset:
 TRAIN, TEST = samples(400, 0), samples(100, 1)
 
 
-def network(dropout: float = 0.1) -> nn.Sequential:
+def noise(rows: int, classes: int = CLASSES, channels: int = 1, side: int = SIDE) -> TensorDataset:
+    """Returns images of which nothing can be learned; classes take turns."""
+    random = torch.Generator().manual_seed(rows)
+    shape = (rows, channels, side, side)
+    images = torch.randint(256, shape, dtype=torch.uint8, generator=random)
+    return TensorDataset(images, torch.arange(rows) % classes)
+
+
+def network(dropout: float = 0.1, hidden_layers: int = 2) -> nn.Sequential:
     torch.manual_seed(0)
-    return mlp(1, SIDE, CLASSES, hidden_layers=2, hidden_width=16, dropout=dropout)
+    return mlp(1, SIDE, CLASSES, hidden_layers=hidden_layers, hidden_width=16, dropout=dropout)
+
+
+def convolutional(classes: int = CLASSES) -> nn.Sequential:
+    """Makes a convolution with pooling and a linear layer, before the output layer."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.LeakyReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(96, 16),
+        nn.BatchNorm1d(16),
+        nn.LeakyReLU(),
+        nn.Linear(16, classes),
+    )
 
 
 def new_trainer(run: Path, model: nn.Sequential | None = None, **settings) -> GreedyTrainer:

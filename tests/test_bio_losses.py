@@ -2,14 +2,16 @@
 properties."""
 
 import json
-import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from interrupting import StopAfter
+from published import CLASSES, GOLDEN, OURS, Block, assert_golden
 from safetensors.torch import load_file
+from small_training import TEST, TRAIN, new_trainer
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -24,45 +26,13 @@ from greedy.recipes import Loss
 from greedy.results.evaluation import evaluate
 from greedy.runs.choices import StepMemory
 
-GOLDEN = np.load(Path(__file__).parent / "data/local_loss_blocks.npz")
 LOSSES = {
     "pred-bio": (PredBio(pool_target=64, target_projection=16), nn.ReLU),
     "sim-bio": (SimBio(pool_target=64, target_projection=16), nn.LeakyReLU),
     "predsim-bio": (PredSimBio(0.01, pool_target=64, target_projection=16), nn.LeakyReLU),
 }
-OURS = {  # the published names of what is trained, and of what is fixed, and ours
-    "encoder.weight": "layer.0.weight",
-    "encoder.bias": "layer.0.bias",
-    "bn.weight": "layer.1.weight",
-    "bn.bias": "layer.1.bias",
-    "decoder_y.weight": "heads.prediction.classifier.weight",
-    "decoder_y.bias": "heads.prediction.classifier.bias",
-    "decoder_y.weight_fa": "heads.prediction.feedback",
-    "proj_y.weight": "heads.projection",
-}
 UNUSED = "conv_loss.weight"  # published with sim-bio on feature maps, without effect
-CLASSES = 5
-
-
-def assert_golden(values: Tensor, golden: np.ndarray) -> None:
-    worst = (values.detach() - torch.from_numpy(golden)).abs().max()
-    assert worst <= 1e-4 * np.abs(golden).max() + 1e-6
-
-
-class Block(nn.Module):
-    def __init__(self, kind: str, name: str) -> None:
-        super().__init__()
-        self.loss, activation = LOSSES[name]
-        encoder, norm, shape = (
-            (nn.Linear(12, 20), nn.BatchNorm1d(20), (20,))
-            if kind == "linear"
-            else (nn.Conv2d(4, 8, 3, padding=1), nn.BatchNorm2d(8), (8, 7, 7))
-        )
-        self.layer = nn.Sequential(encoder, norm, activation())
-        self.heads = self.loss.heads(shape, CLASSES)
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.loss(self.heads(self.layer(x)), self.heads.targets(y))
+ACCURACY = 1e-4
 
 
 def one_hot(labels: Tensor, classes: int = CLASSES) -> Tensor:
@@ -77,18 +47,20 @@ def test_loss_and_gradients_are_the_published_ones(kind: str, name: str) -> None
 
     prefix = f"{kind}/{name}/param/"
     published = {k.removeprefix(prefix) for k in GOLDEN.files if k.startswith(prefix)} - {UNUSED}
-    block = Block(kind, name)
+    loss, activation = LOSSES[name]
+    block = Block(kind, loss, activation)
     counted = {k for k in block.state_dict() if "running" not in k and "num_batches" not in k}
     assert {OURS[k] for k in published} == counted
     tensors = {OURS[k]: torch.from_numpy(golden(f"param/{k}")) for k in published}
     block.load_state_dict(tensors, strict=False)
 
     x = torch.from_numpy(golden("x")).requires_grad_()
-    value = block(x, one_hot(torch.from_numpy(golden("y"))))
+    targets = block.heads.targets(one_hot(torch.from_numpy(golden("y"))))
+    value = loss(block.heads(block.layer(x)), targets)
     value.backward()
 
-    assert_golden(value, golden("loss"))
-    assert_golden(x.grad, golden("grad/x"))
+    assert_golden(value, golden("loss"), ACCURACY)
+    assert_golden(x.grad, golden("grad/x"), ACCURACY)
     gradients = {k: p.grad for k, p in block.named_parameters()}
     assert {OURS[k] for k in published if f"{prefix[:-6]}grad/{k}" in GOLDEN.files} == set(
         gradients
@@ -97,7 +69,7 @@ def test_loss_and_gradients_are_the_published_ones(kind: str, name: str) -> None
         if key == "encoder.bias":  # batch norm cancels it: rounding is all there is
             assert gradients[OURS[key]].abs().max() < 1e-5
         elif OURS[key] in gradients:
-            assert_golden(gradients[OURS[key]], golden(f"grad/{key}"))
+            assert_golden(gradients[OURS[key]], golden(f"grad/{key}"), ACCURACY)
 
 
 @pytest.mark.parametrize("shape", [(20,), (8, 7, 7)])
@@ -195,58 +167,18 @@ def test_predsim_bio_has_a_beta_of_its_own_and_no_hidden_layers() -> None:
 # A run
 
 
-SIDE = 8
-
-
-def samples(rows: int, seed: int) -> TensorDataset:
-    """Returns images whose class is the brightest third, with noise."""
-    random = np.random.default_rng(seed)
-    labels = random.integers(0, 3, rows)
-    images = random.integers(0, 150, (rows, 1, SIDE, SIDE))
-    for image, label in zip(images, labels, strict=True):
-        image[:, :, 2 * label : 2 * label + 2] += 80
-    return TensorDataset(torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels))
-
-
-TRAIN, TEST = samples(300, 0), samples(100, 1)
-
-
-class StopAfter(Reporter):
-    """Interrupts the process after ``batches`` batches."""
-
-    def __init__(self, batches: int) -> None:
-        self.left = batches
-
-    def batch_finished(self, rows: int) -> None:
-        self.left -= 1
-        if not self.left:
-            signal.raise_signal(signal.SIGINT)
-
-
-def new_trainer(run: Path, loss: LocalLoss, reporter: Reporter | None = None) -> GreedyTrainer:
-    torch.manual_seed(0)
-    return GreedyTrainer(
-        mlp(1, SIDE, 3, hidden_layers=2, hidden_width=24),
-        run_dir=run,
-        loss=loss,
-        reporter=reporter,
-        device="cpu",
-        epochs=6,
-        batch_size=32,
-        learning_rate=0.01,
-        views=1,
-        precision="float32",
-        encoding="float32",
-    )
+def bio_trainer(run: Path, loss: LocalLoss, reporter: Reporter | None = None) -> GreedyTrainer:
+    exact = {"views": 1, "encoding": "float32"}
+    return new_trainer(run, loss=loss, reporter=reporter, epochs=6, **exact)
 
 
 @pytest.mark.parametrize("loss", [PredBio(), SimBio(), PredSimBio(0.5)])
 def test_a_run_learns_and_is_stopped_resumed_and_evaluated(tmp_path: Path, loss: LocalLoss) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    records = new_trainer(whole, loss).fit(TRAIN, TEST)
+    records = bio_trainer(whole, loss).fit(TRAIN, TEST)
     with pytest.raises(Interrupted, match="in stage 1 after step"):
-        new_trainer(cut, loss, StopAfter(17)).fit(TRAIN, TEST)
-    trainer = new_trainer(cut, loss)
+        bio_trainer(cut, loss, StopAfter(17)).fit(TRAIN, TEST)
+    trainer = bio_trainer(cut, loss)
     trainer.fit(TRAIN, TEST)
     for stage in (1, 2, 3):
         for name in ("encoder", "heads"):
@@ -282,15 +214,13 @@ def test_feature_maps_train_in_every_mode(tmp_path: Path) -> None:
 
     def trained(name: str, budget: str) -> tuple[set[str], float | None]:
         torch.manual_seed(0)
-        trainer = GreedyTrainer(
+        trainer = new_trainer(
+            tmp_path / name,
             vgg8b(1, 16, 3, feature_multiplier=0.1, hidden_width=16),
-            run_dir=tmp_path / name,
             loss=PredSimBio(0.5, pool_target=64),
-            device="cpu",
             epochs=1,
             batch_size=64,
             views=1,
-            precision="float32",
             memory_budget=budget,
         )
         images, labels = (tensor[:128] for tensor in TRAIN.tensors)

@@ -1,22 +1,20 @@
 """Blocks of several layers trained as one stage."""
 
-import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from command_line import answer, said, small_recipe
+from interrupting import StopAfter
 from safetensors.torch import load_file
+from small_training import TEST, TRAIN, network, new_trainer
 from torch import nn
-from torch.utils.data import TensorDataset
 
-from greedy import GreedyTrainer, Reporter, UserError, evaluate
+from greedy import GreedyTrainer, UserError, evaluate
 from greedy.base.errors import Interrupted
-from greedy.models import cut, mlp, shapes, vgg8b
+from greedy.models import cut, shapes, vgg8b
 
 CPU = torch.device("cpu")
-SIDE, CLASSES = 8, 3
 
 
 def small_vgg8b() -> nn.Sequential:
@@ -77,50 +75,20 @@ def test_stages_of_a_staged_network_are_merged_too() -> None:
 # A run
 
 
-def samples(rows: int, seed: int) -> TensorDataset:
-    """Returns images whose class is the brightest third, with noise."""
-    random = np.random.default_rng(seed)
-    labels = random.integers(0, CLASSES, rows)
-    images = random.integers(0, 150, (rows, 1, SIDE, SIDE))
-    for image, label in zip(images, labels, strict=True):
-        image[:, :, 2 * label : 2 * label + 2] += 80
-    return TensorDataset(torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels))
-
-
-TRAIN, TEST = samples(300, 0), samples(100, 1)
-
-
-class StopAfter(Reporter):
-    """Interrupts the process after ``batches`` batches."""
-
-    def __init__(self, batches: int) -> None:
-        self.left = batches
-
-    def batch_finished(self, rows: int) -> None:
-        self.left -= 1
-        if not self.left:
-            signal.raise_signal(signal.SIGINT)
-
-
-def new_trainer(
-    run: Path, reporter: Reporter | None = None, *, dropout: float = 0.1, **settings
-) -> GreedyTrainer:
-    torch.manual_seed(0)
-    model = mlp(1, SIDE, CLASSES, hidden_layers=3, hidden_width=16, dropout=dropout)
-    defaults = {"epochs": 5, "batch_size": 32, "learning_rate": 0.01, "views": 1}
-    defaults |= {"precision": "float32", "encoding": "float32", "device": "cpu"}
-    return GreedyTrainer(model, run_dir=run, reporter=reporter, **(defaults | settings))
+def block_trainer(run: Path, dropout: float = 0.1, **settings) -> GreedyTrainer:
+    defaults = {"epochs": 5, "views": 1, "encoding": "float32"}
+    return new_trainer(run, network(dropout, hidden_layers=3), **(defaults | settings))
 
 
 def test_a_block_learns_and_is_stopped_resumed_and_left_early(tmp_path: Path) -> None:
     whole, cut_short = tmp_path / "whole", tmp_path / "cut"
-    records = new_trainer(whole, stage_layers=2).fit(TRAIN, TEST)
+    records = block_trainer(whole, stage_layers=2).fit(TRAIN, TEST)
     assert [record.name for record in records] == ["linear16+linear16", "linear16", "output"]
     for record in records:
         assert record.metrics.test_error_percent < 33  # chance is 67
     with pytest.raises(Interrupted, match="in stage 1 after step"):
-        new_trainer(cut_short, StopAfter(17), stage_layers=2).fit(TRAIN, TEST)
-    trainer = new_trainer(cut_short, stage_layers=2)
+        block_trainer(cut_short, reporter=StopAfter(17), stage_layers=2).fit(TRAIN, TEST)
+    trainer = block_trainer(cut_short, stage_layers=2)
     trainer.fit(TRAIN, TEST)
     for record in records:
         place = f"stage{record.stage}/encoder.safetensors"
@@ -134,7 +102,7 @@ def test_a_block_learns_and_is_stopped_resumed_and_left_early(tmp_path: Path) ->
 
 def test_dropout_within_a_block_acts_in_training_alone(tmp_path: Path) -> None:
     def first_weights(rate: float) -> torch.Tensor:
-        trainer = new_trainer(tmp_path / str(rate), stage_layers=2, epochs=1, dropout=rate)
+        trainer = block_trainer(tmp_path / str(rate), stage_layers=2, epochs=1, dropout=rate)
         trainer.fit(TRAIN, TEST)
         network, images = trainer.assemble(), TEST.tensors[0].float() / 255
         assert any(isinstance(module, nn.Dropout) for module in network) == (rate > 0)
@@ -145,13 +113,13 @@ def test_dropout_within_a_block_acts_in_training_alone(tmp_path: Path) -> None:
 
 
 def test_a_run_keeps_its_blocks(tmp_path: Path) -> None:
-    new_trainer(tmp_path / "run", stage_layers=2, epochs=1).fit(TRAIN, TEST)
+    block_trainer(tmp_path / "run", stage_layers=2, epochs=1).fit(TRAIN, TEST)
     with pytest.raises(UserError, match=r"model\.stage_layers is 2 there, 1 here"):
-        new_trainer(tmp_path / "run", epochs=1)
+        block_trainer(tmp_path / "run", epochs=1)
     with pytest.raises(
         UserError, match=r"stage_layers is 0 but must be a whole number of at least"
     ):
-        new_trainer(tmp_path / "other", stage_layers=0)
+        block_trainer(tmp_path / "other", stage_layers=0)
 
 
 RECIPE = small_recipe(

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from stored import write_store
 
-from greedy.cache import Encoding, Store, StoreWriter
+from greedy.cache import Store
 from greedy.cache.checksum import crc32c
 
 # RFC 3720, B.4.
@@ -63,17 +64,8 @@ print(Store(sys.argv[1]).load().sum())
 
 
 def test_a_store_is_read_where_fastcrc_is_missing(tmp_path: Path) -> None:
-    values = np.arange(40, dtype=np.float32).reshape(8, 5)
-    with StoreWriter(
-        tmp_path / "s",
-        rows=8,
-        views=1,
-        encoding=Encoding("float32", (5,)),
-        compressor="lz4",
-        labels=np.zeros(8),
-        index=np.arange(8),
-    ) as writer:
-        writer.append(values)
+    values = np.arange(40, dtype=np.float32).reshape(1, 8, 5)
+    write_store(tmp_path / "s", values)
     command = [sys.executable, "-c", WITHOUT_FASTCRC, str(tmp_path / "s")]
     read = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (read.stdout.strip(), read.stderr) == (str(Store(tmp_path / "s").load().sum()), "")

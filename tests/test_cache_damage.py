@@ -7,9 +7,10 @@ import google_crc32c
 import numpy as np
 import pytest
 import zarr
+from stored import write_store
 from zarr.buffer.cpu import Buffer
 
-from greedy.cache import DamagedStore, Encoding, Layout, Store, StoreWriter
+from greedy.cache import DamagedStore, Layout, Store
 
 ROWS, CHUNKS = 32, 4  # a shard
 SHARD = "activations/c.0.1.0"  # the second: chunks 4 to 7
@@ -18,17 +19,8 @@ SHARD = "activations/c.0.1.0"  # the second: chunks 4 to 7
 @pytest.fixture(params=["lz4", "zstd", "none"])
 def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     values = np.random.default_rng(0).integers(0, 9, (ROWS, 50)).astype(np.float32)
-    with StoreWriter(
-        tmp_path / "s",
-        rows=ROWS,
-        views=1,
-        encoding=Encoding("float32", (50,)),
-        compressor=request.param,
-        labels=np.zeros(ROWS),
-        index=np.arange(ROWS),
-        layout=Layout(1, ROWS, chunk_rows=4, shard_rows=16),
-    ) as writer:
-        writer.append(values)
+    layout = Layout(1, ROWS, chunk_rows=4, shard_rows=16)
+    write_store(tmp_path / "s", values[None], compressor=request.param, layout=layout)
     assert np.array_equal(Store(tmp_path / "s").load()[0], values)
     return tmp_path / "s"
 

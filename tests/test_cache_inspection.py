@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from itertools import product
 from pathlib import Path
 
 import google_crc32c
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from stored import write_store
 
 from greedy.cache import (
     COMPRESSORS,
@@ -18,8 +20,6 @@ from greedy.cache import (
     Layout,
     Store,
     StoreError,
-    StoreWriter,
-    fit_encoding,
     store_info,
     verify,
 )
@@ -27,23 +27,6 @@ from greedy.cache.inspection import SAMPLE_CHUNKS
 
 VIEWS, ROWS = 2, 22
 LAYOUT = Layout(VIEWS, ROWS, chunk_rows=4, shard_rows=16)  # shards of 4 chunks and of 2
-
-
-def write(path: Path, encoding: str, compressor: str, values: NDArray[np.float32]) -> Path:
-    views, rows = values.shape[:2]
-    with StoreWriter(
-        path,
-        rows=rows,
-        views=views,
-        encoding=fit_encoding(encoding, values[0]),
-        compressor=compressor,
-        labels=np.arange(rows) % 3,
-        index=np.arange(rows),
-        layout=LAYOUT if (views, rows) == (VIEWS, ROWS) else None,
-    ) as writer:
-        for view in values:
-            writer.append(view)
-    return path
 
 
 def activations() -> NDArray[np.float32]:
@@ -58,11 +41,8 @@ def files(path: Path) -> list[Path]:
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     root = tmp_path_factory.mktemp("stores")
-    return [
-        write(root / f"{encoding}-{compressor}", encoding, compressor, activations())
-        for encoding in ENCODINGS
-        for compressor in COMPRESSORS
-    ]
+    values, kinds = activations(), product(ENCODINGS, COMPRESSORS)
+    return [write_store(root / "-".join(kind), values, *kind, layout=LAYOUT) for kind in kinds]
 
 
 def test_whole_stores_have_no_damage(stores: list[Path]) -> None:
@@ -184,7 +164,7 @@ def test_a_chunk_of_another_shape_is_damage(damaged: Path) -> None:
 
 
 def test_other_rows_in_labels_are_damage(damaged: Path, stores: list[Path]) -> None:
-    other = write(damaged.parent / "other", "uint8", "lz4", activations()[:, : ROWS - 1])
+    other = write_store(damaged.parent / "other", activations()[:, : ROWS - 1], "uint8")
     shutil.copy(other / "labels" / "c.0", damaged / "labels" / "c.0")
     assert found_in(damaged) == [("labels/c.0", "does not have 22 rows; write the store again")]
 
@@ -212,7 +192,7 @@ def test_a_store_described(tmp_path: Path, compressor: str) -> None:
     values = np.zeros((2, 40, 50), np.float32)
     values[0, :10] = -1
     values[1, :20] = 3
-    path = write(tmp_path / "s", "float32", compressor, values)
+    path = write_store(tmp_path / "s", values, compressor=compressor)
     info = store_info(Store(path))
     size = sum(file.stat().st_size for file in files(path))
     assert (info.rows, info.views, info.row_shape) == (40, 2, (50,))
@@ -227,7 +207,7 @@ def test_a_store_described(tmp_path: Path, compressor: str) -> None:
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_described_values_are_decoded(tmp_path: Path, encoding: str) -> None:
-    path = write(tmp_path / "s", encoding, "lz4", activations())
+    path = write_store(tmp_path / "s", activations(), encoding, layout=LAYOUT)
     store, info = Store(path), store_info(Store(path))
     decoded = store.encoding.decode_array(store.load().reshape(-1, *store.encoding.stored_shape))
     assert (info.minimum, info.maximum) == (decoded.min(), decoded.max())
@@ -239,14 +219,14 @@ def test_described_values_are_decoded(tmp_path: Path, encoding: str) -> None:
 def test_a_description_samples_all_views(tmp_path: Path) -> None:
     values = np.zeros((3, 40, 2, 512, 512), np.float32)  # two rows a chunk
     values += np.arange(3, dtype=np.float32)[:, None, None, None, None]
-    info = store_info(Store(write(tmp_path / "s", "float32", "lz4", values)))
+    info = store_info(Store(write_store(tmp_path / "s", values)))
     assert info.sampled_rows == 2 * SAMPLE_CHUNKS < 3 * 40
     assert (info.minimum, info.maximum) == (0, 2)
     assert info.zeros == pytest.approx(1 / 3, abs=0.03)
 
 
 def test_equal_values_are_described(tmp_path: Path) -> None:
-    info = store_info(Store(write(tmp_path / "s", "uint8", "lz4", np.zeros((1, 5, 4), np.float32))))
+    info = store_info(Store(write_store(tmp_path / "s", np.zeros((1, 5, 4), np.float32), "uint8")))
     assert (info.minimum, info.maximum, info.zeros, sum(info.histogram)) == (0, 0, 1, 1)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stored import write_store
 
 from greedy.cache import (
     BatchLoader,
@@ -15,8 +16,6 @@ from greedy.cache import (
     EpochOrder,
     Layout,
     Store,
-    StoreWriter,
-    fit_encoding,
     row_order,
     window_order,
 )
@@ -27,19 +26,7 @@ LABELS = np.random.default_rng(1).integers(0, 20, ROWS)
 
 def write(path: Path, layout: Layout) -> Path:
     values = np.random.default_rng(0).standard_normal((VIEWS, ROWS, 3, 4, 4)).astype(np.float32)
-    with StoreWriter(
-        path,
-        rows=ROWS,
-        views=VIEWS,
-        encoding=fit_encoding("uint4", values[0]),
-        compressor="lz4",
-        labels=LABELS,
-        index=np.arange(ROWS),
-        layout=layout,
-    ) as writer:
-        for view in values:
-            writer.append(view)
-    return path
+    return write_store(path, values, "uint4", labels=LABELS, layout=layout)
 
 
 @pytest.fixture(scope="module")

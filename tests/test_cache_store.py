@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from small_training import files
 from zarr.buffer.cpu import Buffer
 
 from greedy.cache import (
@@ -65,10 +66,6 @@ def write(
         for start in range(0, len(flat), step):
             writer.append(flat[start : start + step])
     return writer.summary
-
-
-def files(path: Path) -> dict[str, bytes]:
-    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
 
 
 @pytest.mark.parametrize("row_shape", [(3, 5, 5), (7,)], ids=["conv", "vector"])

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from small_training import new_trainer, noise
 from torch import nn
 
-from greedy import GreedyTrainer
 from greedy.base.files import with_digest
 from greedy.forecasts.duration import Durations
 from greedy.losses import Sim
@@ -224,23 +224,12 @@ def network():
     return nn.Sequential(*layers, nn.Linear(WIDTHS[-1], 2))
 
 
-class Images(list):
-    """Random ones."""
-
-    def __init__(self, rows):
-        generator = torch.Generator().manual_seed(rows)
-        images = torch.randint(256, (rows, 1, 4, 4), generator=generator, dtype=torch.uint8)
-        super().__init__((image, number % 2) for number, image in enumerate(images))
-
-
 def trained(path, **settings):
     """Trains a run. Returns it, and the number of rows that passed each stage while it was frozen:
     those that its encoder saw in evaluation mode. Encoders have a bias, heads of the similarity
     loss none."""
-    known = {"views": 2, "epochs": 3, "batch_size": 16, "test_every": 0, "precision": "float32"}
-    trainer = GreedyTrainer(
-        network(), loss=Sim(), run_dir=path, device="cpu", compressor="none", **(known | settings)
-    )
+    known = {"epochs": 3, "batch_size": 16, "test_every": 0, "compressor": "none"}
+    trainer = new_trainer(path, network(), loss=Sim(), **(known | settings))
     passed = Counter()
 
     def count(module, inputs, output):
@@ -251,7 +240,7 @@ def trained(path, **settings):
 
     hook = nn.modules.module.register_module_forward_hook(count)
     try:
-        trainer.fit(Images(80), Images(20))
+        trainer.fit(noise(80, 2, side=4), noise(20, 2, side=4))
     finally:
         hook.remove()
     return trainer.run, passed

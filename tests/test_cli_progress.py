@@ -4,12 +4,11 @@ import io
 import re
 from itertools import pairwise
 
-import torch
 from decided import choices
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from torch.utils.data import TensorDataset
+from small_training import noise
 
 from greedy import GreedyTrainer
 from greedy.cli.dashboard import Dashboard, reporter, sparkline
@@ -58,6 +57,15 @@ def a_stage(shown):
 
 
 FINISHED = "stage 10/11 conv1536: train error 12.34 %, test -, 4.0 MiB, 1,234.0 s"
+
+
+def test_waiting_for_data_is_named_where_it_takes_long(capsys):
+    lines = Lines()
+    for waited in (9.9, 37.4):
+        lines.epoch_finished(EpochReport(1, 1e-3, 0.5, 12, None, 100, 4.0, None, waited))
+    short, long = capsys.readouterr().out.splitlines()
+    assert "waiting" not in short
+    assert long.endswith("100 images/s, waiting for data: 37 % of the time")
 
 
 NAMES = [*["conv384"] * 9, "conv1536", "output"]
@@ -178,9 +186,7 @@ def test_where_nothing_can_be_drawn_over_there_are_plain_lines_too(monkeypatch):
 
 
 def test_a_trainer_in_python_is_shown_as_one_on_the_command_line(tmp_path):
-    random = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (40, 1, 8, 8), generator=random, dtype=torch.uint8)
-    data = TensorDataset(images, torch.arange(40) % 4)
+    data = noise(40, classes=4)
     model = mlp(1, 8, 4, hidden_layers=1, hidden_width=8)
     console = Console(file=io.StringIO(), force_terminal=True, width=80, height=24)
     for again in (False, True):

@@ -1,12 +1,16 @@
 """`greedy status`, `evaluate` and `export`: what a run has become."""
 
 import json
+import re
 import shutil
 
 import pytest
 import safetensors.torch
 import torch
-from command_line import answer, greedy, small_recipe, train
+from command_line import answer, greedy, refused, small_recipe, train
+from torch import nn
+
+from greedy import RunDirectory, evaluate
 
 RECIPE = small_recipe(
     data={"augmentation": "hflip"},
@@ -20,11 +24,6 @@ def finished(tmp_path_factory):
     return train(tmp_path_factory.mktemp("finished"), RECIPE)
 
 
-@pytest.fixture
-def run(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
-
-
 def states(run):
     return [each["state"] for each in answer("status", "--run", run)["stages"]]
 
@@ -36,7 +35,7 @@ def test_status_of_a_finished_run(run):
     assert document["recipe"] == "tiny"
     first, last = document["stages"]
     fields = "stage name state train_error_percent test_error_percent store_bytes"
-    fields += " bytes_per_value seconds images_per_second step_memory_bytes peak_memory_bytes"
+    fields += " bytes_per_value seconds images_per_second step_memory_bytes peak_memory_bytes store"
     assert list(first) == fields.split() == list(last)
     assert (first["stage"], first["name"], first["state"]) == (1, "linear16", "complete")
     assert (last["stage"], last["name"], last["state"]) == (2, "output", "complete")
@@ -48,9 +47,10 @@ def test_status_of_a_finished_run(run):
     assert first["store_bytes"] == pytest.approx(on_disk, rel=0.02)
     values = 16 * (2 * 5000 + 1000)
     assert first["bytes_per_value"] == pytest.approx(first["store_bytes"] / values)
-    for field in fields.split()[-4:]:
+    for field in fields.split()[-5:-1]:
         assert first[field] > 0
     assert last["store_bytes"] is None and last["bytes_per_value"] is None
+    assert last["store"] is None
 
 
 def test_status_without_json_is_a_table_of_at_most_80_columns(run):
@@ -89,16 +89,22 @@ def test_a_stage_of_other_settings_and_what_follows_are_stale_and_refused(run, t
     shutil.copytree(other / "stage1", run / "stage1")
     assert states(run) == ["stale", "stale"]
     for command in ("evaluate", "train"):
-        refused = greedy(command, "--run", run)
-        assert refused.exit_code == 2
-        assert f"`greedy train --run {run} --retrain 1`" in refused.output
+        assert f"`greedy train --run {run} --retrain 1`" in refused(command, "--run", run)
     assert greedy("train", "--run", run, "--retrain", "1").exit_code == 0
     assert states(run) == ["complete", "complete"]
 
 
 def test_evaluate_says_how_the_assembled_network_does(run):
     result = answer("evaluate", "--run", run)
-    assert result.keys() == {"split", "samples", "error_percent", "loss"}
+    sums = {"balanced_error_percent", "top5_error_percent", "by_class"}
+    assert result.keys() == {"split", "samples", "error_percent", "loss"} | sums
+    assert [each["samples"] for each in result["by_class"]] == [100] * 10
+    errors = [each["error_percent"] for each in result["by_class"]]
+    assert sum(errors) / 10 == pytest.approx(result["balanced_error_percent"])
+    assert result["balanced_error_percent"] == pytest.approx(result["error_percent"])
+    shown = greedy("evaluate", "--run", run).output
+    assert f"balanced error {result['balanced_error_percent']:.2f} %, top-5 error" in shown
+    assert re.search(r"Sneaker +100 +\d+\.\d\d %", shown)
     assert (result["split"], result["samples"]) == ("test", 1000)
     assert result["error_percent"] == pytest.approx(
         answer("status", "--run", run)["stages"][1]["test_error_percent"], abs=1
@@ -107,6 +113,18 @@ def test_evaluate_says_how_the_assembled_network_does(run):
     training = answer("evaluate", "--run", run, "--split", "train")
     assert (training["split"], training["samples"]) == ("train", 5000)
     assert training["loss"] != result["loss"]
+
+
+def test_errors_are_counted_by_class_and_among_the_five_likeliest(finished):
+    """Of a network that always finds class 0 likeliest, then 1, and so on."""
+    network = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10))
+    network[1].weight.data.zero_()
+    network[1].bias.data = -torch.arange(10.0)
+    result = evaluate(RunDirectory.open(finished), network, "test", torch.device("cpu"))
+    assert [each.error_percent for each in result.by_class] == [0, *[100] * 9]
+    assert result.by_class[9].name == "Ankle boot"
+    assert (result.error_percent, result.balanced_error_percent) == (90, 90)
+    assert result.top5_error_percent == 50
 
 
 def test_evaluate_needs_no_activation_stores(run, finished):
@@ -144,9 +162,8 @@ def test_export_takes_the_format_from_the_suffix_or_from_format(run, tmp_path):
     assert by_name.exit_code == 0, by_name.output
     load = safetensors.torch.load_file
     assert load(tmp_path / "n.bin").keys() == load(tmp_path / "net.safetensors").keys()
-    refused = greedy("export", "--run", run, "--to", tmp_path / "net.bin")
-    assert refused.exit_code == 2
-    assert "--format" in refused.output and not (tmp_path / "net.bin").exists()
+    told = refused("export", "--run", run, "--to", tmp_path / "net.bin")
+    assert "--format" in told and not (tmp_path / "net.bin").exists()
 
 
 def test_export_until_a_stage(run, tmp_path):
@@ -158,16 +175,14 @@ def test_export_until_a_stage(run, tmp_path):
     classifier = next(each for each in heads if each.shape == (10, 16))
     assert any(each.shape == (10, 16) and torch.equal(each, classifier) for each in tensors)
     for stage in ("0", "3"):
-        refused = greedy("export", "--run", run, "--to", tmp_path / "x.pt2", "--until-stage", stage)
-        assert refused.exit_code == 2 and f"there is no stage {stage}" in refused.output
+        told = refused("export", "--run", run, "--to", tmp_path / "x.pt2", "--until-stage", stage)
+        assert f"there is no stage {stage}" in told
 
 
 def test_export_overwrites_only_when_forced(run, tmp_path):
     file = tmp_path / "net.safetensors"
     file.write_text("mine")
-    refused = greedy("export", "--run", run, "--to", file)
-    assert refused.exit_code == 2
-    assert "choose another --to, or add --force" in refused.output
+    assert "choose another --to, or add --force" in refused("export", "--run", run, "--to", file)
     assert file.read_text() == "mine"
     assert greedy("export", "--run", run, "--to", file, "--force").exit_code == 0
     assert safetensors.torch.load_file(file)

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from command_line import greedy, small_recipe, train
+from command_line import greedy, refused, small_recipe, times, train
 
 RECIPE = small_recipe(data={"augmentation": "jitter2"}, model={"dropout": 0.1}, store={"views": 2})
 
@@ -28,10 +28,6 @@ def contents(directory):
     files = [directory / "encoder.safetensors", directory / "heads.safetensors"]
     files += [path for path in (directory / "activations.zarr").rglob("*") if path.is_file()]
     return {path.relative_to(directory): path.read_bytes() for path in files}
-
-
-def times(directory):
-    return {path: path.stat().st_mtime_ns for path in directory.rglob("*")}
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
@@ -113,9 +109,8 @@ def test_stages_without_a_store_are_replayed(run, source):
 )
 def test_refuses_what_is_no_stage(run, stage, source, message):
     before = times(run)
-    result = greedy("train-stage", "--stage", stage, "--from-cache", run / source, "--retrain")
-    assert result.exit_code == 2
-    assert message in result.output
+    told = refused("train-stage", "--stage", stage, "--from-cache", run / source, "--retrain")
+    assert message in told
     assert times(run) == before
 
 
@@ -149,9 +144,8 @@ def with_the_store_of_another_run(run, other):
 def test_refuses_a_source_it_cannot_trust(run, of_other_seed, spoil, message):
     spoil(run, of_other_seed)
     before = times(run / "stage3")
-    result = greedy("train-stage", "--stage", "3", "--from-cache", run / "stage2", "--retrain")
-    assert result.exit_code == 2
-    assert message.format(run=run) in result.output
+    told = refused("train-stage", "--stage", "3", "--from-cache", run / "stage2", "--retrain")
+    assert message.format(run=run) in told
     assert times(run / "stage3") == before
 
 

@@ -1,7 +1,6 @@
 """Compiled steps, and determinism."""
 
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from decided import choices
+from interrupting import interrupt
+from small_training import CLASSES, noise
+from small_training import new_trainer as small_trainer
 from torch import nn
 
 from greedy import GreedyTrainer, Reporter
@@ -22,7 +24,7 @@ from greedy.steps.step import Learner, gradients
 from greedy.stores.source import Batch
 from greedy.training.resolve import compiles, graphs
 
-CLASSES, ROWS = 3, 32  # what is compiled for one test is found by the next
+ROWS = 32  # what is compiled for one test is found by the next
 
 
 def network() -> nn.Sequential:
@@ -32,15 +34,8 @@ def network() -> nn.Sequential:
 
 
 def new_trainer(run: Path, reporter: Reporter | None = None, **settings) -> GreedyTrainer:
-    defaults = {"epochs": 2, "batch_size": ROWS, "views": 1, "checkpoint_minutes": 0}
-    settings = defaults | {"learning_rate": 0.01, "precision": "float32"} | settings
-    return GreedyTrainer(network(), run_dir=run, device="cpu", reporter=reporter, **settings)
-
-
-def samples(rows: int) -> torch.utils.data.TensorDataset:
-    random = torch.Generator().manual_seed(rows)
-    images = torch.randint(256, (rows, 1, 8, 8), dtype=torch.uint8, generator=random)
-    return torch.utils.data.TensorDataset(images, torch.arange(rows) % CLASSES)
+    defaults = {"views": 1, "batch_size": ROWS, "checkpoint_minutes": 0, "reporter": reporter}
+    return small_trainer(run, network(), **(defaults | settings))
 
 
 class Notes(Reporter):
@@ -56,7 +51,7 @@ class Notes(Reporter):
         self.deterministic.add(torch.are_deterministic_algorithms_enabled())
         self.batches -= 1
         if not self.batches:
-            os.kill(os.getpid(), signal.SIGINT)
+            interrupt()
 
 
 def weights(run: Path) -> list[bytes]:
@@ -89,11 +84,11 @@ def test_a_compiled_step_is_the_same_but_for_rounding() -> None:
 
 def test_a_compiled_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     notes = Notes()
-    new_trainer(tmp_path / "whole", notes, compile="on").fit(samples(112), samples(32))
+    new_trainer(tmp_path / "whole", notes, compile="on").fit(noise(112), noise(32))
     assert notes.failures == []
     with pytest.raises(Interrupted):
-        new_trainer(tmp_path / "cut", Notes(3), compile="on").fit(samples(112), samples(32))
-    done = new_trainer(tmp_path / "cut", compile="off").fit(samples(112), samples(32))
+        new_trainer(tmp_path / "cut", Notes(3), compile="on").fit(noise(112), noise(32))
+    done = new_trainer(tmp_path / "cut", compile="off").fit(noise(112), noise(32))
     assert [record.choices.compile for record in done] == [True, False]
     assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
 
@@ -103,7 +98,7 @@ def test_without_a_compiler_it_says_so_once_and_goes_on(tmp_path: Path) -> None:
         "import sys, pathlib; sys.path.insert(0, sys.argv[1])\n"
         "from test_compiled import *\n"
         "notes, run = Notes(), pathlib.Path(sys.argv[2])\n"
-        "records = new_trainer(run, notes, compile='on').fit(samples(96), samples(32))\n"
+        "records = new_trainer(run, notes, compile='on').fit(noise(96), noise(32))\n"
         "print(notes.failures, [r.choices.compile for r in records], sep='\\n')\n"
     )
     environment = os.environ | {
@@ -160,7 +155,7 @@ def test_graphs_are_for_plain_steps_with_room_for_two(
 def test_deterministic_is_torch_s_and_for_this_run_alone(tmp_path: Path) -> None:
     for wanted in (True, False):
         notes, run = Notes(), tmp_path / str(wanted)
-        new_trainer(run, notes, deterministic=wanted, epochs=1).fit(samples(64), samples(32))
+        new_trainer(run, notes, deterministic=wanted, epochs=1).fit(noise(64), noise(32))
         assert notes.deterministic == {wanted}
     notes = Notes()
     (again, _) = new_trainer(run, notes, deterministic=True, epochs=1).train(retrain_from=1)

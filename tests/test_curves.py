@@ -1,16 +1,16 @@
 """The errors of runs over their epochs."""
 
 import json
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 import torch
+from interrupting import interrupt
+from small_training import new_trainer
 from torch.utils.data import TensorDataset
 
-from greedy import GreedyTrainer, Reporter, RunDirectory, UserError
+from greedy import Reporter, RunDirectory, UserError
 from greedy.base.errors import Interrupted
 from greedy.losses import LocalLoss, Pred, Sim
 from greedy.models import mlp
@@ -25,7 +25,7 @@ class Stop(Reporter):
 
     def epoch_started(self, epoch: int, rows: int) -> None:
         if epoch == EPOCHS:
-            os.kill(os.getpid(), signal.SIGINT)
+            interrupt()
 
 
 def trained(
@@ -38,9 +38,8 @@ def trained(
     torch.manual_seed(0)
     model = mlp(1, 6, 3, hidden_layers=1, hidden_width=8)
     data = TensorDataset(torch.rand(90, 1, 6, 6), torch.arange(90) % 3)
-    known = {"epochs": EPOCHS, "learning_rate": rate, "batch_size": 32, "views": 1}
-    known |= {"precision": "float32", "encoding": "uint8", "device": "cpu", "strategy": strategy}
-    GreedyTrainer(model, run_dir=directory, loss=loss, reporter=reporter, **known).fit(data, data)
+    known = {"epochs": EPOCHS, "learning_rate": rate, "views": 1, "strategy": strategy}
+    new_trainer(directory, model, loss=loss, reporter=reporter, **known).fit(data, data)
     return directory
 
 

@@ -1,31 +1,24 @@
 """Image folders of real PNG and JPEG files."""
 
 import numpy as np
+import pictures
 import pytest
+from pictures import write_classes
 from PIL import ExifTags, Image
 
 from greedy.base.errors import UserError
 from greedy.data import load_dataset
 
-RNG = np.random.default_rng(0)
-
 
 def write_image(path, width=12, height=10, mode="RGB", **options):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    bands = len(Image.new(mode, (1, 1)).getbands())
-    pixels = RNG.integers(0, 256, (height, width, bands), dtype=np.uint8)
-    image = Image.fromarray(pixels.squeeze(2) if bands == 1 else pixels)
-    image.save(path, **options)
-    return np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+    return pictures.write_image(path, width, height, mode, **options)
 
 
 @pytest.fixture
 def folder(tmp_path):
     """Writes two classes of three training images and one test image each, 12 wide and 10 high."""
     for split, count in (("train", 3), ("test", 1)):
-        for name in ("bird", "ant"):
-            for i in range(count):
-                write_image(tmp_path / split / name / f"{i}.png")
+        write_classes(tmp_path / split, count, width=12, height=10)
     return tmp_path
 
 
@@ -55,7 +48,7 @@ def test_many_jpegs_are_decoded_each_into_its_row(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (16, 16), (6 * i, 255 - 6 * i, 128)).save(path, "jpeg", quality=95)
     train = load_dataset(f"folder:{tmp_path}").train
-    rows = RNG.permutation(40)
+    rows = np.random.default_rng(0).permutation(40)
     images, _ = train.read(rows)
     expected = np.stack((6 * rows, 255 - 6 * rows, np.full(40, 128)), axis=1)
     assert np.abs(images.mean((2, 3)) - expected).max() < 3
@@ -130,9 +123,7 @@ def test_folders_of_classes_alone_hold_one_image_in_five_out(tmp_path):
 
 
 def test_a_class_may_be_called_train(tmp_path):
-    for name in ("bus", "train"):
-        for number in range(5):
-            write_image(tmp_path / name / f"{number}.png")
+    write_classes(tmp_path, 5, ("bus", "train"))
     assert load_dataset(f"folder:{tmp_path}").class_names == ["bus", "train"]
 
 
@@ -147,9 +138,7 @@ def test_images_beside_class_folders_are_left_out_and_named(folder, strays):
 
 
 def test_splits_without_class_folders_are_no_classes(tmp_path):
-    for name in ("test", "train"):
-        for number in range(5):
-            write_image(tmp_path / name / f"{number}.png")
+    write_classes(tmp_path, 5, ("test", "train"))
     with pytest.raises(UserError, match=r"images in .*train are of no class: .*train/CLASS/IMAGE"):
         load_dataset(f"folder:{tmp_path}")
 

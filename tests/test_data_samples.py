@@ -25,7 +25,6 @@ from torchvision import transforms
 
 from greedy.base.errors import UserError
 from greedy.data import dataset_from_torch
-from greedy.runs.state import RunState
 
 RNG = np.random.default_rng(0)
 IMAGE = RNG.integers(0, 256, (5, 6, 3), dtype=np.uint8)
@@ -174,28 +173,24 @@ PLAIN = transforms.Compose([transforms.PILToTensor()])
 
 
 @pytest.mark.parametrize(
-    ("train", "test", "where"),
+    "train",
     [
-        (Photos(FLIP), Photos(PLAIN), "train"),
-        (Photos(PLAIN), Photos(FLIP, 2), "test"),
-        (Subset(Photos(FLIP), range(0, 40, 2)), Photos(PLAIN), "train"),
-        (ConcatDataset([Photos(FLIP), Photos(FLIP)]), Photos(PLAIN), "train"),
+        Photos(FLIP),
+        Subset(Photos(FLIP), range(0, 40, 2)),
+        ConcatDataset([Photos(FLIP), Photos(FLIP)]),
     ],
-    ids=["train", "two images", "subset", "joined"],
+    ids=["own", "subset", "joined"],
 )
-def test_random_transforms_are_refused_by_name_before_anything_is_written(
-    tmp_path, train, test, where
-):
-    problem = rf"python {where} .*RandomHorizontalFlip, PILToTensor.*data\.augmentation"
+def test_random_transforms_are_found(tmp_path, train):
+    data = new_trainer(tmp_path / "run").prepare(dataset_from_torch(train, Photos(PLAIN)))
+    assert data.data_choices.fresh
+
+
+def test_a_random_test_set_is_refused_by_name_before_anything_is_written(tmp_path):
+    problem = r"python test changes .*once.*RandomHorizontalFlip, PILToTensor"
     with pytest.raises(UserError, match=problem):
-        new_trainer(tmp_path / "run").fit(train, test)
+        new_trainer(tmp_path / "run").fit(Photos(PLAIN), Photos(FLIP, 2))
     assert not (tmp_path / "run").exists()
-
-
-def test_random_transforms_are_stored_once_where_that_is_asked_for(tmp_path):
-    insisting = new_trainer(tmp_path / "run", frozen_transforms=True)
-    insisting.prepare(dataset_from_torch(Photos(FLIP), Photos(PLAIN)))
-    assert RunState.read(insisting.run).stage_state(0) == "complete"
 
 
 def test_looking_for_random_transforms_draws_nothing_from_the_global_generators(tmp_path):
@@ -204,10 +199,9 @@ def test_looking_for_random_transforms_draws_nothing_from_the_global_generators(
     def states():
         return random.getstate(), str(np.random.get_state()), torch.get_rng_state().tolist()  # noqa: NPY002
 
-    asked = new_trainer(tmp_path / "run", network())
+    asked = new_trainer(tmp_path / "run", network(), num_workers=0)
     before = states()
-    with pytest.raises(UserError, match="RandomHorizontalFlip"):
-        asked.prepare(data)
+    asked.prepare(data)
     assert states() == before
 
 
@@ -224,17 +218,29 @@ def needs(root):
 """
 
 
-def test_the_command_line_refuses_and_insists_alike(tmp_path, monkeypatch):
+def test_the_command_line_reads_a_named_set_in_every_pass(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = PHOTOS.format(folder=str(Path(__file__).parent), module=Path(__file__).stem)
     (tmp_path / "random_photos.py").write_text(text)
     base = ("train", "--recipe", "mnist/mlp-predsim", "--run", tmp_path / "run", "--set")
     short = ("training.epochs=1", "--set", "model.hidden_layers=1", "--set", "model.hidden_width=8")
-    asked = (*base, *short, "--data", "random_photos:sets")
-    refused = greedy(*asked)
-    assert refused.exit_code == 2
-    assert "RandomHorizontalFlip" in refused.output
-    assert greedy(*asked, "--set", "data.frozen_transforms=true").exit_code == 0
+    asked = (*base, *short, "--views", 2, "--data", "random_photos:sets")
+    assert greedy(*asked).exit_code == 0
+    first = (tmp_path / "run/stage1/encoder.safetensors").read_bytes()
+    assert greedy("train", "--run", tmp_path / "run").exit_code == 0  # nothing is left to do
+    again = ("train", "--run", tmp_path / "run", "--retrain")
+    assert "add --data random_photos:sets" in greedy(*again).output
+    one = ("train-stage", "--stage", 1, "--from-cache", tmp_path / "run/stage0", "--retrain")
+    assert "add --data with the module:function" in greedy(*one).output
+    for command in (again, one):
+        done = greedy(*command, "--data", "random_photos:sets")
+        assert done.exit_code == 0, done.output
+        assert (tmp_path / "run/stage1/encoder.safetensors").read_bytes() == first
+    view = tmp_path / "run/stage1/activations.zarr/train/activations/c.1.0.0"
+    view.write_bytes(view.read_bytes()[:-1])
+    repair = ("cache", "repair", tmp_path / "run")
+    assert "add --data with the module:function" in greedy(*repair).output
+    assert "as before" in greedy(*repair, "--data", "random_photos:sets").output
     elsewhere = ("--data", "random_photos:needs", "--run", tmp_path / "other")
     needing = greedy(*base, *short, *elsewhere)
     assert "random_photos:needs needs arguments" in needing.output
@@ -250,6 +256,23 @@ def hugging_face():
     )
     columns = {"image": [Image.fromarray(each) for each in pixels], "label": [0, 1] * 6}
     return datasets.Dataset.from_dict(columns, features=features), pixels.transpose(0, 3, 1, 2)
+
+
+def test_generators_that_a_transform_reaches_by_name_are_seeded(hugging_face):
+    own = np.random.default_rng()
+
+    def noisy(rows):
+        noise = [own.integers(0, 9, (8, 8, 3), np.uint8) for _ in rows["image"]]
+        images = [
+            np.asarray(image) // 2 + part for image, part in zip(rows["image"], noise, strict=True)
+        ]
+        return {"image": images, "label": rows["label"]}
+
+    rows, _ = hugging_face
+    train = dataset_from_torch(rows.with_transform(noisy), rows.select([3, 2])).train
+    again, other = (train.view(0, n).read(np.arange(5))[0] for n in (1, 2))
+    assert np.array_equal(train.view(0, 1).read(np.arange(5))[0], again)
+    assert not np.array_equal(again, other)
 
 
 @pytest.mark.parametrize("kind", [None, "torch", "numpy"])

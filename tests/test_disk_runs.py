@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from command_line import answer, greedy, said, small_recipe
-from small_training import states
+from command_line import answer, greedy, refused, said, small_recipe, times
+from small_training import CLASSES, SIDE, samples, states
+from small_training import new_trainer as small_trainer
 from torch import nn
-from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, Reporter, UserError, evaluate
 from greedy.cache import Store
@@ -21,18 +21,8 @@ from greedy.runs.disk_budget import disk_budget
 from greedy.runs.disk_plan import COMPRESSED, DiskPlan
 from greedy.runs.state import RunState
 
-SIDE, CLASSES, WIDTHS = 8, 3, (256, 256, 64, 256, 64)
+WIDTHS = (256, 256, 64, 256, 64)
 ROWS = {"train": 300, "test": 60}
-
-
-def samples(rows: int, seed: int) -> TensorDataset:
-    """Returns noisy images; the class of an image is its brighter third."""
-    random = np.random.default_rng(seed)
-    labels = random.integers(0, CLASSES, rows)
-    images = random.integers(0, 150, (rows, 1, SIDE, SIDE))
-    for i, label in enumerate(labels):
-        images[i, :, :, 3 * label : 3 * label + 2] += 80
-    return TensorDataset(torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels))
 
 
 TRAIN, TEST = samples(ROWS["train"], 0), samples(ROWS["test"], 1)
@@ -61,10 +51,10 @@ def network() -> nn.Sequential:
 
 
 def new_trainer(run: Path, budget: int | str, **changes) -> GreedyTrainer:
-    settings = {"epochs": 1, "learning_rate": 0.01, "batch_size": 64, "views": 4, "device": "cpu"}
-    settings |= {"encoding": "float32", "augmentation": "hflip", "reporter": Notes()}
+    settings = {"epochs": 1, "batch_size": 64, "views": 4, "encoding": "float32"}
+    settings |= {"augmentation": "hflip", "reporter": Notes()}
     settings["disk_budget"] = budget if isinstance(budget, str) else f"{budget}B"
-    return GreedyTrainer(network(), run_dir=run, **(settings | changes))
+    return small_trainer(run, network(), **(settings | changes))
 
 
 def estimate(width: int, views: int) -> int:
@@ -99,11 +89,6 @@ def finished(tmp_path_factory) -> Path:
     return run
 
 
-@pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
 def test_a_tight_budget_lowers_views_and_deletes_stores(finished: Path) -> None:
     assert stores(finished) == LEFT
     directory = RunDirectory.open(finished)
@@ -116,12 +101,20 @@ def test_a_tight_budget_lowers_views_and_deletes_stores(finished: Path) -> None:
     assert test.shape == (2, CLASSES)
 
 
+def test_the_plan_knows_which_stores_are_written_from_the_images(finished: Path) -> None:
+    trainer = new_trainer(finished, BUDGET)
+    plan = trainer._planner.disk(RunState.read(trainer.run), 1)
+    planned = [plan.is_written_from_images(n) for n in range(1, 7)]
+    written = [trainer.run.record(n).store.source == 0 for n in range(1, 6)]
+    assert planned == [*written, False] == [True, False, True, False, True, False]
+
+
 def test_a_finished_run_is_unchanged_by_any_budget(run: Path) -> None:
-    before = {p: p.stat().st_mtime_ns for p in run.rglob("*")}
+    before = times(run)
     trainer = new_trainer(run, 1)
     trainer.train()
     assert (trainer.reporter.trained, trainer.reporter.plans) == ([], [])
-    assert {p: p.stat().st_mtime_ns for p in run.rglob("*")} == before
+    assert times(run) == before
 
 
 def test_a_stage_whose_store_was_deleted_is_not_trained_again(run: Path, finished: Path) -> None:
@@ -274,9 +267,7 @@ def test_the_command_line_shows_the_plan_of_the_stores(tmp_path: Path) -> None:
     command = ["train", "--recipe", str(tmp_path / "tiny.toml"), "--run", str(tmp_path / "run")]
     command += ["--views", "4"]
     tight = ["--disk-budget", "5MiB"]
-    refused = greedy(*command, *tight, "--keep", "all")
-    assert refused.exit_code == 2
-    assert "raise store.disk_budget" in refused.output
+    assert "raise store.disk_budget" in refused(*command, *tight, "--keep", "all")
     result = greedy(*command, *tight)
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()

@@ -15,7 +15,7 @@ from greedy.memory.counting import Counter
 from greedy.models import Stage, cut, shapes
 from greedy.runs.choices import Mode, StepMemory
 from greedy.steps.guard import Guard
-from greedy.steps.host_adam import HostAdam
+from greedy.steps.host_state import HostAdam
 from greedy.steps.parts import parts_of
 from greedy.steps.scaling import LossScale
 from greedy.steps.step import Learner, gradients, step

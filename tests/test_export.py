@@ -11,6 +11,7 @@ import pytest
 import safetensors
 import torch
 import torch.nn.functional as F
+from small_training import new_trainer
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -24,14 +25,7 @@ from greedy.results.export import FORMATS, export, format_of
 Loaded = tuple[Callable[[Tensor], Tensor], dict[str, str]]
 CPU = torch.device("cpu")
 CLASSES = ["cat", "dog", "hen", "zébu"]
-SETTINGS = {
-    "epochs": 1,
-    "batch_size": 16,
-    "learning_rate": 0.01,
-    "views": 1,
-    "encoding": "float32",
-    "precision": "float32",
-}
+SETTINGS = {"epochs": 1, "batch_size": 16, "views": 1, "encoding": "float32"}
 
 
 class Trained(NamedTuple):
@@ -43,7 +37,7 @@ def trained(directory: Path, model: nn.Sequential, images: Tensor, loss: LocalLo
     labels = torch.arange(len(images)) % len(CLASSES)
     train_set, test_set = TensorDataset(images, labels), TensorDataset(images[:40], labels[:40])
     train_set.classes = CLASSES
-    trainer = GreedyTrainer(model, run_dir=directory, loss=loss, device="cpu", **SETTINGS)
+    trainer = new_trainer(directory, model, loss=loss, **SETTINGS)
     trainer.fit(train_set, test_set)
     return Trained(trainer, model)
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import answer, greedy, said, small_recipe
+from command_line import answer, greedy, refused, said, small_recipe
+from pictures import write_classes, write_image
 from PIL import Image
 from rich.console import Console
 
@@ -21,20 +22,10 @@ from greedy.cache import Store
 from greedy.cli.progress import Preparing
 from greedy.data import check_files, load_dataset
 
-RNG = np.random.default_rng(0)
-
-
-def write_image(path, width=8, height=8, kind=None):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path, kind)
-
 
 def sorted_photos(folder, test="test", classes=("ant", "bird")):
-    for name in classes:
-        for split, count in (("train", 4), (test, 2)):
-            for number in range(count):
-                write_image(folder / split / name / f"{number}.png")
+    for split, count in (("train", 4), (test, 2)):
+        write_classes(folder / split, count, classes)
     return folder
 
 
@@ -85,11 +76,11 @@ def test_images_below_class_folders_and_of_every_suffix(tmp_path):
     photos = sorted_photos(tmp_path)
     others = {"2020/may/0.jfif": "JPEG", "1.JPE": "JPEG", "2.avif": "AVIF", "A.TIFF": "TIFF"}
     for name, kind in others.items():
-        write_image(photos / "train/ant" / name, kind=kind)
+        write_image(photos / "train/ant" / name, format=kind)
     (photos / "train/ant/2020/again").symlink_to(photos / "train/ant")
     (photos / "train/ant/up").symlink_to(photos / "train")  # where other classes are
     elsewhere = tmp_path / "elsewhere"
-    write_image(elsewhere / "x.webp", kind="WEBP")
+    write_image(elsewhere / "x.webp", format="WEBP")
     (photos / "train/ant/linked").symlink_to(elsewhere)
     files = names(load_dataset(f"folder:{photos}").train)
     expected = {*others, "linked/x.webp", *(f"{number}.png" for number in range(4))}
@@ -141,12 +132,11 @@ def test_all_damaged_files_are_named_at_once(tmp_path):
         ("data", "prepare", f"folder:{photos}"),
         ("train", "--recipe", recipe(tmp_path, photos), "--run", tmp_path / "run"),
     ):
-        result = greedy(*words, *(("--set", "data.image_size=8") if words[0] == "train" else ()))
-        assert result.exit_code == 2
-        assert f"7 of 19 images of {photos} cannot be read" in result.stderr
-        assert all(name in result.stderr for name in bad)
-        assert "set data.broken=skip" in result.stderr
-        assert result.stderr.count("Error:") == 1 and "Traceback" not in result.output
+        told = refused(*words, *(("--set", "data.image_size=8") if words[0] == "train" else ()))
+        assert f"7 of 19 images of {photos} cannot be read" in told
+        assert all(name in told for name in bad)
+        assert "set data.broken=skip" in told
+        assert told.count("Error:") == 1 and "Traceback" not in told
     assert not (tmp_path / "run/stage0").exists()
 
 
@@ -162,29 +152,24 @@ def test_damaged_files_are_skipped_on_request_and_recorded(tmp_path):
     assert "train/ant/cut.png" in record.data_choices.skipped
     for file in (photos / "train/bird").iterdir():
         file.write_text("damaged")
-    result = greedy("train", "--recipe", wanted, "--run", tmp_path / "other")
-    assert result.exit_code == 2
-    assert "no training image of 'bird' can be read" in result.stderr
+    told = refused("train", "--recipe", wanted, "--run", tmp_path / "other")
+    assert "no training image of 'bird' can be read" in told
 
 
 def test_a_folder_of_damaged_files_alone(tmp_path):
-    for name in ("ant", "bird"):
-        for number in range(2):
-            write_image(tmp_path / name / f"{number}.png")
-            (tmp_path / name / f"{number}.png").write_text("damaged")
-    result = greedy("data", "prepare", f"folder:{tmp_path}")
-    assert result.exit_code == 2
-    assert f"none of the images of {tmp_path} can be read" in result.stderr
+    for file in write_classes(tmp_path, 2).glob("*/*.png"):
+        file.write_text("damaged")
+    told = refused("data", "prepare", f"folder:{tmp_path}")
+    assert f"none of the images of {tmp_path} can be read" in told
 
 
 def test_images_of_other_sizes_are_named_at_once(tmp_path):
     photos = sorted_photos(tmp_path)
     write_image(photos / "train/bird/wide.png", 9, 8)
     write_image(photos / "test/ant/high.png", 8, 9)
-    result = greedy("data", "prepare", f"folder:{photos}")
-    assert result.exit_code == 2
+    told = refused("data", "prepare", f"folder:{photos}")
     for part in ("2 images", "8x8", "wide.png (9x8)", "high.png (8x9)", "data.image_size"):
-        assert part in result.stderr
+        assert part in told
     for number in range(3):
         write_image(photos / f"train/bird/wide{number}.png", 9, 8)
     result = greedy("data", "prepare", f"folder:{photos}")
@@ -276,9 +261,8 @@ def test_more_pixels_than_the_limit_are_refused_by_name(tmp_path):
     big = photos / "train/ant/big.png"
     write_image(big, 20, 10)
     wanted = recipe(tmp_path, photos, image_size=8, max_pixels=199)
-    result = greedy("train", "--recipe", wanted, "--run", tmp_path / "run")
-    assert result.exit_code == 2
-    assert "big.png (20 x 10 pixels, more than data.max_pixels = 199)" in result.stderr
+    told = refused("train", "--recipe", wanted, "--run", tmp_path / "run")
+    assert "big.png (20 x 10 pixels, more than data.max_pixels = 199)" in told
     said("train", "--recipe", wanted, "--run", tmp_path / "run", "--set", "data.max_pixels=200")
     over = tmp_path / "over.png"
     write_image(over, 21, 10)
@@ -305,9 +289,8 @@ def test_too_little_memory_is_a_sentence(tmp_path, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", load)
-    result = greedy("data", "prepare", f"folder:{photos}")
-    assert result.exit_code == 2
-    assert "there is not enough memory to decode the image" in result.stderr
+    told = refused("data", "prepare", f"folder:{photos}")
+    assert "there is not enough memory to decode the image" in told
 
 
 def test_too_little_memory_anywhere_is_a_sentence(monkeypatch):

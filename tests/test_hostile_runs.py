@@ -1,63 +1,40 @@
 """A run directory made by a stranger does no harm: at worst it is refused."""
 
 import json
-import os
 import shutil
-import signal
 import tomllib
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tomli_w
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils.data import TensorDataset
+from interrupting import Listener
+from small_training import new_trainer as small_trainer
+from small_training import noise
 
 from greedy import GreedyTrainer, Reporter, RunDirectory, TrainingError, UserError, evaluate
 from greedy.base.errors import Interrupted
 from greedy.base.files import canonical_json, digest
 from greedy.cache import StoreError
-from greedy.models import mlp
 from greedy.runs.integrity import verify_run
 from greedy.runs.state import RunState
 from greedy.runs.status import disk_use, status
 
-SIDE, CLASSES = 6, 3
 REFUSED = (UserError, StoreError, TrainingError)
 
 
-class Stop(Reporter):
-    """Interrupts the training of stage 2."""
-
-    stage = 0
-
-    def stage_started(self, number: int, *rest: object) -> None:
-        self.stage = number
-
-    def batch_finished(self, rows: int) -> None:
-        if self.stage == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-
 def new_trainer(run: Path, reporter: Reporter | None = None) -> GreedyTrainer:
-    torch.manual_seed(0)
-    model = mlp(1, SIDE, CLASSES, hidden_layers=2, hidden_width=8)
-    known = {"epochs": 1, "learning_rate": 0.01, "batch_size": 32, "views": 1}
-    known |= {"precision": "float32", "encoding": "uint8"}
-    return GreedyTrainer(model, run_dir=run, reporter=reporter, device="cpu", **known)
+    return small_trainer(run, reporter=reporter, epochs=1, views=1, encoding="uint8")
 
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory) -> Path:
     """Returns a run whose second stage is being trained."""
     run = tmp_path_factory.mktemp("runs") / "run"
-    random = np.random.default_rng(0)
-    images = torch.from_numpy(random.integers(0, 255, (64, 1, SIDE, SIDE)).astype(np.uint8))
-    data = TensorDataset(images, torch.arange(64) % CLASSES)
     with pytest.raises(Interrupted):
-        new_trainer(run, Stop()).fit(data, data)
+        new_trainer(run, Listener(interrupted=2)).fit(noise(64), noise(64))
     return run
 
 

@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from command_line import answer, greedy, said, small_recipe
+from command_line import answer, greedy, refused, said, small_recipe
 from PIL import Image
 from torch import nn
 
@@ -216,11 +216,8 @@ def test_bits_are_never_dropped_without_a_word(tmp_path, form):
         contents = contents[:at] + b"\x0f" + contents[at + 1 :]  # says 16 bits
     file = tmp_path / f"deep.{suffix}"
     file.write_bytes(contents)
-    result = greedy("data", "prepare", photos(tmp_path / "photos", contents, suffix))
-    assert result.exit_code == 2
-    assert "16 bits a channel, which are read from PNG and TIFF in RGB or RGBA alone" in (
-        result.stderr
-    )
+    told = refused("data", "prepare", photos(tmp_path / "photos", contents, suffix))
+    assert "16 bits a channel, which are read from PNG and TIFF in RGB or RGBA alone" in told
 
 
 def test_pil_images_of_every_mode_keep_their_values(tmp_path):
@@ -249,10 +246,9 @@ def test_pil_images_of_every_mode_keep_their_values(tmp_path):
 def test_kinds_of_numbers_are_not_mixed(tmp_path):
     contents, suffix, _ = FILES["I;16"]
     data = photos(tmp_path / "photos", contents, suffix, others=FILES["L"][0])
-    result = greedy("data", "prepare", data)
-    assert result.exit_code == 2
-    assert "no scale in common" in result.stderr
-    assert "ant/0.png" in result.stderr and "8 bits a channel" in result.stderr
+    told = refused("data", "prepare", data)
+    assert "no scale in common" in told
+    assert "ant/0.png" in told and "8 bits a channel" in told
 
 
 def test_predict_refuses_numbers_of_another_kind(tmp_path):
@@ -298,9 +294,8 @@ def test_predict_has_the_background_too(tmp_path):
 
 def test_a_background_is_a_colour():
     for name in ("blurple", "#12", "#11223344"):
-        result = greedy("train", "--recipe", "demo", "--set", f"data.background={name}")
-        assert result.exit_code == 2
-        assert "be the name of a colour, such as black, or #rrggbb" in result.stderr
+        told = refused("train", "--recipe", "demo", "--set", f"data.background={name}")
+        assert "be the name of a colour, such as black, or #rrggbb" in told
 
 
 def test_a_python_data_set_has_the_background_too(tmp_path):

@@ -6,16 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_training import new_trainer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, Reporter, RunDirectory, UserError
-from greedy.losses import PredSim
-from greedy.memory.choice import choose, fused_adam, reserved
+from greedy.build.cut_network import CutNetwork
+from greedy.losses import Pred, PredSim
+from greedy.memory.choice import Choice, choose, fused_adam, reserved
 from greedy.memory.counting import Counter
 from greedy.memory.forward import fit_forward
 from greedy.memory.peaks import StepDemand
+from greedy.memory.plan import MemoryPlan, StageStores
 from greedy.models import cut, shapes, vgg11b
 from greedy.results.evaluation import evaluate
 from greedy.runs.choices import Mode, StepMemory
@@ -41,11 +44,8 @@ def network() -> nn.Sequential:
 
 
 def fit(run: Path, model: nn.Sequential | None = None, **settings) -> list:
-    defaults = {"epochs": 1, "learning_rate": 0.01, "batch_size": 64, "views": 1}
-    defaults |= {"device": "cpu", "precision": "float32"}
-    return GreedyTrainer(model or network(), run_dir=run, **defaults | settings).fit(
-        data(256), data(64)
-    )
+    settings = {"epochs": 1, "batch_size": 64, "views": 1} | settings
+    return new_trainer(run, model or network(), **settings).fit(data(256), data(64))
 
 
 def test_a_budget_chooses_the_mode_and_not_the_result(tmp_path: Path) -> None:
@@ -255,3 +255,26 @@ def test_a_stage_that_runs_out_of_memory_says_how_it_went_on(tmp_path: Path) -> 
     assert reporter.reduced is not None
     assert first.choices.memory_mode == reporter.reduced.mode != Mode.PLAIN
     assert first.choices.micro_batch == reporter.reduced.micro_batch
+
+
+def test_frozen_stages_that_only_writing_needs_are_streamed_where_there_is_no_room(
+    tmp_path: Path,
+) -> None:
+    """The store of the last of eight equal stages is written from the images, as where the one
+    before has fewer views."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for _ in range(8):
+        layers += [nn.Linear(SIDE**2, SIDE**2), nn.ReLU()]
+    model, loss = nn.Sequential(*layers, nn.Linear(SIDE**2, CLASSES)), Pred()
+    trainer = GreedyTrainer(model, run_dir=tmp_path / "run", loss=loss, batch_size=8, device="cpu")
+    network = CutNetwork.of(trainer.recipe, model, (1, SIDE, SIDE), CLASSES, loss)
+
+    def choice(budget: int | None, written_from: int) -> Choice:
+        plan = MemoryPlan(trainer.recipe, network, "float32", budget, "cpu")
+        return plan.stage(8, StageStores(7, written_from=written_from))
+
+    step = choice(None, 7).peak_bytes
+    assert not choice(None, 0).writes_streamed
+    assert not choice(3 * step, 0).writes_streamed
+    assert choice(step, 0).writes_streamed
+    assert choice(step, 0).write_batch > 1

@@ -1,11 +1,13 @@
 """A stage whose steps turn out not to fit continues as it would have been planned."""
 
-import signal
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from interrupting import StopAfter
+from small_training import new_trainer as small_trainer
+from small_training import noise
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -32,15 +34,12 @@ def network() -> nn.Sequential:
 
 
 def data(rows: int) -> TensorDataset:
-    random = torch.Generator().manual_seed(rows)
-    images = torch.randint(0, 256, (rows, 1, SIDE, SIDE), generator=random).to(torch.uint8)
-    return TensorDataset(images, torch.arange(rows) % CLASSES)
+    return noise(rows, CLASSES, side=SIDE)
 
 
 def new_trainer(run: Path, reporter: Reporter | None = None, **settings) -> GreedyTrainer:
-    defaults = {"epochs": 1, "learning_rate": 0.01, "batch_size": BATCH, "views": 1}
-    defaults |= {"device": "cpu", "precision": "float32", "reporter": reporter}
-    return GreedyTrainer(network(), run_dir=run, loss=Pred(), **defaults | settings)
+    defaults = {"epochs": 1, "batch_size": BATCH, "views": 1, "reporter": reporter}
+    return small_trainer(run, network(), loss=Pred(), **defaults | settings)
 
 
 @cache
@@ -149,19 +148,12 @@ def test_where_nothing_smaller_is_counted_the_failure_is_the_user_s(
     assert device.tried[1:] == [StepMemory(Mode.KEEP_NOTHING, 1)]
 
 
-class Interrupts(Reporter):
-    """A signal comes with the first batch."""
-
-    def batch_finished(self, rows: int) -> None:
-        signal.raise_signal(signal.SIGINT)
-
-
 def test_a_stage_goes_on_as_it_was_and_is_planned_anew_when_it_is_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     device = Device(monkeypatch, 900 * KIB)
     with pytest.raises(Interrupted):
-        new_trainer(tmp_path, Interrupts()).fit(data(128), data(64))
+        new_trainer(tmp_path, StopAfter(1)).fit(data(128), data(64))
     device.limit = 2**40
     resumed, _ = new_trainer(tmp_path).train()
     assert_trained(resumed, planned(900 * KIB))

@@ -7,10 +7,10 @@ import os
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
-from command_line import answer, greedy, said, small_recipe
+from command_line import answer, greedy, refused, said, small_recipe
 from decided import choices
+from pictures import write_classes
 from PIL import Image
 from rich.console import Console
 
@@ -25,14 +25,7 @@ KEPT = ["cat[a]", "x]y[", "[bold]", ":smile:", "new\nline", "\x1b[31mred", r"caf
 
 def photos(folder: Path) -> Path:
     """Writes a folder of images whose classes have such names, and a file with such a name."""
-    random = np.random.default_rng(0)
-    for name in NAMES:
-        place = folder / os.fsdecode(name)
-        place.mkdir(parents=True)
-        for number in range(5):
-            image = Image.fromarray(random.integers(0, 255, (8, 8, 3)).astype(np.uint8))
-            image.save(place / f"{number}.png")
-    return folder
+    return write_classes(folder, 5, map(os.fsdecode, NAMES))
 
 
 @pytest.fixture(scope="module")
@@ -118,9 +111,8 @@ def test_names_that_are_no_utf_8_name_recipes_and_are_refused_in_them(
     assert r'name = "r\\xe9c"' in said("recipes", "show", recipe)
     assert said("train", "--recipe", recipe, "--run", "run").startswith(r"r\xe9c in run on ")
     assert RunDirectory.open(Path("run")).recipe.name == r"r\xe9c"
-    refused = greedy("train", "--recipe", recipe, "--run", "new", "--data", folder)
-    assert refused.exit_code == 2
-    assert r'data.name is "folder:caf\xe9", which is not UTF-8' in refused.output
+    told = refused("train", "--recipe", recipe, "--run", "new", "--data", folder)
+    assert r'data.name is "folder:caf\xe9", which is not UTF-8' in told
 
 
 def test_classes_of_python_may_be_called_like_paths(tmp_path: Path, monkeypatch) -> None:

@@ -51,7 +51,7 @@ def recorded(run: Path) -> list[int]:
 @pytest.fixture
 def as_before(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Makes the run ask for and write the number of views that earlier versions did."""
-    wanted = lambda recipe, number: (recipe.store.views, 0)  # noqa: E731
+    wanted = lambda recipe, number, fresh: (recipe.store.views, 0)  # noqa: E731
     monkeypatch.setattr("greedy.runs.disk_budget.wanted_views", wanted)
     return monkeypatch
 

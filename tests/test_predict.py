@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from command_line import answer, greedy, small_recipe, train
+from command_line import answer, greedy, refused, small_recipe, train
 from PIL import Image
 from torch import nn
 from torch.utils.data import TensorDataset
@@ -71,8 +71,7 @@ def test_the_best_three_unless_told_otherwise(run, images):
     for extra, count in (([], 3), (["--top", 1], 1)):
         results = predictions("--run", run, images[0], *extra)
         assert results[0]["classes"] == everything[:count]
-    refused = greedy("predict", "--run", run, images[0], "--top", 0)
-    assert refused.exit_code == 2 and "ask for 1 or more" in refused.output
+    assert "ask for 1 or more" in refused("predict", "--run", run, images[0], "--top", 0)
 
 
 def test_other_sizes_and_channels_are_brought_to_the_runs(run, images, tmp_path):
@@ -133,9 +132,8 @@ def test_a_table_of_at_most_80_columns(run, images):
 )
 def test_mistakes(run, images, arguments, message):
     given = [each.format(folder=images[0].parent) for each in arguments]
-    result = greedy("predict", "--run", run, *given)
-    assert result.exit_code == 2
-    assert message in result.output and "Traceback" not in result.output
+    told = refused("predict", "--run", run, *given)
+    assert message in told and "Traceback" not in told
 
 
 @pytest.mark.parametrize(
@@ -204,9 +202,7 @@ def test_only_early_exits_need_a_loss_written_in_python(tmp_path, monkeypatch):
         ("export", *where, "--to", tmp_path / "early.safetensors", *early),
         ("evaluate", *where, "--by-stage"),
     ):
-        result = greedy(*command)
-        assert result.exit_code == 2
-        assert "local loss was written in Python" in result.stderr
+        assert "local loss was written in Python" in refused(*command)
     with pytest.raises(UserError, match="needs the run's local loss"):
         assemble(trainer.run, None, network(), until_stage=1)
 
@@ -233,9 +229,7 @@ def test_a_memory_budget_changes_no_class(run, images):
             for which in (one, other)
         )
         assert results == pytest.approx(expected, abs=1e-4)
-    refused = greedy("predict", *tight, "--memory-budget", "10KiB")
-    assert refused.exit_code == 2
-    assert "raise --memory-budget" in refused.stderr
+    assert "raise --memory-budget" in refused("predict", *tight, "--memory-budget", "10KiB")
 
 
 def test_a_moved_run_predicts_the_same(run, images, tmp_path):

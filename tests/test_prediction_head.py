@@ -3,14 +3,13 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import onnxruntime
 import pytest
 import safetensors
 import torch
 from safetensors.torch import load_file
+from small_training import CLASSES, TEST, TRAIN, convolutional, new_trainer
 from torch import Tensor, nn
-from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer
 from greedy.cache import Store
@@ -19,47 +18,19 @@ from greedy.results.evaluation import evaluate, raw_to_float
 from greedy.results.export import export, format_of
 
 CPU = torch.device("cpu")
-CLASSES = 3
-
-
-def samples(rows: int, seed: int) -> TensorDataset:
-    """Returns images whose class is the brightest third, with noise."""
-    random = np.random.default_rng(seed)
-    labels = random.integers(0, CLASSES, rows)
-    images = random.integers(0, 150, (rows, 1, 8, 8))
-    for image, label in zip(images, labels, strict=True):
-        image[:, :, 2 * label : 2 * label + 2] += 80
-    return TensorDataset(torch.from_numpy(images.astype(np.uint8)), torch.from_numpy(labels))
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> GreedyTrainer:
-    """Trains a convolution with pooling and a linear layer, before the output layer."""
-    torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Conv2d(1, 6, 3, padding=1),
-        nn.BatchNorm2d(6),
-        nn.LeakyReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(96, 16),
-        nn.BatchNorm1d(16),
-        nn.ReLU(),
-        nn.Linear(16, CLASSES),
-    )
-    trainer = GreedyTrainer(
-        network,
-        run_dir=tmp_path_factory.mktemp("runs") / "run",
+    trainer = new_trainer(
+        tmp_path_factory.mktemp("runs") / "run",
+        convolutional(),
         loss=PredSim(0.5, pool_target=60, hidden_layers=2),
-        device="cpu",
         epochs=6,
-        batch_size=32,
-        learning_rate=0.01,
         views=1,
-        precision="float32",
         encoding="float32",
     )
-    trainer.fit(samples(300, 0), samples(100, 1))
+    trainer.fit(TRAIN, TEST)
     return trainer
 
 

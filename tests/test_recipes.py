@@ -102,6 +102,13 @@ def test_each_published_figure_has_its_recipe(row: Row) -> None:
     assert recipe.training.model_dump() == {
         "strategy": STRATEGIES.get(row["loss"], "greedy"),
         "accumulate": 1,
+        "optimizer": "adam",
+        "momentum": 0.9,
+        "nesterov": False,
+        "weight_decay": 0.0,
+        "schedule": "steps",
+        "warmup_epochs": 0,
+        "gradient_clip": 0.0,
         "epochs": int(row["epochs"]),
         "batch_size": 128,
         "learning_rate": float(row["learning_rate"]),

@@ -15,11 +15,6 @@ def finished(tmp_path_factory, request):
     return train(tmp_path_factory.mktemp("finished"), RECIPE, "--reuse", request.param)
 
 
-@pytest.fixture
-def run(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
-
-
 def files(directory):
     return {p: p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 

@@ -5,22 +5,21 @@ import multiprocessing
 import os
 import runpy
 import signal
-from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from decided import choices
+from interrupting import Listener, StopAfter
 from safetensors.torch import load_file
-from small_training import states
+from small_training import new_trainer as small_trainer
+from small_training import noise, states
 from torch import nn
-from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, Reporter, RunDirectory, TrainingError, UserError
 from greedy.base.errors import Interrupted
 from greedy.losses import Pred
-from greedy.models import cut, mlp
+from greedy.models import cut
 from greedy.runs.checkpoint_record import Progress, StartRecord
 from greedy.runs.state import RunState
 from greedy.steps.guard import Guard
@@ -30,16 +29,7 @@ from greedy.stores.source import Batch
 from greedy.training.checkpoint import Checkpoints
 from greedy.training.schedule import Milestones, set_first_rates
 
-SIDE, CLASSES = 8, 3
-
-
-def samples(rows: int, seed: int) -> TensorDataset:
-    random = np.random.default_rng(seed)
-    images = torch.from_numpy(random.integers(0, 255, (rows, 1, SIDE, SIDE)).astype(np.uint8))
-    return TensorDataset(images, torch.from_numpy(random.integers(0, CLASSES, rows)))
-
-
-TRAIN, TEST = samples(300, 0), samples(60, 1)
+TRAIN, TEST = noise(300), noise(60)
 RING = {"augmentation": "hflip", "reuse": 2, "views": 2, "epochs": 3}
 PATIENT = {"patience": 1, "epochs": 5, "views": "live", "augmentation": "crop4"}
 FROM_DISK = {"ram_budget": "1B", "augmentation": "hflip", "views": 3}
@@ -49,24 +39,9 @@ HALF = {"precision": "float16"}
 BACKPROP = {"strategy": "backprop", "accumulate": 3}
 
 
-class KillAt(Reporter):
-    """Ends the process, or raises, after a number of batches."""
-
-    def __init__(self, batches: int, how: Callable[[], None]) -> None:
-        self.left, self.how = batches, how
-
-    def batch_finished(self, rows: int) -> None:
-        self.left -= 1
-        if not self.left:
-            self.how()
-
-
 def new_trainer(run: Path, reporter: Reporter | None = None, **settings) -> GreedyTrainer:
-    torch.manual_seed(0)
-    model = mlp(1, SIDE, CLASSES, hidden_layers=2, hidden_width=12, dropout=0.1)
-    defaults = {"epochs": 2, "learning_rate": 0.01, "batch_size": 64, "views": 1}
-    defaults |= {"precision": "float32", "device": "cpu", "checkpoint_minutes": 0}
-    return GreedyTrainer(model, run_dir=run, reporter=reporter, **(defaults | settings))
+    defaults = {"batch_size": 64, "views": 1, "checkpoint_minutes": 0, "reporter": reporter}
+    return small_trainer(run, **(defaults | settings))
 
 
 def outcome(run: Path) -> dict[str, object]:
@@ -84,7 +59,7 @@ def outcome(run: Path) -> dict[str, object]:
             contents[name] = fields | {"files": sorted(document["files"])}
         elif name.endswith("history.jsonl"):
             lines = [json.loads(line) for line in path.read_text().splitlines()]
-            free = ("seconds", "images_per_second")
+            free = ("seconds", "images_per_second", "waiting_percent")
             contents[name] = [{k: v for k, v in x.items() if k not in free} for x in lines]
         elif name not in (".lock", "run.toml"):
             contents[name] = path.read_bytes()
@@ -92,7 +67,7 @@ def outcome(run: Path) -> dict[str, object]:
 
 
 def fit_until_killed(run: Path, batches: int, settings: dict) -> None:
-    reporter = KillAt(batches, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    reporter = StopAfter(batches, lambda: os.kill(os.getpid(), signal.SIGKILL))
     torch.set_num_threads(1)
     new_trainer(run, reporter, **settings).fit(TRAIN, TEST)
 
@@ -139,7 +114,7 @@ def test_a_run_killed_anywhere_ends_the_same(tmp_path: Path, settings: dict) -> 
 
 def test_the_scale_of_a_float16_loss_is_resumed(tmp_path: Path) -> None:
     for steps in (2, 4):  # the second process counts on from the first one's two
-        reporter = KillAt(2, lambda: os.kill(os.getpid(), signal.SIGINT))
+        reporter = StopAfter(2)
         with pytest.raises(Interrupted):
             new_trainer(tmp_path / "run", reporter, **HALF).fit(TRAIN, TEST)
         (tensors,) = (tmp_path / "run/stage1/training/checkpoint").glob("*.safetensors")
@@ -149,7 +124,7 @@ def test_the_scale_of_a_float16_loss_is_resumed(tmp_path: Path) -> None:
 def test_a_signal_finishes_the_batch_and_keeps_it(tmp_path: Path) -> None:
     new_trainer(tmp_path / "whole").fit(TRAIN, TEST)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        reporter = KillAt(3, lambda number=number: os.kill(os.getpid(), number))
+        reporter = StopAfter(3, lambda number=number: os.kill(os.getpid(), number))
         cut = new_trainer(tmp_path / "cut", reporter, checkpoint_minutes=60)
         with pytest.raises(Interrupted, match="in stage 1 after .* resumes there") as caught:
             cut.fit(TRAIN, TEST)
@@ -177,7 +152,7 @@ def test_a_crash_between_new_views_and_their_record_is_noticed(tmp_path: Path) -
 
 def test_a_stage_outside_its_run_resumes_too(tmp_path: Path) -> None:
     new_trainer(tmp_path / "run").fit(TRAIN, TEST)
-    cut = new_trainer(tmp_path / "run", KillAt(3, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    cut = new_trainer(tmp_path / "run", StopAfter(3))
     with pytest.raises(Interrupted):
         cut.train_stage(2, to=tmp_path / "there")
     new_trainer(tmp_path / "run").train_stage(2, to=tmp_path / "there")
@@ -187,28 +162,13 @@ def test_a_stage_outside_its_run_resumes_too(tmp_path: Path) -> None:
     before = outcome(tmp_path / "there")
     (tmp_path / "there").rename(tmp_path / ".there.new")  # a crash while it takes its place
     (tmp_path / "there").mkdir()
-    again = new_trainer(tmp_path / "run", KillAt(1, lambda: pytest.fail("it was trained")))
+    again = new_trainer(tmp_path / "run", StopAfter(1, lambda: pytest.fail("it was trained")))
     assert again.train_stage(2, to=tmp_path / "there").stage == 2
     assert outcome(tmp_path / "there") == before
     assert not (tmp_path / ".there.new").exists()
     (tmp_path / "there").rename(tmp_path / ".there.new")
     with pytest.raises(UserError, match="exists already"):  # it is another stage
         new_trainer(tmp_path / "run").train_stage(1, to=tmp_path / "there")
-
-
-class Listener(Reporter):
-    """Records which stages train; interrupts the first batch of one of them."""
-
-    def __init__(self, interrupted: int | None = None) -> None:
-        self.trained: list[int] = []
-        self.interrupted = interrupted
-
-    def stage_started(self, number: int, *rest: object) -> None:
-        self.trained.append(number)
-
-    def batch_finished(self, rows: int) -> None:
-        if self.trained[-1] == self.interrupted:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +213,7 @@ def test_a_damaged_file_of_a_retraining_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["start.json", "progress.json", "*.safetensors"])
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str) -> None:
-    reporter = KillAt(3, lambda: os.kill(os.getpid(), signal.SIGINT))
+    reporter = StopAfter(3)
     with pytest.raises(Interrupted):
         new_trainer(tmp_path / "run", reporter).fit(TRAIN, TEST)
     (path,) = (tmp_path / "run/stage1/training/checkpoint").glob(name)
@@ -275,7 +235,7 @@ def test_user_defined_optimisers_resume(tmp_path: Path) -> None:
 
     make("whole").fit(TRAIN, TEST)
     with pytest.raises(Interrupted):
-        make("cut", KillAt(7, lambda: os.kill(os.getpid(), signal.SIGINT))).fit(TRAIN, TEST)
+        make("cut", StopAfter(7)).fit(TRAIN, TEST)
     make("cut").fit(TRAIN, TEST)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
 

@@ -1,7 +1,12 @@
 """Views that are replaced one by one while the next stage trains."""
 
 import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -11,11 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_training import CLASSES, SIDE, TEST, TRAIN, files, learned, new_trainer, same, weights
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from greedy import Reporter, RunDirectory, UserError
+from greedy import Reporter, RunDirectory, TrainingError, UserError
 from greedy.base.files import read_tensors as load
-from greedy.cache import Store, row_order, verify
+from greedy.base.files import with_digest
+from greedy.cache import DamagedStore, Store, row_order, verify
+from greedy.data import dataset_from_torch
 from greedy.losses import Pred
+from greedy.runs.exchange import replacing
+from greedy.runs.record import UNKNOWN_VIEW, RingRecord
 from greedy.runs.views import SPREAD, USES, enough_views, view_numbers, views_drawn
 from greedy.stores import streamed
 
@@ -83,7 +93,9 @@ def test_rows_are_drawn_little_by_little(tmp_path: Path) -> None:
         def writing_started(self, stage: int, split: str, rows: int) -> None:
             self.heard.append(f"stage {stage}: {rows} rows of {split}")
 
-    new_trainer(tmp_path / "run", **RING, reporter=(reporter := Watch())).fit(TRAIN, TEST)
+    trainer = new_trainer(tmp_path / "run", **RING, reporter=(reporter := Watch()))
+    records = trainer.fit(TRAIN, TEST)
+    assert records == [trainer.run.record(number) for number in (1, 2, 3)]
     assert reporter.heard == [
         f"stage {n}: {rows}" for n in (1, 2) for rows in ("800 rows of train", "100 rows of test")
     ]  # no view was drawn at once
@@ -112,6 +124,65 @@ def test_a_dropped_store_comes_back_with_its_views(finished: Path) -> None:
     assert trainer.run.record(1).store.ring == store.ring
 
 
+def killed_in_exchange(run: Path, patch: pytest.MonkeyPatch, *, exchanged: bool) -> None:
+    """Trains until the first view of stage 1 is about to be exchanged, or is but not recorded."""
+
+    @contextmanager
+    def stop(*paths: Path) -> Iterator[Path]:
+        with replacing(*paths) as new_path:
+            yield new_path
+            if not exchanged:
+                raise KeyboardInterrupt
+        raise KeyboardInterrupt
+
+    with patch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("greedy.stores.ring.replacing", stop)
+        new_trainer(run, **RING).fit(TRAIN, TEST)
+    assert ring(run) == [UNKNOWN_VIEW, 1]
+
+
+@pytest.mark.parametrize("exchanged", [False, True])
+@pytest.mark.parametrize("place", [0, 1])
+def test_damage_is_repaired_while_a_view_is_exchanged(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanged: bool, place: int
+) -> None:
+    """Also in the views that are not exchanged, which training alone cannot write again."""
+    run = tmp_path / "run"
+    killed_in_exchange(run, monkeypatch, exchanged=exchanged)
+    (shard,) = (train_split(run) / "activations").glob(f"c.{place}.*")
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(DamagedStore, match="cache repair"):
+        new_trainer(run, **RING).train()
+    (repair,), damages = new_trainer(run, **RING).repair([1])
+    assert repair.identical and not damages
+    assert ring(run) == [0, 1]
+    new_trainer(run, **RING).train()
+    assert files(train_split(run)) == files(train_split(finished))
+    assert same(weights(run, 2), weights(finished, 2))
+
+
+def test_a_store_that_is_dropped_while_a_view_is_exchanged_comes_back(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    killed_in_exchange(run, monkeypatch, exchanged=True)
+    trainer = new_trainer(run, **RING)
+    trainer.run.drop_stores(1)
+    repairs, damages = trainer.repair([1], dropped=True)
+    assert all(repair.identical for repair in repairs) and not damages
+    trainer.train()
+    assert files(train_split(run)) == files(train_split(finished))
+    assert same(weights(run, 2), weights(finished, 2))
+
+
+@given(st.integers(0, 200), st.integers(1, 9), st.integers(1, 9))
+def test_an_unknown_view_is_taken_for_the_oldest(epoch: int, views: int, reuse: int) -> None:
+    numbers = view_numbers(epoch, views, reuse)
+    oldest = numbers.index(min(numbers))
+    record = RingRecord(numbers=numbers, shards=[]).with_view(oldest, UNKNOWN_VIEW)
+    assert record.known().numbers == (numbers if views > 1 else [0])
+
+
 def test_views_of_an_older_version_are_not_trained_on(tmp_path: Path) -> None:
     run = tmp_path / "run"
     new_trainer(run, **RING).fit(TRAIN, TEST)
@@ -123,6 +194,114 @@ def test_views_of_an_older_version_are_not_trained_on(tmp_path: Path) -> None:
     assert "complete" in said("status", "--run", str(run))
     with pytest.raises(UserError, match=r"stage 1's store are of an older version.*--retrain 1"):
         new_trainer(run, **RING).train_stage(2, again=True)
+
+
+def damage(run: Path, stage: int = 1) -> None:
+    shard = next((train_split(run, stage) / "activations").glob("c.0.*"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:100] + b"\0" + content[101:])
+
+
+def test_views_whose_numbers_are_not_known_are_not_repaired(finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    damage(run)
+    trainer = new_trainer(run, **RING)
+    trainer.run.record(1).update_store(run / "stage1", ring=None, generation=3)
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"replaced by an older version.*--retrain 1"):
+            trainer.repair([1], dropped=True)
+        trainer.run.drop_stores(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"reuse": 0}, "its views cannot be replaced"),
+        ({"source": 1}, "its views cannot be replaced"),
+        ({"views": 2**40, "ring": None}, "it has other views|of an older version"),
+        ({"views": 3, "numbers": [4, 3, 2], "shards": 3}, "it has other views"),
+        ({"views": 1, "numbers": [4], "shards": 1}, "it has other views"),
+        ({"shards": 4}, "it has other views"),
+    ],
+)
+def test_records_that_disagree_with_their_store_are_refused(
+    finished: Path, tmp_path: Path, change: dict, reason: str
+) -> None:
+    """Also those of strangers, who write what they like."""
+    run, stage = Path(shutil.copytree(finished, tmp_path / "run")), 2
+    path = run / f"stage{stage}/stage.json"
+    document = json.loads(path.read_bytes())
+    del document["digest"]
+    store, ring = document["store"], document["store"]["ring"]
+    document["resolved"] |= {k: change[k] for k in ("reuse",) if k in change}
+    store |= {k: change[k] for k in ("source", "views", "ring") if k in change}
+    ring |= {k: change[k] for k in ("numbers",) if k in change}
+    if "shards" in change:
+        ring["shards"] = ring["shards"][:1] * change["shards"]
+    path.write_bytes(with_digest(document))
+    damage(run, stage)
+    for attempt in (
+        lambda: new_trainer(run, **RING).repair([stage]),
+        lambda: new_trainer(run, **RING).train_stage(stage + 1, again=True),
+    ):
+        with pytest.raises(UserError, match=reason):
+            attempt()
+
+
+def test_what_is_drawn_of_a_view_needs_no_more_room(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(TrainingError, match="stage 3 needs up to .* are free"):
+        new_trainer(run, **RING).train_stage(3, again=True)
+    drawn = train_split(run, 2).parent / ".view.0.part"
+    drawn.mkdir()
+    with (drawn / "shard").open("wb") as file:
+        file.truncate(2**30)
+    new_trainer(run, **RING).train_stage(3, again=True)
+    assert not drawn.exists()
+
+
+class Threads(nn.Module):
+    """Passes its input on; notes the number of threads when it is frozen."""
+
+    noted: ClassVar[set[int]] = set()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        counted = x.is_meta or isinstance(x, FakeTensor)
+        if not self.training and not counted:
+            self.noted.add(torch.get_num_threads())
+        return x
+
+
+def test_views_are_drawn_with_the_threads_that_the_first_were_written_with(tmp_path: Path) -> None:
+    layers = [nn.Flatten(), nn.Linear(SIDE**2, 16), nn.ReLU(), Threads(), nn.Linear(16, CLASSES)]
+    trainer = new_trainer(tmp_path / "run", nn.Sequential(*layers), **RING | {"epochs": 3})
+    threads = torch.get_num_threads()
+    try:
+        trainer.prepare(dataset_from_torch(TRAIN, TEST))
+        torch.set_num_threads(1)
+        trainer.train_stage(1)
+        torch.set_num_threads(2)
+        Threads.noted.clear()
+        assert trainer.train_stage(2).choices.threads == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert ring(tmp_path / "run") == [2, 1]
+    assert Threads.noted == {1}
+
+
+def test_what_a_crash_left_of_stores_is_deleted(finished: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    before = files(run)
+    for left in ("stage1/.activations.zarr.part/train", "stage2/activations.zarr/.train.part"):
+        shutil.copytree(train_split(run, 1), run / left)
+    view = train_split(run, 2).parent / ".view.0.part"  # is needed if that training resumes
+    shutil.copytree(train_split(run, 1), view)
+    new_trainer(run, **RING).train()
+    shutil.rmtree(view)
+    assert files(run).keys() == before.keys()
 
 
 def test_frozen_records_are_those_of_older_versions(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from small_training import convolutional, new_trainer
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -17,8 +18,7 @@ from greedy.results.evaluation import raw_to_float
 from greedy.results.similarity import BatchSimilarity, similarity_by_stage
 
 CLASSES = 4
-SETTINGS = {"epochs": 5, "batch_size": 32, "learning_rate": 0.01, "views": 1, "device": "cpu"}
-SETTINGS |= {"encoding": "float32", "precision": "float32"}
+SETTINGS = {"epochs": 5, "views": 1, "encoding": "float32"}
 
 
 class OwnLoss:
@@ -45,21 +45,6 @@ class Trained(NamedTuple):
         return raw_to_float(store.read_rows(0, 0, store.rows)[batch.rows], torch.device("cpu"))
 
 
-def network(classes: int = CLASSES) -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(1, 6, 3, padding=1),
-        nn.BatchNorm2d(6),
-        nn.LeakyReLU(),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(96, 16),
-        nn.BatchNorm1d(16),
-        nn.LeakyReLU(),
-        nn.Linear(16, classes),
-    )
-
-
 def images(rows: int, classes: int = CLASSES) -> TensorDataset:
     """Returns noise over a pattern for each class."""
     generator = torch.Generator().manual_seed(1)
@@ -72,8 +57,8 @@ def images(rows: int, classes: int = CLASSES) -> TensorDataset:
 
 
 def trained(directory, loss: LocalLoss, classes: int = CLASSES) -> Trained:
-    model = network(classes)
-    trainer = GreedyTrainer(model, run_dir=directory, loss=loss, **SETTINGS)
+    model = convolutional(classes)
+    trainer = new_trainer(directory, model, loss=loss, **SETTINGS)
     trainer.fit(images(400, classes), images(150, classes))
     return Trained(trainer, model)
 
@@ -158,8 +143,8 @@ def test_a_loss_of_ones_own_is_given_or_its_heads_are_not_known(tmp_path):
 
 
 def test_the_stages_that_are_there(tmp_path):
-    model = network()
-    trainer = GreedyTrainer(model, run_dir=tmp_path / "run", loss=PredSim(), **SETTINGS)
+    model = convolutional(CLASSES)
+    trainer = new_trainer(tmp_path / "run", model, loss=PredSim(), **SETTINGS)
     with pytest.raises(UserError, match="is not finished"):
         Trained(trainer, model).similarity()
     trainer.fit(images(400), images(30))
@@ -181,7 +166,7 @@ def test_of_many_classes_a_batch_has_ten(tmp_path):
 
 
 def test_the_network_is_asked_for(sim):
-    other = nn.Sequential(*network(), nn.ReLU(), nn.Linear(CLASSES, CLASSES))
+    other = nn.Sequential(*convolutional(CLASSES), nn.ReLU(), nn.Linear(CLASSES, CLASSES))
     with pytest.raises(UserError, match="--model"):
         similarity_by_stage(sim.trainer.run)
     with pytest.raises(UserError, match="holds other layers than stage 3 .*--model"):

@@ -16,7 +16,7 @@ from greedy.models import cut, shapes, vgg8b
 from greedy.runs.choices import Mode
 from greedy.steps.graph import WARM_UP
 from greedy.steps.guard import Guard
-from greedy.steps.host_adam import HostAdam
+from greedy.steps.host_state import HostAdam
 from greedy.steps.step import Learner, step
 from greedy.stores.source import Batch
 from greedy.training.learners import placed

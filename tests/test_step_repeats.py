@@ -14,7 +14,7 @@ from greedy.memory.counting import Counter
 from greedy.models import cut, shapes
 from greedy.runs.choices import Mode, StepMemory
 from greedy.steps.guard import Guard, OptimizerFailed
-from greedy.steps.host_adam import HostAdam
+from greedy.steps.host_state import HostAdam
 from greedy.steps.moments import make_moments
 from greedy.steps.scaling import LossScale
 from greedy.steps.step import Learner, step

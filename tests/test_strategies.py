@@ -9,9 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from small_training import states
+from small_training import new_trainer, noise, states
 from torch import nn
-from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, UserError
 from greedy.losses import Pred, PredSim, Sim
@@ -124,12 +123,6 @@ def test_losses_of_a_strategy() -> None:
 # Whole runs
 
 
-def samples(rows: int, seed: int) -> TensorDataset:
-    random = np.random.default_rng(seed)
-    images = torch.from_numpy(random.integers(0, 255, (rows, 3, SIDE, SIDE)).astype(np.uint8))
-    return TensorDataset(images, torch.arange(rows) % CLASSES)
-
-
 def network(activation: str = "leaky_relu") -> nn.Sequential:
     with torch.device("meta"):
         return vgg8b(
@@ -138,10 +131,8 @@ def network(activation: str = "leaky_relu") -> nn.Sequential:
 
 
 def run_of(path: Path, model: nn.Sequential | None = None, **settings) -> GreedyTrainer:
-    trainer = GreedyTrainer(
-        model or network(), run_dir=path, epochs=1, batch_size=32, precision="float32", **settings
-    )
-    trainer.fit(samples(96, 0), samples(40, 1))
+    trainer = new_trainer(path, model or network(), **({"epochs": 1} | settings))
+    trainer.fit(noise(96, CLASSES, 3, SIDE), noise(40, CLASSES, 3, SIDE))
     return trainer
 
 
@@ -178,7 +169,7 @@ def test_a_run_is_a_run_whatever_the_strategy(tmp_path, strategy) -> None:
     assert all(record.images_per_second > 0 for record in records)
     assert all(record.choices.planned_peak_bytes > 0 for record in records)
     net = trainer.assemble()
-    images, labels = samples(40, 1).tensors
+    images, labels = noise(40, CLASSES, 3, SIDE).tensors
     wrong = int((net(images.float() / 255).argmax(dim=1) != labels).sum())
     assert 100 * wrong / 40 == pytest.approx(errors[-1], abs=5)  # in other batches
     before = [record.lineage for record in records]

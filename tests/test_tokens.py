@@ -1,7 +1,5 @@
 """Networks whose stages give tokens (T, D): a transformer, and layers on each token."""
 
-import os
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +7,12 @@ import onnxruntime
 import pytest
 import torch
 from command_line import answer, said
+from interrupting import Listener
 from PIL import Image
 from small_training import CLASSES, SIDE, TEST, TRAIN, new_trainer, same, weights
 from torch import nn
 
-from greedy import Reporter, UserError, evaluate
+from greedy import UserError, evaluate
 from greedy.base.errors import Interrupted
 from greedy.cache import Store
 from greedy.cache.encodings import fit_encoding
@@ -67,17 +66,6 @@ def transformer() -> nn.Sequential:
     return nn.Sequential(
         Patches(), block(), block(), nn.Flatten(), nn.Linear(TOKENS * WIDTH, CLASSES)
     )
-
-
-class Cut(Reporter):
-    """Interrupts the training of the second stage."""
-
-    def stage_started(self, number: int, *rest: object) -> None:
-        self.now = number
-
-    def batch_finished(self, rows: int) -> None:
-        if self.now == 2:
-            os.kill(os.getpid(), signal.SIGINT)
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +135,9 @@ def test_a_transformer_is_trained_stored_and_evaluated(run: Path) -> None:
 
 def test_a_transformer_goes_on_with_the_same_bytes(run: Path, tmp_path: Path) -> None:
     cut_short = tmp_path / "run"
+    stopped = new_trainer(cut_short, transformer(), epochs=3, reporter=Listener(interrupted=2))
     with pytest.raises(Interrupted):
-        new_trainer(cut_short, transformer(), epochs=3, reporter=Cut()).fit(TRAIN, TEST)
+        stopped.fit(TRAIN, TEST)
     new_trainer(cut_short, transformer(), epochs=3).fit(TRAIN, TEST)
     for number in (1, 2, 3, 4):
         assert same(weights(run, number), weights(cut_short, number))

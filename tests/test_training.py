@@ -1,7 +1,6 @@
 """Training stages, through the Python API."""
 
 import json
-import shutil
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -35,18 +34,6 @@ from greedy.models import mlp, vgg8b
 
 # Adam makes a whole step of a gradient that is rounding alone; what this one does is as small.
 STEADY = {"optimizer": partial(torch.optim.SGD, lr=0.05), "learning_rate": 0.05}
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "run"
-    new_trainer(run).fit(TRAIN, TEST)
-    return run
-
-
-@pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "run"))
 
 
 def test_every_stage_learns(tmp_path: Path) -> None:

@@ -35,18 +35,6 @@ class NotANumber(Pred):
         return super().__call__(features, y) * float("nan")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run = tmp_path_factory.mktemp("runs") / "run"
-    new_trainer(run).fit(TRAIN, TEST)
-    return run
-
-
-@pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(finished, tmp_path / "run"))
-
-
 def test_a_finished_stage_is_trained_again_only_when_asked(run: Path) -> None:
     before = files(run)
     new_trainer(run).fit(TRAIN, TEST)
@@ -184,13 +172,12 @@ def test_images_transformed_at_random_are_the_same_data(tmp_path: Path) -> None:
             return image + torch.randint(0, 20, image.shape, dtype=torch.uint8), label
 
     images, labels = TRAIN.tensors
+    frozen = {"epochs": 1, "transforms": "frozen"}
     for _ in range(2):
-        new_trainer(tmp_path / "run", epochs=1, frozen_transforms=True).fit(
-            Noisy(images, labels), TEST
-        )
+        new_trainer(tmp_path / "run", **frozen).fit(Noisy(images, labels), TEST)
     others = Noisy(images, (labels + 1) % CLASSES)
     with pytest.raises(UserError, match="other data than .* labels of the train split"):
-        new_trainer(tmp_path / "run", epochs=1, frozen_transforms=True).fit(others, TEST)
+        new_trainer(tmp_path / "run", **frozen).fit(others, TEST)
 
 
 def test_a_class_without_images_is_named(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from greedy.base.files import read_document
 from greedy.cache.files import write_whole
 
 LOCK, HOLDER = ".lock", ".lock.json"
+_held: set[Path] = set()  # lock files that this process holds
 
 
 class RunLock:
@@ -60,10 +61,12 @@ class RunLock:
             ) from error
         try:
             if first:
+                _held.add(self._directory / LOCK)
                 self._announce()
             yield first
         finally:
             if first:
+                _held.discard(self._directory / LOCK)
                 (self._directory / HOLDER).unlink(missing_ok=True)
             self._lock.release()
 
@@ -72,6 +75,23 @@ class RunLock:
         holder = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
         with suppress(OSError):  # as on a full disk: the lock works without naming its holder
             write_whole(self._directory / HOLDER, json.dumps(holder).encode())
+
+
+def _let_go() -> None:
+    """Closes the lock files in a forked process, which would hold the locks as long as it lives,
+    even when the process that took them has ended."""
+    for path in _held:
+        with suppress(OSError):
+            held = path.stat()
+            for descriptor in (int(entry.name) for entry in Path("/dev/fd").iterdir()):
+                with suppress(OSError):  # as of the list itself
+                    if os.path.samestat(os.fstat(descriptor), held):
+                        os.close(descriptor)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
 
 
 def _described(directory: Path) -> str:

@@ -3,7 +3,7 @@
 import json
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 SHOWN = 3  # names in a message
@@ -16,6 +16,17 @@ def first_names(names: Sequence[object]) -> str:
     """Returns the first three of some names, joined by commas, with an ellipsis where there are
     more."""
     return ", ".join(map(str, names[:SHOWN])) + (", …" if len(names) > SHOWN else "")
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """Returns whole numbers in ascending order, such as ``0, 2 to 5``."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]} to {run[-1]}" if run[1:] else str(run[0]) for run in runs)
 
 
 def legible(text: str) -> str:

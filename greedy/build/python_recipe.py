@@ -19,14 +19,16 @@ FIELDS: Final[dict[str, tuple[str, str]]] = OTHER_FIELDS | {
     field: (section, field)
     for section in ("data", "training", "store")
     for field in SECTIONS[section].model_fields
-    if field != "name"
+    if field not in ("name", "optimizer")
 }
-"""The section and the name there of each setting but ``seed``."""
+"""The section and the name there of each setting but ``seed`` and ``optimizer``."""
 
 
-def python_recipe(settings: TrainerSettings, loss: LocalLoss) -> Recipe:
-    """Returns the recipe of a network and a loss given in Python. Raises ``UserError`` for an
-    unknown setting."""
+def python_recipe(
+    settings: TrainerSettings, loss: LocalLoss, optimizer: str | None = None
+) -> Recipe:
+    """Returns the recipe of a network, a loss and perhaps the name of an optimiser given in Python.
+    Raises ``UserError`` for an unknown setting."""
     document: dict[str, Any] = {
         "data": {"name": "python"},
         "model": {"network": "python"},
@@ -35,6 +37,8 @@ def python_recipe(settings: TrainerSettings, loss: LocalLoss) -> Recipe:
         "memory": {},
         "store": {},
     }
+    if optimizer is not None:
+        document["training"]["optimizer"] = optimizer
     for name, value in settings.items():
         if name == "seed":
             document["seed"] = value
@@ -46,11 +50,12 @@ def python_recipe(settings: TrainerSettings, loss: LocalLoss) -> Recipe:
     return from_document(document, name="python")
 
 
-def require_optimizer(settings: TrainerSettings, optimizer: object) -> None:
-    """Raises ``UserError`` where a user's optimiser is given and Adam's moments are asked to be in
-    host memory."""
-    if optimizer is not None and settings.get("optimizer_state") == "host":
+def require_optimizer(settings: TrainerSettings) -> None:
+    """Raises ``UserError`` for settings of the optimisers that are built in, given with a user's
+    own."""
+    names = ("optimizer_state", "momentum", "nesterov", "weight_decay")
+    if given := [name for name in names if settings.get(name) not in (None, "device")]:
         raise UserError(
-            "optimizer_state='host' is for the Adam that is built in: leave out optimizer, or "
-            "optimizer_state"
+            f"{' and '.join(given)} is for optimisers that are built in: leave it out, or name one "
+            f"of them, as in optimizer='adam'"
         )

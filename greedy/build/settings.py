@@ -22,13 +22,20 @@ class TrainerSettings(TypedDict, total=False):
     background: str
     broken: Literal["refuse", "skip"]
     max_pixels: int
-    frozen_transforms: bool
+    transforms: Literal["fresh", "frozen"]
+    num_workers: int | None
 
     strategy: Literal["greedy", "joint", "backprop", "glob+sim"]
     accumulate: int
+    momentum: float
+    nesterov: bool
+    weight_decay: float
     epochs: int | Sequence[int]
     batch_size: int
     learning_rate: float | Sequence[float]
+    schedule: Literal["steps", "cosine"]
+    warmup_epochs: int
+    gradient_clip: float
     milestones: Sequence[int] | Sequence[list[int]] | None
     lr_decay: float
     patience: int

@@ -5,7 +5,7 @@ from greedy.data.catalogue import DATASETS, Entry
 from greedy.data.checking import check_files
 from greedy.data.images import Reading
 from greedy.data.loading import find_dataset, is_available, load_dataset
-from greedy.data.mapstyle import dataset_from_torch, require_repeatable
+from greedy.data.mapstyle import dataset_from_torch, draws_at_random, first_pass
 from greedy.data.splits import Dataset, Split
 
 __all__ = [
@@ -18,7 +18,8 @@ __all__ = [
     "Reading",
     "check_files",
     "dataset_from_torch",
-    "require_repeatable",
+    "draws_at_random",
+    "first_pass",
     "is_available",
     "Augmentation",
     "Draws",

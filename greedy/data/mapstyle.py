@@ -1,9 +1,12 @@
 """Map-style data sets: objects with a length and ``[index]`` that returns an image and its
 label."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import copy
 from dataclasses import replace
-from typing import Any
+from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -17,7 +20,13 @@ from greedy.base.text import first_names
 from greedy.data.classes import ClassInfo, ClassLookup, class_info, match_classes
 from greedy.data.labels import class_numbers, label_or_remedy, require_classes, wrong_labels
 from greedy.data.modes import WHITE, pixel_values
-from greedy.data.randomness import generators_restored, transform_names
+from greedy.data.randomness import (
+    Generator,
+    generators_restored,
+    own_generators,
+    seed_generators,
+    transform_names,
+)
 from greedy.data.samples import image_and_label
 from greedy.data.splits import Dataset, Images, Labels, Rows, Shape, spread_rows
 
@@ -85,20 +94,45 @@ def load_function(name: str, background: str = WHITE) -> Dataset:
     return dataset_from_torch(*sets, name=name, background=background)
 
 
-def require_repeatable(dataset: Dataset) -> None:
-    """Raises ``UserError`` where reading a sample of a map-style set twice gives different results:
-    the set is stored once, so that random transforms would be drawn only once."""
-    for split in (dataset.train, dataset.test):
-        if isinstance(split, MapSplit):
-            split.require_repeatable()
+def draws_at_random(dataset: Dataset) -> bool:
+    """Returns whether the training samples of a map-style set differ each time they are read.
+
+    Raises ``UserError`` if test samples do, or if training samples still do after the generators
+    are seeded.
+    """
+    train, test = dataset.train, dataset.test
+    if isinstance(test, MapSplit) and (row := test.changing_row()) is not None:
+        raise UserError(
+            f"sample {row} of {test.name} changes each time it is read, and test samples are read "
+            f"once: give a test set that draws nothing at random {test.place_of_draws}"
+        )
+    if not isinstance(train, MapSplit) or train.changing_row() is None:
+        return False
+    if (row := train.seeded(0).changing_row()) is not None:
+        raise UserError(
+            f"sample {row} of {train.name} changes each time it is read although the generators "
+            f"are seeded: let what is drawn {train.place_of_draws} come from the global generators "
+            f"of torch, NumPy or random, or from one that is an attribute of the set or transform"
+        )
+    return True
+
+
+def first_pass(dataset: Dataset, seed: int) -> Dataset:
+    """Returns a map-style data set whose training samples are drawn as in view 0, which stage 0
+    stores; any other data set unchanged."""
+    train = dataset.train
+    return replace(dataset, train=train.view(seed, 0)) if isinstance(train, MapSplit) else dataset
 
 
 class MapSplit:
     """A map-style data set as a split; its shape and dtype are those of its first sample.
 
     Attributes:
+        name: of the split, for errors.
         labels: the class numbers (n,) of all samples, None where they are not known beforehand.
     """
+
+    _pass: tuple[int, tuple[int | str, ...]] | None = None
 
     def __init__(
         self,
@@ -108,7 +142,7 @@ class MapSplit:
         labels: NDArray[Any] | None,
         background: str = WHITE,
     ) -> None:
-        self._samples, self._name, self._lookup = samples, name, lookup
+        self._samples, self.name, self._lookup = samples, name, lookup
         self._background = background
         self.labels = None if labels is None else self._classes(np.arange(len(samples)), labels)
         image, label = self._sample(0)
@@ -119,14 +153,33 @@ class MapSplit:
     def __len__(self) -> int:
         return len(self._samples)
 
+    def seeded(self, seed: int, *key: int | str) -> Self:
+        """Returns the split as one pass draws it: what a sample draws at random follows from
+        ``seed``, ``key`` and its number, whatever was read before it, and in which process."""
+        split = copy(self)
+        split._pass, split._own = (seed, key), self._own  # found once for all passes
+        return split
+
+    @cached_property
+    def _own(self) -> Sequence[Generator]:
+        return own_generators(self._samples)
+
+    def view(self, seed: int, number: int) -> Self:
+        """Returns the split as view ``number`` draws it, in a run with this seed."""
+        return self.seeded(seed, "view", number)
+
     def read(self, indices: Rows) -> tuple[Images, Labels]:
+        with self._drawing() if self._pass else nullcontext():
+            return self._read(indices)
+
+    def _read(self, indices: Rows) -> tuple[Images, Labels]:
         images = np.empty((len(indices), *self.shape), self.dtype)
         labels = []
         for i, index in enumerate(indices):
             image, label = self._sample(int(index))
             if (image.shape, image.dtype) != (self.shape, self.dtype):
                 raise UserError(
-                    f"sample {index} of {self._name} is {image.dtype} of shape {image.shape}, "
+                    f"sample {index} of {self.name} is {image.dtype} of shape {image.shape}, "
                     f"sample 0 {self.dtype} of shape {self.shape}: make them alike"
                 )
             images[i] = image
@@ -134,37 +187,49 @@ class MapSplit:
         self._require_finite(indices, images)
         return images, self._classes(indices, labels)
 
-    def require_repeatable(self) -> None:
-        """Raises ``UserError`` where one of a few samples differs when it is read again."""
+    def changing_row(self) -> int | None:
+        """Returns a sample, of a few, that differs when it is read again; None where none does."""
         rows = spread_rows(len(self), LOOKED_AT).tolist()
-        with generators_restored():
+        with self._drawing():
             for row in rows:
                 first = self._content(row)
                 if any(self._content(row) != first for _ in range(1, READINGS // len(rows))):
-                    raise self._random(row)
+                    return row
+        return None
+
+    @property
+    def place_of_draws(self) -> str:
+        """Where the samples may be drawn at random, in words."""
+        transforms = transform_names(self._samples)
+        return f"among its transforms ({', '.join(transforms)})" if transforms else "in its [index]"
+
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """Restores the global generators after the block. Samples of a pass are read by one thread,
+        as a ``DataLoader`` worker reads them, since sums over threads differ in the last digit."""
+        threads = torch.get_num_threads()
+        with generators_restored():
+            try:
+                if self._pass:
+                    torch.set_num_threads(1)
+                yield
+            finally:
+                torch.set_num_threads(threads)
 
     def _content(self, row: int) -> tuple[Any, ...]:
         image, label = self._sample(row)
         return image.shape, image.dtype, image.tobytes(), label_or_remedy(label)
 
-    def _random(self, row: int) -> UserError:
-        transforms = transform_names(self._samples)
-        drawn = (
-            f"among its transforms ({', '.join(transforms)}) " if transforms else "in its [index] "
-        )
-        return UserError(
-            f"sample {row} of {self._name} changes each time it is read, and it is stored once: "
-            f"leave out what is drawn at random {drawn}and set data.augmentation, or "
-            f"data.frozen_transforms = true to store one draw of it"
-        )
-
     def _sample(self, index: int) -> tuple[NDArray[Any], Any]:
-        image, label = _read(self._samples, index, self._name)
-        with user_errors_explained(f"the image of sample {index} of {self._name} cannot be read"):
+        if self._pass:
+            seed, key = self._pass
+            seed_generators(self._own, seed, *key, index)
+        image, label = _read(self._samples, index, self.name)
+        with user_errors_explained(f"the image of sample {index} of {self.name} cannot be read"):
             try:
                 return _as_image(image, self._background), label
             except ValueError as error:
-                raise UserError(f"the image of sample {index} of {self._name} {error}") from error
+                raise UserError(f"the image of sample {index} of {self.name} {error}") from error
 
     def _classes(self, rows: Rows, labels: Sequence[Any] | NDArray[Any]) -> Labels:
         """Returns the class numbers (n,) of the samples ``rows`` (n,) from their labels."""
@@ -175,7 +240,7 @@ class MapSplit:
             remedy = kinds[0] if kinds else self._lookup.remedy(values)
             invalid = {int(rows[i]): labels[i] for i in wrong.tolist()}
             raise wrong_labels(
-                self._name, invalid, remedy, None if len(rows) == len(self) else len(rows)
+                self.name, invalid, remedy, None if len(rows) == len(self) else len(rows)
             )
         return classes
 
@@ -188,7 +253,7 @@ class MapSplit:
             if not np.isfinite(image).all()
         ]
         raise UserError(
-            f"values of {self._name} are not finite (NaN, infinite or beyond float32) in "
+            f"values of {self.name} are not finite (NaN, infinite or beyond float32) in "
             f"{len(bad):,} of {len(rows):,} samples looked at ({first_names(sorted(bad))}): "
             f"replace these values, or leave the samples out"
         )

@@ -1,13 +1,17 @@
-"""Random transforms: finding a data set's, and protecting the global generators from them."""
+"""Random transforms: finding a data set's, seeding the generators that they draw from, and
+protecting the global ones from them."""
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
+from greedy.base.seeds import derive_seed, seed_torch
 from greedy.data.classes import inner_set
 
 
@@ -23,6 +27,86 @@ def generators_restored() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
+
+
+Generator = np.random.Generator | np.random.RandomState | random.Random | torch.Generator
+
+LONG = 1000  # a container of more items holds data, not a few transforms
+CALLED = ("__getitem__", "__call__", "forward")  # by those who read a sample or transform it
+
+
+def own_generators(samples: Any) -> list[Generator]:
+    """Returns the generators that a set can reach: those among the attributes of the set, of its
+    transforms and of the objects inside them, and among the names that their functions use."""
+    generators, seen, left = [], {}, [samples]
+    while left:
+        item = left.pop()
+        if id(item) in seen:
+            continue
+        seen[id(item)] = item  # kept, so that no other object gets its id
+        if isinstance(item, Generator):
+            generators.append(item)
+        else:
+            left += _parts(item)
+    return generators
+
+
+def _parts(item: Any) -> Collection[Any]:
+    """Returns the objects inside another one that may hold generators."""
+    parts: Collection[Any] = ()
+    match item:
+        case dict():
+            parts = item.values()
+        case list() | tuple() | set():
+            parts = item
+        case partial():
+            parts = item.func, item.args, item.keywords
+        case MethodType():
+            parts = item.__self__, item.__func__
+        case FunctionType():
+            parts = _used_by(item)
+        case type() | ModuleType() | torch.Tensor():
+            pass
+        case _ if hasattr(item, "__dict__"):
+            methods = (getattr(type(item), name, None) for name in CALLED)
+            parts = vars(item), *(each for each in methods if isinstance(each, FunctionType))
+    return parts if len(parts) <= LONG else ()
+
+
+def _used_by(function: FunctionType) -> list[Any]:
+    """Returns what a function uses by name, but no functions of other modules."""
+    names = function.__globals__
+    used = [names[name] for name in _names_in(function.__code__) if name in names]
+    with suppress(ValueError):  # a variable that is not set yet
+        used += [cell.cell_contents for cell in function.__closure__ or ()]
+    return [
+        each for each in used if not isinstance(each, FunctionType) or each.__globals__ is names
+    ]
+
+
+def _names_in(code: CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):  # a function or comprehension inside it
+            yield from _names_in(constant)
+
+
+def seed_generators(own: Sequence[Generator], seed: int, *key: int | str) -> None:
+    """Seeds the global generators of Python, NumPy and torch, and a set's ``own`` ones, with what
+    follows from ``seed`` and ``key``."""
+    derived = derive_seed(seed, "pass", *key)
+    random.seed(derived)
+    np.random.seed(derived % 2**32)  # noqa: NPY002 - transforms draw from it
+    seed_torch(derived, torch.device("cpu"))
+    for number, generator in enumerate(own):
+        derived = derive_seed(seed, "pass", *key, number)
+        if isinstance(generator, np.random.Generator):
+            bits = generator.bit_generator
+            bits.state = type(bits)(derived).state
+        elif isinstance(generator, torch.Generator):
+            generator.manual_seed(derived)
+        else:
+            generator.seed(derived % 2**32)
 
 
 def transform_names(samples: Any) -> list[str]:

@@ -171,7 +171,9 @@ class Bench:
             self.device,
             zero=number == len(self.memory.network.stages),
         )
-        learner.optimizer = new_optimizer(learner.parameters(), self.recipe, number, None)
+        learner.optimizer = new_optimizer(
+            learner.parameters(), self.recipe, number, None, learner.undecayed()
+        )
         learner.smaller = partial(self.memory.smaller, number, StageStores(number - 1))
         return learner
 
@@ -183,7 +185,8 @@ class Bench:
         compiled for it."""
         learner.train()
         rows, waited, computed = 0, 0.0, 0.0
-        strategy, guard, deadline = Greedy(learner), Guard(), math.inf
+        clip = self.recipe.training.gradient_clip
+        strategy, guard, deadline = Greedy(learner), Guard(clip), math.inf
         for epoch in itertools.count():
             asked = time.perf_counter()
             for position, batch in enumerate(self._epoch(source, learner.stage.number, epoch)):

@@ -66,11 +66,10 @@ class Durations:
         tests = -(-epochs // training.test_every) if training.test_every else 1
         through(source + 1, number - 1, (train - self.held_out) * epochs)
         through(source + 1, number, self.held_out * epochs + test * tests)
-        drawn = views_drawn(epochs, self.disk.reuse(source))
-        through(1, source, drawn * train)
+        if drawn := views_drawn(epochs, self.disk.reuse(source)):
+            through(1, source, drawn * train)
         if views := self._views(number):
-            is_ring = any(self.disk.reuse(n) for n in (source, number))
-            first = 1 if is_ring or self._views(source) < views else source + 1
+            first = 1 if self.disk.is_written_from_images(number) else source + 1
             through(first, number, views * train + test + min(SAMPLE_ROWS, train))
         return passed
 

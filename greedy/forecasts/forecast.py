@@ -15,7 +15,7 @@ from greedy.base.devices import pick_device, pick_precision
 from greedy.base.errors import UserError
 from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import build_loss, build_network
-from greedy.data import DATASETS, Reading, load_dataset
+from greedy.data import DATASETS, Reading, draws_at_random, load_dataset
 from greedy.forecasts.duration import Durations
 from greedy.memory.baselines import baselines
 from greedy.memory.choice import Choice, memory_budget
@@ -29,6 +29,7 @@ from greedy.runs.disk_budget import plan_disk
 from greedy.runs.disk_plan import DiskPlan
 from greedy.runs.state import RunState
 from greedy.runs.views import Views, views_drawn
+from greedy.steps.optimizers import factory
 from greedy.steps.parts import parts_of
 from greedy.training.calibration import Calibration, Work, byte_operations
 
@@ -42,12 +43,14 @@ class DataFacts:
         classes: number of classes.
         rows: number of rows of each split.
         stored_bytes: bytes of stage 0 on disk at most.
+        fresh: whether images are read from the data set for every view and live epoch.
     """
 
     shape: Shape
     classes: int
     rows: Mapping[str, int]
     stored_bytes: int
+    fresh: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Machine:
         device: ``cpu``, ``cuda`` or ``mps``.
         precision: ``float32``, ``bfloat16`` or ``float16``.
         memory_budget_bytes: bytes that a step may take on the device; ``None`` for any number.
-        optimizer_state: where Adam's moments are: ``device`` or ``host``.
+        optimizer_state: where the optimiser's moments are: ``device`` or ``host``.
     """
 
     device: str
@@ -135,6 +138,17 @@ class Forecast:
         return max(stage.peak_memory_bytes for stage in self.stages)
 
     @property
+    def bytes_written(self) -> int:
+        """The bytes that are written into all stores, also for views that are replaced."""
+        return sum(stage.bytes_written for stage in self.stages)
+
+    @property
+    def drawing_share(self) -> float:
+        """The share of all operations that draw views."""
+        drawn = sum(stage.drawing_flops for stage in self.stages)
+        return drawn / sum(s.flops + s.replay_flops + s.drawing_flops for s in self.stages)
+
+    @property
     def seconds(self) -> float | None:
         """The seconds of all stages; ``None`` if those of one are not known."""
         known = [stage.seconds for stage in self.stages if stage.seconds is not None]
@@ -153,7 +167,11 @@ def data_facts(run: RunDirectory, allow_function: bool = False) -> DataFacts:
         data = state.complete_record(0)
         assert data.store is not None
         return DataFacts(
-            data.row_shape, len(data.class_names), dict(data.rows.items()), data.store.bytes
+            data.row_shape,
+            len(data.class_names),
+            dict(data.rows.items()),
+            data.store.bytes,
+            data.data_choices.fresh,
         )
     return named_data_facts(run.recipe, allow_function)
 
@@ -184,7 +202,9 @@ def named_data_facts(recipe: Recipe, allow_function: bool = False) -> DataFacts:
         )
     rows = {split: len(getattr(dataset, split)) for split in SPLITS}
     itemsize = dataset.train.dtype.itemsize
-    return _unwritten(dataset.train.shape, len(dataset.class_names), rows, itemsize)
+    facts = _unwritten(dataset.train.shape, len(dataset.class_names), rows, itemsize)
+    fresh = draws_at_random(dataset) and recipe.data.transforms == "fresh"
+    return replace(facts, fresh=fresh)
 
 
 def _unwritten(shape: Shape, classes: int, rows: Mapping[str, int], value_bytes: int) -> DataFacts:
@@ -238,6 +258,7 @@ def forecast(
         data.rows,
         data.stored_bytes,
         byte_operations(machine.device, calibration),
+        fresh=data.fresh,
     )
     memory = MemoryPlan(
         recipe,
@@ -251,7 +272,7 @@ def forecast(
     stages = [planned.forecast(number, at_once) for number in range(1, len(network) + 1)]
     if calibration is not None and at_once is None:
         stages = planned.timed(stages, calibration)
-    others = baselines(network, recipe.training.batch_size)
+    others = baselines(network, recipe.training.batch_size, factory(recipe.training))
     process = None
     if machine.device == "cpu":  # after counting, which has imported what training needs
         process = resident(max(stage.peak_memory_bytes for stage in stages))

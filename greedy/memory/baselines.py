@@ -1,7 +1,7 @@
 """The memory of one training step of the whole network, counted on fake tensors.
 
-Counted are the bytes of weights, gradients, both moments of Adam, the batch and everything computed
-from it. A real step also needs the working memory of its operators.
+Counted are the bytes of weights, gradients, the optimiser's moments, the batch and everything
+computed from it. A real step also needs the working memory of its operators.
 """
 
 import math
@@ -97,10 +97,13 @@ class NetworkDemand:
         return counter.peak
 
 
-def baselines(network: CutNetwork, batch_size: int) -> dict[str, int]:
+def baselines(
+    network: CutNetwork, batch_size: int, optimizer: OptimizerFactory = fused_adam
+) -> dict[str, int]:
     """Counts the peak memory in bytes of a step by each other way of training, named as in
-    ``BASELINES``. Without a local loss there is no ``joint``."""
-    backprop = NetworkDemand(network, batch_size, "backprop")
+    ``BASELINES``, with the optimisers that ``optimizer`` makes. Without a local loss there is no
+    ``joint``."""
+    backprop = NetworkDemand(network, batch_size, "backprop", optimizer=optimizer)
     peaks = {
         "backprop": backprop.peak(),
         "backprop_bfloat16": replace(backprop, precision="bfloat16").peak(),

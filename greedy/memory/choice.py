@@ -214,15 +214,15 @@ def _refusal(demand: StepDemand, least: Choice, budget: int, micro_batch: int | 
     replayed = f", {format_size(frozen)} for frozen stages" if frozen else ""
     rows = f" and micro-batches of {micro_batch}" if micro_batch else ""
     lower = "memory.micro_batch or " if micro_batch and micro_batch > 1 else ""
-    adam = " and Adam's moments" if demand.optimizer else ""
+    state = " and the optimiser's state" if demand.optimizer else ""
     way_out = (
-        ", keep Adam's moments in host memory with --optimizer-state host"
+        ", keep the optimiser's state in host memory with --optimizer-state host"
         if demand.optimizer
         else ""
     )
     return (
         f"stage {demand.stage.number} ({demand.stage.name}) takes at least "
-        f"{format_size(least.peak_bytes)} ({format_size(parameters)} for weights, gradients{adam}"
+        f"{format_size(least.peak_bytes)} ({format_size(parameters)} for weights, gradients{state}"
         f"{replayed}, the rest for activations in mode {least.mode}{rows}) and the memory budget "
         f"is {format_size(budget)}: raise --memory-budget{way_out} or lower "
         f"{lower}training.batch_size"

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -125,8 +126,13 @@ class StepDemand:
         stage, *_ = self._skeletons()
         with fake_tensors():
             parameters = self._learner(stage, StepMemory()).parameters()
-        copies = 2 if self.optimizer is None else 4
-        return copies * sum(p.numel() * p.element_size() for p in parameters)
+            state: list[Any] = []
+            if self.optimizer is not None:
+                optimizer = self.optimizer(parameters)
+                make_state(parameters, [optimizer])
+                state = [v for kept in optimizer.state.values() for v in kept.values()]
+        tensors = [*parameters, *parameters, *filter(torch.is_tensor, state)]
+        return sum(t.numel() * t.element_size() for t in tensors)
 
     def frozen_bytes(self) -> int:
         """Returns the bytes of the weights of all other stages on the device."""

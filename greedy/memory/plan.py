@@ -12,7 +12,6 @@ from greedy.memory.choice import (
     Choice,
     choose,
     choose_smaller,
-    fused_adam,
     room_for,
     stored_row_bytes,
 )
@@ -20,6 +19,7 @@ from greedy.memory.peaks import OptimizerFactory, Replay, StepDemand, weight_byt
 from greedy.models import Stage, StageShapes
 from greedy.recipes import Recipe
 from greedy.runs.disk_plan import DiskPlan
+from greedy.steps.optimizers import factory
 from greedy.steps.step import Learner
 from greedy.stores.writing import write_batch
 
@@ -45,7 +45,7 @@ class StageStores:
         """Returns the stores that a disk plan gives to stage ``number``."""
         source = disk.source(number)
         from_ring, is_ring = (disk.reuse(n) > 0 for n in (source, number))
-        return cls(source, from_ring, is_ring, 0 if from_ring or is_ring else None)
+        return cls(source, from_ring, is_ring, 0 if disk.is_written_from_images(number) else None)
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class MemoryPlan:
         precision: ``float32``, ``bfloat16`` or ``float16``.
         budget: bytes that a step may take on the device; ``None`` for any number.
         device_type: ``cpu``, ``cuda`` or ``mps``.
-        optimizer: makes a stage's optimiser.
+        optimizer: makes the user's optimiser; ``None`` for the recipe's.
         images: the encoding of stage 0's store.
     """
 
@@ -67,7 +67,7 @@ class MemoryPlan:
     precision: str
     budget: int | None
     device_type: str
-    optimizer: OptimizerFactory = fused_adam
+    optimizer: OptimizerFactory | None = None
     images: str = "uint8"
     _choices: dict[Hashable, Choice] = field(default_factory=dict, repr=False)
     _flops: dict[Hashable, int] = field(default_factory=dict, repr=False)
@@ -140,7 +140,7 @@ class MemoryPlan:
             return demand, self._drawing(number, streamed=self._streams(number))
         if stores.written_from is None or stores.written_from == source:
             return demand, None
-        return demand, self._demand(number, stores.written_from)
+        return demand, self._writing(number, stores.written_from)
 
     def _streams(self, number: int) -> bool:
         """Returns whether there is no room for all frozen stages while views of a stage's store are
@@ -169,11 +169,18 @@ class MemoryPlan:
         replay = demand.replay and replace(demand.replay, streamed=streamed)
         return replace(demand, replay=replay, other_resident_bytes=next_stage)
 
+    def _writing(self, number: int, source: int) -> StepDemand:
+        """Returns the demand of writing a stage's store from that of an earlier stage ``source``.
+        Where there is no room for the frozen stages between them, they are streamed."""
+        demand = self._demand(number, source)
+        if self.budget is None or not demand.replay or demand.writing_peak(1) <= self.budget:
+            return demand
+        return replace(demand, replay=replace(demand.replay, streamed=True))
+
     def _demand(self, number: int, source: int) -> StepDemand:
-        on_device = self.recipe.memory.optimizer_state == "device"
         return StepDemand(
             *self._what(number),
-            self.optimizer if on_device else None,
+            self._on_device,
             self.device_type,
             stored_row_bytes(
                 self.recipe.store.encoding if source else self.images,
@@ -182,17 +189,23 @@ class MemoryPlan:
             self._replay(source, number),
         )
 
+    @property
+    def _on_device(self) -> OptimizerFactory | None:
+        """What makes the optimiser of a stage; ``None`` if its state is in host memory."""
+        if self.recipe.memory.optimizer_state == "host":
+            return None
+        return self.optimizer or factory(self.recipe.training)
+
     def at_once(self) -> Choice:
         """Returns how all stages train at once. Raises ``UserError`` if that does not fit the
         budget."""
-        on_device = self.recipe.memory.optimizer_state == "device"
         return choose_network(
             self.network,
             self.recipe.training,
             self.precision,
             self.budget,
             self.device_type,
-            self.optimizer if on_device else None,
+            self._on_device,
         )
 
     def flops(self, number: int) -> int:

@@ -2,16 +2,26 @@
 
 from typing import Any, Final
 
+from pydantic import BaseModel
+
 from greedy.base.files import canonical_json, digest
-from greedy.recipes.schema import Data, Recipe
+from greedy.recipes.schema import Data, Recipe, Training
 
 FREE_FIELDS: Final = {
-    *("max_pixels", "frozen_transforms"),
+    *("max_pixels", "num_workers"),
     *("compile", "deterministic", "test_every", "checkpoint_minutes"),
 }
-_LATER_DATA_FIELDS = ("background", "broken", "max_pixels")
+_LATER: Final[dict[type[BaseModel], tuple[str, ...]]] = {
+    Data: ("background", "broken", "max_pixels", "transforms"),
+    Training: (
+        *("optimizer", "momentum", "nesterov", "weight_decay"),
+        *("schedule", "warmup_epochs", "gradient_clip"),
+    ),
+}
 LATER_FIELDS: Final[dict[str, Any]] = {
-    f"data.{field}": Data.model_fields[field].default for field in _LATER_DATA_FIELDS
+    f"{section.__name__.lower()}.{field}": section.model_fields[field].default
+    for section, fields in _LATER.items()
+    for field in fields
 }
 
 _FORMER_NAMES = {
@@ -40,6 +50,7 @@ def result_fields(recipe: Recipe) -> dict[str, Any]:
 def recipe_digest(recipe: Recipe) -> str:
     """Returns the digest of ``result_fields``."""
     fields = result_fields(recipe)
+    fields.pop("data.transforms", None)  # older versions left it out; stage 0's lineage has it
     for name, former in _FORMER_NAMES.items():
         fields[former] = fields.pop(name)
     return digest(canonical_json(fields))

@@ -4,30 +4,21 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from greedy.recipes import milestones as rule
 from greedy.recipes.colour import Colour
 from greedy.recipes.limits import AutoLimit, Limit
+from greedy.recipes.section import Count, Rates, Section
+from greedy.recipes.training import Training
 
 CROPS: Final = {"jitter2", "crop4"}
 
-Count = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0)]
-Counts = Annotated[list[Count], Field(min_length=1)]
-Rates = Annotated[list[Rate], Field(min_length=1)]
 
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Data(_Section):
+class Data(Section):
     """The data set and the processing of its images on reading."""
 
     name: str = Field(
@@ -76,10 +67,25 @@ class Data(_Section):
     max_pixels: Count = Field(
         default=178_956_970, description="Most pixels of an image file, above which it is refused."
     )
-    frozen_transforms: bool = Field(
-        default=False,
-        description="Store a data set once although its own transforms draw at random.",
+    transforms: Literal["fresh", "frozen"] = Field(
+        default="fresh",
+        description="What a data set's own transforms draw at random; fresh: again for each view "
+        "and live epoch; frozen: once.",
     )
+    num_workers: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="Processes that read such a data set again, 0: none besides that which trains; "
+        "absent: one less than cores.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _frozen_had_another_name(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "frozen_transforms" in values:
+            values = dict(values)
+            if values.pop("frozen_transforms"):
+                values.setdefault("transforms", "frozen")
+        return values
 
     @field_validator("augmentation")
     @classmethod
@@ -105,7 +111,7 @@ class Data(_Section):
         return value
 
 
-class Model(_Section):
+class Model(Section):
     """The network."""
 
     network: Literal["mlp", "vgg8b", "vgg11b", "python"] = Field(
@@ -133,7 +139,7 @@ class Model(_Section):
     )
 
 
-class Loss(_Section):
+class Loss(Section):
     """The local loss."""
 
     name: Literal[
@@ -174,97 +180,7 @@ class Loss(_Section):
         return value
 
 
-class Training(_Section):
-    """The training of the stages."""
-
-    strategy: Literal["greedy", "joint", "backprop", "glob+sim"] = Field(
-        default="greedy",
-        description="One stage after the other; or all at once, each by its local loss; by "
-        "back-propagation from the end; or by that and every layer's sim loss.",
-    )
-    accumulate: Count = Field(
-        default=1,
-        description="Micro-batches over which back-propagation adds up a step's gradients; batch "
-        "norm then sees one at a time.",
-    )
-    epochs: Count | Counts = Field(description="Epochs of every stage, or a list with one a stage.")
-    batch_size: int = Field(default=128, ge=2, description="Rows in a batch.")
-    learning_rate: Rate | Rates = Field(
-        description="Adam's first learning rate, or a list with one a stage."
-    )
-    milestones: list[Count] | list[list[Count]] | None = Field(
-        default=None,
-        validate_default=True,
-        description="Epochs after which the rate drops, or a list a stage; absent: as published.",
-    )
-    lr_decay: float = Field(
-        default=0.25, gt=0, le=1, description="Factor on the learning rate at every drop."
-    )
-    patience: int = Field(
-        default=0,
-        ge=0,
-        description="Epochs without improvement on held-out rows before a drop, 0: use milestones.",
-    )
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
-        default="auto",
-        description="Arithmetic of encoder and heads; weights, statistics and losses are always "
-        "in float32, and float16's loss is scaled.",
-    )
-    compile: Literal["auto", "on", "off"] = Field(
-        default="auto",
-        description="Compile a stage's step; auto: of feature maps that train for 5,000 steps.",
-    )
-    deterministic: bool = Field(
-        default=False,
-        description="Use deterministic operators, no TF32 and, unless it is on, no compilation.",
-    )
-    test_every: int = Field(
-        default=1, ge=0, description="Epochs between looks at the test split, 0: at the end alone."
-    )
-    checkpoint_minutes: float = Field(
-        default=10, ge=0, description="Minutes between checkpoints within an epoch."
-    )
-
-    @field_validator("accumulate")
-    @classmethod
-    def _local_training_needs_no_accumulation(cls, value: int, info: ValidationInfo) -> int:
-        strategy = info.data.get("strategy")
-        if value > 1 and strategy in ("greedy", "joint"):
-            raise ValueError(f"be 1 where training.strategy is {strategy}")
-        return value
-
-    @field_validator("epochs", "learning_rate")
-    @classmethod
-    def _one_value_where_stages_train_together(cls, value: Any, info: ValidationInfo) -> Any:
-        strategy = info.data.get("strategy")
-        if isinstance(value, list) and strategy != "greedy":
-            raise ValueError(
-                f"be one number where training.strategy is {strategy}, as with "
-                f"--set training.{info.field_name}={max(value)}"
-            )
-        return value
-
-    @field_validator("learning_rate")
-    @classmethod
-    def _one_rate_a_stage(
-        cls, value: float | list[float], info: ValidationInfo
-    ) -> float | list[float]:
-        epochs = info.data.get("epochs")
-        if isinstance(value, list) and isinstance(epochs, list) and len(value) != len(epochs):
-            raise ValueError(f"have {len(epochs)} entries, as training.epochs has")
-        return value
-
-    @field_validator("milestones")
-    @classmethod
-    def _milestones_are_explicit(
-        cls, value: rule.Milestones | None, info: ValidationInfo
-    ) -> rule.Milestones | None:
-        if "epochs" not in info.data:
-            return value
-        return rule.explicit(value, info.data["epochs"])
-
-
-class Memory(_Section):
+class Memory(Section):
     """The device's memory while a stage trains. No setting of it changes the gradients, which are
     those of the whole batch."""
 
@@ -276,11 +192,11 @@ class Memory(_Section):
         default=None, description="Rows of a micro-batch; absent: as many as the budget allows."
     )
     optimizer_state: Literal["device", "host"] = Field(
-        default="device", description="Where Adam's moments are."
+        default="device", description="Where the optimiser's moments are."
     )
 
 
-class Store(_Section):
+class Store(Section):
     """The activation stores."""
 
     views: Count | Literal["auto", "live"] = Field(
@@ -328,7 +244,7 @@ class Store(_Section):
         return value
 
 
-class Paper(_Section):
+class Paper(Section):
     """The published figure that the recipe reproduces."""
 
     table: Count = Field(description="Number of the paper's table.")
@@ -337,7 +253,7 @@ class Paper(_Section):
     )
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """One run, fully described."""
 
     name: str = Field(min_length=1, description="Name of the recipe; absent: from its file.")

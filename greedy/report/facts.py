@@ -23,6 +23,7 @@ from greedy.runs.network import assemble, stages_of
 from greedy.runs.record import StageRecord
 from greedy.runs.state import RunState, StageState
 from greedy.runs.status import DiskUse, StageStatus, disk_use, status
+from greedy.steps.optimizers import factory
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,8 @@ def _baselines(state: RunState, model: nn.Sequential | None, loss: LocalLoss) ->
     data, stages = state.complete_record(0), stages_of(state, model)
     along = shapes(stages, data.row_shape)
     network = CutNetwork(stages, along, loss, len(data.class_names))
-    return baselines(network, state.run.recipe.training.batch_size)
+    training = state.run.recipe.training
+    return baselines(network, training.batch_size, factory(training))
 
 
 def _stores(state: RunState, records: Mapping[int, StageRecord]) -> list[StoreFacts]:

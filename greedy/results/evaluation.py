@@ -1,11 +1,12 @@
 """Evaluation of the assembled network on raw images."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from greedy.base.devices import full_float32, to_device
@@ -15,15 +16,40 @@ from greedy.memory.forward import Forward, fit_forward
 from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.state import RunState
 
+TOP = 5
+
+
+@dataclass(frozen=True)
+class ClassError:
+    """The error of a network on the images of one class; ``None`` without images."""
+
+    name: str
+    samples: int
+    error_percent: float | None
+
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Error in percent and mean cross-entropy of a network on a split."""
+    """The evaluation of a network on a split.
+
+    Attributes:
+        split: the name of the split.
+        samples: number of its images.
+        error_percent: the share of images whose likeliest class is wrong.
+        loss: the mean cross-entropy.
+        balanced_error_percent: the mean of the errors of all classes that have images.
+        top5_error_percent: the share of images whose class is not among the five likeliest;
+            ``None`` with five classes or fewer.
+        by_class: the error of each class, in order.
+    """
 
     split: str
     samples: int
     error_percent: float
     loss: float
+    balanced_error_percent: float
+    top5_error_percent: float | None
+    by_class: Sequence[ClassError]
 
 
 def evaluate(
@@ -44,12 +70,47 @@ def evaluate(
     Raises:
         UserError: there is no such split, or the budget is too small.
     """
-    samples, loss, wrong = 0, 0.0, 0
+    names = RunState.read(run).complete_record(0).class_names
+    tally = _Tally(np.zeros(len(names), int), np.zeros(len(names), int))
     for logits, labels in classified(run, network, split, device, memory_budget):
-        samples += len(labels)
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-        wrong += int((logits.argmax(dim=1) != labels).sum())
-    return Evaluation(split, samples, 100 * wrong / samples, loss / samples)
+        tally.add(logits, labels)
+    return tally.evaluation(split, names)
+
+
+@dataclass
+class _Tally:
+    """Sums over the images of a split: of each class how many there are and are wrong, the loss,
+    and how often the right class is not among the likeliest."""
+
+    samples: NDArray[np.int64]
+    wrong: NDArray[np.int64]
+    loss: float = 0.0
+    beyond: int = 0
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        self.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+        wrong, classes = labels[logits.argmax(dim=1) != labels], len(self.samples)
+        self.samples += np.bincount(labels.cpu(), minlength=classes)
+        self.wrong += np.bincount(wrong.cpu(), minlength=classes)
+        likeliest = logits.topk(min(TOP, logits.shape[1]), dim=1).indices
+        self.beyond += int((likeliest != labels[:, None]).all(dim=1).sum())
+
+    def evaluation(self, split: str, names: Sequence[str]) -> Evaluation:
+        counts = zip(names, self.samples.tolist(), self.wrong.tolist(), strict=True)
+        by_class = [
+            ClassError(n, total, 100 * w / total if total else None) for n, total, w in counts
+        ]
+        errors = [each.error_percent for each in by_class if each.error_percent is not None]
+        rows = int(self.samples.sum())
+        return Evaluation(
+            split,
+            rows,
+            error_percent=100 * int(self.wrong.sum()) / rows,
+            loss=self.loss / rows,
+            balanced_error_percent=sum(errors) / len(errors),
+            top5_error_percent=100 * self.beyond / rows if len(names) > TOP else None,
+            by_class=by_class,
+        )
 
 
 def classified(

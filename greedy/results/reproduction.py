@@ -82,7 +82,7 @@ class SeededRun:
         if self.error_percent is None:
             trainer = GreedyTrainer.from_recipe(self.recipe, self.path, device=device)
             data = self.recipe.data
-            if RunState.read(trainer.run).stage_state(0) != "complete":
+            if trainer.needs_data():
                 dataset = load_dataset(
                     data.name,
                     data_dir,

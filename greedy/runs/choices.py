@@ -108,12 +108,19 @@ class _Decided(BaseModel):
 
 class DataChoices(_Decided):
     """What was decided of stage 0: mean and deviation of each channel; which numbers image files
-    hold, and which of them were left out since they could not be read, with reasons."""
+    hold, and which of them were left out since they could not be read, with reasons; the seed with
+    which the stored pass through a data set was drawn that is drawn again in every pass."""
 
     mean: list[float]
     std: list[float]
     pixels: Literal["bytes", "integers", "floats"] = "bytes"  # see ``greedy.data.modes``
     skipped: dict[str, str] = {}
+    pass_seed: Annotated[int, Field(ge=0)] | None = None
+
+    @property
+    def fresh(self) -> bool:
+        """Whether training rows are read again from the data set for every view and live epoch."""
+        return self.pass_seed is not None
 
 
 class Choices(_Decided):

@@ -17,6 +17,7 @@ from greedy.recipes import Recipe, differences, load, recipe_digest, to_toml
 from greedy.runs.exchange import (
     NEW,
     OLD,
+    PART,
     exchange,
     exchange_path,
     identities,
@@ -206,7 +207,11 @@ class RunDirectory:
     def _finish_exchanges(self) -> None:
         if (old := exchange_path(self.network_dir, OLD)).exists():
             shutil.rmtree(old)
-        patterns = (".stage*", "stage*/.activations.zarr", "stage*/activations.zarr/.train")
+        stores = ("stage*/.activations.zarr", "stage*/activations.zarr/.train")
+        for pattern in stores:
+            for unfinished in self.path.glob(pattern + PART):
+                shutil.rmtree(unfinished)
+        patterns = (".stage*", *stores)
         for suffix in (NEW, OLD):
             for pattern in patterns:
                 for leftover in self.path.glob(pattern + suffix):

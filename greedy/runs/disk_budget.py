@@ -36,6 +36,8 @@ def plan_disk(
     image_bytes: int,
     byte_operations: float,
     retrain_from: int | None = None,
+    *,
+    fresh: bool = False,
 ) -> DiskPlan:
     """Returns the plan for all stages that are not finished, or are to be trained again.
 
@@ -47,33 +49,42 @@ def plan_disk(
         byte_operations: multiply-adds that take as long as reading a byte of a store, which decide
             whether a stage needs one where views are ``auto``.
         retrain_from: the first stage that is trained again.
+        fresh: whether images are read from the data set for every view and live epoch.
 
     Raises:
         UserError: the stores do not fit the budget.
     """
     run, recipe = state.run, state.run.recipe
     sizes = UNCOMPRESSED if recipe.store.compressor == "none" else COMPRESSED
+    by_speed = recipe.store.views == "auto" and not fresh  # reading a data set may take any time
+    numbers = range(1, len(shapes) + 1)
     demand = DiskDemand(
-        tuple(_stage_demand(state, n, shapes, retrain_from) for n in range(1, len(shapes) + 1)),
+        tuple(_stage_demand(state, n, shapes, retrain_from, fresh) for n in numbers),
         rows,
         sizes[encoding(recipe)],
         image_bytes,
-        byte_operations if recipe.store.views == "auto" else 0,
+        byte_operations if by_speed else 0,
     )
     planned = plan_stores(demand, disk_budget(run), recipe.store.keep)
     one_by_one = recipe.training.strategy == "greedy"
-    return replace(planned, notes=tuple(_notes(recipe)) if one_by_one else ())
+    notes = tuple(_notes(recipe)) if one_by_one and not fresh else ()
+    return replace(planned, notes=notes)
 
 
 def _stage_demand(
-    state: RunState, number: int, shapes: Sequence[StageShapes], retrain_from: int | None
+    state: RunState,
+    number: int,
+    shapes: Sequence[StageShapes],
+    retrain_from: int | None,
+    fresh: bool,
 ) -> StageDemand:
     recipe, shape = state.run.recipe, shapes[number - 1]
     again = retrain_from is not None and number >= retrain_from
     record, start = previous_record(state, number), _resumable_start(state, number)
     next_stage = min(number + 1, len(shapes))
-    (views, reuse), lowered = wanted_views(recipe, next_stage), None
-    if isinstance(views, int) and recipe.data.is_augmented and recipe.store.reuse == "auto":
+    (views, reuse), lowered = wanted_views(recipe, next_stage, fresh=fresh), None
+    drawn = recipe.data.is_augmented or fresh
+    if isinstance(views, int) and drawn and recipe.store.reuse == "auto":
         _, lowered = enough_views(for_stage(recipe.training.epochs, next_stage), 1)
     if start is not None:
         reuse, lowered = start.resolved.reuse, None

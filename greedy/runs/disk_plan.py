@@ -188,6 +188,15 @@ class DiskPlan:
         stages without a store of views: the images and the output layer."""
         return self.stages[number - 1].reuse if 1 <= number <= len(self.stages) else 0
 
+    def is_written_from_images(self, number: int) -> bool:
+        """Returns whether a stage's store is written from the images, also where the stage trains
+        from a store: where views of either are replaced, or where that has fewer views."""
+        source, views = self.source(number), self.views(number)
+        if views == "live":
+            return False
+        fewer = source == 0 or self.views(source) < views  # type: ignore[operator]
+        return fewer or self.reuse(source) > 0 or self.reuse(number) > 0
+
     def source(self, number: int) -> int:
         """Returns the stage whose store a stage trains from."""
         earlier = self.stages[: number - 1]

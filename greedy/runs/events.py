@@ -9,13 +9,16 @@ from greedy.runs.choices import Choices, StepMemory
 from greedy.runs.disk_plan import DiskPlan
 from greedy.runs.record import StageRecord
 
+MUCH_WAITING = 10.0  # percent of an epoch, above which waiting for data is shown
+
 
 @dataclass(frozen=True)
 class EpochReport:
     """The figures of one epoch, a line of ``history.jsonl``.
 
     Errors are in percent, ``None`` without a local classifier, and on the test split also after an
-    epoch in which it was not evaluated. ``seconds`` are of training only.
+    epoch in which it was not evaluated. ``seconds`` are of training only; ``waiting_percent`` of
+    them training waited for rows to be read, as far as the process that ended the epoch knows.
     """
 
     epoch: int
@@ -26,6 +29,12 @@ class EpochReport:
     images_per_second: float
     seconds: float
     test_error_percent: float | None = None
+    waiting_percent: float | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether reading, not computing, takes much of the epoch."""
+        return self.waiting_percent is not None and self.waiting_percent > MUCH_WAITING
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from greedy.runs.record import ENCODER, FILES, HEADS, HISTORY
 Result = TypeVar("Result")
 
 NEW, OLD = ".new", ".old"  # endings of the temporary names during an exchange
+PART = ".part"  # and before it, while the new directory is filled
 CHECKPOINT = "checkpoint"  # the directory in that of an unfinished stage
 # The files of greedy in a stage's directory, besides names that begin with a dot or end in .part.
 _OWN_NAMES = ("stage.json", ENCODER, HEADS, HISTORY, FILES, "activations.zarr", "training")
@@ -66,7 +67,7 @@ def replacing(directory: Path, temporary: Path, *, resume: bool = False) -> Iter
 
 
 def exchange_path(directory: Path, suffix: str) -> Path:
-    """Returns the temporary name of a directory during its exchange, ``suffix`` being NEW or
+    """Returns a temporary name of a directory for its exchange, ``suffix`` being PART, NEW or
     OLD."""
     return directory.with_name(f".{directory.name}{suffix}")
 

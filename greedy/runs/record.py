@@ -19,7 +19,7 @@ from greedy.base.commands import command
 from greedy.base.errors import UserError
 from greedy.base.files import file_digest, read_with_digest, with_digest
 from greedy.base.text import legible
-from greedy.cache import StoreSummary
+from greedy.cache import Layout, StoreSummary
 from greedy.cache.files import write_whole
 from greedy.recipes import Recipe
 from greedy.runs.choices import Choices, Count, DataChoices, Size
@@ -76,6 +76,15 @@ class RingRecord(_Document):
             digests[slot * size : (slot + 1) * size] = shards
         return self.model_copy(update={"numbers": numbers, "shards": digests})
 
+    def known(self) -> Self:
+        """Returns the record with the number that an unknown view had if it was the oldest."""
+        views, newest = len(self.numbers), max(self.numbers)
+        numbers = [
+            place + views * max((newest - place) // views, 0) if number == UNKNOWN_VIEW else number
+            for place, number in enumerate(self.numbers)
+        ]
+        return self.model_copy(update={"numbers": numbers})
+
 
 class StoreRecord(_Document):
     """The activation store of one stage, both splits together.
@@ -112,12 +121,15 @@ class StoreRecord(_Document):
         return self
 
     @property
-    def view_numbers(self) -> list[int]:
-        """The number of each view of the training split, ``UNKNOWN_VIEW`` where that cannot be
-        known."""
-        if self.generation:
-            return [UNKNOWN_VIEW] * self.views
-        return self.ring.numbers if self.ring else list(range(self.views))
+    def view_numbers(self) -> Sequence[int]:
+        """The number of each view of the training split, ``UNKNOWN_VIEW`` for one that is being
+        exchanged. If ``generation`` is not 0 they are not known."""
+        return self.ring.numbers if self.ring else range(self.views)
+
+    def fits(self, train: Layout) -> bool:
+        """Returns whether a training split has the recorded views and, in a ring, shards."""
+        shards = len(self.ring.shards) if self.ring else train.views * train.shards
+        return (self.views, shards) == (train.views, train.views * train.shards)
 
     @property
     def bytes(self) -> int:
@@ -217,11 +229,17 @@ class StageRecord(_Document):
             raise ValueError("its parent or source is missing")
         if isinstance(self.resolved, Choices) != (self.stage > 0):
             raise ValueError("its choices are those of another kind of stage")
+        if self.store and self.store.ring and (self.store.source or not self._replaces_views):
+            raise ValueError("its views cannot be replaced")
         if isinstance(self.resolved, DataChoices):
             moments = self.resolved
             if {len(moments.mean), len(moments.std)} != {self.row_shape[0]}:
                 raise ValueError("its mean and std are of another number of channels")
         return self
+
+    @property
+    def _replaces_views(self) -> bool:
+        return isinstance(self.resolved, Choices) and self.resolved.reuse > 0
 
     @property
     def choices(self) -> Choices:

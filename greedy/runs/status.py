@@ -4,16 +4,57 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from greedy.base.files import bytes_below
+from greedy.base.text import ranges
 from greedy.runs.checkpoint_record import describe_progress
 from greedy.runs.directory import SET_ASIDE, RunDirectory
+from greedy.runs.record import UNKNOWN_VIEW, StageRecord
 from greedy.runs.state import RunState, StageState
+
+
+@dataclass(frozen=True)
+class StoreStatus:
+    """The views of a stage's store.
+
+    Attributes:
+        views: how many it has, or had before it was deleted.
+        reuse: epochs after which the oldest is replaced by a new one, 0 for never.
+        view_numbers: those that it holds now, ascending; ``None`` if it was deleted. A view is
+            missing while it is exchanged.
+        bytes_written: into all stores of its stage, also for views that were replaced.
+    """
+
+    views: int
+    reuse: int
+    view_numbers: list[int] | None
+    bytes_written: int
+
+    @property
+    def held(self) -> str:
+        """The numbers of the views that it holds, in words."""
+        if self.view_numbers is None:
+            return "-"
+        return ranges(self.view_numbers) or "?"
+
+
+def store_status(record: StageRecord, has_store: bool) -> StoreStatus | None:
+    """Returns the views of a finished stage's store, ``None`` if it never had one."""
+    if (store := record.store) is None:
+        return None
+    numbers = sorted(number for number in store.view_numbers if number != UNKNOWN_VIEW)
+    return StoreStatus(
+        views=store.views,
+        reuse=record.choices.reuse if record.stage else 0,
+        view_numbers=numbers if has_store else None,
+        bytes_written=record.bytes_written,
+    )
 
 
 @dataclass(frozen=True)
 class StageStatus:
     """The state and figures of one stage: errors in percent, sizes in bytes, time in seconds.
 
-    A figure is ``None`` if the stage is not finished, has no local classifier, or has no store.
+    A figure is ``None`` if the stage is not finished, has no local classifier, or has no store;
+    ``store`` also tells of a store that was deleted.
     ``step_memory_bytes`` were counted for a step, ``peak_memory_bytes`` measured (on a CPU of the
     whole process). If all stages train at once, these two and the time are the network's.
     """
@@ -29,6 +70,7 @@ class StageStatus:
     images_per_second: float | None = None
     step_memory_bytes: int | None = None
     peak_memory_bytes: int | None = None
+    store: StoreStatus | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +115,7 @@ def _stage(state: RunState, number: int, name: str) -> StageStatus:
         images_per_second=record.images_per_second,
         step_memory_bytes=record.choices.planned_peak_bytes,
         peak_memory_bytes=record.peak_memory_bytes,
+        store=store_status(record, store is not None),
     )
 
 

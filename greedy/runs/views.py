@@ -45,14 +45,15 @@ def views_drawn(epochs: int, reuse: int) -> int:
     return (epochs - 1) // reuse if reuse else 0
 
 
-def wanted_views(recipe: Recipe, number: int) -> tuple[Views, int]:
+def wanted_views(recipe: Recipe, number: int, *, fresh: bool = False) -> tuple[Views, int]:
     """Returns the views of the store that stage ``number`` trains from, and after how many epochs
     the oldest is replaced, if the disk has room. Frozen stages draw nothing at random: without
-    augmentation all views would be equal, and one is enough."""
+    augmentation, or images that a data set draws afresh, all views would be equal, and one is
+    enough."""
     store = recipe.store
     if store.views == "live":
         return "live", 0
-    if not recipe.data.is_augmented:
+    if not (recipe.data.is_augmented or fresh):
         return 1, 0
     given = (None if value == "auto" else value for value in (store.views, store.reuse))
     return enough_views(for_stage(recipe.training.epochs, number), *given)

@@ -19,8 +19,14 @@ class OptimizerFailed(Exception):
 @dataclass
 class Guard:
     """Keeps steps whose loss or gradients are not finite from changing parameters, and notes the
-    first such step on the device. Only reading ``step`` and ``in_loss`` waits for the device."""
+    first such step on the device. Only reading ``step`` and ``in_loss`` waits for the device.
 
+    Attributes:
+        clip: the largest norm of the gradients of an update, above which they are scaled down to
+            it; 0 for any.
+    """
+
+    clip: float = 0.0
     _first: Tensor | None = None
     _in_loss: Tensor | None = None
 
@@ -52,6 +58,8 @@ class Guard:
             skipped = in_loss | scale.unscale(parameters)
             bad = in_loss | scale.exhausted
         self._note(step, bad, in_loss)
+        if self.clip:
+            nn.utils.clip_grad_norm_(parameters, self.clip)
         try:
             if skips_on_device(optimizer):
                 optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]

@@ -22,6 +22,7 @@ from greedy.runs.choices import Mode, StepMemory
 from greedy.steps.exact import ExactStep
 from greedy.steps.graph import WARM_UP, Gradients, StepGraph
 from greedy.steps.guard import Guard
+from greedy.steps.optimizers import undecayed
 from greedy.steps.parts import Parts, parts_of
 from greedy.steps.scaling import LossScale
 from greedy.stores.source import Batch
@@ -86,6 +87,11 @@ class Learner:
     def parameters(self) -> list[nn.Parameter]:
         """Returns the encoder's and the heads' parameters."""
         return [*self.stage.parameters(), *self.heads.parameters()]
+
+    def undecayed(self) -> set[nn.Parameter]:
+        """Returns the parameters that weight decay leaves alone, see
+        ``greedy.steps.optimizers.undecayed``."""
+        return undecayed((self.stage, self.heads))
 
     def buffers(self) -> list[Tensor]:
         """Returns the buffers of encoder and heads, such as running statistics, which a step also

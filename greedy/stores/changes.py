@@ -11,7 +11,14 @@ from greedy.base.errors import UserError
 from greedy.base.functions import is_function_name
 from greedy.base.text import first_names, legible
 from greedy.cache import Store
-from greedy.data import Dataset, Reading, Split, find_dataset, load_dataset
+from greedy.data import (
+    Dataset,
+    Reading,
+    Split,
+    find_dataset,
+    first_pass,
+    load_dataset,
+)
 from greedy.data.folder import FolderSplit
 from greedy.data.loading import folder_of
 from greedy.data.mapstyle import PYTHON
@@ -63,6 +70,9 @@ def describe_changes(state: RunState, dataset: Dataset) -> str | None:
     """Returns in few words how a data set differs from the one that stage 0 was written from;
     ``None`` if it does not, or if that cannot be known."""
     if not isinstance(dataset.train, FolderSplit):
+        seed = state.complete_record(0).data_choices.pass_seed
+        if seed is not None:
+            dataset = first_pass(dataset, seed)
         with generators_restored():
             return ", ".join(_differences(state, dataset)) or None
     run = state.run

@@ -10,7 +10,7 @@ import torch
 from greedy.base.commands import command
 from greedy.base.errors import UserError
 from greedy.cache import Store
-from greedy.data import Augmentation
+from greedy.data import Augmentation, Split
 from greedy.models import Stage
 from greedy.recipes.per_stage import for_stage
 from greedy.runs.choices import Choices
@@ -20,6 +20,7 @@ from greedy.runs.network import load_stage, stage_weights
 from greedy.runs.record import StageRecord, StoreRecord, channel_moments
 from greedy.runs.state import RunState
 from greedy.runs.views import Views, wanted_views
+from greedy.stores.fresh import FreshImages, require_data_set
 from greedy.stores.ring import Ring
 from greedy.stores.source import WRITE_ROWS, ImagePreparation, Replayed, Source
 from greedy.stores.streamed import StreamedStage
@@ -32,18 +33,24 @@ class SourceFinder:
     Attributes:
         state: of the run, whose stage 0 is complete.
         stages: of the network; frozen ones get their weights when they are needed.
+        images: the data set's training split, for runs that read it again in every pass.
     """
 
     state: RunState
     stages: Sequence[Stage]
     device: torch.device
     reporter: Reporter
+    images: Split | None = None
     _frozen: dict[int, Stage] = field(default_factory=dict, repr=False)
 
     @property
     def run(self) -> RunDirectory:
         """The run."""
         return self.state.run
+
+    @property
+    def _data(self) -> StageRecord:
+        return self.state.complete_record(0)
 
     def for_training(
         self,
@@ -115,7 +122,7 @@ class SourceFinder:
             return False
         store, recipe = self.state.complete_record(stored).store, self.run.recipe
         assert store is not None
-        named = recipe.store.reuse != "auto" and wanted_views(recipe, stored + 1)[1] > 0
+        named = recipe.store.reuse != "auto" and self._wants_ring(stored)
         if store.generation or (named and store.ring is None):
             again = command("train", "--run", self.run.path, "--retrain", stored)
             raise UserError(
@@ -124,12 +131,26 @@ class SourceFinder:
             )
         return store.ring is not None
 
+    def _wants_ring(self, stored: int) -> bool:
+        fresh = self._data.data_choices.fresh
+        return wanted_views(self.run.recipe, stored + 1, fresh=fresh)[1] > 0
+
+    def require_images(self, number: int, stored: int, views: Views, written_from: int) -> None:
+        """Raises ``UserError`` if the run's data set is needed and was not given: for stage
+        ``number``, which trains from the store of stage ``stored``, or for its own store of
+        ``views``, which is written from that of stage ``written_from``."""
+        if not self._data.data_choices.fresh:
+            return
+        writes = views != "live" and views > 1 and number < len(self._data.network)
+        if stored == 0 or self.is_ring(stored) or (written_from == 0 and writes):
+            require_data_set(self.run.path, self.images)
+
     def _ring(self, stored: int, number: int, streamed: bool) -> Ring:
         """Returns the ring of a stage's store, from which stage ``number`` trains."""
         choices = self.state.complete_record(stored).choices
         images = self._open(0, self._replayed(0, stored, choices.precision, streamed))
         epochs = for_stage(self.run.recipe.training.epochs, number)
-        return Ring(self.run, stored, choices.reuse, epochs, images, self.reporter)
+        return Ring(self.run, stored, choices.reuse, epochs, choices.threads, images, self.reporter)
 
     def _replayed(self, stored: int, last: int, precision: str, streamed: bool = False) -> Replayed:
         """Returns the frozen stages after ``stored`` up to ``last``, which compute as few rows at a
@@ -151,8 +172,8 @@ class SourceFinder:
         """Returns the source with the store of stage ``stored``."""
         settings = self.run.recipe.data
         augmentation = Augmentation.parse(settings.augmentation, settings.cutout_length)
-        moments = channel_moments(self.run.recipe, self.state.complete_record(0))
-        images = ImagePreparation(*moments, augmentation)
+        moments = channel_moments(self.run.recipe, self._data)
+        images = ImagePreparation(*moments, augmentation, self._fresh())
         return Source(
             stored,
             self.run.store_path(stored),
@@ -164,6 +185,18 @@ class SourceFinder:
             held_out=held_out,
             ring=ring,
             in_memory=in_memory,
+        )
+
+    def _fresh(self) -> FreshImages | None:
+        if not self._data.data_choices.fresh:
+            return None
+        return FreshImages(
+            self.run.path,
+            self.images,
+            self.run.recipe.seed,
+            self.run.recipe.data.num_workers,
+            self.device.type == "cuda",
+            self.reporter.noted,
         )
 
     def _load(self, number: int) -> Stage:
@@ -178,14 +211,21 @@ class SourceFinder:
 
     def _stores(self, number: int) -> dict[str, Store]:
         """Opens both splits of a stage's store. Raises ``UserError`` if their rows are not the
-        samples of stage 0's rows."""
-        path = self.run.store_path(number)
+        samples of stage 0's rows, or if it has other views than recorded."""
         stores = {split: self.run.open_store(number, split) for split in SPLITS}
         for split, store in stores.items():
             expected = self.run.open_store(0, split).index
             if not np.array_equal(store.index, expected):
-                raise UserError(
-                    f"{path / split} is a store of another run (its rows are other samples): "
-                    f"train stage {number} again with --retrain"
-                )
+                raise another_store(self.run, number, split, "its rows are other samples")
+        recorded = self.state.complete_record(number).store
+        if recorded and not recorded.fits(stores["train"].layout):
+            raise another_store(self.run, number, "train", "it has other views")
         return stores
+
+
+def another_store(run: RunDirectory, number: int, split: str, reason: str) -> UserError:
+    """Returns the error for a split of a stage's store that is not the recorded one."""
+    return UserError(
+        f"{run.store_path(number) / split} is a store of another run ({reason}): train stage "
+        f"{number} again with {command('train', '--run', run.path, '--retrain', number)}"
+    )

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
@@ -14,14 +15,15 @@ from greedy.cache import Damage, Store, verify
 from greedy.cache import repair as cache_repair
 from greedy.cache.metadata import StoreMetadata
 from greedy.cache.shards import store_digest
+from greedy.data import Split
 from greedy.models import Stage
 from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.events import Reporter
-from greedy.runs.exchange import replacing
+from greedy.runs.exchange import PART, exchange_path, replacing
 from greedy.runs.integrity import verify_stage
 from greedy.runs.record import UNKNOWN_VIEW, RingRecord, StageRecord, StoreRecord
 from greedy.runs.state import RunState
-from greedy.stores.opening import SourceFinder
+from greedy.stores.opening import SourceFinder, another_store
 from greedy.stores.source import Source
 from greedy.stores.writing import fit_output_encoding, output_batches, write_split
 
@@ -44,12 +46,14 @@ class Repair:
 @dataclass
 class StoreRepairer:
     """Repairs the stores of a run, given its state. ``stages`` of its network get their weights
-    when needed."""
+    when needed; ``images`` is the data set's training split, for runs that read it again in every
+    pass."""
 
     state: RunState
     stages: Sequence[Stage]
     device: torch.device
     reporter: Reporter = field(default_factory=Reporter)
+    images: Split | None = None
 
     @property
     def run(self) -> RunDirectory:
@@ -85,20 +89,20 @@ class StoreRepairer:
         """Writes a store again from the source it was written from, or else from the images."""
         number = record.stage
         path = self.run.store_path(number)
-        _require_known_views(self.run, store)
+        numbers = {split: self._numbers(record, store, split) for split in SPLITS}
         torch.set_num_threads(record.choices.threads)
         source, batch = self._source(record), record.choices.write_batch
         seed = self.run.recipe.seed
         encoding = fit_output_encoding(
             store.encoding, source, record.row_shape, batch, seed, number
         )
-        with replacing(path, path.with_name(f".{path.name}.part")) as new_path:
+        with replacing(path, exchange_path(path, PART)) as new_path:
             written = {
                 split: write_split(
                     new_path / split,
                     source,
                     split,
-                    numbers=store.view_numbers if split == "train" else [0],
+                    numbers=numbers[split],
                     encoding=encoding,
                     compressor=store.compressor,
                     batch=batch,
@@ -130,12 +134,17 @@ class StoreRepairer:
         assert record.store is not None
         images = self.run.open_store(0, split)
         metadata = cache_repair.read_metadata(path) or self._metadata(record, split)
+        if split == "train" and not record.store.fits(metadata.layout):
+            raise another_store(self.run, record.stage, split, "it has other views")
         files = {damage.path.name for damage in damages}
         if "zarr.json" in files:
             cache_repair.rewrite_metadata(path, metadata)
         if "c.0" in files:
             cache_repair.rewrite_side_arrays(path, images.labels, images.index)
         damaged = cache_repair.damaged_shards(path, metadata)
+        layout, unknown = metadata.layout, _unknown_views(record.store, split)
+        for view, shard in product(unknown, range(layout.shards)):
+            damaged[view, shard] = range(layout.chunks_in(shard))
 
         def digest() -> tuple[str, list[bytes]]:
             shards = cache_repair.shard_digests(path, metadata)
@@ -149,26 +158,26 @@ class StoreRepairer:
             cache_repair.rewrite_chunks(
                 path, metadata, view, shard, chunks_of, partial(rows_of, view)
             )
-        if digest()[0] == record.store.digests[split]:
-            return Repair(record.stage, split, chunks, True)
-        layout = metadata.layout
-        for view in sorted({view for view, _ in damaged}):
-            for shard in range(layout.shards):
+        identical = digest()[0] == record.store.digests[split]
+        if not identical:
+            views = sorted({view for view, _ in damaged})
+            chunks = len(views) * layout.chunks
+            for view, shard in product(views, range(layout.shards)):
                 all_chunks = range(layout.chunks_in(shard))
                 cache_repair.rewrite_chunks(
                     path, metadata, view, shard, all_chunks, partial(rows_of, view)
                 )
-        current = self.run.record(record.stage)  # the repair of the other split changes it
-        assert current is not None and current.store is not None
-        content, shards = digest()
-        current.update_store(
-            self.run.stage_dir(record.stage),
-            digests=current.store.digests | {split: content},
-            split_bytes=current.store.split_bytes | {split: bytes_below(path)},
-            ring=_with_shards(current.store.ring, [shard.hex() for shard in shards], split),
-        )
-        views = len({view for view, _ in damaged})
-        return Repair(record.stage, split, views * layout.chunks, False)
+        if unknown or not identical:
+            current = self.run.record(record.stage)  # the repair of the other split changes it
+            assert current is not None and current.store is not None
+            content, shards = digest()
+            current.update_store(
+                self.run.stage_dir(record.stage),
+                digests=current.store.digests | {split: content},
+                split_bytes=current.store.split_bytes | {split: bytes_below(path)},
+                ring=_with_shards(current.store.ring, [shard.hex() for shard in shards], split),
+            )
+        return Repair(record.stage, split, chunks, identical)
 
     def _metadata(self, record: StageRecord, split: str) -> StoreMetadata:
         """Returns the metadata of a split whose metadata are damaged, from the other split,
@@ -193,11 +202,9 @@ class StoreRepairer:
         batches in which the store was written."""
         source, store = self._source(record), record.store
         assert store is not None
-        if split == "train":
-            _require_known_views(self.run, store)
+        numbers = self._numbers(record, store, split)
         torch.set_num_threads(record.choices.threads)
         batch, step = record.choices.write_batch, metadata.layout.chunk_rows
-        numbers = store.view_numbers if split == "train" else [0]
 
         def rows_of(view: int, chunk: int) -> np.ndarray:
             rows, parts, computed = metadata.layout.rows_in(chunk), [], 0
@@ -210,23 +217,35 @@ class StoreRepairer:
 
         return rows_of
 
+    def _numbers(self, record: StageRecord, store: StoreRecord, split: str) -> Sequence[int]:
+        """Returns the numbers of the views of a split, by which they are computed again. Raises
+        ``UserError`` if an older version replaced them."""
+        if split == "test":
+            return [0]
+        if store.generation:
+            again = command("train", "--run", self.run.path, "--retrain", record.stage)
+            raise UserError(
+                f"the views of stage {record.stage}'s store were replaced by an older version, in "
+                f"another way, and cannot be computed again: train it again with {again}"
+            )
+        return store.ring.known().numbers if store.ring else store.view_numbers
+
     def _source(self, record: StageRecord) -> Source:
         """Returns the source from which a stage's store is computed again."""
-        sources = SourceFinder(self.state, self.stages, self.device, Reporter())
+        sources = SourceFinder(self.state, self.stages, self.device, self.reporter, self.images)
         assert record.store is not None
         return sources.for_repair(record, record.store)
+
+
+def _unknown_views(store: StoreRecord, split: str) -> list[int]:
+    """Returns the places of the views of a split that were being exchanged when a run stopped."""
+    numbers = store.view_numbers if split == "train" and store.ring else []
+    return [place for place, number in enumerate(numbers) if number == UNKNOWN_VIEW]
 
 
 def _with_shards(ring: RingRecord | None, shards: Sequence[str], split: str) -> RingRecord | None:
     """Returns the record of a ring with other digests of the training split's shards."""
     if ring is None or split != "train":
         return ring
+    return ring.known().model_copy(update={"shards": list(shards)})
     return ring.model_copy(update={"shards": list(shards)})
-
-
-def _require_known_views(run: RunDirectory, store: StoreRecord) -> None:
-    if UNKNOWN_VIEW in store.view_numbers:
-        raise UserError(
-            f"views of this store were being replaced when the run stopped: "
-            f"{command('train', '--run', run.path)} writes them again"
-        )

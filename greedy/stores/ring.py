@@ -2,16 +2,18 @@
 trains from it."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from greedy.base.files import canonical_json, digest
+import torch
+
+from greedy.base.files import bytes_below, canonical_json, digest
 from greedy.cache import StoreSummary, store_with_view
 from greedy.runs.directory import RunDirectory
 from greedy.runs.events import Reporter
-from greedy.runs.exchange import replacing
+from greedy.runs.exchange import PART, exchange_path, replacing
 from greedy.runs.record import UNKNOWN_VIEW, StageRecord
 from greedy.runs.views import view_numbers, views_drawn
 from greedy.stores.source import Source
@@ -33,6 +35,8 @@ class Ring:
         stored: the stage whose store it is.
         reuse: epochs after which the oldest view is replaced.
         epochs: of the stage that trains.
+        threads: of torch, with which the store was first written and is repaired: the last digit
+            of an activation may depend on their number.
         source: computes the store's rows from the images, replaying the frozen stages.
     """
 
@@ -40,10 +44,16 @@ class Ring:
     stored: int
     reuse: int
     epochs: int
+    threads: int
     source: Source
     reporter: Reporter
     _writer: SplitWriter | None = field(default=None, init=False, repr=False)
     _open: ExitStack = field(default_factory=ExitStack, init=False, repr=False)
+
+    @property
+    def drawn_bytes(self) -> int:
+        """The bytes on disk of views that are not yet in the store."""
+        return sum(map(bytes_below, self._unfinished()))
 
     def advance(self, epoch: int) -> Iterator[int]:
         """Makes the store hold the views of an epoch; yields the place of each view that is new.
@@ -61,12 +71,12 @@ class Ring:
         """Draws the rows of the next view that are due after ``done`` of an epoch's ``rows``."""
         if epoch // self.reuse == views_drawn(self.epochs, self.reuse):
             return  # no epoch is left for another view
-        if self._writer is None:
-            self._begin(max(view_numbers(epoch, len(self._numbers()), self.reuse)) + 1)
-        assert self._writer is not None
+        writer = self._writer
+        if writer is None:
+            newest = max(view_numbers(epoch, len(self._numbers()), self.reuse))
+            writer = self._begin(newest + 1)
         passed = (epoch % self.reuse) * rows + done
-        for _ in self._writer.write(self._writer.rows * passed // (self.reuse * rows)):
-            pass
+        self._write(writer, writer.rows * passed // (self.reuse * rows))
 
     def close(self, *, finished: bool) -> None:
         """Ends the drawing. Unless training is ``finished``, what is drawn stays for its next
@@ -84,7 +94,7 @@ class Ring:
         assert store is not None and store.ring is not None
         ring = store.ring.with_view(place, number, drawn.shards)
         path = self.run.store_path(self.stored) / "train"
-        with replacing(path, path.with_name(".train.part")) as new_path:
+        with replacing(path, exchange_path(path, PART)) as new_path:
             written = store_with_view(path, place, self._path(number), new_path, ring.shards)
             # If the process ends before the new record is written, the view is exchanged again.
             unknown = store.ring.with_view(place, UNKNOWN_VIEW)
@@ -100,20 +110,29 @@ class Ring:
 
     def _complete(self, number: int) -> StoreSummary:
         """Returns the summary of a view once all its rows are written."""
-        if self._writer is None:
+        writer = self._writer
+        if writer is None:
             writer = self._begin(number)
             self.reporter.writing_started(self.stored, "train", writer.rows)
             if writer.written:
                 self.reporter.resumed(writer.written)
-            for rows in writer.write(writer.rows):
-                self.reporter.batch_finished(rows)
-        else:
-            writer = self._writer
-            for _ in writer.write(writer.rows):
-                pass
+        self._write(writer, writer.rows, self.reporter.batch_finished)
         self._open.close()
         self._writer = None
         return writer.summary
+
+    def _write(
+        self, writer: SplitWriter, rows: int, written: Callable[[int], None] = lambda rows: None
+    ) -> None:
+        """Draws a view until ``rows`` of its rows are written; calls ``written`` with those of each
+        batch."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(self.threads)
+        try:
+            for count in writer.write(rows):
+                written(count)
+        finally:
+            torch.set_num_threads(threads)
 
     def _begin(self, number: int) -> SplitWriter:
         """Begins to draw a view, or resumes it; what was drawn of others is deleted."""
@@ -138,7 +157,7 @@ class Ring:
         assert record is not None
         return record
 
-    def _numbers(self) -> list[int]:
+    def _numbers(self) -> Sequence[int]:
         store = self._record().store
         assert store is not None
         return store.view_numbers
@@ -148,7 +167,10 @@ class Ring:
         named = digest(canonical_json([self._record().lineage, number]))
         return self.run.store_path(self.stored) / f".view.{named}.part"
 
+    def _unfinished(self) -> Iterator[Path]:
+        return self.run.store_path(self.stored).glob(".view.*.part")
+
     def _remove_views(self, but: Path | None = None) -> None:
-        for path in self.run.store_path(self.stored).glob(".view.*.part"):
+        for path in self._unfinished():
             if path != but:
                 shutil.rmtree(path)

@@ -1,10 +1,11 @@
 """The source that a stage trains from."""
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,26 +18,46 @@ from greedy.cache import (
     LIMITED_WINDOW_ROWS,
     BatchLoader,
     Store,
+    StoredBatch,
     row_order,
     window_chunks,
     window_order,
 )
 from greedy.data import Augmentation, Draws, prepare
 from greedy.models.stages import dropped
+from greedy.stores.fresh import FreshEpoch, FreshImages
 
 if TYPE_CHECKING:
     from greedy.stores.ring import Ring
 
+Item = TypeVar("Item")
 WRITE_ROWS = 1024  # the most rows of a store that are computed at a time
+
+
+@dataclass
+class Waits:
+    """The seconds that a process waited for what it read."""
+
+    seconds: float = 0.0
+
+    def timed(self, items: Iterable[Item]) -> Iterator[Item]:
+        """Yields the items and counts the seconds until each of them is there."""
+        began = time.perf_counter()
+        for item in items:
+            self.seconds += time.perf_counter() - began
+            yield item
+            began = time.perf_counter()
 
 
 @dataclass(frozen=True)
 class ImagePreparation:
-    """Normalises and augments the raw images of stage 0 when they are read."""
+    """Normalises and augments the raw images of stage 0 when they are read. ``fresh`` reads them
+    from the data set where that draws them at random."""
 
     mean: Sequence[float]
     std: Sequence[float]
     augmentation: Augmentation
+    fresh: FreshImages | None = None
     _tables: dict[torch.device, list[Tensor]] = field(default_factory=dict, init=False, repr=False)
 
     def draw(self, store: Store, seed: int, *key: int | str) -> Draws:
@@ -90,6 +111,7 @@ class Source:
         held_out: the number of training rows, the last ones, that are left out of epochs.
         ring: replaces views of the training split; ``None`` if they stay.
         in_memory: whether the training split is loaded, so that its rows are shuffled one by one.
+        waits: for rows of the training split.
     """
 
     number: int
@@ -102,11 +124,22 @@ class Source:
     held_out: int = 0
     ring: "Ring | None" = None
     in_memory: bool = False
+    waits: Waits = field(default_factory=Waits, init=False, repr=False)
     _loaded: list[np.ndarray] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.in_memory:
+        if self.in_memory and not self._fresh:
             self._loaded.append(self.stores["train"].load())
+
+    @property
+    def _fresh(self) -> FreshImages | None:
+        return self.images.fresh if self.images else None
+
+    @property
+    def waited(self) -> float:
+        """The seconds that training waited for rows, also for those that new views are drawn
+        from."""
+        return self.waits.seconds + (self.ring.source.waits.seconds if self.ring else 0.0)
 
     def advance_views(self, epoch: int) -> None:
         """Makes the training split hold the views of an epoch, see ``Ring.advance``."""
@@ -150,7 +183,7 @@ class Source:
             "rows": store.rows - self.held_out,
             "views": store.views,
         }
-        if self.in_memory:
+        if self.in_memory or self._fresh:
             order = row_order(**options)
         else:
             window_rows = {"rows": LIMITED_WINDOW_ROWS} if classes_per_batch else {}
@@ -161,14 +194,19 @@ class Source:
             if classes_per_batch
             else order.batches(batch_size)
         )
-        loader = BatchLoader(
-            self._loaded[0] if self.in_memory else store,
-            store.labels,
-            order,
-            batches,
-            start_batch=start_batch,
-            pin_memory=self.device.type == "cuda",
-        )
+        loader: Iterable[StoredBatch]
+        if self._fresh:
+            rows = [order.rows[positions] for positions in batches[start_batch:]]
+            loader = FreshEpoch(self._fresh, store, rows, stage, epoch)
+        else:
+            loader = BatchLoader(
+                self._loaded[0] if self.in_memory else store,
+                store.labels,
+                order,
+                batches,
+                start_batch=start_batch,
+                pin_memory=self.device.type == "cuda",
+            )
         draws = self.images.draw(store, self.seed, stage, epoch) if self.images else None
         return EpochBatches(self, loader, draws)
 
@@ -187,11 +225,15 @@ class Source:
         draws = None
         if self.images and split == "train":
             draws = self.images.draw(store, self.seed, "generation", 0, "view", view)
-            view = 0
+        if self._fresh and split == "train":
+            batches = self.waits.timed(self._fresh.view(store, view, batch_size, start, stop))
+        else:
+            stored = 0 if draws else view
+            batches = map(torch.from_numpy, store.batches(stored, batch_size, start, stop))
         row = start
-        for values in store.batches(view, batch_size, start, stop):
+        for values in batches:
             numbers = np.arange(row, row + len(values))
-            yield self.batch(torch.from_numpy(values), store.labels[numbers], numbers, draws)
+            yield self.batch(values, store.labels[numbers], numbers, draws)
             row += len(values)
 
     def batch(
@@ -240,7 +282,7 @@ class EpochBatches:
     """The batches of one epoch, to be iterated over once."""
 
     source: Source
-    loader: BatchLoader
+    loader: Iterable[StoredBatch]
     draws: Draws | None
 
     @property
@@ -248,8 +290,8 @@ class EpochBatches:
         """The number of rows in the epoch."""
         return self.source.stores["train"].rows - self.source.held_out
 
-    def __iter__(self) -> Iterator["Batch"]:
-        for batch in self.loader:
+    def __iter__(self) -> Generator["Batch"]:
+        for batch in self.source.waits.timed(self.loader):
             yield self.source.batch(batch.values, batch.labels, batch.rows, self.draws)
 
 

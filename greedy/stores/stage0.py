@@ -1,7 +1,8 @@
 """Writing stage 0: the data set, decoded and shuffled once."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from greedy.data import Dataset, Split, check_files
 from greedy.data.folder import FolderSplit
 from greedy.data.labels import require_classes
 from greedy.data.modes import Kind
+from greedy.data.passes import read_batches
 from greedy.models import Shape
 from greedy.recipes import Recipe
 from greedy.runs.choices import DataChoices
@@ -55,7 +57,13 @@ class ChannelStatistics:
 
 
 def write_stage0(
-    run: RunDirectory, dataset: Dataset, network: list[str], output: Shape | None = None
+    run: RunDirectory,
+    dataset: Dataset,
+    network: list[str],
+    output: Shape | None = None,
+    *,
+    drawn: bool = False,
+    fresh: bool = False,
 ) -> StageRecord:
     """Writes both splits of a data set, their rows permuted by the run's seed, and the record.
 
@@ -68,6 +76,8 @@ def write_stage0(
         network: the names of the stages.
         output: the shape of the network's output if that is fixed, to be checked against the
             classes.
+        drawn: whether training rows are drawn at random, so that they are read as in every pass.
+        fresh: whether they are read again in every pass; view 0 is stored.
 
     Raises:
         UserError: a label is not a class, or the output does not have one value per class.
@@ -77,6 +87,7 @@ def write_stage0(
     statistics = ChannelStatistics()
     written, labels, rows = {}, {}, {}
     files = file_table_of(dataset)
+    workers = run.recipe.data.num_workers if drawn else 0
     run.write_recipe()
     with new_stage(run.stage_dir(0)) as directory:
         for name in SPLITS:
@@ -84,8 +95,9 @@ def write_stage0(
             index = numpy_generator(run.recipe.seed, "rows", name).permutation(len(split))
             labels[name], rows[name] = np.empty(len(split), np.int64), index
             path = directory / "activations.zarr" / name
-            with _writer(path, split, labels[name], index) as writer:
-                for samples, images in _read(split, index, labels[name]):
+            reading = closing(_read(split, index, labels[name], workers))
+            with reading as parts, _writer(path, split, labels[name], index) as writer:
+                for samples, images in parts:
                     writer.append(images)
                     if files and isinstance(split, FolderSplit):  # cached now
                         before = 0 if name == "train" else len(dataset.train)
@@ -105,15 +117,17 @@ def write_stage0(
         encoding = stored_encoding(dataset.train).name
         store = StoreRecord.from_summaries(written, encoding, COMPRESSOR, views=1)
         seed = run.recipe.seed
+        passes = {"pass_seed": seed} if fresh else {}
+        resolved = statistics.mean_and_std() | _file_fields(dataset) | passes
         return StageRecord(
             stage=0,
             name=dataset.name,
-            lineage=digest(canonical_json({"data": store.digests, "seed": seed})),
+            lineage=digest(canonical_json({"data": store.digests, "seed": seed} | passes)),
             recipe_digest=run.recipe_digest,
             row_shape=dataset.train.shape,
             class_names=class_names,
             network=network,
-            resolved=DataChoices.model_validate(statistics.mean_and_std() | _file_fields(dataset)),
+            resolved=DataChoices.model_validate(resolved),
             store=store,
             rows={name: len(labels[name]) for name in SPLITS},
             seconds=time.perf_counter() - started,
@@ -165,14 +179,16 @@ def _writer(path: Path, split: Split, labels: np.ndarray, index: np.ndarray) -> 
 
 
 def _read(
-    split: Split, index: np.ndarray, labels: np.ndarray
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    split: Split, index: np.ndarray, labels: np.ndarray, workers: int | None
+) -> Generator[tuple[np.ndarray, np.ndarray]]:
     """Yields the numbers and images of the split's samples, ``READ_ROWS`` at a time, in the order
-    of ``index``; writes their labels into ``labels``."""
-    for start in range(0, len(index), READ_ROWS):
-        rows = slice(start, start + READ_ROWS)
-        images, labels[rows] = split.read(index[rows])
-        yield index[rows], images
+    of ``index``; writes their labels into ``labels``. ``workers`` are as for ``read_batches``."""
+    batches = [index[start : start + READ_ROWS] for start in range(0, len(index), READ_ROWS)]
+    start = 0
+    for batch, (images, read) in zip(batches, read_batches(split, batches, workers), strict=True):
+        labels[start : start + len(batch)] = read
+        start += len(batch)
+        yield batch, images.numpy()
 
 
 def _require_unmodified(files: FileTable, dataset: Dataset) -> None:

@@ -215,16 +215,18 @@ def _lay_out_like_weights(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _require_same_shapes(optimizer: torch.optim.Optimizer) -> None:
-    """Raises ``ValueError`` if the moments of an Adam have other shapes than their parameters: a
-    fused Adam would compute with them all the same. A parameter without a gradient has none."""
-    if not isinstance(optimizer, torch.optim.Adam):
+    """Raises ``ValueError`` if the moments of an Adam or an SGD have other shapes than their
+    parameters: fused ones would compute with them all the same. A parameter without a gradient has
+    none."""
+    is_adam, scalar = isinstance(optimizer, torch.optim.Adam), torch.Size()
+    if not (is_adam or isinstance(optimizer, torch.optim.SGD)):
         return
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
-        state, scalar = optimizer.state.get(parameter), torch.Size()
-        if not state:
-            continue
-        expected = {"step": scalar, "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
-        if any(name not in state or state[name].shape != expected[name] for name in expected):
+        state, shape = optimizer.state.get(parameter), parameter.shape
+        of_adam = {"step": scalar, "exp_avg": shape, "exp_avg_sq": shape}
+        expected = of_adam if is_adam else {"momentum_buffer": shape}
+        saved = {name: getattr(value, "shape", shape) for name, value in (state or {}).items()}
+        if saved and any(saved.get(name) != expected[name] for name in expected):
             raise ValueError("moments of other parameters")
 
 

@@ -122,7 +122,7 @@ def _recipe(recipe: Recipe, weights: str, overrides: Sequence[str]) -> Recipe:
     document = recipe.model_dump(exclude_none=True)
     training = document["training"]
     rate = training["learning_rate"]
-    del training["milestones"]
+    del training["milestones"], training["warmup_epochs"]
     training |= {"strategy": "backprop", "epochs": EPOCHS}
     training["learning_rate"] = RATE * (rate[0] if isinstance(rate, list) else rate)
     document["model"]["initial_weights"] = weights

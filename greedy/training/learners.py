@@ -1,5 +1,6 @@
 """The start of a stage's training: first weights, local heads, optimiser, schedule."""
 
+from collections.abc import Set as AbstractSet
 from typing import TypeVar
 
 import torch
@@ -12,12 +13,12 @@ from greedy.models import Stage, StageShapes, initialise, seeded
 from greedy.recipes import Recipe
 from greedy.recipes.per_stage import for_stage
 from greedy.runs.choices import Choices
-from greedy.steps.host_adam import HostAdam
 from greedy.steps.moments import make_moments
+from greedy.steps.optimizers import decay_groups, make_optimizer
 from greedy.steps.scaling import LossScale
 from greedy.steps.step import Learner
 from greedy.training.resolve import graphs
-from greedy.training.schedule import Milestones, Patience, Schedule, set_first_rates
+from greedy.training.schedule import Cosine, Milestones, Patience, Schedule, set_first_rates
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -67,19 +68,21 @@ def new_optimizer(
     recipe: Recipe,
     number: int,
     factory: OptimizerFactory | None,
+    without_decay: AbstractSet[nn.Parameter] = frozenset(),
     *,
     own_rates: bool = False,
 ) -> torch.optim.Optimizer:
-    """Makes the optimiser of stage ``number``: the factory's if there is one, else Adam with its
-    moments. All groups begin at the recipe's rate, or with ``own_rates`` at their own."""
+    """Makes the optimiser of stage ``number``: the factory's if there is one, else the recipe's
+    with its moments. All groups begin at the recipe's rate, or with ``own_rates`` at their own.
+    ``without_decay`` are parameters that the recipe's weight decay leaves alone."""
     rate = for_stage(recipe.training.learning_rate, number)
     if factory is not None:
         optimizer = factory(parameters)
         set_first_rates([optimizer], None if own_rates else rate)
-    elif recipe.memory.optimizer_state == "host":
-        optimizer = HostAdam(parameters, lr=rate)
     else:
-        optimizer = torch.optim.Adam(parameters, lr=rate, fused=True)
+        groups = decay_groups(parameters, without_decay) if recipe.training.weight_decay else None
+        on_host = recipe.memory.optimizer_state == "host"
+        optimizer = make_optimizer(recipe.training, groups or parameters, rate, on_host=on_host)
     make_moments(optimizer, number)
     return optimizer
 
@@ -89,8 +92,10 @@ def new_schedule(recipe: Recipe, number: int) -> Schedule:
     training = recipe.training
     rate = for_stage(training.learning_rate, number)
     if training.patience:
-        return Patience(rate, training.lr_decay, training.patience)
+        return Patience(rate, training.lr_decay, training.patience, warmup=training.warmup_epochs)
+    if training.schedule == "cosine":
+        return Cosine(rate, for_stage(training.epochs, number), training.warmup_epochs)
     milestones = training.milestones or []
     if milestones and isinstance(milestones[0], list):
         milestones = milestones[number - 1]
-    return Milestones(rate, training.lr_decay, milestones)
+    return Milestones(rate, training.lr_decay, milestones, training.warmup_epochs)

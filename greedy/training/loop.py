@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 
 from greedy.base.devices import is_out_of_memory
@@ -91,7 +91,8 @@ class Epochs:
     def _epoch(
         self, progress: Progress, sums: Sequence[Sums], stop: PostponedSignals
     ) -> list[EpochReport]:
-        started = time.perf_counter() - progress.seconds
+        began, waited_before = time.perf_counter(), self.source.waited
+        started = began - progress.seconds
         epoch, first = progress.epoch, progress.position
         if first == 0:  # within an epoch the checkpoint has the rates
             scale_rates(self.strategy.optimizers, self.schedule.factor_at(epoch))
@@ -109,25 +110,27 @@ class Epochs:
             learner.train()
         sums = sums or [Sums(0.0, None) for _ in self.strategy.learners]
         totals = [Totals(progress.rows, *stage_sums) for stage_sums in sums]
-        guard = Guard()
+        guard = Guard(self.recipe.training.gradient_clip)
         if progress.rows:
             self.reporter.resumed(progress.rows)
-        for position, batch in enumerate(batches, start=first):
-            # For layers and losses that draw from torch's own generators.
-            step_seed = derive_seed(self.recipe.seed, "step", self.number, epoch, position)
-            seed_torch(step_seed, self.source.device)
-            outcomes = self._step(batch, epoch, position, guard)
-            for total, outcome in zip(totals, outcomes, strict=True):
-                total.add(*outcome, batch.labels)
-            self.source.draw_views(epoch, totals[0].rows, batches.rows)
-            self.reporter.batch_finished(len(batch.labels))
-            if stop.requested is not None or (self.checkpoints and self.checkpoints.due):
-                seconds = time.perf_counter() - started
-                here = {"position": position + 1, "rows": totals[0].rows, "seconds": seconds}
-                self._require_finite(guard, epoch, rate)
-                self._save(progress.model_copy(update=here), totals, stop)
+        with closing(iter(batches)) as reading:  # ends processes that read
+            for position, batch in enumerate(reading, start=first):
+                # For layers and losses that draw from torch's own generators.
+                step_seed = derive_seed(self.recipe.seed, "step", self.number, epoch, position)
+                seed_torch(step_seed, self.source.device)
+                outcomes = self._step(batch, epoch, position, guard)
+                for total, outcome in zip(totals, outcomes, strict=True):
+                    total.add(*outcome, batch.labels)
+                self.source.draw_views(epoch, totals[0].rows, batches.rows)
+                self.reporter.batch_finished(len(batch.labels))
+                if stop.requested is not None or (self.checkpoints and self.checkpoints.due):
+                    seconds = time.perf_counter() - started
+                    here = {"position": position + 1, "rows": totals[0].rows, "seconds": seconds}
+                    self._require_finite(guard, epoch, rate)
+                    self._save(progress.model_copy(update=here), totals, stop)
         self._require_finite(guard, epoch, rate)
         seconds = time.perf_counter() - started
+        waited = (self.source.waited - waited_before) / (time.perf_counter() - began)
         return [
             EpochReport(
                 epoch=epoch + 1,
@@ -137,6 +140,7 @@ class Epochs:
                 holdout_loss=None if held_out is None else held_out.mean_loss,
                 images_per_second=total.rows / seconds,
                 seconds=seconds,
+                waiting_percent=100 * waited,
             )
             for total, held_out in zip(totals, self._held_out(), strict=True)
         ]

@@ -39,7 +39,7 @@ class NetworkTraining:
         source: gives the images.
         data: the record of stage 0.
         memory: how a step fits the memory budget.
-        optimizer: makes the optimisers; ``None`` for Adam.
+        optimizer: makes the optimisers; ``None`` for the recipe's.
         own_rates: whether those begin at their own learning rates.
     """
 
@@ -99,7 +99,12 @@ class NetworkTraining:
             source=0,
             layers=[kind for stage in self.network.stages for kind in stage.kinds],
             resolved=resolve(
-                self.recipe, self.source.stores["train"], "live", self.memory, self.device
+                self.recipe,
+                self.source.stores["train"],
+                "live",
+                self.memory,
+                self.device,
+                fresh=self.data.data_choices.fresh,
             ),
         )
         if begun := find_training(self.run.network_dir, start, self.reporter):
@@ -129,12 +134,18 @@ class NetworkTraining:
                 strict=True,
             )
         ]
+        without_decay = {p for learner in learners for p in learner.undecayed()}
         return together(
             training.strategy,
             learners,
             training.accumulate,
             lambda parameters: new_optimizer(
-                parameters, self.recipe, 1, self.optimizer, own_rates=self.own_rates
+                parameters,
+                self.recipe,
+                1,
+                self.optimizer,
+                without_decay,
+                own_rates=self.own_rates,
             ),
         )
 

@@ -11,8 +11,9 @@ from torch import nn
 from greedy.base.devices import pick_precision
 from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import checked_shapes
+from greedy.data import Split
 from greedy.losses import LocalLoss
-from greedy.memory.choice import Choice, fused_adam, memory_budget
+from greedy.memory.choice import Choice, memory_budget
 from greedy.memory.peaks import OptimizerFactory
 from greedy.memory.plan import MemoryPlan, StageStores
 from greedy.recipes import Recipe
@@ -27,6 +28,7 @@ from greedy.runs.network import stages_of
 from greedy.runs.state import RunState
 from greedy.runs.unfinished import find_training
 from greedy.runs.views import Views
+from greedy.stores.fresh import require_data_set
 from greedy.stores.opening import SourceFinder
 from greedy.training.calibration import byte_operations, calibration_of
 from greedy.training.network import NetworkTraining
@@ -41,8 +43,9 @@ class StagePlanner:
     Attributes:
         model: the user's network, if the recipe has none.
         loss: the local loss of every stage but the output layer.
-        optimizer: makes the user's optimiser; ``None`` for Adam.
+        optimizer: makes the user's optimiser; ``None`` for the recipe's.
         own_rates: whether that begins at its own learning rates.
+        images: the data set's training split, for runs that read it again in every pass.
     """
 
     run: RunDirectory
@@ -52,6 +55,7 @@ class StagePlanner:
     reporter: Reporter
     optimizer: OptimizerFactory | None = None
     own_rates: bool = False
+    images: Split | None = None
     _memory: MemoryPlan | None = field(default=None, init=False, repr=False)
 
     @property
@@ -84,7 +88,7 @@ class StagePlanner:
             self._precision,
             memory_budget(self.recipe, self.device),
             self.device.type,
-            self.optimizer or fused_adam,
+            self.optimizer,
             images,
         )
         return self._memory
@@ -103,7 +107,20 @@ class StagePlanner:
         data = state.complete_record(0)
         assert data.store is not None
         shapes, rows = self.network(state).shapes, dict(data.rows.items())
-        return plan_disk(state, shapes, rows, data.store.bytes, self.byte_operations, retrain_from)
+        return plan_disk(
+            state,
+            shapes,
+            rows,
+            data.store.bytes,
+            self.byte_operations,
+            retrain_from,
+            fresh=data.data_choices.fresh,
+        )
+
+    def require_images(self, state: RunState) -> None:
+        """Raises ``UserError`` if the run reads its data set in every pass and was not given it."""
+        if state.complete_record(0).data_choices.fresh:
+            require_data_set(self.run.path, self.images)
 
     def outline(self, state: RunState, numbers: Iterable[int]) -> RunOutline:
         """Returns what is known of a run before the stages ``numbers`` are trained."""
@@ -119,7 +136,7 @@ class StagePlanner:
     def whole_network(self, state: RunState) -> NetworkTraining:
         """Returns the training of all stages at once."""
         network = self.network(state)
-        sources = SourceFinder(state, network.stages, self.device, self.reporter)
+        sources = SourceFinder(state, network.stages, self.device, self.reporter, self.images)
         return NetworkTraining(
             run=self.run,
             network=network,
@@ -146,9 +163,10 @@ class StagePlanner:
         choices."""
         parent, network = state.complete_record(number - 1), self.network(state)
         stage = network.stages[number - 1]
-        sources = SourceFinder(state, network.stages, self.device, self.reporter)
+        sources = SourceFinder(state, network.stages, self.device, self.reporter, self.images)
         stored = sources.last_stored(source)
         written_from = sources.written_from(number, views, reuse)
+        sources.require_images(number, stored, views, written_from)
         stores = StageStores(stored, sources.is_ring(stored), reuse > 0, written_from)
         memory = self.memory(state).stage(number, stores)
         start = StartRecord(
@@ -204,6 +222,14 @@ class StagePlanner:
         hidden = self.memory(state).network.shapes[number - 1].hidden
         store = self.run.open_store(stored, "train")
         compiled = compiles(self.recipe, number, hidden, store.rows, memory, self.device)
+        fresh = stored == 0 and state.complete_record(0).data_choices.fresh
         return resolve(
-            self.recipe, store, views, memory, self.device, reuse=reuse, compiled=compiled
+            self.recipe,
+            store,
+            views,
+            memory,
+            self.device,
+            reuse=reuse,
+            compiled=compiled,
+            fresh=fresh,
         )

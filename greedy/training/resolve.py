@@ -26,6 +26,7 @@ def resolve(
     *,
     reuse: int = 0,
     compiled: bool = False,
+    fresh: bool = False,
 ) -> Choices:
     """Decides how a stage trains from ``store``.
 
@@ -34,6 +35,7 @@ def resolve(
         reuse: epochs after which one of them is replaced, 0 for never.
         memory: of its step.
         compiled: whether its step is compiled.
+        fresh: whether its rows are read from the data set instead.
     """
     return Choices.model_validate(
         {
@@ -41,7 +43,7 @@ def resolve(
             "views": views,
             **_if_ring(reuse),
             "encoding": encoding(recipe),
-            "shuffle": shuffle(recipe, store.stored_bytes),
+            "shuffle": "rows" if fresh else shuffle(recipe, store.stored_bytes),
             "chunk_rows": store.chunk_rows,
             **memory.recorded(),
             "threads": torch.get_num_threads(),

@@ -51,7 +51,7 @@ class StageTraining:
             if nothing takes less.
         writes_streamed: whether its store is written through frozen stages that are in memory only
             while they compute.
-        optimizer: makes the user's optimiser; ``None`` for Adam.
+        optimizer: makes the user's optimiser; ``None`` for the recipe's.
         own_rates: whether that begins at its own learning rates.
         written_before: bytes of stores that were written for this stage earlier, for the record.
     """
@@ -89,9 +89,9 @@ class StageTraining:
         with memory_limited(self.device, named_budget(self.recipe)):
             learner = self._learner()
             needed = self._bytes_needed(learner)
-            require_free_space(
-                directory, f"stage {self.stage.number}", needed - bytes_below(directory)
-            )
+            written = bytes_below(directory)
+            written += self.source.ring.drawn_bytes if self.source.ring else 0
+            require_free_space(directory, f"stage {self.stage.number}", needed - written)
             with write_errors_explained(directory, f"stage {self.stage.number}", needed):
                 return self._train(learner, directory, started)
 
@@ -157,6 +157,7 @@ class StageTraining:
             self.recipe,
             self.stage.number,
             self.optimizer,
+            learner.undecayed(),
             own_rates=self.own_rates,
         )
         learner.smaller = self.smaller

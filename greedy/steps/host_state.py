@@ -1,4 +1,4 @@
-"""Adam whose moments are in host memory."""
+"""Optimisers whose state is in host memory."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -7,16 +7,25 @@ import torch
 from torch import Tensor, nn
 
 
-class HostAdam(torch.optim.Adam):
-    """Adam for parameters on a device, computed by the CPU: the device holds weights and gradients
-    but no moments. Each step copies both to the host and the weights back; from CUDA through
-    page-locked memory, all copies at once."""
+class OnHost(torch.optim.Optimizer):
+    """An optimiser for parameters on a device, computed by the CPU: the device holds weights and
+    gradients but no state. Each step copies both to the host and the weights back; from CUDA
+    through page-locked memory, all copies at once. Among a class's parents it comes before a fused
+    optimiser."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float) -> None:
-        self.trained = list(parameters)
+    def __init__(
+        self, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], **settings: Any
+    ) -> None:
+        given: list[Any] = list(parameters)
+        groups = given if isinstance(given[0], dict) else [{"params": given}]
+        self.trained: list[nn.Parameter] = [p for group in groups for p in group["params"]]
         self._pinned = self.trained[0].device.type == "cuda"
         self._gradients = [self._beside(p) if self._pinned else None for p in self.trained]
-        super().__init__([nn.Parameter(self._beside(p)) for p in self.trained], lr=lr, fused=True)
+        on_host = [
+            group | {"params": [nn.Parameter(self._beside(p)) for p in group["params"]]}
+            for group in groups
+        ]
+        super().__init__(on_host, **settings, fused=True)  # type: ignore[call-arg]
 
     def _beside(self, parameter: nn.Parameter) -> Tensor:
         """Returns an empty tensor on the host, like a parameter."""
@@ -25,7 +34,8 @@ class HostAdam(torch.optim.Adam):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Takes one step with the gradients of the parameters on the device."""
-        pairs = list(zip(self.param_groups[0]["params"], self.trained, strict=True))
+        copies = [p for group in self.param_groups for p in group["params"]]
+        pairs = list(zip(copies, self.trained, strict=True))
         for (on_host, trained), place in zip(pairs, self._gradients, strict=True):
             on_host.copy_(trained, non_blocking=self._pinned)
             if trained.grad is None or place is None:
@@ -41,3 +51,11 @@ class HostAdam(torch.optim.Adam):
         for on_host, trained in pairs:
             trained.copy_(on_host, non_blocking=self._pinned)
             on_host.grad = None
+
+
+class HostAdam(OnHost, torch.optim.Adam):
+    """Adam whose moments are in host memory."""
+
+
+class HostSGD(OnHost, torch.optim.SGD):
+    """SGD whose momentum is in host memory."""
