@@ -8,7 +8,7 @@ if not (Path(__file__).parent / "cache").is_dir():  # in a checkout it stands be
     __path__.append(str(Path(__file__).parents[1]))
 
 if TYPE_CHECKING:
-    from greedy import cache, data, losses, models, recipes, report
+    from greedy import cache, data, exact, losses, models, recipes, report
     from greedy.base.errors import TrainingError, UserError
     from greedy.forecasts import forecast
     from greedy.results import curves, exits, export, figures, similarity
@@ -41,6 +41,7 @@ __all__ = [
     "cache",
     "curves",
     "data",
+    "exact",
     "exits",
     "export",
     "figures",

@@ -10,6 +10,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 ARGUMENTS = {
     "deployed": "--epochs 1",
+    "exact_step": "",
     "own_images": "--epochs 1",
     "own_loss": "--epochs 1",
     "own_network": "--epochs 1",
@@ -22,6 +23,7 @@ SAID = {
         r"network\.pt2: the same logits, ",
         r"network\.onnx: the same logits, ",
     ],
+    "exact_step": [rf"step {n}: loss \d\.\d+" for n in range(1, 6)],
     "own_images": [
         *(rf"stage {n}, .*: test error \d+\.\d %" for n in range(1, 9)),
         *[r"own-images/test/.+\.png: .+ \(\d+%\)"] * 5,

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
     "BATCH_NORMS",
@@ -19,10 +19,14 @@ __all__ = [
     "POOLS",
     "TorchDispatchMode",
     "clear_cublas_workspaces",
+    "generators",
     "has_hooks",
+    "is_compiled",
+    "is_used_at_once",
     "skips_on_device",
     "storage_key",
     "tree_leaves",
+    "tree_map",
 ]
 
 CONVOLUTIONS = nn.modules.conv._ConvNd
@@ -42,6 +46,27 @@ DEPENDS_ON_NUMBERS = (DataDependentOutputException, DynamicOutputShapeException)
 def has_hooks(module: nn.Module) -> bool:
     """Returns whether hooks of a module may change what its forward pass takes or gives."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Returns whether a module is one that ``torch.compile`` made."""
+    return hasattr(module, "_orig_mod")
+
+
+def is_used_at_once(parameter: nn.Parameter) -> bool:
+    """Returns whether a parameter has a hook that is called once its gradient was added to."""
+    return bool(parameter._post_accumulate_grad_hooks)
+
+
+def generators(device: torch.device) -> list[torch.Generator]:
+    """Returns the generators that modules on a device draw from by default, the CPU's first."""
+    found = [torch.default_generator]
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        found.append(torch.cuda.default_generators[index])
+    if device.type == "mps":
+        found.append(torch.mps._get_default_mps_generator())
+    return found
 
 
 def storage_key(tensor: Tensor) -> int:

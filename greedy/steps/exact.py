@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from greedy.exact.rows import write_rows
+from greedy.exact.statistics import Statistics
 from greedy.losses import Features, LocalLoss
 from greedy.models.lean import Layer, add_weight_gradient, forward
 from greedy.runs.choices import Mode
 from greedy.steps.parts import Parts
 from greedy.steps.scaling import LossScale
-from greedy.steps.statistics import Statistics
 
 SHARE = 2**-8  # a power of two, so that no digit changes
 
@@ -244,28 +245,6 @@ def clear_gradients(parameters: Iterable[nn.Parameter]) -> None:
             parameter.grad = torch.zeros_like(parameter)
         else:
             parameter.grad.zero_()
-
-
-def write_rows(
-    whole: Tensor | None, count: int, rows: slice, part: Tensor, *, pinned: bool = False
-) -> Tensor:
-    """Writes a part into its rows of a tensor of ``count`` rows and returns that tensor. If
-    ``whole`` is ``None``, the tensor is made, in the layout of the part."""
-    if whole is None:
-        whole = torch.empty(
-            (count, *part.shape[1:]),
-            dtype=part.dtype,
-            device=part.device,
-            memory_format=_layout(part),
-            pin_memory=pinned,
-        )
-    whole[rows] = part
-    return whole
-
-
-def _layout(part: Tensor) -> torch.memory_format:
-    last = part.dim() == 4 and part.is_contiguous(memory_format=torch.channels_last)
-    return torch.channels_last if last and not part.is_contiguous() else torch.contiguous_format
 
 
 def per_channel(values: Tensor) -> list[int]:

@@ -7,10 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from greedy.base.torch_private import BATCH_NORMS, DROPOUTS, has_hooks
+from greedy.exact.statistics import Statistics
 from greedy.losses import LocalHeads
 from greedy.models import Shape, Stage
 from greedy.models.lean import Layer
-from greedy.steps.statistics import Statistics
 
 ELEMENTWISE = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Tanh, nn.Sigmoid, nn.Identity)
 BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d

@@ -15,10 +15,11 @@ from greedy.base.heap import release_free_memory
 from greedy.base.precision import HALVES, autocast
 from greedy.base.seeds import torch_generator
 from greedy.base.user_folders import prepare_compiling
+from greedy.exact.rows import write_rows
 from greedy.losses import Features, LocalHeads, LocalLoss
 from greedy.models import Shape, Stage
 from greedy.runs.choices import Mode, StepMemory
-from greedy.steps.exact import ExactStep, write_rows
+from greedy.steps.exact import ExactStep
 from greedy.steps.graph import WARM_UP, Gradients, StepGraph
 from greedy.steps.guard import Guard
 from greedy.steps.optimizers import undecayed

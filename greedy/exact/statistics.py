@@ -49,12 +49,17 @@ class Statistics:
 
     @torch.no_grad()
     def update_running(self, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
-        """Updates the running statistics of a batch norm as its forward pass would: with the
-        unbiased variance, and for a momentum of ``None`` with the mean over all batches."""
+        """Updates the running statistics of a batch norm as its forward pass would; for a momentum
+        of ``None`` they are the mean over all batches."""
         assert norm.running_mean is not None and norm.running_var is not None
         assert norm.num_batches_tracked is not None
         norm.num_batches_tracked += 1
         weight = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked
+        self.move(norm.running_mean, norm.running_var, weight)
+
+    @torch.no_grad()
+    def move(self, mean: Tensor, variance: Tensor, weight: float | Tensor) -> None:
+        """Moves running statistics towards these, with the unbiased variance."""
         unbiased = self.variance * (self.count / max(self.count - 1, 1))
-        for running, value in ((norm.running_mean, self.mean), (norm.running_var, unbiased)):
+        for running, value in ((mean, self.mean), (variance, unbiased)):
             running.lerp_(value.to(running.dtype), weight)

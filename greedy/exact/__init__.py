@@ -1,0 +1,95 @@
+"""The gradients of a large batch, batch norm included, with one micro-batch of activations in
+memory.
+
+    greedy.exact.step(model, F.cross_entropy, images, labels, micro_batch=16)
+    optimizer.step()
+
+Adding up the gradients of micro-batches gives other gradients than those of the batch: each batch
+norm then sees a micro-batch only, and so does a loss that compares samples.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from greedy.base.errors import UserError
+from greedy.exact.passes import Passes
+from greedy.exact.replay import Replay
+from greedy.exact.rows import each_tensor, row_count, tensors_in
+from greedy.exact.support import require_supported
+
+__all__ = ["step"]
+
+
+def step(
+    module: nn.Module,
+    loss: Callable[[Any, Any], Tensor],
+    inputs: Any,
+    targets: Any,
+    micro_batch: int,
+) -> Tensor:
+    """Computes what ``loss(module(inputs), targets).backward()`` does, without the activations of
+    more than a micro-batch in memory.
+
+    Gradients are added to ``grad`` of the parameters, and of the inputs where they require one;
+    running statistics move once, with the statistics of the batch. Samples may meet in batch norms
+    and in the loss alone. Dropout and stochastic depth draw for each micro-batch, and the same in
+    all passes over it; hooks of the module are called in every pass.
+
+    A batch norm whose input has a gradient takes two more passes, one without and one with a
+    backward pass; independent ones share them.
+
+    Args:
+        module: any module, in training or evaluation mode; it is left as it was.
+        loss: gets the outputs of all samples at once, and the targets; returns a scalar.
+        inputs: a tensor (B, ...), a tuple or list of the module's positional arguments, or a
+            dictionary of its named ones, each tensor with a row for each sample. They may be in
+            host memory while the module is on a GPU.
+        targets: what the loss takes.
+        micro_batch: the number of rows that are computed at a time.
+
+    Returns:
+        The loss, a scalar without gradient.
+
+    Raises:
+        UserError: samples meet elsewhere, or the module computes something else when it is called
+            again, or hides its batch norms. Gradients, buffers and running statistics are then as
+            before.
+    """
+    require_supported(module, micro_batch)
+    count = row_count(inputs, "the inputs")
+    slices = [slice(at, min(at + micro_batch, count)) for at in range(0, count, micro_batch)]
+    device = device_of(module, inputs)
+    with Replay([module], device) as replay:
+        passes = Passes(module, inputs, slices, device, replay)
+        value, slopes = differentiated(loss, passes.outputs(), targets)
+        found = passes.backward(slopes)
+    passes.update_running()
+    each_tensor(_hand_on, inputs, found)
+    return value
+
+
+def device_of(module: nn.Module, inputs: Any) -> torch.device:
+    """Returns the device of a module, that of the inputs if it has no tensors."""
+    tensors = [*module.parameters(), *module.buffers(), *tensors_in(inputs)]
+    return tensors[0].device
+
+
+def differentiated(
+    loss: Callable[[Any, Any], Tensor], outputs: Any, targets: Any
+) -> tuple[Tensor, Any]:
+    """Returns the loss of outputs without gradient, and its gradients with respect to them."""
+    with torch.enable_grad():
+        leaves = each_tensor(lambda t: t.requires_grad_(t.is_floating_point()), outputs)
+        value = loss(leaves, targets)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise UserError("the loss returns no single number: let it return a scalar tensor")
+        value.backward()
+    return value.detach(), each_tensor(lambda t: t.grad, leaves)
+
+
+def _hand_on(t: Tensor, gradient: Tensor | None) -> None:
+    if gradient is not None:
+        t.backward(gradient)

@@ -1,0 +1,223 @@
+"""Batch norms that see a micro-batch and normalise by the whole batch.
+
+With x̂ = (x - mu) / sigma, y = gamma x̂ + beta and g = dL/dy, the gradient of a batch norm's input is
+
+    dL/dx = gamma / sigma (g - m1 - x̂ m2),    m1 = mean(g), m2 = mean(g x̂)
+
+over all values of a channel in the batch. All but mu, sigma, m1 and m2 belongs to one sample.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import CheckpointError
+
+from greedy.base.errors import UserError
+from greedy.base.precision import widened
+from greedy.exact.statistics import Statistics
+
+DIRECT = (torch.batch_norm, torch.native_batch_norm)
+
+
+class Call(NamedTuple):
+    """The arguments of ``torch.nn.functional.batch_norm``."""
+
+    input: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+
+class Stop(BaseException):
+    """The end of a forward pass that has gathered what it was for."""
+
+
+@dataclass
+class Norm:
+    """One call of batch norm in a forward pass, with what is known of the whole batch.
+
+    Attributes:
+        statistics: mean and variance of its input; ``None`` until they are known.
+        sums: of g and of g x̂, (2, C); ``None`` until they are known. Until then no gradient passes.
+        handle: zeros (2, C) whose gradient are the sums of a micro-batch, while they are gathered.
+        call: its arguments when its statistics were gathered last.
+    """
+
+    statistics: Statistics | None = None
+    sums: Tensor | None = None
+    handle: Tensor | None = None
+    call: Call | None = None
+    _partial: Statistics | None = field(default=None, repr=False)
+
+    def __call__(self, call: Call) -> Tensor:
+        """Normalises a micro-batch (m, C, ...); with unknown statistics adds it to them instead,
+        and returns zeros."""
+        if self.call is not None and not _is_same(self.call, call):
+            raise differs()
+        if self.statistics is None:
+            part = Statistics.of(call.input.detach())
+            self._partial = self._partial.merged(part) if self._partial else part
+            self.call = call._replace(input=call.input.new_empty((0, *call.input.shape[1:])))
+            return torch.zeros_like(call.input)
+        x = call.input if self.sums is not None else call.input.detach()
+        out: Tensor = Normalise.apply(x, call.weight, call.bias, self.handle, self, call.eps)
+        return out
+
+    def close_statistics(self) -> None:
+        """Ends the gathering of statistics."""
+        if self._partial is None or self.call is None:
+            raise differs()
+        if self._partial.count < 2:
+            raise UserError(
+                "batch norm has one value for each channel of the batch, which has no variance: "
+                "give more samples"
+            )
+        like = next(
+            (t for t in (self.call.weight, self.call.running_mean) if t is not None),
+            widened(self.call.input[:0]),
+        )
+        self.statistics, self._partial = self._partial.to(like.dtype), None
+
+    def open_sums(self) -> Tensor:
+        """Begins to gather the sums, in the gradient of the tensor that is returned."""
+        assert self.statistics is not None
+        mean = self.statistics.mean
+        self.handle = mean.new_zeros((2, *mean.shape)).requires_grad_()
+        return self.handle
+
+    def close_sums(self) -> None:
+        """Ends the gathering of the sums, which are zero where no gradient came."""
+        assert self.handle is not None
+        gradient = self.handle.grad
+        self.sums = torch.zeros_like(self.handle) if gradient is None else gradient
+        self.handle = None
+
+    def update_running(self) -> None:
+        """Updates the running statistics, if there are any, as one forward pass of the batch
+        would."""
+        assert self.call is not None and self.statistics is not None
+        if self.call.running_mean is not None and self.call.running_var is not None:
+            self.statistics.move(self.call.running_mean, self.call.running_var, self.call.momentum)
+
+
+class Normalise(torch.autograd.Function):
+    """Batch norm with the statistics and sums of a ``Norm``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        handle: Tensor | None,
+        norm: Norm,
+        eps: float,
+    ) -> Tensor:
+        assert norm.statistics is not None
+        ctx.save_for_backward(x, weight)
+        ctx.norm, ctx.eps = norm, eps
+        mean, variance = norm.statistics.mean, norm.statistics.variance
+        return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        norm, known = ctx.norm, ctx.norm.statistics
+        needs_x, _, _, has_handle, *_ = ctx.needs_input_grad
+        dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+            *(g, x, weight, known.mean, known.variance, None, None, False, ctx.eps),
+            [needs_x, True, True],
+        )
+        gathered = torch.stack([d_bias, d_weight]) if has_handle and norm.sums is None else None
+        if weight is None:
+            d_weight = d_bias = None
+        if norm.sums is None:
+            return None, d_weight, d_bias, gathered, None, None
+        if needs_x:
+            inverse = (known.variance + ctx.eps).rsqrt()
+            slope = inverse if weight is None else inverse * weight
+            a, b = (-slope * norm.sums / known.count).unbind()
+            shape = [1, -1] + [1] * (x.dim() - 2)
+            residue = x - known.mean.view(shape)
+            dx += residue.mul_((b * inverse).view(shape)).add_(a.view(shape))
+        return dx, d_weight, d_bias, None, None, None
+
+
+class Norms(TorchFunctionMode):
+    """A context in which batch norms in training are those of a sequence, in order of their calls.
+
+    Attributes:
+        norms: the norms.
+        index: the number of calls since ``begin``.
+        until: the number of calls after which the forward pass ends; ``None`` for none.
+    """
+
+    def __init__(self, norms: Sequence[Norm]) -> None:
+        super().__init__()
+        self.norms = norms
+        self.index = 0
+        self.until: int | None = None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.batch_norm and (call := Call(*args, **kwargs)).training:
+            return self._norm(call)
+        if func in DIRECT:
+            raise UserError(
+                f"the module calls torch.{func.__name__} itself: let it call "
+                f"torch.nn.functional.batch_norm"
+            )
+        return func(*args, **kwargs)
+
+    def begin(self) -> None:
+        """Starts a forward pass."""
+        self.index = 0
+
+    def end(self) -> None:
+        """Ends a whole forward pass. Raises ``UserError`` if a norm was not called."""
+        if self.index != len(self.norms):
+            raise differs()
+
+    def _norm(self, call: Call) -> Tensor:
+        if self.index == len(self.norms):
+            raise differs()
+        out = self.norms[self.index](call)
+        self.index += 1
+        if self.index == self.until:
+            raise Stop
+        return out
+
+
+def back(
+    tensors: Sequence[Tensor], gradients: Sequence[Tensor | None], leaves: Sequence[Tensor] | None
+) -> None:
+    """Adds to the gradients of ``leaves``, or of all leaves, what those of some tensors give."""
+    # Within autocast the thread of autograd may compute in float16 in any precision.
+    with torch.autocast(tensors[0].device.type, enabled=False):
+        try:
+            torch.autograd.backward(tensors, gradients, inputs=leaves)
+        except CheckpointError as error:
+            raise differs() from error
+
+
+def _is_same(one: Call, other: Call) -> bool:
+    return one.weight is other.weight and one.input.shape[1] == other.input.shape[1]
+
+
+def differs() -> UserError:
+    """Returns the error that a module's passes are not alike."""
+    return UserError(
+        "the module does not call the same batch norms for every micro-batch and in every pass: "
+        "leave out checkpointing, and choices that depend on the samples"
+    )
