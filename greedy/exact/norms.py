@@ -76,7 +76,7 @@ class Norm:
             return torch.zeros_like(call.input)
         passes = self.sums is not None and self.gradients is None
         x = call.input if passes else call.input.detach()
-        self.root = None if self.gradients is None else call.input
+        self.root = None if passes or self.sums is None else call.input
         out: Tensor = Normalise.apply(
             x, call.weight, call.bias, self.handle, self, call.eps, number
         )
@@ -169,21 +169,23 @@ class Normalise(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         norm, known = ctx.norm, ctx.norm.statistics
-        needs_x, needs_weight, needs_bias, has_handle, *_ = ctx.needs_input_grad
-        gathers = has_handle and norm.sums is None
+        needs_x, *_ = ctx.needs_input_grad
         dx = gathered = None
         d_weight: Any = None
         d_bias: Any = None
-        if gathers or needs_weight or needs_bias:
+        if norm.sums is not None:
+            if needs_x:
+                dx = norm.input_gradient(g, x, weight, ctx.eps)
+            if ctx.number == 0:  # once for the batch
+                d_bias, d_weight = norm.sums
+        else:
             _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
                 *(g, x, weight, known.mean, known.variance, None, None, False, ctx.eps),
                 [False, True, True],
             )
-        if gathers:
-            gathered = torch.stack([d_bias, d_weight])
+            if norm.handle is not None:
+                gathered = torch.stack([d_bias, d_weight])
             norm.receive(ctx.number, g)
-        elif needs_x:
-            dx = norm.input_gradient(g, x, weight, ctx.eps)
         if weight is None:
             d_weight = d_bias = None
         return dx, d_weight, d_bias, gathered, None, None, None

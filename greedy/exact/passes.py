@@ -189,7 +189,7 @@ class Passes:
             self._forward(number, inputs)
         found = [(norm.root, norm.root_gradient(number)) for norm in norms]
         given = [(root, g) for root, g in found if root is not None and g is not None]
-        for norm in norms:
+        for norm in self.norms.norms:
             norm.root = None
         if given:
             back([root for root, _ in given], [g for _, g in given], None)
