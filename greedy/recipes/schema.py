@@ -120,7 +120,18 @@ class Data(Section):
 class Model(Section):
     """The network."""
 
-    network: Literal["mlp", "vgg8b", "vgg11b", "python"] = Field(
+    network: Literal[
+        "mlp",
+        "vgg8b",
+        "vgg11b",
+        "resnet32",
+        "resnet110",
+        "preact-resnet18",
+        "wrn-16-8",
+        "wrn-28-10",
+        "wrn-40-10",
+        "python",
+    ] = Field(
         description="Architecture; python: a network given in Python."
     )
     feature_multiplier: float = Field(
@@ -131,7 +142,7 @@ class Model(Section):
         default=1024, description="Features of a fully connected hidden layer."
     )
     dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="Dropout on the input of every stage but the first."
+        default=0.0, ge=0, lt=1, description="Dropout on the input of every stage but the first; wrn: within blocks."
     )
     activation: Literal["relu", "leaky_relu"] = Field(
         default="leaky_relu", description="Activation; leaky_relu has slope 0.01."
