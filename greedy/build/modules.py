@@ -2,6 +2,8 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,7 +21,14 @@ NETWORKS: dict[str, Callable[..., nn.Sequential]] = {
     "mlp": models.mlp,
     "vgg8b": models.vgg8b,
     "vgg11b": models.vgg11b,
+    "resnet32": partial(models.resnet, depth=32),
+    "resnet110": partial(models.resnet, depth=110),
+    "wrn-16-8": partial(models.wide_resnet, depth=16, widen_factor=8),
+    "wrn-28-10": partial(models.wide_resnet, depth=28, widen_factor=10),
+    "wrn-40-10": partial(models.wide_resnet, depth=40, widen_factor=10),
+    "preact-resnet18": models.preact_resnet18,
 }
+NETWORK_FIELDS = {"feature_multiplier", "hidden_layers", "hidden_width", "dropout", "activation"}
 
 LOSSES: dict[str, type[LocalLoss]] = {
     "pred": Pred,
@@ -45,8 +54,8 @@ LOSS_FIELDS = {  # fields of a recipe, and the losses' arguments
 
 def build_network(model: Model, row_shape: Shape, num_classes: int) -> nn.Sequential:
     """Returns the recipe's network for images of ``row_shape`` (C, H, W), on the meta device: each
-    stage gets its weights when it is trained. Raises ``UserError`` for a network given in Python
-    and for images that are not square."""
+    stage gets its weights when it is trained. Raises ``UserError`` for a network given in Python,
+    for images that are not square, and for settings that the network does not have."""
     if model.network == "python":
         raise UserError(NOT_NAMED)
     channels, height, width = row_shape
@@ -55,18 +64,23 @@ def build_network(model: Model, row_shape: Shape, num_classes: int) -> nn.Sequen
             f"the images are {height}x{width} and {model.network} takes square ones: "
             f"set data.image_size"
         )
-    convolutional = {"feature_multiplier": model.feature_multiplier}
+    build = NETWORKS[model.network]
+    sizes = {"in_channels": channels, "image_size": height, "num_classes": num_classes}
+    taken = _parameters(build)
+    for field in sorted(NETWORK_FIELDS.difference(taken)):
+        value, default = getattr(model, field), Model.model_fields[field].default
+        if value != default:
+            raise UserError(
+                f"model.{field} is {value}, and {model.network} has no such setting: leave it at "
+                f"{default}"
+            )
+    given = sizes | model.model_dump(include=NETWORK_FIELDS)
     with torch.device("meta"):
-        return NETWORKS[model.network](
-            channels,
-            height,
-            num_classes,
-            hidden_layers=model.hidden_layers,
-            hidden_width=model.hidden_width,
-            dropout=model.dropout,
-            activation=model.activation,
-            **({} if model.network == "mlp" else convolutional),
-        )
+        return build(**{name: given[name] for name in taken if name in given})
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
 
 
 def checked_shapes(
@@ -224,5 +238,5 @@ def build_cross_entropy(loss: Loss, rows: Sequence[int]) -> CrossEntropy:
 
 def _arguments(kind: type[LocalLoss]) -> dict[str, str]:
     """Returns a loss's arguments by the fields of a recipe that set them."""
-    parameters = inspect.signature(kind).parameters
+    parameters = _parameters(kind)
     return {field: name for field, name in LOSS_FIELDS.items() if name in parameters}

@@ -1,7 +1,8 @@
-"""The paper's networks, and cutting a network into stages."""
+"""The paper's networks, residual networks, and cutting a network into stages."""
 
 from greedy.models.initial import initialise, seeded
 from greedy.models.networks import ACTIVATIONS, mlp, vgg, vgg8b, vgg11b
+from greedy.models.residual import preact_resnet18, resnet, wide_resnet
 from greedy.models.shapes import StageShapes, shapes
 from greedy.models.stages import ENCODERS, InputDropout, Shape, Stage, cut
 
@@ -15,9 +16,12 @@ __all__ = [
     "cut",
     "initialise",
     "mlp",
+    "preact_resnet18",
+    "resnet",
     "seeded",
     "shapes",
     "vgg",
     "vgg8b",
     "vgg11b",
+    "wide_resnet",
 ]

@@ -121,9 +121,18 @@ class Data(Section):
 class Model(Section):
     """The network."""
 
-    network: Literal["mlp", "vgg8b", "vgg11b", "python"] = Field(
-        description="Architecture; python: a network given in Python."
-    )
+    network: Literal[
+        "mlp",
+        "vgg8b",
+        "vgg11b",
+        "resnet32",
+        "resnet110",
+        "preact-resnet18",
+        "wrn-16-8",
+        "wrn-28-10",
+        "wrn-40-10",
+        "python",
+    ] = Field(description="Architecture; python: a network given in Python.")
     feature_multiplier: float = Field(
         default=1.0, gt=0, description="Factor on the channels of every convolution."
     )
@@ -132,7 +141,11 @@ class Model(Section):
         default=1024, description="Features of a fully connected hidden layer."
     )
     dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="Dropout on the input of every stage but the first."
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Dropout on the input of every stage but the first; of wide residual networks "
+        "(wrn): within their blocks.",
     )
     activation: Literal["relu", "leaky_relu"] = Field(
         default="leaky_relu", description="Activation; leaky_relu has slope 0.01."
@@ -281,6 +294,11 @@ class Paper(Section):
     table: Count = Field(description="Number of the paper's table.")
     test_error_percent: float = Field(
         ge=0, le=100, description="Published test error in percent, last epoch of a single run."
+    )
+    cited: str | None = Field(
+        default=None,
+        description="Work from which the paper cites the figure, for comparison; absent: the paper "
+        "has measured it.",
     )
 
 
