@@ -210,7 +210,7 @@ class Source:
                 pin_memory=self.device.type == "cuda",
             )
         draws = self.images.draw(store, self.seed, stage, epoch) if self.images else None
-        mixing = self.mixup and self.mixup.draw(store.rows, self.seed, stage, epoch)
+        mixing = self.mixup.draw(store.rows, self.seed, stage, epoch) if self.mixup else None
         return EpochBatches(self, loader, draws, mixing)
 
     def view_batches(
