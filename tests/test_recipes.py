@@ -45,6 +45,7 @@ CITED = {  # figures of other works in the paper's tables
     "fashion-mnist/wrn-28-10-glob": (2, 4.63),
     "fashion-mnist/wrn-28-10-glob-erasing": (2, 4.16),
     "kmnist/preact-resnet18-glob": (3, 2.18),
+    "kmnist/preact-resnet18-glob-manifold-mixup": (3, 1.17),
     "cifar10/wrn-40-10-glob": (4, 3.87),
     "cifar10/wrn-40-10-glob-cutout": (4, 3.08),
     "cifar100/wrn-40-10-glob": (6, 18.8),

@@ -122,6 +122,7 @@ def checked_shapes(
             f"glob is no local loss, and {strategy} training needs one: set loss.name, or give "
             f"--strategy backprop"
         )
+    _require_mixable(recipe)
     for field in ("epochs", "learning_rate"):
         value = getattr(recipe.training, field)
         if isinstance(value, list) and len(value) != len(stages):
@@ -130,6 +131,26 @@ def checked_shapes(
                 f"stages: give one number, or one a stage"
             )
     return shapes
+
+
+def _require_mixable(recipe: Recipe) -> None:
+    """Raises ``UserError`` for mixed labels where a loss cannot take them, or where what they are
+    mixed for is not trained as a whole."""
+    mixup, strategy, loss = recipe.data.mixup, recipe.training.strategy, recipe.loss.name
+    if mixup == "none" or (strategy == "backprop" and recipe.training.accumulate == 1):
+        return
+    if mixup == "manifold":
+        raise UserError(
+            "data.mixup is manifold, which mixes within a network that is trained as a whole, a "
+            "batch at a time: set training.strategy to backprop and training.accumulate to 1, or "
+            "data.mixup to input"
+        )
+    if strategy == "glob+sim" or (strategy != "backprop" and loss not in ("pred", "python")):
+        named = strategy if strategy == "glob+sim" else loss
+        raise UserError(
+            f"data.mixup mixes labels, and {named} needs one label a row: set loss.name to pred or "
+            f"training.strategy to backprop, or data.mixup to none"
+        )
 
 
 def _require_heads_and_store(recipe: Recipe, stage: Stage, shape: StageShapes) -> None:

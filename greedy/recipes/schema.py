@@ -38,6 +38,15 @@ class Data(Section):
     cutout_length: int = Field(
         default=0, ge=0, description="Side of the cutout hole in pixels, 0: none."
     )
+    mixup: Literal["none", "input", "manifold"] = Field(
+        default="none",
+        description="Mixing of each training row and its label with the next in its batch; input: "
+        "the input of a stage, or of a network trained as a whole; manifold: that of a random "
+        "stage in the network's first half.",
+    )
+    mixup_alpha: float = Field(
+        default=1.0, gt=0, description="Shares of mixed rows are drawn from Beta(alpha, alpha)."
+    )
     classes_per_batch: int = Field(
         default=0,
         ge=0,
@@ -92,6 +101,13 @@ class Data(Section):
             if values.pop("frozen_transforms"):
                 values.setdefault("transforms", "frozen")
         return values
+
+    @field_validator("mixup_alpha")
+    @classmethod
+    def _alpha_is_of_mixup(cls, value: float, info: ValidationInfo) -> float:
+        if info.data.get("mixup") == "none" and value != cls.model_fields["mixup_alpha"].default:
+            raise ValueError("be left out where data.mixup is none")
+        return value
 
     @field_validator("augmentation")
     @classmethod
