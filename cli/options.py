@@ -40,6 +40,23 @@ model = click.option(
     metavar="MODULE:FUNCTION",
     help="The function that returns the network, for runs whose network was built in Python.",
 )
+images = click.option(
+    "--images",
+    cls=Option,
+    group=DATA,
+    nargs=2,
+    metavar="TRAIN TEST",
+    type=click.IntRange(min=1),
+    help="The numbers of images of a folder that is not here; with --classes.",
+)
+classes = click.option(
+    "--classes",
+    cls=Option,
+    group=DATA,
+    metavar="N",
+    type=click.IntRange(min=2),
+    help="The number of classes of a folder that is not here; with --images.",
+)
 data_function = click.option(
     "--data",
     metavar="MODULE:FUNCTION",
