@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -12,8 +13,9 @@ from greedy.base.functions import call_function
 from greedy.data import Augmentation
 from greedy.losses import Glob, LocalLoss, Pred, PredBio, PredSim, PredSimBio, Sim, SimBio
 from greedy.losses.prediction import PLAIN, CrossEntropy
-from greedy.models import ENCODERS, Shape, Stage, StageShapes
+from greedy.models import ENCODERS, Shape, Stage, StageShapes, seeded
 from greedy.recipes import Loss, Model, Recipe
+from greedy.recipes.networks import is_function, is_library_network
 
 NETWORKS: dict[str, Callable[..., nn.Sequential]] = {
     "mlp": models.mlp,
@@ -34,6 +36,9 @@ NOT_NAMED = (
     "this run's network was built in Python: name the function that returns it with --model "
     "module:function"
 )
+NOT_CALLED = (
+    "this run's network is what {0} returns, and code is only run if you name it: add --model {0}"
+)
 LOSS_FIELDS = {  # fields of a recipe, and the losses' arguments
     "beta": "beta",
     "pred_pool_target": "pool_target",
@@ -42,12 +47,24 @@ LOSS_FIELDS = {  # fields of a recipe, and the losses' arguments
 }
 
 
-def build_network(model: Model, row_shape: Shape, num_classes: int) -> nn.Sequential:
+def build_network(
+    model: Model, row_shape: Shape, num_classes: int, seed: int | None = None
+) -> nn.Sequential:
     """Returns the recipe's network for images of ``row_shape`` (C, H, W), on the meta device: each
-    stage gets its weights when it is trained. Raises ``UserError`` for a network given in Python
-    and for images that are not square."""
+    stage gets its weights when it is trained.
+
+    A network of torchvision or timm has its own first weights, which are drawn if a ``seed`` is
+    given.
+
+    Raises:
+        UserError: the network is given in Python, or it takes other images.
+    """
     if model.network == "python":
         raise UserError(NOT_NAMED)
+    if is_function(model.network):
+        raise UserError(NOT_CALLED.format(model.network))
+    if is_library_network(model.network):
+        return _library_network(model.network, row_shape, num_classes, seed)
     channels, height, width = row_shape
     if height != width:
         raise UserError(
@@ -66,6 +83,20 @@ def build_network(model: Model, row_shape: Shape, num_classes: int) -> nn.Sequen
             activation=model.activation,
             **({} if model.network == "mlp" else convolutional),
         )
+
+
+def _library_network(
+    name: str, row_shape: Shape, num_classes: int, seed: int | None
+) -> nn.Sequential:
+    if seed is None:
+        # Some cannot be built without numbers: these are built with them, and so are mistaken ones.
+        with suppress(UserError), torch.device("meta"):
+            return models.sequential(
+                models.library_network(name, row_shape, num_classes), row_shape
+            )
+    with seeded(seed or 0, "network"):
+        network = models.library_network(name, row_shape, num_classes)
+    return models.sequential(network, row_shape)
 
 
 def checked_shapes(
@@ -168,21 +199,30 @@ def require_one_logit_a_class(output: Shape, classes: int) -> None:
         )
 
 
-def load_network(
-    model: Model, function: str | None, *, needed: bool = False
-) -> nn.Sequential | None:
-    """Returns the network that ``module:function`` returns, for a run whose network was built in
-    Python; ``None`` without a function. Raises ``UserError`` for a function that the run has no use
-    for, and for one that is ``needed`` and missing."""
-    if function is None:
+def load_network(model: Model, name: str | None, *, needed: bool = False) -> nn.Module | None:
+    """Returns the network that the function called ``name`` returns, for a run whose network was
+    built in Python or whose recipe names that function; ``None`` without a name, and for a network
+    that is built from the recipe.
+
+    Raises:
+        UserError: the run has another network, or a function that is ``needed`` is not named.
+    """
+    from_function = is_function(model.network)
+    if name is None:
         if needed and model.network == "python":
             raise UserError(NOT_NAMED)
+        if needed and from_function:
+            raise UserError(NOT_CALLED.format(model.network))
         return None
-    if model.network != "python":
-        raise UserError(f"this run's network is {model.network}: leave out --model {function}")
-    network = call_function(function)
-    if not isinstance(network, nn.Sequential):
-        raise UserError(f"{function} must return an nn.Sequential, not a {type(network).__name__}")
+    if name == model.network and not from_function:
+        return None
+    if from_function and name != model.network:
+        raise UserError(f"this run's network is {model.network}: give --model {model.network}")
+    if not from_function and model.network != "python":
+        raise UserError(f"this run's network is {model.network}: leave out --model {name}")
+    network = call_function(name)
+    if not isinstance(network, nn.Module):
+        raise UserError(f"{name} must return an nn.Module, not a {type(network).__name__}")
     return network
 
 

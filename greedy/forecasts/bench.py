@@ -91,7 +91,7 @@ class Bench:
         cls,
         recipe: Recipe,
         device: str = "auto",
-        model: nn.Sequential | None = None,
+        model: nn.Module | None = None,
         allow_function: bool = False,
     ) -> Self:
         """Prepares to measure the stages of a recipe. Its data set need not be on this machine if
@@ -99,7 +99,7 @@ class Bench:
 
         Args:
             device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
-            model: the network, only if the recipe's network is ``python``.
+            model: the network, only if the recipe's is ``python`` or what a function returns.
             allow_function: whether a data set ``module:function`` may be called.
 
         Raises:
@@ -111,7 +111,7 @@ class Bench:
                 f"{recipe.training.strategy}: add --set training.strategy=greedy"
             )
         place, data = pick_device(device), named_data_facts(recipe, allow_function)
-        network = model or build_network(recipe.model, data.shape, data.classes)
+        network = model or build_network(recipe.model, data.shape, data.classes, recipe.seed)
         loss = build_loss(recipe.loss)
         computer = machine(recipe, place.type)
         memory = MemoryPlan(

@@ -1,7 +1,9 @@
 """The paper's networks, and cutting a network into stages."""
 
 from greedy.models.initial import initialise, seeded
+from greedy.models.libraries import library_network
 from greedy.models.networks import ACTIVATIONS, mlp, vgg, vgg8b, vgg11b
+from greedy.models.sequential import sequential
 from greedy.models.shapes import StageShapes, shapes
 from greedy.models.stages import ENCODERS, InputDropout, Shape, Stage, cut
 
@@ -14,8 +16,10 @@ __all__ = [
     "StageShapes",
     "cut",
     "initialise",
+    "library_network",
     "mlp",
     "seeded",
+    "sequential",
     "shapes",
     "vgg",
     "vgg8b",

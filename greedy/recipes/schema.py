@@ -12,6 +12,7 @@ from pydantic import (
 
 from greedy.recipes.colour import Colour
 from greedy.recipes.limits import AutoLimit, Limit
+from greedy.recipes.networks import NetworkName
 from greedy.recipes.section import Count, Rates, Section
 from greedy.recipes.training import Training
 
@@ -120,8 +121,9 @@ class Data(Section):
 class Model(Section):
     """The network."""
 
-    network: Literal["mlp", "vgg8b", "vgg11b", "python"] = Field(
-        description="Architecture; python: a network given in Python."
+    network: NetworkName | Literal["mlp", "vgg8b", "vgg11b", "python"] = Field(
+        description="Architecture; python: a network given in Python. A function is called only if "
+        "--model names it too."
     )
     feature_multiplier: float = Field(
         default=1.0, gt=0, description="Factor on the channels of every convolution."
