@@ -1,8 +1,10 @@
 """Networks and losses built from a recipe."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,12 +17,18 @@ from greedy.losses import Glob, LocalLoss, Pred, PredBio, PredSim, PredSimBio, S
 from greedy.losses.prediction import PLAIN, CrossEntropy
 from greedy.models import ENCODERS, Shape, Stage, StageShapes, seeded
 from greedy.recipes import Loss, Model, Recipe
-from greedy.recipes.networks import is_function, is_library_network
+from greedy.recipes.networks import NETWORK_FIELDS, is_function, is_library_network
 
 NETWORKS: dict[str, Callable[..., nn.Sequential]] = {
     "mlp": models.mlp,
     "vgg8b": models.vgg8b,
     "vgg11b": models.vgg11b,
+    "resnet32": partial(models.resnet, depth=32),
+    "resnet110": partial(models.resnet, depth=110),
+    "wrn-16-8": partial(models.wide_resnet, depth=16, widen_factor=8),
+    "wrn-28-10": partial(models.wide_resnet, depth=28, widen_factor=10),
+    "wrn-40-10": partial(models.wide_resnet, depth=40, widen_factor=10),
+    "preact-resnet18": models.preact_resnet18,
 }
 
 LOSSES: dict[str, type[LocalLoss]] = {
@@ -57,13 +65,14 @@ def build_network(
     given.
 
     Raises:
-        UserError: the network is given in Python, or it takes other images.
+        UserError: the network is given in Python, it takes other images, or it lacks a setting.
     """
     if model.network == "python":
         raise UserError(NOT_NAMED)
     if is_function(model.network):
         raise UserError(NOT_CALLED.format(model.network))
     if is_library_network(model.network):
+        _require_settings(model, ())
         return _library_network(model.network, row_shape, num_classes, seed)
     channels, height, width = row_shape
     if height != width:
@@ -71,18 +80,28 @@ def build_network(
             f"the images are {height}x{width} and {model.network} takes square ones: "
             f"set data.image_size"
         )
-    convolutional = {"feature_multiplier": model.feature_multiplier}
+    build = NETWORKS[model.network]
+    sizes = {"in_channels": channels, "image_size": height, "num_classes": num_classes}
+    taken = _parameters(build)
+    _require_settings(model, taken)
+    given = sizes | model.model_dump(include=NETWORK_FIELDS)
     with torch.device("meta"):
-        return NETWORKS[model.network](
-            channels,
-            height,
-            num_classes,
-            hidden_layers=model.hidden_layers,
-            hidden_width=model.hidden_width,
-            dropout=model.dropout,
-            activation=model.activation,
-            **({} if model.network == "mlp" else convolutional),
-        )
+        return build(**{name: given[name] for name in taken if name in given})
+
+
+def _require_settings(model: Model, taken: Iterable[str]) -> None:
+    """Raises ``UserError`` for a setting that the network does not have among those ``taken``."""
+    for field in sorted(NETWORK_FIELDS.difference(taken)):
+        value, default = getattr(model, field), Model.model_fields[field].default
+        if value != default:
+            raise UserError(
+                f"model.{field} is {value}, and {model.network} has no such setting: leave it at "
+                f"{default}"
+            )
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
 
 
 def _library_network(
@@ -138,6 +157,7 @@ def checked_shapes(
             f"glob is no local loss, and {strategy} training needs one: set loss.name, or give "
             f"--strategy backprop"
         )
+    _require_mixable(recipe)
     for field in ("epochs", "learning_rate"):
         value = getattr(recipe.training, field)
         if isinstance(value, list) and len(value) != len(stages):
@@ -146,6 +166,26 @@ def checked_shapes(
                 f"stages: give one number, or one a stage"
             )
     return shapes
+
+
+def _require_mixable(recipe: Recipe) -> None:
+    """Raises ``UserError`` for mixed labels where a loss cannot take them, or where what they are
+    mixed for is not trained as a whole."""
+    mixup, strategy, loss = recipe.data.mixup, recipe.training.strategy, recipe.loss.name
+    if mixup == "none" or (strategy == "backprop" and recipe.training.accumulate == 1):
+        return
+    if mixup == "manifold":
+        raise UserError(
+            "data.mixup is manifold, which mixes within a network that is trained as a whole, a "
+            "batch at a time: set training.strategy to backprop and training.accumulate to 1, or "
+            "data.mixup to input"
+        )
+    if strategy == "glob+sim" or (strategy != "backprop" and loss not in ("pred", "python")):
+        named = strategy if strategy == "glob+sim" else loss
+        raise UserError(
+            f"data.mixup mixes labels, and {named} needs one label a row: set loss.name to pred or "
+            f"training.strategy to backprop, or data.mixup to none"
+        )
 
 
 def _require_heads_and_store(recipe: Recipe, stage: Stage, shape: StageShapes) -> None:
@@ -263,5 +303,5 @@ def build_cross_entropy(loss: Loss, rows: Sequence[int]) -> CrossEntropy:
 
 def _arguments(kind: type[LocalLoss]) -> dict[str, str]:
     """Returns a loss's arguments by the fields of a recipe that set them."""
-    parameters = inspect.signature(kind).parameters
+    parameters = _parameters(kind)
     return {field: name for field, name in LOSS_FIELDS.items() if name in parameters}

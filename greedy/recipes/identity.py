@@ -12,7 +12,7 @@ FREE_FIELDS: Final = {
     *("compile", "deterministic", "test_every", "checkpoint_minutes"),
 }
 _LATER: Final[dict[type[BaseModel], tuple[str, ...]]] = {
-    Data: ("background", "broken", "max_pixels", "transforms"),
+    Data: ("background", "broken", "max_pixels", "transforms", "mixup", "mixup_alpha"),
     Loss: ("label_smoothing", "class_weights"),
     Training: (
         *("optimizer", "momentum", "nesterov", "weight_decay"),

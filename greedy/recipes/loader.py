@@ -15,7 +15,7 @@ from greedy.base.files import read_limited
 from greedy.base.text import legible
 from greedy.recipes import explain, milestones
 from greedy.recipes.identity import differences
-from greedy.recipes.networks import is_function
+from greedy.recipes.networks import NETWORK_FIELDS, is_function
 from greedy.recipes.schema import Model, Recipe
 
 SHIPPED: Final = Path(__file__).parent
@@ -63,12 +63,15 @@ def load(
 def load_for_model(
     name_or_path: str | Path, model: str | None, overrides: Sequence[str] = ()
 ) -> Recipe:
-    """Returns ``load``'s recipe with the network ``model``, if that is given. A recipe whose
-    network was built in Python keeps it, since a function's name stands for that."""
+    """Returns ``load``'s recipe with the network ``model``, if that is given, without the settings
+    of the recipe's network. A recipe whose network was built in Python keeps it, since a function's
+    name stands for that."""
     recipe = load(name_or_path, overrides)
-    if model is None or (recipe.model.network == "python" and is_function(model)):
+    network = recipe.model.network
+    if model in (None, network) or (network == "python" and is_function(str(model))):
         return recipe
-    return load(name_or_path, [*overrides, f"model.network={model}"])
+    defaults = [f"model.{name}={Model.model_fields[name].default}" for name in NETWORK_FIELDS]
+    return load(name_or_path, [*defaults, *overrides, f"model.network={model}"])
 
 
 def from_document(

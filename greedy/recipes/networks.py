@@ -5,6 +5,10 @@ from typing import Annotated, Final
 from pydantic import Field
 
 LIBRARIES: Final = ("torchvision", "timm")
+NETWORK_FIELDS: Final = frozenset(
+    ("feature_multiplier", "hidden_layers", "hidden_width", "dropout", "activation")
+)
+"""Fields of the model section that are settings of some of the recipe's own networks."""
 
 NetworkName = Annotated[
     str,

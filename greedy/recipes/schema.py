@@ -38,6 +38,15 @@ class Data(Section):
     cutout_length: int = Field(
         default=0, ge=0, description="Side of the cutout hole in pixels, 0: none."
     )
+    mixup: Literal["none", "input", "manifold"] = Field(
+        default="none",
+        description="Mixing of each training row and its label with the next in its batch; input: "
+        "the input of a stage, or of a network trained as a whole; manifold: that of a random "
+        "stage in the network's first half.",
+    )
+    mixup_alpha: float = Field(
+        default=1.0, gt=0, description="Shares of mixed rows are drawn from Beta(alpha, alpha)."
+    )
     classes_per_batch: int = Field(
         default=0,
         ge=0,
@@ -93,6 +102,13 @@ class Data(Section):
                 values.setdefault("transforms", "frozen")
         return values
 
+    @field_validator("mixup_alpha")
+    @classmethod
+    def _alpha_is_of_mixup(cls, value: float, info: ValidationInfo) -> float:
+        if info.data.get("mixup") == "none" and value != cls.model_fields["mixup_alpha"].default:
+            raise ValueError("be left out where data.mixup is none")
+        return value
+
     @field_validator("augmentation")
     @classmethod
     def _augmentation_is_a_sum(cls, value: str) -> str:
@@ -121,7 +137,21 @@ class Data(Section):
 class Model(Section):
     """The network."""
 
-    network: NetworkName | Literal["mlp", "vgg8b", "vgg11b", "python"] = Field(
+    network: (
+        NetworkName
+        | Literal[
+            "mlp",
+            "vgg8b",
+            "vgg11b",
+            "resnet32",
+            "resnet110",
+            "preact-resnet18",
+            "wrn-16-8",
+            "wrn-28-10",
+            "wrn-40-10",
+            "python",
+        ]
+    ) = Field(
         description="Architecture; python: a network given in Python. A function is called only if "
         "--model names it too."
     )
@@ -133,7 +163,11 @@ class Model(Section):
         default=1024, description="Features of a fully connected hidden layer."
     )
     dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="Dropout on the input of every stage but the first."
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Dropout on the input of every stage but the first; of wide residual networks "
+        "(wrn): within their blocks.",
     )
     activation: Literal["relu", "leaky_relu"] = Field(
         default="leaky_relu", description="Activation; leaky_relu has slope 0.01."
@@ -271,6 +305,11 @@ class Paper(Section):
     table: Count = Field(description="Number of the paper's table.")
     test_error_percent: float = Field(
         ge=0, le=100, description="Published test error in percent, last epoch of a single run."
+    )
+    cited: str | None = Field(
+        default=None,
+        description="Work from which the paper cites the figure, for comparison; absent: the paper "
+        "has measured it.",
     )
 
 
