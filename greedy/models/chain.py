@@ -15,6 +15,8 @@ from greedy.base.errors import first_line
 from greedy.base.torch_private import has_hooks
 from greedy.models.stages import ENCODERS
 
+_WINDOW = ("kernel_size", "stride", "padding", "ceil_mode")
+
 # Functions as the modules that compute the same, and the arguments that both have.
 MODULES: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
     F.relu: (nn.ReLU, ()),
@@ -22,8 +24,8 @@ MODULES: dict[Any, tuple[type[nn.Module], tuple[str, ...]]] = {
     "relu": (nn.ReLU, ()),
     F.dropout: (nn.Dropout, ("p",)),
     F.dropout2d: (nn.Dropout2d, ("p",)),
-    F.max_pool2d: (nn.MaxPool2d, ("kernel_size", "stride", "padding", "dilation", "ceil_mode")),
-    F.avg_pool2d: (nn.AvgPool2d, ("kernel_size", "stride", "padding", "ceil_mode")),
+    F.max_pool2d: (nn.MaxPool2d, (*_WINDOW[:3], "dilation", "ceil_mode", "return_indices")),
+    F.avg_pool2d: (nn.AvgPool2d, (*_WINDOW, "count_include_pad", "divisor_override")),
     F.adaptive_avg_pool2d: (nn.AdaptiveAvgPool2d, ("output_size",)),
     torch.flatten: (nn.Flatten, ("start_dim", "end_dim")),
     "flatten": (nn.Flatten, ("start_dim", "end_dim")),

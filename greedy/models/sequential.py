@@ -88,9 +88,13 @@ def _output(module: nn.Module, image: Shape, *, training: bool) -> Tensor:
     with torch.random.fork_rng(devices), torch.no_grad():
         torch.manual_seed(0)
         output = module(images)
-    if not isinstance(output, Tensor):
-        raise _error(module, f"it gives a {type(output).__name__} where a tensor is needed")
+    _require_tensor(module, output)
     return output
+
+
+def _require_tensor(model: nn.Module, output: Any) -> None:
+    if not isinstance(output, Tensor):
+        raise _error(model, f"it gives a {type(output).__name__} where a tensor is needed")
 
 
 def _images(module: nn.Module, image: Shape) -> Tensor:
@@ -116,6 +120,7 @@ def _recorded(model: nn.Module, image: Shape) -> Iterator[Part]:
     value, before = _images(copy, image), "the images are"
     with torch.no_grad():
         last = copy(value)
+    _require_tensor(model, last)
     for name, inputs, output in [*calls, ("", (last,), None)]:
         same = len(inputs) == 1 and inputs[0] is value
         if not same and not (len(inputs) == 1 and _is_flattened(inputs[0], value)):
