@@ -57,4 +57,5 @@ class CutNetwork:
 
     def losses(self, strategy: str) -> list[LocalLoss]:
         """Returns the loss of each stage for a strategy, given by its name."""
-        return stage_losses(strategy, self.loss, len(self), self.cross_entropy)
+        hidden = [shape.hidden for shape in self.shapes]
+        return stage_losses(strategy, self.loss, hidden, self.cross_entropy)

@@ -51,6 +51,7 @@ LOSS_FIELDS = {  # fields of a recipe, and the losses' arguments
     "beta": "beta",
     "pred_pool_target": "pool_target",
     "pred_hidden_layers": "hidden_layers",
+    "auxiliary": "auxiliary",
     "target_projection": "target_projection",
 }
 

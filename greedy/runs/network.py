@@ -117,7 +117,9 @@ def _assemble(
                 f"the early exit after stage {last} needs the run's local loss: give it"
             )
         modules = modules[: len(modules) - len(stages[last - 1].pool)]  # heads take h, unpooled
-        modules += local_classifier(state, loss, stages, last)
+        row_shape = state.complete_record(0).row_shape
+        hidden = [shape.hidden for shape in shapes(stages, row_shape)]
+        modules += local_classifier(state, loss, last, hidden)
     return nn.Sequential(*modules).eval().requires_grad_(False)
 
 
@@ -130,16 +132,19 @@ def normalisation_module(recipe: Recipe, data: StageRecord) -> nn.Module:
 
 
 def local_classifier(
-    state: RunState, loss: LocalLoss, stages: Sequence[Stage], number: int
+    state: RunState, loss: LocalLoss, number: int, hidden: Sequence[Shape]
 ) -> list[nn.Module]:
     """Returns the modules, in order, that map a stage's activation h to logits (B, classes).
-    ``loss`` is the run's local loss.
 
-    Raises ``NoLocalClassifier`` if the stage was trained without one.
+    Args:
+        loss: the run's local loss.
+        hidden: the shape of a row of h for each stage of the network.
+
+    Raises:
+        NoLocalClassifier: the stage was trained without one.
     """
-    data, strategy = state.complete_record(0), state.run.recipe.training.strategy
-    loss = stage_losses(strategy, loss, len(data.network))[number - 1]
-    heads = load_heads(state, loss, number, shapes(stages[:number], data.row_shape)[-1].hidden)
+    loss = stage_losses(state.run.recipe.training.strategy, loss, hidden)[number - 1]
+    heads = load_heads(state, loss, number, hidden[number - 1])
     if not heads.modules_for_inference():
         raise NoLocalClassifier(
             f"stage {number} has no local classifier (its loss trains none), so there is no "
