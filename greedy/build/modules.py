@@ -85,7 +85,7 @@ def build_network(
     sizes = {"in_channels": channels, "image_size": height, "num_classes": num_classes}
     taken = _parameters(build)
     _require_settings(model, taken)
-    given = sizes | model.model_dump(include=NETWORK_FIELDS)
+    given = sizes | model.model_dump(include=set(NETWORK_FIELDS))
     with torch.device("meta"):
         return build(**{name: given[name] for name in taken if name in given})
 
