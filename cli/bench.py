@@ -26,7 +26,7 @@ DEFAULT = "demo"
 @options.recipe
 @fields.settings
 @options.device
-@options.model
+@options.network
 @options.images
 @options.classes
 @click.option(
@@ -60,11 +60,11 @@ def bench(
     from greedy.build.modules import load_network  # noqa: PLC0415
     from greedy.forecasts.bench import Bench, peak_flops  # noqa: PLC0415
     from greedy.forecasts.forecast import stated_data_facts  # noqa: PLC0415
-    from greedy.recipes import load  # noqa: PLC0415
+    from greedy.recipes.loader import load_for_model  # noqa: PLC0415
     from greedy.training.calibration import Calibration  # noqa: PLC0415
 
     overrides = fields.overrides(settings, field_values)
-    recipe = load(recipe_name or DEFAULT, overrides)
+    recipe = load_for_model(recipe_name or DEFAULT, model, overrides)
     network = load_network(recipe.model, model)
     data = stated_data_facts(recipe, images, classes)
     benchmark = Bench.of(recipe, device, network, fields.names_data(overrides), data)

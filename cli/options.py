@@ -38,7 +38,13 @@ device = click.option(
 model = click.option(
     "--model",
     metavar="MODULE:FUNCTION",
-    help="The function that returns the network, for runs whose network was built in Python.",
+    help="The function that returns the network, for runs whose network a function returned.",
+)
+network = click.option(
+    "--model",
+    metavar="NAME",
+    help="The network: a name from the recipes, torchvision:NAME, timm:NAME, or MODULE:FUNCTION, "
+    "which returns it; a function is only called if it is named here  [model.network].",
 )
 images = click.option(
     "--images",

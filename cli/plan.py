@@ -32,7 +32,7 @@ NO_STAGES = "times are only known where stages are trained one at a time"
 @options.run_or_new
 @fields.settings
 @options.device
-@options.model
+@options.network
 @options.images
 @options.classes
 @options.as_json
@@ -71,7 +71,7 @@ def plan(
     from greedy.training.calibration import Calibration, NotCalibrated  # noqa: PLC0415
 
     overrides = fields.overrides(settings, field_values)
-    recipe, directory = recipe_and_run(recipe_name, run, overrides)
+    recipe, directory = recipe_and_run(recipe_name, run, overrides, model)
     network = load_network(recipe.model, model)
     if run is None and not _can_train_in(directory, recipe):
         directory = directory.with_name(f"{directory.name}-planned")

@@ -124,6 +124,7 @@ def test_each_published_figure_has_its_recipe(row: Row) -> None:
         "beta": float(row["beta"] or 0.99),
         "pred_pool_target": int(row["pred_pool_target"] or 2048),
         "pred_hidden_layers": 0,
+        "auxiliary": "none",
         "target_projection": 128,
         "label_smoothing": 0.0,
         "class_weights": None,

@@ -36,7 +36,8 @@ def learners(strategy: str, loss=None) -> list[Learner]:
     """Returns the stages of a narrow VGG8B in float64, with heads that are not zero."""
     torch.manual_seed(0)
     stages = narrow()
-    losses = stage_losses(strategy, loss or PredSim(pool_target=32), len(stages))
+    hidden = [shape.hidden for shape in SHAPES]
+    losses = stage_losses(strategy, loss or PredSim(pool_target=32), hidden)
     made = []
     for stage, shape, each in zip(stages, SHAPES, losses, strict=True):
         heads = each.heads(shape.hidden, CLASSES).double()

@@ -91,7 +91,7 @@ class Bench:
         cls,
         recipe: Recipe,
         device: str = "auto",
-        model: nn.Sequential | None = None,
+        model: nn.Module | None = None,
         allow_function: bool = False,
         data: DataFacts | None = None,
     ) -> Self:
@@ -100,7 +100,7 @@ class Bench:
 
         Args:
             device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
-            model: the network, only if the recipe's network is ``python``.
+            model: the network, only if the recipe's is ``python`` or what a function returns.
             allow_function: whether a data set ``module:function`` may be called.
             data: the facts about its data set; ``None`` to find them.
 
@@ -113,7 +113,7 @@ class Bench:
                 f"{recipe.training.strategy}: add --set training.strategy=greedy"
             )
         place, data = pick_device(device), data or named_data_facts(recipe, allow_function)
-        network = model or build_network(recipe.model, data.shape, data.classes)
+        network = model or build_network(recipe.model, data.shape, data.classes, recipe.seed)
         loss = build_loss(recipe.loss)
         computer = machine(recipe, place.type)
         memory = MemoryPlan(

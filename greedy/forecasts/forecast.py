@@ -263,7 +263,7 @@ def forecast(
     run: RunDirectory,
     data: DataFacts,
     machine: Machine,
-    model: nn.Sequential | None = None,
+    model: nn.Module | None = None,
     calibration: Calibration | None = None,
 ) -> Forecast:
     """Forecasts a run.
@@ -272,7 +272,7 @@ def forecast(
         run: the run directory, which need not exist.
         data: the facts about its data set.
         machine: the device and its settings.
-        model: the network, only if the recipe's network is ``python``.
+        model: the network, only if the recipe's is ``python`` or what a function returns.
         calibration: the measured speed of the machine; without it times are not known.
 
     Raises:

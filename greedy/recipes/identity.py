@@ -13,7 +13,7 @@ FREE_FIELDS: Final = {
 }
 _LATER: Final[dict[type[BaseModel], tuple[str, ...]]] = {
     Data: ("background", "broken", "max_pixels", "transforms", "mixup", "mixup_alpha"),
-    Loss: ("label_smoothing", "class_weights"),
+    Loss: ("auxiliary", "label_smoothing", "class_weights"),
     Training: (
         *("optimizer", "momentum", "nesterov", "weight_decay"),
         *("schedule", "warmup_epochs", "gradient_clip"),

@@ -10,8 +10,10 @@ from pydantic import (
     model_validator,
 )
 
+from greedy.recipes.auxiliary import downstream_layers
 from greedy.recipes.colour import Colour
 from greedy.recipes.limits import AutoLimit, Limit
+from greedy.recipes.networks import NetworkName
 from greedy.recipes.section import Count, Rates, Section
 from greedy.recipes.training import Training
 
@@ -136,18 +138,24 @@ class Data(Section):
 class Model(Section):
     """The network."""
 
-    network: Literal[
-        "mlp",
-        "vgg8b",
-        "vgg11b",
-        "resnet32",
-        "resnet110",
-        "preact-resnet18",
-        "wrn-16-8",
-        "wrn-28-10",
-        "wrn-40-10",
-        "python",
-    ] = Field(description="Architecture; python: a network given in Python.")
+    network: (
+        NetworkName
+        | Literal[
+            "mlp",
+            "vgg8b",
+            "vgg11b",
+            "resnet32",
+            "resnet110",
+            "preact-resnet18",
+            "wrn-16-8",
+            "wrn-28-10",
+            "wrn-40-10",
+            "python",
+        ]
+    ) = Field(
+        description="Architecture; python: a network given in Python. A function is called only if "
+        "--model names it too."
+    )
     feature_multiplier: float = Field(
         default=1.0, gt=0, description="Factor on the channels of every convolution."
     )
@@ -196,10 +204,14 @@ class Loss(Section):
     pred_hidden_layers: int = Field(
         default=0, ge=0, description="Hidden layers of the prediction head."
     )
+    auxiliary: str = Field(
+        default="none",
+        description="Further layers of the prediction head of pred and predsim; downstream:d: up "
+        "to d, each in place of a later stage of the network; none.",
+    )
     target_projection: Count = Field(
         default=128, description="Width of the projected labels that the bio losses aim at."
     )
-
     label_smoothing: float = Field(
         default=0.0,
         ge=0,
@@ -225,6 +237,13 @@ class Loss(Section):
     def _feedback_goes_through_one_layer(cls, value: int, info: ValidationInfo) -> int:
         if value and info.data.get("name") in ("pred-bio", "predsim-bio"):
             raise ValueError(f"be 0 where loss.name is {info.data['name']}")
+        return value
+
+    @field_validator("auxiliary")
+    @classmethod
+    def _auxiliary_layers_are_for_pred(cls, value: str, info: ValidationInfo) -> str:
+        if downstream_layers(value) and info.data.get("name") not in ("pred", "predsim"):
+            raise ValueError(f"be none where loss.name is {info.data.get('name')}")
         return value
 
 
