@@ -13,6 +13,7 @@ from pydantic import (
 from greedy.recipes.auxiliary import downstream_layers
 from greedy.recipes.colour import Colour
 from greedy.recipes.limits import AutoLimit, Limit
+from greedy.recipes.networks import NetworkName
 from greedy.recipes.section import Count, Rates, Section
 from greedy.recipes.training import Training
 
@@ -137,18 +138,24 @@ class Data(Section):
 class Model(Section):
     """The network."""
 
-    network: Literal[
-        "mlp",
-        "vgg8b",
-        "vgg11b",
-        "resnet32",
-        "resnet110",
-        "preact-resnet18",
-        "wrn-16-8",
-        "wrn-28-10",
-        "wrn-40-10",
-        "python",
-    ] = Field(description="Architecture; python: a network given in Python.")
+    network: (
+        NetworkName
+        | Literal[
+            "mlp",
+            "vgg8b",
+            "vgg11b",
+            "resnet32",
+            "resnet110",
+            "preact-resnet18",
+            "wrn-16-8",
+            "wrn-28-10",
+            "wrn-40-10",
+            "python",
+        ]
+    ) = Field(
+        description="Architecture; python: a network given in Python. A function is called only if "
+        "--model names it too."
+    )
     feature_multiplier: float = Field(
         default=1.0, gt=0, description="Factor on the channels of every convolution."
     )

@@ -75,7 +75,7 @@ class Exits:
 def evaluate_exits(
     run: RunDirectory,
     loss: LocalLoss,
-    model: nn.Sequential | None,
+    model: nn.Module | None,
     split: str,
     device: torch.device,
     memory_budget: int | None = None,

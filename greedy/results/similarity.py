@@ -69,7 +69,7 @@ class BatchSimilarity:
 def similarity_by_stage(
     run: RunDirectory,
     loss: LocalLoss | None = None,
-    model: nn.Sequential | None = None,
+    model: nn.Module | None = None,
     *,
     rows: int = 100,
 ) -> BatchSimilarity:
@@ -92,7 +92,7 @@ def similarity_by_stage(
 
 
 def _similarity_by_stage(
-    state: RunState, loss: LocalLoss | None, model: nn.Sequential | None, rows: int
+    state: RunState, loss: LocalLoss | None, model: nn.Module | None, rows: int
 ) -> BatchSimilarity:
     run, data = state.run, state.complete_record(0)
     state.complete_record(1)
