@@ -116,7 +116,7 @@ def _print(table: Sequence["Row"], failures: Failures) -> None:
         map(_line, table),
         text_columns=3,
     )
-    for note in (*_departures(table), *_unfinished(table, failures)):
+    for note in (*_cited(table), *_departures(table), *_unfinished(table, failures)):
         say(note)
 
 
@@ -136,6 +136,16 @@ def _line(row: "Row") -> tuple[str, ...]:
 
 def _bare_percent(value: float | None) -> str:
     return percent(value).removesuffix(" %")
+
+
+def _cited(table: Iterable["Row"]) -> Iterable[str]:
+    """Yields the rows whose figure is another work's, one line for each work."""
+    works: dict[str, list[str]] = {}
+    for row in table:
+        if row.recipe.paper and row.recipe.paper.cited:
+            works.setdefault(row.recipe.paper.cited, []).append(row.name)
+    for work, names in works.items():
+        yield f"{', '.join(names)}: the paper cites this figure from {work}"
 
 
 def _departures(table: Sequence["Row"]) -> Iterable[str]:

@@ -137,10 +137,12 @@ def _default(field: FieldInfo) -> str:
 RECIPES = """\
 # Recipes
 
-The {count} results that the paper publishes, each of which is a recipe, with the reported test
-error in percent, after the last epoch of a single run. `greedy reproduce` trains them,
+The {count} results in the paper's tables that are recipes, with the reported test error in percent,
+after the last epoch of a single run: its own, and those of residual networks that it cites for
+comparison (`wrn-…` and `preact-resnet18-…` with loss `glob`). `greedy reproduce` trains them,
 `greedy recipes list --table 2` prints those of a table, and [results](../results.md) says which
-have been trained here. The fields of a recipe: [recipe fields](recipe.md).
+have been trained here. The other recipes have no published figure. The fields of a recipe: [recipe
+fields](recipe.md).
 """
 
 

@@ -155,9 +155,21 @@ def test_rows_are_asked_for_by_table_name_pattern_or_file(folder):
     names = [row.name for row in rows(wanted)]
     rest = ["mnist/mlp-glob", "mnist/mlp-predsim", "mnist/mlp-sim"]
     assert names == [*of_table(5), "mnist/mlp-pred", "own.toml", *rest]
-    assert len(rows(["*"])) == 93
+    measured = [row for row in rows(["*"]) if not row.recipe.paper.cited]
+    assert len(measured) == 93
     (row,) = rows(["own.toml"], to=Path("there"))
     assert row.runs[0].path.parent == Path("there/own")
+
+
+def test_a_figure_of_another_work_is_said_to_be_one(folder):
+    names = ["cifar10/wrn-40-10-glob", "cifar10/wrn-40-10-glob-cutout"]
+    result = greedy("reproduce", *names, "--data-dir", folder / "none")
+    assert result.exit_code == 1
+    assert "3.87" in result.output
+    assert (
+        f"{', '.join(names)}: the paper cites this figure from DeVries & Taylor 2017, "
+        f"arXiv 1708.04552" in result.output.replace("\n", " ")
+    )
 
 
 def test_epochs_are_scaled_with_their_milestones():
@@ -174,7 +186,7 @@ def test_a_strategy_is_for_local_losses():
     others = {name: each for name, each in strategies.items() if each != "joint"}
     assert set(others.values()) == {"backprop", "glob+sim"}
     assert all("-glob" in name for name in others)
-    assert len(others) == 5 + 7
+    assert len(others) == 5 + 2 + 7  # of table 4 its own and cited ones, of table 9 all
     assert all(row.recipe.training.epochs == 3 for row in joint)
 
 

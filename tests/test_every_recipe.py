@@ -107,7 +107,8 @@ def train(recipe: Recipe, *, numbers: bool = True) -> None:
     data, strategy = ENTRIES[recipe.data.name], recipe.training.strategy
     stages = cut(build_network(recipe.model, data.shape, data.classes))
     shapes = checked_shapes(recipe, stages, data.shape, data.classes)
-    losses = stage_losses(strategy, build_loss(recipe.loss), len(stages))
+    hidden = [shape.hidden for shape in shapes]
+    losses = stage_losses(strategy, build_loss(recipe.loss), hidden)
     size = 1 if strategy == "greedy" else len(stages)
     while stages:
         own, stages = stages[:size], stages[size:]
@@ -127,14 +128,16 @@ def train(recipe: Recipe, *, numbers: bool = True) -> None:
 
 
 def narrowest() -> list[str]:
-    """Returns the narrowest of all recipes that differ only in widths."""
-    alike: dict[tuple, list[tuple[float, str]]] = {}
+    """Returns the narrowest of all recipes that differ only in widths; wide residual networks also
+    differ in depth."""
+    alike: dict[tuple, list[tuple[float, str, str]]] = {}
     for name in names():
         recipe = load(name)
         shape, strategy = ENTRIES[recipe.data.name].shape, recipe.training.strategy
-        key = recipe.model.network, recipe.loss.name, strategy, shape
-        alike.setdefault(key, []).append((recipe.model.feature_multiplier or 1, name))
-    return [min(each)[1] for each in alike.values()]
+        network = recipe.model.network
+        key = network.split("-")[0], recipe.loss.name, strategy, shape
+        alike.setdefault(key, []).append((recipe.model.feature_multiplier or 1, network, name))
+    return [min(each)[-1] for each in alike.values()]
 
 
 @pytest.mark.parametrize("name", narrowest())

@@ -269,7 +269,7 @@ class Notes(Reporter):
 
 class StopAt(Reporter):
     """Stops the process after a number of batches: kills it, or sends another signal to it and to
-    the processes that read, as a terminal does."""
+    the processes that read, as a terminal or a scheduler does."""
 
     def __init__(self, batches: int, number: int) -> None:
         self.left, self.number = batches, number
@@ -296,6 +296,7 @@ def fit_until_stopped(run: Path, batches: int, number: int) -> None:
         (32, signal.SIGKILL),
         (5, signal.SIGINT),
         pytest.param(32, signal.SIGINT, marks=pytest.mark.slow),
+        (5, signal.SIGTERM),
     ],
 )
 def test_a_stopped_run_resumes_at_once_to_the_same_bytes(

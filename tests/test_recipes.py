@@ -41,6 +41,33 @@ PUBLISHED = {
     100: [50, 75, 89, 94],
 }
 
+CITED = {  # figures of other works in the paper's tables
+    "fashion-mnist/wrn-28-10-glob": (2, 4.63),
+    "fashion-mnist/wrn-28-10-glob-erasing": (2, 4.16),
+    "kmnist/preact-resnet18-glob": (3, 2.18),
+    "kmnist/preact-resnet18-glob-manifold-mixup": (3, 1.17),
+    "cifar10/wrn-40-10-glob": (4, 3.87),
+    "cifar10/wrn-40-10-glob-cutout": (4, 3.08),
+    "cifar100/wrn-40-10-glob": (6, 18.8),
+    "cifar100/wrn-40-10-glob-cutout": (6, 18.4),
+    "svhn/wrn-16-8-glob": (7, 1.6),
+    "svhn/wrn-16-8-glob-cutout": (7, 1.3),
+}
+UNPUBLISHED = {
+    "demo",
+    "fashion-mnist/wrn-28-10-predsim",
+    "kmnist/preact-resnet18-predsim",
+    "cifar10/wrn-40-10-predsim",
+    "cifar100/wrn-40-10-predsim",
+    "svhn/wrn-16-8-predsim",
+    "stl10/wrn-16-8-predsim",
+    *(
+        f"{data}/{network}-predsim"
+        for data in ("cifar10", "cifar100", "svhn", "stl10")
+        for network in ("resnet32-k16", "resnet110-k55")
+    ),
+}
+
 Row = dict[str, str]
 Write = Callable[[str, str], Path]
 
@@ -97,6 +124,7 @@ def test_each_published_figure_has_its_recipe(row: Row) -> None:
         "beta": float(row["beta"] or 0.99),
         "pred_pool_target": int(row["pred_pool_target"] or 2048),
         "pred_hidden_layers": 0,
+        "auxiliary": "none",
         "target_projection": 128,
         "label_smoothing": 0.0,
         "class_weights": None,
@@ -126,17 +154,34 @@ def test_each_published_figure_has_its_recipe(row: Row) -> None:
     assert recipe.paper is not None
     assert recipe.paper.table == int(row["table"])
     assert recipe.paper.test_error_percent == float(row["test_error_percent"])
+    assert recipe.paper.cited is None
 
 
-def test_names_are_the_published_figures_and_the_demo() -> None:
+def test_names_are_the_published_figures_the_cited_and_few_others() -> None:
     assert len(published()) == 93
-    assert recipes.names() == sorted([*map(recipe_name, published()), "demo"])
+    assert recipes.names() == sorted([*map(recipe_name, published()), *CITED, *UNPUBLISHED])
+
+
+@pytest.mark.parametrize("name", CITED)
+def test_a_cited_figure_is_that_of_back_propagation_elsewhere(name: str) -> None:
+    recipe = recipes.load(name)
+    assert (recipe.training.strategy, recipe.loss.name) == ("backprop", "glob")
+    assert (recipe.training.optimizer, recipe.model.activation) == ("sgd", "relu")
+    assert (recipe.paper.table, recipe.paper.test_error_percent) == CITED[name]
+    assert "arXiv" in recipe.paper.cited
+    assert recipes.departures(recipe) == []
+
+
+def test_what_is_unpublished_has_no_figure() -> None:
+    assert not [name for name in UNPUBLISHED if recipes.load(name).paper]
 
 
 def test_every_table_has_its_recipes() -> None:
+    cited = [(table, name) for name, (table, _) in CITED.items()]
+    own = [(int(row["table"]), recipe_name(row)) for row in published()]
     for number in range(1, 10):
-        rows = [row for row in published() if row["table"] == str(number)]
-        assert recipes.of_table(number) == sorted(map(recipe_name, rows))
+        rows = [name for table, name in own + cited if table == number]
+        assert recipes.of_table(number) == sorted(rows)
     with pytest.raises(UserError, match="no recipes of a table 10: choose from 1, 2, 3"):
         recipes.of_table(10)
 

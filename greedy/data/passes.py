@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.reduction import ForkingPickler
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from greedy.base.errors import UserError, first_line
 from greedy.base.interrupts import SIGNALS
 from greedy.data.splits import Labels, Rows, Split
+
+GRACE = 30  # seconds that a process that reads outlives SIGTERM
 
 
 def read_batches(
@@ -142,8 +145,13 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _leave_signals(worker: int) -> None:
-    """Ignores what stops a run in a terminal: its process finishes the step and then ends those
-    that read, by SIGTERM if need be."""
+    """Ignores what stops a run in a terminal or under a scheduler, which sends it to all processes:
+    the one that trains finishes its step and then ends those that read, by SIGTERM if need be."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, _end_soon)
+
+
+def _end_soon(number: int, frame: FrameType | None) -> None:
+    """Leaves the process that trains the time to finish its step."""
+    signal.alarm(GRACE)

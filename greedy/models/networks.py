@@ -63,12 +63,7 @@ def vgg(
             modules.append(nn.MaxPool2d(2))
             side //= 2
         else:
-            out = int(int(entry) * feature_multiplier)
-            if out == 0:
-                raise UserError(
-                    f"a feature multiplier of {feature_multiplier:g} leaves a convolution of "
-                    f"{entry} channels none: give a larger one"
-                )
+            out = scaled(int(entry), feature_multiplier)
             large = not modules and image_size > LARGE_IMAGE
             modules += _conv_block(channels, out, large, dropout, activation)
             channels, side = out, (side + 1) // 2 if large else side
@@ -89,6 +84,18 @@ vgg8b = partial(vgg, VGG8B)
 """``vgg`` with VGG8B's six convolutions and four poolings."""
 vgg11b = partial(vgg, VGG11B)
 """``vgg`` with VGG11B's nine convolutions and four poolings."""
+
+
+def scaled(channels: int, multiplier: float) -> int:
+    """Returns a convolution's channels times a multiplier, rounded down. Raises ``UserError`` when
+    that leaves none."""
+    out = int(channels * multiplier)
+    if out == 0:
+        raise UserError(
+            f"a feature multiplier of {multiplier:g} leaves a convolution of "
+            f"{channels} channels none: give a larger one"
+        )
+    return out
 
 
 def _conv_block(

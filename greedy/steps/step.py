@@ -180,9 +180,11 @@ class Learner:
         """Returns labels (B,) as Y (B, classes)."""
         return F.one_hot(labels, self.num_classes).to(next(self.stage.parameters()).dtype)
 
-    def targets(self, labels: Tensor) -> Tensor:
-        """Returns the targets of the loss, given labels (B,): Y, or what the heads map it to."""
-        return self.heads.targets(self.one_hot(labels))
+    def targets(self, batch: Batch) -> Tensor:
+        """Returns the targets of the loss for a batch: Y, whose rows may be mixed, or what the
+        heads map it to."""
+        y = self.one_hot(batch.labels)
+        return self.heads.targets(y if batch.mixture is None else batch.mixture.whole(y))
 
     def slices(self, rows: int) -> list[slice]:
         """Returns the rows of each micro-batch of a batch."""
@@ -259,7 +261,7 @@ def _smaller(learner: Learner, error: Exception) -> StepMemory | None:
 def gradients(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None]:
     """Computes the gradients of a batch's loss, times its scale, into every parameter's ``grad``.
     Returns loss and logits as ``step`` does."""
-    y = learner.targets(batch.labels)
+    y = learner.targets(batch)
     if learner.memory.mode is Mode.PLAIN:
         return _plain_gradients(learner, batch.inputs(), y)
     if learner.parts is None:
