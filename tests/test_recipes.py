@@ -117,6 +117,7 @@ def test_each_published_figure_has_its_recipe(row: Row) -> None:
         "activation": row["activation"],
         "initial_weights": None,
         "stage_layers": 1,
+        "stages": "auto",
     }
     assert recipes.loss_label(recipe) == row["loss"]
     assert recipe.loss.model_dump() == {
