@@ -4,12 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from command_line import answer, refused, said, small_recipe
-from torch import nn
+from command_line import answer, said, small_recipe
 from torch.utils.data import TensorDataset
-from torchvision.models import resnet18
 
-from greedy import GreedyTrainer, RunDirectory
+from greedy import RunDirectory
 from greedy.cli.main import cli  # noqa: F401
 
 MODULE = """
