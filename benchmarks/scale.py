@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
+from operator import truediv
 from typing import Any
 
 import click
@@ -105,7 +106,7 @@ def train(
     norms = [channels for stage in stages for channels in stage.channels] if local else []
     gradients = FLOAT * sum(stage.parameters for stage in stages)
     sums = DOUBLE * 4 * sum(norms)  # two a channel in each direction
-    gathered = FLOAT * cluster.batch * sum(stage.features for stage in stages)
+    gathered = FLOAT * cluster.batch * sum(stage.features for stage in stages) if local else 0
     meetings = 2 * len(norms) + (len(stages) if local else 0)
     passed = (gpus - 1) / gpus
     busy = {
@@ -168,12 +169,12 @@ def spread(cluster: Cluster, counts: Counted, epochs: int) -> Tally:
     busy["imbalance"] = max(0.0, whole - launching - compute)
     sizes = [HALF_FLOAT * math.prod(counts.stages[last - 1].output) for _, last in ranks[:-1]]
     tally.sent = rows * sum(sizes)
-    link = a.bus if cluster.gpus <= a.node else a.card
+    links = (a.bus if rank % a.node else a.link for rank in range(1, len(ranks)))
     tally.take(cluster, rows, IMAGE, images=True)
     seconds = tally.spend(
         busy,
         store_reads=cluster.reading(rows, IMAGE, 1, images=True),
-        activations=rows * max(sizes, default=0) / link,
+        activations=rows * max(map(truediv, sizes, links), default=0),
     )
     tally.hold(cluster, cluster.rows * math.prod(IMAGE), seconds)
     return tally
@@ -324,7 +325,7 @@ def _entry(
 @click.option("--views", default="auto", show_default=True, help="Of a store.")
 @click.option("--reuse", default="auto", show_default=True, help="Epochs a view is used.")
 @click.option("--gpu-rate", type=float, help="Operations a second.")
-@click.option("--link", type=float, help="Bytes a second of an all-reduce between nodes.")
+@click.option("--link", type=float, help="Bytes a second from a GPU to another node.")
 @click.option("--write-rate", type=float, help="Values a second that a GPU's process writes.")
 @click.option("--gets", type=float, help="Requests a second that a store answers.")
 @click.option("--gpu-price", type=float, help="Dollars for a GPU and hour.")

@@ -49,8 +49,7 @@ class Assumptions:
     value_bytes: float = 0.86  # of a stored value, uint8 and lz4: docs/results.md
     node: float = 8  # GPUs: p5.48xlarge, AWS, 2024
     bus: float = 480e9  # bytes a second of an all-reduce in a node: nccl-tests issue 309, 2025
-    link: float = 366e9  # the same between nodes: nccl-tests issue 309, 2025
-    card: float = 46e9  # bytes a second from a GPU to one of another node: issue 290, 2025
+    link: float = 46e9  # the same from a GPU to one of another node: issue 290, 2025
     latency: float = 60e-6  # seconds of an all-reduce of few bytes: nccl issue 1453, 2024
     nvme_read: float = 6.5e9  # bytes a second of a GPU's disk: Samsung PM9A3, Engadget, 2020
     nvme_write: float = 3.5e9  # the same
@@ -219,8 +218,10 @@ class Cluster:
 
     @property
     def bus(self) -> float:
-        """The bytes a second of an all-reduce, as its bus bandwidth."""
-        return self.assumed.bus if self.gpus <= self.assumed.node else self.assumed.link
+        """The bytes a second of an all-reduce, as its bus bandwidth: between nodes that of all
+        their cards, as measured (issue 309: 366 GB/s)."""
+        a = self.assumed
+        return a.bus if self.gpus <= a.node else min(a.bus, a.node * a.link)
 
     def reading(self, rows: int, shape: Shape, readers: int, *, images: bool = False) -> float:
         """Returns the seconds in which ``readers`` GPUs read rows of a store."""
