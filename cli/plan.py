@@ -168,10 +168,8 @@ def _print(
         text_columns=3,
     )
     for stage in forecast.stages:
-        if not stage.usual:
-            click.echo(
-                f"stage {stage.stage} is outside the usual pattern, so it has no mode but plain"
-            )
+        if stage.why_plain:
+            click.echo(f"stage {stage.stage} has no mode but plain: {stage.why_plain}")
     _print_totals(forecast, unknown)
     click.echo("one step of the whole network with the same batch would take:")
     print_table(

@@ -237,9 +237,9 @@ def test_early_exits_go_through_them(run: Path, tmp_path: Path) -> None:
 
 
 def test_the_run_keeps_them(run: Path) -> None:
-    assert "auxiliary" in (run / "run.toml").read_text()
-    message = refused("train", "--run", run, "--recipe", "demo", "--set", "loss.auxiliary=none")
-    assert "loss.auxiliary" in message or "loss" in message
+    recipe = run.parent / "narrow.toml"
+    told = refused("train", "--recipe", recipe, "--run", run, "--set", "loss.auxiliary=none")
+    assert "(loss.auxiliary is 'downstream:2' there, 'none' here)" in told
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "joint"])

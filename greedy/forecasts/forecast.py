@@ -32,7 +32,6 @@ from greedy.runs.disk_plan import DiskPlan
 from greedy.runs.state import RunState
 from greedy.runs.views import Views, views_drawn
 from greedy.steps.optimizers import factory
-from greedy.steps.parts import parts_of
 from greedy.training.calibration import Calibration, Work, byte_operations
 
 
@@ -81,7 +80,7 @@ class StageForecast:
         name: its name.
         mode: the memory mode of its step.
         micro_batch: rows computed at a time in a step.
-        usual: whether the stage is of the usual pattern; others train only in the plain mode.
+        why_plain: why the stage has no memory mode but ``plain``; empty if it has all.
         peak_memory_bytes: counted bytes of a step at most.
         parameters: number of parameters of encoder and heads.
         store_bytes: bytes of its store, 0 if it has none.
@@ -99,7 +98,7 @@ class StageForecast:
     name: str
     mode: str
     micro_batch: int
-    usual: bool
+    why_plain: str
     peak_memory_bytes: int
     parameters: int
     store_bytes: int
@@ -340,7 +339,7 @@ class _Planned:
             name=network.name(number),
             mode=choice.mode,
             micro_batch=choice.micro_batch,
-            usual=at_once is not None or parts_of(stage, heads, shape.hidden) is not None,
+            why_plain="" if at_once else self.memory.why_plain(number),
             peak_memory_bytes=choice.peak_bytes,
             parameters=sum(p.numel() for p in (*stage.parameters(), *heads.parameters())),
             store_bytes=store.bytes if store else 0,
