@@ -62,6 +62,13 @@ UNPUBLISHED = {
     "svhn/wrn-16-8-predsim",
     "stl10/wrn-16-8-predsim",
     *(
+        f"{data}/{network}-auglocal"
+        for data in ("cifar10", "svhn", "stl10")
+        for network in ("resnet32-k16", "resnet110-k55")
+    ),
+    "imagenet/resnet50-predsim",
+    "imagenet/vgg16-predsim",
+    *(
         f"{data}/{network}-predsim"
         for data in ("cifar10", "cifar100", "svhn", "stl10")
         for network in ("resnet32-k16", "resnet110-k55")
@@ -117,6 +124,7 @@ def test_each_published_figure_has_its_recipe(row: Row) -> None:
         "activation": row["activation"],
         "initial_weights": None,
         "stage_layers": 1,
+        "stages": "auto",
     }
     assert recipes.loss_label(recipe) == row["loss"]
     assert recipe.loss.model_dump() == {

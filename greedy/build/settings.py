@@ -11,6 +11,7 @@ class TrainerSettings(TypedDict, total=False):
 
     seed: int
     stage_layers: int
+    stages: Literal["auto"] | int | Sequence[str]
 
     augmentation: str
     cutout_length: int
