@@ -25,6 +25,7 @@ FIELDS = {
         "stages": "model.stages",
         "patience": "training.patience",
         "accumulate": "training.accumulate",
+        "exact": "training.exact",
         "checkpoint_minutes": "training.checkpoint_minutes",
     },
     MEMORY: {

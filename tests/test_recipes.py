@@ -140,6 +140,7 @@ def test_each_published_figure_has_its_recipe(row: Row) -> None:
     assert recipe.training.model_dump() == {
         "strategy": STRATEGIES.get(row["loss"], "greedy"),
         "accumulate": 1,
+        "exact": False,
         "optimizer": "adam",
         "momentum": 0.9,
         "nesterov": False,

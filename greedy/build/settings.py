@@ -33,6 +33,7 @@ class TrainerSettings(TypedDict, total=False):
 
     strategy: Literal["greedy", "joint", "backprop", "glob+sim"]
     accumulate: int
+    exact: bool
     momentum: float
     nesterov: bool
     weight_decay: float
