@@ -38,6 +38,8 @@ FIELDS = {
         "reuse": "store.reuse",
         "encoding": "store.encoding",
         "keep": "store.keep",
+        "stores": "store.stores",
+        "store_cache": "store.cache",
     },
     MACHINE: {
         "precision": "training.precision",
@@ -46,7 +48,10 @@ FIELDS = {
     },
 }
 FIELD_OF = {option: field for fields in FIELDS.values() for option, field in fields.items()}
-TEXTS = {"data.name": "NAME"}  # placeholders in help of texts that are no sizes
+TEXTS = {
+    "data.name": "NAME",
+    "store.stores": "URL",
+}  # placeholders in help of texts that are no sizes
 
 
 class Command(click.Command):

@@ -1,0 +1,177 @@
+"""Chunks of stores in object storage, kept on the local disk."""
+
+import hashlib
+import mmap
+import os
+import shutil
+import threading
+import weakref
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from greedy.cache.objects import Objects
+
+
+class ChunkCache:
+    """The directory of a cache, and how much is in it. Made by ``chunk_cache``.
+
+    Each chunk is a file, in a directory of its store. In an epoch each chunk is read once, in
+    random order, so that the chunk that was not used for longest is as good as any other: chunks of
+    stores that are open stay, those of others make room, and where there is none the
+    rest is read from its server each time.
+    """
+
+    def __init__(self, root: Path, limit: int) -> None:
+        self.root = root
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._open: weakref.WeakSet[CachedSource] = weakref.WeakSet()
+        self._full_for: frozenset[Path] = frozenset()
+        self._used = _bytes_in(root)
+
+    def around(self, objects: Objects) -> "CachedSource":
+        """Returns the files of a store, of which chunks are kept."""
+        source = CachedSource(self, objects)
+        self._open.add(source)
+        return source
+
+    def admit(self, path: Path, data: NDArray[np.uint8]) -> None:
+        """Keeps a chunk if there is room. A disk that is full keeps none."""
+        with self._lock:
+            if self._used + len(data) > self._limit and not self._make_room(len(data)):
+                return
+            self._used += len(data)
+        part = path.with_name(f"{path.name}.{threading.get_ident()}.part")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_bytes(data.data)
+            part.replace(path)
+        except OSError:
+            with suppress(OSError):
+                part.unlink()
+            self.left(len(data))
+
+    def left(self, size: int) -> None:
+        """Counts bytes that are no longer kept."""
+        with self._lock:
+            self._used -= size
+            self._full_for = frozenset()
+
+    def _make_room(self, size: int) -> bool:
+        """Deletes chunks of stores that are not open, of the store that was opened longest ago
+        first, until ``size`` bytes fit. Returns whether they do."""
+        opened = frozenset(source.directory for source in list(self._open))
+        if opened == self._full_for:
+            return False
+        self._used = _bytes_in(self.root)  # other processes write and delete too
+        for directory in sorted(_directories(self.root), key=_last_opened):
+            if self._used + size <= self._limit:
+                break
+            if directory not in opened:
+                self._used -= _bytes_in(directory)
+                shutil.rmtree(directory, ignore_errors=True)
+        fits = self._used + size <= self._limit
+        self._full_for = frozenset() if fits else opened
+        return fits
+
+
+class CachedSource:
+    """The files of a store in object storage, of which the chunks that were read are kept.
+
+    A chunk that is damaged in the cache is read from the server again.
+    """
+
+    requests = Objects.requests
+
+    def __init__(self, kept: ChunkCache, objects: Objects) -> None:
+        self._cache = kept
+        self._objects = objects
+        self.directory = kept.root / _name(str(objects))
+        with suppress(OSError):
+            os.utime(self.directory)
+
+    def __str__(self) -> str:
+        return str(self._objects)
+
+    def whole(self, key: str) -> bytes | None:
+        return self._objects.whole(key)
+
+    def tail(self, key: str, size: int) -> bytes | None:
+        """Reads the end of a file; chunks of another file that had this place are deleted."""
+        data = self._objects.tail(key, size)
+        name, current = _name(key), self._file_name(key)
+        for path in self.directory.glob(f"{name}.*"):
+            if not path.name.startswith(current):
+                self._drop(path)
+        return data
+
+    def part(self, key: str, offset: int, size: int) -> NDArray[np.uint8] | None:
+        path = self.directory / f"{self._file_name(key)}{offset}"
+        if (kept := _mapped(path, size)) is not None:
+            return kept
+        data = self._objects.part(key, offset, size)
+        if data is not None:
+            self._cache.admit(path, data)
+        return data
+
+    def forget(self, key: str, offset: int) -> bool:
+        was_kept = self._drop(self.directory / f"{self._file_name(key)}{offset}")
+        return self._objects.forget(key, offset) or was_kept
+
+    def total_bytes(self) -> int:
+        return self._objects.total_bytes()
+
+    def _file_name(self, key: str) -> str:
+        return f"{_name(key)}.{_name(self._objects.version(key))}."
+
+    def _drop(self, path: Path) -> bool:
+        try:
+            size = path.stat().st_size
+            path.unlink()
+        except OSError:
+            return False
+        self._cache.left(size)
+        return True
+
+
+@cache
+def chunk_cache(root: Path, limit: int) -> ChunkCache:
+    """Returns the cache in a directory, which need not exist, with at most ``limit`` bytes."""
+    return ChunkCache(root, limit)
+
+
+def _name(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _mapped(path: Path, size: int) -> NDArray[np.uint8] | None:
+    try:
+        with path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError):  # absent, or empty
+        return None
+    return np.frombuffer(mapped, np.uint8) if len(mapped) == size else None
+
+
+def _directories(root: Path) -> list[Path]:
+    return [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+
+
+def _last_opened(directory: Path) -> float:
+    try:
+        return directory.stat().st_mtime
+    except OSError:
+        return 0
+
+
+def _bytes_in(directory: Path) -> int:
+    total = 0
+    for top, _, names in os.walk(directory):
+        for name in names:
+            with suppress(OSError):
+                total += Path(top, name).stat().st_size
+    return total
