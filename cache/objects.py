@@ -29,7 +29,7 @@ RETRIES: Final[dict[str, Any]] = {"max_retries": 10, "retry_timeout": timedelta(
 # A shard of 128 MiB is one request.
 _TIMEOUTS = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "10m"}
 # The answers of a server far away are waited for side by side.
-_REQUESTS = 8
+_REQUESTS = 16
 _ALLOW_HTTP = ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP")
 # The keys of a store's files: nothing else is ever deleted.
 _OWN_KEYS = re.compile(r"zarr\.json|(activations|labels|index)/(zarr\.json|c(\.\d+)+)")
