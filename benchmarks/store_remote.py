@@ -1,10 +1,10 @@
 """The speed of reading a store from object storage, and from the local cache of its chunks.
 
 A server of object storage, SeaweedFS, runs on this machine. Chunks are read in random order into
-the slots of a window on as many threads as `BatchLoader` uses, every checksum verified, and compared with obstore alone, which
-gets the same ranges on the same threads; then from the local cache, compared with the same store in
-a local directory. Prints bytes a second, and the ratios of both pairs: medians of interleaved
-repetitions.
+the slots of a window on as many threads as `BatchLoader` uses, every checksum verified, and
+compared with obstore alone, which gets the same ranges on the same threads; then from the local
+cache, compared with the same store in a local directory. Prints bytes a second, and the ratios of
+both pairs: medians of interleaved repetitions.
 """
 
 import json
@@ -22,9 +22,9 @@ import click
 import numpy as np
 import obstore
 from seaweed import BUCKET, running
+from store_read import ROWS, activations, write
 
 from greedy.cache import COMPRESSORS, ENCODINGS, Store, chunk_cache, put_elsewhere
-from store_read import ROWS, activations, write
 
 AT_ONCE = 48  # chunks in one measurement
 URL = f"s3://{BUCKET}/store"
@@ -87,9 +87,12 @@ def measure(place: Path, encoding: str, compressor: str, repeats: int) -> dict[s
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(encoding: str, compressor: str, repeats: int, as_json: bool) -> None:
     """Measure reading from object storage and from the local cache."""
-    with tempfile.TemporaryDirectory() as directory, running(Path(directory, "server")) as server:
-        with patch.dict(os.environ, server.environment):
-            rates = measure(Path(directory), encoding, compressor, repeats)
+    with (
+        tempfile.TemporaryDirectory() as directory,
+        running(Path(directory, "server")) as server,
+        patch.dict(os.environ, server.environment),
+    ):
+        rates = measure(Path(directory), encoding, compressor, repeats)
     rate_of = {name: statistics.median(each) for name, each in rates.items()}
     ratios = {
         f"{a}_over_{b}": statistics.median(x / y for x, y in zip(rates[a], rates[b], strict=True))

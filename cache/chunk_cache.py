@@ -40,19 +40,18 @@ class ChunkCache:
 
     def admit(self, path: Path, data: NDArray[np.uint8]) -> None:
         """Keeps a chunk if there is room. A disk that is full keeps none."""
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
         with self._lock:
             if self._used + len(data) > self._limit and not self._make_room(len(data)):
                 return
-            self._used += len(data)
-        part = path.with_name(f"{path.name}.{threading.get_ident()}.part")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(data.data)
-            part.replace(path)
-        except OSError:
-            with suppress(OSError):
-                part.unlink()
-            self.left(len(data))
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                part.write_bytes(data.data)
+                part.replace(path)
+                self._used += len(data)
+            except OSError:
+                with suppress(OSError):
+                    part.unlink()
 
     def left(self, size: int) -> None:
         """Counts bytes that are no longer kept."""
@@ -103,16 +102,18 @@ class CachedSource:
     def tail(self, key: str, size: int) -> bytes | None:
         """Reads the end of a file; chunks of another file that had this place are deleted."""
         data = self._objects.tail(key, size)
-        name, current = _name(key), self._file_name(key)
-        for path in self.directory.glob(f"{name}.*"):
-            if not path.name.startswith(current):
+        current = self._prefix(key)
+        for path in self.directory.glob(f"{_name(key)}.*"):
+            if current is None or not path.name.startswith(current):
                 self._drop(path)
         return data
 
     def part(self, key: str, offset: int, size: int) -> NDArray[np.uint8] | None:
         """Reads a part as ``ByteSource`` has it; the array is valid until this thread's next
         read."""
-        path = self.directory / f"{self._file_name(key)}{offset}"
+        path = self._path(key, offset)
+        if path is None:
+            return self._objects.part(key, offset, size)
         if (kept := self._kept(path, size)) is not None:
             return kept
         data = self._objects.part(key, offset, size)
@@ -121,14 +122,21 @@ class CachedSource:
         return data
 
     def forget(self, key: str, offset: int) -> bool:
-        was_kept = self._drop(self.directory / f"{self._file_name(key)}{offset}")
+        path = self._path(key, offset)
+        was_kept = path is not None and self._drop(path)
         return self._objects.forget(key, offset) or was_kept
 
     def total_bytes(self) -> int:
         return self._objects.total_bytes()
 
-    def _file_name(self, key: str) -> str:
-        return f"{_name(key)}.{_name(self._objects.version(key))}."
+    def _path(self, key: str, offset: int) -> Path | None:
+        """Returns the file of a chunk, ``None`` if it is not known of which object it is."""
+        prefix = self._prefix(key)
+        return None if prefix is None else self.directory / f"{prefix}{offset}"
+
+    def _prefix(self, key: str) -> str | None:
+        version = self._objects.version(key)
+        return None if version is None else f"{_name(key)}.{_name(version)}."
 
     def _kept(self, path: Path, size: int) -> NDArray[np.uint8] | None:
         """Returns a chunk in this thread's buffer: to map a file or new memory for each chunk would

@@ -24,8 +24,16 @@ from greedy.cache.urls import url_fault
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-# A request that fails is repeated with growing pauses, a minute in all.
-RETRIES: Final[dict[str, Any]] = {"max_retries": 10, "retry_timeout": timedelta(minutes=10)}
+# A request that fails is repeated with growing pauses, for as long as a server takes to restart.
+RETRIES: Final[dict[str, Any]] = {
+    "max_retries": 1000,
+    "retry_timeout": timedelta(minutes=2),
+    "backoff": {
+        "init_backoff": timedelta(seconds=0.2),
+        "max_backoff": timedelta(seconds=10),
+        "base": 2,
+    },
+}
 # A shard of 128 MiB is one request.
 _TIMEOUTS = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "10m"}
 # The answers of a server far away are waited for side by side.
@@ -116,15 +124,16 @@ class Objects:
         return data if len(data) == size else None
 
     def forget(self, key: str, offset: int) -> bool:
-        self._opened.pop(key, None)
         if key not in self._replaced:
             return False
         self._replaced.discard(key)
+        self._opened.pop(key, None)
         return True
 
-    def version(self, key: str) -> str:
-        """Returns a name of an opened object's contents."""
-        return str(self._opened.get(key))
+    def version(self, key: str) -> str | None:
+        """Returns a name of an opened object's contents, ``None`` if they have none."""
+        size, tag = self._opened.get(key, (0, None))
+        return tag and f"{size} {tag}"
 
     def total_bytes(self) -> int:
         return sum(size for _, size in self._all())
