@@ -50,6 +50,7 @@ FIELDS = {
 FIELD_OF = {option: field for fields in FIELDS.values() for option, field in fields.items()}
 TEXTS = {
     "data.name": "NAME",
+    "model.network": "NAME",
     "store.stores": "URL",
 }  # placeholders in help of texts that are no sizes
 
