@@ -15,6 +15,7 @@ OTHER_FIELDS: Final = {
     "optimizer_state": ("memory", "optimizer_state"),
     "store_cache": ("store", "cache"),
     "stage_layers": ("model", "stage_layers"),
+    "stages": ("model", "stages"),
     "label_smoothing": ("loss", "label_smoothing"),
     "class_weights": ("loss", "class_weights"),
 }

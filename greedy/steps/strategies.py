@@ -5,17 +5,19 @@ and an optimiser.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from greedy.exact.schedule import Schedule
 from greedy.models.stages import dropped
 from greedy.steps.guard import Guard
 from greedy.steps.scaling import LossScale
 from greedy.steps.step import Learner, step
+from greedy.steps.whole import whole_gradients
 from greedy.stores.source import Batch
 
 
@@ -122,11 +124,14 @@ class Backprop:
         optimizer: the optimiser of all parameters.
         accumulate: number of micro-batches that a batch is cut into, whose gradients are added up.
             Batch norm, and losses that couple samples, then see only one micro-batch.
+        exact: whether they see the whole batch nevertheless.
     """
 
     learners: Sequence[Learner]
     optimizer: torch.optim.Optimizer
     accumulate: int = 1
+    exact: bool = False
+    _schedules: list[Schedule] = field(default_factory=list, init=False, repr=False)
 
     @property
     def title(self) -> str:
@@ -139,19 +144,29 @@ class Backprop:
     def step(self, batch: Batch, masks: Masks, guard: Guard, position: int) -> list[Outcome]:
         for learner in self.learners:
             _clear(learner)
-        count, scale = len(batch.labels), self.learners[0].scale
+        slices = self._micro_batches(len(batch.labels))
+        gradients = self._exact_gradients if self.exact else self._gradients
+        outcomes = gradients(batch, masks, slices)
+        parameters = [p for learner in self.learners for p in learner.parameters()]
+        guard.update(self.optimizer, _sum(outcomes), position, parameters, self.learners[0].scale)
+        return outcomes
+
+    def _exact_gradients(
+        self, batch: Batch, masks: Masks, slices: Sequence[slice]
+    ) -> list[Outcome]:
+        found = whole_gradients(self.learners, batch, masks, slices, self._schedules)
+        return [Outcome(*each) for each in found]
+
+    def _gradients(self, batch: Batch, masks: Masks, slices: Sequence[slice]) -> list[Outcome]:
         parts = []
-        for rows in self._micro_batches(count):
-            share = (rows.stop - rows.start) / count
+        for rows in slices:
+            share = (rows.stop - rows.start) / len(batch.labels)
             outcomes = [
                 Outcome(share * loss, logits) for loss, logits in self._forward(batch, masks, rows)
             ]
-            _scaled(_sum(outcomes), scale).backward()
+            _scaled(_sum(outcomes), self.learners[0].scale).backward()
             parts.append([_detached(outcome) for outcome in outcomes])
-        joined = [_joined(stage_parts) for stage_parts in zip(*parts, strict=True)]
-        parameters = [p for learner in self.learners for p in learner.parameters()]
-        guard.update(self.optimizer, _sum(joined), position, parameters, scale)
-        return joined
+        return [_joined(stage_parts) for stage_parts in zip(*parts, strict=True)]
 
     def _micro_batches(self, count: int) -> list[slice]:
         """Returns the rows of each micro-batch of a batch: nearly equally many, and at least two,
@@ -181,6 +196,8 @@ def together(
     learners: Sequence[Learner],
     accumulate: int,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    *,
+    exact: bool = False,
 ) -> Joint | Backprop:
     """Returns a strategy that trains all stages of a network.
 
@@ -189,13 +206,14 @@ def together(
         learners: the learners of all stages, in order.
         accumulate: as for ``Backprop``.
         optimizer: makes the optimiser of some parameters.
+        exact: as for ``Backprop``.
     """
     if strategy == "joint":
         for learner in learners:
             learner.optimizer = optimizer(learner.parameters())
         return Joint(learners)
     parameters = [parameter for learner in learners for parameter in learner.parameters()]
-    return Backprop(learners, optimizer(parameters), accumulate)
+    return Backprop(learners, optimizer(parameters), accumulate, exact)
 
 
 def _optimizers(learners: Sequence[Learner]) -> list[torch.optim.Optimizer]:
