@@ -26,7 +26,7 @@ from typing import Any
 import click
 from scale_counts import (
     IMAGE,
-    NETWORKS,
+    RECIPES,
     Assumptions,
     Cluster,
     Counted,
@@ -315,7 +315,7 @@ def _entry(
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
-@click.option("--network", type=click.Choice(NETWORKS), default="resnet50", show_default=True)
+@click.option("--network", type=click.Choice(list(RECIPES)), default="resnet50", show_default=True)
 @click.option("--data", type=click.Choice(list(DATA)), default="imagenet-1k", show_default=True)
 @click.option("--loss", type=click.Choice(["pred", "predsim"]), default="pred", show_default=True)
 @click.option("--storage", type=click.Choice(["nvme", "object"]), default="nvme", show_default=True)

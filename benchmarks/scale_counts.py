@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torchvision.models import resnet50
 
 from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import build_loss, build_network
@@ -25,8 +24,7 @@ from greedy.runs.state import RunState
 
 IMAGE = (3, 224, 224)
 COUNTED_ROWS = 8  # a batch: operations a row hardly depend on its size, counting it does
-NETWORKS = "resnet50", "vgg11b-3x"
-RECIPE = "cifar10/vgg11b-3x-predsim"  # of which both take what they do not set
+RECIPES = {"resnet50": "imagenet/resnet50-predsim", "vgg11b-3x": "cifar10/vgg11b-3x-predsim"}
 NORMS = nn.modules.batchnorm._BatchNorm
 NOWHERE = Path("/run/that/never/begins")
 
@@ -91,7 +89,7 @@ class Counts:
         output: the shape of its output.
         parameters: of stage and heads.
         features: numbers in z and p.
-        channels: of each batch norm.
+        channels: of each batch norm, those of heads included.
     """
 
     name: str
@@ -109,11 +107,13 @@ class Counted:
     """A network, counted for one loss, number of classes and strategy.
 
     Attributes:
-        settings: of its recipe.
+        recipe: the name of its recipe.
+        settings: that the recipe was counted with.
         shapes: of its stages.
         stages: what a row asks of each.
     """
 
+    recipe: str
     settings: tuple[str, ...]
     shapes: tuple[StageShapes, ...]
     stages: tuple[Counts, ...]
@@ -126,7 +126,7 @@ class Counted:
             byte_operations: multiply-adds that take as long as reading a byte of a store.
             settings: of epochs and stores, as for ``--set``.
         """
-        recipe = load(RECIPE, [*self.settings, "store.disk_budget='1000000TiB'", *settings])
+        recipe = load(self.recipe, [*self.settings, "store.disk_budget='1000000TiB'", *settings])
         state = RunState.read(RunDirectory(NOWHERE, recipe))
         images = rows * math.prod(IMAGE)
         return plan_disk(state, self.shapes, {"train": rows, "test": 0}, images, byte_operations)
@@ -137,36 +137,23 @@ def counted(network: str, classes: int, loss: str, strategy: str) -> Counted:
     """Counts a network for images of side 224, without its weights.
 
     Args:
-        network: one of ``NETWORKS``; the stages of ``resnet50`` are its blocks.
+        network: one of ``RECIPES``; the stages of ``resnet50`` are its blocks.
         classes: number of classes.
         loss: the name of the local loss.
         strategy: ``greedy``, for local losses, or ``backprop``.
     """
-    settings = [
+    settings = (
         "data.augmentation='random-resized-crop+hflip'",
         f"training.batch_size={COUNTED_ROWS}",
         f"training.strategy='{strategy}'",
         f"loss.name='{loss}'",
-        *(["model.network='python'"] if network == "resnet50" else []),
-    ]
-    recipe = load(RECIPE, settings)
-    modules = (
-        resnet_in_blocks(classes)
-        if network == "resnet50"
-        else build_network(recipe.model, IMAGE, classes)
     )
+    recipe = load(RECIPES[network], settings)
+    modules = build_network(recipe.model, IMAGE, classes)
     cut = CutNetwork.of(recipe, modules, IMAGE, classes, build_loss(recipe.loss))
     plan = MemoryPlan(recipe, cut, "bfloat16", None, "cuda")
     stages = (_counts(plan, number) for number in range(1, len(cut) + 1))
-    return Counted(tuple(settings), tuple(cut.shapes), tuple(stages))
-
-
-def resnet_in_blocks(classes: int) -> nn.Sequential:
-    """Returns torchvision's ResNet-50 without weights as a flat network, a child a block."""
-    with torch.device("meta"):
-        *stem, one, two, three, four, pool, output = resnet50(num_classes=classes).children()
-    blocks = (block for group in (one, two, three, four) for block in group.children())
-    return nn.Sequential(*stem, *blocks, pool, nn.Flatten(), output)
+    return Counted(RECIPES[network], settings, tuple(cut.shapes), tuple(stages))
 
 
 def _counts(plan: MemoryPlan, number: int) -> Counts:
@@ -183,12 +170,13 @@ def _counts(plan: MemoryPlan, number: int) -> Counts:
         output=shapes.output,
         parameters=sum(p.numel() for p in (*stage.parameters(), *heads.parameters())),
         features=sum(f.shape[1] for f in features if f is not None),
-        channels=tuple(_channels(stage)),
+        channels=tuple(_channels(stage, heads)),
     )
 
 
-def _channels(stage: nn.Module) -> Iterator[int]:
-    return (m.num_features for m in stage.modules() if isinstance(m, NORMS))
+def _channels(*modules: nn.Module) -> Iterator[int]:
+    parts = (part for module in modules for part in module.modules())
+    return (part.num_features for part in parts if isinstance(part, NORMS))
 
 
 def chunk_rows(rows: int, shape: Shape) -> int:

@@ -146,8 +146,7 @@ class Source:
     def advance_views(self, epoch: int) -> None:
         """Makes the training split hold the views of an epoch, see ``Ring.advance``."""
         for place in self.ring.advance(epoch) if self.ring else ():
-            store = Store(self.path / "train", self.stores["train"].advice)
-            self.stores["train"] = store
+            store = self.stores["train"] = self.stores["train"].reopened()
             if self.in_memory:
                 store.load_view(place, self._loaded[0][place])
 
