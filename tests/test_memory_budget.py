@@ -277,6 +277,19 @@ def test_a_block_s_steps_take_what_was_counted(tmp_path: Path, budget: int) -> N
     assert 0.8 * planned <= peaks.bytes[1] <= planned + images + 16 * 1024
 
 
+def test_a_block_without_batch_norm_keeps_its_input_or_nothing() -> None:
+    layers = [nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 3)]
+    stages = cut(nn.Sequential(nn.Sequential(*layers), nn.Flatten(), nn.Linear(800, CLASSES)))
+    shape = shapes(stages, (1, SIDE, SIDE))[0]
+    what = (stages[0], shape, PredSim(), CLASSES, 64, "float32", fused_adam)
+    roomy = choose(StepDemand(*what, "cuda", 1), None)
+    tight = choose(StepDemand(*what, "cuda", 1), roomy.peak_bytes - 500 * 1024)
+    least = choose(StepDemand(*what, "cuda", 1), tight.peak_bytes, 1)
+    assert roomy.mode is Mode.PLAIN
+    assert tight.mode is least.mode is Mode.KEEP_NOTHING
+    assert 1 == least.micro_batch < tight.micro_batch
+
+
 def test_a_block_whose_samples_meet_has_the_plain_mode_alone(tmp_path: Path) -> None:
     class Centred(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
