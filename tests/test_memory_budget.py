@@ -44,6 +44,13 @@ def network() -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(144, CLASSES))
 
 
+def block_network() -> nn.Sequential:
+    torch.manual_seed(0)
+    down = nn.Sequential(nn.Conv2d(8, 12, 1, 2, bias=False), nn.BatchNorm2d(12))
+    entry = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), BasicBlock(8, 12, 2, down))
+    return nn.Sequential(entry, nn.Flatten(), nn.Linear(432, CLASSES))
+
+
 def fit(run: Path, model: nn.Sequential | None = None, **settings) -> list:
     settings = {"epochs": 1, "batch_size": 64, "views": 1} | settings
     return new_trainer(run, model or network(), **settings).fit(data(256), data(64))
@@ -236,7 +243,8 @@ class Allocator(Counter):
         return [tensor for tensor in made if not isinstance(tensor, FakeTensor)]
 
 
-def test_a_stage_that_runs_out_of_memory_says_how_it_went_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [network, block_network])
+def test_a_stage_that_runs_out_of_memory_says_how_it_went_on(tmp_path: Path, make) -> None:
     class Told(Reporter):
         reduced: StepMemory | None = None
 
@@ -252,7 +260,7 @@ def test_a_stage_that_runs_out_of_memory_says_how_it_went_on(tmp_path: Path) -> 
 
     reporter = Told()
     with Allocator() as allocator:
-        first, *_ = fit(tmp_path / "run", reporter=reporter)
+        first, *_ = fit(tmp_path / "run", make(), reporter=reporter)
     assert reporter.reduced is not None
     assert first.choices.memory_mode == reporter.reduced.mode != Mode.PLAIN
     assert first.choices.micro_batch == reporter.reduced.micro_batch
@@ -260,13 +268,9 @@ def test_a_stage_that_runs_out_of_memory_says_how_it_went_on(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("budget", [1270, 920, 780])
 def test_a_block_s_steps_take_what_was_counted(tmp_path: Path, budget: int) -> None:
-    torch.manual_seed(0)
-    down = nn.Sequential(nn.Conv2d(8, 12, 1, 2, bias=False), nn.BatchNorm2d(12))
-    entry = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), BasicBlock(8, 12, 2, down))
-    model = nn.Sequential(entry, nn.Flatten(), nn.Linear(432, CLASSES))
     with Counter() as counter:
         peaks = Peaks(counter)
-        first, _ = fit(tmp_path, model, memory_budget=f"{budget}KiB", reporter=peaks)
+        first, _ = fit(tmp_path, block_network(), memory_budget=f"{budget}KiB", reporter=peaks)
     planned, images = first.choices.planned_peak_bytes, 2 * 64 * SIDE**2 * 4
     assert first.choices.memory_mode != Mode.PLAIN
     assert planned <= budget * 1024
