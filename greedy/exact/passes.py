@@ -127,7 +127,7 @@ class Passes:
 
     def _learned(self) -> Schedule:
         wanted = [t.requires_grad for t in tensors_in(self.inputs)]
-        some = self._inputs(slice(0, max(2, self.slices[0].stop)))
+        some = self._inputs(slice(0, 2))  # rows that could meet
         some = each_tensor(lambda t: t.requires_grad_(t.is_floating_point()), some)
         with self.replay.micro_batch(self.part, 0):
             return learn(self._call, some, wanted, compare=not self.replay.fake)
