@@ -1,6 +1,8 @@
-"""The processes that train a network together, each on its share of every batch."""
+"""The processes that train together, each on its share of every batch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -10,8 +12,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those that train together. Every one of them calls the methods that
-    communicate in the same order.
+    """This process among those that train together. All of them call the methods that communicate,
+    in the same order.
 
     Attributes:
         rank: the number of this process, from 0.
@@ -23,51 +25,80 @@ class Ranks:
 
     @classmethod
     def joined(cls) -> "Ranks":
-        """Returns the place of this process in torch's process group, if there is one."""
+        """Returns the place of this process in torch's process group; alone without one."""
         if not (dist.is_available() and dist.is_initialized()):
             return ALONE
         return cls(dist.get_rank(), dist.get_world_size())
 
-    def shares(self, rows: int) -> list[slice]:
-        """Returns each process's rows of a batch: nearly equally many, and none for some where a
-        batch has fewer rows than there are processes."""
-        edges = [rows * rank // self.size for rank in range(self.size + 1)]
-        return [slice(start, stop) for start, stop in pairwise(edges)]
-
-    def share(self, rows: int) -> slice:
-        """Returns this process's rows of a batch."""
-        return self.shares(rows)[self.rank]
-
-    def is_idle(self, rows: int) -> bool:
-        """Returns whether a batch has too few rows for this process to have one."""
-        share = self.share(rows)
-        return share.start == share.stop
-
-    def computed(self, rows: int) -> slice:
-        """Returns the rows of a batch that this process computes: its share, or the first row where
-        that is empty, since layers take no empty batch. Of that row nothing is gathered."""
-        return slice(0, 1) if self.is_idle(rows) else self.share(rows)
-
     def add(self, tensor: Tensor) -> None:
-        """Replaces a tensor by the sum of those of all processes, which is the same in each."""
+        """Replaces a tensor by the sum of those of all processes, the same in each."""
         if self.size > 1:
             dist.all_reduce(tensor)
 
-    def gather(self, part: Tensor, rows: int) -> Tensor:
-        """Returns a tensor with the rows of a batch (rows, ...), of which each process has its
-        share as ``part``."""
+    def stack(self, tensor: Tensor) -> Tensor:
+        """Returns the tensors of all processes, which have one shape, as (size, ...)."""
         if self.size == 1:
-            return part
-        shares = self.shares(rows)
-        most = max(share.stop - share.start for share in shares)
-        # The collective needs equally many rows of each.
-        padded = part.new_zeros((most, *part.shape[1:]))
-        own = self.share(rows)
-        padded[: own.stop - own.start] = part[: own.stop - own.start]
-        parts = [torch.empty_like(padded) for _ in shares]
-        dist.all_gather(parts, padded)
-        return torch.cat([p[: s.stop - s.start] for p, s in zip(parts, shares, strict=True)])
+            return tensor[None]
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.stack(parts)
+
+    def divided(self, rows: int) -> "Shares":
+        """Returns shares of a batch that are nearly equally large."""
+        edges = [rows * rank // self.size for rank in range(self.size + 1)]
+        return Shares(self, [torch.arange(start, stop) for start, stop in pairwise(edges)])
 
 
 ALONE = Ranks()
 """One process that trains by itself."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The rows of a batch that each process computes, as positions in it (n,); together they are
+    all rows.
+
+    A process may have none, where the batch is small. Since layers take no empty batch, it then
+    computes the first row too, of which nothing is used.
+    """
+
+    ranks: Ranks
+    positions: Sequence[Tensor]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether this process has no row."""
+        return not len(self.positions[self.ranks.rank])
+
+    @property
+    def computed(self) -> Tensor:
+        """The positions (n,) that this process computes."""
+        return torch.zeros(1, dtype=torch.int64) if self.is_idle else self._own
+
+    def gather(self, part: Tensor) -> Tensor:
+        """Returns the rows (B, ...) of the batch, of which each process has those it computes."""
+        if self.ranks.size == 1:
+            return part
+        sizes = [len(positions) for positions in self.positions]
+        padded = part.new_zeros((max(sizes), *part.shape[1:]))  # all send equally many
+        padded[: len(self._own)] = part[: len(self._own)]
+        parts = self.ranks.stack(padded)
+        rows = torch.cat([rows[:size] for rows, size in zip(parts, sizes, strict=True)])
+        return rows[self._order.to(rows.device)]
+
+    def own(self, whole: Tensor) -> Tensor:
+        """Returns the rows of ``whole`` (B, ...) that this process computes, zeros for one that is
+        idle."""
+        if self.ranks.size == 1:
+            return whole
+        rows = whole[self.computed.to(whole.device)]
+        return torch.zeros_like(rows) if self.is_idle else rows
+
+    @property
+    def _own(self) -> Tensor:
+        return self.positions[self.ranks.rank]
+
+    @cached_property
+    def _order(self) -> Tensor:
+        """The place of each row of the batch among the gathered rows."""
+        return torch.cat(list(self.positions)).argsort()

@@ -11,7 +11,6 @@ small tensors are exchanged, so that the gradients are those of the whole batch:
   added up.
 """
 
-import math
 from collections.abc import Callable, Iterable
 from functools import reduce
 from typing import Any
@@ -21,47 +20,45 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from greedy.base.ranks import Ranks
+from greedy.base.ranks import Ranks, Shares
 from greedy.exact.norms import Call
 from greedy.exact.statistics import Statistics
 from greedy.losses import Features
 
 
 class SharedNorms(TorchFunctionMode):
-    """A context in which batch norms in training normalise by the statistics of a batch of ``rows``
-    rows, of which this process computes some."""
+    """A context in which batch norms in training normalise by the statistics of a whole batch, of
+    which this process computes its share."""
 
-    def __init__(self, ranks: Ranks, rows: int) -> None:
+    def __init__(self, shares: Shares) -> None:
         super().__init__()
-        self._ranks, self._rows = ranks, rows
+        self._shares = shares
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.batch_norm and (call := Call(*args, **kwargs)).training:
-            return shared_norm(call, self._ranks, self._rows)
+            return shared_norm(call, self._shares)
         return func(*args, **kwargs)
 
 
-def shared_norm(call: Call, ranks: Ranks, rows: int) -> Tensor:
+def shared_norm(call: Call, shares: Shares) -> Tensor:
     """Computes a batch norm of this process's rows by the statistics of all rows, and updates its
     running statistics."""
-    statistics = shared_statistics(call.input.detach(), ranks, rows)
+    statistics = shared_statistics(Statistics.of(call.input.detach()), shares)
     if call.running_mean is not None and call.running_var is not None:
         statistics.move(call.running_mean, call.running_var, call.momentum)
     like = next((t for t in call[1:4] if t is not None), call.input)
     known = statistics.to(like.dtype)
-    out: Tensor = _Normalise.apply(*call[:1], *call[3:5], known, ranks, rows, call.eps)
+    out: Tensor = _Normalise.apply(*call[:1], *call[3:5], known, shares, call.eps)
     return out
 
 
-def shared_statistics(x: Tensor, ranks: Ranks, rows: int) -> Statistics:
-    """Computes the statistics of the rows (B, C, ...) of a batch, of which this process has those
-    that it computes, x (m, C, ...)."""
-    own = Statistics.of(x)
-    counts = torch.full_like(own.mean, 0 if ranks.is_idle(rows) else own.count)
-    parts = ranks.gather(torch.stack([counts, own.mean, own.variance])[None], ranks.size)
+def shared_statistics(own: Statistics, shares: Shares) -> Statistics:
+    """Returns the statistics of a batch, given those of the rows that this process computes."""
+    counts = torch.full_like(own.mean, 0 if shares.is_idle else own.count)
+    parts = shares.ranks.stack(torch.stack([counts, own.mean, own.variance]))
     known = [Statistics(int(count[0]), mean, variance) for count, mean, variance in parts]
     return reduce(Statistics.merged, [part for part in known if part.count])
 
@@ -76,12 +73,11 @@ class _Normalise(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         known: Statistics,
-        ranks: Ranks,
-        rows: int,
+        shares: Shares,
         eps: float,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.known, ctx.ranks, ctx.rows, ctx.eps = known, ranks, rows, eps
+        ctx.known, ctx.shares, ctx.eps = known, shares, eps
         return F.batch_norm(x, known.mean, known.variance, weight, bias, training=False, eps=eps)
 
     @staticmethod
@@ -93,37 +89,36 @@ class _Normalise(torch.autograd.Function):
             [True, True, True],
         )
         sums = torch.stack([d_bias, d_weight])
-        ctx.ranks.add(sums)
-        count = math.inf if ctx.ranks.is_idle(ctx.rows) else known.count
-        inverse = (known.variance + ctx.eps).rsqrt()
-        slope = inverse if weight is None else inverse * weight
-        a, b = (-slope * sums / count).unbind()
-        shape = [1, -1] + [1] * (x.dim() - 2)
-        residue = x - known.mean.view(shape)
-        dx += residue.mul_((b * inverse).view(shape)).add_(a.view(shape))
+        ctx.shares.ranks.add(sums)
+        if not ctx.shares.is_idle:
+            inverse = (known.variance + ctx.eps).rsqrt()
+            slope = inverse if weight is None else inverse * weight
+            a, b = (-slope * sums / known.count).unbind()
+            shape = [1, -1] + [1] * (x.dim() - 2)
+            residue = x - known.mean.view(shape)
+            dx += residue.mul_((b * inverse).view(shape)).add_(a.view(shape))
         if weight is None:
             d_weight = d_bias = None
-        return dx, d_weight, d_bias, None, None, None, None
+        return dx, d_weight, d_bias, None, None, None
 
 
-def whole_features(own: Features, rows: int, ranks: Ranks) -> Features:
-    """Returns the features of a batch of ``rows`` rows, of which this process has its share; their
-    gradients go to its own rows alone."""
-    return Features(*(f if f is None else _Whole.apply(f, rows, ranks) for f in own))
+def whole_features(own: Features, shares: Shares) -> Features:
+    """Returns the features of a batch, given those of the rows that this process computes, to which
+    alone their gradients go."""
+    return Features(*(f if f is None else _Whole.apply(f, shares) for f in own))
 
 
 class _Whole(torch.autograd.Function):
     """The rows of all processes."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, rows: int, ranks: Ranks) -> Tensor:
-        ctx.share, ctx.shape = ranks.share(rows), own.shape
-        return ranks.gather(own, rows)
+    def forward(ctx: Any, own: Tensor, shares: Shares) -> Tensor:
+        ctx.shares = shares
+        return shares.gather(own)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        own = g[ctx.share]
-        return own if own.shape == ctx.shape else g.new_zeros(ctx.shape), None, None
+        return ctx.shares.own(g), None
 
 
 def add_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
