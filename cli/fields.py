@@ -46,7 +46,10 @@ FIELDS = {
     },
 }
 FIELD_OF = {option: field for fields in FIELDS.values() for option, field in fields.items()}
-TEXTS = {"data.name": "NAME"}  # placeholders in help of texts that are no sizes
+TEXTS = {
+    "data.name": "NAME",
+    "model.network": "NAME",
+}  # placeholders in help of texts that are no sizes
 
 
 class Command(click.Command):

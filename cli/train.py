@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 )
 @options.ignore_changes
 @options.log
-@options.model
+@options.network
 @options.debug
 def train(
     recipe_name: str | None,
@@ -64,7 +64,7 @@ def train(
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
 
     overrides = fields.overrides(settings, field_values)
-    recipe, directory = recipe_and_run(recipe_name, run, overrides)
+    recipe, directory = recipe_and_run(recipe_name, run, overrides, model)
     network = load_network(recipe.model, model, needed=True)
     trainer = GreedyTrainer.from_recipe(recipe, directory, device=device, model=network)
     logger = tensorboard(directory) if log else None
@@ -202,18 +202,19 @@ def reporting(trainer: "GreedyTrainer", log: "TensorBoard | None") -> Iterator["
 
 
 def recipe_and_run(
-    name: str | None, run: Path | None, overrides: list[str]
+    name: str | None, run: Path | None, overrides: list[str], model: str | None = None
 ) -> tuple["Recipe", Path]:
-    """Returns the recipe and the run directory that --recipe and --run stand for."""
-    from greedy.recipes import load, names  # noqa: PLC0415
+    """Returns the recipe and the run directory that --recipe, --run and --model stand for."""
+    from greedy.recipes import names  # noqa: PLC0415
+    from greedy.recipes.loader import load_for_model  # noqa: PLC0415
     from greedy.runs.directory import RunDirectory  # noqa: PLC0415
 
     if name is not None:
         label = name if name in names() else Path(name).stem
-        return load(name, overrides), run or Path("runs") / label
+        return load_for_model(name, model, overrides), run or Path("runs") / label
     if run is None:
         raise click.UsageError("give --recipe to begin a run, or --run to resume one")
-    return load(RunDirectory.open(run).path / "run.toml", overrides), run
+    return load_for_model(RunDirectory.open(run).path / "run.toml", model, overrides), run
 
 
 def _stages_in_words(numbers: list[int]) -> str:

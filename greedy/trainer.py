@@ -45,7 +45,8 @@ class GreedyTrainer:
     Args:
         model: an ``nn.Sequential``, flat (it is cut before each convolution or linear layer)
             or staged (a Sequential of Sequentials, each of them a stage), see
-            ``greedy.models.cut``. Its weights are the first weights; it is not changed.
+            ``greedy.models.cut``; or another module, see ``greedy.models.sequential``. Its weights
+            are the first weights; it is not changed.
         run_dir: the run directory; training resumes where it stopped.
         loss: the local loss of every stage but the output layer.
         optimizer: ``adam``, ``adamw`` or ``sgd``, at ``learning_rate``; or your own, from
@@ -65,7 +66,7 @@ class GreedyTrainer:
 
     def __init__(
         self,
-        model: nn.Sequential | None,
+        model: nn.Module | None,
         *,
         run_dir: str | Path,
         loss: LocalLoss | None = None,
@@ -90,7 +91,6 @@ class GreedyTrainer:
         self.run = RunDirectory.create(Path(run_dir), recipe)
         self.recipe = recipe
         self.loss = loss
-        self._model = model
         self._planner = StagePlanner(
             self.run, model, loss, self.device, reporter or Reporter(), own, own_rates
         )
@@ -103,10 +103,10 @@ class GreedyTrainer:
         *,
         device: str = "auto",
         reporter: Reporter | None = None,
-        model: nn.Sequential | None = None,
+        model: nn.Module | None = None,
     ) -> Self:
         """Returns the trainer of a recipe. ``model`` is given only if the recipe's network is
-        ``python``; other arguments are those of the class."""
+        ``python`` or what a function returns; other arguments are those of the class."""
         return cls(model, run_dir=run_dir, device=device, reporter=reporter, recipe=recipe)
 
     @property
@@ -159,7 +159,8 @@ class GreedyTrainer:
         drawn = draws_at_random(dataset)
         fresh = drawn and self.recipe.data.transforms == "fresh"
         shape, classes = dataset.train.shape, len(dataset.class_names or "")
-        model = self._model or build_network(self.recipe.model, shape, classes or 2)
+        given = self._planner.given_network(shape)
+        model = given or build_network(self.recipe.model, shape, classes or 2)
         network = CutNetwork.of(self.recipe, model, shape, classes, self.loss)
         names = [network.name(number) for number in range(1, len(network) + 1)]
         rows = {split: len(getattr(dataset, split)) for split in SPLITS}
@@ -176,7 +177,7 @@ class GreedyTrainer:
             state = RunState.read(self.run)
             if is_stage0_current(state, dataset, again=again, ignore=ignore_changes):
                 return state.complete_record(0)
-            output = network.shapes[-1].output if self._model else None
+            output = network.shapes[-1].output if given else None
             if drawn:
                 dataset = first_pass(dataset, self.recipe.seed)
             with write_errors_explained(self.run.path, "stage 0", needed):
@@ -385,7 +386,7 @@ class GreedyTrainer:
 
     def assemble(self, until_stage: int | None = None) -> nn.Sequential:
         """Returns the trained network, see ``greedy.runs.network.assemble``."""
-        return assemble(self.run, self.loss, self._model, until_stage=until_stage)
+        return assemble(self.run, self.loss, self._planner.model, until_stage=until_stage)
 
 
 def _require_recipe_alone(

@@ -107,7 +107,8 @@ def train(recipe: Recipe, *, numbers: bool = True) -> None:
     data, strategy = ENTRIES[recipe.data.name], recipe.training.strategy
     stages = cut(build_network(recipe.model, data.shape, data.classes))
     shapes = checked_shapes(recipe, stages, data.shape, data.classes)
-    losses = stage_losses(strategy, build_loss(recipe.loss), len(stages))
+    hidden = [shape.hidden for shape in shapes]
+    losses = stage_losses(strategy, build_loss(recipe.loss), hidden)
     size = 1 if strategy == "greedy" else len(stages)
     while stages:
         own, stages = stages[:size], stages[size:]

@@ -10,6 +10,7 @@ from small_training import new_trainer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.data import TensorDataset
+from torchvision.models.resnet import BasicBlock
 
 from greedy import GreedyTrainer, Reporter, RunDirectory, UserError
 from greedy.build.cut_network import CutNetwork
@@ -255,6 +256,34 @@ def test_a_stage_that_runs_out_of_memory_says_how_it_went_on(tmp_path: Path) -> 
     assert reporter.reduced is not None
     assert first.choices.memory_mode == reporter.reduced.mode != Mode.PLAIN
     assert first.choices.micro_batch == reporter.reduced.micro_batch
+
+
+@pytest.mark.parametrize("budget", [1270, 920, 780])
+def test_a_block_s_steps_take_what_was_counted(tmp_path: Path, budget: int) -> None:
+    torch.manual_seed(0)
+    down = nn.Sequential(nn.Conv2d(8, 12, 1, 2, bias=False), nn.BatchNorm2d(12))
+    entry = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), BasicBlock(8, 12, 2, down))
+    model = nn.Sequential(entry, nn.Flatten(), nn.Linear(432, CLASSES))
+    with Counter() as counter:
+        peaks = Peaks(counter)
+        first, _ = fit(tmp_path, model, memory_budget=f"{budget}KiB", reporter=peaks)
+    planned, images = first.choices.planned_peak_bytes, 2 * 64 * SIDE**2 * 4
+    assert first.choices.memory_mode != Mode.PLAIN
+    assert planned <= budget * 1024
+    assert 0.8 * planned <= peaks.bytes[1] <= planned + images + 16 * 1024
+
+
+def test_a_block_whose_samples_meet_has_the_plain_mode_alone(tmp_path: Path) -> None:
+    class Centred(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x - x.mean(0)
+
+    layers = [nn.Conv2d(1, 8, 3, padding=1), Centred(), nn.ReLU(), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(8 * SIDE**2, CLASSES))
+    first, _ = fit(tmp_path / "roomy", model)
+    assert first.choices.memory_mode == Mode.PLAIN
+    with pytest.raises(UserError, match="in mode plain"):
+        fit(tmp_path / "tight", model, memory_budget="1MiB")
 
 
 def test_frozen_stages_that_only_writing_needs_are_streamed_where_there_is_no_room(

@@ -141,7 +141,9 @@ def test_malformed_overrides(override: str) -> None:
         ),
         (
             "model.network=vgg11",
-            'model.network is "vgg11" but must be one of mlp, vgg8b, vgg11b, python; '
+            'model.network is "vgg11" but must be torchvision:NAME, timm:NAME, module:function or '
+            "one of mlp, vgg8b, vgg11b, resnet32, resnet110, preact-resnet18, wrn-16-8, wrn-28-10, "
+            "wrn-40-10, python; "
             "did you mean vgg11b?",
         ),
         (

@@ -36,7 +36,8 @@ def learners(strategy: str, loss=None) -> list[Learner]:
     """Returns the stages of a narrow VGG8B in float64, with heads that are not zero."""
     torch.manual_seed(0)
     stages = narrow()
-    losses = stage_losses(strategy, loss or PredSim(pool_target=32), len(stages))
+    hidden = [shape.hidden for shape in SHAPES]
+    losses = stage_losses(strategy, loss or PredSim(pool_target=32), hidden)
     made = []
     for stage, shape, each in zip(stages, SHAPES, losses, strict=True):
         heads = each.heads(shape.hidden, CLASSES).double()
@@ -68,8 +69,12 @@ def assert_close(a: list[Learner], b: list[Learner]) -> None:
         torch.testing.assert_close(value, state(b)[name], rtol=1e-10, atol=1e-12, msg=name)
 
 
-def test_joint_is_each_stage_alone_on_what_the_one_before_gave_before_its_step() -> None:
-    together_, alone = learners("joint"), learners("joint")
+@pytest.mark.parametrize("auxiliary", ["none", "downstream:2"])
+def test_joint_is_each_stage_alone_on_what_the_one_before_gave_before_its_step(
+    auxiliary: str,
+) -> None:
+    loss = PredSim(pool_target=32, auxiliary=auxiliary)
+    together_, alone = learners("joint", loss), learners("joint", loss)
     batch, masks = batch_and_masks(together_)
     together("joint", together_, 1, SGD).step(batch, masks, Guard(), 0)
 

@@ -14,6 +14,8 @@ class TrainerSettings(TypedDict, total=False):
 
     augmentation: str
     cutout_length: int
+    mixup: Literal["none", "input", "manifold"]
+    mixup_alpha: float
     classes_per_batch: int
     image_size: int | None
     mean: Sequence[float] | None

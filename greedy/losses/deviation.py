@@ -4,6 +4,7 @@ torch's own takes a float32 copy of maps in lower precision, a centred copy in i
 and ten times as long on a CPU. Here a few rows are computed at a time, forward and backward.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from greedy.base.precision import widened
 
 SLICE_BYTES = 8 * 2**20  # of maps in float32 that are computed at a time
 ROUNDING = 2**-18  # relative to a map's mean: a constant map deviates by less, where compiled
+MOST_SLICES = 32
 CUDA_SLICE_BYTES = 2 * SLICE_BYTES  # larger, since every slice launches several kernels
 
 
@@ -58,5 +60,6 @@ def _mean_and_deviation(z: Tensor) -> tuple[Tensor, Tensor]:
 
 def _slices(z: Tensor) -> list[slice]:
     size = CUDA_SLICE_BYTES if z.is_cuda else SLICE_BYTES
-    step = max(1, size // (z[0].numel() * max(z.element_size(), 4)))
+    step = size // (z[0].numel() * max(z.element_size(), 4))
+    step = max(1, step, math.ceil(len(z) / MOST_SLICES))
     return [slice(start, start + step) for start in range(0, len(z), step)]

@@ -55,6 +55,7 @@ class StepDemand:
         stored_row_bytes: bytes of a row in the source.
         replay: the frozen stages between the source and the stage, if any.
         other_resident_bytes: bytes of other stages on the device, needed to draw views.
+        why_plain: why the stage has no mode but ``plain``; empty if it has all.
     """
 
     stage: Stage
@@ -68,6 +69,7 @@ class StepDemand:
     stored_row_bytes: int
     replay: Replay | None = None
     other_resident_bytes: int = 0
+    why_plain: str = ""
 
     def peak(self, memory: StepMemory) -> int:
         """Counts the most bytes on the device in a step in a memory mode, any but the first step:

@@ -16,6 +16,7 @@ from greedy.memory.choice import (
     stored_row_bytes,
 )
 from greedy.memory.peaks import OptimizerFactory, Replay, StepDemand, weight_bytes
+from greedy.memory.separate import why_plain
 from greedy.models import Stage, StageShapes
 from greedy.recipes import Recipe
 from greedy.runs.disk_plan import DiskPlan
@@ -71,6 +72,7 @@ class MemoryPlan:
     images: str = "uint8"
     _choices: dict[Hashable, Choice] = field(default_factory=dict, repr=False)
     _flops: dict[Hashable, int] = field(default_factory=dict, repr=False)
+    _why_plain: dict[Hashable, str] = field(default_factory=dict, repr=False)
     _streamed: dict[int, bool] = field(default_factory=dict, repr=False)
 
     def require(self, numbers: Iterable[int], disk: DiskPlan) -> None:
@@ -187,6 +189,7 @@ class MemoryPlan:
                 self.network.shapes[source].input,
             ),
             self._replay(source, number),
+            why_plain=self.why_plain(number),
         )
 
     @property
@@ -207,6 +210,14 @@ class MemoryPlan:
             self.device_type,
             self._on_device,
         )
+
+    def why_plain(self, number: int) -> str:
+        """Returns why a stage has no memory mode but ``plain``; empty if it has all."""
+        key = self._cache_key(number)
+        if key not in self._why_plain:
+            stage, shape, loss, classes, *_ = self._what(number)
+            self._why_plain[key] = why_plain(stage, shape, loss, classes)
+        return self._why_plain[key]
 
     def flops(self, number: int) -> int:
         """Returns the floating-point operations of a stage's plain step, two for a multiply-add,

@@ -57,7 +57,7 @@ def _explained(key: str, error: ErrorDetails, document: Mapping[str, Any]) -> st
     if error["type"] == "value_error":
         return f"{key} is {shown} but must {error['ctx']['error']}"
     field = allowed(key)
-    choices = field.removeprefix("one of ").split(", ") if field.startswith("one of ") else []
+    choices = field.partition("one of ")[2].split(", ")
     return f"{key} is {shown} but must be {field}{suggestion(str(value), choices)}"
 
 
@@ -87,6 +87,8 @@ def _words(schema: Mapping[str, Any], several: bool = False) -> str:
     if "anyOf" in schema:
         kinds = [_words(kind) for kind in schema["anyOf"] if kind["type"] != "null"]
         return " or ".join(kinds)
+    if "pattern" in schema:
+        return str(schema["description"])
     if "enum" in schema:
         return f"one of {', '.join(schema['enum'])}"
     if "const" in schema:

@@ -12,8 +12,8 @@ FREE_FIELDS: Final = {
     *("compile", "deterministic", "test_every", "checkpoint_minutes"),
 }
 _LATER: Final[dict[type[BaseModel], tuple[str, ...]]] = {
-    Data: ("background", "broken", "max_pixels", "transforms"),
-    Loss: ("label_smoothing", "class_weights"),
+    Data: ("background", "broken", "max_pixels", "transforms", "mixup", "mixup_alpha"),
+    Loss: ("auxiliary", "label_smoothing", "class_weights"),
     Training: (
         *("optimizer", "momentum", "nesterov", "weight_decay"),
         *("schedule", "warmup_epochs", "gradient_clip"),

@@ -128,7 +128,7 @@ class RunFacts:
 def facts_of(
     runs: Sequence[RunDirectory],
     device: torch.device,
-    model: nn.Sequential | None = None,
+    model: nn.Module | None = None,
     loss: LocalLoss | None = None,
 ) -> list[RunFacts]:
     """Gathers the facts about each run.
@@ -152,7 +152,7 @@ def _facts(
     run: RunDirectory,
     name: str,
     device: torch.device,
-    model: nn.Sequential | None,
+    model: nn.Module | None,
     loss: LocalLoss | None,
 ) -> RunFacts:
     recipe, state = run.recipe, RunState.read(run)
@@ -183,7 +183,7 @@ def _facts(
     )
 
 
-def _baselines(state: RunState, model: nn.Sequential | None, loss: LocalLoss) -> Mapping[str, int]:
+def _baselines(state: RunState, model: nn.Module | None, loss: LocalLoss) -> Mapping[str, int]:
     data, stages = state.complete_record(0), stages_of(state, model)
     along = shapes(stages, data.row_shape)
     network = CutNetwork(stages, along, loss, len(data.class_names))

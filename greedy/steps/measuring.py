@@ -65,7 +65,7 @@ def measure(learners: Sequence[Learner], batches: Iterable[Batch]) -> list[Total
         stage_batch = batch
         for learner, total in zip(learners, totals, strict=True):
             features, outputs = _pass(learner, stage_batch, onward=learner is not learners[-1])
-            loss = learner.loss(features, learner.targets(batch.labels))
+            loss = learner.loss(features, learner.targets(batch))
             total.add(loss, learner.heads.logits(features), batch.labels)
             if outputs is not None:
                 stage_batch = Batch(batch.labels, outputs.__getitem__)

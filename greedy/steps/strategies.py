@@ -101,7 +101,7 @@ class Joint:
         for learner, mask, optimizer in zip(self.learners, masks, self.optimizers, strict=True):
             _clear(learner)
             h = learner.hidden(dropped(x, mask))
-            outcome = _outcome(learner, h, batch.labels)
+            outcome = _outcome(learner, h, learner.targets(batch))
             _scaled(outcome.loss, learner.scale).backward()
             x = learner.stage.pool(h.detach())
             del h
@@ -163,11 +163,15 @@ class Backprop:
         return slices[:2] if self.learners[0].memory_trial else slices
 
     def _forward(self, batch: Batch, masks: Masks, rows: slice) -> list[Outcome]:
-        x = batch.inputs(rows)
+        mixture = batch.mixture
+        mixed = mixture.stage(len(self.learners)) if mixture else 0
+        x = batch.read(rows) if mixed else batch.inputs(rows)
         outcomes = []
-        for learner, mask in zip(self.learners, masks, strict=True):
+        for number, (learner, mask) in enumerate(zip(self.learners, masks, strict=True)):
+            if mixture and mixed and number == mixed:
+                x = mixture.whole(x)
             h = learner.hidden(dropped(x, mask, rows))
-            outcomes.append(_outcome(learner, h, batch.labels[rows]))
+            outcomes.append(_outcome(learner, h, learner.targets(batch)[rows]))
             x = learner.stage.pool(h)
         return outcomes
 
@@ -207,9 +211,9 @@ def _scaled(loss: Tensor, scale: LossScale | None) -> Tensor:
     return loss if scale is None else scale(loss)
 
 
-def _outcome(learner: Learner, h: Tensor, labels: Tensor) -> Outcome:
+def _outcome(learner: Learner, h: Tensor, y: Tensor) -> Outcome:
     features = learner.local(h)
-    return Outcome(learner.loss(features, learner.targets(labels)), learner.heads.logits(features))
+    return Outcome(learner.loss(features, y), learner.heads.logits(features))
 
 
 def _detached(outcome: Outcome) -> Outcome:

@@ -10,7 +10,7 @@ import torch
 from greedy.base.commands import command
 from greedy.base.errors import UserError
 from greedy.cache import Store
-from greedy.data import Augmentation, Split
+from greedy.data import Augmentation, Mixup, Split
 from greedy.models import Stage
 from greedy.recipes.per_stage import for_stage
 from greedy.runs.choices import Choices
@@ -174,6 +174,8 @@ class SourceFinder:
         augmentation = Augmentation.parse(settings.augmentation, settings.cutout_length)
         moments = channel_moments(self.run.recipe, self._data)
         images = ImagePreparation(*moments, augmentation, self._fresh())
+        mixes = settings.mixup != "none"
+        mixup = Mixup(settings.mixup_alpha, settings.mixup == "manifold") if mixes else None
         return Source(
             stored,
             self.run.store_path(stored),
@@ -185,6 +187,7 @@ class SourceFinder:
             held_out=held_out,
             ring=ring,
             in_memory=in_memory,
+            mixup=mixup,
         )
 
     def _fresh(self) -> FreshImages | None:

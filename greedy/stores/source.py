@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,7 +23,7 @@ from greedy.cache import (
     window_chunks,
     window_order,
 )
-from greedy.data import Augmentation, Draws, prepare
+from greedy.data import Augmentation, Draws, Mixture, Mixup, prepare
 from greedy.models.stages import dropped
 from greedy.stores.fresh import FreshEpoch, FreshImages
 
@@ -111,6 +111,7 @@ class Source:
         held_out: the number of training rows, the last ones, that are left out of epochs.
         ring: replaces views of the training split; ``None`` if they stay.
         in_memory: whether the training split is loaded, so that its rows are shuffled one by one.
+        mixup: how the rows of an epoch's batches are mixed; ``None`` if they are not.
         waits: for rows of the training split.
     """
 
@@ -124,6 +125,7 @@ class Source:
     held_out: int = 0
     ring: "Ring | None" = None
     in_memory: bool = False
+    mixup: Mixup | None = None
     waits: Waits = field(default_factory=Waits, init=False, repr=False)
     _loaded: list[np.ndarray] = field(default_factory=list, init=False, repr=False)
 
@@ -208,7 +210,8 @@ class Source:
                 pin_memory=self.device.type == "cuda",
             )
         draws = self.images.draw(store, self.seed, stage, epoch) if self.images else None
-        return EpochBatches(self, loader, draws)
+        mixing = self.mixup.draw(store.rows, self.seed, stage, epoch) if self.mixup else None
+        return EpochBatches(self, loader, draws, mixing)
 
     def view_batches(
         self,
@@ -284,6 +287,7 @@ class EpochBatches:
     source: Source
     loader: Iterable[StoredBatch]
     draws: Draws | None
+    mixing: np.ndarray | None = None
 
     @property
     def rows(self) -> int:
@@ -292,7 +296,11 @@ class EpochBatches:
 
     def __iter__(self) -> Generator["Batch"]:
         for batch in self.source.waits.timed(self.loader):
-            yield self.source.batch(batch.values, batch.labels, batch.rows, self.draws)
+            one = self.source.batch(batch.values, batch.labels, batch.rows, self.draws)
+            if self.mixing is not None:
+                mixture = Mixup.mixture(self.mixing, batch.rows, self.source.device)
+                one = replace(one, mixture=mixture)
+            yield one
 
 
 @dataclass(frozen=True)
@@ -304,12 +312,24 @@ class Batch:
         read: computes the inputs (rows, *shape) of a slice of the batch on the device, before
             dropout.
         mask: of dropout, (B, ...), by which the inputs are multiplied.
+        mixture: how rows and their labels are mixed; ``None`` if they are not.
     """
 
     labels: Tensor
     read: Callable[[slice], Tensor]
     mask: Tensor | None = None
+    mixture: Mixture | None = None
 
     def inputs(self, rows: slice = slice(None)) -> Tensor:
-        """Computes the stage's inputs (rows, *shape) for a slice of the batch, after dropout."""
-        return dropped(self.read(rows), self.mask, rows)
+        """Computes the stage's inputs (rows, *shape) for a slice of the batch, mixed and after
+        dropout."""
+        x = self.read(rows)
+        if self.mixture is not None:
+            x = self.mixture.part(x, self._following(x, rows), rows)
+        return dropped(x, self.mask, rows)
+
+    def _following(self, x: Tensor, rows: slice) -> Tensor:
+        """Returns the rows that follow those of a slice, ``x``, in the batch."""
+        after = rows.indices(len(self.labels))[1] % len(self.labels)
+        is_whole = len(x) == len(self.labels)
+        return torch.cat((x[1:], x[:1] if is_whole else self.read(slice(after, after + 1))))

@@ -17,7 +17,9 @@ from greedy.losses import LocalLoss
 from greedy.memory.choice import Choice, memory_budget
 from greedy.memory.peaks import OptimizerFactory
 from greedy.memory.plan import MemoryPlan, StageStores
+from greedy.models import Shape, sequential
 from greedy.recipes import Recipe
+from greedy.recipes.networks import is_library_network
 from greedy.recipes.per_stage import for_stage
 from greedy.runs.checkpoint_record import StartRecord
 from greedy.runs.choices import Choices
@@ -25,7 +27,7 @@ from greedy.runs.directory import RunDirectory
 from greedy.runs.disk_budget import plan_disk, previous_record
 from greedy.runs.disk_plan import DiskPlan
 from greedy.runs.events import Reporter, RunOutline
-from greedy.runs.network import stages_of
+from greedy.runs.network import network_of, stages_of
 from greedy.runs.state import RunState
 from greedy.runs.unfinished import find_training
 from greedy.runs.views import Views
@@ -42,7 +44,8 @@ class StagePlanner:
     """Plans the stages of a run whose stage 0 is complete, given the state of the run.
 
     Attributes:
-        model: the user's network, if the recipe has none.
+        model: the user's network, if the recipe has none; the recipe's own one where it has its
+            first weights from the beginning.
         loss: the local loss of every stage but the output layer.
         optimizer: makes the user's optimiser; ``None`` for the recipe's.
         own_rates: whether that begins at its own learning rates.
@@ -50,7 +53,7 @@ class StagePlanner:
     """
 
     run: RunDirectory
-    model: nn.Sequential | None
+    model: nn.Module | None
     loss: LocalLoss
     device: torch.device
     reporter: Reporter
@@ -73,8 +76,16 @@ class StagePlanner:
     def _precision(self) -> str:
         return pick_precision(self.recipe.training.precision, self.device)
 
+    def given_network(self, image: Shape) -> nn.Sequential | None:
+        """Returns the user's network for images (C, H, W) as a ``Sequential``, if there is one."""
+        if self.model is not None:
+            self.model = sequential(self.model, image)
+        return self.model
+
     def network(self, state: RunState) -> CutNetwork:
         """Returns the run's network without its trained weights."""
+        if self.model is not None or is_library_network(self.recipe.model.network):
+            self.model = network_of(state, self.model)  # not built and proved again for each stage
         data, stages = state.complete_record(0), stages_of(state, self.model)
         classes = len(data.class_names)
         shapes = checked_shapes(self.recipe, stages, data.row_shape, classes)
