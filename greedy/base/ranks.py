@@ -55,8 +55,8 @@ ALONE = Ranks()
 
 @dataclass(frozen=True)
 class Shares:
-    """The rows of a batch that each process computes, as positions in it (n,); together they are
-    all rows.
+    """The rows of a batch that each process computes, as ascending positions in it (n,); together
+    they are all rows.
 
     A process may have none, where the batch is small. Since layers take no empty batch, it then
     computes the first row too, of which nothing is used.
@@ -74,6 +74,17 @@ class Shares:
     def computed(self) -> Tensor:
         """The positions (n,) that this process computes."""
         return torch.zeros(1, dtype=torch.int64) if self.is_idle else self._own
+
+    def part(self, rows: slice) -> tuple[slice, "Shares"]:
+        """Returns of a slice of the batch which of the rows that this process computes are in it,
+        and its shares."""
+        within = [(p >= rows.start) & (p < rows.stop) for p in self.positions]
+        positions = [
+            p[inside] - rows.start for p, inside in zip(self.positions, within, strict=True)
+        ]
+        place = within[self.ranks.rank].nonzero()
+        own = slice(int(place[0]), int(place[-1]) + 1) if len(place) else slice(0, 1)
+        return own, Shares(self.ranks, positions)
 
     def gather(self, part: Tensor) -> Tensor:
         """Returns the rows (B, ...) of the batch, of which each process has those it computes."""

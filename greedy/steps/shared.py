@@ -12,7 +12,7 @@ small tensors are exchanged, so that the gradients are those of the whole batch:
 """
 
 from collections.abc import Callable, Iterable
-from functools import reduce
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from greedy.base.ranks import Ranks, Shares
-from greedy.exact.norms import Call
+from greedy.base.ranks import Shares
+from greedy.exact.norms import Call, Norm
 from greedy.exact.statistics import Statistics
 from greedy.losses import Features
 
@@ -43,24 +43,21 @@ class SharedNorms(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+def shared_norms(shares: Shares | None) -> AbstractContextManager[Any]:
+    """Returns the context ``SharedNorms``; one that changes nothing where a process is alone."""
+    return nullcontext() if shares is None else SharedNorms(shares)
+
+
 def shared_norm(call: Call, shares: Shares) -> Tensor:
     """Computes a batch norm of this process's rows by the statistics of all rows, and updates its
     running statistics."""
-    statistics = shared_statistics(Statistics.of(call.input.detach()), shares)
+    statistics = Statistics.of(call.input.detach()).shared(shares)
     if call.running_mean is not None and call.running_var is not None:
         statistics.move(call.running_mean, call.running_var, call.momentum)
     like = next((t for t in call[1:4] if t is not None), call.input)
     known = statistics.to(like.dtype)
     out: Tensor = _Normalise.apply(*call[:1], *call[3:5], known, shares, call.eps)
     return out
-
-
-def shared_statistics(own: Statistics, shares: Shares) -> Statistics:
-    """Returns the statistics of a batch, given those of the rows that this process computes."""
-    counts = torch.full_like(own.mean, 0 if shares.is_idle else own.count)
-    parts = shares.ranks.stack(torch.stack([counts, own.mean, own.variance]))
-    known = [Statistics(int(count[0]), mean, variance) for count, mean, variance in parts]
-    return reduce(Statistics.merged, [part for part in known if part.count])
 
 
 class _Normalise(torch.autograd.Function):
@@ -84,28 +81,38 @@ class _Normalise(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         known = ctx.known
-        dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+        _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
             *(g, x, weight, known.mean, known.variance, None, None, False, ctx.eps),
-            [True, True, True],
+            [False, True, True],
         )
-        sums = torch.stack([d_bias, d_weight])
-        ctx.shares.ranks.add(sums)
-        if not ctx.shares.is_idle:
-            inverse = (known.variance + ctx.eps).rsqrt()
-            slope = inverse if weight is None else inverse * weight
-            a, b = (-slope * sums / known.count).unbind()
-            shape = [1, -1] + [1] * (x.dim() - 2)
-            residue = x - known.mean.view(shape)
-            dx += residue.mul_((b * inverse).view(shape)).add_(a.view(shape))
+        norm = Norm(ctx.known, torch.stack([d_bias, d_weight]), shares=ctx.shares)
+        ctx.shares.ranks.add(norm.sums)
+        dx = norm.input_gradient(g, x, weight, ctx.eps)
         if weight is None:
             d_weight = d_bias = None
         return dx, d_weight, d_bias, None, None, None
 
 
-def whole_features(own: Features, shares: Shares) -> Features:
+def gathered(own: Features, shares: Shares | None) -> Features:
+    """Returns the features of a batch without gradient, given those of the rows that this process
+    computes; the same where it is alone."""
+    return own if shares is None else _each(shares.gather, own)
+
+
+def own_rows(whole: Features, shares: Shares | None) -> Features:
+    """Returns of the features of a batch, or their slopes, the rows that this process computes."""
+    return whole if shares is None else _each(shares.own, whole)
+
+
+def _each(function: Callable[[Tensor], Tensor], features: Features) -> Features:
+    found: Any = (None if feature is None else function(feature) for feature in features)
+    return Features(*found)
+
+
+def whole_features(own: Features, shares: Shares | None) -> Features:
     """Returns the features of a batch, given those of the rows that this process computes, to which
-    alone their gradients go."""
-    return Features(*(f if f is None else _Whole.apply(f, shares) for f in own))
+    alone their gradients go; the same where it is alone."""
+    return own if shares is None else _each(lambda part: _Whole.apply(part, shares), own)
 
 
 class _Whole(torch.autograd.Function):
@@ -121,8 +128,10 @@ class _Whole(torch.autograd.Function):
         return ctx.shares.own(g), None
 
 
-def add_gradients(parameters: Iterable[nn.Parameter], ranks: Ranks) -> None:
-    """Adds up every parameter's gradient over all processes."""
+def add_gradients(parameters: Iterable[nn.Parameter], shares: Shares | None) -> None:
+    """Adds up every parameter's gradient over all processes, if there are several."""
     for parameter in parameters:
-        if parameter.grad is not None:
-            ranks.add(parameter.grad)
+        if parameter.grad is not None and shares is not None:
+            if shares.is_idle:
+                parameter.grad.zero_()
+            shares.ranks.add(parameter.grad)

@@ -12,9 +12,11 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from greedy.base.ranks import Shares
 from greedy.models.stages import dropped
 from greedy.steps.guard import Guard
 from greedy.steps.scaling import LossScale
+from greedy.steps.shared import add_gradients, shared_norms, whole_features
 from greedy.steps.step import Learner, step
 from greedy.stores.source import Batch
 
@@ -100,9 +102,11 @@ class Joint:
         outcomes = []
         for learner, mask, optimizer in zip(self.learners, masks, self.optimizers, strict=True):
             _clear(learner)
-            h = learner.hidden(dropped(x, mask))
-            outcome = _outcome(learner, h, learner.targets(batch))
+            with shared_norms(batch.shares):
+                h = learner.hidden(dropped(x, mask))
+                outcome = _outcome(learner, h, learner.targets(batch), batch.shares)
             _scaled(outcome.loss, learner.scale).backward()
+            add_gradients(learner.parameters(), batch.shares)
             x = learner.stage.pool(h.detach())
             del h
             guard.update(optimizer, outcome.loss, position, learner.parameters(), learner.scale)
@@ -150,6 +154,7 @@ class Backprop:
             parts.append([_detached(outcome) for outcome in outcomes])
         joined = [_joined(stage_parts) for stage_parts in zip(*parts, strict=True)]
         parameters = [p for learner in self.learners for p in learner.parameters()]
+        add_gradients(parameters, batch.shares)
         guard.update(self.optimizer, _sum(joined), position, parameters, scale)
         return joined
 
@@ -165,13 +170,15 @@ class Backprop:
     def _forward(self, batch: Batch, masks: Masks, rows: slice) -> list[Outcome]:
         mixture = batch.mixture
         mixed = mixture.stage(len(self.learners)) if mixture else 0
-        x = batch.read(rows) if mixed else batch.inputs(rows)
+        own, shares = batch.shares.part(rows) if batch.shares else (rows, None)
+        x = batch.read(own) if mixed else batch.inputs(own)
         outcomes = []
         for number, (learner, mask) in enumerate(zip(self.learners, masks, strict=True)):
             if mixture and mixed and number == mixed:
                 x = mixture.whole(x)
-            h = learner.hidden(dropped(x, mask, rows))
-            outcomes.append(_outcome(learner, h, learner.targets(batch)[rows]))
+            with shared_norms(shares):
+                h = learner.hidden(dropped(x, mask, own))
+                outcomes.append(_outcome(learner, h, learner.targets(batch)[rows], shares))
             x = learner.stage.pool(h)
         return outcomes
 
@@ -211,8 +218,8 @@ def _scaled(loss: Tensor, scale: LossScale | None) -> Tensor:
     return loss if scale is None else scale(loss)
 
 
-def _outcome(learner: Learner, h: Tensor, y: Tensor) -> Outcome:
-    features = learner.local(h)
+def _outcome(learner: Learner, h: Tensor, y: Tensor, shares: Shares | None) -> Outcome:
+    features = whole_features(learner.local(h), shares)
     return Outcome(learner.loss(features, y), learner.heads.logits(features))
 
 

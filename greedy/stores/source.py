@@ -13,6 +13,7 @@ from torch import Tensor
 
 from greedy.base.devices import preferred_layout, to_device
 from greedy.base.precision import autocast
+from greedy.base.ranks import Shares
 from greedy.base.seeds import derive_seed, torch_generator
 from greedy.cache import (
     LIMITED_WINDOW_ROWS,
@@ -313,12 +314,20 @@ class Batch:
             dropout.
         mask: of dropout, (B, ...), by which the inputs are multiplied.
         mixture: how rows and their labels are mixed; ``None`` if they are not.
+        shares: of the processes that compute the batch; inputs and mask are then of the rows that
+            this one computes, labels of all. ``None`` for one alone.
     """
 
     labels: Tensor
     read: Callable[[slice], Tensor]
     mask: Tensor | None = None
     mixture: Mixture | None = None
+    shares: Shares | None = None
+
+    @property
+    def rows(self) -> int:
+        """The number of rows that this process computes."""
+        return len(self.labels) if self.shares is None else len(self.shares.computed)
 
     def inputs(self, rows: slice = slice(None)) -> Tensor:
         """Computes the stage's inputs (rows, *shape) for a slice of the batch, mixed and after
