@@ -62,6 +62,13 @@ UNPUBLISHED = {
     "svhn/wrn-16-8-predsim",
     "stl10/wrn-16-8-predsim",
     *(
+        f"{data}/{network}-auglocal"
+        for data in ("cifar10", "svhn", "stl10")
+        for network in ("resnet32-k16", "resnet110-k55")
+    ),
+    "imagenet/resnet50-predsim",
+    "imagenet/vgg16-predsim",
+    *(
         f"{data}/{network}-predsim"
         for data in ("cifar10", "cifar100", "svhn", "stl10")
         for network in ("resnet32-k16", "resnet110-k55")

@@ -43,22 +43,21 @@ def later_layer(shape: Shape, target: Shape, pool_target: int) -> tuple[nn.Seque
         target: the shape of a row of the stage's activation.
     """
     features = target[-1] if len(target) == 2 else target[0]
+    given: Shape
     if len(target) == 1 or len(shape) == 1:
         pooling, width = pooled(shape, pool_target)
-        linear = nn.Linear(width, features, bias=False)
-        layer = nn.Sequential(*pooling, linear, nn.BatchNorm1d(features), nn.ReLU(inplace=True))
-        return layer, (features,)
-    if len(shape) == 2:
-        linear = nn.Linear(shape[1], features, bias=False)
-        return nn.Sequential(linear, nn.LayerNorm(features), nn.ReLU(inplace=True)), (
-            shape[0],
-            features,
-        )
-    channels, height, width = shape
-    stride = _stride(height, width, target)
-    convolution = nn.Conv2d(channels, features, 3, stride=stride, padding=1, bias=False)
-    layer = nn.Sequential(convolution, nn.BatchNorm2d(features), nn.ReLU(inplace=True))
-    return layer, (features, ceil(height / stride), ceil(width / stride))
+        layers = [*pooling, nn.Linear(width, features, bias=False), nn.BatchNorm1d(features)]
+        given = (features,)
+    elif len(shape) == 2:
+        layers = [nn.Linear(shape[1], features, bias=False), nn.LayerNorm(features)]
+        given = (shape[0], features)
+    else:
+        channels, height, width = shape
+        stride = _stride(height, width, target)
+        convolution = nn.Conv2d(channels, features, 3, stride=stride, padding=1, bias=False)
+        layers = [convolution, nn.BatchNorm2d(features)]
+        given = (features, ceil(height / stride), ceil(width / stride))
+    return nn.Sequential(*layers, nn.ReLU(inplace=True)), given
 
 
 def _stride(height: int, width: int, target: Shape) -> int:

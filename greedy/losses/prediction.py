@@ -68,8 +68,7 @@ class PredictionHead(nn.Sequential):
 
     ``hidden_layers`` as wide as h, 3x3 convolutions or linear layers followed by ReLU, may come
     first, after Belilovsky et al., "Greedy layerwise learning can scale to ImageNet" (2019). Here
-    they have no batch norm: a row's logits depend on that row alone, so that every memory mode
-    gives the same gradients.
+    they have no batch norm: a row's logits depend on that row alone.
 
     Then comes a layer for each of the ``later`` stages, given by the shapes of their activations,
     see ``greedy.losses.auxiliary``.

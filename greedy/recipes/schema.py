@@ -206,8 +206,8 @@ class Loss(Section):
     )
     auxiliary: str = Field(
         default="none",
-        description="Further layers of the prediction head of pred and predsim; downstream:d: up "
-        "to d, each in place of a later stage of the network; none.",
+        description="Layers of the prediction head of pred and predsim that stand for later "
+        "stages: none, or downstream:d for up to d.",
     )
     target_projection: Count = Field(
         default=128, description="Width of the projected labels that the bio losses aim at."
