@@ -12,6 +12,7 @@ from greedy.cache.loader import BatchLoader, StoredBatch
 from greedy.cache.order import (
     LIMITED_WINDOW_ROWS,
     EpochOrder,
+    Positions,
     WindowOrder,
     limit_classes,
     row_order,
@@ -36,6 +37,7 @@ __all__ = [
     "Store",
     "store_with_view",
     "EpochOrder",
+    "Positions",
     "WindowOrder",
     "row_order",
     "window_order",

@@ -50,7 +50,6 @@ class BatchLoader:
         order: the order of the epoch; a ``WindowOrder`` for a store.
         batches: positions in ``order`` of every batch, from its ``batches`` or ``limited_batches``,
             or some of them. Chunks with none of them are not read.
-        start_batch: the batch to begin with; nothing before it is read.
         threads: number of threads that read chunks; one more gathers batches.
         pin_memory: put values in page-locked memory, for asynchronous copies to a GPU.
 
@@ -66,7 +65,6 @@ class BatchLoader:
         order: EpochOrder,
         batches: list[Positions],
         *,
-        start_batch: int = 0,
         threads: int = 2,
         pin_memory: bool = False,
     ) -> None:
@@ -81,19 +79,18 @@ class BatchLoader:
         self._labels = labels
         self._order = order
         self._batches = batches
-        self._start = start_batch
         self._threads = threads
         self._pin_memory = pin_memory
 
     def __len__(self) -> int:
-        return len(self._batches) - self._start
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[StoredBatch]:
         with background(1) as gatherer, background(self._threads) as readers:
             memory = self._open(readers)
             pending: deque[Future[StoredBatch]] = deque()
-            upcoming = deque(self._batches[self._start :])
-            for positions in self._batches[self._start :]:
+            upcoming = deque(self._batches)
+            for positions in self._batches:
                 memory.advance(positions)
                 while upcoming and len(pending) <= _BATCHES_AHEAD and memory.holds(upcoming[0]):
                     batch = upcoming.popleft()
@@ -105,7 +102,7 @@ class BatchLoader:
         if not isinstance(self._source, Store):
             return _Resident(self._source, self._order)
         assert isinstance(self._order, WindowOrder)
-        return _Windows(self._source, self._order, self._batches[self._start :], readers)
+        return _Windows(self._source, self._order, self._batches, readers)
 
     def _buffer(self, rows: int) -> "torch.Tensor":
         if isinstance(self._source, Store):

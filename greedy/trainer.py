@@ -14,6 +14,7 @@ from greedy.base.devices import pick_device
 from greedy.base.disk_space import require_free_space, write_errors_explained
 from greedy.base.errors import UserError
 from greedy.base.heap import release_free_memory
+from greedy.base.ranks import Ranks
 from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import build_loss, build_network
 from greedy.build.python_recipe import python_recipe, require_optimizer
@@ -35,6 +36,7 @@ from greedy.runs.views import Views
 from greedy.stores.changes import is_stage0_current, require_unchanged_folder
 from greedy.stores.repair import Repair, StoreRepairer
 from greedy.stores.stage0 import drop_unreadable_files, stored_encoding, write_stage0
+from greedy.training.following import Task
 from greedy.training.planning import StagePlanner
 from greedy.training.stage import OptimizerFactory
 
@@ -91,9 +93,22 @@ class GreedyTrainer:
         self.run = RunDirectory.create(Path(run_dir), recipe)
         self.recipe = recipe
         self.loss = loss
+        self.ranks = Ranks.joined()
         self._planner = StagePlanner(
-            self.run, model, loss, self.device, reporter or Reporter(), own, own_rates
+            self.run,
+            model,
+            loss,
+            self.device,
+            reporter or Reporter(),
+            own,
+            own_rates,
+            ranks=self.ranks,
         )
+        if self.ranks.size > 1 and recipe.data.mixup != "none":
+            raise UserError(
+                "mixup mixes rows that several processes have: train in one process, or set "
+                "data.mixup to none"
+            )
 
     @classmethod
     def from_recipe(
@@ -153,6 +168,14 @@ class GreedyTrainer:
                 checked before anything is written and once the labels are read.
         """
         self._planner.images = dataset.train
+        if not self.ranks.leads:
+            self.ranks.told()
+            return RunState.read(self.run).complete_record(0)
+        record = self._prepare(dataset, again, ignore_changes)
+        self.ranks.told(True)
+        return record
+
+    def _prepare(self, dataset: Dataset, again: bool, ignore_changes: bool) -> StageRecord:
         state = RunState.read(self.run)
         if is_stage0_current(state, dataset, again=again, ignore=ignore_changes):
             return state.complete_record(0)
@@ -186,6 +209,10 @@ class GreedyTrainer:
     def needs_data(self, retrain_from: int | None = None) -> bool:
         """Whether ``train`` needs the data set, by ``prepare``: to write stage 0, or to train on
         images that are drawn again in every pass."""
+        needed = self.ranks.leads and self._needs_data(retrain_from)
+        return bool(self.ranks.told(needed))
+
+    def _needs_data(self, retrain_from: int | None) -> bool:
         state = RunState.read(self.run)
         if state.stage_state(0) != "complete":
             return True
@@ -205,6 +232,21 @@ class GreedyTrainer:
         Returns:
             The records of all stages.
         """
+        if not self.ranks.leads:
+            return self._follow()
+        records = self._lead(retrain_from)
+        self.ranks.told()
+        return records
+
+    def _follow(self) -> list[StageRecord]:
+        """Trains with the process that leads, until that has finished."""
+        while task := self.ranks.told():
+            self._planner.follow(Task(**task))
+        state = RunState.read(self.run)
+        numbers = range(1, len(state.complete_record(0).network) + 1)
+        return [state.complete_record(number) for number in numbers]
+
+    def _lead(self, retrain_from: int | None) -> list[StageRecord]:
         if retrain_from is None and not os.access(self.run.path, os.W_OK):
             state = RunState.read(self.run)
             if state.is_finished:
@@ -303,10 +345,14 @@ class GreedyTrainer:
             UserError: the stage cannot be trained as asked, or the folder of the images has
                 changed.
         """
+        if not self.ranks.leads:
+            return self._follow()[number - 1]
         if not ignore_changes:
             require_unchanged_folder(self.run)
         with self.run.write_lock():
-            return self._train_alone(RunState.read(self.run), number, source, again, to)
+            record = self._train_alone(RunState.read(self.run), number, source, again, to)
+        self.ranks.told()
+        return record
 
     def _train_alone(
         self, state: RunState, number: int, source: int | None, again: bool, to: Path | None

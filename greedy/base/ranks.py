@@ -1,13 +1,22 @@
 """The processes that train together, each on its share of every batch."""
 
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from greedy.base.errors import TrainingError, first_line
+
+PATIENCE = timedelta(days=7)  # for the leader, which may write a store meanwhile
 
 
 @dataclass(frozen=True)
@@ -24,24 +33,79 @@ class Ranks:
     size: int = 1
 
     @classmethod
+    def of_torchrun(cls) -> "Ranks":
+        """Joins the processes that torchrun started; alone if it did not start this one."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+            backend = "gloo"
+            if torch.cuda.is_available():
+                backend = "cpu:gloo,cuda:nccl"
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            dist.init_process_group(backend, timeout=PATIENCE)
+        return cls.joined()
+
+    @classmethod
     def joined(cls) -> "Ranks":
         """Returns the place of this process in torch's process group; alone without one."""
         if not (dist.is_available() and dist.is_initialized()):
             return ALONE
         return cls(dist.get_rank(), dist.get_world_size())
 
+    def leave(self) -> None:
+        """Leaves the others; nothing can be exchanged with them any more."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the run and speaks to the user; the others follow it."""
+        return self.rank == 0
+
     def add(self, tensor: Tensor) -> None:
         """Replaces a tensor by the sum of those of all processes, the same in each."""
         if self.size > 1:
-            dist.all_reduce(tensor)
+            with self._losses_named():
+                dist.all_reduce(tensor)
 
     def stack(self, tensor: Tensor) -> Tensor:
         """Returns the tensors of all processes, which have one shape, as (size, ...)."""
         if self.size == 1:
             return tensor[None]
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor.contiguous())
+        with self._losses_named():
+            dist.all_gather(parts, tensor.contiguous())
         return torch.stack(parts)
+
+    def told(self, value: Any = None) -> Any:
+        """Returns in every process the leader's ``value``, a JSON document."""
+        if self.size == 1:
+            return value
+        data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+        size = torch.tensor([len(data)])
+        with self._losses_named():
+            dist.broadcast(size, 0)
+            data = data if self.leads else torch.empty(int(size), dtype=torch.uint8)
+            dist.broadcast(data, 0)
+        return json.loads(bytes(data.tolist()))
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Lets the leader pass the block before the others enter it."""
+        if not self.leads:
+            self.told()
+        yield
+        if self.leads:
+            self.told()
+
+    @contextmanager
+    def _losses_named(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise TrainingError(
+                f"a process of the {self.size} that train together has ended or cannot be reached "
+                f"({first_line(error)}): see what it wrote last (torchrun --log-dir), then give "
+                f"the same command again, which resumes from the last checkpoint"
+            ) from error
 
     def divided(self, rows: int) -> "Shares":
         """Returns shares of a batch that are nearly equally large."""

@@ -116,7 +116,10 @@ class Epochs:
         with closing(iter(batches)) as reading:  # ends processes that read
             for position, batch in enumerate(reading, start=first):
                 # For layers and losses that draw from torch's own generators.
-                step_seed = derive_seed(self.recipe.seed, "step", self.number, epoch, position)
+                # Others of the processes that train together draw for other rows.
+                rank = [self.source.ranks.rank] if self.source.ranks.rank else []
+                step = (self.number, epoch, position, *rank)
+                step_seed = derive_seed(self.recipe.seed, "step", *step)
                 seed_torch(step_seed, self.source.device)
                 outcomes = self._step(batch, epoch, position, guard)
                 for total, outcome in zip(totals, outcomes, strict=True):
@@ -163,14 +166,26 @@ class Epochs:
             )
 
     def _held_out(self) -> Sequence[Totals | None]:
-        learners = self.strategy.learners
+        learners, rows = self.strategy.learners, self.source.stores["train"].rows
         if not self.source.held_out:
             return [None] * len(learners)
-        return measure(learners, self.source.held_out_batches(self.recipe.training.batch_size))
+        first = rows - self.source.held_out
+        return self._measured("train", self.recipe.training.batch_size, first, rows)
+
+    def _measured(self, split: str, batch: int, start: int, stop: int) -> list[Totals]:
+        """Measures the stages on rows of view 0, of which each process computes some batches."""
+        ranks = self.source.ranks
+        count = -(-(stop - start) // batch)
+        first, last = (count * rank // ranks.size for rank in (ranks.rank, ranks.rank + 1))
+        own = start + batch * first, min(start + batch * last, stop)
+        batches: Iterable[Batch] = ()
+        if own[0] < own[1]:
+            batches = self.source.view_batches(split, 0, batch, start=own[0], stop=own[1])
+        totals = measure(self.strategy.learners, batches)
+        return totals if ranks.size == 1 else [total.over(ranks) for total in totals]
 
     def _with_test_errors(self, reports: Sequence[EpochReport]) -> list[EpochReport]:
-        batches = self.source.view_batches("test", 0, self.test_batch)
-        totals = measure(self.strategy.learners, batches)
+        totals = self._measured("test", self.test_batch, 0, self.source.stores["test"].rows)
         return [
             replace(report, test_error_percent=total.error_percent)
             for report, total in zip(reports, totals, strict=True)
@@ -181,7 +196,7 @@ class Epochs:
         planned = [learner.memory for learner in learners]
         compiled = [learner for learner in learners if learner.compiled_rows]
         masks = [
-            learner.mask(self.recipe.seed, len(batch.labels), shape, epoch, position)
+            batch.own(learner.mask(self.recipe.seed, len(batch.labels), shape, epoch, position))
             for learner, shape in zip(learners, self.input_shapes, strict=True)
         ]
         try:
