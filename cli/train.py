@@ -27,9 +27,11 @@ def together() -> Iterator[None]:
     from greedy.base.ranks import Ranks  # noqa: PLC0415
 
     ranks = Ranks.of_torchrun()
-    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
-        with nullcontext() if ranks.leads else redirect_stdout(nowhere):
-            yield
+    with (
+        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+        nullcontext() if ranks.leads else redirect_stdout(nowhere),
+    ):
+        yield
     ranks.leave()
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from greedy.base.errors import TrainingError, first_line
+from greedy.base.errors import TrainingError
 
 PATIENCE = timedelta(days=7)  # for the leader, which may write a store meanwhile
 
@@ -102,9 +102,9 @@ class Ranks:
             yield
         except RuntimeError as error:
             raise TrainingError(
-                f"a process of the {self.size} that train together has ended or cannot be reached "
-                f"({first_line(error)}): see what it wrote last (torchrun --log-dir), then give "
-                f"the same command again, which resumes from the last checkpoint"
+                f"one of the {self.size} processes that train together has ended or cannot be "
+                f"reached: see what it wrote last (torchrun --log-dir), and give the same command "
+                f"again, which resumes from the last checkpoint"
             ) from error
 
     def divided(self, rows: int) -> "Shares":
