@@ -22,8 +22,10 @@ FIELDS = {
     TRAINING: {
         "strategy": "training.strategy",
         "stage_layers": "model.stage_layers",
+        "stages": "model.stages",
         "patience": "training.patience",
         "accumulate": "training.accumulate",
+        "exact": "training.exact",
         "checkpoint_minutes": "training.checkpoint_minutes",
     },
     MEMORY: {
@@ -48,7 +50,7 @@ FIELDS = {
 FIELD_OF = {option: field for fields in FIELDS.values() for option, field in fields.items()}
 TEXTS = {
     "data.name": "NAME",
-    "model.network": "NAME",
+    "model.stages": "NAMES",
 }  # placeholders in help of texts that are no sizes
 
 

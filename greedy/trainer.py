@@ -57,7 +57,7 @@ class GreedyTrainer:
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         reporter: gets the events of a training, for instance to show its progress.
         settings: fields of a recipe's ``data``, ``training`` and ``store`` sections by their
-            names, ``seed``, ``stage_layers``, ``label_smoothing``, ``class_weights``,
+            names, ``seed``, ``stage_layers``, ``stages``, ``label_smoothing``, ``class_weights``,
             ``memory_budget``, ``micro_batch`` and ``optimizer_state``; for instance ``epochs=20,
             views=4``.
         recipe: in place of ``loss``, ``optimizer`` and ``settings``, see ``from_recipe``.

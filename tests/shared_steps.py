@@ -125,7 +125,7 @@ def compare_strategies(ranks: Ranks, split: str) -> None:
     """Compares a step of all strategies that train a network as a whole."""
     rows, shares = make_shares(ranks, split)
     whole, part = make_batches(IMAGE, rows, shares)
-    for name in ("joint", "backprop", "accumulate"):
+    for name in ("joint", "backprop", "accumulate", "exact"):
         results = []
         for batch in (whole, part):
             learners, inputs = make_network(LOSSES["predsim"])
@@ -139,7 +139,8 @@ def compare_strategies(ranks: Ranks, split: str) -> None:
             else:
                 parameters = [p for learner in learners for p in learner.parameters()]
                 optimizer = torch.optim.SGD(parameters, 0.1)
-                strategy = Backprop(learners, optimizer, 3 if name == "accumulate" else 1)
+                parts = 1 if name == "backprop" else 3
+                strategy = Backprop(learners, optimizer, parts, exact=name == "exact")
             outcomes = strategy.step(batch, masks, Guard(), 0)
             results.append((learners, outcomes))
         (mine, expected), (theirs, found) = results

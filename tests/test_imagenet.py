@@ -38,13 +38,13 @@ def test_resnet50_is_trained_from_a_folder(photos: Path, tmp_path: Path) -> None
     assert {found["class"] for found in predicted["classes"]} < {*CLASSES}
 
 
-@pytest.mark.parametrize(("network", "stages"), [("resnet50", 18), ("vgg16", 16)])
-def test_all_of_imagenet_is_planned_without_it(network: str, stages: int) -> None:
+def test_all_of_imagenet_is_planned_without_it() -> None:
     plan = answer(
-        *("plan", "--recipe", f"imagenet/{network}-predsim", "--device", "cuda"),
+        *("plan", "--recipe", "imagenet/resnet50-predsim", "--device", "cuda"),
         *("--images", 1_281_167, 50_000, "--classes", 1_000, "--disk-budget", "400GiB"),
+        *("--set", "model.stage_layers=9"),  # counted in less time than 18 stages
     )
-    assert len(plan["stages"]) == stages
+    assert len(plan["stages"]) == 3
     images = (1_281_167 + 50_000) * 3 * 224 * 224
     assert images < plan["disk"]["peak_bytes"] <= 400 * 2**30
     assert 2**30 < plan["peak_memory_bytes"] < plan["baselines"]["backprop"]

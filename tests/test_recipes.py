@@ -124,6 +124,7 @@ def test_each_published_figure_has_its_recipe(row: Row) -> None:
         "activation": row["activation"],
         "initial_weights": None,
         "stage_layers": 1,
+        "stages": "auto",
     }
     assert recipes.loss_label(recipe) == row["loss"]
     assert recipe.loss.model_dump() == {
@@ -139,6 +140,7 @@ def test_each_published_figure_has_its_recipe(row: Row) -> None:
     assert recipe.training.model_dump() == {
         "strategy": STRATEGIES.get(row["loss"], "greedy"),
         "accumulate": 1,
+        "exact": False,
         "optimizer": "adam",
         "momentum": 0.9,
         "nesterov": False,

@@ -169,3 +169,36 @@ def test_networks_that_libraries_cannot_build_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         library_network(name, image, 5)
+
+
+def test_maps_with_features_last_come_first_between_stages() -> None:
+    with torch.device("meta"):
+        network = sequential(library_network("torchvision:swin_t", (3, 64, 64), 5), (3, 64, 64))
+    outputs = [s.output for s in shapes(cut(network), (3, 64, 64))]
+    assert outputs[:3] == [(96, 16, 16)] * 3
+    assert outputs[3] == (192, 8, 8)
+    assert outputs[-2:] == [(768, 1, 1), (5,)]
+
+
+class FeaturesLast(nn.Module):
+    """A network whose maps are as wide as they have features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 1)
+        self.block = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(self.first(x).permute(0, 2, 3, 1)).mean((1, 2)))
+
+
+@pytest.mark.parametrize("side", [8, 16])
+def test_features_come_first_where_maps_have_as_many_rows(side: int) -> None:
+    model, images = FeaturesLast(), torch.rand(2, 3, side, side)
+    first, hidden, *_ = cut(sequential(model, (3, side, side)))
+    maps = first(images)
+    torch.testing.assert_close(maps, model.first(images), rtol=0, atol=0)
+    torch.testing.assert_close(
+        hidden(maps), model.block[:2](maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    )

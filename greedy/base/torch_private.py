@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -15,6 +16,7 @@ __all__ = [
     "CONVOLUTIONS",
     "DEPENDS_ON_NUMBERS",
     "DROPOUTS",
+    "FakeTensor",
     "FakeTensorMode",
     "POOLS",
     "TorchDispatchMode",

@@ -10,8 +10,16 @@ from greedy.build.modules import build_cross_entropy, checked_shapes
 from greedy.losses import LocalLoss
 from greedy.losses.prediction import PLAIN, CrossEntropy
 from greedy.losses.strategies import stage_losses
-from greedy.models import Shape, Stage, StageShapes, cut, sequential
-from greedy.recipes import Recipe
+from greedy.models import Shape, Stage, StageShapes, cut, division, sequential
+from greedy.recipes import Model, Recipe
+
+
+def cut_as(model: Model, network: nn.Sequential, image: Shape) -> list[Stage]:
+    """Cuts a network for images (C, H, W) into the stages that a recipe says. Raises ``UserError``
+    for a network that cannot be cut so."""
+    if model.stages == "auto":
+        return cut(network, model.stage_layers)
+    return cut(network, division(network, model.stages, image))
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,7 @@ class CutNetwork:
         Raises:
             UserError: the network does not fit the images or the recipe.
         """
-        stages = cut(sequential(network, image), recipe.model.stage_layers)
+        stages = cut_as(recipe.model, sequential(network, image), image)
         shapes = checked_shapes(recipe, stages, image, classes)
         classes = classes or shapes[-1].output[0]
         return cls(stages, shapes, loss, classes, build_cross_entropy(recipe.loss, [1] * classes))

@@ -14,6 +14,7 @@ OTHER_FIELDS: Final = {
     "micro_batch": ("memory", "micro_batch"),
     "optimizer_state": ("memory", "optimizer_state"),
     "stage_layers": ("model", "stage_layers"),
+    "stages": ("model", "stages"),
     "label_smoothing": ("loss", "label_smoothing"),
     "class_weights": ("loss", "class_weights"),
 }

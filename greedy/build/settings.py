@@ -11,6 +11,7 @@ class TrainerSettings(TypedDict, total=False):
 
     seed: int
     stage_layers: int
+    stages: Literal["auto"] | int | Sequence[str]
 
     augmentation: str
     cutout_length: int
@@ -32,6 +33,7 @@ class TrainerSettings(TypedDict, total=False):
 
     strategy: Literal["greedy", "joint", "backprop", "glob+sim"]
     accumulate: int
+    exact: bool
     momentum: float
     nesterov: bool
     weight_decay: float

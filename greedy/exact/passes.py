@@ -57,6 +57,7 @@ class Passes:
         keep: what is kept for the whole batch so that it is computed once.
         shares: of the processes that compute the batch, where the inputs are the rows of this one;
             ``None`` for one alone.
+        home: the device where outputs are put together; ``None`` for the module's.
     """
 
     def __init__(
@@ -70,11 +71,12 @@ class Passes:
         schedule: Schedule | None = None,
         keep: Keep = Keep(),
         shares: Shares | None = None,
+        home: torch.device | None = None,
     ) -> None:
         self.module, self.inputs, self.slices = module, inputs, slices
         self.device, self.replay, self.part = device, replay, part
         self.schedule = schedule or self._learned()
-        self.keep = keep
+        self.keep, self.home = keep, home or device
         layers = Layers(self.others) if keep.layers else None
         self.norms = Norms([Norm(shares=shares) for _ in range(self.schedule.count)], layers)
         self.expected: Any = None  # the outputs, until a second pass has given them again
@@ -138,6 +140,7 @@ class Passes:
         whole, count = None, row_count(self.inputs, "the inputs")
         for number, rows in enumerate(self.slices):
             part = self._forward(number, self._inputs(rows))
+            part = each_tensor(lambda t: t.to(self.home), part)
             self.replay.observe()
             if row_count(part, "the outputs") != rows.stop - rows.start:
                 raise UserError(
@@ -241,7 +244,8 @@ class Passes:
 
 def _require_repeated(outputs: Any, expected: Any) -> None:
     """Raises ``UserError`` if a micro-batch's outputs are not those of the pass before."""
-    for out, before in zip(tensors_in(outputs), tensors_in(expected), strict=True):
+    for out, kept in zip(tensors_in(outputs), tensors_in(expected), strict=True):
+        before = kept.to(out.device)
         if not out.is_floating_point() or not out.numel():
             continue
         finite = torch.where(before.isfinite(), before, 0)

@@ -1,5 +1,6 @@
 """The paper's networks, residual networks, and cutting a network into stages."""
 
+from greedy.models.division import division
 from greedy.models.initial import initialise, seeded
 from greedy.models.libraries import library_network
 from greedy.models.networks import ACTIVATIONS, mlp, vgg, vgg8b, vgg11b
@@ -16,6 +17,7 @@ __all__ = [
     "Stage",
     "StageShapes",
     "cut",
+    "division",
     "initialise",
     "library_network",
     "mlp",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from greedy.base.errors import UserError
 from greedy.models.chain import NotTraceable, Part, opened, parts
+from greedy.models.layout import features_first
 from greedy.models.stages import Shape
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -34,7 +35,8 @@ def sequential(model: nn.Module, image: Shape = (3, 224, 224)) -> nn.Sequential:
     The modules are the model's, with their weights; the model is not changed. Those that call
     others one after the other are opened: every ``Sequential``, and every module that holds several
     blocks. What happens between modules, such as flattening or adding a class token, becomes a
-    small module. An ``nn.Sequential`` is returned as it is.
+    small module. Maps (H, W, C) between modules become maps (C, H, W), as the heads of local losses
+    and stores take them. An ``nn.Sequential`` is returned as it is.
 
     That both compute the same is proved by comparing their outputs on random images, bit for bit,
     in training and in evaluation mode; of a model on the meta device it is not.
@@ -57,7 +59,7 @@ def sequential(model: nn.Module, image: Shape = (3, 224, 224)) -> nn.Sequential:
         found = [part for called in _recorded(model, image) for part in opened(called)]
     if sum(part.learns for part in found) < 2:
         raise _error(model, "all its layers depend on more than the one before")
-    network = Parts(found).train(model.training)
+    network = Parts(features_first(found, image)).train(model.training)
     if not on_meta:
         _prove(model, network, image)
     return network

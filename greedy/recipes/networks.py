@@ -14,6 +14,7 @@ NetworkName = Annotated[
     str,
     Field(pattern=r"^[\w.]+:[\w.\-]+$", description="torchvision:NAME, timm:NAME, module:function"),
 ]
+Names = Annotated[list[str], Field(min_length=1)]
 
 
 def is_library_network(network: str) -> bool:

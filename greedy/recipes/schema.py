@@ -13,7 +13,7 @@ from pydantic import (
 from greedy.recipes.auxiliary import downstream_layers
 from greedy.recipes.colour import Colour
 from greedy.recipes.limits import AutoLimit, Limit
-from greedy.recipes.networks import NetworkName
+from greedy.recipes.networks import Names, NetworkName
 from greedy.recipes.section import Count, Rates, Section
 from greedy.recipes.training import Training
 
@@ -180,6 +180,24 @@ class Model(Section):
     stage_layers: Count = Field(
         default=1, description="Layers of a stage; the output layer is a stage of its own."
     )
+    stages: Literal["auto"] | Annotated[int, Field(ge=2)] | Names = Field(
+        default="auto",
+        description="Stages; auto: each child of the network with a convolution or linear layer; a "
+        "number: with the output layer, of about as many operations each; names: of modules at "
+        "which stages begin, e.g. layer1.0,layer2.0.",
+    )
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _names_are_joined_by_commas(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) and value != "auto" else value
+
+    @field_validator("stages")
+    @classmethod
+    def _one_of_two_rules(cls, value: Any, info: ValidationInfo) -> Any:
+        if value != "auto" and info.data.get("stage_layers", 1) != 1:
+            raise ValueError("be auto where model.stage_layers is not 1")
+        return value
 
 
 class Loss(Section):

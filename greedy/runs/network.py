@@ -9,10 +9,11 @@ from torch import nn
 
 from greedy.base.errors import UserError, no_stage
 from greedy.base.files import read_tensors
+from greedy.build.cut_network import cut_as
 from greedy.build.modules import build_network
 from greedy.losses import LocalHeads, LocalLoss
 from greedy.losses.strategies import stage_losses
-from greedy.models import Shape, Stage, cut, sequential, shapes
+from greedy.models import Shape, Stage, sequential, shapes
 from greedy.recipes import Recipe
 from greedy.runs.directory import RunDirectory
 from greedy.runs.record import ENCODER, HEADS, StageRecord, channel_moments
@@ -34,7 +35,8 @@ def network_of(state: RunState, model: nn.Module | None) -> nn.Sequential:
 
 def stages_of(state: RunState, model: nn.Module | None) -> list[Stage]:
     """Returns the run's stages without their trained weights, cut from a copy of ``network_of``."""
-    return cut(deepcopy(network_of(state, model)), state.run.recipe.model.stage_layers)
+    network = deepcopy(network_of(state, model))
+    return cut_as(state.run.recipe.model, network, state.complete_record(0).row_shape)
 
 
 def stage_weights(state: RunState, stage: Stage) -> Path:

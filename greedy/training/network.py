@@ -167,6 +167,7 @@ class NetworkTraining:
                 without_decay,
                 own_rates=self.own_rates,
             ),
+            exact=training.exact,
         )
 
     def _run_epochs(self, checkpoints: Checkpoints) -> list[list[EpochReport]]:
