@@ -38,11 +38,11 @@ class Totals:
 
     def over(self, ranks: Ranks) -> "Totals":
         """Returns the sums over the rows of all processes."""
-        known = self.wrong is not None
-        own = [self.rows, float(self.loss), int(self.wrong) if known else 0, known]
+        wrong = 0 if self.wrong is None else int(self.wrong)
+        own = [self.rows, float(self.loss), wrong, self.wrong is not None]
         ranks.add(sums := torch.tensor(own, dtype=torch.float64))
-        rows, loss, wrong, any_known = sums.tolist()
-        return Totals(int(rows), loss, torch.tensor(int(wrong)) if any_known else None)
+        rows, loss, all_wrong, known = sums.tolist()
+        return Totals(int(rows), loss, torch.tensor(int(all_wrong)) if known else None)
 
     @property
     def mean_loss(self) -> float:

@@ -85,6 +85,5 @@ def _differentiated(
     (total if scale is None else scale(total)).backward()
     logits = [learner.heads.logits(found) for learner, found in pairs]
     outcomes = [(loss.detach(), each) for loss, each in zip(losses, logits, strict=True)]
-    return outcomes, [
-        own_rows(each_tensor(lambda t: t.grad, leaf), batch.shares) for leaf in leaves
-    ]
+    slopes = each_tensor(lambda t: t.grad, leaves)
+    return outcomes, [own_rows(slope, batch.shares) for slope in slopes]

@@ -4,6 +4,9 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from hashlib import blake2b
+
+import torch
 
 from greedy.base.devices import is_out_of_memory
 from greedy.base.errors import Interrupted, TrainingError, first_line
@@ -132,6 +135,7 @@ class Epochs:
                     self._require_finite(guard, epoch, rate)
                     self._save(progress.model_copy(update=here), totals, stop)
         self._require_finite(guard, epoch, rate)
+        self._require_alike(epoch)
         seconds = time.perf_counter() - started
         waited = (self.source.waited - waited_before) / (time.perf_counter() - began)
         return [
@@ -231,6 +235,23 @@ class Epochs:
             f"{fault} not finite {where}, at a learning rate of {rate:g} "
             f"({self._last_checkpoint}): lower training.learning_rate{also} and begin another run"
         )
+
+    def _require_alike(self, epoch: int) -> None:
+        """Raises ``TrainingError`` if processes that train together have learned other weights."""
+        ranks = self.source.ranks
+        if ranks.size == 1:
+            return
+        own = blake2b(digest_size=7)  # fits an int64
+        for learner in self.strategy.learners:
+            for parameter in learner.parameters():
+                own.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digests = ranks.stack(torch.tensor([int.from_bytes(own.digest())]))
+        if (digests != digests[0]).any():
+            raise TrainingError(
+                f"the processes that train {self.strategy.title} together have learned other "
+                f"weights in epoch {epoch + 1} ({self._last_checkpoint}): give the same command "
+                f"again, with processes on devices of one kind"
+            )
 
     def _optimizer_failed(
         self, epoch: int, position: int, error: BaseException | None
