@@ -50,7 +50,8 @@ class BatchLoader:
         order: the order of the epoch; a ``WindowOrder`` for a store.
         batches: positions in ``order`` of every batch, from its ``batches`` or ``limited_batches``,
             or some of them. Chunks with none of them are not read.
-        threads: number of threads that read chunks; one more gathers batches.
+        threads: number of threads that read chunks, by default as many as pay; one more gathers
+            batches.
         pin_memory: put values in page-locked memory, for asynchronous copies to a GPU.
 
     Raises:
@@ -65,7 +66,7 @@ class BatchLoader:
         order: EpochOrder,
         batches: list[Positions],
         *,
-        threads: int = 2,
+        threads: int | None = None,
         pin_memory: bool = False,
     ) -> None:
         rows = source.rows if isinstance(source, Store) else source.shape[1]
@@ -79,7 +80,7 @@ class BatchLoader:
         self._labels = labels
         self._order = order
         self._batches = batches
-        self._threads = threads
+        self._threads = threads or (source.requests if isinstance(source, Store) else 1)
         self._pin_memory = pin_memory
 
     def __len__(self) -> int:

@@ -140,10 +140,10 @@ def _failure_type(error: BaseException) -> type[Failure] | None:
         return Mistake if isinstance(error, UserError) else Failure
 
     # Not imported above, since it takes seconds.
-    from greedy.cache import DamagedStore, StoreError  # noqa: PLC0415
+    from greedy.cache import DamagedStore, StoreError, UnreachableStore  # noqa: PLC0415
 
     if isinstance(error, StoreError):
-        return Failure if isinstance(error, DamagedStore) else Mistake
+        return Failure if isinstance(error, DamagedStore | UnreachableStore) else Mistake
     return None
 
 

@@ -40,6 +40,8 @@ FIELDS = {
         "reuse": "store.reuse",
         "encoding": "store.encoding",
         "keep": "store.keep",
+        "stores": "store.stores",
+        "store_cache": "store.cache",
     },
     MACHINE: {
         "precision": "training.precision",
@@ -51,6 +53,7 @@ FIELD_OF = {option: field for fields in FIELDS.values() for option, field in fie
 TEXTS = {
     "data.name": "NAME",
     "model.stages": "NAMES",
+    "store.stores": "URL",
 }  # placeholders in help of texts that are no sizes
 
 

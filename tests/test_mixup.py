@@ -1,5 +1,6 @@
 """Mixing of rows and labels: what is mixed, with which shares, and where it is refused."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,12 +9,16 @@ import torch
 import torch.nn.functional as F
 from command_line import refused, small_recipe
 from small_training import CLASSES, SIDE, TEST, TRAIN, learned, network, new_trainer, weights
+from test_exact_stages import make_batch, make_learner
+from test_exact_step import MICRO_MODES, assert_same, measured
+from torch import nn
 
 from greedy import UserError
 from greedy.data import Mixture, Mixup
 from greedy.losses import Glob, Output, Pred
 from greedy.models import cut, shapes
 from greedy.recipes import load
+from greedy.runs.choices import Mode, StepMemory
 from greedy.steps.guard import Guard
 from greedy.steps.step import Learner
 from greedy.steps.strategies import together
@@ -132,17 +137,17 @@ def test_a_network_learns_from_mixed_rows(tmp_path: Path, strategy: str, mixup: 
     assert any(not torch.equal(first[key], other[key]) for key in first)
 
 
-def test_mixing_does_not_depend_on_micro_batches(tmp_path: Path) -> None:
-    """A stage from a store, whose step is cut into micro-batches or not."""
-    found = []
-    for name, settings in (("whole", {}), ("parts", {"micro_batch": 8})):
-        trainer = new_trainer(
-            tmp_path / name, mixup="input", loss=Pred(), views=1, encoding="float32", **settings
-        )
-        trainer.fit(TRAIN, TEST)
-        found.append(weights(tmp_path / name, 2))
-    for key, value in found[0].items():
-        assert torch.allclose(value, found[1][key], atol=1e-4), key
+@pytest.mark.parametrize("mode", MICRO_MODES)
+def test_mixing_does_not_depend_on_micro_batches(mode: Mode) -> None:
+    learner = make_learner(nn.Conv2d(8, 6, 3), Pred(pool_target=32))
+    rows = make_batch(learner)
+    shares = torch.linspace(0.5, 1, len(rows.labels))
+    mixed_rows = replace(rows, mixture=Mixture(shares))
+    expected = measured(learner, mixed_rows, StepMemory(Mode.PLAIN))
+    assert_same(measured(learner, mixed_rows, StepMemory(mode, 5)), expected)
+    unmixed = measured(learner, rows, StepMemory(Mode.PLAIN))
+    with pytest.raises(AssertionError):
+        assert_same(unmixed, expected)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ OTHER_FIELDS: Final = {
     "memory_budget": ("memory", "budget"),
     "micro_batch": ("memory", "micro_batch"),
     "optimizer_state": ("memory", "optimizer_state"),
+    "store_cache": ("store", "cache"),
     "stage_layers": ("model", "stage_layers"),
     "stages": ("model", "stages"),
     "label_smoothing": ("loss", "label_smoothing"),
@@ -22,7 +23,7 @@ FIELDS: Final[dict[str, tuple[str, str]]] = OTHER_FIELDS | {
     field: (section, field)
     for section in ("data", "training", "store")
     for field in SECTIONS[section].model_fields
-    if field not in ("name", "optimizer")
+    if field not in ("name", "optimizer", "cache")
 }
 """The section and the name there of each setting but ``seed`` and ``optimizer``."""
 

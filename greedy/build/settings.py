@@ -63,3 +63,5 @@ class TrainerSettings(TypedDict, total=False):
     ram_budget: str | None
     disk_budget: str
     keep: Literal["auto", "all"]
+    stores: str | None
+    store_cache: str | None

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+from greedy.recipes.limits import Unshown
 from greedy.recipes.schema import SECTIONS, Recipe
 
 
@@ -45,6 +46,8 @@ def _explained(key: str, error: ErrorDetails, document: Mapping[str, Any]) -> st
         return f"{key} is not a recipe field; {_advice(key)}"
     if key in SECTIONS:
         return f"{key} must be a section with {', '.join(SECTIONS[key].model_fields)}"
+    if error["type"] == "value_error" and isinstance(error["ctx"]["error"], Unshown):
+        return f"{key} must {error['ctx']['error']}"
     value: Any = document
     for part in key.split("."):
         value = value.get(part)

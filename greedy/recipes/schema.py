@@ -12,7 +12,7 @@ from pydantic import (
 
 from greedy.recipes.auxiliary import downstream_layers
 from greedy.recipes.colour import Colour
-from greedy.recipes.limits import AutoLimit, Limit
+from greedy.recipes.limits import AutoLimit, Limit, StoresURL
 from greedy.recipes.networks import Names, NetworkName
 from greedy.recipes.section import Count, Rates, Section
 from greedy.recipes.training import Training
@@ -311,6 +311,17 @@ class Store(Section):
     keep: Literal["auto", "all"] = Field(
         default="auto",
         description="Stores that stay; auto: all if they fit, else those worth it; all: or refuse.",
+    )
+    stores: StoresURL | None = Field(
+        default=None,
+        description="Object storage for new stores, as in s3://bucket/prefix, gs://…, az://… or "
+        "file:///path; absent: the run directory. disk_budget is then the bucket's, with no limit "
+        "for auto.",
+    )
+    cache: Limit | None = Field(
+        default=None,
+        description="Most local disk for chunks read from object storage, e.g. 20GiB; absent: "
+        "none.",
     )
 
     @model_validator(mode="before")

@@ -154,8 +154,7 @@ class Source:
         if self.ranks.size > 1:
             places = self.ranks.told(list(places))
         for place in places:
-            store = Store(self.path / "train", self.stores["train"].advice)
-            self.stores["train"] = store
+            store = self.stores["train"] = self.stores["train"].reopened()
             if self.in_memory:
                 store.load_view(place, self._loaded[0][place])
 

@@ -12,6 +12,8 @@ from greedy.base.devices import memory_limited, reset_peak_memory, set_determini
 from greedy.base.disk_space import require_free_space, write_errors_explained
 from greedy.base.files import bytes_below, read_tensors
 from greedy.base.heap import release_free_memory
+from greedy.cache import location_of
+from greedy.cache.layout import SHARD_STORED_BYTES
 from greedy.losses import LocalLoss
 from greedy.memory.choice import Choice, named_budget
 from greedy.memory.peaks import OptimizerFactory
@@ -28,13 +30,15 @@ from greedy.steps.step import Learner
 from greedy.steps.strategies import Greedy
 from greedy.stores.opening import SourceFinder
 from greedy.stores.source import Source
-from greedy.stores.writing import fit_output_encoding, write_split
+from greedy.stores.writing import fit_output_encoding, place_store, write_split
 from greedy.training.checkpoint import Checkpoints
 from greedy.training.finish import history_line, save_weights, write_record
 from greedy.training.following import Task
 from greedy.training.learners import new_learner, new_optimizer, new_schedule
 from greedy.training.loop import Epochs
 from greedy.training.resolve import ample_memory
+
+SHARDS_ON_DISK = 2 * SHARD_STORED_BYTES  # of a store in object storage: one written, one uploaded
 
 
 @dataclass
@@ -153,8 +157,14 @@ class StageTraining:
             size = (UNCOMPRESSED if plain else COMPRESSED)[self.choices.encoding]
             values = math.prod(self.shapes.output) * (rows["train"] * views + rows["test"])
             store = math.ceil(size * values)
-        drawn = bytes_below(self.source.path / "train") // self.source.stores["train"].views
-        return 7 * weights + max(store, drawn if self.source.ring else 0)
+        if self.recipe.store.stores:
+            store = min(store, SHARDS_ON_DISK)
+        drawn = 0
+        if self.source.ring:
+            train = self.source.stores["train"]
+            is_elsewhere = location_of(self.source.path / "train") is not None
+            drawn = SHARDS_ON_DISK if is_elsewhere else train.disk_bytes // train.views
+        return 7 * weights + max(store, drawn)
 
     @property
     def _batch(self) -> int:
@@ -226,6 +236,7 @@ class StageTraining:
             self.choices.encoding, source, self.shapes.output, self._batch, seed, number
         )
         compressor = self.recipe.store.compressor
+        place_store(directory / "activations.zarr", self.recipe.store.stores, number)
         written = {
             split: write_split(
                 directory / "activations.zarr" / split,
