@@ -1,6 +1,5 @@
 """Training a network stage by stage."""
 
-import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,20 +10,19 @@ from torch.utils.data import Dataset as TorchDataset
 
 from greedy.base.commands import command
 from greedy.base.devices import pick_device
-from greedy.base.disk_space import require_free_space, write_errors_explained
+from greedy.base.disk_space import write_errors_explained
 from greedy.base.errors import UserError
 from greedy.base.heap import release_free_memory
 from greedy.base.ranks import Ranks
-from greedy.build.cut_network import CutNetwork
-from greedy.build.modules import build_loss, build_network
+from greedy.build.modules import build_loss
 from greedy.build.python_recipe import python_recipe, require_optimizer
 from greedy.build.settings import TrainerSettings
 from greedy.cache import Damage
-from greedy.data import Dataset, dataset_from_torch, draws_at_random, first_pass
+from greedy.data import Dataset, dataset_from_torch
 from greedy.losses import LocalLoss, PredSim, require_local_loss
 from greedy.recipes import Recipe
-from greedy.runs.directory import SPLITS, RunDirectory, new_stage
-from greedy.runs.disk_budget import plan_disk, previous_record
+from greedy.runs.directory import RunDirectory, new_stage
+from greedy.runs.disk_budget import previous_record
 from greedy.runs.events import Reporter
 from greedy.runs.network import assemble
 from greedy.runs.outside import recover_outside
@@ -33,10 +31,10 @@ from greedy.runs.retraining import Retraining
 from greedy.runs.state import RunState
 from greedy.runs.unfinished import interrupted_source, stores_needed
 from greedy.runs.views import Views
-from greedy.stores.changes import is_stage0_current, require_unchanged_folder
+from greedy.stores.changes import require_unchanged_folder
 from greedy.stores.repair import Repair, StoreRepairer
-from greedy.stores.stage0 import drop_unreadable_files, stored_encoding, write_stage0
-from greedy.training.following import Task
+from greedy.training.following import Task, require_separate_rows
+from greedy.training.images import needs_images, write_images
 from greedy.training.planning import StagePlanner
 from greedy.training.stage import OptimizerFactory
 
@@ -104,11 +102,7 @@ class GreedyTrainer:
             own_rates,
             ranks=self.ranks,
         )
-        if self.ranks.size > 1 and recipe.data.mixup != "none":
-            raise UserError(
-                "mixup mixes rows that several processes have: train in one process, or set "
-                "data.mixup to none"
-            )
+        require_separate_rows(recipe, self.ranks)
 
     @classmethod
     def from_recipe(
@@ -171,53 +165,15 @@ class GreedyTrainer:
         if not self.ranks.leads:
             self.ranks.told()
             return RunState.read(self.run).complete_record(0)
-        record = self._prepare(dataset, again, ignore_changes)
-        self.ranks.told(True)
+        record = write_images(self._planner, dataset, again=again, ignore=ignore_changes)
+        self.ranks.told()
         return record
-
-    def _prepare(self, dataset: Dataset, again: bool, ignore_changes: bool) -> StageRecord:
-        state = RunState.read(self.run)
-        if is_stage0_current(state, dataset, again=again, ignore=ignore_changes):
-            return state.complete_record(0)
-        drawn = draws_at_random(dataset)
-        fresh = drawn and self.recipe.data.transforms == "fresh"
-        shape, classes = dataset.train.shape, len(dataset.class_names or "")
-        given = self._planner.given_network(shape)
-        model = given or build_network(self.recipe.model, shape, classes or 2)
-        network = CutNetwork.of(self.recipe, model, shape, classes, self.loss)
-        names = [network.name(number) for number in range(1, len(network) + 1)]
-        rows = {split: len(getattr(dataset, split)) for split in SPLITS}
-        needed = sum(rows.values()) * math.prod(shape) * dataset.train.dtype.itemsize
-        require_free_space(self.run.path, "stage 0", needed)
-        memory = self._planner.plan_memory(network, stored_encoding(dataset.train).name)
-        disk = plan_disk(
-            state, network.shapes, rows, needed, self._planner.byte_operations, fresh=fresh
-        )
-        memory.require(range(1, len(network) + 1), disk)
-        dataset = drop_unreadable_files(self.recipe, dataset, self.reporter)
-        self.run.make_directory()
-        with self.run.write_lock():
-            state = RunState.read(self.run)
-            if is_stage0_current(state, dataset, again=again, ignore=ignore_changes):
-                return state.complete_record(0)
-            output = network.shapes[-1].output if given else None
-            if drawn:
-                dataset = first_pass(dataset, self.recipe.seed)
-            with write_errors_explained(self.run.path, "stage 0", needed):
-                return write_stage0(self.run, dataset, names, output, drawn=drawn, fresh=fresh)
 
     def needs_data(self, retrain_from: int | None = None) -> bool:
         """Whether ``train`` needs the data set, by ``prepare``: to write stage 0, or to train on
         images that are drawn again in every pass."""
-        needed = self.ranks.leads and self._needs_data(retrain_from)
+        needed = self.ranks.leads and needs_images(self.run, again=retrain_from is not None)
         return bool(self.ranks.told(needed))
-
-    def _needs_data(self, retrain_from: int | None) -> bool:
-        state = RunState.read(self.run)
-        if state.stage_state(0) != "complete":
-            return True
-        fresh = state.complete_record(0).data_choices.fresh
-        return fresh and (retrain_from is not None or not state.is_finished)
 
     def train(self, retrain_from: int | None = None) -> list[StageRecord]:
         """Trains every stage that is not complete, or resumes its training.

@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import NamedTuple
 
+from greedy.base.errors import UserError
+from greedy.base.ranks import Ranks
+from greedy.recipes import Recipe
 from greedy.runs.checkpoint_record import StartRecord
 from greedy.runs.views import Views
 
@@ -23,3 +26,12 @@ class Task(NamedTuple):
         choices = start.resolved
         directory = str(training.parent)
         return cls(start.stage, start.source, choices.views, choices.reuse, directory)
+
+
+def require_separate_rows(recipe: Recipe, ranks: Ranks) -> None:
+    """Raises ``UserError`` if a recipe mixes rows that several processes would have."""
+    if ranks.size > 1 and recipe.data.mixup != "none":
+        raise UserError(
+            "mixup mixes rows that several processes have: train in one process, or set "
+            "data.mixup to none"
+        )

@@ -244,7 +244,7 @@ class Epochs:
         own = blake2b(digest_size=7)  # fits an int64
         for learner in self.strategy.learners:
             for parameter in learner.parameters():
-                own.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+                own.update(parameter.detach().cpu().numpy().tobytes())
         digests = ranks.stack(torch.tensor([int.from_bytes(own.digest())]))
         if (digests != digests[0]).any():
             raise TrainingError(
