@@ -15,7 +15,7 @@ from greedy.base.errors import UserError
 from greedy.base.heap import release_free_memory
 from greedy.base.ranks import Ranks
 from greedy.build.modules import build_loss
-from greedy.build.python_recipe import python_recipe, require_optimizer
+from greedy.build.python_recipe import python_recipe, require_optimizer, require_recipe_alone
 from greedy.build.settings import TrainerSettings
 from greedy.cache import Damage
 from greedy.data import Dataset, dataset_from_torch
@@ -78,7 +78,7 @@ class GreedyTrainer:
     ) -> None:
         named, own = (optimizer, None) if isinstance(optimizer, str) else (None, optimizer)
         if recipe is not None:
-            _require_recipe_alone(loss, optimizer, settings)
+            require_recipe_alone(loss, optimizer, settings)
             loss = build_loss(recipe.loss)
         else:
             loss = PredSim() if loss is None else loss
@@ -389,14 +389,3 @@ class GreedyTrainer:
     def assemble(self, until_stage: int | None = None) -> nn.Sequential:
         """Returns the trained network, see ``greedy.runs.network.assemble``."""
         return assemble(self.run, self.loss, self._planner.model, until_stage=until_stage)
-
-
-def _require_recipe_alone(
-    loss: LocalLoss | None, optimizer: OptimizerFactory | str | None, settings: TrainerSettings
-) -> None:
-    given = {"loss": loss, "optimizer": optimizer, **settings}
-    if names := [name for name, value in given.items() if value is not None]:
-        raise UserError(
-            f"a recipe has its own loss and settings: leave out {', '.join(names)}, or change the "
-            f"recipe"
-        )
