@@ -10,6 +10,7 @@ from greedy.cache.errors import DamagedStore, NonFiniteActivation, StoreError, U
 from greedy.cache.inspection import StoreInfo, store_info
 from greedy.cache.layout import Layout
 from greedy.cache.loader import BatchLoader, StoredBatch
+from greedy.cache.objects import require_writable
 from greedy.cache.order import (
     LIMITED_WINDOW_ROWS,
     EpochOrder,
@@ -45,6 +46,7 @@ __all__ = [
     "location_of",
     "put_elsewhere",
     "url_fault",
+    "require_writable",
     "remove_tree",
     "EpochOrder",
     "Positions",

@@ -7,6 +7,7 @@ URLs, which have none, and never repeat those of obstore, which may.
 import hashlib
 import os
 import re
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -215,6 +216,19 @@ class Objects:
                 f"{self._url} cannot be reached: check the network, the server and the settings in "
                 f"the environment, and give the same command again; all that is finished is kept"
             ) from None
+
+
+def require_writable(url: str) -> None:
+    """Writes an object below a URL and deletes it again, to know beforehand that stores can be
+    written there.
+
+    Raises:
+        StoreError: obstore is not installed.
+        UnreachableStore: they cannot.
+    """
+    objects, key = Objects.at(url), f"writable-{secrets.token_hex(6)}"
+    objects.put(key, b"")
+    objects.remove(key)
 
 
 @cache

@@ -13,6 +13,7 @@ from torchvision.models.resnet import BasicBlock
 from greedy import GreedyTrainer, RunDirectory
 from greedy.data import dataset_from_torch
 from greedy.recipes.loader import load_for_model
+from greedy.report.repeating import commands
 from greedy.runs.network import assemble
 
 MODULE = """
@@ -115,6 +116,8 @@ def test_a_function_in_a_recipe_is_called_only_if_it_is_named(recipe: Path) -> N
     assert "give --model any_model" in refused("evaluate", "--run", "own", "--model", "any_model:x")
     assert "16 images" in said("evaluate", "--run", "own", "--model", FUNCTION)
     assert "test error" in said("train", "--run", "own", "--model", FUNCTION)
+    repeated = commands(RunDirectory.open(Path("own")))
+    assert all(f"--model {FUNCTION}" in command for command in repeated)
 
 
 def test_a_model_in_python_needs_no_sequential(tmp_path: Path) -> None:

@@ -137,7 +137,7 @@ def test_malformed_overrides(override: str) -> None:
         (
             "loss.zzz=1",
             "loss.zzz is not a recipe field; loss has name, beta, pred_pool_target, "
-            "pred_hidden_layers, target_projection, label_smoothing, class_weights",
+            "pred_hidden_layers, auxiliary, target_projection, label_smoothing, class_weights",
         ),
         (
             "model.network=vgg11",
@@ -161,7 +161,7 @@ def test_malformed_overrides(override: str) -> None:
         (
             "loss=3",
             "loss must be a section with name, beta, pred_pool_target, pred_hidden_layers, "
-            "target_projection, label_smoothing, class_weights",
+            "auxiliary, target_projection, label_smoothing, class_weights",
         ),
         (
             "data.augmentation=hflip+hflip",

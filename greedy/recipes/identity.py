@@ -16,7 +16,7 @@ _LATER: Final[dict[type[BaseModel], tuple[str, ...]]] = {
     Loss: ("auxiliary", "label_smoothing", "class_weights"),
     Model: ("stages",),
     Training: (
-        *("optimizer", "momentum", "nesterov", "weight_decay"),
+        *("exact", "optimizer", "momentum", "nesterov", "weight_decay"),
         *("schedule", "warmup_epochs", "gradient_clip"),
     ),
 }

@@ -25,3 +25,8 @@ def is_library_network(network: str) -> bool:
 def is_function(network: str) -> bool:
     """Returns whether a recipe's network is what a function returns."""
     return ":" in network and not is_library_network(network)
+
+
+def needs_code(network: str) -> bool:
+    """Returns whether a recipe's network is only known to code of the user's own."""
+    return network == "python" or is_function(network)

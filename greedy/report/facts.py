@@ -13,6 +13,7 @@ from greedy.losses import Glob, LocalLoss
 from greedy.memory.baselines import baselines
 from greedy.models import shapes
 from greedy.recipes import Recipe, departures
+from greedy.recipes.networks import needs_code
 from greedy.recipes.per_stage import for_stage
 from greedy.report.mistakes import TestResult, classify_test_images
 from greedy.report.repeating import commands
@@ -135,7 +136,7 @@ def facts_of(
 
     Args:
         device: where finished networks classify their test images.
-        model: the network of runs whose network was built in Python.
+        model: the network of runs whose network was built in Python or is what a function returns.
         loss: the local loss of runs whose loss was written in Python. Without it some facts about
             them are not known.
 
@@ -143,7 +144,7 @@ def facts_of(
         UserError: a run is damaged, or its network is not known.
     """
     return [
-        _facts(run, name, device, model if run.recipe.model.network == "python" else None, loss)
+        _facts(run, name, device, model if needs_code(run.recipe.model.network) else None, loss)
         for run, name in zip(runs, run_names(runs), strict=True)
     ]
 

@@ -12,7 +12,7 @@ from greedy.base.devices import memory_limited, reset_peak_memory, set_determini
 from greedy.base.disk_space import require_free_space, write_errors_explained
 from greedy.base.files import bytes_below, read_tensors
 from greedy.base.heap import release_free_memory
-from greedy.cache import location_of
+from greedy.cache import location_of, require_writable
 from greedy.cache.layout import SHARD_STORED_BYTES
 from greedy.losses import LocalLoss
 from greedy.memory.choice import Choice, named_budget
@@ -87,6 +87,8 @@ class StageTraining:
         """Trains and freezes the stage and writes it into a directory, which is empty or has an
         unfinished training with the same start, which is resumed. Returns the stage's record."""
         started = time.perf_counter()
+        if self._has_store and (stores := self.recipe.store.stores):
+            require_writable(stores)  # before it is trained for hours
         self.start.write(directory)
         self.source.ranks.told(Task.of(self.start, directory)._asdict())
         self._set_up()
@@ -152,7 +154,7 @@ class StageTraining:
         weights = sum(4 * p.numel() for p in learner.parameters())
         views, rows = self.choices.views, self.parent.rows
         store = 0
-        if not self.is_output and views != "live":
+        if views != "live" and self._has_store:
             plain = self.recipe.store.compressor == "none"
             size = (UNCOMPRESSED if plain else COMPRESSED)[self.choices.encoding]
             values = math.prod(self.shapes.output) * (rows["train"] * views + rows["test"])
@@ -165,6 +167,10 @@ class StageTraining:
             is_elsewhere = location_of(self.source.path / "train") is not None
             drawn = SHARDS_ON_DISK if is_elsewhere else train.disk_bytes // train.views
         return 7 * weights + max(store, drawn)
+
+    @property
+    def _has_store(self) -> bool:
+        return not self.is_output and self.choices.views != "live"
 
     @property
     def _batch(self) -> int:
@@ -222,7 +228,7 @@ class StageTraining:
 
     def _write_store(self, learner: Learner, directory: Path) -> StoreRecord | None:
         views = self.choices.views
-        if self.is_output or views == "live":
+        if views == "live" or not self._has_store:
             return None
         learner.eval()
         if self.device.type == "cpu":
