@@ -251,10 +251,9 @@ def _free_failed_step(learner: Learner) -> None:
 
 
 def _smaller(learner: Learner, error: Exception) -> StepMemory | None:
-    if learner.parts is None:
-        return None
     if learner.smaller is None:
-        return learner.memory.smaller(learner.device.type)
+        usual = learner.parts is not None  # whether other stages have modes the planner knows
+        return learner.memory.smaller(learner.device.type) if usual else None
     clear_frames(error.__traceback__)  # they hold what the step had computed
     _free_failed_step(learner)
     return learner.smaller(learner)
