@@ -1,6 +1,7 @@
 """Writing a store: rows in order, encoded and compressed in the background."""
 
 from collections import deque
+from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -65,11 +66,14 @@ class StoreWriter:
         threads: number of threads that encode and compress; one more writes.
         layout: by default that of ``Layout.fit``.
         resume: keep the finished shards of an interrupted writer of the same rows.
+        share: (k, n) to write the k-th of n parts of the shards alone; other writers of the same
+            store write the others. The store is then finished by ``finish`` with all digests.
 
     Attributes:
         summary: set when the store is finished.
-        appended: number of rows appended so far, over all views. With ``resume``, those that were
-            kept: append the rows after them.
+        appended: the number of the next row, over all views. With ``resume``, the first after those
+            that were kept.
+        first, stop: the numbers of the first row to be appended, and after the last.
 
     Raises:
         StoreError: ``path`` holds files, or the arguments do not fit together.
@@ -91,6 +95,7 @@ class StoreWriter:
         threads: int = 2,
         layout: Layout | None = None,
         resume: bool = False,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         if compressor not in COMPRESSORS:
             raise StoreError(
@@ -112,7 +117,12 @@ class StoreWriter:
         self._dtype = encoding.stored_dtype if encoded else np.dtype(np.float32)
         self._row_shape = encoding.stored_shape if encoded else encoding.row_shape
         self._threads = threads
-        self.appended = 0
+        number, writers = share
+        shards = views * self._layout.shards
+        self._part = range(shards * number // writers, shards * (number + 1) // writers)
+        self._is_whole = writers == 1
+        self.first, self.stop = map(self._rows_before, (self._part.start, self._part.stop))
+        self.appended = self.first
         self._resume = resume
         self._chunk = np.empty(0)
         self._pending: deque[Future[None]] = deque()
@@ -141,8 +151,10 @@ class StoreWriter:
         traceback: TracebackType | None,
     ) -> None:
         with self._stack:
-            if error is None:
+            if error is None and self._is_whole:
                 self.finish()
+            elif error is None:
+                self.finish_part()
             else:
                 self._broken = True
 
@@ -161,7 +173,7 @@ class StoreWriter:
                 f"rows must be {self._dtype} {self._row_shape}, "
                 f"not {values.dtype} {values.shape[1:]}"
             )
-        if self.appended + len(values) > self._layout.views * self._layout.rows:
+        if self.appended + len(values) > self.stop:
             raise StoreError(f"the store takes {self._expected()}, more were appended")
         while len(values):
             view, row = divmod(self.appended, self._layout.rows)
@@ -176,8 +188,24 @@ class StoreWriter:
             if filled + taken == len(self._chunk):
                 self._submit(view, chunk)
 
-    def finish(self) -> StoreSummary:
+    def finish_part(self) -> list[str]:
+        """Writes the last rows of this writer's share and returns the digests of its shards.
+
+        Raises:
+            StoreError: rows are missing.
+            NonFiniteActivation: for earlier rows, which are encoded in the background.
+        """
+        self._wait(0)
+        if len(self._digests) != len(self._part):
+            raise StoreError(f"the store takes {self._expected()}, {self.appended} rows came")
+        self._target.wait()
+        return [digest.hex() for digest in self._digests]
+
+    def finish(self, shards: Sequence[str] | None = None) -> StoreSummary:
         """Writes the last rows, checks that none is missing, and describes the store.
+
+        Args:
+            shards: the digests of all shards, if others have written some of them.
 
         Raises:
             StoreError: rows are missing.
@@ -185,11 +213,8 @@ class StoreWriter:
         """
         if hasattr(self, "summary"):
             return self.summary
-        self._wait(0)
-        layout = self._layout
-        if len(self._digests) != layout.views * layout.shards:
-            raise StoreError(f"the store takes {self._expected()}, {self.appended} rows came")
-        self._target.wait()
+        own, layout = self.finish_part(), self._layout
+        digests = own if shards is None else shards
         for name, array in self._side_arrays.items():
             self._target.write(f"{name}/c.0", with_crc(array.tobytes()))
         for name, document in self._metadata.documents().items():
@@ -197,8 +222,8 @@ class StoreWriter:
         self.summary = StoreSummary(
             disk_bytes=self._target.source.total_bytes(),
             values=layout.views * layout.rows * self._metadata.encoding.row_size,
-            digest=store_digest(self._side_arrays.values(), self._digests),
-            shards=tuple(shard.hex() for shard in self._digests),
+            digest=store_digest(self._side_arrays.values(), map(bytes.fromhex, digests)),
+            shards=tuple(digests),
         )
         return self.summary
 
@@ -235,16 +260,18 @@ class StoreWriter:
             raise
 
     def _keep_whole_shards(self) -> None:
-        layout = self._layout
         self._target.remove("zarr.json")
-        for view in range(layout.views):
-            for shard in range(layout.shards):
-                digest = self._target.kept(self._metadata, view, shard)
-                if digest is None:
-                    return
-                self._digests.append(digest)
-                rows = min((shard + 1) * layout.shard_rows, layout.rows)
-                self.appended = view * layout.rows + rows
+        for number in self._part:
+            digest = self._target.kept(self._metadata, *divmod(number, self._layout.shards))
+            if digest is None:
+                return
+            self._digests.append(digest)
+            self.appended = self._rows_before(number + 1)
+
+    def _rows_before(self, number: int) -> int:
+        """Returns the number of rows before a shard, counted over all views."""
+        view, shard = divmod(number, self._layout.shards)
+        return view * self._layout.rows + shard * self._layout.shard_rows
 
     def _discard(self) -> None:
         if self._shard is not None:

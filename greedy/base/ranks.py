@@ -75,17 +75,22 @@ class Ranks:
             dist.all_gather(parts, tensor.contiguous())
         return torch.stack(parts)
 
-    def told(self, value: Any = None) -> Any:
-        """Returns in every process the leader's ``value``, a JSON document."""
+    def told(self, value: Any = None, rank: int = 0) -> Any:
+        """Returns in every process the ``value`` of one, the leader's by default, a JSON
+        document."""
         if self.size == 1:
             return value
         data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
         size = torch.tensor([len(data)])
         with self._losses_named():
-            dist.broadcast(size, 0)
-            data = data if self.leads else torch.empty(int(size), dtype=torch.uint8)
-            dist.broadcast(data, 0)
+            dist.broadcast(size, rank)
+            data = data if self.rank == rank else torch.empty(int(size), dtype=torch.uint8)
+            dist.broadcast(data, rank)
         return json.loads(bytes(data.tolist()))
+
+    def all_told(self, value: Any) -> list[Any]:
+        """Returns in every process the values of all, JSON documents."""
+        return [self.told(value, rank) for rank in range(self.size)]
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:

@@ -4,7 +4,8 @@ import math
 import secrets
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from greedy.base.errors import TrainingError
+from greedy.base.ranks import ALONE, Ranks
 from greedy.base.seeds import torch_generator
 from greedy.cache import (
     Encoding,
@@ -62,6 +64,7 @@ class SplitWriter:
         compressor: of the store.
         batch: rows computed at a time.
         stage: the number of the stage, for errors.
+        share: as for ``StoreWriter``.
 
     Attributes:
         rows: of all views together.
@@ -81,6 +84,7 @@ class SplitWriter:
         compressor: str,
         batch: int,
         stage: int,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         store = source.stores[split]
         self.rows = len(numbers) * store.rows
@@ -94,6 +98,7 @@ class SplitWriter:
             labels=store.labels,
             index=store.index,
             resume=True,
+            share=share,
         )
         self._outputs = self._all_outputs(source, split, numbers, batch)
 
@@ -105,13 +110,34 @@ class SplitWriter:
         self._outputs.close()
         with self._errors_named():
             self._writer.__exit__(*error)
-        if error[0] is None:
+        if error[0] is None and hasattr(self._writer, "summary"):
             self.summary = self._writer.summary
 
     @property
+    def first(self) -> int:
+        """The number of the first row of this writer's share."""
+        return self._writer.first
+
+    @property
     def written(self) -> int:
-        """Rows written so far, with those that were kept."""
+        """The number of the next row, over all views: those before it are written, or another's
+        share."""
         return self._writer.appended
+
+    @property
+    def stop(self) -> int:
+        """The number after the last row of this writer's share."""
+        return self._writer.stop
+
+    def finish(self, ranks: Ranks) -> StoreSummary:
+        """Finishes a store of which each process has written its share, once all have, and returns
+        its summary."""
+        if ranks.size == 1:
+            return self._writer.finish()
+        shards = list(chain(*ranks.all_told(self._writer.finish_part())))
+        summary = asdict(self._writer.finish(shards)) if ranks.leads else None
+        told = ranks.told(summary)
+        return StoreSummary(**told | {"shards": tuple(told["shards"])})
 
     def write(self, rows: int) -> Iterator[int]:
         """Writes until at least ``rows`` rows of all views are written; yields the number of rows
@@ -122,7 +148,7 @@ class SplitWriter:
         """
         while self.written < rows:
             with self._errors_named():
-                outputs = next(self._outputs)
+                outputs = next(self._outputs)[: self._writer.stop - self.written]
                 self._writer.append(outputs)
             yield len(outputs)
 
@@ -154,8 +180,10 @@ def write_split(
     batch: int,
     reporter: Reporter,
     stage: int,
+    ranks: Ranks = ALONE,
 ) -> StoreSummary:
-    """Writes the source's outputs for all rows of views of a split, see ``SplitWriter``.
+    """Writes the source's outputs for all rows of views of a split, see ``SplitWriter``. Of several
+    processes each writes some shards.
 
     The ``reporter`` gets ``writing_started``, ``resumed`` and ``batch_finished``.
     """
@@ -168,13 +196,15 @@ def write_split(
         compressor=compressor,
         batch=batch,
         stage=stage,
+        share=(ranks.rank, ranks.size),
     ) as writer:
-        reporter.writing_started(stage, split, writer.rows)
-        if writer.written:
-            reporter.resumed(writer.written)
-        for rows in writer.write(writer.rows):
+        first = writer.first
+        reporter.writing_started(stage, split, writer.stop - first)
+        if writer.written > first:
+            reporter.resumed(writer.written - first)
+        for rows in writer.write(writer.stop):
             reporter.batch_finished(rows)
-    return writer.summary
+    return writer.finish(ranks)
 
 
 def output_batches(

@@ -12,7 +12,7 @@ from greedy.base.devices import memory_limited, reset_peak_memory, set_determini
 from greedy.base.disk_space import require_free_space, write_errors_explained
 from greedy.base.files import bytes_below, read_tensors
 from greedy.base.heap import release_free_memory
-from greedy.cache import location_of, require_writable
+from greedy.cache import Encoding, location_of, require_writable
 from greedy.cache.layout import SHARD_STORED_BYTES
 from greedy.losses import LocalLoss
 from greedy.memory.choice import Choice, named_budget
@@ -109,8 +109,12 @@ class StageTraining:
         self.start = begun
         self._set_up()
         with memory_limited(self.device, named_budget(self.recipe)):
-            for _ in self._epochs(self._checkpoints(self._learner(), directory)):
+            learner = self._learner()
+            for _ in self._epochs(self._checkpoints(learner, directory)):
                 pass
+            learner.release()
+            release_free_memory(self.device)
+            self._write_store(learner, directory)
 
     def _set_up(self) -> None:
         torch.set_num_threads(self.choices.threads)
@@ -230,6 +234,7 @@ class StageTraining:
         views = self.choices.views
         if views == "live" or not self._has_store:
             return None
+        self.source.ranks.told()  # the weights are on disk
         learner.eval()
         if self.device.type == "cpu":
             # A repair computes with mapped weights, whose alignment can change the last digit.
@@ -237,12 +242,7 @@ class StageTraining:
         source = self.sources.for_writing(
             learner.stage, views, self.choices, streamed=self.writes_streamed
         )
-        number, seed = learner.stage.number, self.recipe.seed
-        fitted = fit_output_encoding(
-            self.choices.encoding, source, self.shapes.output, self._batch, seed, number
-        )
-        compressor = self.recipe.store.compressor
-        place_store(directory / "activations.zarr", self.recipe.store.stores, number)
+        fitted, compressor = self._begin_store(source, directory), self.recipe.store.compressor
         written = {
             split: write_split(
                 directory / "activations.zarr" / split,
@@ -253,7 +253,8 @@ class StageTraining:
                 compressor=compressor,
                 batch=self._batch,
                 reporter=self.reporter,
-                stage=number,
+                stage=self.stage.number,
+                ranks=self.source.ranks,
             )
             for split in SPLITS
         }
@@ -265,3 +266,16 @@ class StageTraining:
             source.number,
             ring=self.choices.reuse > 0,
         )
+
+    def _begin_store(self, source: Source, directory: Path) -> Encoding:
+        """Decides where the store is and returns its encoding, both in the process that leads."""
+        ranks, shape = self.source.ranks, self.shapes.output
+        if not ranks.leads:
+            return Encoding.from_json(ranks.told(), shape)
+        number, seed = self.stage.number, self.recipe.seed
+        place_store(directory / "activations.zarr", self.recipe.store.stores, number)
+        fitted = fit_output_encoding(
+            self.choices.encoding, source, shape, self._batch, seed, number
+        )
+        ranks.told(fitted.to_json())
+        return fitted
