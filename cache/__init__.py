@@ -14,6 +14,7 @@ from greedy.cache.objects import require_writable
 from greedy.cache.order import (
     LIMITED_WINDOW_ROWS,
     EpochOrder,
+    Positions,
     WindowOrder,
     limit_classes,
     row_order,
@@ -48,6 +49,7 @@ __all__ = [
     "require_writable",
     "remove_tree",
     "EpochOrder",
+    "Positions",
     "WindowOrder",
     "row_order",
     "window_order",

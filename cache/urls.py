@@ -51,7 +51,7 @@ def location_of(directory: Path) -> str | None:
     except (ValueError, TypeError, KeyError, RecursionError):
         url = None
     if not isinstance(url, str) or url_fault(url):
-        raise StoreError(f"{path} does not hold a store's URL: write the store again")
+        raise StoreError(f"{path} does not hold a store's URL: drop the store and write it again")
     return url
 
 

@@ -6,12 +6,14 @@ import pytest
 import torch
 from command_line import answer, refused, said, small_recipe
 from small_training import noise, weights
+from test_sequential import FeaturesLast
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 from torchvision.models.resnet import BasicBlock
 
 from greedy import GreedyTrainer, RunDirectory
 from greedy.data import dataset_from_torch
+from greedy.models import library_network
 from greedy.recipes.loader import load_for_model
 from greedy.report.repeating import commands
 from greedy.runs.network import assemble
@@ -130,3 +132,17 @@ def test_a_model_in_python_needs_no_sequential(tmp_path: Path) -> None:
     assert [record.name for record in records] == ["stem…blocks.0", "blocks.1", "output"]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert trainer.assemble()(torch.rand(2, 3, 32, 32)).shape == (2, 3)
+
+
+def vision_transformer() -> nn.Module:
+    return library_network("timm:test_vit", (3, 32, 32), 3)
+
+
+@pytest.mark.parametrize("model", [vision_transformer, FeaturesLast])
+def test_tokens_and_maps_with_features_last_are_trained(tmp_path: Path, model) -> None:
+    own = {"stages": 3, "epochs": 1, "batch_size": 16, "precision": "float32", "device": "cpu"}
+    trainer = GreedyTrainer(model(), run_dir=tmp_path / "run", **own)
+    trainer.fit(images(32), images(16))
+    x = torch.rand(2, 3, 32, 32)
+    exported = torch.export.export(trainer.assemble(), (x,))
+    torch.testing.assert_close(exported.module()(x), trainer.assemble()(x))

@@ -366,4 +366,6 @@ def test_a_file_that_names_no_store_is_refused(place: Path) -> None:
         path.write_text(text)
         result = greedy("cache", "info", place / "run")
         assert result.exit_code == 2
-        assert f"{path} does not hold a store's URL" in result.output
+        assert f"{path} does not hold a store's URL: drop the store" in result.output
+    said("cache", "drop", place / "run/stage1")
+    assert not path.parent.parent.exists()

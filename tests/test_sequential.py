@@ -187,7 +187,7 @@ class FeaturesLast(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(3, 8, 1)
         self.block = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
-        self.head = nn.Linear(8, 2)
+        self.head = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.block(self.first(x).permute(0, 2, 3, 1)).mean((1, 2)))

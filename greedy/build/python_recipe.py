@@ -63,3 +63,13 @@ def require_optimizer(settings: TrainerSettings) -> None:
             f"{' and '.join(given)} is for optimisers that are built in: leave it out, or name one "
             f"of them, as in optimizer='adam'"
         )
+
+
+def require_recipe_alone(loss: object, optimizer: object, settings: TrainerSettings) -> None:
+    """Raises ``UserError`` for a loss, an optimiser or settings that are given besides a recipe."""
+    given = {"loss": loss, "optimizer": optimizer, **settings}
+    if names := [name for name, value in given.items() if value is not None]:
+        raise UserError(
+            f"a recipe has its own loss and settings: leave out {', '.join(names)}, or change the "
+            f"recipe"
+        )

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from greedy.base.ranks import Shares
 from greedy.exact.passes import Passes
 from greedy.exact.replay import Replay
 from greedy.exact.rows import each_tensor
@@ -28,6 +29,7 @@ class Chain:
         home: the device where what passes between them is kept.
         replay: the random numbers and buffers of the modules, in the same order.
         schedules: the passes that each needs; ``None`` to learn them.
+        shares: as for ``Passes``.
     """
 
     def __init__(
@@ -40,10 +42,11 @@ class Chain:
         home: torch.device,
         replay: Replay,
         schedules: Sequence[Schedule] | None = None,
+        shares: Shares | None = None,
     ) -> None:
         self.modules, self.x, self.more, self.slices = modules, x, more, slices
         self.device, self.home, self.replay = device, home, replay
-        self.schedules = schedules
+        self.schedules, self.shares = schedules, shares
         self.passes: list[Passes] = []
 
     def outputs(self) -> list[Any]:
@@ -58,6 +61,7 @@ class Chain:
                 self.replay,
                 part=number,
                 schedule=self.schedules[number] if self.schedules else None,
+                shares=self.shares,
                 home=self.home,
             )
             own, x = passes.outputs()

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from greedy.base.errors import UserError
 from greedy.base.precision import widened
+from greedy.base.ranks import Shares
 from greedy.exact.layers import LAYERS, Layers
 from greedy.exact.rows import KeptRows
 from greedy.exact.statistics import Statistics
@@ -54,6 +55,8 @@ class Norm:
         call: its arguments when its statistics were gathered last.
         gradients: g of each micro-batch, where they are kept. Then no gradient passes: the graph
             ends at the norm and goes on at ``root``, its input.
+        shares: of the processes that compute the batch; ``None`` for one alone.
+        own_sums: the part of ``sums`` that comes from this process's rows, where it is not alone.
     """
 
     statistics: Statistics | None = None
@@ -62,6 +65,8 @@ class Norm:
     call: Call | None = None
     gradients: KeptRows | None = None
     root: Tensor | None = None
+    shares: Shares | None = None
+    own_sums: Tensor | None = None
     _partial: Statistics | None = field(default=None, repr=False)
 
     def __call__(self, call: Call, number: int) -> Tensor:
@@ -100,6 +105,8 @@ class Norm:
     def input_gradient(self, g: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         """Returns dL/dx of a micro-batch, with known sums."""
         assert self.statistics is not None and self.sums is not None
+        if self.shares and self.shares.is_idle:
+            return torch.zeros_like(x)
         inverse = (self.statistics.variance + eps).rsqrt()
         slope = inverse if weight is None else inverse * weight
         a, b = (-slope * self.sums / self.statistics.count).unbind()
@@ -112,7 +119,8 @@ class Norm:
         """Ends the gathering of statistics."""
         if self._partial is None or self.call is None:
             raise differs()
-        if self._partial.count < 2:
+        found = self._partial.shared(self.shares) if self.shares else self._partial
+        if found.count < 2:
             raise UserError(
                 "batch norm has one value for each channel of the batch, which has no variance: "
                 "give more samples"
@@ -121,7 +129,7 @@ class Norm:
             (t for t in (self.call.weight, self.call.running_mean) if t is not None),
             widened(self.call.input[:0]),
         )
-        self.statistics, self._partial = self._partial.to(like.dtype), None
+        self.statistics, self._partial = found.to(like.dtype), None
 
     def open_sums(self) -> Tensor:
         """Begins to gather the sums, in the gradient of the tensor that is returned."""
@@ -136,6 +144,9 @@ class Norm:
         gradient = self.handle.grad
         self.sums = torch.zeros_like(self.handle) if gradient is None else gradient
         self.handle = None
+        if self.shares:
+            self.own_sums, self.sums = self.sums, self.sums.clone()
+            self.shares.ranks.add(self.sums)
 
     def update_running(self) -> None:
         """Updates the running statistics, if there are any, as one forward pass of the batch
@@ -177,7 +188,7 @@ class Normalise(torch.autograd.Function):
             if needs_x:
                 dx = norm.input_gradient(g, x, weight, ctx.eps)
             if ctx.number == 0:  # once for the batch
-                d_bias, d_weight = norm.sums
+                d_bias, d_weight = norm.sums if norm.own_sums is None else norm.own_sums
         else:
             _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
                 *(g, x, weight, known.mean, known.variance, None, None, False, ctx.eps),

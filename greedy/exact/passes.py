@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from greedy.base.errors import UserError
+from greedy.base.ranks import Shares
 from greedy.exact.layers import Layers
 from greedy.exact.norms import Norm, Norms, Stop, back
 from greedy.exact.replay import Replay
@@ -54,6 +55,8 @@ class Passes:
         part: the number of the module in ``replay``.
         schedule: the passes that it needs; ``None`` to learn them.
         keep: what is kept for the whole batch so that it is computed once.
+        shares: of the processes that compute the batch, where the inputs are the rows of this one;
+            ``None`` for one alone.
         home: the device where outputs are put together; ``None`` for the module's.
     """
 
@@ -67,6 +70,7 @@ class Passes:
         part: int = 0,
         schedule: Schedule | None = None,
         keep: Keep = Keep(),
+        shares: Shares | None = None,
         home: torch.device | None = None,
     ) -> None:
         self.module, self.inputs, self.slices = module, inputs, slices
@@ -74,7 +78,7 @@ class Passes:
         self.schedule = schedule or self._learned()
         self.keep, self.home = keep, home or device
         layers = Layers(self.others) if keep.layers else None
-        self.norms = Norms([Norm() for _ in range(self.schedule.count)], layers)
+        self.norms = Norms([Norm(shares=shares) for _ in range(self.schedule.count)], layers)
         self.expected: Any = None  # the outputs, until a second pass has given them again
 
     @property
@@ -127,7 +131,7 @@ class Passes:
 
     def _learned(self) -> Schedule:
         wanted = [t.requires_grad for t in tensors_in(self.inputs)]
-        some = self._inputs(slice(0, max(2, self.slices[0].stop)))
+        some = self._inputs(slice(0, 2))  # rows that could meet
         some = each_tensor(lambda t: t.requires_grad_(t.is_floating_point()), some)
         with self.replay.micro_batch(self.part, 0):
             return learn(self._call, some, wanted, compare=not self.replay.fake)

@@ -1,4 +1,4 @@
-"""The passes that a module needs, learned from one micro-batch."""
+"""The passes that a module needs, learned from two rows."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

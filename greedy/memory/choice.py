@@ -11,10 +11,12 @@ from torch import nn
 from greedy.base.devices import free_memory
 from greedy.base.errors import UserError
 from greedy.base.sizes import format_size, parse_size
+from greedy.base.torch_private import BATCH_NORMS
 from greedy.memory.peaks import StepDemand
 from greedy.models import Shape
 from greedy.recipes import Recipe
 from greedy.runs.choices import Mode, StepMemory, modes
+from greedy.steps.parts import parts_of
 from greedy.steps.step import Learner
 from greedy.stores.writing import write_batch
 
@@ -156,7 +158,7 @@ def _fastest(demand: StepDemand, budget: int | None, micro_batch: int | None) ->
     if budget is None or tried[0].peak_bytes <= budget:
         return tried[0]
     fitting = []
-    for mode in () if demand.why_plain else modes(demand.device_type)[1:]:
+    for mode in _smaller_modes(demand):
         tried.append(_count(demand, mode, micro_batch or 1))
         if tried[-1].peak_bytes <= budget:
             if micro_batch:
@@ -167,6 +169,19 @@ def _fastest(demand: StepDemand, budget: int | None, micro_batch: int | None) ->
     if fitting:
         return max(fitting, key=lambda choice: choice.micro_batch)
     return min(tried, key=lambda choice: choice.peak_bytes)
+
+
+def _smaller_modes(demand: StepDemand) -> list[Mode]:
+    """Returns the modes of a stage but ``plain``. In a block without batch norm, nothing would be
+    kept in those that keep c."""
+    if demand.why_plain:
+        return []
+    with torch.device("meta"):
+        heads = demand.loss.heads(demand.shapes.hidden, demand.num_classes)
+    is_layer = parts_of(demand.stage, heads, demand.shapes.hidden) is not None
+    modules = (*demand.stage.modules(), *heads.modules())
+    keeps = is_layer or any(isinstance(module, BATCH_NORMS) for module in modules)
+    return [mode for mode in modes(demand.device_type)[1:] if keeps or not mode.keeps_c]
 
 
 def _worthwhile(demand: StepDemand) -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from greedy.base.ranks import Shares
 from greedy.exact.passes import Keep, Passes
 from greedy.exact.replay import Replay
 from greedy.exact.schedule import Schedule
@@ -18,6 +19,7 @@ from greedy.models import Stage
 from greedy.runs.choices import Mode
 from greedy.steps.exact import differentiate
 from greedy.steps.scaling import LossScale
+from greedy.steps.shared import add_gradients, gathered, own_rows
 
 
 class StageWithHeads(nn.Module):
@@ -47,6 +49,8 @@ class BlockStep:
         scale: the factor on the loss, and so on all gradients; ``None`` for 1.
         schedule: the passes that the module needs; ``None`` until a step has learned them.
         fake: whether tensors have no numbers.
+        shares: of the processes that compute the batch, where x and slices are of the rows of this
+            one; ``None`` for one alone.
     """
 
     module: StageWithHeads
@@ -58,6 +62,7 @@ class BlockStep:
     scale: LossScale | None = None
     schedule: Schedule | None = None
     fake: bool = False
+    shares: Shares | None = None
 
     def gradients(self, y: Tensor) -> tuple[Tensor, Tensor | None]:
         """Puts the gradients of the batch's loss into every parameter's ``grad``.
@@ -79,10 +84,12 @@ class BlockStep:
                 replay,
                 schedule=self.schedule,
                 keep=Keep(layers=self.mode.keeps_c, gradients=self.mode.keeps_gradient),
+                shares=self.shares,
             )
             self.schedule = passes.schedule
-            features = passes.outputs()
+            features = gathered(passes.outputs(), self.shares)
             loss, slopes = differentiate(self.loss, features, y, self.scale)
-            passes.backward(slopes)
+            passes.backward(own_rows(slopes, self.shares))
         passes.update_running()
+        add_gradients(self.module.parameters(), self.shares)
         return loss, self.module.heads.logits(features)

@@ -13,6 +13,7 @@ from greedy.base.devices import is_out_of_memory, to_device
 from greedy.base.errors import first_line
 from greedy.base.heap import release_free_memory
 from greedy.base.precision import HALVES, autocast
+from greedy.base.ranks import Shares
 from greedy.base.seeds import torch_generator
 from greedy.base.user_folders import prepare_compiling
 from greedy.exact.rows import write_rows
@@ -28,6 +29,7 @@ from greedy.steps.guard import Guard
 from greedy.steps.optimizers import undecayed
 from greedy.steps.parts import Parts, parts_of
 from greedy.steps.scaling import LossScale
+from greedy.steps.shared import SharedNorms, add_gradients, whole_features
 from greedy.stores.source import Batch
 
 
@@ -249,10 +251,9 @@ def _free_failed_step(learner: Learner) -> None:
 
 
 def _smaller(learner: Learner, error: Exception) -> StepMemory | None:
-    if learner.parts is None:
-        return None
     if learner.smaller is None:
-        return learner.memory.smaller(learner.device.type)
+        usual = learner.parts is not None  # whether other stages have modes the planner knows
+        return learner.memory.smaller(learner.device.type) if usual else None
     clear_frames(error.__traceback__)  # they hold what the step had computed
     _free_failed_step(learner)
     return learner.smaller(learner)
@@ -263,41 +264,59 @@ def gradients(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None]:
     Returns loss and logits as ``step`` does."""
     y = learner.targets(batch)
     if learner.memory.mode is Mode.PLAIN:
-        return _plain_gradients(learner, batch.inputs(), y)
+        return _plain_gradients(learner, batch, y)
     if learner.parts is None:
-        return _block_gradients(learner, _load_input(learner, batch), y)
+        return _block_gradients(learner, batch, y)
     exact = ExactStep(
         learner.parts,
         learner.loss,
         learner.memory.mode,
-        learner.slices(len(batch.labels)),
+        learner.slices(batch.rows),
         _load_input(learner, batch),
         learner.autocast(),
         learner.scale,
+        batch.shares,
     )
     return exact.gradients(y)
 
 
-def _block_gradients(learner: Learner, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+def _block_gradients(learner: Learner, batch: Batch, y: Tensor) -> tuple[Tensor, Tensor | None]:
     block = BlockStep(
         StageWithHeads(learner.stage, learner.heads, learner.autocast()),
         learner.loss,
         learner.memory.mode,
-        learner.slices(len(x)),
-        x,
+        learner.slices(batch.rows),
+        _load_input(learner, batch),
         learner.device,
         learner.scale,
         learner.schedule,
         learner.memory_trial,
+        batch.shares,
     )
     result = block.gradients(y)
     learner.schedule = block.schedule
     return result
 
 
-def _plain_gradients(learner: Learner, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+def _plain_gradients(learner: Learner, batch: Batch, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    x = batch.inputs()
+    if batch.shares is not None:
+        return _shared_gradients(learner, x, y, batch.shares)
     compute = partial(_by_autograd, learner)
     return (learner.recorded(x, y, compute) or compute)(x, y)
+
+
+def _shared_gradients(
+    learner: Learner, x: Tensor, y: Tensor, shares: Shares
+) -> tuple[Tensor, Tensor | None]:
+    for parameter in learner.parameters():
+        parameter.grad = None
+    with SharedNorms(shares):
+        features = whole_features(learner.features(x), shares)
+    loss = learner.loss(features, y)
+    (loss if learner.scale is None else learner.scale(loss)).backward()
+    add_gradients(learner.parameters(), shares)
+    return loss.detach(), learner.heads.logits(features)
 
 
 def _by_autograd(learner: Learner, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -315,7 +334,7 @@ def _load_input(learner: Learner, batch: Batch) -> Tensor:
     an encoder, on the host if the mode streams it."""
     x: Tensor | None = None
     streams = learner.memory.mode.streams
-    for rows in learner.slices(len(batch.labels)):
+    for rows in learner.slices(batch.rows):
         part = batch.inputs(rows)
         if learner.stage.flatten:
             part = part.flatten(1)
@@ -324,6 +343,6 @@ def _load_input(learner: Learner, batch: Batch) -> Tensor:
         if streams:
             part = part.to(learner.host)
         pinned = streams and learner.device.type == "cuda"
-        x = write_rows(x, len(batch.labels), rows, part, pinned=pinned)
+        x = write_rows(x, batch.rows, rows, part, pinned=pinned)
     assert x is not None
     return x

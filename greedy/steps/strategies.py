@@ -12,10 +12,12 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from greedy.base.ranks import Shares
 from greedy.exact.schedule import Schedule
 from greedy.models.stages import dropped
 from greedy.steps.guard import Guard
 from greedy.steps.scaling import LossScale
+from greedy.steps.shared import add_gradients, shared_norms, whole_features
 from greedy.steps.step import Learner, step
 from greedy.steps.whole import whole_gradients
 from greedy.stores.source import Batch
@@ -102,9 +104,11 @@ class Joint:
         outcomes = []
         for learner, mask, optimizer in zip(self.learners, masks, self.optimizers, strict=True):
             _clear(learner)
-            h = learner.hidden(dropped(x, mask))
-            outcome = _outcome(learner, h, learner.targets(batch))
+            with shared_norms(batch.shares):
+                h = learner.hidden(dropped(x, mask))
+                outcome = _outcome(learner, h, learner.targets(batch), batch.shares)
             _scaled(outcome.loss, learner.scale).backward()
+            add_gradients(learner.parameters(), batch.shares)
             x = learner.stage.pool(h.detach())
             del h
             guard.update(optimizer, outcome.loss, position, learner.parameters(), learner.scale)
@@ -144,22 +148,21 @@ class Backprop:
     def step(self, batch: Batch, masks: Masks, guard: Guard, position: int) -> list[Outcome]:
         for learner in self.learners:
             _clear(learner)
-        slices = self._micro_batches(len(batch.labels))
         gradients = self._exact_gradients if self.exact else self._gradients
-        outcomes = gradients(batch, masks, slices)
+        outcomes = gradients(batch, masks)
         parameters = [p for learner in self.learners for p in learner.parameters()]
+        add_gradients(parameters, batch.shares)
         guard.update(self.optimizer, _sum(outcomes), position, parameters, self.learners[0].scale)
         return outcomes
 
-    def _exact_gradients(
-        self, batch: Batch, masks: Masks, slices: Sequence[slice]
-    ) -> list[Outcome]:
+    def _exact_gradients(self, batch: Batch, masks: Masks) -> list[Outcome]:
+        slices = self._micro_batches(batch.rows)
         found = whole_gradients(self.learners, batch, masks, slices, self._schedules)
         return [Outcome(*each) for each in found]
 
-    def _gradients(self, batch: Batch, masks: Masks, slices: Sequence[slice]) -> list[Outcome]:
+    def _gradients(self, batch: Batch, masks: Masks) -> list[Outcome]:
         parts = []
-        for rows in slices:
+        for rows in self._micro_batches(len(batch.labels)):
             share = (rows.stop - rows.start) / len(batch.labels)
             outcomes = [
                 Outcome(share * loss, logits) for loss, logits in self._forward(batch, masks, rows)
@@ -180,13 +183,15 @@ class Backprop:
     def _forward(self, batch: Batch, masks: Masks, rows: slice) -> list[Outcome]:
         mixture = batch.mixture
         mixed = mixture.stage(len(self.learners)) if mixture else 0
-        x = batch.read(rows) if mixed else batch.inputs(rows)
+        own, shares = batch.shares.part(rows) if batch.shares else (rows, None)
+        x = batch.read(own) if mixed else batch.inputs(own)
         outcomes = []
         for number, (learner, mask) in enumerate(zip(self.learners, masks, strict=True)):
             if mixture and mixed and number == mixed:
                 x = mixture.whole(x)
-            h = learner.hidden(dropped(x, mask, rows))
-            outcomes.append(_outcome(learner, h, learner.targets(batch)[rows]))
+            with shared_norms(shares):
+                h = learner.hidden(dropped(x, mask, own))
+                outcomes.append(_outcome(learner, h, learner.targets(batch)[rows], shares))
             x = learner.stage.pool(h)
         return outcomes
 
@@ -229,8 +234,8 @@ def _scaled(loss: Tensor, scale: LossScale | None) -> Tensor:
     return loss if scale is None else scale(loss)
 
 
-def _outcome(learner: Learner, h: Tensor, y: Tensor) -> Outcome:
-    features = learner.local(h)
+def _outcome(learner: Learner, h: Tensor, y: Tensor, shares: Shares | None) -> Outcome:
+    features = whole_features(learner.local(h), shares)
     return Outcome(learner.loss(features, y), learner.heads.logits(features))
 
 

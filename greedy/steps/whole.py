@@ -12,6 +12,7 @@ from greedy.exact.rows import each_tensor, write_rows
 from greedy.exact.schedule import Schedule
 from greedy.losses import Features
 from greedy.models.stages import dropped
+from greedy.steps.shared import gathered, own_rows
 from greedy.steps.step import Learner
 from greedy.stores.source import Batch
 
@@ -44,7 +45,7 @@ def whole_gradients(
         learners: the stages of the network, in order.
         batch: gives the images.
         masks: the dropout mask on each stage's input.
-        slices: the rows of each micro-batch.
+        slices: of each micro-batch, the rows that this process computes.
         schedules: the passes of each stage, empty until a step has learned them.
 
     Returns:
@@ -54,7 +55,7 @@ def whole_gradients(
     device, host = learners[0].device, learners[0].host
     with Replay(parts, device, fake=learners[0].memory_trial) as replay:
         x = _images(batch, slices, host)
-        chain = Chain(parts, x, masks, slices, device, host, replay, schedules)
+        chain = Chain(parts, x, masks, slices, device, host, replay, schedules, batch.shares)
         outcomes, slopes = _differentiated(learners, chain.outputs(), batch)
         chain.backward(slopes)
     chain.update_running()
@@ -66,7 +67,7 @@ def _images(batch: Batch, slices: Sequence[slice], host: torch.device) -> Tensor
     """Returns the inputs of the first stage, in host memory, read a micro-batch at a time."""
     x: Tensor | None = None
     for rows in slices:
-        x = write_rows(x, len(batch.labels), rows, batch.inputs(rows).to(host))
+        x = write_rows(x, batch.rows, rows, batch.inputs(rows).to(host))
     assert x is not None
     return x
 
@@ -76,11 +77,13 @@ def _differentiated(
     learners: Sequence[Learner], features: list[Any], batch: Batch
 ) -> tuple[list[tuple[Tensor, Tensor | None]], list[Any]]:
     """Returns each stage's loss and logits, and the gradients of the features."""
-    leaves = each_tensor(Tensor.requires_grad_, features)
+    whole = [gathered(found, batch.shares) for found in features]
+    leaves = each_tensor(Tensor.requires_grad_, whole)
     pairs = list(zip(learners, leaves, strict=True))
     losses = [learner.loss(found, learner.targets(batch)) for learner, found in pairs]
     total, scale = torch.stack(losses).sum(), learners[0].scale
     (total if scale is None else scale(total)).backward()
     logits = [learner.heads.logits(found) for learner, found in pairs]
     outcomes = [(loss.detach(), each) for loss, each in zip(losses, logits, strict=True)]
-    return outcomes, each_tensor(lambda t: t.grad, leaves)
+    slopes = each_tensor(lambda t: t.grad, leaves)
+    return outcomes, [own_rows(slope, batch.shares) for slope in slopes]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from greedy.base.devices import pick_precision
+from greedy.base.ranks import ALONE, Ranks
 from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import build_cross_entropy, checked_shapes
 from greedy.data import Split
@@ -34,6 +35,7 @@ from greedy.runs.views import Views
 from greedy.stores.fresh import require_data_set
 from greedy.stores.opening import SourceFinder
 from greedy.training.calibration import byte_operations, calibration_of
+from greedy.training.following import Task
 from greedy.training.network import NetworkTraining
 from greedy.training.resolve import compiles, resolve, resolve_again, within_budget
 from greedy.training.stage import StageTraining
@@ -50,6 +52,7 @@ class StagePlanner:
         optimizer: makes the user's optimiser; ``None`` for the recipe's.
         own_rates: whether that begins at its own learning rates.
         images: the data set's training split, for runs that read it again in every pass.
+        ranks: the processes that train together.
     """
 
     run: RunDirectory
@@ -60,6 +63,7 @@ class StagePlanner:
     optimizer: OptimizerFactory | None = None
     own_rates: bool = False
     images: Split | None = None
+    ranks: Ranks = ALONE
     _memory: MemoryPlan | None = field(default=None, init=False, repr=False)
 
     @property
@@ -157,7 +161,7 @@ class StagePlanner:
         return NetworkTraining(
             run=self.run,
             network=network,
-            source=sources.for_training(1, 0, self._precision),
+            source=sources.for_training(1, 0, self._precision, ranks=self.ranks),
             data=state.complete_record(0),
             memory=self.memory(state).at_once(),
             device=self.device,
@@ -209,6 +213,7 @@ class StagePlanner:
                 start.resolved.precision,
                 in_memory=in_memory,
                 streamed=memory.draws_streamed,
+                ranks=self.ranks,
             ),
             sources=sources,
             writes_streamed=memory.writes_streamed,
@@ -220,6 +225,17 @@ class StagePlanner:
             smaller=partial(self.memory(state).smaller, number, stores),
             optimizer=self.optimizer,
             own_rates=self.own_rates,
+        )
+
+    def follow(self, task: Task) -> None:
+        """Trains what another process leads, in the same steps. Nothing is written."""
+        state = RunState.read(self.run)
+        if task.stage == 0:
+            self.whole_network(state).follow()
+            return
+        directory = Path(task.directory)
+        self.stage(state, task.stage, task.source, task.views, task.reuse, directory).follow(
+            directory / "training"
         )
 
     def _choices(
@@ -238,7 +254,8 @@ class StagePlanner:
             return resolve_again(self.recipe, before.choices, views, reuse, memory)
         hidden = self.memory(state).network.shapes[number - 1].hidden
         store = self.run.open_store(stored, "train")
-        compiled = compiles(self.recipe, number, hidden, store.rows, memory, self.device)
+        alone = self.ranks.size == 1
+        compiled = alone and compiles(self.recipe, number, hidden, store.rows, memory, self.device)
         fresh = stored == 0 and state.complete_record(0).data_choices.fresh
         return resolve(
             self.recipe,

@@ -33,6 +33,7 @@ from greedy.stores.source import Source
 from greedy.stores.writing import fit_output_encoding, place_store, write_split
 from greedy.training.checkpoint import Checkpoints
 from greedy.training.finish import history_line, save_weights, write_record
+from greedy.training.following import Task
 from greedy.training.learners import new_learner, new_optimizer, new_schedule
 from greedy.training.loop import Epochs
 from greedy.training.resolve import ample_memory
@@ -89,8 +90,8 @@ class StageTraining:
         if self._has_store and (stores := self.recipe.store.stores):
             require_writable(stores)  # before it is trained for hours
         self.start.write(directory)
-        torch.set_num_threads(self.choices.threads)
-        set_determinism(self.device, self.choices.deterministic)
+        self.source.ranks.told(Task.of(self.start, directory)._asdict())
+        self._set_up()
         reset_peak_memory(self.device)
         with memory_limited(self.device, named_budget(self.recipe)):
             learner = self._learner()
@@ -101,14 +102,32 @@ class StageTraining:
             with write_errors_explained(directory, f"stage {self.stage.number}", needed):
                 return self._train(learner, directory, started)
 
-    def _train(self, learner: Learner, directory: Path, started: float) -> StageRecord:
-        checkpoints = Checkpoints(
+    def follow(self, directory: Path) -> None:
+        """Trains the stage with another process, which leads and has begun in the directory."""
+        begun = StartRecord.read(directory)
+        assert begun is not None
+        self.start = begun
+        self._set_up()
+        with memory_limited(self.device, named_budget(self.recipe)):
+            for _ in self._epochs(self._checkpoints(self._learner(), directory)):
+                pass
+
+    def _set_up(self) -> None:
+        torch.set_num_threads(self.choices.threads)
+        set_determinism(self.device, self.choices.deterministic)
+
+    def _checkpoints(self, learner: Learner, directory: Path) -> Checkpoints:
+        return Checkpoints(
             directory,
             Greedy(learner),
             new_schedule(self.recipe, self.stage.number),
             self.recipe.training.checkpoint_minutes,
             self.start,
+            writes=self.source.ranks.leads,
         )
+
+    def _train(self, learner: Learner, directory: Path, started: float) -> StageRecord:
+        checkpoints = self._checkpoints(learner, directory)
         reports = self._run_epochs(checkpoints)
         self.start = checkpoints.start  # has other choices if memory ran out
         learner.release()
@@ -187,22 +206,25 @@ class StageTraining:
         lines = checkpoints.training / HISTORY
         lines.unlink(missing_ok=True)
         with lines.open("x", encoding="utf-8") as history:
-            for (report,) in Epochs(
-                checkpoints.strategy,
-                self.source,
-                [self.shapes.input],
-                checkpoints.schedule,
-                self.recipe,
-                self.reporter,
-                checkpoints,
-                self.recipe.training.batch_size,
-                ample_memory(self.recipe, self.choices),
-            ):
+            for (report,) in self._epochs(checkpoints):
                 history.write(history_line(report))
                 history.flush()
                 self.reporter.epoch_finished(report)
                 reports.append(report)
         return reports
+
+    def _epochs(self, checkpoints: Checkpoints) -> Epochs:
+        return Epochs(
+            checkpoints.strategy,
+            self.source,
+            [self.shapes.input],
+            checkpoints.schedule,
+            self.recipe,
+            self.reporter,
+            checkpoints,
+            self.recipe.training.batch_size,
+            ample_memory(self.recipe, self.choices),
+        )
 
     def _write_store(self, learner: Learner, directory: Path) -> StoreRecord | None:
         views = self.choices.views
