@@ -83,7 +83,7 @@ class FrozenStage:
         self._computing: Stage | None = None
         self._weights = None if streamed else _taken(_tensor_bytes(stage))
         self._called = False
-        self._kept: Tensor | None = None
+        self._kept: list[Tensor] = []
 
     def __call__(self, x: Tensor) -> Tensor:
         """Returns the stage's output for inputs (B, *shape), without numbers."""
@@ -95,16 +95,17 @@ class FrozenStage:
         known = self._counts.passes.get(key)
         if known is not None:
             self._counter.add_peak(known.peak)
-            self._kept = _taken(known.kept) if known.kept else self._kept
+            self._kept += [_taken(known.kept)] if known.kept else []
             out = torch.empty_strided(known.shape, known.stride, dtype=known.dtype)
         else:
             out = self._counted(key, x)
-        self._called = True
+        self._called = not self._streamed  # which has new weights, that autocast does not know
         return out
 
     def end(self) -> None:
         """Ends the passes within one autocast, with which the weights in another precision go."""
-        self._called, self._kept = False, None
+        self._called = False
+        self._kept.clear()
 
     def _counted(self, key: Hashable, x: Tensor) -> Tensor:
         if self._computing is None:
@@ -114,8 +115,8 @@ class FrozenStage:
             if not self._streamed:
                 materialise(self._computing)
         counter, peak = self._counter, self._counter.peak
-        if self._kept is not None:  # so that autocast has the weights that an earlier pass kept
-            self._kept = None
+        if self._called and self._kept:  # so that autocast has the weights that it kept
+            self._kept.clear()
             self._compute(x)
         before = counter.live
         counter.reset_peak()
