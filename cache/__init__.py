@@ -4,14 +4,17 @@ Knows arrays, never networks. A store is a plain Zarr v3 group of ``activations`
 ``labels`` and ``index`` that any Zarr library opens.
 """
 
+from greedy.cache.chunk_cache import ChunkCache, chunk_cache
 from greedy.cache.encodings import ENCODINGS, Encoding, fit_encoding, pixel_encoding
-from greedy.cache.errors import DamagedStore, NonFiniteActivation, StoreError
+from greedy.cache.errors import DamagedStore, NonFiniteActivation, StoreError, UnreachableStore
 from greedy.cache.inspection import StoreInfo, store_info
 from greedy.cache.layout import Layout
 from greedy.cache.loader import BatchLoader, StoredBatch
+from greedy.cache.objects import require_writable
 from greedy.cache.order import (
     LIMITED_WINDOW_ROWS,
     EpochOrder,
+    Positions,
     WindowOrder,
     limit_classes,
     row_order,
@@ -20,8 +23,10 @@ from greedy.cache.order import (
 )
 from greedy.cache.reader import Store
 from greedy.cache.shards import COMPRESSORS
+from greedy.cache.targets import remove_tree
+from greedy.cache.urls import location_of, put_elsewhere, url_fault
 from greedy.cache.verification import Damage, verify
-from greedy.cache.views import store_with_view
+from greedy.cache.views import exchange_view, store_with_view
 from greedy.cache.writer import StoreSummary, StoreWriter
 
 __all__ = [
@@ -34,8 +39,17 @@ __all__ = [
     "StoreWriter",
     "StoreSummary",
     "Store",
+    "ChunkCache",
+    "chunk_cache",
     "store_with_view",
+    "exchange_view",
+    "location_of",
+    "put_elsewhere",
+    "url_fault",
+    "require_writable",
+    "remove_tree",
     "EpochOrder",
+    "Positions",
     "WindowOrder",
     "row_order",
     "window_order",
@@ -51,4 +65,5 @@ __all__ = [
     "StoreError",
     "DamagedStore",
     "NonFiniteActivation",
+    "UnreachableStore",
 ]

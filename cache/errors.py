@@ -20,6 +20,10 @@ class DamagedStore(StoreError):
         self.problem = problem
 
 
+class UnreachableStore(StoreError):
+    """Object storage that does not answer, or not as it should; one sentence."""
+
+
 class NonFiniteActivation(StoreError):
     """A value that its encoding cannot hold: not finite, or beyond a float's range.
 

@@ -1,7 +1,7 @@
 """Batches of one epoch, read before training asks for them."""
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -48,9 +48,10 @@ class BatchLoader:
         source: a store, read in windows, or the array that ``Store.load`` returned.
         labels: int64 (rows,), the classes of the source's rows.
         order: the order of the epoch; a ``WindowOrder`` for a store.
-        batches: positions in ``order`` of every batch, from its ``batches`` or ``limited_batches``.
-        start_batch: the batch to begin with; nothing before it is read.
-        threads: number of threads that read chunks; one more gathers batches.
+        batches: positions in ``order`` of every batch, from its ``batches`` or ``limited_batches``,
+            or some of them. Chunks with none of them are not read.
+        threads: number of threads that read chunks, by default as many as pay; one more gathers
+            batches.
         pin_memory: put values in page-locked memory, for asynchronous copies to a GPU.
 
     Raises:
@@ -65,8 +66,7 @@ class BatchLoader:
         order: EpochOrder,
         batches: list[Positions],
         *,
-        start_batch: int = 0,
-        threads: int = 2,
+        threads: int | None = None,
         pin_memory: bool = False,
     ) -> None:
         rows = source.rows if isinstance(source, Store) else source.shape[1]
@@ -80,19 +80,18 @@ class BatchLoader:
         self._labels = labels
         self._order = order
         self._batches = batches
-        self._start = start_batch
-        self._threads = threads
+        self._threads = threads or (source.requests if isinstance(source, Store) else 1)
         self._pin_memory = pin_memory
 
     def __len__(self) -> int:
-        return len(self._batches) - self._start
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[StoredBatch]:
         with background(1) as gatherer, background(self._threads) as readers:
             memory = self._open(readers)
             pending: deque[Future[StoredBatch]] = deque()
-            upcoming = deque(self._batches[self._start :])
-            for positions in self._batches[self._start :]:
+            upcoming = deque(self._batches)
+            for positions in self._batches:
                 memory.advance(positions)
                 while upcoming and len(pending) <= _BATCHES_AHEAD and memory.holds(upcoming[0]):
                     batch = upcoming.popleft()
@@ -104,7 +103,7 @@ class BatchLoader:
         if not isinstance(self._source, Store):
             return _Resident(self._source, self._order)
         assert isinstance(self._order, WindowOrder)
-        return _Windows(self._source, self._order, readers)
+        return _Windows(self._source, self._order, self._batches, readers)
 
     def _buffer(self, rows: int) -> "torch.Tensor":
         if isinstance(self._source, Store):
@@ -145,9 +144,16 @@ class _Resident:
 
 
 class _Windows:
-    """The windows of a store that are in memory or being read."""
+    """The windows of a store that are in memory or being read, but for chunks that no batch has
+    rows of."""
 
-    def __init__(self, store: Store, order: WindowOrder, readers: ThreadPoolExecutor) -> None:
+    def __init__(
+        self,
+        store: Store,
+        order: WindowOrder,
+        batches: Sequence[Positions],
+        readers: ThreadPoolExecutor,
+    ) -> None:
         self._store = store
         self._order = order
         self._readers = readers
@@ -157,6 +163,9 @@ class _Windows:
         slots[order.chunks] = np.arange(len(order.chunks)) - np.repeat(order.ends - sizes, sizes)
         chunks, rows = np.divmod(order.rows, order.chunk_rows)
         self._buffer_rows = slots[chunks] * order.chunk_rows + rows
+        self._used = np.zeros(len(order.chunks), bool)
+        for positions in batches:
+            self._used[chunks[positions]] = True
         self._windows: dict[int, tuple[NDArray[Any], list[Future[NDArray[Any]]]]] = {}
         self._spares: list[NDArray[Any]] = []
 
@@ -197,6 +206,8 @@ class _Windows:
         reads = []
         for slot, number in enumerate(range(start, int(order.ends[window]))):
             chunk = int(order.chunks[number])
+            if not self._used[chunk]:
+                continue
             used = min(order.chunk_rows, len(order.rows) - chunk * order.chunk_rows)
             target = buffer[slot * order.chunk_rows :][:used]
             view = int(order.chunk_views[number])

@@ -5,6 +5,7 @@ divided into windows, and the rows of a window are mixed.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,9 @@ WINDOW_ROWS = 4096
 MAX_WINDOW_CHUNKS = 64
 LIMITED_WINDOW_ROWS = 8192
 """The least number of rows in a window where batches have limited classes."""
+
+CHUNKS_A_READER = 4
+"""The least number of a window's chunks for each of several readers."""
 
 # With limited classes: a batch covers at least MIN_CLASSES, searched for among LOOKAHEAD samples.
 MIN_CLASSES = 10
@@ -46,6 +50,11 @@ class EpochOrder:
         are those of the store's rows."""
         return limit_classes(labels[self.rows], size, classes)
 
+    def shares(self, batch: Positions, readers: int) -> list[Positions]:
+        """Divides a batch over ``readers``: returns the places in it (n,) of each one's rows, which
+        are nearly equally many, and perhaps none in a small batch."""
+        return np.array_split(np.arange(len(batch)), readers)
+
 
 @dataclass(frozen=True, eq=False)
 class WindowOrder(EpochOrder):
@@ -75,6 +84,19 @@ class WindowOrder(EpochOrder):
             window = limit_classes(labels[self.rows[start:end]], size, classes)
             batches += [start + positions for positions in window]
         return batches
+
+    def shares(self, batch: Positions, readers: int) -> list[Positions]:
+        """Divides a batch as ``EpochOrder`` does, but so that each chunk has one reader, where
+        windows have chunks enough for shares of similar size."""
+        if np.diff(self.ends, prepend=0).min() < CHUNKS_A_READER * readers:
+            return super().shares(batch, readers)
+        reader = self._readers[self.rows[batch] // self.chunk_rows] % readers
+        return [np.flatnonzero(reader == number) for number in range(readers)]
+
+    @cached_property
+    def _readers(self) -> NDArray[np.int64]:
+        """The place in reading order of each chunk."""
+        return np.argsort(self.chunks)
 
 
 def window_chunks(chunk_rows: int, rows: int | None = None) -> int:

@@ -16,6 +16,7 @@ from greedy.cache.sources import open_source
 from greedy.cache.threads import background, in_order
 
 if TYPE_CHECKING:
+    from greedy.cache.chunk_cache import ChunkCache
     from greedy.cache.sources import Location
 
 _CHUNKS_AHEAD = 4
@@ -28,8 +29,10 @@ class Store:
     ``encoding`` decodes them.
 
     Args:
-        location: a directory, or a store of zarr-python.
+        location: a directory, which may stand for a store in object storage; the URL of one; or a
+            store of zarr-python.
         advice: what to do about damage; it ends the messages of ``DamagedStore``.
+        kept: the cache of chunks that are read from object storage.
 
     Attributes:
         layout: how rows are divided into chunks and shards.
@@ -42,6 +45,7 @@ class Store:
     Raises:
         StoreError: there is no store at ``location``, or none that this version reads.
         DamagedStore: its labels or index are missing, or these or its metadata are damaged.
+        UnreachableStore: it is in object storage that does not answer, as may any later read.
     """
 
     layout: Layout
@@ -51,8 +55,12 @@ class Store:
     labels: NDArray[np.int64]
     index: NDArray[np.int64]
 
-    def __init__(self, location: "Location", advice: str = ADVICE) -> None:
-        self._source = open_source(location)
+    def __init__(
+        self, location: "Location", advice: str = ADVICE, kept: "ChunkCache | None" = None
+    ) -> None:
+        self._location = location
+        self._kept = kept
+        self._source = open_source(location, kept)
         self.advice = advice
         try:
             self._open()
@@ -71,6 +79,15 @@ class Store:
         self.labels = self._side_array("labels")
         self.index = self._side_array("index")
         self._shards: dict[tuple[int, int], tuple[str, NDArray[np.uint64]]] = {}
+
+    def reopened(self) -> "Store":
+        """Opens the store again, after a view was replaced."""
+        return Store(self._location, self.advice, self._kept)
+
+    @property
+    def requests(self) -> int:
+        """The number of reads that it pays to have under way at a time."""
+        return self._source.requests
 
     @property
     def rows(self) -> int:
@@ -142,7 +159,7 @@ class Store:
                 self.read_chunk(view, chunk, target)
         return rows
 
-    def load(self, rows: int | None = None, threads: int = 2) -> NDArray[Any]:
+    def load(self, rows: int | None = None, threads: int | None = None) -> NDArray[Any]:
         """Reads the first ``rows`` rows of all views, by default all: (views, rows, *stored_shape).
 
         Raises:
@@ -168,14 +185,15 @@ class Store:
             self.load_view(view, loaded[view], threads)
         return loaded
 
-    def load_view(self, view: int, out: NDArray[Any], threads: int = 2) -> None:
-        """Reads the first rows of a view into ``out`` (n, *stored_shape).
+    def load_view(self, view: int, out: NDArray[Any], threads: int | None = None) -> None:
+        """Reads the first rows of a view into ``out`` (n, *stored_shape), with as many ``threads``
+        as pay by default.
 
         Raises:
             DamagedStore: naming the file and the chunk.
         """
         self._check_range(0, len(out))
-        step = self.chunk_rows
+        step, threads = self.chunk_rows, threads or self.requests
         jobs = (
             partial(self.read_chunk, view, chunk, out[chunk * step : (chunk + 1) * step])
             for chunk in range(-(-len(out) // step))
@@ -190,7 +208,7 @@ class Store:
         """Yields rows ``start`` to ``stop`` of a view in order, ``size`` at a time, the last batch
         shorter.
 
-        A background thread reads ahead; it ends with the iterator.
+        Background threads read ahead; they end with the iterator.
 
         Raises:
             DamagedStore: naming the file and the chunk.
@@ -198,9 +216,10 @@ class Store:
         stop = self.rows if stop is None else stop
         self._check_range(start, stop)
         chunks = range(start // self.chunk_rows, -(-stop // self.chunk_rows))
-        with background(1) as pool:
+        with background(self.requests // 2) as pool:
+            ahead = max(_CHUNKS_AHEAD, self.requests)
             reads = in_order(
-                pool, (partial(self.read_chunk, view, chunk) for chunk in chunks), _CHUNKS_AHEAD
+                pool, (partial(self.read_chunk, view, chunk) for chunk in chunks), ahead
             )
             rest = next(reads)[start % self.chunk_rows :]
             for first in range(start, stop, size):
@@ -220,12 +239,21 @@ class Store:
     def _decode(self, view: int, chunk: int, out: NDArray[Any]) -> None:
         try:
             key, where, offset, size = self._span(view, chunk)
-            data = self._source.part(key, offset, size)
-            if data is None:
-                raise DamagedStore(f"{where} lies beyond the end of its shard")
-            shards.decode_chunk(data, self.compressor, out, where)
+            try:
+                self._read(key, where, offset, size, out)
+            except DamagedStore:
+                if not self._source.forget(key, offset):
+                    raise
+                self._shards.pop((view, chunk // self.layout.shard_chunks), None)
+                self._read(*self._span(view, chunk), out)
         except DamagedStore as error:
             raise self._advised(error) from error
+
+    def _read(self, key: str, where: str, offset: int, size: int, out: NDArray[Any]) -> None:
+        data = self._source.part(key, offset, size)
+        if data is None:
+            raise DamagedStore(f"{where} lies beyond the end of its shard")
+        shards.decode_chunk(data, self.compressor, out, where)
 
     def _span(self, view: int, chunk: int) -> tuple[str, str, int, int]:
         """Returns a chunk's file, its name for messages, and its offset and size in the file."""

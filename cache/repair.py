@@ -8,10 +8,11 @@ from numpy.typing import NDArray
 
 from greedy.cache import shards
 from greedy.cache.encodings import Encoding
-from greedy.cache.errors import StoreError
-from greedy.cache.files import write_whole
+from greedy.cache.errors import StoreError, UnreachableStore
 from greedy.cache.layout import Layout
 from greedy.cache.metadata import SIDE_ARRAYS, StoreMetadata, parse_metadata
+from greedy.cache.sources import open_source
+from greedy.cache.targets import open_target
 from greedy.cache.verification import shard_damage
 from greedy.cache.writer import encode_rows
 
@@ -19,8 +20,11 @@ from greedy.cache.writer import encode_rows
 def read_metadata(path: Path) -> StoreMetadata | None:
     """Reads a store's metadata; returns ``None`` if they are damaged or missing."""
     try:
-        group, array = (path / "zarr.json", path / "activations" / "zarr.json")
-        return parse_metadata(group.read_bytes(), array.read_bytes(), str(path))
+        source = open_source(path)
+        group, array = source.whole("zarr.json"), source.whole("activations/zarr.json")
+        return parse_metadata(group or b"", array or b"", str(path))
+    except UnreachableStore:
+        raise
     except (OSError, StoreError):
         return None
 
@@ -32,25 +36,26 @@ def new_metadata(encoding: Encoding, compressor: str, views: int, rows: int) -> 
 
 def rewrite_metadata(path: Path, metadata: StoreMetadata) -> None:
     """Writes every ``zarr.json`` again."""
+    target = open_target(path)
     for name, document in metadata.documents().items():
-        (path / name).parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path / name, document)
+        target.write(name, document)
 
 
 def rewrite_side_arrays(path: Path, labels: NDArray[np.int64], index: NDArray[np.int64]) -> None:
     """Writes labels and index, int64 (rows,), again."""
+    target = open_target(path)
     for name, array in zip(SIDE_ARRAYS, (labels, index), strict=True):
-        (path / name).mkdir(parents=True, exist_ok=True)
-        write_whole(path / name / "c.0", shards.with_crc(array.astype("<i8").tobytes()))
+        target.write(f"{name}/c.0", shards.with_crc(array.astype("<i8").tobytes()))
 
 
 def damaged_shards(path: Path, metadata: StoreMetadata) -> dict[tuple[int, int], Collection[int]]:
     """Finds the damaged chunks of a store. Returns their slots by (view, shard); those of a shard
     that is damaged as a whole are all its slots."""
     damaged: dict[tuple[int, int], Collection[int]] = {}
+    source = open_target(path).source
     for view in range(metadata.layout.views):
         for shard in range(metadata.layout.shards):
-            if damage := shard_damage(path, metadata, view, shard):
+            if damage := shard_damage(source, metadata, view, shard):
                 slots = range(metadata.layout.chunks_in(shard))
                 damaged[view, shard] = slots if isinstance(damage, str) else damage.keys()
     return damaged
@@ -70,11 +75,12 @@ def rewrite_chunks(
         slots: numbers of chunks in the shard, from 0.
         rows_of: returns the decoded rows, (n, *row_shape), of a chunk of the view.
     """
-    layout, file = metadata.layout, path / metadata.shard_key(view, shard)
+    layout, key, target = metadata.layout, metadata.shard_key(view, shard), open_target(path)
+    file = path / key
     file.parent.mkdir(parents=True, exist_ok=True)
     intact = {}
     if len(slots) < layout.chunks_in(shard):
-        data, size = file.read_bytes(), shards.index_bytes(layout.shard_chunks)
+        data, size = target.source.whole(key) or b"", shards.index_bytes(layout.shard_chunks)
         index = shards.parse_index(data[-size:], layout.shard_chunks, str(file))
         for slot in range(layout.chunks_in(shard)):
             start, length = (int(entry) for entry in index[slot])
@@ -87,7 +93,7 @@ def rewrite_chunks(
                 writer.append(encode_rows(rows, metadata))
             else:
                 writer.append(intact[slot])
-        writer.close()
+        target.keep(key, writer.close())
     except BaseException:
         writer.discard()
         raise
@@ -97,4 +103,5 @@ def shard_digests(path: Path, metadata: StoreMetadata) -> list[bytes]:
     """Computes ``StoreSummary.shards``, as bytes, from the files on disk."""
     layout = metadata.layout
     places = [(view, shard) for view in range(layout.views) for shard in range(layout.shards)]
-    return [shards.shard_digest(path / metadata.shard_key(*place)) for place in places]
+    target = open_target(path)
+    return [target.digest(metadata.shard_key(*place)) for place in places]

@@ -1,4 +1,4 @@
-"""Access to a store's bytes: in a local directory, or in any store of zarr-python."""
+"""Access to a store's bytes: in a directory, in object storage, or in any store of zarr-python."""
 
 import mmap
 import os
@@ -7,6 +7,10 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from greedy.cache.chunk_cache import ChunkCache
+from greedy.cache.objects import Objects
+from greedy.cache.urls import is_url, location_of
 
 if TYPE_CHECKING:
     from zarr.abc.store import ByteRequest
@@ -21,7 +25,13 @@ _MAX_MAPPED = 128
 
 
 class ByteSource(Protocol):
-    """Access to the files of one store by key."""
+    """Access to the files of one store by key.
+
+    Attributes:
+        requests: the number of reads that it pays to have under way at a time.
+    """
+
+    requests: int
 
     def whole(self, key: str) -> bytes | None:
         """Reads a whole file; returns ``None`` where it is absent."""
@@ -34,6 +44,9 @@ class ByteSource(Protocol):
         """Reads ``size`` bytes from ``offset``, as a read-only array; returns ``None`` where the
         file has fewer."""
 
+    def forget(self, key: str, offset: int) -> bool:
+        """Forgets what was kept of a damaged part; returns whether it may be intact now."""
+
     def total_bytes(self) -> int:
         """Returns the size of all files in bytes."""
 
@@ -45,6 +58,8 @@ class LocalSource:
     Files may be replaced or removed, but if one is shortened in place, or the disk can no longer
     read it, a process that touches the missing bytes ends (SIGBUS).
     """
+
+    requests = 2
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -74,6 +89,9 @@ class LocalSource:
             return None
         return np.frombuffer(mapped, np.uint8, size, offset)
 
+    def forget(self, key: str, offset: int) -> bool:
+        return False
+
     def total_bytes(self) -> int:
         return sum(file.stat().st_size for file in self._root.rglob("*") if file.is_file())
 
@@ -91,8 +109,23 @@ class LocalSource:
         return mapped
 
 
+class ReadSource(LocalSource):
+    """The files of a directory, read and not mapped: a disk that cannot read one gives an error."""
+
+    def part(self, key: str, offset: int, size: int) -> NDArray[np.uint8] | None:
+        try:
+            with (self._root / key).open("rb") as file:
+                file.seek(offset)
+                data = file.read(size)
+        except FileNotFoundError:
+            return None
+        return np.frombuffer(data, np.uint8) if len(data) == size else None
+
+
 class ZarrSource:
-    """The files of a group in a store of zarr-python: memory, zip, object storage, ..."""
+    """The files of a group in a store of zarr-python: memory, zip, ..."""
+
+    requests = 2
 
     def __init__(self, root: "StorePath") -> None:
         self._root = root
@@ -116,6 +149,9 @@ class ZarrSource:
             return None
         return np.frombuffer(data, np.uint8)
 
+    def forget(self, key: str, offset: int) -> bool:
+        return False
+
     def total_bytes(self) -> int:
         from zarr.core.sync import sync  # noqa: PLC0415
 
@@ -128,13 +164,21 @@ class ZarrSource:
         return None if buffer is None else buffer.to_bytes()
 
 
-def open_source(location: "Location") -> ByteSource:
-    """Opens the source for a path, or for a store of zarr-python with or without a path in it."""
+def open_source(location: "Location", kept: ChunkCache | None = None) -> ByteSource:
+    """Opens the source for a path, a URL, or a store of zarr-python with or without a path in it;
+    chunks that are read from object storage go into ``kept``."""
     if isinstance(location, str | Path):
-        return LocalSource(Path(location))
+        url = location if isinstance(location, str) and is_url(location) else None
+        url = url or location_of(Path(location))
+        if url is None:
+            return LocalSource(Path(location))
+        objects = Objects.at(url)
+        return kept.around(objects) if kept else objects
     # Imported only here: local stores, the usual ones, need no zarr-python.
     from zarr.core.sync import sync  # noqa: PLC0415
-    from zarr.storage import StorePath  # noqa: PLC0415
+    from zarr.storage import ObjectStore, StorePath  # noqa: PLC0415
 
     root = location if isinstance(location, StorePath) else StorePath(location)
+    if isinstance(root.store, ObjectStore):
+        return Objects(root.store.store, root.path, str(root))
     return ZarrSource(sync(StorePath.open(root.store, root.path)))

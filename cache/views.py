@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from greedy.cache.objects import Objects
 from greedy.cache.reader import Store
 from greedy.cache.shards import store_digest
 from greedy.cache.sources import LocalSource
@@ -27,18 +28,39 @@ def store_with_view(
         shards: the digests of the new store's shards, as in ``StoreSummary``, which are believed.
     """
     opened = Store(store)
-    layout, metadata = opened.layout, opened.metadata
     for path in sorted(store.rglob("*")):
         if path.is_file() and path.suffix != ".part":
             _link(path, to / path.relative_to(store))
-    for shard in range(layout.shards):
-        place = to / metadata.shard_key(view, shard)
+    for shard in range(opened.layout.shards):
+        place = to / opened.metadata.shard_key(view, shard)
         place.unlink()
-        _link(other / metadata.shard_key(0, shard), place)
+        _link(other / opened.metadata.shard_key(0, shard), place)
+    return _summary(opened, LocalSource(to).total_bytes(), shards)
+
+
+def exchange_view(store: str, view: int, other: str, shards: Sequence[str]) -> StoreSummary:
+    """Replaces a view of a store in object storage by copies inside it, one shard after the other.
+
+    Meanwhile some shards are of the old and some of the new view.
+
+    Args:
+        store: its URL.
+        view: to be replaced.
+        other: the URL of a store of one view in the same bucket, with the same rows and encoding.
+        shards: as ``store_with_view`` has them.
+    """
+    opened, objects, others = Store(store), Objects.at(store), Objects.at(other)
+    for shard in range(opened.layout.shards):
+        key, other_key = (opened.metadata.shard_key(place, shard) for place in (view, 0))
+        objects.copy(key, others, other_key)
+    return _summary(opened, objects.total_bytes(), shards)
+
+
+def _summary(store: Store, disk_bytes: int, shards: Sequence[str]) -> StoreSummary:
     return StoreSummary(
-        disk_bytes=LocalSource(to).total_bytes(),
-        values=layout.views * layout.rows * metadata.encoding.row_size,
-        digest=store_digest((opened.labels, opened.index), map(bytes.fromhex, shards)),
+        disk_bytes=disk_bytes,
+        values=store.views * store.rows * store.encoding.row_size,
+        digest=store_digest((store.labels, store.index), map(bytes.fromhex, shards)),
         shards=tuple(shards),
     )
 

@@ -13,20 +13,18 @@ from numpy.typing import NDArray
 
 from greedy.cache.encodings import Encoding
 from greedy.cache.errors import StoreError
-from greedy.cache.files import write_whole
 from greedy.cache.layout import Layout
 from greedy.cache.metadata import SIDE_ARRAYS, StoreMetadata
 from greedy.cache.shards import (
     COMPRESSORS,
     ShardWriter,
     encode_chunk,
-    shard_digest,
     store_digest,
     with_crc,
 )
-from greedy.cache.sources import LocalSource
+from greedy.cache.targets import open_target
 from greedy.cache.threads import background
-from greedy.cache.verification import shard_damage
+from greedy.cache.urls import LOCATION
 
 
 @dataclass(frozen=True)
@@ -54,7 +52,8 @@ class StoreWriter:
     are divided over calls of ``append``.
 
     Args:
-        path: the directory to make; must not hold files.
+        path: the directory to make; must not hold files. If it stands for a store in object storage
+            (``urls.put_elsewhere``), that is written, and up to two shards are on the local disk.
         rows: number of rows in each view.
         views: number of augmented copies of the data set.
         encoding: how values are stored.
@@ -101,7 +100,7 @@ class StoreWriter:
             raise StoreError(f"a store needs rows and views, not {views} views of {rows} rows")
         if labels.shape != (rows,) or index.shape != (rows,):
             raise StoreError(f"labels and index must have one entry for each of {rows} rows")
-        if not resume and path.exists() and any(path.iterdir()):
+        if not resume and path.exists() and {f.name for f in path.iterdir()} - {LOCATION}:
             raise StoreError(f"{path} already holds files; remove them first")
         self._path = path
         self._layout = layout or Layout.fit(views, rows, encoding)
@@ -123,10 +122,12 @@ class StoreWriter:
 
     def __enter__(self) -> Self:
         (self._path / "activations").mkdir(parents=True, exist_ok=True)
+        self._target = open_target(self._path)
         if self._resume:
             self._keep_whole_shards()
         with ExitStack() as stack:
             stack.callback(self._discard)
+            self._uploader = stack.enter_context(background(1))
             # One thread writes, in order; it is ended last, since it waits for the others.
             self._files = stack.enter_context(background(1))
             self._encoders = stack.enter_context(background(self._threads))
@@ -188,13 +189,13 @@ class StoreWriter:
         layout = self._layout
         if len(self._digests) != layout.views * layout.shards:
             raise StoreError(f"the store takes {self._expected()}, {self.appended} rows came")
+        self._target.wait()
         for name, array in self._side_arrays.items():
-            (self._path / name).mkdir(exist_ok=True)
-            write_whole(self._path / name / "c.0", with_crc(array.tobytes()))
+            self._target.write(f"{name}/c.0", with_crc(array.tobytes()))
         for name, document in self._metadata.documents().items():
-            write_whole(self._path / name, document)
+            self._target.write(name, document)
         self.summary = StoreSummary(
-            disk_bytes=LocalSource(self._path).total_bytes(),
+            disk_bytes=self._target.source.total_bytes(),
             values=layout.views * layout.rows * self._metadata.encoding.row_size,
             digest=store_digest(self._side_arrays.values(), self._digests),
             shards=tuple(shard.hex() for shard in self._digests),
@@ -225,21 +226,23 @@ class StoreWriter:
                 self._shard = ShardWriter(path, self._layout.shard_chunks)
             self._shard.append(data)
             if self._shard.written == self._layout.chunks_in(shard):
-                self._digests.append(self._shard.close())
+                digest = self._shard.close()
                 self._shard = None
+                self._target.keep(self._metadata.shard_key(view, shard), digest, self._uploader)
+                self._digests.append(digest)
         except BaseException:
             self._broken = True
             raise
 
     def _keep_whole_shards(self) -> None:
-        layout, metadata = self._layout, self._metadata
-        (self._path / "zarr.json").unlink(missing_ok=True)
+        layout = self._layout
+        self._target.remove("zarr.json")
         for view in range(layout.views):
             for shard in range(layout.shards):
-                if shard_damage(self._path, metadata, view, shard):
+                digest = self._target.kept(self._metadata, view, shard)
+                if digest is None:
                     return
-                path = self._path / metadata.shard_key(view, shard)
-                self._digests.append(shard_digest(path))
+                self._digests.append(digest)
                 rows = min((shard + 1) * layout.shard_rows, layout.rows)
                 self.appended = view * layout.rows + rows
 

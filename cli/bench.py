@@ -26,7 +26,9 @@ DEFAULT = "demo"
 @options.recipe
 @fields.settings
 @options.device
-@options.model
+@options.network
+@options.images
+@options.classes
 @click.option(
     "--seconds",
     type=click.FloatRange(min=0),
@@ -41,6 +43,8 @@ def bench(
     settings: tuple[str, ...],
     device: str,
     model: str | None,
+    images: tuple[int, int] | None,
+    classes: int | None,
     seconds: float,
     as_json: bool,
     **field_values: str | None,
@@ -55,13 +59,15 @@ def bench(
     from greedy.base.devices import device_name  # noqa: PLC0415
     from greedy.build.modules import load_network  # noqa: PLC0415
     from greedy.forecasts.bench import Bench, peak_flops  # noqa: PLC0415
-    from greedy.recipes import load  # noqa: PLC0415
+    from greedy.forecasts.forecast import stated_data_facts  # noqa: PLC0415
+    from greedy.recipes.loader import load_for_model  # noqa: PLC0415
     from greedy.training.calibration import Calibration  # noqa: PLC0415
 
     overrides = fields.overrides(settings, field_values)
-    recipe = load(recipe_name or DEFAULT, overrides)
+    recipe = load_for_model(recipe_name or DEFAULT, model, overrides)
     network = load_network(recipe.model, model)
-    benchmark = Bench.of(recipe, device, network, fields.names_data(overrides))
+    data = stated_data_facts(recipe, images, classes)
+    benchmark = Bench.of(recipe, device, network, fields.names_data(overrides), data)
     path = Calibration.path(benchmark.device.type)
     speeds: list[StageSpeed] = []
     with terminable(), _interruptible():

@@ -251,7 +251,9 @@ class Dashboard(Lines):
         if self._plan is not None:
             image_bytes = outline.image_bytes if outline else 0
             used = image_bytes + sum(row.disk or 0 for row in self._rows)
-            parts.append(f"disk {format_size(used)} of {format_size(self._plan.budget)}")
+            budget = self._plan.budget
+            limit = "" if budget is None else f" of {format_size(budget)}"
+            parts.append(f"disk {format_size(used)}{limit}")
         parts.append(f"run {_clock(self._run_seconds_left())} left")
         return ", ".join(parts)
 

@@ -76,11 +76,23 @@ class Group(click.Group):
         try:
             code = super().main(*args, **{**extra, "standalone_mode": False})
         except click.ClickException as error:
-            click.echo(f"Error: {shown(_sentence(error))}", err=True)
+            if not (follows() and _is_common(error)):
+                click.echo(f"Error: {shown(_sentence(error))}", err=True)
             code = error.exit_code
         except click.Abort:
             code = Stopped.exit_code
         sys.exit(code)
+
+
+def follows() -> bool:
+    """Returns whether torchrun started this process with others of which another one leads."""
+    return os.environ.get("RANK", "0") != "0"
+
+
+def _is_common(error: click.ClickException) -> bool:
+    """Returns whether all processes that train together end with an error, so that one says it."""
+    ours = isinstance(error.__cause__, UserError | TrainingError | Interrupted)
+    return ours or isinstance(error, click.UsageError)
 
 
 @contextmanager
@@ -128,10 +140,10 @@ def _failure_type(error: BaseException) -> type[Failure] | None:
         return Mistake if isinstance(error, UserError) else Failure
 
     # Not imported above, since it takes seconds.
-    from greedy.cache import DamagedStore, StoreError  # noqa: PLC0415
+    from greedy.cache import DamagedStore, StoreError, UnreachableStore  # noqa: PLC0415
 
     if isinstance(error, StoreError):
-        return Failure if isinstance(error, DamagedStore) else Mistake
+        return Failure if isinstance(error, DamagedStore | UnreachableStore) else Mistake
     return None
 
 

@@ -22,8 +22,10 @@ FIELDS = {
     TRAINING: {
         "strategy": "training.strategy",
         "stage_layers": "model.stage_layers",
+        "stages": "model.stages",
         "patience": "training.patience",
         "accumulate": "training.accumulate",
+        "exact": "training.exact",
         "checkpoint_minutes": "training.checkpoint_minutes",
     },
     MEMORY: {
@@ -38,6 +40,8 @@ FIELDS = {
         "reuse": "store.reuse",
         "encoding": "store.encoding",
         "keep": "store.keep",
+        "stores": "store.stores",
+        "store_cache": "store.cache",
     },
     MACHINE: {
         "precision": "training.precision",
@@ -46,7 +50,11 @@ FIELDS = {
     },
 }
 FIELD_OF = {option: field for fields in FIELDS.values() for option, field in fields.items()}
-TEXTS = {"data.name": "NAME"}  # placeholders in help of texts that are no sizes
+TEXTS = {
+    "data.name": "NAME",
+    "model.stages": "NAMES",
+    "store.stores": "URL",
+}  # placeholders in help of texts that are no sizes
 
 
 class Command(click.Command):

@@ -38,7 +38,30 @@ device = click.option(
 model = click.option(
     "--model",
     metavar="MODULE:FUNCTION",
-    help="The function that returns the network, for runs whose network was built in Python.",
+    help="The function that returns the network, for runs whose network a function returned.",
+)
+network = click.option(
+    "--model",
+    metavar="NAME",
+    help="The network: a name from the recipes, torchvision:NAME, timm:NAME, or MODULE:FUNCTION, "
+    "which returns it; a function is only called if it is named here  [model.network].",
+)
+images = click.option(
+    "--images",
+    cls=Option,
+    group=DATA,
+    nargs=2,
+    metavar="TRAIN TEST",
+    type=click.IntRange(min=1),
+    help="The numbers of images of a folder that is not here; with --classes.",
+)
+classes = click.option(
+    "--classes",
+    cls=Option,
+    group=DATA,
+    metavar="N",
+    type=click.IntRange(min=2),
+    help="The number of classes of a folder that is not here; with --images.",
 )
 data_function = click.option(
     "--data",

@@ -32,7 +32,9 @@ NO_STAGES = "times are only known where stages are trained one at a time"
 @options.run_or_new
 @fields.settings
 @options.device
-@options.model
+@options.network
+@options.images
+@options.classes
 @options.as_json
 @options.debug
 def plan(
@@ -41,6 +43,8 @@ def plan(
     settings: tuple[str, ...],
     device: str,
     model: str | None,
+    images: tuple[int, int] | None,
+    classes: int | None,
     as_json: bool,
     **field_values: str | None,
 ) -> None:
@@ -48,26 +52,32 @@ def plan(
 
     Peaks of memory are counted on tensors without contents; neither data nor GPU are used and
     nothing is written. A data set that `greedy data list` shows need not be on this machine, nor a
-    GPU for --device cuda. Operations are those of the plain step over all epochs; a multiply-add
-    counts as 2. Times, known once `greedy bench` has measured this machine, are those of training
-    a stage and writing its store.
+    folder with --images and --classes, nor a GPU for --device cuda. Operations are those of the
+    plain step over all epochs; a multiply-add counts as 2. Times, known once `greedy bench` has
+    measured this machine, are those of training a stage and writing its store.
 
     REUSE is the number of epochs after which a store's oldest view is replaced by a new one, 0 for
     never; WRITTEN are all bytes that a run writes into it; DRAWING is the share of a stage's
     operations that draws new views of the store that it trains from.
     """
     from greedy.build.modules import load_network  # noqa: PLC0415
-    from greedy.forecasts.forecast import data_facts, forecast, machine  # noqa: PLC0415
+    from greedy.forecasts.forecast import (  # noqa: PLC0415
+        data_facts,
+        forecast,
+        machine,
+        stated_data_facts,
+    )
     from greedy.runs.directory import RunDirectory  # noqa: PLC0415
     from greedy.training.calibration import Calibration, NotCalibrated  # noqa: PLC0415
 
     overrides = fields.overrides(settings, field_values)
-    recipe, directory = recipe_and_run(recipe_name, run, overrides)
+    recipe, directory = recipe_and_run(recipe_name, run, overrides, model)
     network = load_network(recipe.model, model)
     if run is None and not _can_train_in(directory, recipe):
         directory = directory.with_name(f"{directory.name}-planned")
     planned = RunDirectory.create(directory, recipe)
-    data = data_facts(planned, fields.names_data(overrides))
+    stated = stated_data_facts(recipe, images, classes)
+    data = data_facts(planned, fields.names_data(overrides), stated)
     computer = machine(recipe, device)
     calibration, unknown = None, UNMEASURED if recipe.training.strategy == "greedy" else NO_STAGES
     try:
@@ -158,10 +168,8 @@ def _print(
         text_columns=3,
     )
     for stage in forecast.stages:
-        if not stage.usual:
-            click.echo(
-                f"stage {stage.stage} is outside the usual pattern, so it has no mode but plain"
-            )
+        if stage.why_plain:
+            click.echo(f"stage {stage.stage} has no mode but plain: {stage.why_plain}")
     _print_totals(forecast, unknown)
     click.echo("one step of the whole network with the same batch would take:")
     print_table(

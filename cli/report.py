@@ -31,14 +31,15 @@ def report(runs: tuple[Path, ...], to: Path, force: bool, device: str, model: st
     what there is so far. Finished networks classify their test images on --device.
     """
     from greedy.build.modules import load_network  # noqa: PLC0415
+    from greedy.recipes.networks import needs_code  # noqa: PLC0415
     from greedy.report import require_report, write_report  # noqa: PLC0415
     from greedy.runs.directory import RunDirectory  # noqa: PLC0415
 
     require_report(to, force)
     directories = [RunDirectory.open(run) for run in runs]
     models = [directory.recipe.model for directory in directories]
-    python_model = next((model for model in models if model.network == "python"), models[0])
-    network = load_network(python_model, model)
+    of_code = next((model for model in models if needs_code(model.network)), models[0])
+    network = load_network(of_code, model)
     with waiting("classifying test images and drawing"):
         write_report(directories, to, device=device, model=network, overwrite=force)
     say(f"wrote {to} ({size(to.stat().st_size)})")

@@ -1,7 +1,8 @@
 """``greedy train`` and ``greedy train-stage``: training all stages or one."""
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,20 @@ if TYPE_CHECKING:
     from greedy.results.tensorboard import TensorBoard
     from greedy.runs.record import StageRecord
     from greedy.trainer import GreedyTrainer
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Joins the other processes if torchrun started this one. Only the one that leads prints."""
+    from greedy.base.ranks import Ranks  # noqa: PLC0415
+
+    ranks = Ranks.of_torchrun()
+    with (
+        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+        nullcontext() if ranks.leads else redirect_stdout(nowhere),
+    ):
+        yield
+    ranks.leave()
 
 
 @click.command(
@@ -41,8 +56,9 @@ if TYPE_CHECKING:
 )
 @options.ignore_changes
 @options.log
-@options.model
+@options.network
 @options.debug
+@together()
 def train(
     recipe_name: str | None,
     run: Path | None,
@@ -64,21 +80,24 @@ def train(
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
 
     overrides = fields.overrides(settings, field_values)
-    recipe, directory = recipe_and_run(recipe_name, run, overrides)
+    recipe, directory = recipe_and_run(recipe_name, run, overrides, model)
     network = load_network(recipe.model, model, needed=True)
     trainer = GreedyTrainer.from_recipe(recipe, directory, device=device, model=network)
-    logger = tensorboard(directory) if log else None
+    logger = tensorboard(directory) if log and trainer.ranks.leads else None
     say(f"{recipe.name} in {directory} on {trainer.device}")
     data, data_named = recipe.data, fields.names_data(overrides)
     if retrain == 0 or trainer.needs_data(retrain):
         reading = Reading.of(data)
-        dataset = load_dataset(data.name, data_dir, download, data.image_size, data_named, reading)
+        with trainer.ranks.in_turn():  # it may be downloaded
+            dataset = load_dataset(
+                data.name, data_dir, download, data.image_size, data_named, reading
+            )
         rows = f"{len(dataset.train):,} training and {len(dataset.test):,} test images"
         say(f"stage 0: {rows} of {dataset.name}")
         with terminable(), preparing() as trainer.reporter:
             trainer.prepare(dataset, again=retrain == 0, ignore_changes=ignore_changes)
         retrain = 1 if retrain == 0 else retrain
-    elif not ignore_changes:
+    elif not ignore_changes and trainer.ranks.leads:
         with terminable(), waiting("comparing the data with those stored"):
             require_unchanged(trainer.run, data_dir, data_named)
     train_and_show(trainer, retrain, logger)
@@ -115,6 +134,7 @@ def train(
 @options.model
 @options.data_function
 @options.debug
+@together()
 def train_stage(
     number: int,
     source: Path,
@@ -141,7 +161,8 @@ def train_stage(
         recipe, run.path, device=device, model=load_network(recipe.model, model, needed=True)
     )
     give_data(trainer, data, ignore_changes=ignore_changes)
-    with reporting(trainer, tensorboard(run.path, to) if log else None) as progress:
+    logs = log and trainer.ranks.leads
+    with reporting(trainer, tensorboard(run.path, to) if logs else None) as progress:
         record = trainer.train_stage(
             number, source=source_number, again=retrain, to=to, ignore_changes=ignore_changes
         )
@@ -165,7 +186,8 @@ def train_and_show(
     """Trains the unfinished stages of a run that has its images, and prints the results."""
     with reporting(trainer, log):
         trainer.train(retrain)
-    _print_results(trainer)
+    if trainer.ranks.leads:
+        _print_results(trainer)
 
 
 def give_data(
@@ -202,18 +224,19 @@ def reporting(trainer: "GreedyTrainer", log: "TensorBoard | None") -> Iterator["
 
 
 def recipe_and_run(
-    name: str | None, run: Path | None, overrides: list[str]
+    name: str | None, run: Path | None, overrides: list[str], model: str | None = None
 ) -> tuple["Recipe", Path]:
-    """Returns the recipe and the run directory that --recipe and --run stand for."""
-    from greedy.recipes import load, names  # noqa: PLC0415
+    """Returns the recipe and the run directory that --recipe, --run and --model stand for."""
+    from greedy.recipes import names  # noqa: PLC0415
+    from greedy.recipes.loader import load_for_model  # noqa: PLC0415
     from greedy.runs.directory import RunDirectory  # noqa: PLC0415
 
     if name is not None:
         label = name if name in names() else Path(name).stem
-        return load(name, overrides), run or Path("runs") / label
+        return load_for_model(name, model, overrides), run or Path("runs") / label
     if run is None:
         raise click.UsageError("give --recipe to begin a run, or --run to resume one")
-    return load(RunDirectory.open(run).path / "run.toml", overrides), run
+    return load_for_model(RunDirectory.open(run).path / "run.toml", model, overrides), run
 
 
 def _stages_in_words(numbers: list[int]) -> str:

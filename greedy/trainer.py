@@ -1,6 +1,5 @@
 """Training a network stage by stage."""
 
-import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,19 +10,19 @@ from torch.utils.data import Dataset as TorchDataset
 
 from greedy.base.commands import command
 from greedy.base.devices import pick_device
-from greedy.base.disk_space import require_free_space, write_errors_explained
+from greedy.base.disk_space import write_errors_explained
 from greedy.base.errors import UserError
 from greedy.base.heap import release_free_memory
-from greedy.build.cut_network import CutNetwork
-from greedy.build.modules import build_loss, build_network
-from greedy.build.python_recipe import python_recipe, require_optimizer
+from greedy.base.ranks import Ranks
+from greedy.build.modules import build_loss
+from greedy.build.python_recipe import python_recipe, require_optimizer, require_recipe_alone
 from greedy.build.settings import TrainerSettings
 from greedy.cache import Damage
-from greedy.data import Dataset, dataset_from_torch, draws_at_random, first_pass
+from greedy.data import Dataset, dataset_from_torch
 from greedy.losses import LocalLoss, PredSim, require_local_loss
 from greedy.recipes import Recipe
-from greedy.runs.directory import SPLITS, RunDirectory, new_stage
-from greedy.runs.disk_budget import plan_disk, previous_record
+from greedy.runs.directory import RunDirectory, new_stage
+from greedy.runs.disk_budget import previous_record
 from greedy.runs.events import Reporter
 from greedy.runs.network import assemble
 from greedy.runs.outside import recover_outside
@@ -32,9 +31,10 @@ from greedy.runs.retraining import Retraining
 from greedy.runs.state import RunState
 from greedy.runs.unfinished import interrupted_source, stores_needed
 from greedy.runs.views import Views
-from greedy.stores.changes import is_stage0_current, require_unchanged_folder
+from greedy.stores.changes import require_unchanged_folder
 from greedy.stores.repair import Repair, StoreRepairer
-from greedy.stores.stage0 import drop_unreadable_files, stored_encoding, write_stage0
+from greedy.training.following import Task, require_separate_rows
+from greedy.training.images import needs_images, write_images
 from greedy.training.planning import StagePlanner
 from greedy.training.stage import OptimizerFactory
 
@@ -45,7 +45,8 @@ class GreedyTrainer:
     Args:
         model: an ``nn.Sequential``, flat (it is cut before each convolution or linear layer)
             or staged (a Sequential of Sequentials, each of them a stage), see
-            ``greedy.models.cut``. Its weights are the first weights; it is not changed.
+            ``greedy.models.cut``; or another module, see ``greedy.models.sequential``. Its weights
+            are the first weights; it is not changed.
         run_dir: the run directory; training resumes where it stopped.
         loss: the local loss of every stage but the output layer.
         optimizer: ``adam``, ``adamw`` or ``sgd``, at ``learning_rate``; or your own, from
@@ -54,7 +55,7 @@ class GreedyTrainer:
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         reporter: gets the events of a training, for instance to show its progress.
         settings: fields of a recipe's ``data``, ``training`` and ``store`` sections by their
-            names, ``seed``, ``stage_layers``, ``label_smoothing``, ``class_weights``,
+            names, ``seed``, ``stage_layers``, ``stages``, ``label_smoothing``, ``class_weights``,
             ``memory_budget``, ``micro_batch`` and ``optimizer_state``; for instance ``epochs=20,
             views=4``.
         recipe: in place of ``loss``, ``optimizer`` and ``settings``, see ``from_recipe``.
@@ -65,7 +66,7 @@ class GreedyTrainer:
 
     def __init__(
         self,
-        model: nn.Sequential | None,
+        model: nn.Module | None,
         *,
         run_dir: str | Path,
         loss: LocalLoss | None = None,
@@ -77,7 +78,7 @@ class GreedyTrainer:
     ) -> None:
         named, own = (optimizer, None) if isinstance(optimizer, str) else (None, optimizer)
         if recipe is not None:
-            _require_recipe_alone(loss, optimizer, settings)
+            require_recipe_alone(loss, optimizer, settings)
             loss = build_loss(recipe.loss)
         else:
             loss = PredSim() if loss is None else loss
@@ -90,10 +91,18 @@ class GreedyTrainer:
         self.run = RunDirectory.create(Path(run_dir), recipe)
         self.recipe = recipe
         self.loss = loss
-        self._model = model
+        self.ranks = Ranks.joined()
         self._planner = StagePlanner(
-            self.run, model, loss, self.device, reporter or Reporter(), own, own_rates
+            self.run,
+            model,
+            loss,
+            self.device,
+            reporter or Reporter(),
+            own,
+            own_rates,
+            ranks=self.ranks,
         )
+        require_separate_rows(recipe, self.ranks)
 
     @classmethod
     def from_recipe(
@@ -103,10 +112,10 @@ class GreedyTrainer:
         *,
         device: str = "auto",
         reporter: Reporter | None = None,
-        model: nn.Sequential | None = None,
+        model: nn.Module | None = None,
     ) -> Self:
         """Returns the trainer of a recipe. ``model`` is given only if the recipe's network is
-        ``python``; other arguments are those of the class."""
+        ``python`` or what a function returns; other arguments are those of the class."""
         return cls(model, run_dir=run_dir, device=device, reporter=reporter, recipe=recipe)
 
     @property
@@ -153,43 +162,18 @@ class GreedyTrainer:
                 checked before anything is written and once the labels are read.
         """
         self._planner.images = dataset.train
-        state = RunState.read(self.run)
-        if is_stage0_current(state, dataset, again=again, ignore=ignore_changes):
-            return state.complete_record(0)
-        drawn = draws_at_random(dataset)
-        fresh = drawn and self.recipe.data.transforms == "fresh"
-        shape, classes = dataset.train.shape, len(dataset.class_names or "")
-        model = self._model or build_network(self.recipe.model, shape, classes or 2)
-        network = CutNetwork.of(self.recipe, model, shape, classes, self.loss)
-        names = [network.name(number) for number in range(1, len(network) + 1)]
-        rows = {split: len(getattr(dataset, split)) for split in SPLITS}
-        needed = sum(rows.values()) * math.prod(shape) * dataset.train.dtype.itemsize
-        require_free_space(self.run.path, "stage 0", needed)
-        memory = self._planner.plan_memory(network, stored_encoding(dataset.train).name)
-        disk = plan_disk(
-            state, network.shapes, rows, needed, self._planner.byte_operations, fresh=fresh
-        )
-        memory.require(range(1, len(network) + 1), disk)
-        dataset = drop_unreadable_files(self.recipe, dataset, self.reporter)
-        self.run.make_directory()
-        with self.run.write_lock():
-            state = RunState.read(self.run)
-            if is_stage0_current(state, dataset, again=again, ignore=ignore_changes):
-                return state.complete_record(0)
-            output = network.shapes[-1].output if self._model else None
-            if drawn:
-                dataset = first_pass(dataset, self.recipe.seed)
-            with write_errors_explained(self.run.path, "stage 0", needed):
-                return write_stage0(self.run, dataset, names, output, drawn=drawn, fresh=fresh)
+        if not self.ranks.leads:
+            self.ranks.told()
+            return RunState.read(self.run).complete_record(0)
+        record = write_images(self._planner, dataset, again=again, ignore=ignore_changes)
+        self.ranks.told()
+        return record
 
     def needs_data(self, retrain_from: int | None = None) -> bool:
         """Whether ``train`` needs the data set, by ``prepare``: to write stage 0, or to train on
         images that are drawn again in every pass."""
-        state = RunState.read(self.run)
-        if state.stage_state(0) != "complete":
-            return True
-        fresh = state.complete_record(0).data_choices.fresh
-        return fresh and (retrain_from is not None or not state.is_finished)
+        needed = self.ranks.leads and needs_images(self.run, again=retrain_from is not None)
+        return bool(self.ranks.told(needed))
 
     def train(self, retrain_from: int | None = None) -> list[StageRecord]:
         """Trains every stage that is not complete, or resumes its training.
@@ -204,6 +188,21 @@ class GreedyTrainer:
         Returns:
             The records of all stages.
         """
+        if not self.ranks.leads:
+            return self._follow()
+        records = self._lead(retrain_from)
+        self.ranks.told()
+        return records
+
+    def _follow(self) -> list[StageRecord]:
+        """Trains with the process that leads, until that has finished."""
+        while task := self.ranks.told():
+            self._planner.follow(Task(**task))
+        state = RunState.read(self.run)
+        numbers = range(1, len(state.complete_record(0).network) + 1)
+        return [state.complete_record(number) for number in numbers]
+
+    def _lead(self, retrain_from: int | None) -> list[StageRecord]:
         if retrain_from is None and not os.access(self.run.path, os.W_OK):
             state = RunState.read(self.run)
             if state.is_finished:
@@ -302,10 +301,14 @@ class GreedyTrainer:
             UserError: the stage cannot be trained as asked, or the folder of the images has
                 changed.
         """
+        if not self.ranks.leads:
+            return self._follow()[number - 1]
         if not ignore_changes:
             require_unchanged_folder(self.run)
         with self.run.write_lock():
-            return self._train_alone(RunState.read(self.run), number, source, again, to)
+            record = self._train_alone(RunState.read(self.run), number, source, again, to)
+        self.ranks.told()
+        return record
 
     def _train_alone(
         self, state: RunState, number: int, source: int | None, again: bool, to: Path | None
@@ -385,15 +388,4 @@ class GreedyTrainer:
 
     def assemble(self, until_stage: int | None = None) -> nn.Sequential:
         """Returns the trained network, see ``greedy.runs.network.assemble``."""
-        return assemble(self.run, self.loss, self._model, until_stage=until_stage)
-
-
-def _require_recipe_alone(
-    loss: LocalLoss | None, optimizer: OptimizerFactory | str | None, settings: TrainerSettings
-) -> None:
-    given = {"loss": loss, "optimizer": optimizer, **settings}
-    if names := [name for name, value in given.items() if value is not None]:
-        raise UserError(
-            f"a recipe has its own loss and settings: leave out {', '.join(names)}, or change the "
-            f"recipe"
-        )
+        return assemble(self.run, self.loss, self._planner.model, until_stage=until_stage)

@@ -137,8 +137,8 @@ def test_the_command_line_plans_trains_and_hands_on_blocks(tmp_path: Path) -> No
 
     plan = answer("plan", *given)
     assert [stage["name"] for stage in plan["stages"]] == names
-    assert [stage["usual"] for stage in plan["stages"]] == [False, True, True]
-    assert "stage 1 is outside the usual pattern" in said("plan", *given)
+    assert [stage["why_plain"] for stage in plan["stages"]] == ["", "", ""]
+    assert "no mode but plain" not in said("plan", *given)
 
     shown = said("train", *given)
     assert "stage 1/3 linear16+linear16: training, 1 epoch in float32" in shown

@@ -66,7 +66,7 @@ def test_disk_gives_the_order(
     order = window(rows, epoch, chunks)
     batches = order.batches(size)
     start = data.draw(st.integers(0, len(batches)))
-    loader = BatchLoader(store, LABELS, order, batches, start_batch=start, threads=threads)
+    loader = BatchLoader(store, LABELS, order, batches[start:], threads=threads)
     check(loader, order, batches[start:], store.load())
 
 
@@ -78,7 +78,7 @@ def test_memory_gives_the_order(path: Path, rows: int, size: int, data: st.DataO
     for order in (row_order(seed=3, epoch=1, rows=rows, views=VIEWS), window(rows)):
         batches = order.batches(size)
         start = data.draw(st.integers(0, len(batches)))
-        loader = BatchLoader(values, LABELS, order, batches, start_batch=start)
+        loader = BatchLoader(values, LABELS, order, batches[start:])
         check(loader, order, batches[start:], values)
 
 
@@ -98,10 +98,46 @@ def test_skipped_windows_are_not_read(tmp_path: Path) -> None:
         (path / f"activations/c.{view}.{chunk}.0").unlink()
     start = -(-int(order.row_ends[0]) // 10)
     store = Store(path)
-    loader = BatchLoader(store, LABELS, order, batches, start_batch=start)
+    loader = BatchLoader(store, LABELS, order, batches[start:])
     check(loader, order, batches[start:], values)
     with pytest.raises(DamagedStore, match="missing shard"):
-        next(iter(BatchLoader(store, LABELS, order, batches, start_batch=start - 1)))
+        next(iter(BatchLoader(store, LABELS, order, batches[start - 1 :])))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 4), st.sampled_from([3, 16, 150]), st.booleans())
+def test_shares_together_are_the_batches(
+    path: Path, chunks: int, readers: int, size: int, whole: bool
+) -> None:
+    store, values = Store(path), Store(path).load()
+    order = row_order(seed=3, epoch=1, rows=ROWS, views=VIEWS) if whole else window(size=chunks)
+    batches = order.batches(size)
+    shares = [order.shares(batch, readers) for batch in batches]
+    for batch, places in zip(batches, shares, strict=True):
+        assert sorted(np.concatenate(places)) == list(range(len(batch)))
+    for reader in range(readers):
+        own = [batch[places[reader]] for batch, places in zip(batches, shares, strict=True)]
+        own = [positions for positions in own if len(positions)]
+        source = values if whole else store
+        check(BatchLoader(source, LABELS, order, own), order, own, values)
+
+
+def test_a_share_reads_its_chunks_alone(tmp_path: Path) -> None:
+    path = write(tmp_path / "train", Layout(VIEWS, ROWS, CHUNK_ROWS, CHUNK_ROWS))
+    order, values = window(size=8), Store(path).load()
+    batches = order.batches(10)
+    own, other = (
+        [batch[order.shares(batch, 2)[reader]] for batch in batches] for reader in range(2)
+    )
+    own, other = ([batch for batch in share if len(batch)] for share in (own, other))
+    read = {row // CHUNK_ROWS for batch in own for row in order.rows[batch].tolist()}
+    assert 0.4 * len(order.chunks) < len(read) < 0.6 * len(order.chunks)
+    for chunk, view in zip(order.chunks, order.chunk_views, strict=True):
+        if chunk not in read:  # a file a chunk
+            (path / f"activations/c.{view}.{chunk}.0").unlink()
+    check(BatchLoader(Store(path), LABELS, order, own), order, own, values)
+    with pytest.raises(DamagedStore, match="missing shard"):
+        list(BatchLoader(Store(path), LABELS, order, other))
 
 
 @pytest.mark.gpu

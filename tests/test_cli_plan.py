@@ -26,10 +26,13 @@ def nameless():
     return list(sets()[0]), list(sets()[1])
 
 
+class Centred(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0)
+
+
 def unusual():
-    return nn.Sequential(
-        nn.Conv2d(1, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 2)
-    )
+    return nn.Sequential(nn.Conv2d(1, 8, 3), Centred(), nn.ReLU(), nn.Flatten(), nn.Linear(288, 2))
 """
 KEYS = {"stage", "mode", "micro_batch", "peak_memory_bytes", "store_bytes", "flops", "seconds"}
 BASELINES = {
@@ -194,6 +197,23 @@ def test_an_image_folder_is_listed_and_one_header_read(folder):
     assert output["flops"] == 2 * 2 * 16 * 2 * 6 * 2
 
 
+def test_a_folder_that_is_not_here_is_planned_from_its_stated_size(folder):
+    for split, images in (("train", 3), ("test", 2)):
+        write_classes(folder / "images" / split, images, width=20, height=20)
+    plan = ["--recipe", "mlp.toml", "--device", "cpu", "--set", "data.image_size=16"]
+    here = planned(*plan, "--data", "folder:images")
+    stated = ["--images", 6, 4, "--classes", 2]
+    assert planned(*plan, "--data", "folder:nowhere", *stated)["stages"] == here["stages"]
+    told = greedy("plan", *plan, "--data", "folder:nowhere", "--images", 1281167, 50000).output
+    assert "stated as --images TRAIN TEST --classes N" in told
+    told = refused("plan", *plan[:4], "--data", "folder:nowhere", *stated)
+    assert "set data.image_size" in told.replace("\n", " ")
+    assert "for folder:PATH alone" in refused("plan", *plan[:4], *stated).replace("\n", " ")
+    run = [*plan, "--data", "folder:images", "--run", "run"]
+    assert greedy("train", *run).exit_code == 0
+    assert "run has its images" in refused("plan", *run, *stated).replace("\n", " ")
+
+
 def test_a_function_is_called_only_if_it_is_named_here(folder):
     named = MLP.replace("fashion-mnist-sample", "own:sets").replace('"mlp"', '"python"')
     (folder / "own.toml").write_text(named)
@@ -205,7 +225,7 @@ def test_a_function_is_called_only_if_it_is_named_here(folder):
     assert "classes" in refused(*plan, "--data", "own:nameless", "--model", "own:unusual")
     result = greedy(*plan, "--data", "own:sets", "--model", "own:unusual")
     assert result.exit_code == 0, result.output
-    assert "stage 1 is outside the usual pattern" in result.output
+    assert "stage 1 has no mode but plain: the module's samples meet elsewhere" in result.output
 
 
 def test_the_table_fits_a_terminal(folder):

@@ -17,7 +17,7 @@ from greedy import GreedyTrainer, Reporter
 from greedy.base.errors import Interrupted
 from greedy.losses import PredSim
 from greedy.memory.choice import Choice
-from greedy.models import cut
+from greedy.models import Shape, cut
 from greedy.recipes import load
 from greedy.runs.choices import Mode
 from greedy.steps.step import Learner, gradients
@@ -59,13 +59,14 @@ def weights(run: Path) -> list[bytes]:
     return [(run / f"stage1/{name}.safetensors").read_bytes() for name in ("encoder", "heads")]
 
 
-def test_a_compiled_step_is_the_same_but_for_rounding() -> None:
+@pytest.mark.parametrize("later", [(), ((4, 4, 4), (5,))])
+def test_a_compiled_step_is_the_same_but_for_rounding(later: tuple[Shape, ...]) -> None:
     def computed(compiled_rows: int) -> dict[str, torch.Tensor]:
         stage = cut(network())[0]
         with torch.no_grad():
             stage.layer[0].weight[2] = 0  # a dead feature map
             stage.layer[1].bias[2] = -1
-        loss = PredSim()
+        loss = PredSim(later=later)
         torch.manual_seed(1)
         heads = loss.heads((6, 8, 8), CLASSES)
         learner = Learner(stage, heads, loss, CLASSES, "float32", compiled_rows=compiled_rows)

@@ -36,7 +36,7 @@ def test_it_is_torchs(smoothing, class_weights) -> None:
 @pytest.mark.parametrize("strategy", ["greedy", "joint", "backprop", "glob+sim"])
 def test_all_strategies_have_it_where_they_have_a_cross_entropy(strategy: str) -> None:
     entropy = CrossEntropy(**BOTH)
-    first, output = stage_losses(strategy, PredSim(), 2, entropy)
+    first, output = stage_losses(strategy, PredSim(), [(4,), (3,)], entropy)
     assert output.cross_entropy == entropy
     assert first == {
         "greedy": PredSim(cross_entropy=entropy),

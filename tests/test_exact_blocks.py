@@ -1,6 +1,5 @@
 """Exact gradients of any module, a micro-batch at a time."""
 
-import random
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -340,9 +339,14 @@ class Mixing(nn.Module):
         return x - x.mean(0)
 
 
-class ByChance(nn.Module):
+class Counting(nn.Module):
+    """Computes something else in every call."""
+
+    calls = 0
+
     def forward(self, x: Tensor) -> Tensor:
-        return x * random.random()
+        self.calls += 1
+        return x * self.calls
 
 
 class Averaged(nn.Module):
@@ -375,7 +379,7 @@ def compiled() -> nn.Module:
 
 REFUSED = {
     "meet elsewhere": Mixing,
-    "gives other outputs": ByChance,
+    "gives other outputs": Counting,
     "the buffer mean of Averaged learns": Averaged,
     "leave out checkpointing": Checkpointed,
     "for every micro-batch and in every pass": lambda: Checkpointed(reentrant=True),
@@ -395,6 +399,29 @@ def test_what_cannot_be_done_is_refused_and_leaves_no_trace(sentence: str) -> No
     after = module.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
     assert all(p.grad is None for p in [*module.parameters(), x])
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_failure_in_the_last_pass_leaves_no_trace(earlier: bool) -> None:
+    module, (x, y) = with_head(BasicBlock(C, C)), data()
+    if earlier:
+        greedy.exact.step(module, similar, x, y, 5)
+    before = deepcopy(module.state_dict())
+    gradients = [None if p.grad is None else p.grad.clone() for p in [*module.parameters(), x]]
+    calls = []
+
+    def fail(g: Tensor) -> None:
+        calls.append(g)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError
+
+    module[0].conv1.weight.register_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        greedy.exact.step(module, similar, x, y, 5)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    for p, gradient in zip([*module.parameters(), x], gradients, strict=True):
+        assert (p.grad is None) == (gradient is None)
+        assert p.grad is None or torch.equal(p.grad, gradient)
 
 
 def test_one_value_a_channel_and_uneven_rows_are_refused() -> None:

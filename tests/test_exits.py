@@ -23,6 +23,11 @@ RECIPE = small_recipe(
 CPU = torch.device("cpu")
 
 
+def mlp(hidden_layers):
+    model = {"hidden_layers": hidden_layers, "hidden_width": 32}
+    return small_recipe(model=model, training={"batch_size": 128}, store={"views": 1})
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     return train(tmp_path_factory.mktemp("trained"), RECIPE)
@@ -93,8 +98,7 @@ def test_the_cheapest_exit_is_the_one_of_fewest_operations():
 
 @pytest.mark.parametrize("settings", [("--set", "loss.name=sim"), ("--strategy", "backprop")])
 def test_stages_without_a_local_classifier_have_a_dash(tmp_path, settings):
-    small = ("--set", "model.network=mlp", "--set", "model.hidden_layers=2")
-    run = train(tmp_path, RECIPE, *small, *settings)
+    run = train(tmp_path, mlp(2), *settings)
     first, second, whole = answer("evaluate", "--run", run, "--by-stage")["exits"]
     for each in (first, second):
         assert each["error_percent"] is None and each["loss"] is None
@@ -150,7 +154,7 @@ def test_mistakes(run, arguments, message):
 
 
 def test_a_damaged_stage_is_no_missing_classifier(tmp_path):
-    run = train(tmp_path, RECIPE, "--set", "model.network=mlp", "--set", "model.hidden_layers=1")
+    run = train(tmp_path, mlp(1))
     heads = run / "stage1/heads.safetensors"
     heads.write_bytes(heads.read_bytes()[:-1] + b"\x7f")
     assert str(heads) in refused("evaluate", "--run", run, "--by-stage")

@@ -10,6 +10,7 @@ from small_training import new_trainer
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.data import TensorDataset
+from torchvision.models.resnet import BasicBlock
 
 from greedy import GreedyTrainer, Reporter, RunDirectory, UserError
 from greedy.build.cut_network import CutNetwork
@@ -41,6 +42,13 @@ def network() -> nn.Sequential:
     layers = [nn.Conv2d(1, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)]
     layers += [nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(144, CLASSES))
+
+
+def block_network() -> nn.Sequential:
+    torch.manual_seed(0)
+    down = nn.Sequential(nn.Conv2d(8, 12, 1, 2, bias=False), nn.BatchNorm2d(12))
+    entry = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), BasicBlock(8, 12, 2, down))
+    return nn.Sequential(entry, nn.Flatten(), nn.Linear(432, CLASSES))
 
 
 def fit(run: Path, model: nn.Sequential | None = None, **settings) -> list:
@@ -235,7 +243,8 @@ class Allocator(Counter):
         return [tensor for tensor in made if not isinstance(tensor, FakeTensor)]
 
 
-def test_a_stage_that_runs_out_of_memory_says_how_it_went_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("make", [network, block_network])
+def test_a_stage_that_runs_out_of_memory_says_how_it_went_on(tmp_path: Path, make) -> None:
     class Told(Reporter):
         reduced: StepMemory | None = None
 
@@ -251,10 +260,47 @@ def test_a_stage_that_runs_out_of_memory_says_how_it_went_on(tmp_path: Path) -> 
 
     reporter = Told()
     with Allocator() as allocator:
-        first, *_ = fit(tmp_path / "run", reporter=reporter)
+        first, *_ = fit(tmp_path / "run", make(), reporter=reporter)
     assert reporter.reduced is not None
     assert first.choices.memory_mode == reporter.reduced.mode != Mode.PLAIN
     assert first.choices.micro_batch == reporter.reduced.micro_batch
+
+
+@pytest.mark.parametrize("budget", [1270, 920, 780])
+def test_a_block_s_steps_take_what_was_counted(tmp_path: Path, budget: int) -> None:
+    with Counter() as counter:
+        peaks = Peaks(counter)
+        first, _ = fit(tmp_path, block_network(), memory_budget=f"{budget}KiB", reporter=peaks)
+    planned, images = first.choices.planned_peak_bytes, 2 * 64 * SIDE**2 * 4
+    assert first.choices.memory_mode != Mode.PLAIN
+    assert planned <= budget * 1024
+    assert 0.8 * planned <= peaks.bytes[1] <= planned + images + 16 * 1024
+
+
+def test_a_block_without_batch_norm_keeps_its_input_or_nothing() -> None:
+    layers = [nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv2d(8, 8, 3)]
+    stages = cut(nn.Sequential(nn.Sequential(*layers), nn.Flatten(), nn.Linear(800, CLASSES)))
+    shape = shapes(stages, (1, SIDE, SIDE))[0]
+    what = (stages[0], shape, PredSim(), CLASSES, 64, "float32", fused_adam)
+    roomy = choose(StepDemand(*what, "cuda", 1), None)
+    tight = choose(StepDemand(*what, "cuda", 1), roomy.peak_bytes - 500 * 1024)
+    least = choose(StepDemand(*what, "cuda", 1), tight.peak_bytes, 1)
+    assert roomy.mode is Mode.PLAIN
+    assert tight.mode is least.mode is Mode.KEEP_NOTHING
+    assert 1 == least.micro_batch < tight.micro_batch
+
+
+def test_a_block_whose_samples_meet_has_the_plain_mode_alone(tmp_path: Path) -> None:
+    class Centred(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x - x.mean(0)
+
+    layers = [nn.Conv2d(1, 8, 3, padding=1), Centred(), nn.ReLU(), nn.Flatten()]
+    model = nn.Sequential(*layers, nn.Linear(8 * SIDE**2, CLASSES))
+    first, _ = fit(tmp_path / "roomy", model)
+    assert first.choices.memory_mode == Mode.PLAIN
+    with pytest.raises(UserError, match="in mode plain"):
+        fit(tmp_path / "tight", model, memory_budget="1MiB")
 
 
 def test_frozen_stages_that_only_writing_needs_are_streamed_where_there_is_no_room(

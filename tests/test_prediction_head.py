@@ -76,7 +76,7 @@ def test_early_exit_does_as_well_as_the_stage_did(trained: GreedyTrainer, number
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt2", ".onnx"])
 def test_early_exit_is_exported(trained: GreedyTrainer, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"network{suffix}"
-    export(trained.run, trained.loss, trained._model, path, format_of(path), until_stage=1)
+    export(trained.run, trained.loss, convolutional(), path, format_of(path), until_stage=1)
     store = Store(trained.run.store_path(0) / "test")
     images = raw_to_float(next(store.batches(0, 8)), CPU)
     with torch.no_grad():

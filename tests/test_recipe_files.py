@@ -137,11 +137,13 @@ def test_malformed_overrides(override: str) -> None:
         (
             "loss.zzz=1",
             "loss.zzz is not a recipe field; loss has name, beta, pred_pool_target, "
-            "pred_hidden_layers, target_projection, label_smoothing, class_weights",
+            "pred_hidden_layers, auxiliary, target_projection, label_smoothing, class_weights",
         ),
         (
             "model.network=vgg11",
-            'model.network is "vgg11" but must be one of mlp, vgg8b, vgg11b, python; '
+            'model.network is "vgg11" but must be torchvision:NAME, timm:NAME, module:function or '
+            "one of mlp, vgg8b, vgg11b, resnet32, resnet110, preact-resnet18, wrn-16-8, wrn-28-10, "
+            "wrn-40-10, python; "
             "did you mean vgg11b?",
         ),
         (
@@ -159,7 +161,7 @@ def test_malformed_overrides(override: str) -> None:
         (
             "loss=3",
             "loss must be a section with name, beta, pred_pool_target, pred_hidden_layers, "
-            "target_projection, label_smoothing, class_weights",
+            "auxiliary, target_projection, label_smoothing, class_weights",
         ),
         (
             "data.augmentation=hflip+hflip",

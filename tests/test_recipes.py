@@ -45,6 +45,7 @@ CITED = {  # figures of other works in the paper's tables
     "fashion-mnist/wrn-28-10-glob": (2, 4.63),
     "fashion-mnist/wrn-28-10-glob-erasing": (2, 4.16),
     "kmnist/preact-resnet18-glob": (3, 2.18),
+    "kmnist/preact-resnet18-glob-manifold-mixup": (3, 1.17),
     "cifar10/wrn-40-10-glob": (4, 3.87),
     "cifar10/wrn-40-10-glob-cutout": (4, 3.08),
     "cifar100/wrn-40-10-glob": (6, 18.8),
@@ -60,6 +61,13 @@ UNPUBLISHED = {
     "cifar100/wrn-40-10-predsim",
     "svhn/wrn-16-8-predsim",
     "stl10/wrn-16-8-predsim",
+    *(
+        f"{data}/{network}-auglocal"
+        for data in ("cifar10", "svhn", "stl10")
+        for network in ("resnet32-k16", "resnet110-k55")
+    ),
+    "imagenet/resnet50-predsim",
+    "imagenet/vgg16-predsim",
     *(
         f"{data}/{network}-predsim"
         for data in ("cifar10", "cifar100", "svhn", "stl10")
@@ -116,6 +124,7 @@ def test_each_published_figure_has_its_recipe(row: Row) -> None:
         "activation": row["activation"],
         "initial_weights": None,
         "stage_layers": 1,
+        "stages": "auto",
     }
     assert recipes.loss_label(recipe) == row["loss"]
     assert recipe.loss.model_dump() == {
@@ -123,6 +132,7 @@ def test_each_published_figure_has_its_recipe(row: Row) -> None:
         "beta": float(row["beta"] or 0.99),
         "pred_pool_target": int(row["pred_pool_target"] or 2048),
         "pred_hidden_layers": 0,
+        "auxiliary": "none",
         "target_projection": 128,
         "label_smoothing": 0.0,
         "class_weights": None,
@@ -130,6 +140,7 @@ def test_each_published_figure_has_its_recipe(row: Row) -> None:
     assert recipe.training.model_dump() == {
         "strategy": STRATEGIES.get(row["loss"], "greedy"),
         "accumulate": 1,
+        "exact": False,
         "optimizer": "adam",
         "momentum": 0.9,
         "nesterov": False,

@@ -2,11 +2,14 @@
 
 import re
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 from small_training import CLASSES, TEST, TRAIN, learned, new_trainer
+from test_exact_stages import make_batch, make_learner, trained
+from test_exact_step import MICRO_MODES, assert_same, measured
 from torch import nn
 
 from greedy import UserError
@@ -14,6 +17,7 @@ from greedy.build.modules import build_network
 from greedy.models import cut, preact_resnet18, resnet, shapes, wide_resnet
 from greedy.models.residual import PreActivationBlock, ResidualBlock
 from greedy.recipes import Model
+from greedy.runs.choices import Mode, StepMemory
 
 PUBLISHED = {  # parameters in millions, and blocks
     "wrn-28-10": (36.5, 12),
@@ -127,3 +131,16 @@ def test_blocks_learn(tmp_path: Path, strategy: str) -> None:
     assert records[-1].metrics.test_error_percent < 40  # chance is 67
     if strategy == "greedy":
         assert all(learned(tmp_path, record.stage) for record in records)
+
+
+@pytest.mark.parametrize("mode", MICRO_MODES)
+@pytest.mark.parametrize(
+    "block",
+    [ResidualBlock(8, 12, 2), PreActivationBlock(8, 8), PreActivationBlock(8, 12, 2)],
+    ids=["residual", "pre-activation", "pre-activation, projected"],
+)
+def test_blocks_have_the_gradients_of_the_batch_in_every_mode(block: nn.Module, mode: Mode) -> None:
+    learner = make_learner(deepcopy(block))
+    batch = make_batch(learner)
+    expected = trained(measured(learner, batch, StepMemory(Mode.PLAIN)))
+    assert_same(trained(measured(learner, batch, StepMemory(mode, 5))), expected)

@@ -219,7 +219,7 @@ def test_the_last_good_checkpoint_stays_one(tmp_path: Path, strategy: str) -> No
         steps = 0
 
         def forward(self, x):
-            if not self.training or not _real(x):
+            if not self.training or not _real(x) or len(x) < 3:  # as when a stage is planned
                 return x
             RootedLater.steps += 1
             return x + (0 * x).square().sum().sqrt() if RootedLater.steps >= STEPS + 4 else x

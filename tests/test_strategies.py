@@ -36,7 +36,8 @@ def learners(strategy: str, loss=None) -> list[Learner]:
     """Returns the stages of a narrow VGG8B in float64, with heads that are not zero."""
     torch.manual_seed(0)
     stages = narrow()
-    losses = stage_losses(strategy, loss or PredSim(pool_target=32), len(stages))
+    hidden = [shape.hidden for shape in SHAPES]
+    losses = stage_losses(strategy, loss or PredSim(pool_target=32), hidden)
     made = []
     for stage, shape, each in zip(stages, SHAPES, losses, strict=True):
         heads = each.heads(shape.hidden, CLASSES).double()
@@ -68,8 +69,12 @@ def assert_close(a: list[Learner], b: list[Learner]) -> None:
         torch.testing.assert_close(value, state(b)[name], rtol=1e-10, atol=1e-12, msg=name)
 
 
-def test_joint_is_each_stage_alone_on_what_the_one_before_gave_before_its_step() -> None:
-    together_, alone = learners("joint"), learners("joint")
+@pytest.mark.parametrize("auxiliary", ["none", "downstream:2"])
+def test_joint_is_each_stage_alone_on_what_the_one_before_gave_before_its_step(
+    auxiliary: str,
+) -> None:
+    loss = PredSim(pool_target=32, auxiliary=auxiliary)
+    together_, alone = learners("joint", loss), learners("joint", loss)
     batch, masks = batch_and_masks(together_)
     together("joint", together_, 1, SGD).step(batch, masks, Guard(), 0)
 
@@ -108,6 +113,21 @@ def test_backprop_is_autograd_through_the_whole_network(strategy: str, accumulat
     assert_close(trained, expected)
     assert float(sum(each.loss for each in outcomes)) == pytest.approx(total.item())
     assert outcomes[-1].logits.shape == (ROWS, CLASSES)
+
+
+@pytest.mark.parametrize("strategy", ["backprop", "glob+sim"])
+@pytest.mark.parametrize("accumulate", [3, 6])
+def test_exact_micro_batches_are_the_whole_batch(strategy: str, accumulate: int) -> None:
+    """Batch norm, the losses that compare samples, and dropout as well; in every step."""
+    trained, expected = learners(strategy), learners(strategy)
+    batch, masks = batch_and_masks(trained)
+    exact = together(strategy, trained, accumulate, SGD, exact=True)
+    plain = together(strategy, expected, 1, SGD)
+    for position in range(2):
+        found, known = (each.step(batch, masks, Guard(), position) for each in (exact, plain))
+        assert_close(trained, expected)
+        for one, other in zip(found, known, strict=True):
+            torch.testing.assert_close(one, other)
 
 
 def test_losses_of_a_strategy() -> None:
@@ -204,6 +224,14 @@ def test_evaluation_of_the_whole_network_is_within_the_budget_too(tmp_path) -> N
     assert small.write_batch < free.write_batch
 
 
+def test_exact_micro_batches_train_in_less_memory_to_the_same_loss(tmp_path) -> None:
+    by = {"strategy": "backprop"}
+    whole = run_of(tmp_path / "whole", **by).run.record(8)
+    exact = run_of(tmp_path / "exact", **by, accumulate=16, exact=True).run.record(8)
+    assert exact.choices.planned_peak_bytes < 0.8 * whole.choices.planned_peak_bytes
+    assert exact.metrics.train_loss == pytest.approx(whole.metrics.train_loss, rel=0.01)
+
+
 def test_what_trains_all_stages_at_once_trains_none_alone(tmp_path) -> None:
     trainer = run_of(tmp_path / "run", strategy="joint")
     with pytest.raises(UserError, match="trains all stages at once, by joint: use `greedy train"):
@@ -224,6 +252,8 @@ def test_a_budget_that_the_whole_network_breaks_is_refused(tmp_path) -> None:
         ({"strategy": "backprop", "learning_rate": [0.1] * 8}, "must be one number where"),
         ({"strategy": "joint", "accumulate": 2}, "must be 1 where training.strategy is joint"),
         ({"accumulate": 2}, "must be 1 where training.strategy is greedy"),
+        ({"exact": True}, "must be false where training.strategy is greedy, whose gradients"),
+        ({"strategy": "backprop", "exact": True}, "must be false where .* give the number of"),
         ({"strategy": "gready"}, "did you mean greedy"),
     ],
 )

@@ -168,7 +168,7 @@ def test_the_command_line_plans_trains_and_reads_a_transformer(
     plan = answer("plan", "--run", run, *model, "--device", "cpu")
     assert [each["name"] for each in plan["stages"][1:3]] == ["transformer8", "transformer8"]
     assert all(each["peak_memory_bytes"] > 0 for each in plan["stages"])
-    assert "outside the usual pattern" in said("plan", "--run", run, *model, "--device", "cpu")
+    assert "no mode but plain" not in said("plan", "--run", run, *model, "--device", "cpu")
     assert len(answer("evaluate", "--run", run, *model, "--by-stage")["exits"]) == 4
     Image.fromarray(np.zeros((SIDE, SIDE), np.uint8)).save(tmp_path / "new.png")
     assert "new.png" in said("predict", "--run", run, *model, tmp_path / "new.png")
@@ -183,7 +183,7 @@ def test_a_budget_is_kept_or_refused(tmp_path: Path) -> None:
         new_trainer(tmp_path / "run", transformer(), memory_budget="20KiB").fit(TRAIN, TEST)
 
 
-# A linear layer on each token is of the usual pattern
+# A linear layer on each token is of the pattern of single layers
 
 
 @pytest.mark.parametrize("mode", [mode for mode in Mode if mode is not Mode.PLAIN])
@@ -207,7 +207,7 @@ def test_micro_batches_of_tokens_give_the_batch_s_gradients(mode: Mode, loss) ->
     torch.testing.assert_close(by_mode[0], by_mode[1])
 
 
-def test_batch_norm_on_tokens_has_no_mode_but_plain() -> None:
+def test_batch_norm_on_tokens_is_no_single_layer() -> None:
     layer = nn.Sequential(nn.Linear(5, WIDTH), nn.BatchNorm1d(WIDTH), nn.ReLU())
     stage, heads = Stage(1, layer, nn.Sequential()), Pred().heads((WIDTH, WIDTH), CLASSES)
     for shape, usual in {(WIDTH,): True, (WIDTH, WIDTH): False}.items():

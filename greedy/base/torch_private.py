@@ -5,9 +5,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "CONVOLUTIONS",
     "DEPENDS_ON_NUMBERS",
     "DROPOUTS",
+    "FakeTensor",
     "FakeTensorMode",
     "POOLS",
     "TorchDispatchMode",
@@ -27,6 +30,7 @@ __all__ = [
     "storage_key",
     "tree_leaves",
     "tree_map",
+    "without_modes",
 ]
 
 CONVOLUTIONS = nn.modules.conv._ConvNd

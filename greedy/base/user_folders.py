@@ -1,4 +1,5 @@
-"""Folders for what outlives a run: data sets, measurements of a machine, compiled code.
+"""Folders for what outlives a run: data sets, measurements of a machine, compiled code, chunks of
+stores in object storage.
 
 A container may run under any user id: without a name, without a home, or with a home that is not
 writable. Such a user gets a private folder among the temporary files.
@@ -30,6 +31,11 @@ def data_sets_dir(data_dir: str | Path | None = None) -> Path:
 def measurements_dir() -> Path:
     """Returns the folder of what ``greedy bench`` measured, in the user's data directory."""
     return _of_user(user_data_path, "calibration")
+
+
+def chunks_dir() -> Path:
+    """Returns the folder of chunks that were read from object storage, in the user's cache."""
+    return _of_user(user_cache_path, "chunks")
 
 
 def prepare_compiling() -> None:

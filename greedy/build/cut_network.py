@@ -10,8 +10,16 @@ from greedy.build.modules import build_cross_entropy, checked_shapes
 from greedy.losses import LocalLoss
 from greedy.losses.prediction import PLAIN, CrossEntropy
 from greedy.losses.strategies import stage_losses
-from greedy.models import Shape, Stage, StageShapes, cut
-from greedy.recipes import Recipe
+from greedy.models import Shape, Stage, StageShapes, cut, division, sequential
+from greedy.recipes import Model, Recipe
+
+
+def cut_as(model: Model, network: nn.Sequential, image: Shape) -> list[Stage]:
+    """Cuts a network for images (C, H, W) into the stages that a recipe says. Raises ``UserError``
+    for a network that cannot be cut so."""
+    if model.stages == "auto":
+        return cut(network, model.stage_layers)
+    return cut(network, division(network, model.stages, image))
 
 
 @dataclass(frozen=True)
@@ -34,7 +42,7 @@ class CutNetwork:
 
     @classmethod
     def of(
-        cls, recipe: Recipe, network: nn.Sequential, image: Shape, classes: int, loss: LocalLoss
+        cls, recipe: Recipe, network: nn.Module, image: Shape, classes: int, loss: LocalLoss
     ) -> Self:
         """Cuts a network for images (C, H, W) as the recipe says. If ``classes`` is 0, there are
         as many classes as logits. Balanced class weights are all 1, since no labels are known.
@@ -42,7 +50,7 @@ class CutNetwork:
         Raises:
             UserError: the network does not fit the images or the recipe.
         """
-        stages = cut(network, recipe.model.stage_layers)
+        stages = cut_as(recipe.model, sequential(network, image), image)
         shapes = checked_shapes(recipe, stages, image, classes)
         classes = classes or shapes[-1].output[0]
         return cls(stages, shapes, loss, classes, build_cross_entropy(recipe.loss, [1] * classes))
@@ -57,4 +65,5 @@ class CutNetwork:
 
     def losses(self, strategy: str) -> list[LocalLoss]:
         """Returns the loss of each stage for a strategy, given by its name."""
-        return stage_losses(strategy, self.loss, len(self), self.cross_entropy)
+        hidden = [shape.hidden for shape in self.shapes]
+        return stage_losses(strategy, self.loss, hidden, self.cross_entropy)

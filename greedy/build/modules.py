@@ -1,7 +1,8 @@
 """Networks and losses built from a recipe."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -14,8 +15,9 @@ from greedy.base.functions import call_function
 from greedy.data import Augmentation
 from greedy.losses import Glob, LocalLoss, Pred, PredBio, PredSim, PredSimBio, Sim, SimBio
 from greedy.losses.prediction import PLAIN, CrossEntropy
-from greedy.models import ENCODERS, Shape, Stage, StageShapes
+from greedy.models import ENCODERS, Shape, Stage, StageShapes, seeded
 from greedy.recipes import Loss, Model, Recipe
+from greedy.recipes.networks import NETWORK_FIELDS, is_function, is_library_network
 
 NETWORKS: dict[str, Callable[..., nn.Sequential]] = {
     "mlp": models.mlp,
@@ -28,7 +30,6 @@ NETWORKS: dict[str, Callable[..., nn.Sequential]] = {
     "wrn-40-10": partial(models.wide_resnet, depth=40, widen_factor=10),
     "preact-resnet18": models.preact_resnet18,
 }
-NETWORK_FIELDS = {"feature_multiplier", "hidden_layers", "hidden_width", "dropout", "activation"}
 
 LOSSES: dict[str, type[LocalLoss]] = {
     "pred": Pred,
@@ -43,20 +44,37 @@ NOT_NAMED = (
     "this run's network was built in Python: name the function that returns it with --model "
     "module:function"
 )
+NOT_CALLED = (
+    "this run's network is what {0} returns, and code is only run if you name it: add --model {0}"
+)
 LOSS_FIELDS = {  # fields of a recipe, and the losses' arguments
     "beta": "beta",
     "pred_pool_target": "pool_target",
     "pred_hidden_layers": "hidden_layers",
+    "auxiliary": "auxiliary",
     "target_projection": "target_projection",
 }
 
 
-def build_network(model: Model, row_shape: Shape, num_classes: int) -> nn.Sequential:
+def build_network(
+    model: Model, row_shape: Shape, num_classes: int, seed: int | None = None
+) -> nn.Sequential:
     """Returns the recipe's network for images of ``row_shape`` (C, H, W), on the meta device: each
-    stage gets its weights when it is trained. Raises ``UserError`` for a network given in Python,
-    for images that are not square, and for settings that the network does not have."""
+    stage gets its weights when it is trained.
+
+    A network of torchvision or timm has its own first weights, which are drawn if a ``seed`` is
+    given.
+
+    Raises:
+        UserError: the network is given in Python, it takes other images, or it lacks a setting.
+    """
     if model.network == "python":
         raise UserError(NOT_NAMED)
+    if is_function(model.network):
+        raise UserError(NOT_CALLED.format(model.network))
+    if is_library_network(model.network):
+        _require_settings(model, ())
+        return _library_network(model.network, row_shape, num_classes, seed)
     channels, height, width = row_shape
     if height != width:
         raise UserError(
@@ -66,6 +84,14 @@ def build_network(model: Model, row_shape: Shape, num_classes: int) -> nn.Sequen
     build = NETWORKS[model.network]
     sizes = {"in_channels": channels, "image_size": height, "num_classes": num_classes}
     taken = _parameters(build)
+    _require_settings(model, taken)
+    given = sizes | model.model_dump(include=set(NETWORK_FIELDS))
+    with torch.device("meta"):
+        return build(**{name: given[name] for name in taken if name in given})
+
+
+def _require_settings(model: Model, taken: Iterable[str]) -> None:
+    """Raises ``UserError`` for a setting that the network does not have among those ``taken``."""
     for field in sorted(NETWORK_FIELDS.difference(taken)):
         value, default = getattr(model, field), Model.model_fields[field].default
         if value != default:
@@ -73,13 +99,24 @@ def build_network(model: Model, row_shape: Shape, num_classes: int) -> nn.Sequen
                 f"model.{field} is {value}, and {model.network} has no such setting: leave it at "
                 f"{default}"
             )
-    given = sizes | model.model_dump(include=NETWORK_FIELDS)
-    with torch.device("meta"):
-        return build(**{name: given[name] for name in taken if name in given})
 
 
 def _parameters(function: Callable[..., Any]) -> list[str]:
     return list(inspect.signature(function).parameters)
+
+
+def _library_network(
+    name: str, row_shape: Shape, num_classes: int, seed: int | None
+) -> nn.Sequential:
+    if seed is None:
+        # Some cannot be built without numbers: these are built with them, and so are mistaken ones.
+        with suppress(UserError), torch.device("meta"):
+            return models.sequential(
+                models.library_network(name, row_shape, num_classes), row_shape
+            )
+    with seeded(seed or 0, "network"):
+        network = models.library_network(name, row_shape, num_classes)
+    return models.sequential(network, row_shape)
 
 
 def checked_shapes(
@@ -121,6 +158,7 @@ def checked_shapes(
             f"glob is no local loss, and {strategy} training needs one: set loss.name, or give "
             f"--strategy backprop"
         )
+    _require_mixable(recipe)
     for field in ("epochs", "learning_rate"):
         value = getattr(recipe.training, field)
         if isinstance(value, list) and len(value) != len(stages):
@@ -129,6 +167,26 @@ def checked_shapes(
                 f"stages: give one number, or one a stage"
             )
     return shapes
+
+
+def _require_mixable(recipe: Recipe) -> None:
+    """Raises ``UserError`` for mixed labels where a loss cannot take them, or where what they are
+    mixed for is not trained as a whole."""
+    mixup, strategy, loss = recipe.data.mixup, recipe.training.strategy, recipe.loss.name
+    if mixup == "none" or (strategy == "backprop" and recipe.training.accumulate == 1):
+        return
+    if mixup == "manifold":
+        raise UserError(
+            "data.mixup is manifold, which mixes within a network that is trained as a whole, a "
+            "batch at a time: set training.strategy to backprop and training.accumulate to 1, or "
+            "data.mixup to input"
+        )
+    if strategy == "glob+sim" or (strategy != "backprop" and loss not in ("pred", "python")):
+        named = strategy if strategy == "glob+sim" else loss
+        raise UserError(
+            f"data.mixup mixes labels, and {named} needs one label a row: set loss.name to pred or "
+            f"training.strategy to backprop, or data.mixup to none"
+        )
 
 
 def _require_heads_and_store(recipe: Recipe, stage: Stage, shape: StageShapes) -> None:
@@ -182,21 +240,30 @@ def require_one_logit_a_class(output: Shape, classes: int) -> None:
         )
 
 
-def load_network(
-    model: Model, function: str | None, *, needed: bool = False
-) -> nn.Sequential | None:
-    """Returns the network that ``module:function`` returns, for a run whose network was built in
-    Python; ``None`` without a function. Raises ``UserError`` for a function that the run has no use
-    for, and for one that is ``needed`` and missing."""
-    if function is None:
+def load_network(model: Model, name: str | None, *, needed: bool = False) -> nn.Module | None:
+    """Returns the network that the function called ``name`` returns, for a run whose network was
+    built in Python or whose recipe names that function; ``None`` without a name, and for a network
+    that is built from the recipe.
+
+    Raises:
+        UserError: the run has another network, or a function that is ``needed`` is not named.
+    """
+    from_function = is_function(model.network)
+    if name is None:
         if needed and model.network == "python":
             raise UserError(NOT_NAMED)
+        if needed and from_function:
+            raise UserError(NOT_CALLED.format(model.network))
         return None
-    if model.network != "python":
-        raise UserError(f"this run's network is {model.network}: leave out --model {function}")
-    network = call_function(function)
-    if not isinstance(network, nn.Sequential):
-        raise UserError(f"{function} must return an nn.Sequential, not a {type(network).__name__}")
+    if name == model.network and not from_function:
+        return None
+    if from_function and name != model.network:
+        raise UserError(f"this run's network is {model.network}: give --model {model.network}")
+    if not from_function and model.network != "python":
+        raise UserError(f"this run's network is {model.network}: leave out --model {name}")
+    network = call_function(name)
+    if not isinstance(network, nn.Module):
+        raise UserError(f"{name} must return an nn.Module, not a {type(network).__name__}")
     return network
 
 

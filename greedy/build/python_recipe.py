@@ -13,7 +13,9 @@ OTHER_FIELDS: Final = {
     "memory_budget": ("memory", "budget"),
     "micro_batch": ("memory", "micro_batch"),
     "optimizer_state": ("memory", "optimizer_state"),
+    "store_cache": ("store", "cache"),
     "stage_layers": ("model", "stage_layers"),
+    "stages": ("model", "stages"),
     "label_smoothing": ("loss", "label_smoothing"),
     "class_weights": ("loss", "class_weights"),
 }
@@ -21,7 +23,7 @@ FIELDS: Final[dict[str, tuple[str, str]]] = OTHER_FIELDS | {
     field: (section, field)
     for section in ("data", "training", "store")
     for field in SECTIONS[section].model_fields
-    if field not in ("name", "optimizer")
+    if field not in ("name", "optimizer", "cache")
 }
 """The section and the name there of each setting but ``seed`` and ``optimizer``."""
 
@@ -60,4 +62,14 @@ def require_optimizer(settings: TrainerSettings) -> None:
         raise UserError(
             f"{' and '.join(given)} is for optimisers that are built in: leave it out, or name one "
             f"of them, as in optimizer='adam'"
+        )
+
+
+def require_recipe_alone(loss: object, optimizer: object, settings: TrainerSettings) -> None:
+    """Raises ``UserError`` for a loss, an optimiser or settings that are given besides a recipe."""
+    given = {"loss": loss, "optimizer": optimizer, **settings}
+    if names := [name for name, value in given.items() if value is not None]:
+        raise UserError(
+            f"a recipe has its own loss and settings: leave out {', '.join(names)}, or change the "
+            f"recipe"
         )

@@ -11,9 +11,12 @@ class TrainerSettings(TypedDict, total=False):
 
     seed: int
     stage_layers: int
+    stages: Literal["auto"] | int | Sequence[str]
 
     augmentation: str
     cutout_length: int
+    mixup: Literal["none", "input", "manifold"]
+    mixup_alpha: float
     classes_per_batch: int
     image_size: int | None
     mean: Sequence[float] | None
@@ -30,6 +33,7 @@ class TrainerSettings(TypedDict, total=False):
 
     strategy: Literal["greedy", "joint", "backprop", "glob+sim"]
     accumulate: int
+    exact: bool
     momentum: float
     nesterov: bool
     weight_decay: float
@@ -59,3 +63,5 @@ class TrainerSettings(TypedDict, total=False):
     ram_budget: str | None
     disk_budget: str
     keep: Literal["auto", "all"]
+    stores: str | None
+    store_cache: str | None

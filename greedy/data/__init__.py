@@ -6,6 +6,7 @@ from greedy.data.checking import check_files
 from greedy.data.images import Reading
 from greedy.data.loading import find_dataset, is_available, load_dataset
 from greedy.data.mapstyle import dataset_from_torch, draws_at_random, first_pass
+from greedy.data.mixing import Mixture, Mixup
 from greedy.data.splits import Dataset, Split
 
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "is_available",
     "Augmentation",
     "Draws",
+    "Mixture",
+    "Mixup",
     "normalise",
     "prepare",
 ]

@@ -71,7 +71,8 @@ def flattened(parts: Sequence[Image.Image], background: str) -> list[Image.Image
     if kind_of(image) != "bytes":
         return [_deep_grey(image, background)]
     if not image.has_transparency_data:
-        return [image.convert("L" if image.mode in _GREY else "RGB")]
+        mode = "L" if image.mode in _GREY else "RGB"
+        return [image if image.mode == mode else image.convert(mode)]  # convert copies
     if image.mode == "La":  # Pillow only converts it to LA
         image = image.convert("LA")
     below = Image.new("RGBA", image.size, background)

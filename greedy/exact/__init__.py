@@ -8,7 +8,8 @@ Adding up the gradients of micro-batches gives other gradients than those of the
 norm then sees a micro-batch only, and so does a loss that compares samples.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,20 +56,38 @@ def step(
 
     Raises:
         UserError: samples meet elsewhere, or the module computes something else when it is called
-            again, or hides its batch norms. Gradients, buffers and running statistics are then as
-            before.
+            again, or hides its batch norms. After this and any other failure, gradients, buffers
+            and running statistics are as before.
     """
     require_supported(module, micro_batch)
     count = row_count(inputs, "the inputs")
     slices = [slice(at, min(at + micro_batch, count)) for at in range(0, count, micro_batch)]
     device = device_of(module, inputs)
-    with Replay([module], device) as replay:
+    with whole_gradients(module.parameters()), Replay([module], device) as replay:
         passes = Passes(module, inputs, slices, device, replay)
         value, slopes = differentiated(loss, passes.outputs(), targets)
-        found = passes.backward(slopes)
+        each_tensor(_hand_on, inputs, passes.backward(slopes))
     passes.update_running()
-    each_tensor(_hand_on, inputs, found)
     return value
+
+
+@contextmanager
+def whole_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Returns a context that adds to the gradients of parameters, or leaves them as they were if it
+    fails."""
+    before = [(parameter, parameter.grad) for parameter in parameters]
+    for parameter, _ in before:
+        parameter.grad = None
+    try:
+        yield
+    except BaseException:
+        for parameter, gradient in before:
+            parameter.grad = gradient
+        raise
+    for parameter, gradient in before:
+        if gradient is not None:
+            found = parameter.grad
+            parameter.grad = gradient if found is None else gradient.add_(found)
 
 
 def device_of(module: nn.Module, inputs: Any) -> torch.device:

@@ -19,6 +19,9 @@ from torch.utils.checkpoint import CheckpointError
 
 from greedy.base.errors import UserError
 from greedy.base.precision import widened
+from greedy.base.ranks import Shares
+from greedy.exact.layers import LAYERS, Layers
+from greedy.exact.rows import KeptRows
 from greedy.exact.statistics import Statistics
 
 DIRECT = (torch.batch_norm, torch.native_batch_norm)
@@ -50,17 +53,25 @@ class Norm:
         sums: of g and of g x̂, (2, C); ``None`` until they are known. Until then no gradient passes.
         handle: zeros (2, C) whose gradient are the sums of a micro-batch, while they are gathered.
         call: its arguments when its statistics were gathered last.
+        gradients: g of each micro-batch, where they are kept. Then no gradient passes: the graph
+            ends at the norm and goes on at ``root``, its input.
+        shares: of the processes that compute the batch; ``None`` for one alone.
+        own_sums: the part of ``sums`` that comes from this process's rows, where it is not alone.
     """
 
     statistics: Statistics | None = None
     sums: Tensor | None = None
     handle: Tensor | None = None
     call: Call | None = None
+    gradients: KeptRows | None = None
+    root: Tensor | None = None
+    shares: Shares | None = None
+    own_sums: Tensor | None = None
     _partial: Statistics | None = field(default=None, repr=False)
 
-    def __call__(self, call: Call) -> Tensor:
-        """Normalises a micro-batch (m, C, ...); with unknown statistics adds it to them instead,
-        and returns zeros."""
+    def __call__(self, call: Call, number: int) -> Tensor:
+        """Normalises micro-batch ``number``, (m, C, ...); with unknown statistics adds it to them
+        instead, and returns zeros."""
         if self.call is not None and not _is_same(self.call, call):
             raise differs()
         if self.statistics is None:
@@ -68,15 +79,48 @@ class Norm:
             self._partial = self._partial.merged(part) if self._partial else part
             self.call = call._replace(input=call.input.new_empty((0, *call.input.shape[1:])))
             return torch.zeros_like(call.input)
-        x = call.input if self.sums is not None else call.input.detach()
-        out: Tensor = Normalise.apply(x, call.weight, call.bias, self.handle, self, call.eps)
+        passes = self.sums is not None and self.gradients is None
+        x = call.input if passes else call.input.detach()
+        self.root = None if passes or self.sums is None else call.input
+        out: Tensor = Normalise.apply(
+            x, call.weight, call.bias, self.handle, self, call.eps, number
+        )
         return out
+
+    def receive(self, number: int, g: Tensor) -> None:
+        """Adds a part of g of micro-batch ``number``, if it is kept."""
+        if self.gradients is not None:
+            part = self.gradients[number]
+            self.gradients[number] = g if part is None else part + g
+
+    def root_gradient(self, number: int) -> Tensor | None:
+        """Returns the gradient of ``root`` in micro-batch ``number``, of which g is freed; ``None``
+        if it has none."""
+        assert self.gradients is not None and self.root is not None and self.call is not None
+        g = self.gradients.pop(number)
+        if g is None or not self.root.requires_grad:
+            return None
+        return self.input_gradient(g, self.root.detach(), self.call.weight, self.call.eps)
+
+    def input_gradient(self, g: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        """Returns dL/dx of a micro-batch, with known sums."""
+        assert self.statistics is not None and self.sums is not None
+        if self.shares and self.shares.is_idle:
+            return torch.zeros_like(x)
+        inverse = (self.statistics.variance + eps).rsqrt()
+        slope = inverse if weight is None else inverse * weight
+        a, b = (-slope * self.sums / self.statistics.count).unbind()
+        b = b * inverse
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        slope, a, b = (v.view(shape) for v in (slope, a - b * self.statistics.mean, b))
+        return torch.addcmul(a, x, b).addcmul_(g, slope).to(x.dtype)
 
     def close_statistics(self) -> None:
         """Ends the gathering of statistics."""
         if self._partial is None or self.call is None:
             raise differs()
-        if self._partial.count < 2:
+        found = self._partial.shared(self.shares) if self.shares else self._partial
+        if found.count < 2:
             raise UserError(
                 "batch norm has one value for each channel of the batch, which has no variance: "
                 "give more samples"
@@ -85,7 +129,7 @@ class Norm:
             (t for t in (self.call.weight, self.call.running_mean) if t is not None),
             widened(self.call.input[:0]),
         )
-        self.statistics, self._partial = self._partial.to(like.dtype), None
+        self.statistics, self._partial = found.to(like.dtype), None
 
     def open_sums(self) -> Tensor:
         """Begins to gather the sums, in the gradient of the tensor that is returned."""
@@ -100,6 +144,9 @@ class Norm:
         gradient = self.handle.grad
         self.sums = torch.zeros_like(self.handle) if gradient is None else gradient
         self.handle = None
+        if self.shares:
+            self.own_sums, self.sums = self.sums, self.sums.clone()
+            self.shares.ranks.add(self.sums)
 
     def update_running(self) -> None:
         """Updates the running statistics, if there are any, as one forward pass of the batch
@@ -121,10 +168,11 @@ class Normalise(torch.autograd.Function):
         handle: Tensor | None,
         norm: Norm,
         eps: float,
+        number: int,
     ) -> Tensor:
         assert norm.statistics is not None
         ctx.save_for_backward(x, weight)
-        ctx.norm, ctx.eps = norm, eps
+        ctx.norm, ctx.eps, ctx.number = norm, eps, number
         mean, variance = norm.statistics.mean, norm.statistics.variance
         return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
 
@@ -132,24 +180,26 @@ class Normalise(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         norm, known = ctx.norm, ctx.norm.statistics
-        needs_x, _, _, has_handle, *_ = ctx.needs_input_grad
-        dx, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-            *(g, x, weight, known.mean, known.variance, None, None, False, ctx.eps),
-            [needs_x, True, True],
-        )
-        gathered = torch.stack([d_bias, d_weight]) if has_handle and norm.sums is None else None
+        needs_x, *_ = ctx.needs_input_grad
+        dx = gathered = None
+        d_weight: Any = None
+        d_bias: Any = None
+        if norm.sums is not None:
+            if needs_x:
+                dx = norm.input_gradient(g, x, weight, ctx.eps)
+            if ctx.number == 0:  # once for the batch
+                d_bias, d_weight = norm.sums if norm.own_sums is None else norm.own_sums
+        else:
+            _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+                *(g, x, weight, known.mean, known.variance, None, None, False, ctx.eps),
+                [False, True, True],
+            )
+            if norm.handle is not None:
+                gathered = torch.stack([d_bias, d_weight])
+            norm.receive(ctx.number, g)
         if weight is None:
             d_weight = d_bias = None
-        if norm.sums is None:
-            return None, d_weight, d_bias, gathered, None, None
-        if needs_x:
-            inverse = (known.variance + ctx.eps).rsqrt()
-            slope = inverse if weight is None else inverse * weight
-            a, b = (-slope * norm.sums / known.count).unbind()
-            shape = [1, -1] + [1] * (x.dim() - 2)
-            residue = x - known.mean.view(shape)
-            dx += residue.mul_((b * inverse).view(shape)).add_(a.view(shape))
-        return dx, d_weight, d_bias, None, None, None
+        return dx, d_weight, d_bias, gathered, None, None, None
 
 
 class Norms(TorchFunctionMode):
@@ -159,12 +209,13 @@ class Norms(TorchFunctionMode):
         norms: the norms.
         index: the number of calls since ``begin``.
         until: the number of calls after which the forward pass ends; ``None`` for none.
+        layers: the layers of which some are recalled; ``None`` to compute all.
     """
 
-    def __init__(self, norms: Sequence[Norm]) -> None:
+    def __init__(self, norms: Sequence[Norm], layers: Layers | None = None) -> None:
         super().__init__()
-        self.norms = norms
-        self.index = 0
+        self.norms, self.layers = norms, layers
+        self.index = self.number = 0
         self.until: int | None = None
 
     def __torch_function__(
@@ -173,6 +224,8 @@ class Norms(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.batch_norm and (call := Call(*args, **kwargs)).training:
             return self._norm(call)
+        if self.layers is not None and func in LAYERS:
+            return self.layers(func, args, kwargs)
         if func in DIRECT:
             raise UserError(
                 f"the module calls torch.{func.__name__} itself: let it call "
@@ -180,9 +233,11 @@ class Norms(TorchFunctionMode):
             )
         return func(*args, **kwargs)
 
-    def begin(self) -> None:
-        """Starts a forward pass."""
-        self.index = 0
+    def begin(self, number: int) -> None:
+        """Starts a forward pass of micro-batch ``number``."""
+        self.index, self.number = 0, number
+        if self.layers is not None:
+            self.layers.begin(number)
 
     def end(self) -> None:
         """Ends a whole forward pass. Raises ``UserError`` if a norm was not called."""
@@ -192,7 +247,7 @@ class Norms(TorchFunctionMode):
     def _norm(self, call: Call) -> Tensor:
         if self.index == len(self.norms):
             raise differs()
-        out = self.norms[self.index](call)
+        out = self.norms[self.index](call, self.number)
         self.index += 1
         if self.index == self.until:
             raise Stop

@@ -1,19 +1,37 @@
 """The passes over the micro-batches of a batch that give a module's outputs and gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from greedy.base.errors import UserError
+from greedy.base.ranks import Shares
+from greedy.exact.layers import Layers
 from greedy.exact.norms import Norm, Norms, Stop, back
 from greedy.exact.replay import Replay
-from greedy.exact.rows import each_tensor, row_count, tensors_in, write_rows
+from greedy.exact.rows import KeptRows, each_tensor, row_count, tensors_in, write_rows
 from greedy.exact.schedule import Schedule, learn
 
 TOLERANCE = 0.05  # of the largest output: another mask changes more, rounding less
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What is kept for the whole batch, so that later passes need not compute it again.
+
+    Attributes:
+        layers: the outputs of the convolutions and linear layers before the last batch norm.
+        gradients: those of the batch norms' outputs, until they have been used.
+    """
+
+    layers: bool = False
+    gradients: bool = False
 
 
 class Passes:
@@ -36,6 +54,10 @@ class Passes:
         replay: the random numbers and buffers of the module.
         part: the number of the module in ``replay``.
         schedule: the passes that it needs; ``None`` to learn them.
+        keep: what is kept for the whole batch so that it is computed once.
+        shares: of the processes that compute the batch, where the inputs are the rows of this one;
+            ``None`` for one alone.
+        home: the device where outputs are put together; ``None`` for the module's.
     """
 
     def __init__(
@@ -47,16 +69,28 @@ class Passes:
         replay: Replay,
         part: int = 0,
         schedule: Schedule | None = None,
+        keep: Keep = Keep(),
+        shares: Shares | None = None,
+        home: torch.device | None = None,
     ) -> None:
         self.module, self.inputs, self.slices = module, inputs, slices
         self.device, self.replay, self.part = device, replay, part
         self.schedule = schedule or self._learned()
-        self.norms = Norms([Norm() for _ in range(self.schedule.count)])
+        self.keep, self.home = keep, home or device
+        layers = Layers(self.others) if keep.layers else None
+        self.norms = Norms([Norm(shares=shares) for _ in range(self.schedule.count)], layers)
         self.expected: Any = None  # the outputs, until a second pass has given them again
+
+    @property
+    def others(self) -> int:
+        """The number of rows that belong to no micro-batch."""
+        computed = sum(rows.stop - rows.start for rows in self.slices)
+        return row_count(self.inputs, "the inputs") - computed
 
     @torch.no_grad()
     def outputs(self) -> Any:
         """Computes the outputs of all rows, without gradient."""
+        self._keep_layers(True)
         for run in self.schedule.statistics:
             self.norms.until = run.stop
             for number in range(len(self.slices)):
@@ -65,6 +99,7 @@ class Passes:
             for norm in self.norms.norms[run.start : run.stop]:
                 norm.close_statistics()
         self.norms.until = None
+        self._keep_layers(False)
         whole = self._whole_outputs()
         if not self.replay.fake:
             self.expected = each_tensor(Tensor.detach, whole)
@@ -79,9 +114,15 @@ class Passes:
         Returns:
             The inputs' gradients in their place, ``None`` for inputs that want none.
         """
-        for level in self.schedule.sums:
-            self._gather_sums([self.norms.norms[number] for number in level], slopes)
-        return self._gradients(slopes)
+        levels = [[self.norms.norms[n] for n in level] for level in self.schedule.sums]
+        whole = each_tensor(lambda t: torch.zeros_like(t) if t.requires_grad else None, self.inputs)
+        if self.keep.gradients:
+            self._by_segments(levels, slopes, whole)
+            return whole
+        for level in levels:
+            self._gather_sums(level, slopes)
+        self._each(whole, lambda number, leaves: self._back(number, leaves, slopes))
+        return whole
 
     def update_running(self) -> None:
         """Updates the running statistics of all batch norms as one forward pass would."""
@@ -90,7 +131,7 @@ class Passes:
 
     def _learned(self) -> Schedule:
         wanted = [t.requires_grad for t in tensors_in(self.inputs)]
-        some = self._inputs(slice(0, max(2, self.slices[0].stop)))
+        some = self._inputs(slice(0, 2))  # rows that could meet
         some = each_tensor(lambda t: t.requires_grad_(t.is_floating_point()), some)
         with self.replay.micro_batch(self.part, 0):
             return learn(self._call, some, wanted, compare=not self.replay.fake)
@@ -99,6 +140,7 @@ class Passes:
         whole, count = None, row_count(self.inputs, "the inputs")
         for number, rows in enumerate(self.slices):
             part = self._forward(number, self._inputs(rows))
+            part = each_tensor(lambda t: t.to(self.home), part)
             self.replay.observe()
             if row_count(part, "the outputs") != rows.stop - rows.start:
                 raise UserError(
@@ -120,18 +162,44 @@ class Passes:
         for norm in norms:
             norm.close_sums()
 
-    def _gradients(self, slopes: Any) -> Any:
+    def _by_segments(self, levels: Sequence[Sequence[Norm]], slopes: Any, whole: Any) -> None:
+        """Computes the gradients from the outputs to the last batch norms, then from the inputs of
+        these to those before, and so on: each layer's once, while g waits at the norms."""
+        for norm in chain(*levels):
+            norm.open_sums()
+            norm.gradients = KeptRows(self.others)
+        self._each(whole, lambda number, leaves: self._back(number, leaves, slopes))
+        for level, numbers in zip(levels, self.schedule.sums, strict=True):
+            for norm in level:
+                norm.close_sums()
+            self.norms.until = max(numbers) + 1
+            self._each(whole, partial(self._back_from, level))
+        self.norms.until = None
+
+    def _each(self, whole: Any, back: Callable[[int, Any], None]) -> None:
+        """Calls ``back`` for the inputs of every micro-batch, and adds their gradients to
+        ``whole``."""
+
         def add(t: Tensor, leaf: Tensor, place: Tensor | None) -> None:
             if place is not None and leaf.grad is not None:
-                place[rows] = leaf.grad.to(t.device)
+                place[rows] += leaf.grad.to(t.device)
 
-        whole = each_tensor(lambda t: torch.zeros_like(t) if t.requires_grad else None, self.inputs)
         for number, rows in enumerate(self.slices):
             leaves = self._inputs(rows)
             each_tensor(lambda t, leaf: leaf.requires_grad_(t.requires_grad), self.inputs, leaves)
-            self._back(number, leaves, slopes)
+            back(number, leaves)
             each_tensor(add, self.inputs, leaves, whole)
-        return whole
+
+    def _back_from(self, norms: Sequence[Norm], number: int, inputs: Any) -> None:
+        """Adds to all gradients what a micro-batch gives through the inputs of some norms."""
+        with torch.enable_grad(), suppress(Stop):
+            self._forward(number, inputs)
+        found = [(norm.root, norm.root_gradient(number)) for norm in norms]
+        given = [(root, g) for root, g in found if root is not None and g is not None]
+        for norm in self.norms.norms:
+            norm.root = None
+        if given:
+            back([root for root, _ in given], [g for _, g in given], None)
 
     def _back(
         self, number: int, inputs: Any, slopes: Any, leaves: Sequence[Tensor] | None = None
@@ -154,12 +222,16 @@ class Passes:
         if given:
             back(given, gradients, leaves)
 
+    def _keep_layers(self, keeps: bool) -> None:
+        if self.norms.layers is not None:
+            self.norms.layers.keeps = keeps
+
     def _inputs(self, rows: slice) -> Any:
         return each_tensor(lambda t: t.detach()[rows].to(self.device), self.inputs)
 
     def _forward(self, number: int, inputs: Any) -> Any:
         with self.replay.micro_batch(self.part, number), self.norms:
-            self.norms.begin()
+            self.norms.begin(number)
             out = self._call(inputs)
             self.norms.end()
         return out
@@ -172,7 +244,8 @@ class Passes:
 
 def _require_repeated(outputs: Any, expected: Any) -> None:
     """Raises ``UserError`` if a micro-batch's outputs are not those of the pass before."""
-    for out, before in zip(tensors_in(outputs), tensors_in(expected), strict=True):
+    for out, kept in zip(tensors_in(outputs), tensors_in(expected), strict=True):
+        before = kept.to(out.device)
         if not out.is_floating_point() or not out.numel():
             continue
         finite = torch.where(before.isfinite(), before, 0)

@@ -41,6 +41,33 @@ def row_count(tree: Any, what: str) -> int:
     return counts.pop()
 
 
+class KeptRows:
+    """Tensors of micro-batches, by their numbers.
+
+    Args:
+        others: rows of the batch that belong to no micro-batch, as in a trial of the memory that
+            computes few of them: their memory is taken and not used.
+    """
+
+    def __init__(self, others: int = 0) -> None:
+        self.others = others
+        self._kept: dict[int, Tensor] = {}
+        self._unused: Tensor | None = None
+
+    def __getitem__(self, number: int) -> Tensor | None:
+        return self._kept.get(number)
+
+    def __setitem__(self, number: int, part: Tensor) -> None:
+        if self._unused is None and self.others:
+            self._unused = part.new_empty((self.others, *part.shape[1:]))
+        self._kept[number] = part
+
+    def pop(self, number: int) -> Tensor | None:
+        """Returns what is kept of a micro-batch, and frees it here; ``None`` if nothing is."""
+        self._unused = None
+        return self._kept.pop(number, None)
+
+
 def write_rows(
     whole: Tensor | None, count: int, rows: slice, part: Tensor, *, pinned: bool = False
 ) -> Tensor:

@@ -1,4 +1,4 @@
-"""The passes that a module needs, learned from one micro-batch."""
+"""The passes that a module needs, learned from two rows."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ def learn(
     """
     leaves = tensors_in(inputs)
     with torch.enable_grad(), Probe() as probe:
-        probe.begin()
+        probe.begin(0)
         outputs = [t for t in tensors_in(forward(inputs)) if t.requires_grad]
     fixed = [leaf for leaf, want in zip(leaves, wanted, strict=True) if not want]
     below = _below([t.grad_fn for t in outputs], [*fixed, *probe.handles])
@@ -106,7 +106,7 @@ class Probe(Norms):
         self.norms.append(norm)
         self.index += 1
         self.handles.append(torch.zeros((), device=mean.device, requires_grad=True))
-        out: Tensor = Normalise.apply(*call[:1], *call[3:5], self.handles[-1], norm, call.eps)
+        out: Tensor = Normalise.apply(*call[:1], *call[3:5], self.handles[-1], norm, call.eps, 0)
         return out
 
 

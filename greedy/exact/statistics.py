@@ -1,11 +1,13 @@
 """The mean and variance of a batch, computed a micro-batch at a time."""
 
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
 from greedy.base.precision import widened
+from greedy.base.ranks import Shares
 
 
 @dataclass
@@ -42,6 +44,14 @@ class Statistics:
             self.mean + share * shift,
             within + share * (1 - share) * shift.square(),
         )
+
+    def shared(self, shares: Shares) -> "Statistics":
+        """Returns the statistics of a whole batch, given those of the rows that this process
+        computes."""
+        counts = torch.full_like(self.mean, 0 if shares.is_idle else self.count)
+        parts = shares.ranks.stack(torch.stack([counts, self.mean, self.variance]))
+        known = [Statistics(int(count[0]), mean, variance) for count, mean, variance in parts]
+        return reduce(Statistics.merged, [part for part in known if part.count])
 
     def to(self, dtype: torch.dtype) -> "Statistics":
         """Returns the statistics in another precision."""

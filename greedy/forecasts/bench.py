@@ -91,16 +91,18 @@ class Bench:
         cls,
         recipe: Recipe,
         device: str = "auto",
-        model: nn.Sequential | None = None,
+        model: nn.Module | None = None,
         allow_function: bool = False,
+        data: DataFacts | None = None,
     ) -> Self:
         """Prepares to measure the stages of a recipe. Its data set need not be on this machine if
         it is known by name.
 
         Args:
             device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
-            model: the network, only if the recipe's network is ``python``.
+            model: the network, only if the recipe's is ``python`` or what a function returns.
             allow_function: whether a data set ``module:function`` may be called.
+            data: the facts about its data set; ``None`` to find them.
 
         Raises:
             UserError: the recipe cannot be trained as asked, or the data set is not known.
@@ -110,8 +112,8 @@ class Bench:
                 f"stages are measured one at a time and training.strategy is "
                 f"{recipe.training.strategy}: add --set training.strategy=greedy"
             )
-        place, data = pick_device(device), named_data_facts(recipe, allow_function)
-        network = model or build_network(recipe.model, data.shape, data.classes)
+        place, data = pick_device(device), data or named_data_facts(recipe, allow_function)
+        network = model or build_network(recipe.model, data.shape, data.classes, recipe.seed)
         loss = build_loss(recipe.loss)
         computer = machine(recipe, place.type)
         memory = MemoryPlan(

@@ -16,6 +16,8 @@ from greedy.base.errors import UserError
 from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import build_loss, build_network
 from greedy.data import DATASETS, Reading, draws_at_random, load_dataset
+from greedy.data.folder import CHANNELS
+from greedy.data.loading import folder_of
 from greedy.forecasts.duration import Durations
 from greedy.memory.baselines import baselines
 from greedy.memory.choice import Choice, memory_budget
@@ -30,7 +32,6 @@ from greedy.runs.disk_plan import DiskPlan
 from greedy.runs.state import RunState
 from greedy.runs.views import Views, views_drawn
 from greedy.steps.optimizers import factory
-from greedy.steps.parts import parts_of
 from greedy.training.calibration import Calibration, Work, byte_operations
 
 
@@ -79,7 +80,7 @@ class StageForecast:
         name: its name.
         mode: the memory mode of its step.
         micro_batch: rows computed at a time in a step.
-        usual: whether the stage is of the usual pattern; others train only in the plain mode.
+        why_plain: why the stage has no memory mode but ``plain``; empty if it has all.
         peak_memory_bytes: counted bytes of a step at most.
         parameters: number of parameters of encoder and heads.
         store_bytes: bytes of its store, 0 if it has none.
@@ -97,7 +98,7 @@ class StageForecast:
     name: str
     mode: str
     micro_batch: int
-    usual: bool
+    why_plain: str
     peak_memory_bytes: int
     parameters: int
     store_bytes: int
@@ -155,15 +156,19 @@ class Forecast:
         return sum(known) if len(known) == len(self.stages) else None
 
 
-def data_facts(run: RunDirectory, allow_function: bool = False) -> DataFacts:
-    """Returns the facts about a run's data set, from stage 0 if that is written, else as
-    ``named_data_facts`` does.
+def data_facts(
+    run: RunDirectory, allow_function: bool = False, stated: DataFacts | None = None
+) -> DataFacts:
+    """Returns the facts about a run's data set: from stage 0 if that is written, else those
+    ``stated``, or as ``named_data_facts`` does.
 
     Raises:
-        UserError: shape, rows or classes are not known.
+        UserError: shape, rows or classes are not known, or are stated of a run that has its images.
     """
     state = RunState.read(run)
     if state.record(0) is not None:
+        if stated is not None:
+            raise UserError(f"{run.path} has its images: leave out --images and --classes")
         data = state.complete_record(0)
         assert data.store is not None
         return DataFacts(
@@ -173,7 +178,7 @@ def data_facts(run: RunDirectory, allow_function: bool = False) -> DataFacts:
             data.store.bytes,
             data.data_choices.fresh,
         )
-    return named_data_facts(run.recipe, allow_function)
+    return stated or named_data_facts(run.recipe, allow_function)
 
 
 def named_data_facts(recipe: Recipe, allow_function: bool = False) -> DataFacts:
@@ -207,6 +212,34 @@ def named_data_facts(recipe: Recipe, allow_function: bool = False) -> DataFacts:
     return replace(facts, fresh=fresh)
 
 
+def stated_data_facts(
+    recipe: Recipe, images: tuple[int, int] | None, classes: int | None
+) -> DataFacts | None:
+    """Returns the facts about an image folder that is not on this machine; ``None`` if none are
+    stated.
+
+    Args:
+        recipe: whose data set the folder is, and which says to which size images are brought.
+        images: numbers of training and test images, of 8 bits.
+        classes: number of classes.
+
+    Raises:
+        UserError: only one of the two is stated, or the data set is no folder or has no image size.
+    """
+    if images is None and classes is None:
+        return None
+    if images is None or classes is None:
+        raise UserError("a folder that is not here is stated as --images TRAIN TEST --classes N")
+    name, side = recipe.data.name, recipe.data.image_size
+    if folder_of(name) is None:
+        raise UserError(
+            f"--images and --classes are for folder:PATH alone: leave them out for {name}"
+        )
+    if side is None:
+        raise UserError("the size of images that are not here is not known: set data.image_size")
+    return _unwritten((CHANNELS, side, side), classes, dict(zip(SPLITS, images, strict=True)), 1)
+
+
 def _unwritten(shape: Shape, classes: int, rows: Mapping[str, int], value_bytes: int) -> DataFacts:
     return DataFacts(shape, classes, rows, sum(rows.values()) * math.prod(shape) * value_bytes)
 
@@ -229,7 +262,7 @@ def forecast(
     run: RunDirectory,
     data: DataFacts,
     machine: Machine,
-    model: nn.Sequential | None = None,
+    model: nn.Module | None = None,
     calibration: Calibration | None = None,
 ) -> Forecast:
     """Forecasts a run.
@@ -238,7 +271,7 @@ def forecast(
         run: the run directory, which need not exist.
         data: the facts about its data set.
         machine: the device and its settings.
-        model: the network, only if the recipe's network is ``python``.
+        model: the network, only if the recipe's is ``python`` or what a function returns.
         calibration: the measured speed of the machine; without it times are not known.
 
     Raises:
@@ -306,7 +339,7 @@ class _Planned:
             name=network.name(number),
             mode=choice.mode,
             micro_batch=choice.micro_batch,
-            usual=at_once is not None or parts_of(stage, heads, shape.hidden) is not None,
+            why_plain="" if at_once else self.memory.why_plain(number),
             peak_memory_bytes=choice.peak_bytes,
             parameters=sum(p.numel() for p in (*stage.parameters(), *heads.parameters())),
             store_bytes=store.bytes if store else 0,

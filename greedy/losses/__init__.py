@@ -9,6 +9,7 @@ from greedy.losses.bio import (
     SimBio,
     projected_prediction_loss,
 )
+from greedy.losses.layers import pooling_kernel
 from greedy.losses.local import (
     Features,
     Glob,
@@ -21,7 +22,7 @@ from greedy.losses.local import (
     make_heads,
     require_local_loss,
 )
-from greedy.losses.prediction import PredictionHead, pooling_kernel, prediction_loss
+from greedy.losses.prediction import PredictionHead, prediction_loss
 from greedy.losses.similarity import (
     SimilarityHead,
     feature_deviation,

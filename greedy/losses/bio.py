@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from greedy.base.precision import widened
+from greedy.losses.layers import head_pooling
 from greedy.losses.local import Features, LocalHeads
-from greedy.losses.prediction import PredictionHead, head_pooling
+from greedy.losses.prediction import PredictionHead
 from greedy.losses.similarity import feature_deviation, similarity_loss
 from greedy.models import Shape
 

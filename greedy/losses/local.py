@@ -17,6 +17,7 @@ from greedy.base.precision import widened
 from greedy.losses.prediction import PLAIN, CrossEntropy, PredictionHead, prediction_loss
 from greedy.losses.similarity import SimilarityHead, similarity_loss
 from greedy.models import Shape
+from greedy.recipes.auxiliary import downstream_layers
 
 
 class Features(NamedTuple):
@@ -111,16 +112,23 @@ class Pred:
         hidden_layers: of the prediction head, before that pooling.
         output_scale: the factor on the output layer's cross-entropy.
         cross_entropy: the loss of the logits, as a recipe's settings have it.
+        auxiliary: ``none``, or ``downstream:d`` for up to d layers of the prediction head that
+            stand for the network's later stages, see ``greedy.losses.auxiliary``.
+        later: the shapes of a row of these stages' activations, which training sets for each stage.
     """
 
     pool_target: int = 2048
     hidden_layers: int = 0
     output_scale: float = 1.0
     cross_entropy: CrossEntropy = PLAIN
+    auxiliary: str = "none"
+    later: tuple[Shape, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require_auxiliary(self.auxiliary)
 
     def heads(self, shape: Shape, num_classes: int) -> LocalHeads:
-        head = PredictionHead(shape, num_classes, self.pool_target, self.hidden_layers)
-        return LocalHeads(prediction=head)
+        return LocalHeads(prediction=_prediction_head(self, shape, num_classes))
 
     def __call__(self, features: Features, y: Tensor) -> Tensor:
         return prediction_loss(features.p, y, self.cross_entropy)
@@ -143,12 +151,17 @@ class Sim:
 @dataclass(frozen=True)
 class PredSim:
     """L_predsim = (1 − β) L_pred + β L_sim, equation (7). As in the published code, the output
-    layer's cross-entropy has the factor 1 − β too."""
+    layer's cross-entropy has the factor 1 − β too. The other attributes are those of ``Pred``."""
 
     beta: float = 0.99
     pool_target: int = 2048
     hidden_layers: int = 0
     cross_entropy: CrossEntropy = PLAIN
+    auxiliary: str = "none"
+    later: tuple[Shape, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require_auxiliary(self.auxiliary)
 
     @property
     def output_scale(self) -> float:
@@ -157,13 +170,24 @@ class PredSim:
     def heads(self, shape: Shape, num_classes: int) -> LocalHeads:
         return LocalHeads(
             similarity=SimilarityHead(shape),
-            prediction=PredictionHead(shape, num_classes, self.pool_target, self.hidden_layers),
+            prediction=_prediction_head(self, shape, num_classes),
         )
 
     def __call__(self, features: Features, y: Tensor) -> Tensor:
         l_pred = prediction_loss(features.p, y, self.cross_entropy)
         l_sim = similarity_loss(features.z, y)
         return (1 - self.beta) * l_pred + self.beta * l_sim
+
+
+def _require_auxiliary(auxiliary: str) -> None:
+    try:
+        downstream_layers(auxiliary)
+    except ValueError as error:
+        raise UserError(f"auxiliary is {auxiliary!r} but must {error}") from None
+
+
+def _prediction_head(loss: Pred | PredSim, shape: Shape, num_classes: int) -> PredictionHead:
+    return PredictionHead(shape, num_classes, loss.pool_target, loss.hidden_layers, loss.later)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The prediction loss, equation (6)."""
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from greedy.base.precision import widened
-from greedy.losses.layers import same_width
+from greedy.losses.auxiliary import later_layer
+from greedy.losses.layers import pooled, same_width
 from greedy.models import Shape
 from greedy.models.lean import Layer, lean
 
@@ -59,51 +60,6 @@ def prediction_loss(p: Tensor, y: Tensor, cross_entropy: CrossEntropy = PLAIN) -
     return cross_entropy(p, y)
 
 
-def pooling_kernel(shape: Shape, target: int) -> tuple[int, int]:
-    """Returns the kernel (height, width) of the average pooling that reduces a (C, H, W) map to at
-    most ``target`` values: height and width are doubled in turn while the map is too large."""
-    channels, height, width = shape
-    kernel = [1, 1]
-
-    def pooled_size() -> int:
-        return channels * math.ceil(height / kernel[0]) * math.ceil(width / kernel[1])
-
-    while pooled_size() > target and kernel[0] < height:
-        kernel[0] *= 2
-        if pooled_size() > target:
-            kernel[1] *= 2
-    return kernel[0], kernel[1]
-
-
-def average_pooling(shape: Shape, target: int) -> nn.AvgPool2d:
-    """Returns the prediction head's pooling of maps; padded zeros count in the mean, as
-    published."""
-    kernel = pooling_kernel(shape, target)
-    padding = [
-        k * (math.ceil(side / k) - side // k) // 2
-        for k, side in zip(kernel, shape[1:], strict=True)
-    ]
-    return nn.AvgPool2d(kernel, padding=(padding[0], padding[1]))
-
-
-def token_pooling(shape: Shape, target: int) -> nn.AvgPool2d:
-    """Returns the pooling of tokens (T, D): it averages neighbours, twice as many at a time while
-    more than ``target`` values are left. Tokens pass as one image whose channels are the
-    samples."""
-    tokens, width = shape
-    kernel = 1
-    while math.ceil(tokens / kernel) * width > target and kernel < tokens:
-        kernel *= 2
-    return nn.AvgPool2d((min(kernel, tokens), 1), ceil_mode=True)
-
-
-def head_pooling(shape: Shape, target: int) -> nn.AvgPool2d | None:
-    """Returns the pooling that reduces h to about ``target`` values; ``None`` for vectors."""
-    if len(shape) == 1:
-        return None
-    return token_pooling(shape, target) if len(shape) == 2 else average_pooling(shape, target)
-
-
 class PredictionHead(nn.Sequential):
     """The local classifier W of equation (6), p = W^T·h, with average pooling before it for feature
     maps and tokens.
@@ -112,21 +68,30 @@ class PredictionHead(nn.Sequential):
 
     ``hidden_layers`` as wide as h, 3x3 convolutions or linear layers followed by ReLU, may come
     first, after Belilovsky et al., "Greedy layerwise learning can scale to ImageNet" (2019). Here
-    they have no batch norm: a row's logits depend on that row alone, so that every memory mode
-    gives the same gradients.
+    they have no batch norm: a row's logits depend on that row alone.
+
+    Then comes a layer for each of the ``later`` stages, given by the shapes of their activations,
+    see ``greedy.losses.auxiliary``.
     """
 
     def __init__(
-        self, shape: Shape, num_classes: int, pool_target: int, hidden_layers: int = 0
+        self,
+        shape: Shape,
+        num_classes: int,
+        pool_target: int,
+        hidden_layers: int = 0,
+        later: Sequence[Shape] = (),
     ) -> None:
         super().__init__()
         for number in range(1, hidden_layers + 1):
             self.add_module(f"hidden{number}", same_width(shape))
             self.add_module(f"activation{number}", nn.ReLU(inplace=True))
-        width = shape[0]
-        if (pool := head_pooling(shape, pool_target)) is not None:
-            self.pool, self.flatten = pool, nn.Flatten()
-            width = pool(torch.empty(1, *shape, device="meta")).numel()
+        for number, target in enumerate(later, start=1):
+            layer, shape = later_layer(shape, target, pool_target)
+            self.add_module(f"later{number}", layer)
+        pooling, width = pooled(shape, pool_target)
+        for name, module in zip(("pool", "flatten"), pooling, strict=False):
+            self.add_module(name, module)
         self.classifier = nn.Linear(width, num_classes)
         nn.init.zeros_(self.classifier.weight)
 

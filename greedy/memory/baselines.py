@@ -21,7 +21,7 @@ from greedy.losses import Glob, LocalLoss, make_heads
 from greedy.memory.choice import Choice, fused_adam, reserved
 from greedy.memory.counting import Counter
 from greedy.memory.fake import count_with_loss, fake_tensors, make_state, materialise
-from greedy.memory.peaks import OptimizerFactory
+from greedy.memory.peaks import CPU, META, OptimizerFactory
 from greedy.models import Stage, StageShapes
 from greedy.models.stages import dropped
 from greedy.recipes import Training
@@ -58,6 +58,8 @@ class NetworkDemand:
         precision: ``float32``, ``bfloat16`` or ``float16``.
         accumulate: number of micro-batches whose gradients are added up.
         optimizer: makes the optimisers; ``None`` if their state is in host memory.
+        exact: whether the gradients over micro-batches are those of the whole batch.
+        device_type: ``cpu``, ``cuda`` or ``mps``; on ``cpu`` host memory is the device's.
     """
 
     network: CutNetwork
@@ -66,6 +68,8 @@ class NetworkDemand:
     precision: str = "float32"
     accumulate: int = 1
     optimizer: OptimizerFactory | None = fused_adam
+    exact: bool = False
+    device_type: str = "cpu"
 
     def peak(self, step: Step | None = None) -> int:
         """Counts the most bytes on the device during ``step``, by default a training step of the
@@ -87,7 +91,9 @@ class NetworkDemand:
                 )
             ]
             make = self.optimizer or _no_optimizer
-            strategy = together(self.strategy, learners, self.accumulate, make)
+            for learner in learners:
+                learner.host = CPU if self.device_type == "cpu" else META
+            strategy = together(self.strategy, learners, self.accumulate, make, exact=self.exact)
             make_state(
                 [p for learner in learners for p in learner.parameters()], strategy.optimizers
             )
@@ -138,9 +144,16 @@ def choose_network(
         UserError: the step does not fit.
     """
     demand = NetworkDemand(
-        network, training.batch_size, training.strategy, precision, training.accumulate, optimizer
+        network,
+        training.batch_size,
+        training.strategy,
+        precision,
+        training.accumulate,
+        optimizer,
+        training.exact,
+        device_type,
     )
-    measuring = replace(demand, accumulate=1)
+    measuring = replace(demand, accumulate=1, exact=False)
     peak = demand.peak()
     if training.patience:  # held-out rows are measured a batch at a time
         peak = max(peak, measuring.peak(_measure))

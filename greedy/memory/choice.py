@@ -11,6 +11,7 @@ from torch import nn
 from greedy.base.devices import free_memory
 from greedy.base.errors import UserError
 from greedy.base.sizes import format_size, parse_size
+from greedy.base.torch_private import BATCH_NORMS
 from greedy.memory.peaks import StepDemand
 from greedy.models import Shape
 from greedy.recipes import Recipe
@@ -156,21 +157,31 @@ def _fastest(demand: StepDemand, budget: int | None, micro_batch: int | None) ->
     tried = [_count(demand, Mode.PLAIN, demand.batch_size)]
     if budget is None or tried[0].peak_bytes <= budget:
         return tried[0]
-    with torch.device("meta"):
-        heads = demand.loss.heads(demand.shapes.hidden, demand.num_classes)
     fitting = []
-    if parts_of(demand.stage, heads, demand.shapes.hidden) is not None:
-        for mode in modes(demand.device_type)[1:]:
-            tried.append(_count(demand, mode, micro_batch or 1))
-            if tried[-1].peak_bytes <= budget:
-                if micro_batch:
-                    return tried[-1]
-                fitting.append(_enlarged(demand, tried[-1], budget))
-                if fitting[-1].micro_batch >= _worthwhile(demand):
-                    return fitting[-1]
+    for mode in _smaller_modes(demand):
+        tried.append(_count(demand, mode, micro_batch or 1))
+        if tried[-1].peak_bytes <= budget:
+            if micro_batch:
+                return tried[-1]
+            fitting.append(_enlarged(demand, tried[-1], budget))
+            if fitting[-1].micro_batch >= _worthwhile(demand):
+                return fitting[-1]
     if fitting:
         return max(fitting, key=lambda choice: choice.micro_batch)
     return min(tried, key=lambda choice: choice.peak_bytes)
+
+
+def _smaller_modes(demand: StepDemand) -> list[Mode]:
+    """Returns the modes of a stage but ``plain``. In a block without batch norm, nothing would be
+    kept in those that keep c."""
+    if demand.why_plain:
+        return []
+    with torch.device("meta"):
+        heads = demand.loss.heads(demand.shapes.hidden, demand.num_classes)
+    is_layer = parts_of(demand.stage, heads, demand.shapes.hidden) is not None
+    modules = (*demand.stage.modules(), *heads.modules())
+    keeps = is_layer or any(isinstance(module, BATCH_NORMS) for module in modules)
+    return [mode for mode in modes(demand.device_type)[1:] if keeps or not mode.keeps_c]
 
 
 def _worthwhile(demand: StepDemand) -> int:
@@ -198,13 +209,17 @@ def _enlarged(demand: StepDemand, choice: Choice, budget: int) -> Choice:
     two."""
     largest = min(LARGEST_MICRO_BATCH, demand.batch_size // 2)
     sizes = [1 << power for power in range(1, largest.bit_length())]
+    guess = len(sizes) - 1  # most often the largest fits
     while sizes:
-        middle = len(sizes) // 2
-        larger = _count(demand, choice.mode, sizes[middle])
-        if larger.peak_bytes <= budget:
-            choice, sizes = larger, sizes[middle + 1 :]
+        tried = _count(demand, choice.mode, sizes[guess])
+        if tried.peak_bytes <= budget:
+            choice, sizes = tried, sizes[guess + 1 :]
         else:
-            sizes = sizes[:middle]
+            row = (tried.peak_bytes - choice.peak_bytes) / (tried.micro_batch - choice.micro_batch)
+            rows = choice.micro_batch + (budget - choice.peak_bytes) / row
+            sizes = sizes[:guess]
+            guess = sum(size <= rows for size in sizes) - 1
+        guess = max(0, min(guess, len(sizes) - 1))
     return choice
 
 

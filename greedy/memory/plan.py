@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Self
 
 from greedy.base.errors import UserError
@@ -16,6 +17,8 @@ from greedy.memory.choice import (
     stored_row_bytes,
 )
 from greedy.memory.peaks import OptimizerFactory, Replay, StepDemand, weight_bytes
+from greedy.memory.separate import why_plain
+from greedy.memory.shared import Counts
 from greedy.models import Stage, StageShapes
 from greedy.recipes import Recipe
 from greedy.runs.disk_plan import DiskPlan
@@ -69,8 +72,9 @@ class MemoryPlan:
     device_type: str
     optimizer: OptimizerFactory | None = None
     images: str = "uint8"
+    _counts: Counts = field(default_factory=Counts, repr=False)
     _choices: dict[Hashable, Choice] = field(default_factory=dict, repr=False)
-    _flops: dict[Hashable, int] = field(default_factory=dict, repr=False)
+    _why_plain: dict[Hashable, str] = field(default_factory=dict, repr=False)
     _streamed: dict[int, bool] = field(default_factory=dict, repr=False)
 
     def require(self, numbers: Iterable[int], disk: DiskPlan) -> None:
@@ -187,9 +191,11 @@ class MemoryPlan:
                 self.network.shapes[source].input,
             ),
             self._replay(source, number),
+            why_plain=self.why_plain(number),
+            counts=self._counts,
         )
 
-    @property
+    @cached_property
     def _on_device(self) -> OptimizerFactory | None:
         """What makes the optimiser of a stage; ``None`` if its state is in host memory."""
         if self.recipe.memory.optimizer_state == "host":
@@ -208,6 +214,14 @@ class MemoryPlan:
             self._on_device,
         )
 
+    def why_plain(self, number: int) -> str:
+        """Returns why a stage has no memory mode but ``plain``; empty if it has all."""
+        key = self._cache_key(number)
+        if key not in self._why_plain:
+            stage, shape, loss, classes, *_ = self._what(number)
+            self._why_plain[key] = why_plain(stage, shape, loss, classes)
+        return self._why_plain[key]
+
     def flops(self, number: int) -> int:
         """Returns the floating-point operations of a stage's plain step, two for a multiply-add,
         with those of its input's gradient if gradients pass through it."""
@@ -218,11 +232,8 @@ class MemoryPlan:
     def _own_flops(self, number: int, without_heads: int) -> int:
         if isinstance(self.loss_of(number), Glob):
             return without_heads
-        key = self._cache_key(number)
-        if key not in self._flops:
-            demand = StepDemand(*self._what(number), None, self.device_type, 0)
-            self._flops[key] = demand.flops()
-        return self._flops[key]
+        demand = StepDemand(*self._what(number), None, self.device_type, 0, counts=self._counts)
+        return demand.flops()
 
     def loss_of(self, number: int) -> LocalLoss:
         """Returns the loss of a stage."""
@@ -235,8 +246,7 @@ class MemoryPlan:
 
     def _cache_key(self, number: int) -> Hashable:
         """Returns a key that is the same for equal stages, so that only one of them is counted."""
-        stage, shape = self.network.stages[number - 1], self.network.shapes[number - 1]
-        sizes = tuple(p.shape for p in stage.parameters())
         loss = self.loss_of(number)
         named = loss if isinstance(loss, Hashable) else id(loss)
-        return repr(stage), stage.flatten, stage.dropout, sizes, shape, named
+        kind = self._counts.kind(self.network.stages[number - 1])
+        return kind, self.network.shapes[number - 1], named

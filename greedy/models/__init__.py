@@ -1,8 +1,11 @@
 """The paper's networks, residual networks, and cutting a network into stages."""
 
+from greedy.models.division import division
 from greedy.models.initial import initialise, seeded
+from greedy.models.libraries import library_network
 from greedy.models.networks import ACTIVATIONS, mlp, vgg, vgg8b, vgg11b
 from greedy.models.residual import preact_resnet18, resnet, wide_resnet
+from greedy.models.sequential import sequential
 from greedy.models.shapes import StageShapes, shapes
 from greedy.models.stages import ENCODERS, InputDropout, Shape, Stage, cut
 
@@ -14,11 +17,14 @@ __all__ = [
     "Stage",
     "StageShapes",
     "cut",
+    "division",
     "initialise",
+    "library_network",
     "mlp",
     "preact_resnet18",
     "resnet",
     "seeded",
+    "sequential",
     "shapes",
     "vgg",
     "vgg8b",

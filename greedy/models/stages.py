@@ -52,6 +52,7 @@ class Stage(nn.Module):
             between them; gives the activation h that the local loss takes.
         pool: reduces h to the stage's output.
         flatten: whether the input's feature maps are flattened first.
+        path: its name in tables, for a stage of modules that have names in a model.
         dropout: applied to the stage's input in training only, by the training step, which draws
             the masks.
     """
@@ -64,6 +65,7 @@ class Stage(nn.Module):
         *,
         flatten: bool = False,
         dropout: InputDropout | None = None,
+        path: str = "",
     ) -> None:
         super().__init__()
         self.number = number
@@ -71,11 +73,14 @@ class Stage(nn.Module):
         self.pool = pool
         self.flatten = flatten
         self.dropout = dropout
+        self.path = path
 
     @property
     def name(self) -> str:
         """The stage's name in tables: ``conv128``, ``linear1024``, ``conv128+conv256``,
-        ``transformer64``."""
+        ``transformer64``; or of a model's own modules ``layer2.0`` or ``layer2.0…layer3.1``."""
+        if self.path:
+            return self.path
         blocks = [m for m in self.layer.modules() if isinstance(m, nn.TransformerEncoderLayer)]
         within = {id(part) for block in blocks for part in block.modules() if part is not block}
         named = (_name(m) for m in self.layer.modules() if id(m) not in within)
@@ -111,7 +116,33 @@ def _name(module: nn.Module) -> str | None:
     return f"conv{module.out_channels}" if isinstance(module, ENCODERS) else None
 
 
-def cut(network: nn.Sequential, layers: int = 1) -> list[Stage]:
+@dataclass
+class Layer:
+    """A child of a network with a convolution or linear layer, and the children after it without.
+
+    Attributes:
+        modules: what the child consists of, and the children after it.
+        path: the name of the child.
+    """
+
+    modules: list[nn.Module]
+    path: str
+
+
+def layers_of(network: nn.Sequential) -> tuple[list[nn.Module], list[Layer]]:
+    """Returns the children of a network before its first layer, and its layers."""
+    leading: list[nn.Module] = []
+    layers: list[Layer] = []
+    paths = getattr(network, "paths", list(network._modules))
+    for path, child in zip(paths, network, strict=True):
+        if any(isinstance(m, ENCODERS) for m in child.modules()):
+            layers.append(Layer(list(child) if type(child) is nn.Sequential else [child], path))
+        else:
+            (layers[-1].modules if layers else leading).append(child)
+    return leading, layers
+
+
+def cut(network: nn.Sequential, layers: int | Sequence[int] = 1) -> list[Stage]:
     """Cuts a network into stages of ``layers`` layers each, and the output layer.
 
     A stage begins at each child that is, or contains, a convolution or linear layer, and takes the
@@ -121,7 +152,8 @@ def cut(network: nn.Sequential, layers: int = 1) -> list[Stage]:
     module that does not is refused.
 
     Where ``layers`` is more than one, as many of these stages become one block; the last before the
-    output layer may have fewer. The modules between a block's layers stay there.
+    output layer may have fewer. The modules between a block's layers stay there. A list gives the
+    number for each stage but the output layer.
 
     Raises ``UserError`` for a network that cannot be cut or trained.
     """
@@ -135,18 +167,14 @@ def cut(network: nn.Sequential, layers: int = 1) -> list[Stage]:
             "the network has lazy layers, which have no weights yet: pass one batch through it "
             "first, or give the layers their sizes"
         )
-    groups: list[list[nn.Module]] = []
-    leading: list[nn.Module] = []
-    for child in network:
-        if any(isinstance(m, ENCODERS) for m in child.modules()):
-            groups.append(list(child) if type(child) is nn.Sequential else [child])
-        else:
-            (groups[-1] if groups else leading).append(child)
-    if not groups:
+    leading, found = layers_of(network)
+    if not found:
         raise UserError("the network has no convolution or linear layer to train: add one")
     stages = []
-    for number, group in enumerate(_blocks(groups, layers), start=1):
-        stage, leading = _stage(number, leading + group)
+    for number, block in enumerate(_blocks(found, layers), start=1):
+        stage, leading = _stage(number, leading + [m for layer in block for m in layer.modules])
+        if hasattr(network, "paths"):
+            stage.path = _range([layer.path for layer in block])
         stages.append(stage)
     if leading:
         raise UserError(
@@ -160,12 +188,22 @@ def cut(network: nn.Sequential, layers: int = 1) -> list[Stage]:
     return stages
 
 
-def _blocks(groups: list[list[nn.Module]], layers: int) -> Iterator[list[nn.Module]]:
-    """Yields the modules of each block of ``layers`` layers, then those of the output layer."""
-    *hidden, output = groups
-    for start in range(0, len(hidden), layers):
-        yield list(chain(*hidden[start : start + layers]))
-    yield output
+def _blocks(found: list[Layer], layers: int | Sequence[int]) -> Iterator[list[Layer]]:
+    """Yields the layers of each block, then the output layer."""
+    *hidden, output = found
+    if isinstance(layers, int):
+        layers = [layers] * -(-len(hidden) // layers)
+    for count in layers:
+        yield hidden[:count]
+        hidden = hidden[count:]
+    yield [output]
+
+
+def _range(paths: list[str]) -> str:
+    """Returns the names of a stage's layers as one, without what the last shares with the first."""
+    first, last = paths[0].split("."), paths[-1].split(".")
+    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), None)
+    return paths[0] if shared is None else f"{paths[0]}…{'.'.join(last[shared:])}"
 
 
 def _stage(number: int, modules: list[nn.Module]) -> tuple[Stage, list[nn.Module]]:

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+from greedy.recipes.limits import Unshown
 from greedy.recipes.schema import SECTIONS, Recipe
 
 
@@ -45,6 +46,8 @@ def _explained(key: str, error: ErrorDetails, document: Mapping[str, Any]) -> st
         return f"{key} is not a recipe field; {_advice(key)}"
     if key in SECTIONS:
         return f"{key} must be a section with {', '.join(SECTIONS[key].model_fields)}"
+    if error["type"] == "value_error" and isinstance(error["ctx"]["error"], Unshown):
+        return f"{key} must {error['ctx']['error']}"
     value: Any = document
     for part in key.split("."):
         value = value.get(part)
@@ -57,7 +60,7 @@ def _explained(key: str, error: ErrorDetails, document: Mapping[str, Any]) -> st
     if error["type"] == "value_error":
         return f"{key} is {shown} but must {error['ctx']['error']}"
     field = allowed(key)
-    choices = field.removeprefix("one of ").split(", ") if field.startswith("one of ") else []
+    choices = field.partition("one of ")[2].split(", ")
     return f"{key} is {shown} but must be {field}{suggestion(str(value), choices)}"
 
 
@@ -87,6 +90,8 @@ def _words(schema: Mapping[str, Any], several: bool = False) -> str:
     if "anyOf" in schema:
         kinds = [_words(kind) for kind in schema["anyOf"] if kind["type"] != "null"]
         return " or ".join(kinds)
+    if "pattern" in schema:
+        return str(schema["description"])
     if "enum" in schema:
         return f"one of {', '.join(schema['enum'])}"
     if "const" in schema:

@@ -5,17 +5,18 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from greedy.base.files import canonical_json, digest
-from greedy.recipes.schema import Data, Loss, Recipe, Training
+from greedy.recipes.schema import Data, Loss, Model, Recipe, Training
 
 FREE_FIELDS: Final = {
     *("max_pixels", "num_workers"),
     *("compile", "deterministic", "test_every", "checkpoint_minutes"),
 }
 _LATER: Final[dict[type[BaseModel], tuple[str, ...]]] = {
-    Data: ("background", "broken", "max_pixels", "transforms"),
-    Loss: ("label_smoothing", "class_weights"),
+    Data: ("background", "broken", "max_pixels", "transforms", "mixup", "mixup_alpha"),
+    Loss: ("auxiliary", "label_smoothing", "class_weights"),
+    Model: ("stages",),
     Training: (
-        *("optimizer", "momentum", "nesterov", "weight_decay"),
+        *("exact", "optimizer", "momentum", "nesterov", "weight_decay"),
         *("schedule", "warmup_epochs", "gradient_clip"),
     ),
 }

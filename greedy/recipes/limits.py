@@ -1,9 +1,14 @@
-"""Limits of memory and disk: sizes such as 4GiB."""
+"""Limits of memory and disk, sizes such as 4GiB; URLs of object storage."""
 
 import re
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator
+
+
+class Unshown(ValueError):
+    """What a value must be that may hold a secret, and so is never repeated."""
+
 
 A_SIZE = "a size such as 4GiB or 768MiB"
 
@@ -29,8 +34,19 @@ def _auto_or_size(text: str) -> str:
     return text
 
 
+def _url(text: str) -> str:
+    from greedy.cache.urls import url_fault  # noqa: PLC0415 - takes a while
+
+    if fault := url_fault(text):
+        raise Unshown(fault)
+    return text
+
+
 Limit = Annotated[str, BeforeValidator(_as_text), AfterValidator(_size)]
 """A size."""
 
 AutoLimit = Annotated[str, BeforeValidator(_as_text), AfterValidator(_auto_or_size)]
 """A size, or ``auto``."""
+
+StoresURL = Annotated[str, AfterValidator(_url)]
+"""A URL of object storage, without credentials."""

@@ -15,6 +15,7 @@ from greedy.base.files import read_limited
 from greedy.base.text import legible
 from greedy.recipes import explain, milestones
 from greedy.recipes.identity import differences
+from greedy.recipes.networks import NETWORK_FIELDS, is_function
 from greedy.recipes.schema import Model, Recipe
 
 SHIPPED: Final = Path(__file__).parent
@@ -57,6 +58,20 @@ def load(
     if epochs_scale != 1:
         layers.append(_scaled(_resolved(layers, name), epochs_scale))
     return _resolved(layers, name)
+
+
+def load_for_model(
+    name_or_path: str | Path, model: str | None, overrides: Sequence[str] = ()
+) -> Recipe:
+    """Returns ``load``'s recipe with the network ``model``, if that is given, without the settings
+    of the recipe's network. A recipe whose network was built in Python keeps it, since a function's
+    name stands for that."""
+    recipe = load(name_or_path, overrides)
+    network = recipe.model.network
+    if model in (None, network) or (network == "python" and is_function(str(model))):
+        return recipe
+    defaults = [f"model.{name}={Model.model_fields[name].default}" for name in NETWORK_FIELDS]
+    return load(name_or_path, [*defaults, *overrides, f"model.network={model}"])
 
 
 def from_document(
@@ -125,7 +140,7 @@ def departures(recipe: Recipe) -> list[str]:
 
 def network_label(model: Model) -> str:
     """Returns the network as the paper writes it, for instance ``vgg11b-3x``."""
-    factor = model.feature_multiplier
+    factor = 1 if ":" in model.network else model.feature_multiplier
     return model.network if factor == 1 else f"{model.network}-{factor:g}x"
 
 

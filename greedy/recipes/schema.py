@@ -10,8 +10,10 @@ from pydantic import (
     model_validator,
 )
 
+from greedy.recipes.auxiliary import downstream_layers
 from greedy.recipes.colour import Colour
-from greedy.recipes.limits import AutoLimit, Limit
+from greedy.recipes.limits import AutoLimit, Limit, StoresURL
+from greedy.recipes.networks import Names, NetworkName
 from greedy.recipes.section import Count, Rates, Section
 from greedy.recipes.training import Training
 
@@ -36,6 +38,15 @@ class Data(Section):
     )
     cutout_length: int = Field(
         default=0, ge=0, description="Side of the cutout hole in pixels, 0: none."
+    )
+    mixup: Literal["none", "input", "manifold"] = Field(
+        default="none",
+        description="Mixing of each training row and its label with the next in its batch; input: "
+        "the input of a stage, or of a network trained as a whole; manifold: that of a random "
+        "stage in the network's first half.",
+    )
+    mixup_alpha: float = Field(
+        default=1.0, gt=0, description="Shares of mixed rows are drawn from Beta(alpha, alpha)."
     )
     classes_per_batch: int = Field(
         default=0,
@@ -92,6 +103,13 @@ class Data(Section):
                 values.setdefault("transforms", "frozen")
         return values
 
+    @field_validator("mixup_alpha")
+    @classmethod
+    def _alpha_is_of_mixup(cls, value: float, info: ValidationInfo) -> float:
+        if info.data.get("mixup") == "none" and value != cls.model_fields["mixup_alpha"].default:
+            raise ValueError("be left out where data.mixup is none")
+        return value
+
     @field_validator("augmentation")
     @classmethod
     def _augmentation_is_a_sum(cls, value: str) -> str:
@@ -120,18 +138,24 @@ class Data(Section):
 class Model(Section):
     """The network."""
 
-    network: Literal[
-        "mlp",
-        "vgg8b",
-        "vgg11b",
-        "resnet32",
-        "resnet110",
-        "preact-resnet18",
-        "wrn-16-8",
-        "wrn-28-10",
-        "wrn-40-10",
-        "python",
-    ] = Field(description="Architecture; python: a network given in Python.")
+    network: (
+        NetworkName
+        | Literal[
+            "mlp",
+            "vgg8b",
+            "vgg11b",
+            "resnet32",
+            "resnet110",
+            "preact-resnet18",
+            "wrn-16-8",
+            "wrn-28-10",
+            "wrn-40-10",
+            "python",
+        ]
+    ) = Field(
+        description="Architecture; python: a network given in Python. A function is called only if "
+        "--model names it too."
+    )
     feature_multiplier: float = Field(
         default=1.0, gt=0, description="Factor on the channels of every convolution."
     )
@@ -156,6 +180,24 @@ class Model(Section):
     stage_layers: Count = Field(
         default=1, description="Layers of a stage; the output layer is a stage of its own."
     )
+    stages: Literal["auto"] | Annotated[int, Field(ge=2)] | Names = Field(
+        default="auto",
+        description="Stages; auto: each child of the network with a convolution or linear layer; a "
+        "number: with the output layer, of about as many operations each; names: of modules at "
+        "which stages begin, e.g. layer1.0,layer2.0.",
+    )
+
+    @field_validator("stages", mode="before")
+    @classmethod
+    def _names_are_joined_by_commas(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) and value != "auto" else value
+
+    @field_validator("stages")
+    @classmethod
+    def _one_of_two_rules(cls, value: Any, info: ValidationInfo) -> Any:
+        if value != "auto" and info.data.get("stage_layers", 1) != 1:
+            raise ValueError("be auto where model.stage_layers is not 1")
+        return value
 
 
 class Loss(Section):
@@ -180,10 +222,14 @@ class Loss(Section):
     pred_hidden_layers: int = Field(
         default=0, ge=0, description="Hidden layers of the prediction head."
     )
+    auxiliary: str = Field(
+        default="none",
+        description="Layers of the prediction head of pred and predsim that stand for later "
+        "stages: none, or downstream:d for up to d.",
+    )
     target_projection: Count = Field(
         default=128, description="Width of the projected labels that the bio losses aim at."
     )
-
     label_smoothing: float = Field(
         default=0.0,
         ge=0,
@@ -209,6 +255,13 @@ class Loss(Section):
     def _feedback_goes_through_one_layer(cls, value: int, info: ValidationInfo) -> int:
         if value and info.data.get("name") in ("pred-bio", "predsim-bio"):
             raise ValueError(f"be 0 where loss.name is {info.data['name']}")
+        return value
+
+    @field_validator("auxiliary")
+    @classmethod
+    def _auxiliary_layers_are_for_pred(cls, value: str, info: ValidationInfo) -> str:
+        if downstream_layers(value) and info.data.get("name") not in ("pred", "predsim"):
+            raise ValueError(f"be none where loss.name is {info.data.get('name')}")
         return value
 
 
@@ -258,6 +311,17 @@ class Store(Section):
     keep: Literal["auto", "all"] = Field(
         default="auto",
         description="Stores that stay; auto: all if they fit, else those worth it; all: or refuse.",
+    )
+    stores: StoresURL | None = Field(
+        default=None,
+        description="Object storage for new stores, as in s3://bucket/prefix, gs://…, az://… or "
+        "file:///path; absent: the run directory. disk_budget is then the bucket's, with no limit "
+        "for auto.",
+    )
+    cache: Limit | None = Field(
+        default=None,
+        description="Most local disk for chunks read from object storage, e.g. 20GiB; absent: "
+        "none.",
     )
 
     @model_validator(mode="before")

@@ -21,6 +21,11 @@ class Training(Section):
         description="Micro-batches over which back-propagation adds up a step's gradients; batch "
         "norm then sees one at a time.",
     )
+    exact: bool = Field(
+        default=False,
+        description="Let batch norm and losses see the whole batch where gradients are added up "
+        "over micro-batches, for several times the operations.",
+    )
     optimizer: Literal["adam", "adamw", "sgd"] = Field(
         default="adam", description="Optimiser of the stages; adamw: decay apart from the gradient."
     )
@@ -102,6 +107,22 @@ class Training(Section):
         strategy = info.data.get("strategy")
         if value > 1 and strategy in ("greedy", "joint"):
             raise ValueError(f"be 1 where training.strategy is {strategy}")
+        return value
+
+    @field_validator("exact")
+    @classmethod
+    def _only_micro_batches_are_made_exact(cls, value: bool, info: ValidationInfo) -> bool:
+        strategy = info.data.get("strategy")
+        if value and strategy in ("greedy", "joint"):
+            raise ValueError(
+                f"be false where training.strategy is {strategy}, whose gradients are those of the "
+                f"whole batch anyway"
+            )
+        if value and info.data.get("accumulate") == 1:
+            raise ValueError(
+                "be false where training.accumulate is 1, since the batch is not cut: give the "
+                "number of micro-batches"
+            )
         return value
 
     @field_validator("epochs", "learning_rate")

@@ -13,6 +13,7 @@ from greedy.losses import Glob, LocalLoss
 from greedy.memory.baselines import baselines
 from greedy.models import shapes
 from greedy.recipes import Recipe, departures
+from greedy.recipes.networks import needs_code
 from greedy.recipes.per_stage import for_stage
 from greedy.report.mistakes import TestResult, classify_test_images
 from greedy.report.repeating import commands
@@ -128,14 +129,14 @@ class RunFacts:
 def facts_of(
     runs: Sequence[RunDirectory],
     device: torch.device,
-    model: nn.Sequential | None = None,
+    model: nn.Module | None = None,
     loss: LocalLoss | None = None,
 ) -> list[RunFacts]:
     """Gathers the facts about each run.
 
     Args:
         device: where finished networks classify their test images.
-        model: the network of runs whose network was built in Python.
+        model: the network of runs whose network was built in Python or is what a function returns.
         loss: the local loss of runs whose loss was written in Python. Without it some facts about
             them are not known.
 
@@ -143,7 +144,7 @@ def facts_of(
         UserError: a run is damaged, or its network is not known.
     """
     return [
-        _facts(run, name, device, model if run.recipe.model.network == "python" else None, loss)
+        _facts(run, name, device, model if needs_code(run.recipe.model.network) else None, loss)
         for run, name in zip(runs, run_names(runs), strict=True)
     ]
 
@@ -152,7 +153,7 @@ def _facts(
     run: RunDirectory,
     name: str,
     device: torch.device,
-    model: nn.Sequential | None,
+    model: nn.Module | None,
     loss: LocalLoss | None,
 ) -> RunFacts:
     recipe, state = run.recipe, RunState.read(run)
@@ -183,7 +184,7 @@ def _facts(
     )
 
 
-def _baselines(state: RunState, model: nn.Sequential | None, loss: LocalLoss) -> Mapping[str, int]:
+def _baselines(state: RunState, model: nn.Module | None, loss: LocalLoss) -> Mapping[str, int]:
     data, stages = state.complete_record(0), stages_of(state, model)
     along = shapes(stages, data.row_shape)
     network = CutNetwork(stages, along, loss, len(data.class_names))

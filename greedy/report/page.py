@@ -49,7 +49,7 @@ def write_report(
     to: Path,
     *,
     device: str = "auto",
-    model: nn.Sequential | None = None,
+    model: nn.Module | None = None,
     loss: LocalLoss | None = None,
     overwrite: bool = False,
 ) -> Path:

@@ -7,6 +7,7 @@ from typing import Any
 from greedy.base.errors import UserError
 from greedy.data import DATASETS
 from greedy.recipes import Recipe, differences, load, names
+from greedy.recipes.networks import needs_code
 from greedy.runs.directory import RunDirectory
 
 SHIPPED_DATA = "fashion-mnist-sample"
@@ -23,8 +24,8 @@ def commands(run: RunDirectory) -> list[str]:
         return []
     directory = shlex.quote(f"runs/{run.path.resolve().name}")
     options = [f"--run {directory}"]
-    if recipe.model.network == "python":
-        options.append("--model module:function")
+    if needs_code(network := recipe.model.network):
+        options.append(f"--model {'module:function' if network == 'python' else network}")
     evaluate = ["greedy evaluate", *options]
     if any(entry.name == recipe.data.name != SHIPPED_DATA for entry in DATASETS):
         options.append("--download")

@@ -12,7 +12,7 @@ from greedy.base.errors import UserError
 from greedy.losses import LocalLoss
 from greedy.memory.choice import memory_budget as memory_budget_of
 from greedy.memory.forward import fit_forward
-from greedy.models import Stage, StageShapes, shapes
+from greedy.models import Shape, Stage, StageShapes, shapes
 from greedy.results.evaluation import raw_to_float
 from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.network import (
@@ -75,7 +75,7 @@ class Exits:
 def evaluate_exits(
     run: RunDirectory,
     loss: LocalLoss,
-    model: nn.Sequential | None,
+    model: nn.Module | None,
     split: str,
     device: torch.device,
     memory_budget: int | None = None,
@@ -98,6 +98,8 @@ def evaluate_exits(
         raise UserError(f"{split!r} is not a split: use {' or '.join(SPLITS)}")
     state = RunState.read(run)
     data, stages = state.complete_record(0), stages_of(state, model)
+    stage_shapes = shapes(stages, data.row_shape)
+    hidden = [shape.hidden for shape in stage_shapes]
     budget = memory_budget_of(run.recipe, device) if memory_budget is None else memory_budget
     modules = (module for stage in stages for module in stage.modules_for_inference())
     forward = fit_forward(nn.Sequential(*modules), data.row_shape, budget, device.type)
@@ -107,7 +109,7 @@ def evaluate_exits(
         state = RunState.read(run)
         for stage in stages:
             load_stage(state, stage, device)
-        return [_classifier(state, loss, stages, stage.number) for stage in stages[:-1]]
+        return [_classifier(state, loss, stage.number, hidden) for stage in stages[:-1]]
 
     classifiers = run.read_consistently(load)
     # The output layer's h may only be followed by pooling, which gives the logits.
@@ -125,7 +127,7 @@ def evaluate_exits(
             if head is not None:
                 tally.add(head(h), labels)
             x = stage.pool(h)
-    exits = list(_exits(stages, shapes(stages, data.row_shape), heads, tallies, store.rows))
+    exits = list(_exits(stages, stage_shapes, heads, tallies, store.rows))
     return Exits(split, store.rows, exits)
 
 
@@ -161,10 +163,10 @@ class _Tally:
 
 
 def _classifier(
-    state: RunState, loss: LocalLoss, stages: Sequence[Stage], number: int
+    state: RunState, loss: LocalLoss, number: int, hidden: Sequence[Shape]
 ) -> nn.Sequential | None:
     try:
-        return nn.Sequential(*local_classifier(state, loss, stages, number)).eval()
+        return nn.Sequential(*local_classifier(state, loss, number, hidden)).eval()
     except NoLocalClassifier:
         return None
 

@@ -41,7 +41,7 @@ def format_of(path: Path) -> str:
 def export(
     run: RunDirectory,
     loss: LocalLoss | None,
-    model: nn.Sequential | None,
+    model: nn.Module | None,
     to: Path,
     format: str,
     until_stage: int | None = None,

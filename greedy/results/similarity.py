@@ -1,5 +1,6 @@
 """Similarity matrices of one test batch after each stage of a trained network."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from greedy.build.modules import build_loss
 from greedy.losses import LocalLoss, feature_deviation, similarity_matrix
 from greedy.losses.strategies import stage_losses
-from greedy.models import Stage
+from greedy.models import Stage, shapes
 from greedy.results.evaluation import raw_to_float
 from greedy.runs.directory import RunDirectory
 from greedy.runs.network import load_heads, load_stage, normalisation_module, stages_of
@@ -68,7 +69,7 @@ class BatchSimilarity:
 def similarity_by_stage(
     run: RunDirectory,
     loss: LocalLoss | None = None,
-    model: nn.Sequential | None = None,
+    model: nn.Module | None = None,
     *,
     rows: int = 100,
 ) -> BatchSimilarity:
@@ -91,7 +92,7 @@ def similarity_by_stage(
 
 
 def _similarity_by_stage(
-    state: RunState, loss: LocalLoss | None, model: nn.Sequential | None, rows: int
+    state: RunState, loss: LocalLoss | None, model: nn.Module | None, rows: int
 ) -> BatchSimilarity:
     run, data = state.run, state.complete_record(0)
     state.complete_record(1)
@@ -107,18 +108,21 @@ def _similarity_by_stage(
         )
 
     x = normalisation_module(run.recipe, data)(raw_to_float(images, CPU))
-    stages = [stage_similarity(0, "images", "pixels", x.flatten(1))]
-    for stage in stages_of(state, model):
+    stages = stages_of(state, model)
+    losses = _losses(state, loss, stages)
+    similarities = [stage_similarity(0, "images", "pixels", x.flatten(1))]
+    for stage, stage_loss in zip(stages, losses, strict=True):
         if state.stage_state(stage.number) != "complete":
             break
         load_stage(state, stage, CPU)
         h = stage.hidden(x)
         is_output = stage.number == len(data.network)
-        features, z = ("logits", h) if is_output else _features(state, stage, loss, h)
-        stages.append(stage_similarity(stage.number, data.network[stage.number - 1], features, z))
+        features, z = ("logits", h) if is_output else _features(state, stage, stage_loss, h)
+        name = data.network[stage.number - 1]
+        similarities.append(stage_similarity(stage.number, name, features, z))
         x = stage.pool(h)
         stage.to("meta")  # one stage in memory at a time
-    return BatchSimilarity(chosen, labels, data.class_names, target.numpy(), stages)
+    return BatchSimilarity(chosen, labels, data.class_names, target.numpy(), similarities)
 
 
 def _batch(
@@ -133,14 +137,23 @@ def _batch(
     return rows, store.labels[rows], images
 
 
+def _losses(
+    state: RunState, loss: LocalLoss | None, stages: Sequence[Stage]
+) -> Sequence[LocalLoss | None]:
+    """Returns the loss of each stage, ``None`` where the run's is not known."""
+    if loss is None:
+        return [None] * len(stages)
+    hidden = [shape.hidden for shape in shapes(stages, state.complete_record(0).row_shape)]
+    return stage_losses(state.run.recipe.training.strategy, loss, hidden)
+
+
 def _features(
     state: RunState, stage: Stage, loss: LocalLoss | None, h: Tensor
 ) -> tuple[str, Tensor]:
-    """Returns the features of each row of an activation h that are compared, and their name."""
+    """Returns the features of each row of an activation h that are compared, and their name.
+    ``loss`` is the stage's."""
     if loss is not None:
-        strategy, count = state.run.recipe.training.strategy, len(state.complete_record(0).network)
-        stage_loss = stage_losses(strategy, loss, count)[stage.number - 1]
-        heads = load_heads(state, stage_loss, stage.number, tuple(h.shape[1:]))
+        heads = load_heads(state, loss, stage.number, tuple(h.shape[1:]))
         if heads.similarity is not None:
             return "similarity head", heads.similarity(h)
     return "activation", feature_deviation(h)

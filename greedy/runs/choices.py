@@ -21,7 +21,9 @@ Size = Annotated[int, Field(ge=1, le=2**40)]
 class Mode(StrEnum):
     """How much of a batch is in the device's memory at once. All modes give the same gradients.
 
-    c is the encoder's output, x the stage's input, and a micro-batch a few of the batch's rows:
+    c is the encoder's output, x the stage's input, and a micro-batch a few of the batch's rows. In
+    a block of several layers, c are the outputs of all layers before the last batch norm, and its
+    gradient those of the batch norms' outputs:
 
     - ``plain``: everything that autograd keeps;
     - ``heads``: x, c and its gradient; the local heads see a micro-batch at a time;

@@ -10,8 +10,11 @@ from typing import TypeVar
 
 from greedy.base.commands import command
 from greedy.base.errors import TrainingError, UserError, no_stage
+from greedy.base.files import bytes_below
 from greedy.base.locking import HOLDER, LOCK, RunLock
-from greedy.cache import Store
+from greedy.base.sizes import parse_size
+from greedy.base.user_folders import chunks_dir
+from greedy.cache import ChunkCache, Store, chunk_cache, location_of, remove_tree
 from greedy.cache.files import part_of, rename, write_whole
 from greedy.recipes import Recipe, differences, load, recipe_digest, to_toml
 from greedy.runs.exchange import (
@@ -165,7 +168,8 @@ class RunDirectory:
         return self.stage_dir(number) / "training" / HISTORY
 
     def store_path(self, number: int) -> Path:
-        """Returns the activation store of a stage: a Zarr group with ``train`` and ``test``."""
+        """Returns the activation store of a stage: a Zarr group with ``train`` and ``test``. The
+        directory of either may stand for a store in object storage."""
         return self.stage_dir(number) / "activations.zarr"
 
     def open_store(self, number: int, split: str) -> Store:
@@ -175,7 +179,19 @@ class RunDirectory:
             advice = f"{repair} writes it as it was, then the same command resumes"
         else:
             advice = "images cannot be computed again: begin another run from the data"
-        return Store(self.store_path(number) / split, advice)
+        return Store(self.store_path(number) / split, advice, self._chunk_cache())
+
+    def _chunk_cache(self) -> ChunkCache | None:
+        limit = self.recipe.store.cache
+        return chunk_cache(chunks_dir(), parse_size(limit)) if limit else None
+
+    def store_bytes(self, number: int) -> int:
+        """Returns the bytes of a stage's store, 0 if it does not exist."""
+        path = self.store_path(number)
+        if not any(location_of(path / split) for split in SPLITS):
+            return bytes_below(path)
+        record = self.record(number)
+        return record.store.bytes if record and record.store else 0
 
     def record(self, number: int) -> StageRecord | None:
         """Returns the record of a finished stage, ``None`` if it is not finished. Raises
@@ -210,7 +226,7 @@ class RunDirectory:
         stores = ("stage*/.activations.zarr", "stage*/activations.zarr/.train")
         for pattern in stores:
             for unfinished in self.path.glob(pattern + PART):
-                shutil.rmtree(unfinished)
+                remove_tree(unfinished)
         patterns = (".stage*", *stores)
         for suffix in (NEW, OLD):
             for pattern in patterns:
@@ -227,6 +243,11 @@ def new_stage(directory: Path, *, resume: bool = False) -> AbstractContextManage
 def run_of_stage(path: Path) -> tuple[RunDirectory, int]:
     """Returns the run and the number of a stage directory such as ``cache/stage2``. Raises
     ``UserError`` for any other path."""
+    if re.match(r"[a-z0-9]+:/", str(path)):
+        raise UserError(
+            "a stage is named by its directory in a run, such as cache/stage2, which says where "
+            "its store is: give that, not a URL"
+        )
     path = Path(os.path.normpath(path.absolute()))
     number = re.fullmatch(_STAGE, path.name)
     if number is None:

@@ -62,7 +62,7 @@ def plan_disk(
         tuple(_stage_demand(state, n, shapes, retrain_from, fresh) for n in numbers),
         rows,
         sizes[encoding(recipe)],
-        image_bytes,
+        0 if recipe.store.stores else image_bytes,
         byte_operations if by_speed else 0,
     )
     planned = plan_stores(demand, disk_budget(run), recipe.store.keep)
@@ -99,16 +99,19 @@ def _stage_demand(
         lowered_reuse=lowered,
         views=_views(state, record) if record is not None and not again else None,
         interrupted_views=start.resolved.views if start is not None else None,
-        replaced=bytes_below(state.run.store_path(number)) if again else 0,
+        replaced=state.run.store_bytes(number) if again else 0,
     )
 
 
-def disk_budget(run: RunDirectory) -> int:
-    """Returns the bytes that a run may use. For ``auto`` the files that the run has now count as
-    free, except trainings that were set aside, which are never deleted."""
+def disk_budget(run: RunDirectory) -> int | None:
+    """Returns the bytes that a run may use, where its stores are in object storage there, ``None``
+    for any number. For ``auto`` the files that the run has now count as free, except trainings that
+    were set aside, which are never deleted; object storage has no end."""
     setting = run.recipe.store.disk_budget
     if setting != "auto":
         return parse_size(setting)
+    if run.recipe.store.stores:
+        return None
     path = run.path.absolute()
     existing = next(parent for parent in (path, *path.parents) if parent.exists())
     aside = sum(bytes_below(training) for training in path.glob(f"*{SET_ASIDE}*"))

@@ -167,7 +167,7 @@ class DiskPlan:
         stages: from 1 on, without the output layer, which has no store.
         needed: the most bytes in use if each store had its wanted views and were kept.
         peak: the most bytes in use under this plan.
-        budget: bytes that may be in use.
+        budget: bytes that may be in use, ``None`` for any number.
         dropped_first: stages to be trained again whose old stores are deleted before that.
         notes: sentences about settings that the plan does not follow.
     """
@@ -175,7 +175,7 @@ class DiskPlan:
     stages: tuple[StagePlan, ...]
     needed: int
     peak: int
-    budget: int
+    budget: int | None
     dropped_first: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -208,12 +208,14 @@ class DiskPlan:
 
     def explain(self) -> list[str]:
         """Returns the plan as sentences: one if all stores fit, else one for each stage too."""
-        budget = f"of a budget of {format_size(self.budget)}"
+        budget = "without a limit"
+        if self.budget is not None:
+            budget = f"of a budget of {format_size(self.budget)}"
         notes = [f"disk: {note}" for note in self.notes]
         lines = [
             f"stage {n}: its old store is deleted first, to make room" for n in self.dropped_first
         ]
-        if self.needed <= self.budget:
+        if self.budget is None or self.needed <= self.budget:
             total = f"disk: the stores take up to {format_size(self.peak)} {budget}"
             by_choice = [s for s in self.stages if s.views == "live" and not s.finished]
             if len(by_choice) < len(self.stages):
@@ -239,8 +241,10 @@ class DiskPlan:
         return f"stage {stage.number}: {views}, {format_size(stage.bytes)}, {end}"
 
 
-def plan_stores(demand: DiskDemand, budget: int, keep: Literal["auto", "all"] = "auto") -> DiskPlan:
-    """Returns the plan that stays within a budget of bytes.
+def plan_stores(
+    demand: DiskDemand, limit: int | None, keep: Literal["auto", "all"] = "auto"
+) -> DiskPlan:
+    """Returns the plan that stays within a budget of ``limit`` bytes, ``None`` for any number.
 
     A store is deleted once the next stage with a store has written it. Views are chosen for the
     least cost and then for the least sum of 1/views. In the room that is left, the stores are
@@ -250,6 +254,7 @@ def plan_stores(demand: DiskDemand, budget: int, keep: Literal["auto", "all"] = 
     Raises:
         UserError: no plan fits, or ``keep`` is ``all`` and the stores do not fit together.
     """
+    budget = math.inf if limit is None else limit
     wanted = _views(demand, None)
     needed = demand.peak(wanted, wanted)
     if keep == "all" and needed > budget:
@@ -258,7 +263,7 @@ def plan_stores(demand: DiskDemand, budget: int, keep: Literal["auto", "all"] = 
             f"{format_size(budget)}: raise store.disk_budget, lower store.views, or let "
             f"store.keep be auto"
         )
-    stored = _views(demand, budget)
+    stored = _views(demand, limit)
     kept = _worth_keeping(demand, stored, budget)
     peak = demand.peak(stored, kept)
     if peak > budget:
@@ -284,7 +289,7 @@ def plan_stores(demand: DiskDemand, budget: int, keep: Literal["auto", "all"] = 
         ),
         needed=needed,
         peak=peak,
-        budget=budget,
+        budget=limit,
         dropped_first=tuple(replaced) if peak + sum(replaced.values()) > budget else (),
     )
 
@@ -339,7 +344,7 @@ def _extend(
     )
 
 
-def _worth_keeping(demand: DiskDemand, stored: Mapping[int, int], budget: int) -> set[int]:
+def _worth_keeping(demand: DiskDemand, stored: Mapping[int, int], budget: float) -> set[int]:
     """Returns the stages whose stores are kept: those that save most replaying per byte, while
     there is room. The last store is always kept, since none is written after it."""
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
+from greedy.cache import remove_tree
 from greedy.cache.files import rename, sync_below
 from greedy.runs.record import ENCODER, FILES, HEADS, HISTORY
 
@@ -58,7 +59,7 @@ def replacing(directory: Path, temporary: Path, *, resume: bool = False) -> Iter
     """Yields the directory ``temporary`` to be filled: empty, or to ``resume`` as it was left. On
     exit without an error it is renamed to ``directory``, and only then is the old one deleted."""
     if temporary.exists() and not resume:
-        shutil.rmtree(temporary)
+        remove_tree(temporary)
     temporary.mkdir(parents=True, exist_ok=True)
     yield temporary
     sync_below(temporary)
@@ -96,4 +97,4 @@ def _remove(old: Path, new: Path) -> None:
             own = path.name in _OWN_NAMES or path.name.startswith(".") or path.suffix == ".part"
             if not own and not os.path.lexists(new / path.name):
                 path.rename(new / path.name)
-    shutil.rmtree(old)
+    remove_tree(old)

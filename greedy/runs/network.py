@@ -9,10 +9,11 @@ from torch import nn
 
 from greedy.base.errors import UserError, no_stage
 from greedy.base.files import read_tensors
+from greedy.build.cut_network import cut_as
 from greedy.build.modules import build_network
 from greedy.losses import LocalHeads, LocalLoss
 from greedy.losses.strategies import stage_losses
-from greedy.models import Shape, Stage, cut, shapes
+from greedy.models import Shape, Stage, sequential, shapes
 from greedy.recipes import Recipe
 from greedy.runs.directory import RunDirectory
 from greedy.runs.record import ENCODER, HEADS, StageRecord, channel_moments
@@ -23,14 +24,19 @@ class NoLocalClassifier(UserError):
     """A stage has no local classifier, so there is no early exit after it."""
 
 
-def stages_of(state: RunState, model: nn.Sequential | None) -> list[Stage]:
-    """Returns the run's stages without their trained weights: of a copy of ``model``, or if that
-    is ``None`` of the recipe's network on the meta device. Raises ``UserError`` unless stage 0 is
-    complete."""
+def network_of(state: RunState, model: nn.Module | None) -> nn.Sequential:
+    """Returns the run's network without its trained weights: that of ``model``, or if that is
+    ``None`` the recipe's. Raises ``UserError`` unless stage 0 is complete."""
     data, recipe = state.complete_record(0), state.run.recipe
-    if model is None:
-        model = build_network(recipe.model, data.row_shape, len(data.class_names))
-    return cut(deepcopy(model), recipe.model.stage_layers)
+    if model is not None:
+        return sequential(model, data.row_shape)
+    return build_network(recipe.model, data.row_shape, len(data.class_names), recipe.seed)
+
+
+def stages_of(state: RunState, model: nn.Module | None) -> list[Stage]:
+    """Returns the run's stages without their trained weights, cut from a copy of ``network_of``."""
+    network = deepcopy(network_of(state, model))
+    return cut_as(state.run.recipe.model, network, state.complete_record(0).row_shape)
 
 
 def stage_weights(state: RunState, stage: Stage) -> Path:
@@ -72,7 +78,7 @@ def load_heads(state: RunState, loss: LocalLoss, number: int, hidden: Shape) -> 
 def assemble(
     run: RunDirectory,
     loss: LocalLoss | None,
-    model: nn.Sequential | None = None,
+    model: nn.Module | None = None,
     *,
     until_stage: int | None = None,
 ) -> nn.Sequential:
@@ -97,7 +103,7 @@ def assemble(
 
 
 def _assemble(
-    state: RunState, loss: LocalLoss | None, model: nn.Sequential | None, until_stage: int | None
+    state: RunState, loss: LocalLoss | None, model: nn.Module | None, until_stage: int | None
 ) -> nn.Sequential:
     stages = stages_of(state, model)
     last = len(stages) if until_stage is None else until_stage
@@ -113,7 +119,9 @@ def _assemble(
                 f"the early exit after stage {last} needs the run's local loss: give it"
             )
         modules = modules[: len(modules) - len(stages[last - 1].pool)]  # heads take h, unpooled
-        modules += local_classifier(state, loss, stages, last)
+        row_shape = state.complete_record(0).row_shape
+        hidden = [shape.hidden for shape in shapes(stages, row_shape)]
+        modules += local_classifier(state, loss, last, hidden)
     return nn.Sequential(*modules).eval().requires_grad_(False)
 
 
@@ -126,16 +134,19 @@ def normalisation_module(recipe: Recipe, data: StageRecord) -> nn.Module:
 
 
 def local_classifier(
-    state: RunState, loss: LocalLoss, stages: Sequence[Stage], number: int
+    state: RunState, loss: LocalLoss, number: int, hidden: Sequence[Shape]
 ) -> list[nn.Module]:
     """Returns the modules, in order, that map a stage's activation h to logits (B, classes).
-    ``loss`` is the run's local loss.
 
-    Raises ``NoLocalClassifier`` if the stage was trained without one.
+    Args:
+        loss: the run's local loss.
+        hidden: the shape of a row of h for each stage of the network.
+
+    Raises:
+        NoLocalClassifier: the stage was trained without one.
     """
-    data, strategy = state.complete_record(0), state.run.recipe.training.strategy
-    loss = stage_losses(strategy, loss, len(data.network))[number - 1]
-    heads = load_heads(state, loss, number, shapes(stages[:number], data.row_shape)[-1].hidden)
+    loss = stage_losses(state.run.recipe.training.strategy, loss, hidden)[number - 1]
+    heads = load_heads(state, loss, number, hidden[number - 1])
     if not heads.modules_for_inference():
         raise NoLocalClassifier(
             f"stage {number} has no local classifier (its loss trains none), so there is no "

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from greedy.base.ranks import Shares
 from greedy.exact.rows import write_rows
 from greedy.exact.statistics import Statistics
 from greedy.losses import Features, LocalLoss
@@ -20,6 +21,7 @@ from greedy.models.lean import Layer, add_weight_gradient, forward
 from greedy.runs.choices import Mode
 from greedy.steps.parts import Parts
 from greedy.steps.scaling import LossScale
+from greedy.steps.shared import add_gradients, gathered, own_rows
 
 SHARE = 2**-8  # a power of two, so that no digit changes
 
@@ -37,6 +39,8 @@ class ExactStep:
         x: the stage's input (B, ...), in host memory if the mode streams it.
         autocast: the precision of encoder and heads.
         scale: the factor on the loss, and so on all gradients; ``None`` for 1.
+        shares: of the processes that compute the batch, where x and slices are of the rows of this
+            one; ``None`` for one alone.
         c: the encoder's output (B, ...), if the mode keeps it.
         g: its gradient with the statistics held fixed (B, ...), if the mode keeps it.
     """
@@ -48,6 +52,7 @@ class ExactStep:
     x: Tensor
     autocast: torch.autocast
     scale: LossScale | None = None
+    shares: Shares | None = None
     c: Tensor | None = field(default=None, init=False)
     g: Tensor | None = field(default=None, init=False)
 
@@ -64,11 +69,12 @@ class ExactStep:
         clear_gradients(self.parts.parameters())
         with self.autocast:  # which casts a weight once for all micro-batches
             statistics = self._statistics()
-            features = self._features(statistics)
+            features = gathered(self._features(statistics), self.shares)
         loss, slopes = differentiate(self.loss, features, y, self.scale)
         with self.autocast:
-            moments = self._backward(statistics, slopes)
+            moments = self._backward(statistics, own_rows(slopes, self.shares))
             self._close(statistics, moments)
+        add_gradients(self.parts.parameters(), self.shares)
         return loss, self.parts.heads.logits(features)
 
     def _input(self, rows: slice) -> Tensor:
@@ -97,6 +103,8 @@ class ExactStep:
         self.c = whole_c
         if statistics is None or self.parts.norm is None:
             return None
+        if self.shares:
+            statistics = statistics.shared(self.shares)
         statistics.update_running(self.parts.norm)
         return statistics.to(self.parts.norm.weight.dtype)
 
@@ -146,7 +154,7 @@ class ExactStep:
         """Adds what the encoder's gradients lack: the last pass."""
         residue = None
         if statistics is not None and self.parts.norm is not None:
-            residue = Residue.of(statistics, self.parts.norm)
+            residue = Residue.of(statistics, self.parts.norm, self.shares)
         if moments is not None and residue is not None:
             moments.close(self.parts.encoder, residue)
             return
@@ -179,12 +187,21 @@ class Residue:
     b: Tensor
 
     @classmethod
-    def of(cls, statistics: Statistics, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> "Residue":
+    def of(
+        cls,
+        statistics: Statistics,
+        norm: nn.BatchNorm1d | nn.BatchNorm2d,
+        shares: Shares | None = None,
+    ) -> "Residue":
         """Computes the residue from the gradients of gamma and beta."""
         assert norm.weight.grad is not None and norm.bias.grad is not None
+        sums = torch.stack([norm.weight.grad, norm.bias.grad])
+        if shares:
+            shares.ranks.add(sums)
+        d_gamma, d_beta = sums
         variance = statistics.variance + norm.eps
-        d_mean = -norm.weight * norm.bias.grad * variance.rsqrt()
-        d_variance = -norm.weight * norm.weight.grad / (2 * variance)
+        d_mean = -norm.weight * d_beta * variance.rsqrt()
+        d_variance = -norm.weight * d_gamma / (2 * variance)
         n = statistics.count
         return cls(statistics.mean, d_mean / n, 2 * d_variance / n)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from greedy.base.ranks import Ranks
 from greedy.losses import Features
 from greedy.steps.step import Learner
 from greedy.stores.source import Batch
@@ -34,6 +35,14 @@ class Totals:
         if logits is not None:
             wrong = (logits.argmax(dim=1) != labels).sum()
             self.wrong = wrong if self.wrong is None else self.wrong + wrong
+
+    def over(self, ranks: Ranks) -> "Totals":
+        """Returns the sums over the rows of all processes."""
+        wrong = 0 if self.wrong is None else int(self.wrong)
+        own = [self.rows, float(self.loss), wrong, self.wrong is not None]
+        ranks.add(sums := torch.tensor(own, dtype=torch.float64))
+        rows, loss, all_wrong, known = sums.tolist()
+        return Totals(int(rows), loss, torch.tensor(int(all_wrong)) if known else None)
 
     @property
     def mean_loss(self) -> float:
@@ -65,7 +74,7 @@ def measure(learners: Sequence[Learner], batches: Iterable[Batch]) -> list[Total
         stage_batch = batch
         for learner, total in zip(learners, totals, strict=True):
             features, outputs = _pass(learner, stage_batch, onward=learner is not learners[-1])
-            loss = learner.loss(features, learner.targets(batch.labels))
+            loss = learner.loss(features, learner.targets(batch))
             total.add(loss, learner.heads.logits(features), batch.labels)
             if outputs is not None:
                 stage_batch = Batch(batch.labels, outputs.__getitem__)

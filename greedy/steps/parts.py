@@ -1,4 +1,4 @@
-"""The usual pattern of a stage, whose gradients can be computed a micro-batch at a time."""
+"""The pattern of a stage of a single layer, which ``greedy.steps.exact`` takes apart."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,8 +52,8 @@ class Parts:
 
 
 def parts_of(stage: Stage, heads: LocalHeads, hidden: Shape = ()) -> Parts | None:
-    """Returns the parts of a stage of the usual pattern, ``None`` for any other stage, which trains
-    in the plain mode only.
+    """Returns the parts of a stage of a single layer, ``None`` for any other stage, which
+    ``greedy.steps.blocks`` trains.
 
     Args:
         hidden: the shape of a row of the stage's activation, which distinguishes tokens (T, C) from

@@ -13,18 +13,23 @@ from greedy.base.devices import is_out_of_memory, to_device
 from greedy.base.errors import first_line
 from greedy.base.heap import release_free_memory
 from greedy.base.precision import HALVES, autocast
+from greedy.base.ranks import Shares
 from greedy.base.seeds import torch_generator
 from greedy.base.user_folders import prepare_compiling
 from greedy.exact.rows import write_rows
+from greedy.exact.schedule import Schedule
 from greedy.losses import Features, LocalHeads, LocalLoss
 from greedy.models import Shape, Stage
+from greedy.models.lean import Layer
 from greedy.runs.choices import Mode, StepMemory
+from greedy.steps.blocks import BlockStep, StageWithHeads
 from greedy.steps.exact import ExactStep
 from greedy.steps.graph import WARM_UP, Gradients, StepGraph
 from greedy.steps.guard import Guard
 from greedy.steps.optimizers import undecayed
 from greedy.steps.parts import Parts, parts_of
 from greedy.steps.scaling import LossScale
+from greedy.steps.shared import SharedNorms, add_gradients, whole_features
 from greedy.stores.source import Batch
 
 
@@ -49,10 +54,11 @@ class Learner:
         smaller: chooses that smaller one from what the plan has counted; returns ``None`` if
             nothing is smaller. Without it the next mode is taken.
         host: the device where a mode that streams keeps its input.
-        memory_trial: whether only the first two and the last micro-batch are computed, which show
-            how much memory a step takes.
+        memory_trial: whether only the first two micro-batches are computed, which show how much
+            memory a step takes.
         shape: the shape of a row of its activation h, which distinguishes tokens (T, C) from
             vectors (F,).
+        schedule: the passes of a block's micro-batched step, once one has learned them.
     """
 
     stage: Stage
@@ -70,6 +76,7 @@ class Learner:
     host: torch.device = field(default_factory=lambda: torch.device("cpu"))
     memory_trial: bool = False
     shape: Shape = ()
+    schedule: Schedule | None = field(default=None, init=False, repr=False)
     _compiled: Callable[[Tensor], Features] | None = field(default=None, init=False, repr=False)
     _graph: StepGraph | None = field(default=None, init=False, repr=False)
     _steps: int = field(default=0, init=False, repr=False)  # with graph_rows rows
@@ -81,7 +88,7 @@ class Learner:
 
     @cached_property
     def parts(self) -> Parts | None:
-        """The parts of a stage of the usual pattern, ``None`` for any other stage."""
+        """The parts of a stage of a single layer, ``None`` for any other stage."""
         return parts_of(self.stage, self.heads, self.shape)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -175,15 +182,17 @@ class Learner:
         """Returns labels (B,) as Y (B, classes)."""
         return F.one_hot(labels, self.num_classes).to(next(self.stage.parameters()).dtype)
 
-    def targets(self, labels: Tensor) -> Tensor:
-        """Returns the targets of the loss, given labels (B,): Y, or what the heads map it to."""
-        return self.heads.targets(self.one_hot(labels))
+    def targets(self, batch: Batch) -> Tensor:
+        """Returns the targets of the loss for a batch: Y, whose rows may be mixed, or what the
+        heads map it to."""
+        y = self.one_hot(batch.labels)
+        return self.heads.targets(y if batch.mixture is None else batch.mixture.whole(y))
 
     def slices(self, rows: int) -> list[slice]:
         """Returns the rows of each micro-batch of a batch."""
         size = rows if self.memory.mode is Mode.PLAIN else self.memory.micro_batch
         slices = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
-        return slices if not self.memory_trial or len(slices) < 3 else [*slices[:2], slices[-1]]
+        return slices[:2] if self.memory_trial else slices
 
 
 def step(
@@ -242,10 +251,9 @@ def _free_failed_step(learner: Learner) -> None:
 
 
 def _smaller(learner: Learner, error: Exception) -> StepMemory | None:
-    if learner.parts is None:
-        return None
     if learner.smaller is None:
-        return learner.memory.smaller(learner.device.type)
+        usual = learner.parts is not None  # whether other stages have modes the planner knows
+        return learner.memory.smaller(learner.device.type) if usual else None
     clear_frames(error.__traceback__)  # they hold what the step had computed
     _free_failed_step(learner)
     return learner.smaller(learner)
@@ -254,27 +262,61 @@ def _smaller(learner: Learner, error: Exception) -> StepMemory | None:
 def gradients(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None]:
     """Computes the gradients of a batch's loss, times its scale, into every parameter's ``grad``.
     Returns loss and logits as ``step`` does."""
-    y = learner.targets(batch.labels)
+    y = learner.targets(batch)
     if learner.memory.mode is Mode.PLAIN:
-        return _plain_gradients(learner, batch.inputs(), y)
-    parts = learner.parts
-    assert parts is not None
-    slices = learner.slices(len(batch.labels))
+        return _plain_gradients(learner, batch, y)
+    if learner.parts is None:
+        return _block_gradients(learner, batch, y)
     exact = ExactStep(
-        parts,
+        learner.parts,
         learner.loss,
         learner.memory.mode,
-        slices,
+        learner.slices(batch.rows),
         _load_input(learner, batch),
         learner.autocast(),
         learner.scale,
+        batch.shares,
     )
     return exact.gradients(y)
 
 
-def _plain_gradients(learner: Learner, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
+def _block_gradients(learner: Learner, batch: Batch, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    block = BlockStep(
+        StageWithHeads(learner.stage, learner.heads, learner.autocast()),
+        learner.loss,
+        learner.memory.mode,
+        learner.slices(batch.rows),
+        _load_input(learner, batch),
+        learner.device,
+        learner.scale,
+        learner.schedule,
+        learner.memory_trial,
+        batch.shares,
+    )
+    result = block.gradients(y)
+    learner.schedule = block.schedule
+    return result
+
+
+def _plain_gradients(learner: Learner, batch: Batch, y: Tensor) -> tuple[Tensor, Tensor | None]:
+    x = batch.inputs()
+    if batch.shares is not None:
+        return _shared_gradients(learner, x, y, batch.shares)
     compute = partial(_by_autograd, learner)
     return (learner.recorded(x, y, compute) or compute)(x, y)
+
+
+def _shared_gradients(
+    learner: Learner, x: Tensor, y: Tensor, shares: Shares
+) -> tuple[Tensor, Tensor | None]:
+    for parameter in learner.parameters():
+        parameter.grad = None
+    with SharedNorms(shares):
+        features = whole_features(learner.features(x), shares)
+    loss = learner.loss(features, y)
+    (loss if learner.scale is None else learner.scale(loss)).backward()
+    add_gradients(learner.parameters(), shares)
+    return loss.detach(), learner.heads.logits(features)
 
 
 def _by_autograd(learner: Learner, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -288,18 +330,19 @@ def _by_autograd(learner: Learner, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def _load_input(learner: Learner, batch: Batch) -> Tensor:
-    """Returns the stage's input for a batch, computed a micro-batch at a time, in the encoder's
-    precision, on the host if the mode streams it."""
+    """Returns the stage's input for a batch, computed a micro-batch at a time, in the precision of
+    an encoder, on the host if the mode streams it."""
     x: Tensor | None = None
     streams = learner.memory.mode.streams
-    for rows in learner.slices(len(batch.labels)):
+    for rows in learner.slices(batch.rows):
         part = batch.inputs(rows)
         if learner.stage.flatten:
             part = part.flatten(1)
-        part = part.to(HALVES.get(learner.precision, part.dtype))
+        if isinstance(learner.stage.layer[0], Layer):  # which alone reads x, in that precision
+            part = part.to(HALVES.get(learner.precision, part.dtype))
         if streams:
             part = part.to(learner.host)
         pinned = streams and learner.device.type == "cuda"
-        x = write_rows(x, len(batch.labels), rows, part, pinned=pinned)
+        x = write_rows(x, batch.rows, rows, part, pinned=pinned)
     assert x is not None
     return x

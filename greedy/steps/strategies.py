@@ -5,17 +5,21 @@ and an optimiser.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from greedy.base.ranks import Shares
+from greedy.exact.schedule import Schedule
 from greedy.models.stages import dropped
 from greedy.steps.guard import Guard
 from greedy.steps.scaling import LossScale
+from greedy.steps.shared import add_gradients, shared_norms, whole_features
 from greedy.steps.step import Learner, step
+from greedy.steps.whole import whole_gradients
 from greedy.stores.source import Batch
 
 
@@ -100,9 +104,11 @@ class Joint:
         outcomes = []
         for learner, mask, optimizer in zip(self.learners, masks, self.optimizers, strict=True):
             _clear(learner)
-            h = learner.hidden(dropped(x, mask))
-            outcome = _outcome(learner, h, batch.labels)
+            with shared_norms(batch.shares):
+                h = learner.hidden(dropped(x, mask))
+                outcome = _outcome(learner, h, learner.targets(batch), batch.shares)
             _scaled(outcome.loss, learner.scale).backward()
+            add_gradients(learner.parameters(), batch.shares)
             x = learner.stage.pool(h.detach())
             del h
             guard.update(optimizer, outcome.loss, position, learner.parameters(), learner.scale)
@@ -122,11 +128,14 @@ class Backprop:
         optimizer: the optimiser of all parameters.
         accumulate: number of micro-batches that a batch is cut into, whose gradients are added up.
             Batch norm, and losses that couple samples, then see only one micro-batch.
+        exact: whether they see the whole batch nevertheless.
     """
 
     learners: Sequence[Learner]
     optimizer: torch.optim.Optimizer
     accumulate: int = 1
+    exact: bool = False
+    _schedules: list[Schedule] = field(default_factory=list, init=False, repr=False)
 
     @property
     def title(self) -> str:
@@ -139,19 +148,28 @@ class Backprop:
     def step(self, batch: Batch, masks: Masks, guard: Guard, position: int) -> list[Outcome]:
         for learner in self.learners:
             _clear(learner)
-        count, scale = len(batch.labels), self.learners[0].scale
+        gradients = self._exact_gradients if self.exact else self._gradients
+        outcomes = gradients(batch, masks)
+        parameters = [p for learner in self.learners for p in learner.parameters()]
+        add_gradients(parameters, batch.shares)
+        guard.update(self.optimizer, _sum(outcomes), position, parameters, self.learners[0].scale)
+        return outcomes
+
+    def _exact_gradients(self, batch: Batch, masks: Masks) -> list[Outcome]:
+        slices = self._micro_batches(batch.rows)
+        found = whole_gradients(self.learners, batch, masks, slices, self._schedules)
+        return [Outcome(*each) for each in found]
+
+    def _gradients(self, batch: Batch, masks: Masks) -> list[Outcome]:
         parts = []
-        for rows in self._micro_batches(count):
-            share = (rows.stop - rows.start) / count
+        for rows in self._micro_batches(len(batch.labels)):
+            share = (rows.stop - rows.start) / len(batch.labels)
             outcomes = [
                 Outcome(share * loss, logits) for loss, logits in self._forward(batch, masks, rows)
             ]
-            _scaled(_sum(outcomes), scale).backward()
+            _scaled(_sum(outcomes), self.learners[0].scale).backward()
             parts.append([_detached(outcome) for outcome in outcomes])
-        joined = [_joined(stage_parts) for stage_parts in zip(*parts, strict=True)]
-        parameters = [p for learner in self.learners for p in learner.parameters()]
-        guard.update(self.optimizer, _sum(joined), position, parameters, scale)
-        return joined
+        return [_joined(stage_parts) for stage_parts in zip(*parts, strict=True)]
 
     def _micro_batches(self, count: int) -> list[slice]:
         """Returns the rows of each micro-batch of a batch: nearly equally many, and at least two,
@@ -163,11 +181,17 @@ class Backprop:
         return slices[:2] if self.learners[0].memory_trial else slices
 
     def _forward(self, batch: Batch, masks: Masks, rows: slice) -> list[Outcome]:
-        x = batch.inputs(rows)
+        mixture = batch.mixture
+        mixed = mixture.stage(len(self.learners)) if mixture else 0
+        own, shares = batch.shares.part(rows) if batch.shares else (rows, None)
+        x = batch.read(own) if mixed else batch.inputs(own)
         outcomes = []
-        for learner, mask in zip(self.learners, masks, strict=True):
-            h = learner.hidden(dropped(x, mask, rows))
-            outcomes.append(_outcome(learner, h, batch.labels[rows]))
+        for number, (learner, mask) in enumerate(zip(self.learners, masks, strict=True)):
+            if mixture and mixed and number == mixed:
+                x = mixture.whole(x)
+            with shared_norms(shares):
+                h = learner.hidden(dropped(x, mask, own))
+                outcomes.append(_outcome(learner, h, learner.targets(batch)[rows], shares))
             x = learner.stage.pool(h)
         return outcomes
 
@@ -177,6 +201,8 @@ def together(
     learners: Sequence[Learner],
     accumulate: int,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+    *,
+    exact: bool = False,
 ) -> Joint | Backprop:
     """Returns a strategy that trains all stages of a network.
 
@@ -185,13 +211,14 @@ def together(
         learners: the learners of all stages, in order.
         accumulate: as for ``Backprop``.
         optimizer: makes the optimiser of some parameters.
+        exact: as for ``Backprop``.
     """
     if strategy == "joint":
         for learner in learners:
             learner.optimizer = optimizer(learner.parameters())
         return Joint(learners)
     parameters = [parameter for learner in learners for parameter in learner.parameters()]
-    return Backprop(learners, optimizer(parameters), accumulate)
+    return Backprop(learners, optimizer(parameters), accumulate, exact)
 
 
 def _optimizers(learners: Sequence[Learner]) -> list[torch.optim.Optimizer]:
@@ -207,9 +234,9 @@ def _scaled(loss: Tensor, scale: LossScale | None) -> Tensor:
     return loss if scale is None else scale(loss)
 
 
-def _outcome(learner: Learner, h: Tensor, labels: Tensor) -> Outcome:
-    features = learner.local(h)
-    return Outcome(learner.loss(features, learner.targets(labels)), learner.heads.logits(features))
+def _outcome(learner: Learner, h: Tensor, y: Tensor, shares: Shares | None) -> Outcome:
+    features = whole_features(learner.local(h), shares)
+    return Outcome(learner.loss(features, y), learner.heads.logits(features))
 
 
 def _detached(outcome: Outcome) -> Outcome:

@@ -9,8 +9,9 @@ import torch
 
 from greedy.base.commands import command
 from greedy.base.errors import UserError
+from greedy.base.ranks import ALONE, Ranks
 from greedy.cache import Store
-from greedy.data import Augmentation, Split
+from greedy.data import Augmentation, Mixup, Split
 from greedy.models import Stage
 from greedy.recipes.per_stage import for_stage
 from greedy.runs.choices import Choices
@@ -60,6 +61,7 @@ class SourceFinder:
         *,
         in_memory: bool = False,
         streamed: bool = False,
+        ranks: Ranks = ALONE,
     ) -> Source:
         """Returns the source that stage ``number`` trains from: the store of stage ``stored``, with
         a ring if its views are replaced, drawn through ``streamed`` stages or others. Raises
@@ -73,7 +75,9 @@ class SourceFinder:
             )
         replayed = self._replayed(stored, number - 1, precision)
         ring = self._ring(stored, number, streamed) if self.is_ring(stored) else None
-        return self._open(stored, replayed, held_out=held_out, ring=ring, in_memory=in_memory)
+        return self._open(
+            stored, replayed, held_out=held_out, ring=ring, in_memory=in_memory, ranks=ranks
+        )
 
     def for_writing(
         self, stage: Stage, views: int, choices: Choices, *, streamed: bool = False
@@ -168,12 +172,15 @@ class SourceFinder:
         held_out: int = 0,
         ring: Ring | None = None,
         in_memory: bool = False,
+        ranks: Ranks = ALONE,
     ) -> Source:
         """Returns the source with the store of stage ``stored``."""
         settings = self.run.recipe.data
         augmentation = Augmentation.parse(settings.augmentation, settings.cutout_length)
         moments = channel_moments(self.run.recipe, self._data)
         images = ImagePreparation(*moments, augmentation, self._fresh())
+        mixes = settings.mixup != "none"
+        mixup = Mixup(settings.mixup_alpha, settings.mixup == "manifold") if mixes else None
         return Source(
             stored,
             self.run.store_path(stored),
@@ -185,6 +192,8 @@ class SourceFinder:
             held_out=held_out,
             ring=ring,
             in_memory=in_memory,
+            mixup=mixup,
+            ranks=ranks,
         )
 
     def _fresh(self) -> FreshImages | None:

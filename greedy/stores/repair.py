@@ -10,7 +10,6 @@ import torch
 
 from greedy.base.commands import command
 from greedy.base.errors import UserError
-from greedy.base.files import bytes_below
 from greedy.cache import Damage, Store, verify
 from greedy.cache import repair as cache_repair
 from greedy.cache.metadata import StoreMetadata
@@ -25,7 +24,7 @@ from greedy.runs.record import UNKNOWN_VIEW, RingRecord, StageRecord, StoreRecor
 from greedy.runs.state import RunState
 from greedy.stores.opening import SourceFinder, another_store
 from greedy.stores.source import Source
-from greedy.stores.writing import fit_output_encoding, output_batches, write_split
+from greedy.stores.writing import fit_output_encoding, output_batches, place_store, write_split
 
 
 @dataclass(frozen=True)
@@ -97,6 +96,7 @@ class StoreRepairer:
             store.encoding, source, record.row_shape, batch, seed, number
         )
         with replacing(path, exchange_path(path, PART)) as new_path:
+            place_store(new_path, self.run.recipe.store.stores, number)
             written = {
                 split: write_split(
                     new_path / split,
@@ -174,7 +174,7 @@ class StoreRepairer:
             current.update_store(
                 self.run.stage_dir(record.stage),
                 digests=current.store.digests | {split: content},
-                split_bytes=current.store.split_bytes | {split: bytes_below(path)},
+                split_bytes=current.store.split_bytes | {split: Store(path).disk_bytes},
                 ring=_with_shards(current.store.ring, [shard.hex() for shard in shards], split),
             )
         return Repair(record.stage, split, chunks, identical)

@@ -1,7 +1,7 @@
 """Drawing new views of a store and putting them in the place of the oldest, while the next stage
 trains from it."""
 
-import shutil
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
@@ -10,7 +10,14 @@ from pathlib import Path
 import torch
 
 from greedy.base.files import bytes_below, canonical_json, digest
-from greedy.cache import StoreSummary, store_with_view
+from greedy.cache import (
+    StoreSummary,
+    exchange_view,
+    location_of,
+    put_elsewhere,
+    remove_tree,
+    store_with_view,
+)
 from greedy.runs.directory import RunDirectory
 from greedy.runs.events import Reporter
 from greedy.runs.exchange import PART, exchange_path, replacing
@@ -93,12 +100,16 @@ class Ring:
         record, store = self._record(), self._record().store
         assert store is not None and store.ring is not None
         ring = store.ring.with_view(place, number, drawn.shards)
-        path = self.run.store_path(self.stored) / "train"
-        with replacing(path, exchange_path(path, PART)) as new_path:
-            written = store_with_view(path, place, self._path(number), new_path, ring.shards)
-            # If the process ends before the new record is written, the view is exchanged again.
-            unknown = store.ring.with_view(place, UNKNOWN_VIEW)
+        path, other = self.run.store_path(self.stored) / "train", self._path(number)
+        # If the process ends before the new record is written, the view is exchanged again.
+        unknown = store.ring.with_view(place, UNKNOWN_VIEW)
+        if (url := location_of(path)) and (other_url := location_of(other)):
             record = record.update_store(self.run.stage_dir(self.stored), ring=unknown)
+            written = exchange_view(url, place, other_url, ring.shards)
+        else:
+            with replacing(path, exchange_path(path, PART)) as new_path:
+                written = store_with_view(path, place, other, new_path, ring.shards)
+                record = record.update_store(self.run.stage_dir(self.stored), ring=unknown)
         record.update_store(
             self.run.stage_dir(self.stored),
             ring=ring,
@@ -140,6 +151,8 @@ class Ring:
         """Begins to draw a view, or resumes it; what was drawn of others is deleted."""
         path, record = self._path(number), self._record()
         self._remove_views(but=path)
+        if url := location_of(self.run.store_path(self.stored) / "train"):
+            put_elsewhere(path, f"{url.rpartition('/')[0]}/view-{secrets.token_hex(6)}")
         store = self.run.open_store(self.stored, "train")
         writer = SplitWriter(
             path,
@@ -175,4 +188,4 @@ class Ring:
     def _remove_views(self, but: Path | None = None) -> None:
         for path in self._unfinished():
             if path != but:
-                shutil.rmtree(path)
+                remove_tree(path)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,17 +13,20 @@ from torch import Tensor
 
 from greedy.base.devices import preferred_layout, to_device
 from greedy.base.precision import autocast
+from greedy.base.ranks import ALONE, Ranks, Shares
 from greedy.base.seeds import derive_seed, torch_generator
 from greedy.cache import (
     LIMITED_WINDOW_ROWS,
     BatchLoader,
+    EpochOrder,
+    Positions,
     Store,
     StoredBatch,
     row_order,
     window_chunks,
     window_order,
 )
-from greedy.data import Augmentation, Draws, prepare
+from greedy.data import Augmentation, Draws, Mixture, Mixup, prepare
 from greedy.models.stages import dropped
 from greedy.stores.fresh import FreshEpoch, FreshImages
 
@@ -111,6 +114,8 @@ class Source:
         held_out: the number of training rows, the last ones, that are left out of epochs.
         ring: replaces views of the training split; ``None`` if they stay.
         in_memory: whether the training split is loaded, so that its rows are shuffled one by one.
+        mixup: how the rows of an epoch's batches are mixed; ``None`` if they are not.
+        ranks: the processes that train, of which each reads its share of an epoch.
         waits: for rows of the training split.
     """
 
@@ -124,6 +129,8 @@ class Source:
     held_out: int = 0
     ring: "Ring | None" = None
     in_memory: bool = False
+    mixup: Mixup | None = None
+    ranks: Ranks = ALONE
     waits: Waits = field(default_factory=Waits, init=False, repr=False)
     _loaded: list[np.ndarray] = field(default_factory=list, init=False, repr=False)
 
@@ -143,20 +150,22 @@ class Source:
 
     def advance_views(self, epoch: int) -> None:
         """Makes the training split hold the views of an epoch, see ``Ring.advance``."""
-        for place in self.ring.advance(epoch) if self.ring else ():
-            store = Store(self.path / "train", self.stores["train"].advice)
-            self.stores["train"] = store
+        places = self.ring.advance(epoch) if self.ring and self.ranks.leads else ()
+        if self.ranks.size > 1:
+            places = self.ranks.told(list(places))
+        for place in places:
+            store = self.stores["train"] = self.stores["train"].reopened()
             if self.in_memory:
                 store.load_view(place, self._loaded[0][place])
 
     def draw_views(self, epoch: int, done: int, rows: int) -> None:
         """Draws what is due of the next view after ``done`` of an epoch's ``rows``."""
-        if self.ring:
+        if self.ring and self.ranks.leads:
             self.ring.draw(epoch, done, rows)
 
     def end_drawing(self, *, finished: bool) -> None:
         """Ends the drawing of views, see ``Ring.close``."""
-        if self.ring:
+        if self.ring and self.ranks.leads:
             self.ring.close(finished=finished)
 
     def epoch_batches(
@@ -194,21 +203,31 @@ class Source:
             if classes_per_batch
             else order.batches(batch_size)
         )
+        batches = batches[start_batch:]
+        shared = [self._shared(order, batch) for batch in batches] if self.ranks.size > 1 else []
+        own = batches
+        if shared:
+            own = [batch[s.computed] for batch, s in zip(batches, shared, strict=True)]
         loader: Iterable[StoredBatch]
         if self._fresh:
-            rows = [order.rows[positions] for positions in batches[start_batch:]]
+            rows = [order.rows[positions] for positions in own]
             loader = FreshEpoch(self._fresh, store, rows, stage, epoch)
         else:
             loader = BatchLoader(
                 self._loaded[0] if self.in_memory else store,
                 store.labels,
                 order,
-                batches,
-                start_batch=start_batch,
+                own,
                 pin_memory=self.device.type == "cuda",
             )
         draws = self.images.draw(store, self.seed, stage, epoch) if self.images else None
-        return EpochBatches(self, loader, draws)
+        mixing = self.mixup.draw(store.rows, self.seed, stage, epoch) if self.mixup else None
+        labels = [store.labels[order.rows[batch]] for batch in batches] if shared else []
+        return EpochBatches(self, loader, draws, mixing, list(zip(shared, labels, strict=True)))
+
+    def _shared(self, order: EpochOrder, batch: Positions) -> Shares:
+        places = order.shares(batch, self.ranks.size)
+        return Shares(self.ranks, [torch.from_numpy(share) for share in places])
 
     def view_batches(
         self,
@@ -247,11 +266,6 @@ class Source:
 
         return Batch(self.labels(labels), read)
 
-    def held_out_batches(self, batch_size: int) -> Iterator["Batch"]:
-        """Yields batches of the held-out training rows, of view 0."""
-        rows = self.stores["train"].rows
-        return self.view_batches("train", 0, batch_size, start=rows - self.held_out, stop=rows)
-
     def inputs(self, values: np.ndarray | Tensor, draws: Draws | None) -> Tensor:
         """Computes the stage's inputs (B, *shape), float32, from stored rows
         (B, *stored_shape)."""
@@ -279,11 +293,14 @@ def replay(stages: Sequence[Callable[[Tensor], Tensor]], x: Tensor, rows: int) -
 
 @dataclass(frozen=True)
 class EpochBatches:
-    """The batches of one epoch, to be iterated over once."""
+    """The batches of one epoch, to be iterated over once. Of several processes each reads its
+    ``shared`` part of each batch, whose labels (B,) go with it."""
 
     source: Source
     loader: Iterable[StoredBatch]
     draws: Draws | None
+    mixing: np.ndarray | None = None
+    shared: Sequence[tuple[Shares, np.ndarray]] = ()
 
     @property
     def rows(self) -> int:
@@ -291,8 +308,15 @@ class EpochBatches:
         return self.source.stores["train"].rows - self.source.held_out
 
     def __iter__(self) -> Generator["Batch"]:
-        for batch in self.source.waits.timed(self.loader):
-            yield self.source.batch(batch.values, batch.labels, batch.rows, self.draws)
+        for number, batch in enumerate(self.source.waits.timed(self.loader)):
+            one = self.source.batch(batch.values, batch.labels, batch.rows, self.draws)
+            if self.shared:
+                shares, labels = self.shared[number]
+                one = replace(one, labels=self.source.labels(labels), shares=shares)
+            if self.mixing is not None:
+                mixture = Mixup.mixture(self.mixing, batch.rows, self.source.device)
+                one = replace(one, mixture=mixture)
+            yield one
 
 
 @dataclass(frozen=True)
@@ -304,12 +328,36 @@ class Batch:
         read: computes the inputs (rows, *shape) of a slice of the batch on the device, before
             dropout.
         mask: of dropout, (B, ...), by which the inputs are multiplied.
+        mixture: how rows and their labels are mixed; ``None`` if they are not.
+        shares: of the processes that compute the batch; inputs and mask are then of the rows that
+            this one computes, labels of all. ``None`` for one alone.
     """
 
     labels: Tensor
     read: Callable[[slice], Tensor]
     mask: Tensor | None = None
+    mixture: Mixture | None = None
+    shares: Shares | None = None
+
+    @property
+    def rows(self) -> int:
+        """The number of rows that this process computes."""
+        return len(self.labels) if self.shares is None else len(self.shares.computed)
+
+    def own(self, mask: Tensor | None) -> Tensor | None:
+        """Returns of a mask (B, ...) the rows that this process computes."""
+        return mask if mask is None or self.shares is None else self.shares.own(mask)
 
     def inputs(self, rows: slice = slice(None)) -> Tensor:
-        """Computes the stage's inputs (rows, *shape) for a slice of the batch, after dropout."""
-        return dropped(self.read(rows), self.mask, rows)
+        """Computes the stage's inputs (rows, *shape) for a slice of the batch, mixed and after
+        dropout."""
+        x = self.read(rows)
+        if self.mixture is not None:
+            x = self.mixture.part(x, self._following(x, rows), rows)
+        return dropped(x, self.mask, rows)
+
+    def _following(self, x: Tensor, rows: slice) -> Tensor:
+        """Returns the rows that follow those of a slice, ``x``, in the batch."""
+        after = rows.indices(len(self.labels))[1] % len(self.labels)
+        is_whole = len(x) == len(self.labels)
+        return torch.cat((x[1:], x[:1] if is_whole else self.read(slice(after, after + 1))))

@@ -1,6 +1,7 @@
 """Writing the output of a frozen stage for the whole data set."""
 
 import math
+import secrets
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,8 +13,16 @@ import torch
 
 from greedy.base.errors import TrainingError
 from greedy.base.seeds import torch_generator
-from greedy.cache import Encoding, NonFiniteActivation, StoreSummary, StoreWriter, fit_encoding
+from greedy.cache import (
+    Encoding,
+    NonFiniteActivation,
+    StoreSummary,
+    StoreWriter,
+    fit_encoding,
+    put_elsewhere,
+)
 from greedy.models import Shape, StageShapes
+from greedy.runs.directory import SPLITS
 from greedy.runs.events import Reporter
 from greedy.stores.source import WRITE_ROWS, Source
 
@@ -28,6 +37,16 @@ def write_batch(shapes: StageShapes) -> int:
     activation may depend on it."""
     rows = WRITE_BYTES // (4 * max(math.prod(shapes.input), math.prod(shapes.hidden)))
     return min(WRITE_ROWS, 1 << max(rows.bit_length() - 1, 4))
+
+
+def place_store(path: Path, stores: str | None, number: int) -> None:
+    """Decides where the new store of stage ``number`` is: in its directory ``path`` or, with the
+    URL ``stores``, below that under a new name, for which the directory then stands."""
+    if stores is None:
+        return
+    name = f"stage{number}-{secrets.token_hex(6)}"
+    for split in SPLITS:
+        put_elsewhere(path / split, f"{stores.rstrip('/')}/{name}/{split}")
 
 
 class SplitWriter:

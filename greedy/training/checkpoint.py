@@ -48,6 +48,7 @@ class Checkpoints:
         schedule: the schedule of its learning rate.
         minutes: the least time between two checkpoints within an epoch.
         start: what the training began with; updated when a choice changes.
+        writes: whether this process writes them; others only load the last.
         before: seconds that earlier processes trained.
         last: the position of the last checkpoint, in words.
     """
@@ -57,6 +58,7 @@ class Checkpoints:
     schedule: Schedule
     minutes: float
     start: StartRecord
+    writes: bool = True
     before: float = 0.0
     last: str = ""
     _saved: float = field(default_factory=time.monotonic)
@@ -64,7 +66,7 @@ class Checkpoints:
     @property
     def due(self) -> bool:
         """Whether the last checkpoint is old enough for the next."""
-        return time.monotonic() - self._saved >= 60 * self.minutes
+        return self.writes and time.monotonic() - self._saved >= 60 * self.minutes
 
     def reduced(self, memory: StepMemory) -> None:
         """Records that steps use ``memory`` from here on, since one ran out of memory."""
@@ -75,6 +77,8 @@ class Checkpoints:
         self._record_choices(compile=False)
 
     def _record_choices(self, **choices: Any) -> None:
+        if not self.writes:
+            return
         resolved = self.start.resolved.model_copy(update=choices)
         self.start = self.start.model_copy(update={"resolved": resolved})
         self.start.write(self.training)
@@ -86,6 +90,8 @@ class Checkpoints:
             progress: the position in the training.
             sums: each stage's sums over the epoch so far, within an epoch.
         """
+        if not self.writes:
+            return
         tensors = {
             f"{name}.{key}": value
             for name, module in self._modules().items()

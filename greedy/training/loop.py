@@ -4,6 +4,9 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
+from hashlib import blake2b
+
+import torch
 
 from greedy.base.devices import is_out_of_memory
 from greedy.base.errors import Interrupted, TrainingError, first_line
@@ -116,7 +119,10 @@ class Epochs:
         with closing(iter(batches)) as reading:  # ends processes that read
             for position, batch in enumerate(reading, start=first):
                 # For layers and losses that draw from torch's own generators.
-                step_seed = derive_seed(self.recipe.seed, "step", self.number, epoch, position)
+                # Others of the processes that train together draw for other rows.
+                rank = [self.source.ranks.rank] if self.source.ranks.rank else []
+                step = (self.number, epoch, position, *rank)
+                step_seed = derive_seed(self.recipe.seed, "step", *step)
                 seed_torch(step_seed, self.source.device)
                 outcomes = self._step(batch, epoch, position, guard)
                 for total, outcome in zip(totals, outcomes, strict=True):
@@ -129,6 +135,7 @@ class Epochs:
                     self._require_finite(guard, epoch, rate)
                     self._save(progress.model_copy(update=here), totals, stop)
         self._require_finite(guard, epoch, rate)
+        self._require_alike(epoch)
         seconds = time.perf_counter() - started
         waited = (self.source.waited - waited_before) / (time.perf_counter() - began)
         return [
@@ -163,14 +170,26 @@ class Epochs:
             )
 
     def _held_out(self) -> Sequence[Totals | None]:
-        learners = self.strategy.learners
+        learners, rows = self.strategy.learners, self.source.stores["train"].rows
         if not self.source.held_out:
             return [None] * len(learners)
-        return measure(learners, self.source.held_out_batches(self.recipe.training.batch_size))
+        first = rows - self.source.held_out
+        return self._measured("train", self.recipe.training.batch_size, first, rows)
+
+    def _measured(self, split: str, batch: int, start: int, stop: int) -> list[Totals]:
+        """Measures the stages on rows of view 0, of which each process computes some batches."""
+        ranks = self.source.ranks
+        count = -(-(stop - start) // batch)
+        first, last = (count * rank // ranks.size for rank in (ranks.rank, ranks.rank + 1))
+        own = start + batch * first, min(start + batch * last, stop)
+        batches: Iterable[Batch] = ()
+        if own[0] < own[1]:
+            batches = self.source.view_batches(split, 0, batch, start=own[0], stop=own[1])
+        totals = measure(self.strategy.learners, batches)
+        return totals if ranks.size == 1 else [total.over(ranks) for total in totals]
 
     def _with_test_errors(self, reports: Sequence[EpochReport]) -> list[EpochReport]:
-        batches = self.source.view_batches("test", 0, self.test_batch)
-        totals = measure(self.strategy.learners, batches)
+        totals = self._measured("test", self.test_batch, 0, self.source.stores["test"].rows)
         return [
             replace(report, test_error_percent=total.error_percent)
             for report, total in zip(reports, totals, strict=True)
@@ -181,7 +200,7 @@ class Epochs:
         planned = [learner.memory for learner in learners]
         compiled = [learner for learner in learners if learner.compiled_rows]
         masks = [
-            learner.mask(self.recipe.seed, len(batch.labels), shape, epoch, position)
+            batch.own(learner.mask(self.recipe.seed, len(batch.labels), shape, epoch, position))
             for learner, shape in zip(learners, self.input_shapes, strict=True)
         ]
         try:
@@ -216,6 +235,23 @@ class Epochs:
             f"{fault} not finite {where}, at a learning rate of {rate:g} "
             f"({self._last_checkpoint}): lower training.learning_rate{also} and begin another run"
         )
+
+    def _require_alike(self, epoch: int) -> None:
+        """Raises ``TrainingError`` if processes that train together have learned other weights."""
+        ranks = self.source.ranks
+        if ranks.size == 1:
+            return
+        own = blake2b(digest_size=7)  # fits an int64
+        for learner in self.strategy.learners:
+            for parameter in learner.parameters():
+                own.update(parameter.detach().cpu().numpy().tobytes())
+        digests = ranks.stack(torch.tensor([int.from_bytes(own.digest())]))
+        if (digests != digests[0]).any():
+            raise TrainingError(
+                f"the processes that train {self.strategy.title} together have learned other "
+                f"weights in epoch {epoch + 1} ({self._last_checkpoint}): give the same command "
+                f"again, with processes on devices of one kind"
+            )
 
     def _optimizer_failed(
         self, epoch: int, position: int, error: BaseException | None

@@ -25,6 +25,7 @@ from greedy.stores.source import Source
 from greedy.training.checkpoint import Checkpoints
 from greedy.training.finetuning import load_initial
 from greedy.training.finish import history_line, save_weights, write_record
+from greedy.training.following import Task
 from greedy.training.learners import new_learner, new_optimizer, new_schedule
 from greedy.training.loop import Epochs
 from greedy.training.resolve import ample_memory, resolve
@@ -64,9 +65,8 @@ class NetworkTraining:
         began = time.perf_counter()
         place = self.run.network_dir / "training"
         start = self._start(place)
-        torch.set_num_threads(start.resolved.threads)
-        set_determinism(self.device, start.resolved.deterministic)
-        self.source = replace(self.source, in_memory=start.resolved.shuffle == "rows")
+        self.source.ranks.told(Task()._asdict())
+        self._set_up(start.resolved)
         reset_peak_memory(self.device)
         with memory_limited(self.device, named_budget(self.recipe)):
             records = self._train(place, start, began)
@@ -79,16 +79,36 @@ class NetworkTraining:
         needed = 7 * 4 * sum(p.numel() for p in parameters)
         require_free_space(place, "the network", needed - bytes_below(place))
         with write_errors_explained(self.run.path, "the network", needed):
-            checkpoints = Checkpoints(
-                place,
-                strategy,
-                new_schedule(self.recipe, 1),
-                self.recipe.training.checkpoint_minutes,
-                start,
-            )
+            checkpoints = self._checkpoints(strategy, place, start)
             histories = self._run_epochs(checkpoints)
             seconds = checkpoints.before + time.perf_counter() - began
             return self._write(strategy, histories, checkpoints.start.resolved, seconds)
+
+    def follow(self) -> None:
+        """Trains the stages with another process, which leads and has begun."""
+        place = self.run.network_dir / "training"
+        start = StartRecord.read(place)
+        assert start is not None
+        self._set_up(start.resolved)
+        with memory_limited(self.device, named_budget(self.recipe)):
+            strategy = self._strategy(start.resolved)
+            for _ in self._epochs(self._checkpoints(strategy, place, start)):
+                pass
+
+    def _set_up(self, choices: Choices) -> None:
+        torch.set_num_threads(choices.threads)
+        set_determinism(self.device, choices.deterministic)
+        self.source = replace(self.source, in_memory=choices.shuffle == "rows")
+
+    def _checkpoints(self, strategy: Strategy, place: Path, start: StartRecord) -> Checkpoints:
+        return Checkpoints(
+            place,
+            strategy,
+            new_schedule(self.recipe, 1),
+            self.recipe.training.checkpoint_minutes,
+            start,
+            writes=self.source.ranks.leads,
+        )
 
     def _start(self, place: Path) -> StartRecord:
         """Returns the start of an unfinished training with the same inputs, else a new one."""
@@ -147,6 +167,7 @@ class NetworkTraining:
                 without_decay,
                 own_rates=self.own_rates,
             ),
+            exact=training.exact,
         )
 
     def _run_epochs(self, checkpoints: Checkpoints) -> list[list[EpochReport]]:
@@ -159,7 +180,18 @@ class NetworkTraining:
         paths = [self.run.training_history_path(stage.number) for stage in self.network.stages]
         for path in paths:
             path.unlink(missing_ok=True)
-        for reports in Epochs(
+        for reports in self._epochs(checkpoints):
+            for history, path, report in zip(histories, paths, reports, strict=True):
+                history.append(report)
+                with path.open("a", encoding="utf-8") as lines:
+                    lines.write(history_line(report))
+            self.reporter.network_epoch_finished(reports)
+            self.reporter.epoch_finished(reports[-1])
+        return histories
+
+    def _epochs(self, checkpoints: Checkpoints) -> Epochs:
+        choices = checkpoints.start.resolved
+        return Epochs(
             checkpoints.strategy,
             self.source,
             [shape.input for shape in self.network.shapes],
@@ -169,14 +201,7 @@ class NetworkTraining:
             checkpoints,
             choices.write_batch,
             ample_memory(self.recipe, choices),
-        ):
-            for history, path, report in zip(histories, paths, reports, strict=True):
-                history.append(report)
-                with path.open("a", encoding="utf-8") as lines:
-                    lines.write(history_line(report))
-            self.reporter.network_epoch_finished(reports)
-            self.reporter.epoch_finished(reports[-1])
-        return histories
+        )
 
     def _write(
         self,

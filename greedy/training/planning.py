@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from greedy.base.devices import pick_precision
+from greedy.base.ranks import ALONE, Ranks
 from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import build_cross_entropy, checked_shapes
 from greedy.data import Split
@@ -17,7 +18,9 @@ from greedy.losses import LocalLoss
 from greedy.memory.choice import Choice, memory_budget
 from greedy.memory.peaks import OptimizerFactory
 from greedy.memory.plan import MemoryPlan, StageStores
+from greedy.models import Shape, sequential
 from greedy.recipes import Recipe
+from greedy.recipes.networks import is_library_network
 from greedy.recipes.per_stage import for_stage
 from greedy.runs.checkpoint_record import StartRecord
 from greedy.runs.choices import Choices
@@ -25,13 +28,14 @@ from greedy.runs.directory import RunDirectory
 from greedy.runs.disk_budget import plan_disk, previous_record
 from greedy.runs.disk_plan import DiskPlan
 from greedy.runs.events import Reporter, RunOutline
-from greedy.runs.network import stages_of
+from greedy.runs.network import network_of, stages_of
 from greedy.runs.state import RunState
 from greedy.runs.unfinished import find_training
 from greedy.runs.views import Views
 from greedy.stores.fresh import require_data_set
 from greedy.stores.opening import SourceFinder
 from greedy.training.calibration import byte_operations, calibration_of
+from greedy.training.following import Task
 from greedy.training.network import NetworkTraining
 from greedy.training.resolve import compiles, resolve, resolve_again, within_budget
 from greedy.training.stage import StageTraining
@@ -42,21 +46,24 @@ class StagePlanner:
     """Plans the stages of a run whose stage 0 is complete, given the state of the run.
 
     Attributes:
-        model: the user's network, if the recipe has none.
+        model: the user's network, if the recipe has none; the recipe's own one where it has its
+            first weights from the beginning.
         loss: the local loss of every stage but the output layer.
         optimizer: makes the user's optimiser; ``None`` for the recipe's.
         own_rates: whether that begins at its own learning rates.
         images: the data set's training split, for runs that read it again in every pass.
+        ranks: the processes that train together.
     """
 
     run: RunDirectory
-    model: nn.Sequential | None
+    model: nn.Module | None
     loss: LocalLoss
     device: torch.device
     reporter: Reporter
     optimizer: OptimizerFactory | None = None
     own_rates: bool = False
     images: Split | None = None
+    ranks: Ranks = ALONE
     _memory: MemoryPlan | None = field(default=None, init=False, repr=False)
 
     @property
@@ -73,8 +80,16 @@ class StagePlanner:
     def _precision(self) -> str:
         return pick_precision(self.recipe.training.precision, self.device)
 
+    def given_network(self, image: Shape) -> nn.Sequential | None:
+        """Returns the user's network for images (C, H, W) as a ``Sequential``, if there is one."""
+        if self.model is not None:
+            self.model = sequential(self.model, image)
+        return self.model
+
     def network(self, state: RunState) -> CutNetwork:
         """Returns the run's network without its trained weights."""
+        if self.model is not None or is_library_network(self.recipe.model.network):
+            self.model = network_of(state, self.model)  # not built and proved again for each stage
         data, stages = state.complete_record(0), stages_of(state, self.model)
         classes = len(data.class_names)
         shapes = checked_shapes(self.recipe, stages, data.row_shape, classes)
@@ -146,7 +161,7 @@ class StagePlanner:
         return NetworkTraining(
             run=self.run,
             network=network,
-            source=sources.for_training(1, 0, self._precision),
+            source=sources.for_training(1, 0, self._precision, ranks=self.ranks),
             data=state.complete_record(0),
             memory=self.memory(state).at_once(),
             device=self.device,
@@ -198,6 +213,7 @@ class StagePlanner:
                 start.resolved.precision,
                 in_memory=in_memory,
                 streamed=memory.draws_streamed,
+                ranks=self.ranks,
             ),
             sources=sources,
             writes_streamed=memory.writes_streamed,
@@ -209,6 +225,17 @@ class StagePlanner:
             smaller=partial(self.memory(state).smaller, number, stores),
             optimizer=self.optimizer,
             own_rates=self.own_rates,
+        )
+
+    def follow(self, task: Task) -> None:
+        """Trains what another process leads, in the same steps. Nothing is written."""
+        state = RunState.read(self.run)
+        if task.stage == 0:
+            self.whole_network(state).follow()
+            return
+        directory = Path(task.directory)
+        self.stage(state, task.stage, task.source, task.views, task.reuse, directory).follow(
+            directory / "training"
         )
 
     def _choices(
@@ -227,7 +254,8 @@ class StagePlanner:
             return resolve_again(self.recipe, before.choices, views, reuse, memory)
         hidden = self.memory(state).network.shapes[number - 1].hidden
         store = self.run.open_store(stored, "train")
-        compiled = compiles(self.recipe, number, hidden, store.rows, memory, self.device)
+        alone = self.ranks.size == 1
+        compiled = alone and compiles(self.recipe, number, hidden, store.rows, memory, self.device)
         fresh = stored == 0 and state.complete_record(0).data_choices.fresh
         return resolve(
             self.recipe,

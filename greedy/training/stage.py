@@ -12,6 +12,8 @@ from greedy.base.devices import memory_limited, reset_peak_memory, set_determini
 from greedy.base.disk_space import require_free_space, write_errors_explained
 from greedy.base.files import bytes_below, read_tensors
 from greedy.base.heap import release_free_memory
+from greedy.cache import location_of, require_writable
+from greedy.cache.layout import SHARD_STORED_BYTES
 from greedy.losses import LocalLoss
 from greedy.memory.choice import Choice, named_budget
 from greedy.memory.peaks import OptimizerFactory
@@ -28,12 +30,15 @@ from greedy.steps.step import Learner
 from greedy.steps.strategies import Greedy
 from greedy.stores.opening import SourceFinder
 from greedy.stores.source import Source
-from greedy.stores.writing import fit_output_encoding, write_split
+from greedy.stores.writing import fit_output_encoding, place_store, write_split
 from greedy.training.checkpoint import Checkpoints
 from greedy.training.finish import history_line, save_weights, write_record
+from greedy.training.following import Task
 from greedy.training.learners import new_learner, new_optimizer, new_schedule
 from greedy.training.loop import Epochs
 from greedy.training.resolve import ample_memory
+
+SHARDS_ON_DISK = 2 * SHARD_STORED_BYTES  # of a store in object storage: one written, one uploaded
 
 
 @dataclass
@@ -82,9 +87,11 @@ class StageTraining:
         """Trains and freezes the stage and writes it into a directory, which is empty or has an
         unfinished training with the same start, which is resumed. Returns the stage's record."""
         started = time.perf_counter()
+        if self._has_store and (stores := self.recipe.store.stores):
+            require_writable(stores)  # before it is trained for hours
         self.start.write(directory)
-        torch.set_num_threads(self.choices.threads)
-        set_determinism(self.device, self.choices.deterministic)
+        self.source.ranks.told(Task.of(self.start, directory)._asdict())
+        self._set_up()
         reset_peak_memory(self.device)
         with memory_limited(self.device, named_budget(self.recipe)):
             learner = self._learner()
@@ -95,14 +102,32 @@ class StageTraining:
             with write_errors_explained(directory, f"stage {self.stage.number}", needed):
                 return self._train(learner, directory, started)
 
-    def _train(self, learner: Learner, directory: Path, started: float) -> StageRecord:
-        checkpoints = Checkpoints(
+    def follow(self, directory: Path) -> None:
+        """Trains the stage with another process, which leads and has begun in the directory."""
+        begun = StartRecord.read(directory)
+        assert begun is not None
+        self.start = begun
+        self._set_up()
+        with memory_limited(self.device, named_budget(self.recipe)):
+            for _ in self._epochs(self._checkpoints(self._learner(), directory)):
+                pass
+
+    def _set_up(self) -> None:
+        torch.set_num_threads(self.choices.threads)
+        set_determinism(self.device, self.choices.deterministic)
+
+    def _checkpoints(self, learner: Learner, directory: Path) -> Checkpoints:
+        return Checkpoints(
             directory,
             Greedy(learner),
             new_schedule(self.recipe, self.stage.number),
             self.recipe.training.checkpoint_minutes,
             self.start,
+            writes=self.source.ranks.leads,
         )
+
+    def _train(self, learner: Learner, directory: Path, started: float) -> StageRecord:
+        checkpoints = self._checkpoints(learner, directory)
         reports = self._run_epochs(checkpoints)
         self.start = checkpoints.start  # has other choices if memory ran out
         learner.release()
@@ -129,13 +154,23 @@ class StageTraining:
         weights = sum(4 * p.numel() for p in learner.parameters())
         views, rows = self.choices.views, self.parent.rows
         store = 0
-        if not self.is_output and views != "live":
+        if views != "live" and self._has_store:
             plain = self.recipe.store.compressor == "none"
             size = (UNCOMPRESSED if plain else COMPRESSED)[self.choices.encoding]
             values = math.prod(self.shapes.output) * (rows["train"] * views + rows["test"])
             store = math.ceil(size * values)
-        drawn = bytes_below(self.source.path / "train") // self.source.stores["train"].views
-        return 7 * weights + max(store, drawn if self.source.ring else 0)
+        if self.recipe.store.stores:
+            store = min(store, SHARDS_ON_DISK)
+        drawn = 0
+        if self.source.ring:
+            train = self.source.stores["train"]
+            is_elsewhere = location_of(self.source.path / "train") is not None
+            drawn = SHARDS_ON_DISK if is_elsewhere else train.disk_bytes // train.views
+        return 7 * weights + max(store, drawn)
+
+    @property
+    def _has_store(self) -> bool:
+        return not self.is_output and self.choices.views != "live"
 
     @property
     def _batch(self) -> int:
@@ -171,26 +206,29 @@ class StageTraining:
         lines = checkpoints.training / HISTORY
         lines.unlink(missing_ok=True)
         with lines.open("x", encoding="utf-8") as history:
-            for (report,) in Epochs(
-                checkpoints.strategy,
-                self.source,
-                [self.shapes.input],
-                checkpoints.schedule,
-                self.recipe,
-                self.reporter,
-                checkpoints,
-                self.recipe.training.batch_size,
-                ample_memory(self.recipe, self.choices),
-            ):
+            for (report,) in self._epochs(checkpoints):
                 history.write(history_line(report))
                 history.flush()
                 self.reporter.epoch_finished(report)
                 reports.append(report)
         return reports
 
+    def _epochs(self, checkpoints: Checkpoints) -> Epochs:
+        return Epochs(
+            checkpoints.strategy,
+            self.source,
+            [self.shapes.input],
+            checkpoints.schedule,
+            self.recipe,
+            self.reporter,
+            checkpoints,
+            self.recipe.training.batch_size,
+            ample_memory(self.recipe, self.choices),
+        )
+
     def _write_store(self, learner: Learner, directory: Path) -> StoreRecord | None:
         views = self.choices.views
-        if self.is_output or views == "live":
+        if views == "live" or not self._has_store:
             return None
         learner.eval()
         if self.device.type == "cpu":
@@ -204,6 +242,7 @@ class StageTraining:
             self.choices.encoding, source, self.shapes.output, self._batch, seed, number
         )
         compressor = self.recipe.store.compressor
+        place_store(directory / "activations.zarr", self.recipe.store.stores, number)
         written = {
             split: write_split(
                 directory / "activations.zarr" / split,

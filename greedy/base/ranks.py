@@ -1,0 +1,179 @@
+"""The processes that train together, each on its share of every batch."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cached_property
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from greedy.base.errors import TrainingError
+
+PATIENCE = timedelta(days=7)  # for the leader, which may write a store meanwhile
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those that train together. All of them call the methods that communicate,
+    in the same order.
+
+    Attributes:
+        rank: the number of this process, from 0.
+        size: the number of processes.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def of_torchrun(cls) -> "Ranks":
+        """Joins the processes that torchrun started; alone if it did not start this one."""
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+            backend = "gloo"
+            if torch.cuda.is_available():
+                backend = "cpu:gloo,cuda:nccl"
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            dist.init_process_group(backend, timeout=PATIENCE)
+        return cls.joined()
+
+    @classmethod
+    def joined(cls) -> "Ranks":
+        """Returns the place of this process in torch's process group; alone without one."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return ALONE
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    def leave(self) -> None:
+        """Leaves the others; nothing can be exchanged with them any more."""
+        if self.size > 1:
+            dist.destroy_process_group()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the run and speaks to the user; the others follow it."""
+        return self.rank == 0
+
+    def add(self, tensor: Tensor) -> None:
+        """Replaces a tensor by the sum of those of all processes, the same in each."""
+        if self.size > 1:
+            with self._losses_named():
+                dist.all_reduce(tensor)
+
+    def stack(self, tensor: Tensor) -> Tensor:
+        """Returns the tensors of all processes, which have one shape, as (size, ...)."""
+        if self.size == 1:
+            return tensor[None]
+        parts = [torch.empty_like(tensor) for _ in range(self.size)]
+        with self._losses_named():
+            dist.all_gather(parts, tensor.contiguous())
+        return torch.stack(parts)
+
+    def told(self, value: Any = None) -> Any:
+        """Returns in every process the leader's ``value``, a JSON document."""
+        if self.size == 1:
+            return value
+        data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+        size = torch.tensor([len(data)])
+        with self._losses_named():
+            dist.broadcast(size, 0)
+            data = data if self.leads else torch.empty(int(size), dtype=torch.uint8)
+            dist.broadcast(data, 0)
+        return json.loads(bytes(data.tolist()))
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Lets the leader pass the block before the others enter it."""
+        if not self.leads:
+            self.told()
+        yield
+        if self.leads:
+            self.told()
+
+    @contextmanager
+    def _losses_named(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            raise TrainingError(
+                f"one of the {self.size} processes that train together has ended or cannot be "
+                f"reached: see what it wrote last (torchrun --log-dir), and give the same command "
+                f"again, which resumes from the last checkpoint"
+            ) from error
+
+    def divided(self, rows: int) -> "Shares":
+        """Returns shares of a batch that are nearly equally large."""
+        edges = [rows * rank // self.size for rank in range(self.size + 1)]
+        return Shares(self, [torch.arange(start, stop) for start, stop in pairwise(edges)])
+
+
+ALONE = Ranks()
+"""One process that trains by itself."""
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The rows of a batch that each process computes, as ascending positions in it (n,); together
+    they are all rows.
+
+    A process may have none, where the batch is small. Since layers take no empty batch, it then
+    computes the first row too, of which nothing is used.
+    """
+
+    ranks: Ranks
+    positions: Sequence[Tensor]
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether this process has no row."""
+        return not len(self.positions[self.ranks.rank])
+
+    @property
+    def computed(self) -> Tensor:
+        """The positions (n,) that this process computes."""
+        return torch.zeros(1, dtype=torch.int64) if self.is_idle else self._own
+
+    def part(self, rows: slice) -> tuple[slice, "Shares"]:
+        """Returns of a slice of the batch which of the rows that this process computes are in it,
+        and its shares."""
+        within = [(p >= rows.start) & (p < rows.stop) for p in self.positions]
+        positions = [
+            p[inside] - rows.start for p, inside in zip(self.positions, within, strict=True)
+        ]
+        place = within[self.ranks.rank].nonzero()
+        own = slice(int(place[0]), int(place[-1]) + 1) if len(place) else slice(0, 1)
+        return own, Shares(self.ranks, positions)
+
+    def gather(self, part: Tensor) -> Tensor:
+        """Returns the rows (B, ...) of the batch, of which each process has those it computes."""
+        if self.ranks.size == 1:
+            return part
+        sizes = [len(positions) for positions in self.positions]
+        padded = part.new_zeros((max(sizes), *part.shape[1:]))  # all send equally many
+        padded[: len(self._own)] = part[: len(self._own)]
+        parts = self.ranks.stack(padded)
+        rows = torch.cat([rows[:size] for rows, size in zip(parts, sizes, strict=True)])
+        return rows[self._order.to(rows.device)]
+
+    def own(self, whole: Tensor) -> Tensor:
+        """Returns the rows of ``whole`` (B, ...) that this process computes, zeros for one that is
+        idle."""
+        if self.ranks.size == 1:
+            return whole
+        rows = whole[self.computed.to(whole.device)]
+        return torch.zeros_like(rows) if self.is_idle else rows
+
+    @property
+    def _own(self) -> Tensor:
+        return self.positions[self.ranks.rank]
+
+    @cached_property
+    def _order(self) -> Tensor:
+        """The place of each row of the batch among the gathered rows."""
+        return torch.cat(list(self.positions)).argsort()

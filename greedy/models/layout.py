@@ -1,0 +1,89 @@
+"""Feature maps whose features come last, as some models have them inside."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from greedy.models.chain import Part
+from greedy.models.skeleton import skeleton
+from greedy.models.stages import ENCODERS, Shape
+
+
+class Axes(nn.Module):
+    """Puts the axes of its input into another order.
+
+    Args:
+        order: the axes, the first of which stays.
+    """
+
+    def __init__(self, *order: int) -> None:
+        super().__init__()
+        self.order = order
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(self.order)
+
+    def extra_repr(self) -> str:
+        return ", ".join(map(str, self.order))
+
+
+def features_first(found: Sequence[Part], image: Shape) -> list[Part]:
+    """Returns parts that compute the same one after the other, and of which none gives maps
+    (H, W, C): each such part gives (C, H, W), and the one after it turns them back."""
+    turned: list[Part] = []
+    before = False
+    for part, last in zip(found, _features_last(found, image), strict=True):
+        inner = [*part.module] if type(part.module) is nn.Sequential else [part.module]
+        modules = [
+            *([Axes(0, 2, 3, 1)] if before else []),
+            *inner,
+            *([Axes(0, 3, 1, 2)] if last else []),
+        ]
+        turned.append(Part(nn.Sequential(*modules), part.path) if before or last else part)
+        before = last
+    return turned
+
+
+def _features_last(found: Sequence[Part], image: Shape) -> list[bool]:
+    """Returns for each part whether it gives maps (H, W, C), where C are the features of the last
+    layer until there. Where H is C too, images of twice the width show which side is W."""
+    channels, height, width = image
+    outputs = _outputs(found, image)
+    if outputs is None:
+        return [False] * len(found)
+    wide: list[Shape] | None = None
+    results = []
+    features = 0
+    for index, (part, output) in enumerate(zip(found, outputs, strict=True)):
+        features = _features(part.module) or features
+        last = len(output) == 3 and output[-1] == features
+        if last and output[0] == features:
+            wide = wide or _outputs(found, (channels, height, 2 * width))
+            last = wide is not None and wide[index][-2] != output[-2]
+        results.append(last)
+    return results
+
+
+def _features(module: nn.Module) -> int | None:
+    """Returns the features that the last layer in a module gives; ``None`` without one."""
+    layers = [layer for layer in module.modules() if isinstance(layer, ENCODERS)]
+    if not layers:
+        return None
+    last = layers[-1]
+    return last.out_features if isinstance(last, nn.Linear) else last.out_channels
+
+
+@torch.no_grad()
+def _outputs(found: Sequence[Part], image: Shape) -> list[Shape] | None:
+    """Returns the shapes of a row after each part; ``None`` where the parts do not take the images
+    or do not work on the meta device."""
+    x = torch.empty((2, *image), device="meta")
+    outputs = []
+    try:
+        for part in found:
+            x = skeleton(part.module).eval()(x)
+            outputs.append(tuple(x.shape[1:]))
+    except (RuntimeError, AssertionError, AttributeError, ValueError, TypeError):
+        return None
+    return outputs

@@ -1,0 +1,37 @@
+"""What the leader of several processes tells the others to train."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from greedy.base.errors import UserError
+from greedy.base.ranks import Ranks
+from greedy.recipes import Recipe
+from greedy.runs.checkpoint_record import StartRecord
+from greedy.runs.views import Views
+
+
+class Task(NamedTuple):
+    """The training of a stage that the leader has begun, as ``StagePlanner.stage`` takes it; stage
+    0 stands for the whole network."""
+
+    stage: int = 0
+    source: int = 0
+    views: Views = "live"
+    reuse: int = 0
+    directory: str = ""
+
+    @classmethod
+    def of(cls, start: StartRecord, training: Path) -> "Task":
+        """Returns the task of a training in a directory."""
+        choices = start.resolved
+        directory = str(training.parent)
+        return cls(start.stage, start.source, choices.views, choices.reuse, directory)
+
+
+def require_separate_rows(recipe: Recipe, ranks: Ranks) -> None:
+    """Raises ``UserError`` if a recipe mixes rows that several processes would have."""
+    if ranks.size > 1 and recipe.data.mixup != "none":
+        raise UserError(
+            "mixup mixes rows that several processes have: train in one process, or set "
+            "data.mixup to none"
+        )

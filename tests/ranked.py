@@ -1,0 +1,32 @@
+"""Runs functions of test modules in several processes that train together."""
+
+import os
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from greedy.base.ranks import Ranks
+
+
+def together(size: int, work: Callable[..., None], *arguments: Any) -> None:
+    """Calls ``work(ranks, *arguments)`` in ``size`` processes. Raises an error of any of them."""
+    with tempfile.TemporaryDirectory() as directory:
+        meeting = Path(directory) / "meeting"
+        mp.spawn(_one, (size, str(meeting), work, arguments), nprocs=size)
+
+
+def _one(
+    rank: int, size: int, meeting: str, work: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    limit = timedelta(seconds=120)
+    dist.init_process_group("gloo", f"file://{meeting}", limit, rank=rank, world_size=size)
+    work(Ranks.joined(), *arguments)
+    dist.destroy_process_group()

@@ -1,0 +1,126 @@
+"""Runs that several processes train, started by torchrun."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from command_line import greedy
+from safetensors.torch import load_file
+
+SETTINGS = {
+    "model.hidden_layers": 2,
+    "model.hidden_width": 16,
+    "training.epochs": 2,
+    "training.optimizer": "sgd",
+    "training.checkpoint_minutes": 0,
+}
+START = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
+def arguments(run: Path, **settings: object) -> list[str]:
+    given = ["train", "--recipe", "fashion-mnist/mlp-predsim", "--data", "fashion-mnist-sample"]
+    named = {**SETTINGS, **{name.replace("__", "."): value for name, value in settings.items()}}
+    for name, value in named.items():
+        given += ["--set", f"{name}={value}"]
+    return [*given, "--device", "cpu", "--precision", "float32", "--run", str(run)]
+
+
+def start(run: Path, processes: int = 2, **settings: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*START, str(processes), "-m", "--", "greedy", *arguments(run, **settings)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def train(run: Path, processes: int = 2, **settings: object) -> str:
+    process = start(run, processes, **settings)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def weights(run: Path) -> list[dict[str, torch.Tensor]]:
+    return [load_file(path) for path in sorted(run.glob("stage*/encoder.safetensors"))]
+
+
+def content(run: Path) -> dict[str, bytes]:
+    """Returns weights, histories but for times, and stores of a run."""
+    names = ("encoder.safetensors", "heads.safetensors")
+    files = [path for path in run.rglob("*") if path.name in names or path.name.startswith("c.")]
+    return {str(path.relative_to(run)): path.read_bytes() for path in files if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("torchrun") / "run"
+    out = train(run)
+    assert out.count("stage 1/3 linear16: epoch 1/2") == 1  # one process speaks
+    return run
+
+
+def test_two_processes_train_what_one_does(finished: Path, tmp_path: Path) -> None:
+    greedy(*arguments(tmp_path / "one"))
+    for one, two in zip(weights(tmp_path / "one"), weights(finished), strict=True):
+        for name, tensor in one.items():
+            torch.testing.assert_close(tensor, two[name], rtol=0, atol=1e-4)
+
+
+def test_joint_training_and_patience(tmp_path: Path) -> None:
+    settings = {"training__strategy": "joint", "training__patience": 1}
+    train(tmp_path / "two", **settings)
+    greedy(*arguments(tmp_path / "one", **settings))
+    for one, two in zip(weights(tmp_path / "one"), weights(tmp_path / "two"), strict=True):
+        for name, tensor in one.items():
+            torch.testing.assert_close(tensor, two[name], rtol=0, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_when_a_process_is_killed_all_end_and_the_same_command_resumes(
+    finished: Path, tmp_path: Path, rank: str
+) -> None:
+    run = tmp_path / "run"
+    process = start(run)
+    assert process.stdout is not None
+    while "stage 2/3 linear16: epoch 1" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(0.2)  # into the next epoch
+    children = psutil.Process(process.pid).children(recursive=True)
+    (victim,) = (child for child in children if child.environ().get("RANK") == rank)
+    victim.kill()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert err.count("Error:") == (rank == "1")
+    if rank == "1":
+        assert "Error: one of the 2 processes that train together has ended" in err
+    train(run)
+    assert content(run) == content(finished)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_another_number_of_processes(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = start(run, 3)
+    assert process.stdout is not None
+    while "stage 2/3 linear16: epoch 1" not in process.stdout.readline():
+        assert process.poll() is None
+    process.terminate()
+    process.communicate(timeout=120)
+    greedy(*arguments(run))
+    for one, two in zip(weights(run), weights(finished), strict=True):
+        for name, tensor in one.items():
+            torch.testing.assert_close(tensor, two[name], rtol=0, atol=1e-4)
+
+
+def test_mixup_needs_one_process(tmp_path: Path) -> None:
+    process = start(tmp_path / "run", data__mixup="input", loss__name="pred")
+    _, err = process.communicate(timeout=120)
+    assert err.count("Error: mixup mixes rows that several processes have") == 1
