@@ -245,7 +245,8 @@ def test_a_loss_that_is_not_finite_changes_nothing_and_is_named(tmp_path: Path) 
         steps = 0
 
         def forward(self, x):
-            learns = self.training and type(x) is torch.Tensor  # not while memory is counted
+            # Not while memory is counted, or the stage is planned with two rows.
+            learns = self.training and type(x) is torch.Tensor and len(x) > 2
             Spoilt.steps += learns
             return x * float("nan") if learns and Spoilt.steps == 8 else x
 

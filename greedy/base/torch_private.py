@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "storage_key",
     "tree_leaves",
     "tree_map",
+    "without_modes",
 ]
 
 CONVOLUTIONS = nn.modules.conv._ConvNd

@@ -57,6 +57,10 @@ class Counter(TorchDispatchMode):
         """Sets the peak to the bytes in use now."""
         self.peak = self.live
 
+    def add_peak(self, count: int) -> None:
+        """Counts bytes that were in use for a moment, beyond those in use now."""
+        self.peak = max(self.peak, self.live + count)
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

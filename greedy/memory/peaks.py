@@ -1,23 +1,25 @@
 """The memory and operations of one step of a stage, counted on fake tensors."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from greedy.base.torch_private import without_modes
 from greedy.losses import LocalLoss, make_heads
 from greedy.memory.counting import Counter
 from greedy.memory.fake import count_with_loss, fake_tensors, make_state, materialise
+from greedy.memory.shared import META, Counts, FrozenStage
 from greedy.models import Shape, Stage, StageShapes
 from greedy.runs.choices import StepMemory
 from greedy.steps.step import Learner, gradients
 from greedy.stores.source import WRITE_ROWS, Batch, replay
 
-CPU, META = torch.device("cpu"), torch.device("meta")
+CPU = torch.device("cpu")
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -56,6 +58,7 @@ class StepDemand:
         replay: the frozen stages between the source and the stage, if any.
         other_resident_bytes: bytes of other stages on the device, needed to draw views.
         why_plain: why the stage has no mode but ``plain``; empty if it has all.
+        counts: what was counted before for equal stages, and what is counted now.
     """
 
     stage: Stage
@@ -70,64 +73,84 @@ class StepDemand:
     replay: Replay | None = None
     other_resident_bytes: int = 0
     why_plain: str = ""
+    counts: Counts = field(default_factory=Counts, compare=False, repr=False)
 
     def peak(self, memory: StepMemory) -> int:
         """Counts the most bytes on the device in a step in a memory mode, any but the first step:
         weights, gradients, optimiser state, the batch, and everything computed from it."""
-        return self._count(lambda demand: demand._peak(memory))
+        peak = self._count(("step", memory), lambda demand: demand._peak(memory))
+        return peak + self.other_resident_bytes
 
-    def _count(self, count: Callable[["StepDemand"], int]) -> int:
+    def _count(self, of: Hashable, count: Callable[["StepDemand"], int]) -> int:
         what = f"stage {self.stage.number} ({self.stage.name})"
-        return count_with_loss(lambda loss: count(replace(self, loss=loss)), self.loss, what)
+        return self.counts.number(
+            (of, *self._key()),
+            lambda: count_with_loss(lambda loss: count(replace(self, loss=loss)), self.loss, what),
+        )
+
+    def _key(self) -> tuple[Hashable, ...]:
+        """Returns what decides the counts."""
+        return (
+            self.counts.kind(self.stage),
+            self.shapes,
+            self.loss if isinstance(self.loss, Hashable) else id(self.loss),
+            self.num_classes,
+            self.batch_size,
+            self.precision,
+            id(self.optimizer),
+            self.device_type,
+            self.stored_row_bytes,
+            self.replay,
+        )
 
     def _peak(self, memory: StepMemory) -> int:
-        stage, *replayed = self._skeletons()
         with fake_tensors(), Counter() as counter:
-            learner = self._learner(stage, memory)
+            learner = self._learner(memory)
             counter.add(_tensors_of(learner))
             if self.optimizer is not None:
                 learner.optimizer = self.optimizer(learner.parameters())
                 make_state(learner.parameters(), [learner.optimizer])
-            batch = self._batch(learner, replayed)
+            batch = self._batch(learner, self._frozen(counter))
             counter.reset_peak()
             gradients(learner, batch)
-        return counter.peak + self.other_resident_bytes
+        return counter.peak
 
     def writing_peak(self, rows: int) -> int:
         """Counts the most bytes on the device while the trained stage computes the outputs and the
         local error of ``rows`` rows."""
-        return self._count(lambda demand: demand._writing_peak(rows))
+        peak = self._count(("writing", rows), lambda demand: demand._writing_peak(rows))
+        return peak + self.other_resident_bytes
 
     def _writing_peak(self, rows: int) -> int:
-        stage, *replayed = self._skeletons()
         with fake_tensors(), Counter() as counter, torch.no_grad():
-            learner = self._learner(stage, StepMemory())
+            learner = self._learner(StepMemory())
             learner.eval()
             counter.add(_tensors_of(learner))
-            read = self._reader(learner, replayed)
+            read = self._reader(learner, self._frozen(counter))
             counter.reset_peak()
             x = read(slice(0, rows))
             learner.features(x)
             with learner.autocast():
                 learner.stage(x).float()
-        return counter.peak + self.other_resident_bytes
+        return counter.peak
 
     def flops(self) -> int:
         """Counts the floating-point operations of the plain step, two for a multiply-add."""
-        return self._count(StepDemand._flops)
+        return self._count("operations", StepDemand._flops)
 
     def _flops(self) -> int:
-        stage, *_ = self._skeletons()
         with fake_tensors(), FlopCounterMode(display=False) as counter:
-            learner = self._learner(stage, StepMemory())
+            learner = self._learner(StepMemory())
             gradients(learner, self._batch(learner, []))
         return counter.get_total_flops()
 
     def parameter_bytes(self) -> int:
         """Returns the bytes of weights, gradients and optimiser state."""
-        stage, *_ = self._skeletons()
+        return self.counts.number(("parameters", *self._key()), self._parameter_bytes)
+
+    def _parameter_bytes(self) -> int:
         with fake_tensors():
-            parameters = self._learner(stage, StepMemory()).parameters()
+            parameters = self._learner(StepMemory()).parameters()
             state: list[Any] = []
             if self.optimizer is not None:
                 optimizer = self.optimizer(parameters)
@@ -142,13 +165,19 @@ class StepDemand:
         at_once = max if self.replay and self.replay.streamed else sum
         return self.other_resident_bytes + at_once(replayed)
 
-    def _skeletons(self) -> list[Stage]:
-        """Returns copies of the stage and of those that are replayed on the meta device, since fake
-        tensors cannot be computed with real ones."""
-        replayed = self.replay.stages if self.replay else ()
-        return [deepcopy(stage).to("meta") for stage in (self.stage, *replayed)]
+    def _frozen(self, counter: Counter) -> list[FrozenStage]:
+        """Returns the stages that are replayed, on the device."""
+        if self.replay is None:
+            return []
+        streamed = self.replay.streamed
+        return [
+            FrozenStage(stage, self.counts, counter, self.precision, streamed=streamed)
+            for stage in self.replay.stages
+        ]
 
-    def _learner(self, stage: Stage, memory: StepMemory) -> Learner:
+    def _learner(self, memory: StepMemory) -> Learner:
+        with without_modes():  # since fake tensors cannot be computed with real ones
+            stage = deepcopy(self.stage).to("meta")
         materialise(stage)
         heads = make_heads(self.loss, self.shapes.hidden, self.num_classes)
         host = CPU if self.device_type == "cpu" else META
@@ -166,13 +195,13 @@ class StepDemand:
         learner.train()
         return learner
 
-    def _reader(self, learner: Learner, frozen: Sequence[Stage]) -> Callable[[slice], torch.Tensor]:
+    def _reader(
+        self, learner: Learner, frozen: Sequence[FrozenStage]
+    ) -> Callable[[slice], torch.Tensor]:
         """Returns a function that computes the stage's input for some rows of a batch as
         ``Source.inputs`` does."""
         shape = self.replay.shape if self.replay else self.shapes.input
         at_once = self.replay.rows if self.replay else WRITE_ROWS
-        prepared = _loaded_on_call if self.replay and self.replay.streamed else _loaded
-        replayed = [prepared(stage) for stage in frozen]
 
         def read(rows: slice) -> torch.Tensor:
             count = (rows.stop or self.batch_size) - (rows.start or 0)
@@ -180,28 +209,17 @@ class StepDemand:
             x = torch.empty((count, *shape))
             del stored  # freed once x is decoded
             with torch.no_grad(), learner.autocast():
-                return replay(replayed, x, at_once).float()
+                x = replay(frozen, x, at_once).float()
+            for stage in frozen:
+                stage.end()
+            return x
 
         return read
 
-    def _batch(self, learner: Learner, frozen: Sequence[Stage]) -> Batch:
+    def _batch(self, learner: Learner, frozen: Sequence[FrozenStage]) -> Batch:
         mask = learner.mask(0, self.batch_size, self.shapes.input, 0, 0)
         labels = torch.zeros(self.batch_size, dtype=torch.long)
         return Batch(labels, self._reader(learner, frozen), mask)
-
-
-def _loaded(stage: Stage) -> Callable[[torch.Tensor], torch.Tensor]:
-    return materialise(stage).eval()
-
-
-def _loaded_on_call(stage: Stage) -> Callable[[torch.Tensor], torch.Tensor]:
-    def call(x: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = _loaded(stage)(x)
-        with META:  # where nothing is counted
-            materialise(stage)
-        return output
-
-    return call
 
 
 def weight_bytes(stage: Stage) -> int:

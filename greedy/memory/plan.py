@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Self
 
 from greedy.base.errors import UserError
@@ -17,6 +18,7 @@ from greedy.memory.choice import (
 )
 from greedy.memory.peaks import OptimizerFactory, Replay, StepDemand, weight_bytes
 from greedy.memory.separate import why_plain
+from greedy.memory.shared import Counts
 from greedy.models import Stage, StageShapes
 from greedy.recipes import Recipe
 from greedy.runs.disk_plan import DiskPlan
@@ -70,8 +72,8 @@ class MemoryPlan:
     device_type: str
     optimizer: OptimizerFactory | None = None
     images: str = "uint8"
+    _counts: Counts = field(default_factory=Counts, repr=False)
     _choices: dict[Hashable, Choice] = field(default_factory=dict, repr=False)
-    _flops: dict[Hashable, int] = field(default_factory=dict, repr=False)
     _why_plain: dict[Hashable, str] = field(default_factory=dict, repr=False)
     _streamed: dict[int, bool] = field(default_factory=dict, repr=False)
 
@@ -190,9 +192,10 @@ class MemoryPlan:
             ),
             self._replay(source, number),
             why_plain=self.why_plain(number),
+            counts=self._counts,
         )
 
-    @property
+    @cached_property
     def _on_device(self) -> OptimizerFactory | None:
         """What makes the optimiser of a stage; ``None`` if its state is in host memory."""
         if self.recipe.memory.optimizer_state == "host":
@@ -229,11 +232,8 @@ class MemoryPlan:
     def _own_flops(self, number: int, without_heads: int) -> int:
         if isinstance(self.loss_of(number), Glob):
             return without_heads
-        key = self._cache_key(number)
-        if key not in self._flops:
-            demand = StepDemand(*self._what(number), None, self.device_type, 0)
-            self._flops[key] = demand.flops()
-        return self._flops[key]
+        demand = StepDemand(*self._what(number), None, self.device_type, 0, counts=self._counts)
+        return demand.flops()
 
     def loss_of(self, number: int) -> LocalLoss:
         """Returns the loss of a stage."""
@@ -246,8 +246,7 @@ class MemoryPlan:
 
     def _cache_key(self, number: int) -> Hashable:
         """Returns a key that is the same for equal stages, so that only one of them is counted."""
-        stage, shape = self.network.stages[number - 1], self.network.shapes[number - 1]
-        sizes = tuple(p.shape for p in stage.parameters())
         loss = self.loss_of(number)
         named = loss if isinstance(loss, Hashable) else id(loss)
-        return repr(stage), stage.flatten, stage.dropout, sizes, shape, named
+        kind = self._counts.kind(self.network.stages[number - 1])
+        return kind, self.network.shapes[number - 1], named
