@@ -193,6 +193,34 @@ def test_bytes_do_not_depend_on_threads_or_calls(tmp_path: Path, name: str) -> N
     assert write(tmp_path / "other", values, encoding).digest != written[0][0].digest
 
 
+@pytest.mark.parametrize("writers", [1, 2, 3, 11])
+def test_several_writers_write_what_one_does(tmp_path: Path, writers: int) -> None:
+    """With 11 there are more of them than shards."""
+    values = activations((3, 2, 2))
+    encoding = fit_encoding("uint8", values[0])
+    whole = write(tmp_path / "whole", values, encoding)
+    rows = values.reshape(-1, 3, 2, 2)
+    parts, shards = [], []
+    for number in range(writers):
+        with StoreWriter(
+            tmp_path / "shared",
+            rows=ROWS,
+            views=VIEWS,
+            encoding=encoding,
+            compressor="lz4",
+            labels=LABELS,
+            index=INDEX,
+            layout=SMALL,
+            resume=True,
+            share=(number, writers),
+        ) as part:
+            part.append(rows[part.first : part.stop])
+        parts.append(part)
+        shards += part.finish_part()
+    assert parts[0].finish(shards) == whole
+    assert files(tmp_path / "shared") == files(tmp_path / "whole")
+
+
 def test_shards_are_few_and_whole_when_large(tmp_path: Path) -> None:
     encoding = Encoding("float32", (512, 32, 32))
     layout = Layout.fit(views=4, rows=50_000, encoding=encoding)

@@ -1,6 +1,7 @@
 """Runs that several processes train, started by torchrun."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from command_line import greedy
+from command_line import greedy, said
 from safetensors.torch import load_file
 
 SETTINGS = {
@@ -18,6 +19,7 @@ SETTINGS = {
     "training.epochs": 2,
     "training.optimizer": "sgd",
     "training.checkpoint_minutes": 0,
+    "store.views": 3,
 }
 START = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
 
@@ -71,6 +73,16 @@ def test_two_processes_train_what_one_does(finished: Path, tmp_path: Path) -> No
     for one, two in zip(weights(tmp_path / "one"), weights(finished), strict=True):
         for name, tensor in one.items():
             torch.testing.assert_close(tensor, two[name], rtol=0, atol=1e-4)
+
+
+def test_stores_are_those_that_one_process_writes(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for stage in (1, 2):
+        said("cache", "drop", run / f"stage{stage}")
+        said("cache", "repair", run / f"stage{stage}")
+    assert content(run) == content(finished)
+    assert len(list(run.glob("stage1/activations.zarr/train/activations/c.*"))) == 3
 
 
 def test_joint_training_and_patience(tmp_path: Path) -> None:
