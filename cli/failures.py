@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import click
 from greedy.base.errors import Interrupted, TrainingError, UserError, unknown
 from greedy.base.text import shown
 
+WAITING = 3.0  # seconds that a process which does not lead waits before it speaks
 DEBUG = "greedy.debug"  # the key of --debug in the context's `meta`
 
 
@@ -76,8 +78,12 @@ class Group(click.Group):
         try:
             code = super().main(*args, **{**extra, "standalone_mode": False})
         except click.ClickException as error:
-            if not (follows() and _is_common(error)):
-                click.echo(f"Error: {shown(_sentence(error))}", err=True)
+            who = ""
+            if follows():
+                # If all have failed, the leader says why, and torchrun ends this process meanwhile.
+                time.sleep(WAITING)
+                who = f" in process {os.environ['RANK']}"
+            click.echo(f"Error{who}: {shown(_sentence(error))}", err=True)
             code = error.exit_code
         except click.Abort:
             code = Stopped.exit_code
@@ -86,13 +92,7 @@ class Group(click.Group):
 
 def follows() -> bool:
     """Returns whether torchrun started this process with others of which another one leads."""
-    return os.environ.get("RANK", "0") != "0"
-
-
-def _is_common(error: click.ClickException) -> bool:
-    """Returns whether all processes that train together end with an error, so that one says it."""
-    ours = isinstance(error.__cause__, UserError | TrainingError | Interrupted)
-    return ours or isinstance(error, click.UsageError)
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
 
 
 @contextmanager

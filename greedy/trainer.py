@@ -189,18 +189,18 @@ class GreedyTrainer:
             The records of all stages.
         """
         if not self.ranks.leads:
-            return self._follow()
+            self._follow()
+            state = RunState.read(self.run)
+            numbers = range(1, len(state.complete_record(0).network) + 1)
+            return [state.complete_record(number) for number in numbers]
         records = self._lead(retrain_from)
         self.ranks.told()
         return records
 
-    def _follow(self) -> list[StageRecord]:
+    def _follow(self) -> None:
         """Trains with the process that leads, until that has finished."""
         while task := self.ranks.told():
             self._planner.follow(Task(**task))
-        state = RunState.read(self.run)
-        numbers = range(1, len(state.complete_record(0).network) + 1)
-        return [state.complete_record(number) for number in numbers]
 
     def _lead(self, retrain_from: int | None) -> list[StageRecord]:
         if retrain_from is None and not os.access(self.run.path, os.W_OK):
@@ -302,7 +302,8 @@ class GreedyTrainer:
                 changed.
         """
         if not self.ranks.leads:
-            return self._follow()[number - 1]
+            self._follow()
+            return StageRecord.read(to or self.run.stage_dir(number))
         if not ignore_changes:
             require_unchanged_folder(self.run)
         with self.run.write_lock():

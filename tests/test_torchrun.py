@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -33,8 +34,12 @@ def arguments(run: Path, **settings: object) -> list[str]:
 
 
 def start(run: Path, processes: int = 2, **settings: object) -> subprocess.Popen:
+    return started(arguments(run, **settings), processes)
+
+
+def started(arguments: Sequence[object], processes: int = 2) -> subprocess.Popen:
     return subprocess.Popen(
-        [*START, str(processes), "-m", "--", "greedy", *arguments(run, **settings)],
+        [*START, str(processes), "-m", "--", "greedy", *map(str, arguments)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -130,6 +135,60 @@ def test_a_run_goes_on_with_another_number_of_processes(finished: Path, tmp_path
     for one, two in zip(weights(run), weights(finished), strict=True):
         for name, tensor in one.items():
             torch.testing.assert_close(tensor, two[name], rtol=0, atol=1e-4)
+
+
+def test_one_stage_is_trained_alone(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / "stage3")
+    again = started(
+        [
+            "train-stage",
+            "--stage",
+            2,
+            "--from-cache",
+            run / "stage1",
+            "--retrain",
+            "--device",
+            "cpu",
+        ]
+    )
+    out, err = again.communicate(timeout=120)
+    assert again.returncode == 0, err
+    assert f"wrote {run / 'stage2'}" in out
+    wanted = {name: data for name, data in content(finished).items() if "stage3" not in name}
+    assert content(run) == wanted
+
+
+MEETING = """
+import torch
+from torch import nn
+
+
+class Centred(nn.Module):
+    def forward(self, x):
+        return x - x.mean(0)
+
+
+def network():
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(784, 8), Centred(), nn.ReLU(), nn.Linear(8, 10)
+    )
+"""
+
+
+def test_samples_that_meet_elsewhere_need_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "meeting.py").write_text(MEETING)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    given = ["train", "--recipe", "fashion-mnist/mlp-predsim", "--model", "meeting:network"]
+    data = ["--data", "fashion-mnist-sample", "--device", "cpu", "--run", tmp_path / "run"]
+    process = started([*given, *data])
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert err.count("Error: stage 1 cannot be trained by several processes (") == 1
+    assert "Error in process" not in err
 
 
 def test_mixup_needs_one_process(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from greedy.base.devices import is_out_of_memory
 from greedy.base.errors import TrainingError
 
 PATIENCE = timedelta(days=7)  # for the leader, which may write a store meanwhile
@@ -35,7 +36,8 @@ class Ranks:
     @classmethod
     def of_torchrun(cls) -> "Ranks":
         """Joins the processes that torchrun started; alone if it did not start this one."""
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        several = dist.is_available() and dist.is_torchelastic_launched()
+        if several and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
             backend = "gloo"
             if torch.cuda.is_available():
                 backend = "cpu:gloo,cuda:nccl"
@@ -106,6 +108,8 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise TrainingError(
                 f"one of the {self.size} processes that train together has ended or cannot be "
                 f"reached: see what it wrote last (torchrun --log-dir), and give the same command "

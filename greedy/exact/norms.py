@@ -120,11 +120,7 @@ class Norm:
         if self._partial is None or self.call is None:
             raise differs()
         found = self._partial.shared(self.shares) if self.shares else self._partial
-        if found.count < 2:
-            raise UserError(
-                "batch norm has one value for each channel of the batch, which has no variance: "
-                "give more samples"
-            )
+        found.require_variance()
         like = next(
             (t for t in (self.call.weight, self.call.running_mean) if t is not None),
             widened(self.call.input[:0]),
@@ -227,10 +223,7 @@ class Norms(TorchFunctionMode):
         if self.layers is not None and func in LAYERS:
             return self.layers(func, args, kwargs)
         if func in DIRECT:
-            raise UserError(
-                f"the module calls torch.{func.__name__} itself: let it call "
-                f"torch.nn.functional.batch_norm"
-            )
+            raise calls_directly(func)
         return func(*args, **kwargs)
 
     def begin(self, number: int) -> None:
@@ -268,6 +261,13 @@ def back(
 
 def _is_same(one: Call, other: Call) -> bool:
     return one.weight is other.weight and one.input.shape[1] == other.input.shape[1]
+
+
+def calls_directly(func: Callable[..., Any]) -> UserError:
+    """Returns the error that a module calls one of ``DIRECT``."""
+    return UserError(
+        f"the module calls torch.{func.__name__} itself: let it call torch.nn.functional.batch_norm"
+    )
 
 
 def differs() -> UserError:

@@ -6,6 +6,7 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
+from greedy.base.errors import UserError
 from greedy.base.precision import widened
 from greedy.base.ranks import Shares
 
@@ -44,6 +45,14 @@ class Statistics:
             self.mean + share * shift,
             within + share * (1 - share) * shift.square(),
         )
+
+    def require_variance(self) -> None:
+        """Raises ``UserError`` for a single value of each channel."""
+        if self.count < 2:
+            raise UserError(
+                "batch norm has one value for each channel of the batch, which has no variance: "
+                "give more samples"
+            )
 
     def shared(self, shares: Shares) -> "Statistics":
         """Returns the statistics of a whole batch, given those of the rows that this process

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from greedy.base.ranks import Shares
-from greedy.exact.norms import Call, Norm
+from greedy.exact.norms import DIRECT, Call, Norm, calls_directly
 from greedy.exact.statistics import Statistics
 from greedy.losses import Features
 
@@ -40,6 +40,8 @@ class SharedNorms(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.batch_norm and (call := Call(*args, **kwargs)).training:
             return shared_norm(call, self._shares)
+        if func in DIRECT:
+            raise calls_directly(func)
         return func(*args, **kwargs)
 
 
@@ -52,6 +54,7 @@ def shared_norm(call: Call, shares: Shares) -> Tensor:
     """Computes a batch norm of this process's rows by the statistics of all rows, and updates its
     running statistics."""
     statistics = Statistics.of(call.input.detach()).shared(shares)
+    statistics.require_variance()
     if call.running_mean is not None and call.running_var is not None:
         statistics.move(call.running_mean, call.running_var, call.momentum)
     like = next((t for t in call[1:4] if t is not None), call.input)

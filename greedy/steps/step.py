@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from greedy.base.devices import is_out_of_memory, to_device
-from greedy.base.errors import first_line
+from greedy.base.errors import TrainingError, first_line
 from greedy.base.heap import release_free_memory
 from greedy.base.precision import HALVES, autocast
 from greedy.base.ranks import Shares
@@ -227,6 +227,8 @@ def _try(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None] | None:
     try:
         return gradients(learner, batch)
     except Exception as error:
+        if batch.shares is not None:
+            raise _of_one_process(error) from error
         if learner.graph_rows:
             learner.graph_rows = 0
         elif is_out_of_memory(error) and (smaller := _smaller(learner, error)):
@@ -240,6 +242,17 @@ def _try(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None] | None:
         buffer.copy_(value)
     torch.manual_seed(torch.initial_seed())  # so that the same numbers are drawn again
     return None
+
+
+def _of_one_process(error: Exception) -> Exception:
+    """Returns the error to raise for a step that failed in one of several processes, which cannot
+    repeat it alone."""
+    if not is_out_of_memory(error):
+        return error
+    return TrainingError(
+        "memory ran out in one of the processes that train together: give a smaller "
+        "--memory-budget, and the same command resumes from the last checkpoint"
+    )
 
 
 def _free_failed_step(learner: Learner) -> None:

@@ -237,14 +237,15 @@ class Epochs:
         )
 
     def _require_alike(self, epoch: int) -> None:
-        """Raises ``TrainingError`` if processes that train together have learned other weights."""
+        """Raises ``TrainingError`` if processes that train together have learned other weights or
+        running statistics."""
         ranks = self.source.ranks
         if ranks.size == 1:
             return
         own = blake2b(digest_size=7)  # fits an int64
         for learner in self.strategy.learners:
-            for parameter in learner.parameters():
-                own.update(parameter.detach().cpu().numpy().tobytes())
+            for learned in (*learner.parameters(), *learner.buffers()):
+                own.update(learned.detach().cpu().numpy().tobytes())
         digests = ranks.stack(torch.tensor([int.from_bytes(own.digest())]))
         if (digests != digests[0]).any():
             raise TrainingError(

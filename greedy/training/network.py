@@ -81,6 +81,7 @@ class NetworkTraining:
         with write_errors_explained(self.run.path, "the network", needed):
             checkpoints = self._checkpoints(strategy, place, start)
             histories = self._run_epochs(checkpoints)
+            self.source.ranks.told()  # others have read the directory
             seconds = checkpoints.before + time.perf_counter() - began
             return self._write(strategy, histories, checkpoints.start.resolved, seconds)
 
@@ -94,6 +95,7 @@ class NetworkTraining:
             strategy = self._strategy(start.resolved)
             for _ in self._epochs(self._checkpoints(strategy, place, start)):
                 pass
+        self.source.ranks.told()
 
     def _set_up(self, choices: Choices) -> None:
         torch.set_num_threads(choices.threads)

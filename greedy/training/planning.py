@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from greedy.base.devices import pick_precision
+from greedy.base.errors import UserError
 from greedy.base.ranks import ALONE, Ranks
 from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import build_cross_entropy, checked_shapes
@@ -157,6 +158,7 @@ class StagePlanner:
     def whole_network(self, state: RunState) -> NetworkTraining:
         """Returns the training of all stages at once."""
         network = self.network(state)
+        self._require_separate(state, range(1, len(network) + 1))
         sources = SourceFinder(state, network.stages, self.device, self.reporter, self.images)
         return NetworkTraining(
             run=self.run,
@@ -183,6 +185,7 @@ class StagePlanner:
         ``source`` or of the nearest stage before it that has one. An unfinished training keeps its
         choices."""
         parent, network = state.complete_record(number - 1), self.network(state)
+        self._require_separate(state, [number])
         stage = network.stages[number - 1]
         sources = SourceFinder(state, network.stages, self.device, self.reporter, self.images)
         stored = sources.last_stored(source)
@@ -226,6 +229,16 @@ class StagePlanner:
             optimizer=self.optimizer,
             own_rates=self.own_rates,
         )
+
+    def _require_separate(self, state: RunState, numbers: Iterable[int]) -> None:
+        """Raises ``UserError`` for a stage whose samples meet where several processes exchange
+        nothing."""
+        for number in numbers if self.ranks.size > 1 else ():
+            if reason := self.memory(state).why_plain(number):
+                raise UserError(
+                    f"stage {number} cannot be trained by several processes ({reason}): train in "
+                    f"one process"
+                )
 
     def follow(self, task: Task) -> None:
         """Trains what another process leads, in the same steps. Nothing is written."""

@@ -114,6 +114,7 @@ class StageTraining:
                 pass
             learner.release()
             release_free_memory(self.device)
+            self.source.ranks.told()
             self._write_store(learner, directory)
 
     def _set_up(self) -> None:
@@ -137,6 +138,7 @@ class StageTraining:
         learner.release()
         release_free_memory(self.device)
         save_weights(learner, directory)
+        self.source.ranks.told()  # others, which have read the directory, may read the weights
         return write_record(
             directory,
             learner,
@@ -234,7 +236,6 @@ class StageTraining:
         views = self.choices.views
         if views == "live" or not self._has_store:
             return None
-        self.source.ranks.told()  # the weights are on disk
         learner.eval()
         if self.device.type == "cpu":
             # A repair computes with mapped weights, whose alignment can change the last digit.
