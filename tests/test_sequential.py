@@ -202,3 +202,32 @@ def test_features_come_first_where_maps_have_as_many_rows(side: int) -> None:
     torch.testing.assert_close(
         hidden(maps), model.block[:2](maps.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     )
+
+
+class Dense(nn.Module):
+    """Adds the outputs of a layer to its input's channels."""
+
+    def __init__(self, channels: int, more: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, more, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.conv(x)], dim=1)
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_a_width_like_the_last_layer_s_channels_is_no_channel(pooled: bool) -> None:
+    """Without pooling the model takes images of one size alone, but its blocks take others."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.Sequential(Dense(3, 8), Dense(11, 8))
+            self.pool = nn.AdaptiveAvgPool2d(1) if pooled else nn.Identity()
+            self.head = nn.Linear(19 if pooled else 19 * 8 * 8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(torch.flatten(self.pool(self.blocks(x)), 1))
+
+    stages = cut(sequential(Model(), (3, 8, 8)))
+    assert [shape.hidden for shape in shapes(stages, (3, 8, 8))] == [(11, 8, 8), (19, 8, 8), (4,)]

@@ -1,6 +1,7 @@
 """Feature maps whose features come last, as some models have them inside."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -47,20 +48,21 @@ def features_first(found: Sequence[Part], image: Shape) -> list[Part]:
 
 def _features_last(found: Sequence[Part], image: Shape) -> list[bool]:
     """Returns for each part whether it gives maps (H, W, C), where C are the features of the last
-    layer until there. Where H is C too, images of twice the width show which side is W."""
+    layer until there. A width may be as large, so images of twice the width show that the last side
+    is none; where a model does not take them, H must not be as large too."""
     channels, height, width = image
     outputs = _outputs(found, image)
-    if outputs is None:
+    if len(outputs) < len(found):
         return [False] * len(found)
-    wide: list[Shape] | None = None
+    wide = _outputs(found, (channels, height, 2 * width))
     results = []
     features = 0
     for index, (part, output) in enumerate(zip(found, outputs, strict=True)):
         features = _features(part.module) or features
         last = len(output) == 3 and output[-1] == features
-        if last and output[0] == features:
-            wide = wide or _outputs(found, (channels, height, 2 * width))
-            last = wide is not None and wide[index][-2] != output[-2]
+        if last:
+            known = index < len(wide)
+            last = wide[index][-1] == features if known else output[0] != features
         results.append(last)
     return results
 
@@ -75,15 +77,13 @@ def _features(module: nn.Module) -> int | None:
 
 
 @torch.no_grad()
-def _outputs(found: Sequence[Part], image: Shape) -> list[Shape] | None:
-    """Returns the shapes of a row after each part; ``None`` where the parts do not take the images
-    or do not work on the meta device."""
+def _outputs(found: Sequence[Part], image: Shape) -> list[Shape]:
+    """Returns the shapes of a row after each part, until one that does not take what it gets or
+    does not work on the meta device."""
     x = torch.empty((2, *image), device="meta")
-    outputs = []
-    try:
+    outputs: list[Shape] = []
+    with suppress(RuntimeError, AssertionError, AttributeError, ValueError, TypeError):
         for part in found:
             x = skeleton(part.module).eval()(x)
             outputs.append(tuple(x.shape[1:]))
-    except (RuntimeError, AssertionError, AttributeError, ValueError, TypeError):
-        return None
     return outputs
