@@ -13,7 +13,7 @@ from small_training import new_trainer, noise, states
 from torch import nn
 
 from greedy import GreedyTrainer, UserError
-from greedy.losses import Pred, PredSim, Sim
+from greedy.losses import Glob, Output, Pred, PredSim, Sim
 from greedy.losses.strategies import stage_losses
 from greedy.models import Stage, cut, shapes, vgg8b
 from greedy.steps.guard import Guard
@@ -128,6 +128,29 @@ def test_exact_micro_batches_are_the_whole_batch(strategy: str, accumulate: int)
         assert_close(trained, expected)
         for one, other in zip(found, known, strict=True):
             torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_weight_that_stages_share_takes_one_step(exact: bool) -> None:
+    torch.manual_seed(0)
+    one, other = nn.Linear(6, 6), nn.Linear(6, 6)
+    other.weight = one.weight
+    model = nn.Sequential(nn.Flatten(), one, nn.ReLU(), other, nn.ReLU(), nn.Linear(6, 3)).double()
+    stages = cut(deepcopy(model))
+    trained = []
+    for stage in stages:
+        loss = Output() if stage is stages[-1] else Glob()
+        learner = Learner(stage, loss.heads((6,), 3), loss, 3, "float32")
+        learner.train()
+        trained.append(learner)
+    strategy = together(
+        "backprop", trained, 2 if exact else 1, partial(torch.optim.SGD, lr=0.1), exact=exact
+    )
+    x, labels = torch.randn(8, 6, 1, 1, dtype=torch.float64), torch.arange(8) % 3
+    strategy.step(Batch(labels, x.__getitem__), [None] * 3, Guard(), 0)
+    F.cross_entropy(model(x), labels).backward()
+    expected = one.weight - 0.1 * one.weight.grad
+    torch.testing.assert_close(stages[0].layer[0].weight, expected)
 
 
 def test_losses_of_a_strategy() -> None:

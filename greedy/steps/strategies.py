@@ -150,7 +150,7 @@ class Backprop:
             _clear(learner)
         gradients = self._exact_gradients if self.exact else self._gradients
         outcomes = gradients(batch, masks)
-        parameters = [p for learner in self.learners for p in learner.parameters()]
+        parameters = _parameters(self.learners)
         add_gradients(parameters, batch.shares)
         guard.update(self.optimizer, _sum(outcomes), position, parameters, self.learners[0].scale)
         return outcomes
@@ -217,12 +217,17 @@ def together(
         for learner in learners:
             learner.optimizer = optimizer(learner.parameters())
         return Joint(learners)
-    parameters = [parameter for learner in learners for parameter in learner.parameters()]
-    return Backprop(learners, optimizer(parameters), accumulate, exact)
+    return Backprop(learners, optimizer(_parameters(learners)), accumulate, exact)
 
 
 def _optimizers(learners: Sequence[Learner]) -> list[torch.optim.Optimizer]:
     return [learner.optimizer for learner in learners if learner.optimizer is not None]
+
+
+def _parameters(learners: Sequence[Learner]) -> list[nn.Parameter]:
+    """Returns the parameters of all stages, once each where stages share some."""
+    every = (parameter for learner in learners for parameter in learner.parameters())
+    return list(dict.fromkeys(every))
 
 
 def _clear(learner: Learner) -> None:
