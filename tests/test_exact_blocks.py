@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
+from warnings import catch_warnings, simplefilter
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.convnext import CNBlock
 from torchvision.models.mobilenetv2 import InvertedResidual
 from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.ops import StochasticDepth
+from torchvision.ops import SqueezeExcitation, StochasticDepth
 
 import greedy
 from greedy import UserError
@@ -80,6 +81,56 @@ class Branches(nn.Module):
         return torch.cat([self.long(x), self.short(x)], 1)
 
 
+class SqueezeExcited(nn.Module):
+    """Convolutions stand between batch norms that do not depend on each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.path = nn.Sequential(
+            nn.Conv2d(C, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(True), nn.Conv2d(6, 12, 1),
+            nn.BatchNorm2d(12), SqueezeExcitation(12, 4),
+        )  # fmt: skip
+        self.shortcut = narrowed(12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.path(x) + self.shortcut(x))
+
+
+class AddedTo(nn.Module):
+    """The output of a convolution is overwritten after the last batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shortcut, self.conv = nn.Conv2d(C, C, 1), nn.Conv2d(C, C, 3, padding=1)
+        self.norm = nn.BatchNorm2d(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = self.shortcut(x)
+        shortcut += self.norm(self.conv(x))
+        return F.relu(shortcut)
+
+
+def halved(x: Tensor) -> Tensor:
+    return torch.sigmoid(x) * 0.5
+
+
+with catch_warnings():
+    simplefilter("ignore")  # torch would have it compiled
+    scripted = torch.jit.script(halved)
+
+
+class Scripted(nn.Module):
+    """A function that torch's modes do not see stands between two batch norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.BatchNorm2d(C), nn.BatchNorm2d(C)
+        self.conv = nn.Conv2d(C, C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.conv(scripted(self.one(self.conv(x)))))
+
+
 def basic_with_fixed_norm() -> nn.Module:
     block = BasicBlock(C, C)
     block.bn1.eval()
@@ -112,6 +163,9 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "called twice": Twice,
     "hidden dependence": Hidden,
     "branches": Branches,
+    "squeeze and excitation": SqueezeExcited,
+    "added to": AddedTo,
+    "scripted function": Scripted,
     "a norm in evaluation mode": basic_with_fixed_norm,
     "partly frozen": partly_frozen,
     "untracked": untracked,
@@ -200,6 +254,20 @@ def test_gradients_are_added_and_handed_on_to_what_made_the_inputs() -> None:
         for p, q in zip(one.parameters(), two.parameters(), strict=True):
             assert p.grad is not None and q.grad is not None
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-10)
+
+
+def test_inputs_may_share_a_graph() -> None:
+    (x, y), module = data((C,)), nn.Bilinear(C, C, CLASSES).double()
+
+    def both() -> tuple[Tensor, Tensor]:
+        h = x.sigmoid()
+        return h, h.square()
+
+    similar(module(*both()), y).backward()
+    expected, x.grad = x.grad, None
+    greedy.exact.step(module, similar, both(), y, 5)
+    assert expected is not None and x.grad is not None
+    torch.testing.assert_close(x.grad, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_evaluation_mode_is_exact_too() -> None:
@@ -339,6 +407,16 @@ class Mixing(nn.Module):
         return x - x.mean(0)
 
 
+class Summing(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(0)
+
+
+class Shifting(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.cat([torch.zeros_like(x[:1]), x[:-1]])
+
+
 class Counting(nn.Module):
     """Computes something else in every call."""
 
@@ -349,6 +427,16 @@ class Counting(nn.Module):
         return x * self.calls
 
 
+class Tiring(nn.Module):
+    """Repeats itself for the first micro-batch of a pass alone."""
+
+    calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x * (1 if self.calls <= 1 + 5 + 1 else 2)  # learning, outputs, and one again
+
+
 class Averaged(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -357,6 +445,11 @@ class Averaged(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.mean.lerp_(x.detach().mean((0, 2, 3)).to(self.mean), 0.1)
         return x
+
+
+class Scalar(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean()
 
 
 class Checkpointed(nn.Module):
@@ -379,7 +472,10 @@ def compiled() -> nn.Module:
 
 REFUSED = {
     "meet elsewhere": Mixing,
+    "samples meet elsewhere": Summing,
+    "module's samples meet elsewhere": Shifting,
     "gives other outputs": Counting,
+    "gives other outputs when": Tiring,
     "the buffer mean of Averaged learns": Averaged,
     "leave out checkpointing": Checkpointed,
     "for every micro-batch and in every pass": lambda: Checkpointed(reentrant=True),
@@ -434,6 +530,8 @@ def test_one_value_a_channel_and_uneven_rows_are_refused() -> None:
         greedy.exact.step(module, similar, x, y, 0)
     with pytest.raises(UserError, match="returns no single number"):
         greedy.exact.step(module, lambda out, y: out, x, y, 5)
+    with pytest.raises(UserError, match="the outputs have 0 rows"):
+        greedy.exact.step(Scalar(), similar, x, y, 5)
     flat = nn.Sequential(module, nn.Flatten(0))
     with pytest.raises(UserError, match="one for each"):
         greedy.exact.step(flat, similar, x, y, 5)

@@ -66,7 +66,7 @@ def step(
     with whole_gradients(module.parameters()), Replay([module], device) as replay:
         passes = Passes(module, inputs, slices, device, replay)
         value, slopes = differentiated(loss, passes.outputs(), targets)
-        each_tensor(_hand_on, inputs, passes.backward(slopes))
+        _hand_on(inputs, passes.backward(slopes))
     passes.update_running()
     return value
 
@@ -109,6 +109,10 @@ def differentiated(
     return value.detach(), each_tensor(lambda t: t.grad, leaves)
 
 
-def _hand_on(t: Tensor, gradient: Tensor | None) -> None:
-    if gradient is not None:
-        t.backward(gradient)
+def _hand_on(inputs: Any, gradients: Any) -> None:
+    """Adds to the gradients of what made the inputs, which may share a graph."""
+    pairs: list[tuple[Tensor, Tensor | None]] = []
+    each_tensor(lambda t, gradient: pairs.append((t, gradient)), inputs, gradients)
+    given = [(t, gradient) for t, gradient in pairs if gradient is not None]
+    if given:
+        torch.autograd.backward([t for t, _ in given], [gradient for _, gradient in given])

@@ -38,7 +38,7 @@ class Layers:
     """The layers of a forward pass, which are computed or, where their output is kept, recalled.
 
     Attributes:
-        keeps: whether outputs are kept now.
+        keeps: whether outputs are kept now: the layers' inputs are those of a whole forward pass.
         others: as for ``KeptRows``.
     """
 
@@ -47,18 +47,18 @@ class Layers:
         self._number = 0
         self._uses: dict[int, int] = {}
         self._kept: dict[Place, KeptRows] = {}
-        self._new: dict[Place, int] = {}  # of this forward pass, with their versions
+        self._seen: dict[Place, int] = {}  # in this forward pass, with their versions
         self._overwritten: set[Place] = set()
 
     def begin(self, number: int) -> None:
         """Starts a forward pass of micro-batch ``number``."""
-        for place, version in self._new.items():
+        for place, version in self._seen.items():
             out = self._kept[place][self._number]
             # What the module has overwritten is no longer the layer's output.
             if out is None or out._version != version:
                 del self._kept[place]
                 self._overwritten.add(place)
-        self._number, self._uses, self._new = number, {}, {}
+        self._number, self._uses, self._seen = number, {}, {}
 
     def __call__(self, function: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
         """Returns what one of ``LAYERS`` gives."""
@@ -70,12 +70,13 @@ class Layers:
         place = id(call.weight), use
         kept = self._kept.get(place)
         if kept is not None and (known := kept[self._number]) is not None:
+            self._seen[place] = known._version
             out: Tensor = Recalled.apply(*call[:3], call, known)
             return out
         out = function(*args, **kwargs)
         if self.keeps and place not in self._overwritten:
             self._kept.setdefault(place, KeptRows(self.others))[self._number] = out.detach()
-            self._new[place] = out._version
+            self._seen[place] = out._version
         return out
 
 

@@ -231,6 +231,7 @@ class Norms(TorchFunctionMode):
         self.index, self.number = 0, number
         if self.layers is not None:
             self.layers.begin(number)
+            self.layers.keeps = bool(self.norms)
 
     def end(self) -> None:
         """Ends a whole forward pass. Raises ``UserError`` if a norm was not called."""
@@ -240,21 +241,31 @@ class Norms(TorchFunctionMode):
     def _norm(self, call: Call) -> Tensor:
         if self.index == len(self.norms):
             raise differs()
-        out = self.norms[self.index](call, self.number)
+        norm = self.norms[self.index]
         self.index += 1
+        # What follows the zeros of an unknown norm is wrong, and what follows the last norm is
+        # computed in whole forward passes alone.
+        if self.layers is not None and (norm.statistics is None or self.index == len(self.norms)):
+            self.layers.keeps = False
+        out = norm(call, self.number)
         if self.index == self.until:
             raise Stop
         return out
 
 
 def back(
-    tensors: Sequence[Tensor], gradients: Sequence[Tensor | None], leaves: Sequence[Tensor] | None
+    tensors: Sequence[Tensor],
+    gradients: Sequence[Tensor | None],
+    leaves: Sequence[Tensor] | None,
+    *,
+    retain: bool = False,
 ) -> None:
-    """Adds to the gradients of ``leaves``, or of all leaves, what those of some tensors give."""
+    """Adds to the gradients of ``leaves``, or of all leaves, what those of some tensors give. With
+    ``retain`` the graph can be used again."""
     # Within autocast the thread of autograd may compute in float16 in any precision.
     with torch.autocast(tensors[0].device.type, enabled=False):
         try:
-            torch.autograd.backward(tensors, gradients, inputs=leaves)
+            torch.autograd.backward(tensors, gradients, retain_graph=retain, inputs=leaves)
         except CheckpointError as error:
             raise differs() from error
 

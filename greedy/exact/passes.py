@@ -79,7 +79,7 @@ class Passes:
         self.keep, self.home = keep, home or device
         layers = Layers(self.others) if keep.layers else None
         self.norms = Norms([Norm(shares=shares) for _ in range(self.schedule.count)], layers)
-        self.expected: Any = None  # the outputs, until a second pass has given them again
+        self.expected: Any = None  # the outputs, until a second pass has given all of them again
 
     @property
     def others(self) -> int:
@@ -90,7 +90,6 @@ class Passes:
     @torch.no_grad()
     def outputs(self) -> Any:
         """Computes the outputs of all rows, without gradient."""
-        self._keep_layers(True)
         for run in self.schedule.statistics:
             self.norms.until = run.stop
             for number in range(len(self.slices)):
@@ -99,7 +98,6 @@ class Passes:
             for norm in self.norms.norms[run.start : run.stop]:
                 norm.close_statistics()
         self.norms.until = None
-        self._keep_layers(False)
         whole = self._whole_outputs()
         if not self.replay.fake:
             self.expected = each_tensor(Tensor.detach, whole)
@@ -209,7 +207,8 @@ class Passes:
             out = self._forward(number, inputs)
         if self.expected is not None:
             _require_repeated(out, each_tensor(lambda t: t[self.slices[number]], self.expected))
-            self.expected = None
+            if number == len(self.slices) - 1:
+                self.expected = None
         given: list[Tensor] = []
         gradients: list[Tensor] = []
 
@@ -221,10 +220,6 @@ class Passes:
         each_tensor(add, out, slopes)
         if given:
             back(given, gradients, leaves)
-
-    def _keep_layers(self, keeps: bool) -> None:
-        if self.norms.layers is not None:
-            self.norms.layers.keeps = keeps
 
     def _inputs(self, rows: slice) -> Any:
         return each_tensor(lambda t: t.detach()[rows].to(self.device), self.inputs)

@@ -11,7 +11,7 @@ from torch.autograd.graph import Node
 from greedy.base.errors import UserError
 from greedy.base.torch_private import storage_key
 from greedy.exact.norms import Call, Norm, Normalise, Norms, back, differs
-from greedy.exact.rows import tensors_in
+from greedy.exact.rows import row_count, tensors_in
 from greedy.exact.statistics import Statistics
 
 REENTRANT = "CheckpointFunctionBackward"  # it hides a graph, which is made again in its backward
@@ -46,22 +46,25 @@ def learn(
         compare: whether the gradients may be looked at.
 
     Raises:
-        UserError: samples meet elsewhere than in batch norms.
+        UserError: samples meet elsewhere than in batch norms, or outputs have no rows.
     """
     leaves = tensors_in(inputs)
     with torch.enable_grad(), Probe() as probe:
         probe.begin(0)
-        outputs = [t for t in tensors_in(forward(inputs)) if t.requires_grad]
+        whole = forward(inputs)
+    row_count(whole, "the outputs")
+    outputs = [t for t in tensors_in(whole) if t.requires_grad]
     fixed = [leaf for leaf, want in zip(leaves, wanted, strict=True) if not want]
     below = _below([t.grad_fn for t in outputs], [*fixed, *probe.handles])
     if compare:
         _require_separate(outputs, [leaf for leaf in leaves if leaf.requires_grad])
     numbers = {id(norm): number for number, norm in enumerate(probe.norms)}
-    sources = {
-        numbers[id(norm)]: {numbers[key] for key in reached}
-        for norm, (reached, trains) in below
-        if trains
-    }
+    sources: dict[int, set[int]] = {}
+    for norm, (reached, trains) in below:
+        number, behind = numbers[id(norm)], {numbers[key] for key in reached}
+        probe.sources[number] |= behind  # the probe does not see into scripted functions
+        if trains:
+            sources[number] = behind
     return Schedule(len(probe.norms), _runs(probe.sources), _levels(sources))
 
 
@@ -115,19 +118,22 @@ def _stored(tree: Any) -> list[Tensor]:
 
 
 def _require_separate(outputs: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
-    """Raises ``UserError`` if the first row of the outputs depends on another row of the inputs,
-    with all statistics held fixed."""
+    """Raises ``UserError`` if the first or the last row of the outputs depends on another row of
+    the inputs, with all statistics held fixed."""
     if not outputs or not leaves:
         return
-    first = torch.stack([t[0].sum() for t in outputs]).sum()
-    back([first], [None], leaves)
-    others = [leaf.grad[1:] for leaf in leaves if leaf.grad is not None]
-    if any(bool(((slope != 0) & slope.isfinite()).any()) for slope in others):
-        raise UserError(
-            "the module's samples meet elsewhere than in batch norms, so that its gradients cannot "
-            "be computed a micro-batch at a time: samples must stand in the first dimension, and a "
-            "row of the outputs depend on the same row of the inputs alone"
-        )
+    for row, others in ((0, slice(1, None)), (-1, slice(-1))):
+        own = torch.stack([t[row].sum() for t in outputs]).sum()
+        back([own], [None], leaves, retain=row == 0)
+        slopes = [leaf.grad[others] for leaf in leaves if leaf.grad is not None]
+        if any(bool(((slope != 0) & slope.isfinite()).any()) for slope in slopes):
+            raise UserError(
+                "the module's samples meet elsewhere than in batch norms, so that its gradients "
+                "cannot be computed a micro-batch at a time: samples must stand in the first "
+                "dimension, and a row of the outputs depend on the same row of the inputs alone"
+            )
+        for leaf in leaves:
+            leaf.grad = None
 
 
 Reached = tuple[set[int], bool]
