@@ -24,7 +24,7 @@ import obstore
 from seaweed import BUCKET, running
 from store_read import ROWS, activations, write
 
-from greedy.cache import COMPRESSORS, ENCODINGS, Store, chunk_cache, put_elsewhere
+from greedy.cache import COMPRESSORS, ENCODINGS, Store, open_chunk_cache, put_elsewhere
 
 AT_ONCE = 48  # chunks in one measurement
 URL = f"s3://{BUCKET}/store"
@@ -58,7 +58,7 @@ def measure(place: Path, encoding: str, compressor: str, repeats: int) -> dict[s
     put_elsewhere(place / "remote", URL)
     write(place / "remote", encoding, compressor, values)
     remote = Store(URL)
-    kept = Store(URL, kept=chunk_cache(place / "kept", 2 * local.disk_bytes))
+    kept = Store(URL, kept=open_chunk_cache(place / "kept", 2 * local.disk_bytes))
     kept.load()
     slots = np.zeros(
         (local.layout.chunks, *local.metadata.chunk_shape), local.encoding.stored_dtype

@@ -4,7 +4,7 @@ Knows arrays, never networks. A store is a plain Zarr v3 group of ``activations`
 ``labels`` and ``index`` that any Zarr library opens.
 """
 
-from greedy.cache.chunk_cache import ChunkCache, chunk_cache
+from greedy.cache.chunk_cache import ChunkCache, open_chunk_cache
 from greedy.cache.encodings import ENCODINGS, Encoding, fit_encoding, pixel_encoding
 from greedy.cache.errors import DamagedStore, NonFiniteActivation, StoreError, UnreachableStore
 from greedy.cache.inspection import StoreInfo, store_info
@@ -40,7 +40,7 @@ __all__ = [
     "StoreSummary",
     "Store",
     "ChunkCache",
-    "chunk_cache",
+    "open_chunk_cache",
     "store_with_view",
     "exchange_view",
     "location_of",

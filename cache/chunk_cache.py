@@ -162,7 +162,7 @@ class CachedSource:
 
 
 @cache
-def chunk_cache(root: Path, limit: int) -> ChunkCache:
+def open_chunk_cache(root: Path, limit: int) -> ChunkCache:
     """Returns the cache in a directory, which need not exist, with at most ``limit`` bytes."""
     return ChunkCache(root, limit)
 

@@ -23,9 +23,9 @@ from greedy.cache import (
     Layout,
     Store,
     StoreError,
-    chunk_cache,
     exchange_view,
     location_of,
+    open_chunk_cache,
     put_elsewhere,
     verify,
 )
@@ -160,7 +160,7 @@ def spoil(there: Path) -> None:
 
 def test_chunks_are_read_from_the_cache_again(tmp_path: Path) -> None:
     here, there = write(tmp_path)
-    kept = chunk_cache(tmp_path / "kept", 2**20)
+    kept = open_chunk_cache(tmp_path / "kept", 2**20)
     assert np.array_equal(Store(here, kept=kept).load(), VALUES)
     spoil(there)
     assert np.array_equal(Store(here, kept=kept).load(), VALUES)
@@ -173,7 +173,7 @@ def test_a_chunk_that_is_damaged_in_the_cache_is_fetched_again(
     tmp_path: Path, spoiled: bytes | None
 ) -> None:
     here, _ = write(tmp_path)
-    kept = chunk_cache(tmp_path / "kept", 2**20)
+    kept = open_chunk_cache(tmp_path / "kept", 2**20)
     store = Store(here, kept=kept)
     store.load()
     before = files(tmp_path / "kept")
@@ -186,7 +186,7 @@ def test_a_chunk_that_is_damaged_in_the_cache_is_fetched_again(
 def test_the_cache_stays_within_its_limit_and_open_stores_in_it(tmp_path: Path) -> None:
     first, second = write(tmp_path / "a")[0], write(tmp_path / "b", VALUES[:1] + 1)[0]
     limit = 3000
-    kept = chunk_cache(tmp_path / "kept", limit)
+    kept = open_chunk_cache(tmp_path / "kept", limit)
 
     def used() -> dict[str, int]:
         sizes = {d.name: sum(map(len, files(d).values())) for d in (tmp_path / "kept").iterdir()}
@@ -207,7 +207,7 @@ def test_the_cache_stays_within_its_limit_and_open_stores_in_it(tmp_path: Path) 
 def test_chunks_of_a_view_that_was_replaced_leave_the_cache(tmp_path: Path) -> None:
     here, there = write(tmp_path / "a")
     _, other = write(tmp_path / "b", VALUES[:1] + 1)
-    store = Store(here, kept=chunk_cache(tmp_path / "kept", 2**20))
+    store = Store(here, kept=open_chunk_cache(tmp_path / "kept", 2**20))
     store.load()
     count = len(files(tmp_path / "kept"))
     exchange_view(url_of(there), 1, url_of(other), [])

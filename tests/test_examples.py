@@ -14,7 +14,7 @@ ARGUMENTS = {
     "own_images": "--epochs 1",
     "own_loss": "--epochs 1",
     "own_network": "--epochs 1",
-    "strategies": "--epochs 1 --set model.network=mlp --set model.hidden_layers=1",
+    "strategies": "--epochs 1 --set model.network=mlp --set model.feature_multiplier=1",
     "vgg11b_3x_under_budgets": "1GiB 1MiB",
 }
 SAID = {

@@ -14,7 +14,7 @@ from greedy.base.files import bytes_below
 from greedy.base.locking import HOLDER, LOCK, RunLock
 from greedy.base.sizes import parse_size
 from greedy.base.user_folders import chunks_dir
-from greedy.cache import ChunkCache, Store, chunk_cache, location_of, remove_tree
+from greedy.cache import ChunkCache, Store, location_of, open_chunk_cache, remove_tree
 from greedy.cache.files import part_of, rename, write_whole
 from greedy.recipes import Recipe, differences, load, recipe_digest, to_toml
 from greedy.runs.exchange import (
@@ -183,7 +183,7 @@ class RunDirectory:
 
     def _chunk_cache(self) -> ChunkCache | None:
         limit = self.recipe.store.cache
-        return chunk_cache(chunks_dir(), parse_size(limit)) if limit else None
+        return open_chunk_cache(chunks_dir(), parse_size(limit)) if limit else None
 
     def store_bytes(self, number: int) -> int:
         """Returns the bytes of a stage's store, 0 if it does not exist."""
