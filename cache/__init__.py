@@ -14,7 +14,6 @@ from greedy.cache.objects import require_writable
 from greedy.cache.order import (
     LIMITED_WINDOW_ROWS,
     EpochOrder,
-    Positions,
     WindowOrder,
     limit_classes,
     row_order,
@@ -49,7 +48,6 @@ __all__ = [
     "require_writable",
     "remove_tree",
     "EpochOrder",
-    "Positions",
     "WindowOrder",
     "row_order",
     "window_order",

@@ -61,8 +61,10 @@ def _features_last(found: Sequence[Part], image: Shape) -> list[bool]:
         features = _features(part.module) or features
         last = len(output) == 3 and output[-1] == features
         if last:
-            known = index < len(wide)
-            last = wide[index][-1] == features if known else output[0] != features
+            if index < len(wide):
+                last = wide[index][-1] == features and wide[index][-2] != output[-2]
+            else:
+                last = output[0] != features
         results.append(last)
     return results
 

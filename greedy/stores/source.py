@@ -19,13 +19,13 @@ from greedy.cache import (
     LIMITED_WINDOW_ROWS,
     BatchLoader,
     EpochOrder,
-    Positions,
     Store,
     StoredBatch,
     row_order,
     window_chunks,
     window_order,
 )
+from greedy.cache.order import Positions
 from greedy.data import Augmentation, Draws, Mixture, Mixup, prepare
 from greedy.models.stages import dropped
 from greedy.stores.fresh import FreshEpoch, FreshImages
