@@ -42,13 +42,14 @@ class ChunkCache:
         """Keeps a chunk if there is room. A disk that is full keeps none."""
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
         with self._lock:
-            if self._used + len(data) > self._limit and not self._make_room(len(data)):
+            more = len(data) - _size(path)  # another thread may have kept it meanwhile
+            if self._used + more > self._limit and not self._make_room(more):
                 return
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 part.write_bytes(data.data)
                 part.replace(path)
-                self._used += len(data)
+                self._used += more
             except OSError:
                 with suppress(OSError):
                     part.unlink()
@@ -186,6 +187,12 @@ def _bytes_in(directory: Path) -> int:
     total = 0
     for top, _, names in os.walk(directory):
         for name in names:
-            with suppress(OSError):
-                total += Path(top, name).stat().st_size
+            total += _size(Path(top, name))
     return total
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0

@@ -8,6 +8,7 @@ import hashlib
 import os
 import re
 import secrets
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -43,6 +44,8 @@ _ALLOW_HTTP = ("AWS_ALLOW_HTTP", "AZURE_ALLOW_HTTP", "GOOGLE_ALLOW_HTTP")
 # The keys of a store's files: nothing else is ever deleted.
 _OWN_KEYS = re.compile(r"zarr\.json|(activations|labels|index)/(zarr\.json|c(\.\d+)+)")
 
+_Opened = tuple[int, str | None]  # the length and the tag of an object
+
 
 class Objects:
     """The files of one store in object storage: a ``ByteSource`` that also writes.
@@ -62,8 +65,8 @@ class Objects:
         self._client = client
         self._prefix = prefix
         self._url = url
-        self._opened: dict[str, tuple[int, str | None]] = {}
-        self._replaced: set[str] = set()
+        self._opened: dict[str, _Opened] = {}
+        self._replaced: dict[tuple[str, int], _Opened] = {}  # as a thread's failed read expected
 
     @classmethod
     def at(cls, url: str) -> "Objects":
@@ -91,24 +94,29 @@ class Objects:
                 return None
 
     def tail(self, key: str, size: int) -> bytes | None:
+        opened, data = self._open(key, size)
+        return data if opened else None
+
+    def _open(self, key: str, size: int) -> tuple[_Opened | None, bytes]:
         import obstore  # noqa: PLC0415
 
         with self._explained():
             try:
                 options: Any = {"range": {"suffix": size}}
                 found = obstore.get(self._client, self._path(key), options=options)
-                self._opened[key] = found.meta["size"], found.meta["e_tag"]
-                return bytes(found.bytes())
+                opened = self._opened[key] = found.meta["size"], found.meta["e_tag"]
+                return opened, bytes(found.bytes())
             except FileNotFoundError:
-                return None
+                return None, b""
 
     def part(self, key: str, offset: int, size: int) -> NDArray[np.uint8] | None:
         import obstore  # noqa: PLC0415
         from obstore.exceptions import PreconditionError  # noqa: PLC0415
 
-        if key not in self._opened and self.tail(key, 1) is None:
+        opened = self._opened.get(key) or self._open(key, 1)[0]
+        if opened is None:
             return None
-        length, tag = self._opened[key]
+        length, tag = opened
         if offset + size > length:
             return None
         options: Any = {"range": (offset, offset + size), "if_match": tag}
@@ -119,16 +127,17 @@ class Objects:
             except FileNotFoundError:
                 return None
             except PreconditionError:
-                self._replaced.add(key)
+                self._replaced[key, threading.get_ident()] = opened
                 problem = f"{self._url}/{key} was replaced while it was read"
                 raise DamagedStore(problem) from None
         return data if len(data) == size else None
 
     def forget(self, key: str, offset: int) -> bool:
-        if key not in self._replaced:
+        expected = self._replaced.pop((key, threading.get_ident()), None)
+        if expected is None:
             return False
-        self._replaced.discard(key)
-        self._opened.pop(key, None)
+        if self._opened.get(key) == expected:  # else another thread has opened the new one
+            self._opened.pop(key, None)
         return True
 
     def version(self, key: str) -> str | None:

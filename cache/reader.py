@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _CHUNKS_AHEAD = 4
 
+_Shard = tuple[str, NDArray[np.uint64]]  # its file and its index
+
 
 class Store:
     """An activation store, opened for reading; safe to use from several threads.
@@ -78,7 +80,7 @@ class Store:
         self.compressor = self.metadata.compressor
         self.labels = self._side_array("labels")
         self.index = self._side_array("index")
-        self._shards: dict[tuple[int, int], tuple[str, NDArray[np.uint64]]] = {}
+        self._shards: dict[tuple[int, int], _Shard] = {}
 
     def reopened(self) -> "Store":
         """Opens the store again, after a view was replaced."""
@@ -175,7 +177,7 @@ class Store:
         try:  # a missing shard is found before memory is allocated
             for view, chunk in chunks:
                 if chunk % self.layout.shard_chunks == 0:
-                    self._span(view, chunk)
+                    self._span(self._shard(view, chunk), view, chunk)
         except DamagedStore as error:
             raise self._advised(error) from error
         loaded = np.empty(
@@ -238,14 +240,16 @@ class Store:
 
     def _decode(self, view: int, chunk: int, out: NDArray[Any]) -> None:
         try:
-            key, where, offset, size = self._span(view, chunk)
+            shard = self._shard(view, chunk)
+            key, where, offset, size = self._span(shard, view, chunk)
             try:
                 self._read(key, where, offset, size, out)
             except DamagedStore:
-                if not self._source.forget(key, offset):
+                # Another thread may have opened a new shard since this one had its index.
+                current = self._shards.pop((view, chunk // self.layout.shard_chunks), None)
+                if not self._source.forget(key, offset) and current is shard:
                     raise
-                self._shards.pop((view, chunk // self.layout.shard_chunks), None)
-                self._read(*self._span(view, chunk), out)
+                self._read(*self._span(self._shard(view, chunk), view, chunk), out)
         except DamagedStore as error:
             raise self._advised(error) from error
 
@@ -255,23 +259,27 @@ class Store:
             raise DamagedStore(f"{where} lies beyond the end of its shard")
         shards.decode_chunk(data, self.compressor, out, where)
 
-    def _span(self, view: int, chunk: int) -> tuple[str, str, int, int]:
+    def _span(self, shard: _Shard, view: int, chunk: int) -> tuple[str, str, int, int]:
         """Returns a chunk's file, its name for messages, and its offset and size in the file."""
-        shard, slot = divmod(chunk, self.layout.shard_chunks)
-        key, index = self._shards.get((view, shard)) or self._open_shard(view, shard, chunk)
+        key, index = shard
+        slot = chunk % self.layout.shard_chunks
         where = f"{self._source}/{key}: chunk {chunk} of view {view}"
         entry = shards.chunk_span(index, slot, self.metadata.chunk_bytes, self.compressor, where)
         return key, where, *entry
 
-    def _open_shard(self, view: int, shard: int, chunk: int) -> tuple[str, NDArray[np.uint64]]:
-        """Returns a shard's file and its index; ``chunk`` is named where it is damaged."""
+    def _shard(self, view: int, chunk: int) -> _Shard:
+        """Returns the file and the index of a chunk's shard; the chunk is named where they are
+        damaged."""
+        shard = chunk // self.layout.shard_chunks
+        if (opened := self._shards.get((view, shard))) is not None:
+            return opened
         key, slots = self.metadata.shard_key(view, shard), self.layout.shard_chunks
         where = f"{self._source}/{key}: chunk {chunk} of view {view}"
         tail = self._source.tail(key, shards.index_bytes(slots))
         if tail is None:
             raise DamagedStore(f"{where} is in a missing shard")
-        self._shards[view, shard] = key, shards.parse_index(tail, slots, where)
-        return self._shards[view, shard]
+        opened = self._shards[view, shard] = key, shards.parse_index(tail, slots, where)
+        return opened
 
     def _side_array(self, name: str) -> NDArray[np.int64]:
         where = f"{self._source}/{name}"

@@ -3,7 +3,11 @@
 import json
 import os
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -29,6 +33,7 @@ from greedy.cache import (
     put_elsewhere,
     verify,
 )
+from greedy.cache.objects import Objects
 
 ROWS = 50
 LAYOUT = Layout(2, ROWS, chunk_rows=4, shard_rows=16)  # 4 shards a view
@@ -144,6 +149,46 @@ def test_a_reader_sees_a_view_that_took_the_place_of_another(tmp_path: Path) -> 
     assert np.array_equal(store.read_rows(0, 0, ROWS), VALUES[0])
 
 
+def test_threads_read_a_view_that_took_the_place_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, there = write(tmp_path / "a")
+    _, other = write(tmp_path / "b", VALUES[:1] + 1)
+    store = Store(here)
+    store.read_chunk(1, 0)
+    exchange_view(url_of(there), 1, url_of(other), [])
+    both_failed, forget = threading.Barrier(2), Objects.forget
+
+    def forget_together(objects: Objects, key: str, offset: int) -> bool:
+        both_failed.wait(60)
+        return forget(objects, key, offset)
+
+    monkeypatch.setattr(Objects, "forget", forget_together)
+    with ThreadPoolExecutor(2) as pool:
+        read = list(pool.map(partial(store.read_chunk, 1), (0, 1)))
+    assert np.array_equal(np.concatenate(read), VALUES[0, :8] + 1)
+
+
+def test_a_shard_that_another_thread_has_opened_again_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first read has the old shard's index when the second one opens the new shard."""
+    here, there = write(tmp_path / "a")
+    _, other = write(tmp_path / "b", VALUES[:1] * 1.1)
+    store = Store(here)
+    store.read_chunk(1, 0)
+    exchange_view(url_of(there), 1, url_of(other), [])
+    part = Objects.part
+
+    def part_after_another(objects: Objects, key: str, offset: int, size: int) -> Any:
+        monkeypatch.setattr(Objects, "part", part)
+        store.read_chunk(1, 0)
+        return part(objects, key, offset, size)
+
+    monkeypatch.setattr(Objects, "part", part_after_another)
+    assert np.array_equal(store.read_chunk(1, 2), VALUES[0, 8:12] * np.float32(1.1))
+
+
 # The local cache of chunks
 
 
@@ -213,6 +258,17 @@ def test_chunks_of_a_view_that_was_replaced_leave_the_cache(tmp_path: Path) -> N
     exchange_view(url_of(there), 1, url_of(other), [])
     assert np.array_equal(store.reopened().load()[1], VALUES[0] + 1)
     assert len(files(tmp_path / "kept")) == count
+
+
+def test_a_chunk_that_is_kept_twice_takes_its_room_once(tmp_path: Path) -> None:
+    kept = open_chunk_cache(tmp_path / "kept", 100)
+    for _ in range(2):
+        kept.admit(tmp_path / "kept/store/one", np.zeros(40, np.uint8))
+    kept.admit(tmp_path / "kept/store/other", np.zeros(60, np.uint8))
+    assert {name: len(data) for name, data in files(tmp_path / "kept/store").items()} == {
+        "one": 40,
+        "other": 60,
+    }
 
 
 # Runs

@@ -231,3 +231,30 @@ def test_a_width_like_the_last_layer_s_channels_is_no_channel(pooled: bool) -> N
 
     stages = cut(sequential(Model(), (3, 8, 8)))
     assert [shape.hidden for shape in shapes(stages, (3, 8, 8))] == [(11, 8, 8), (19, 8, 8), (4,)]
+
+
+class Windows(nn.Module):
+    """Puts quarters of maps below each other, as rows, and maps together again."""
+
+    def __init__(self, *, known: bool) -> None:
+        super().__init__()
+        self.known = known
+        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 1)
+        self.last = nn.Linear(4 * 8 * 8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.shape[0]
+        x = self.first(x).reshape(-1, 4, 4, 4)
+        x = self.second(x)
+        return self.last(x.reshape(rows if self.known else -1, 4 * 8 * 8))
+
+
+def test_parts_that_fail_are_told_in_one_sentence() -> None:
+    with pytest.raises(UserError, match=r"Windows is no chain of modules \(in training mode its "):
+        sequential(Windows(known=True), (3, 8, 8))
+
+
+def test_a_stage_that_changes_the_number_of_rows_is_told() -> None:
+    stages = cut(sequential(Windows(known=False), (3, 8, 8)))
+    with pytest.raises(UserError, match=r"gives 8 rows for 2 samples: put what changes"):
+        shapes(stages, (3, 8, 8))
