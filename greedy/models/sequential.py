@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from greedy.base.errors import UserError
+from greedy.base.errors import UserError, first_line
 from greedy.models.chain import NotTraceable, Part, opened, parts
 from greedy.models.layout import features_first
 from greedy.models.stages import Shape
@@ -74,9 +74,12 @@ def _error(model: nn.Module, reason: str) -> UserError:
 
 def _prove(model: nn.Module, network: nn.Module, image: Shape) -> None:
     for mode in ("training", "evaluation"):
-        expected, given = (
-            _output(module, image, training=mode == "training") for module in (model, network)
-        )
+        expected = _output(model, image, training=mode == "training")
+        try:
+            given = _output(network, image, training=mode == "training")
+        except Exception as error:
+            reason = f"in {mode} mode its parts fail one after the other: {first_line(error)}"
+            raise _error(model, reason) from error
         if not torch.equal(expected.nan_to_num(), given.nan_to_num()):
             raise _error(model, f"in {mode} mode its parts compute something else")
 

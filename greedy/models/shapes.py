@@ -65,6 +65,15 @@ def _require_tensor(stage: Stage, h: Any) -> None:
         )
 
 
+def _require_rows(stage: Stage, h: Tensor, out: Tensor) -> None:
+    for given in (h, out):
+        if len(given) != ROWS:
+            raise UserError(
+                f"stage {stage.number} ({stage.name}) gives {len(given)} rows for {ROWS} samples: "
+                f"put what changes the number of rows and what restores it into one module"
+            )
+
+
 def shapes(stages: Sequence[Stage], input_shape: Shape) -> list[StageShapes]:
     """Returns the shapes along the stages for rows of ``input_shape``.
 
@@ -77,6 +86,7 @@ def shapes(stages: Sequence[Stage], input_shape: Shape) -> list[StageShapes]:
             with FlopCounterMode(display=False) as counter:
                 h, out = _probe(stage, shape)
                 _require_tensor(stage, h)
+                _require_rows(stage, h, out)
         except (RuntimeError, ValueError, TypeError, IndexError) as error:
             raise UserError(
                 f"stage {stage.number} ({stage.name}) cannot take an input of shape "
