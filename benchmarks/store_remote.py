@@ -34,7 +34,7 @@ Read = Callable[[int], object]
 def obstore_alone(store: Store) -> Read:
     """Returns a function that gets the bytes of a chunk with obstore and does nothing else."""
     objects: Any = store._source
-    spans = [store._span(0, chunk) for chunk in range(store.layout.chunks)]
+    spans = [store._span(store._shard(0, chunk), 0, chunk) for chunk in range(store.layout.chunks)]
 
     def read(chunk: int) -> object:
         key, _, offset, size = spans[chunk]
