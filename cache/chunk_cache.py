@@ -16,7 +16,7 @@ from greedy.cache.objects import Objects
 
 
 class ChunkCache:
-    """The directory of a cache, and how much is in it. Made by ``chunk_cache``.
+    """The directory of a cache, and how much is in it. Made by ``open_chunk_cache``.
 
     Each chunk is a file, in a directory of its store. In an epoch each chunk is read once, in
     random order, so that the chunk that was not used for longest is as good as any other: chunks of

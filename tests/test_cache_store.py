@@ -195,7 +195,7 @@ def test_bytes_do_not_depend_on_threads_or_calls(tmp_path: Path, name: str) -> N
 
 @pytest.mark.parametrize("writers", [1, 2, 3, 11])
 def test_several_writers_write_what_one_does(tmp_path: Path, writers: int) -> None:
-    """With 11 there are more of them than shards."""
+    """Eleven writers are more than there are shards."""
     values = activations((3, 2, 2))
     encoding = fit_encoding("uint8", values[0])
     whole = write(tmp_path / "whole", values, encoding)

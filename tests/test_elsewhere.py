@@ -157,13 +157,16 @@ def test_threads_read_a_view_that_took_the_place_of_another(
     store = Store(here)
     store.read_chunk(1, 0)
     exchange_view(url_of(there), 1, url_of(other), [])
-    both_failed, forget = threading.Barrier(2), Objects.forget
+    both_failed, part = threading.Barrier(2), Objects.part
 
-    def forget_together(objects: Objects, key: str, offset: int) -> bool:
-        both_failed.wait(60)
-        return forget(objects, key, offset)
+    def part_together(objects: Objects, key: str, offset: int, size: int) -> Any:
+        try:
+            return part(objects, key, offset, size)
+        except DamagedStore:
+            both_failed.wait(60)
+            raise
 
-    monkeypatch.setattr(Objects, "forget", forget_together)
+    monkeypatch.setattr(Objects, "part", part_together)
     with ThreadPoolExecutor(2) as pool:
         read = list(pool.map(partial(store.read_chunk, 1), (0, 1)))
     assert np.array_equal(np.concatenate(read), VALUES[0, :8] + 1)

@@ -4,7 +4,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from test_exact_blocks import BLOCKS, PreActivation
+from block_kinds import BLOCKS, PreActivation
 from test_exact_step import CLASSES, MICRO_MODES, ROWS, assert_same, measured
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock

@@ -42,9 +42,9 @@ def test_they_open(kind: str, older: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_is_trained_today(kind: str, older: Path, tmp_path: Path) -> None:
-    """To the byte where nothing is computed; weights but for the rounding of another processor,
-    which Adam makes larger: of another order, mask or first weights they would have nothing in
-    common."""
+    """Compares to the byte what is not computed, and weights but for the rounding of another
+    processor, which Adam makes larger: with another order, mask or first weights they would have
+    nothing in common."""
     new_trainer(kind, tmp_path).fit(TRAIN, TEST)
     before, now = files(older / kind), files(tmp_path)
     assert now.keys() == before.keys()

@@ -96,7 +96,7 @@ def test_boxes_are_zero_after_normalisation() -> None:
 
 @pytest.mark.parametrize("name", ["random-resized-crop", "random-erasing"])
 def test_boxes_have_torchvisions_distribution(name: str) -> None:
-    """Of area, shape and place; an eighth of them lies below each octile."""
+    """Compares area, shape and place: an eighth of ours lies below each octile of theirs."""
     rows = 4000
     ours = drawn(name, rows)
     torch.manual_seed(0)

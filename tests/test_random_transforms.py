@@ -302,7 +302,7 @@ def fit_until_stopped(run: Path, batches: int, number: int) -> None:
 def test_a_stopped_run_resumes_at_once_to_the_same_bytes(
     finished: Path, tmp_path: Path, batches: int, number: int
 ) -> None:
-    """In an epoch of the first stage, and of the second, for which a view is being drawn. The
+    """Stops in an epoch of the first stage, and of the second, for which a view is drawn. The
     processes that read outlive one that was killed by some seconds."""
     run = tmp_path / "run"
     code = "fit_until_stopped(run, *map(int, sys.argv[2:]))"

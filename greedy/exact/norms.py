@@ -173,9 +173,19 @@ class Normalise(torch.autograd.Function):
         return F.batch_norm(x, mean, variance, weight, bias, training=False, eps=eps)
 
     @staticmethod
+    def sums(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns a micro-batch's sums of g and of g x̂, (C,) each."""
+        (x, weight), known = ctx.saved_tensors, ctx.norm.statistics
+        _, of_scaled, of_g = torch.ops.aten.native_batch_norm_backward(
+            *(g, x, weight, known.mean, known.variance, None, None, False, ctx.eps),
+            [False, True, True],
+        )
+        return of_g, of_scaled
+
+    @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         x, weight = ctx.saved_tensors
-        norm, known = ctx.norm, ctx.norm.statistics
+        norm = ctx.norm
         needs_x, *_ = ctx.needs_input_grad
         dx = gathered = None
         d_weight: Any = None
@@ -186,10 +196,7 @@ class Normalise(torch.autograd.Function):
             if ctx.number == 0:  # once for the batch
                 d_bias, d_weight = norm.sums if norm.own_sums is None else norm.own_sums
         else:
-            _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-                *(g, x, weight, known.mean, known.variance, None, None, False, ctx.eps),
-                [False, True, True],
-            )
+            d_bias, d_weight = Normalise.sums(ctx, g)
             if norm.handle is not None:
                 gathered = torch.stack([d_bias, d_weight])
             norm.receive(ctx.number, g)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from greedy.base.ranks import Shares
-from greedy.exact.norms import DIRECT, Call, Norm, calls_directly
+from greedy.exact.norms import DIRECT, Call, Norm, Normalise, calls_directly
 from greedy.exact.statistics import Statistics
 from greedy.losses import Features
 
@@ -58,42 +58,24 @@ def shared_norm(call: Call, shares: Shares) -> Tensor:
     if call.running_mean is not None and call.running_var is not None:
         statistics.move(call.running_mean, call.running_var, call.momentum)
     like = next((t for t in call[1:4] if t is not None), call.input)
-    known = statistics.to(like.dtype)
-    out: Tensor = _Normalise.apply(*call[:1], *call[3:5], known, shares, call.eps)
+    norm = Norm(statistics.to(like.dtype), shares=shares)
+    out: Tensor = _Normalise.apply(call.input, call.weight, call.bias, None, norm, call.eps, 0)
     return out
 
 
-class _Normalise(torch.autograd.Function):
-    """Batch norm with known statistics, whose backward pass adds up two sums over all processes."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        known: Statistics,
-        shares: Shares,
-        eps: float,
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.known, ctx.shares, ctx.eps = known, shares, eps
-        return F.batch_norm(x, known.mean, known.variance, weight, bias, training=False, eps=eps)
+class _Normalise(Normalise):
+    """Batch norm whose backward pass adds up its two sums over all processes."""
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
-        known = ctx.known
-        _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
-            *(g, x, weight, known.mean, known.variance, None, None, False, ctx.eps),
-            [False, True, True],
-        )
-        norm = Norm(ctx.known, torch.stack([d_bias, d_weight]), shares=ctx.shares)
-        ctx.shares.ranks.add(norm.sums)
+        (x, weight), norm = ctx.saved_tensors, ctx.norm
+        d_bias, d_weight = Normalise.sums(ctx, g)
+        norm.sums = torch.stack([d_bias, d_weight])
+        norm.shares.ranks.add(norm.sums)
         dx = norm.input_gradient(g, x, weight, ctx.eps)
         if weight is None:
             d_weight = d_bias = None
-        return dx, d_weight, d_bias, None, None, None
+        return dx, d_weight, d_bias, None, None, None, None
 
 
 def gathered(own: Features, shares: Shares | None) -> Features:
