@@ -73,9 +73,8 @@ class _Normalise(Normalise):
         norm.sums = torch.stack([d_bias, d_weight])
         norm.shares.ranks.add(norm.sums)
         dx = norm.input_gradient(g, x, weight, ctx.eps)
-        if weight is None:
-            d_weight = d_bias = None
-        return dx, d_weight, d_bias, None, None, None, None
+        of_affine = (None, None) if weight is None else (d_weight, d_bias)
+        return dx, *of_affine, None, None, None, None
 
 
 def gathered(own: Features, shares: Shares | None) -> Features:
