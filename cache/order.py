@@ -4,6 +4,7 @@ A store in memory is permuted row by row. A store on disk is read by chunks: the
 divided into windows, and the rows of a window are mixed.
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -91,12 +92,31 @@ class WindowOrder(EpochOrder):
         if np.diff(self.ends, prepend=0).min() < CHUNKS_A_READER * readers:
             return super().shares(batch, readers)
         reader = self._readers[self.rows[batch] // self.chunk_rows] % readers
-        return [np.flatnonzero(reader == number) for number in range(readers)]
+        places = [np.flatnonzero(reader == number) for number in range(readers)]
+        return _levelled(places, largest_share(len(batch), readers))
 
     @cached_property
     def _readers(self) -> NDArray[np.int64]:
         """The place in reading order of each chunk."""
         return np.argsort(self.chunks)
+
+
+def largest_share(rows: int, readers: int) -> int:
+    """Returns the most rows of a batch of ``rows`` that one of several readers gets: the mean, and
+    four standard deviations of chunks that go to any of them, so that chance hardly gives more."""
+    mean = rows / readers
+    return min(rows, math.ceil(mean + 4 * math.sqrt(mean * (1 - 1 / readers))))
+
+
+def _levelled(places: list[Positions], most: int) -> list[Positions]:
+    """Moves the last places of readers that have more than ``most`` to those with fewest."""
+    while len(longest := max(places, key=len)) > most:
+        shortest = min(places, key=len)
+        spare = min(len(longest) - most, most - len(shortest))
+        moved = {id(longest): longest[:-spare]}
+        moved[id(shortest)] = np.sort(np.append(shortest, longest[-spare:]))
+        places = [moved.get(id(place), place) for place in places]
+    return places
 
 
 def window_chunks(chunk_rows: int, rows: int | None = None) -> int:

@@ -14,7 +14,6 @@ import click
 from greedy.base.errors import Interrupted, TrainingError, UserError, unknown
 from greedy.base.text import shown
 
-WAITING = 3.0  # seconds that a process which does not lead waits before it speaks
 DEBUG = "greedy.debug"  # the key of --debug in the context's `meta`
 
 
@@ -78,12 +77,10 @@ class Group(click.Group):
         try:
             code = super().main(*args, **{**extra, "standalone_mode": False})
         except click.ClickException as error:
-            who = ""
-            if follows():
-                # If all have failed, the leader says why, and torchrun ends this process meanwhile.
-                time.sleep(WAITING)
-                who = f" in process {os.environ['RANK']}"
-            click.echo(f"Error{who}: {shown(_sentence(error))}", err=True)
+            sentence = shown(_sentence(error))
+            who = f" in process {os.environ['RANK']}" if follows() else ""
+            if _has_to_speak(sentence):
+                click.echo(f"Error{who}: {sentence}", err=True)
             code = error.exit_code
         except click.Abort:
             code = Stopped.exit_code
@@ -93,6 +90,18 @@ class Group(click.Group):
 def follows() -> bool:
     """Returns whether torchrun started this process with others of which another one leads."""
     return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
+
+
+def _has_to_speak(sentence: str) -> bool:
+    """Returns whether no other process of those that train together has said why this one ends."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return True
+    from greedy.base.ranks import WAITING, Ranks  # noqa: PLC0415
+
+    ranks = Ranks.joined()
+    if follows() and ranks.size == 1:  # all fail alike before they meet, and torchrun ends this one
+        time.sleep(WAITING)
+    return ranks.fail(sentence)
 
 
 @contextmanager

@@ -21,6 +21,7 @@ UNMEASURED = (
     "times are unknown where no similar stage was measured: `greedy bench` with the same recipe "
     "and settings measures them"
 )
+ALONE = "times are only known where one process trains"
 NO_STAGES = "times are only known where stages are trained one at a time"
 
 
@@ -35,6 +36,13 @@ NO_STAGES = "times are only known where stages are trained one at a time"
 @options.network
 @options.images
 @options.classes
+@click.option(
+    "--processes",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Count the memory of each of N processes that torchrun starts on one machine.",
+)
 @options.as_json
 @options.debug
 def plan(
@@ -45,6 +53,7 @@ def plan(
     model: str | None,
     images: tuple[int, int] | None,
     classes: int | None,
+    processes: int,
     as_json: bool,
     **field_values: str | None,
 ) -> None:
@@ -78,12 +87,14 @@ def plan(
     planned = RunDirectory.create(directory, recipe)
     stated = stated_data_facts(recipe, images, classes)
     data = data_facts(planned, fields.names_data(overrides), stated)
-    computer = machine(recipe, device)
+    computer = machine(recipe, device, processes)
     calibration, unknown = None, UNMEASURED if recipe.training.strategy == "greedy" else NO_STAGES
     try:
-        calibration = Calibration.load(computer.device)
+        calibration = Calibration.load(computer.device) if processes == 1 else None
     except NotCalibrated as reason:
         unknown = str(reason)
+    if processes > 1:
+        unknown = ALONE
     with Console(stderr=True).status("counting the memory of every step"):
         result = forecast(planned, data, computer, network, calibration)
     if as_json:
@@ -147,6 +158,7 @@ def _print(
     click.echo(
         f"on {machine.device} in {machine.precision}, batches of {recipe.training.batch_size}, "
         f"a budget of {budget}"
+        + (f" for each of {machine.processes} processes" if machine.processes > 1 else "")
     )
     timed = any(stage.seconds is not None for stage in forecast.stages)
     if machine.device == "cuda":

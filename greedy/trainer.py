@@ -33,7 +33,7 @@ from greedy.runs.unfinished import interrupted_source, stores_needed
 from greedy.runs.views import Views
 from greedy.stores.changes import require_unchanged_folder
 from greedy.stores.repair import Repair, StoreRepairer
-from greedy.training.following import Task, require_separate_rows
+from greedy.training.following import Task, require_same_directory, require_separate_rows
 from greedy.training.images import needs_images, write_images
 from greedy.training.planning import StagePlanner
 from greedy.training.stage import OptimizerFactory
@@ -162,12 +162,10 @@ class GreedyTrainer:
                 checked before anything is written and once the labels are read.
         """
         self._planner.images = dataset.train
-        if not self.ranks.leads:
-            self.ranks.told()
-            return RunState.read(self.run).complete_record(0)
-        record = write_images(self._planner, dataset, again=again, ignore=ignore_changes)
-        self.ranks.told()
-        return record
+        if self.ranks.leads:
+            write_images(self._planner, dataset, again=again, ignore=ignore_changes)
+        require_same_directory(self.run.path, self.ranks)
+        return RunState.read(self.run).complete_record(0)
 
     def needs_data(self, retrain_from: int | None = None) -> bool:
         """Whether ``train`` needs the data set, by ``prepare``: to write stage 0, or to train on
@@ -188,6 +186,7 @@ class GreedyTrainer:
         Returns:
             The records of all stages.
         """
+        require_same_directory(self.run.path, self.ranks)
         if not self.ranks.leads:
             self._follow()
             state = RunState.read(self.run)
@@ -301,6 +300,7 @@ class GreedyTrainer:
             UserError: the stage cannot be trained as asked, or the folder of the images has
                 changed.
         """
+        require_same_directory(self.run.path, self.ranks)
         if not self.ranks.leads:
             self._follow()
             return StageRecord.read(to or self.run.stage_dir(number))

@@ -29,4 +29,5 @@ def _one(
     limit = timedelta(seconds=120)
     dist.init_process_group("gloo", f"file://{meeting}", limit, rank=rank, world_size=size)
     work(Ranks.joined(), *arguments)
-    dist.destroy_process_group()
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -19,6 +19,7 @@ from greedy.cache import (
     row_order,
     window_order,
 )
+from greedy.cache.order import largest_share
 
 ROWS, VIEWS, CHUNK_ROWS = 203, 3, 8
 LABELS = np.random.default_rng(1).integers(0, 20, ROWS)
@@ -115,6 +116,7 @@ def test_shares_together_are_the_batches(
     shares = [order.shares(batch, readers) for batch in batches]
     for batch, places in zip(batches, shares, strict=True):
         assert sorted(np.concatenate(places)) == list(range(len(batch)))
+        assert max(map(len, places)) <= largest_share(len(batch), readers)
     for reader in range(readers):
         own = [batch[places[reader]] for batch, places in zip(batches, shares, strict=True)]
         own = [positions for positions in own if len(positions)]

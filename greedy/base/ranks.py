@@ -2,9 +2,10 @@
 
 import json
 import os
+import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 from itertools import pairwise
@@ -16,8 +17,12 @@ from torch import Tensor
 
 from greedy.base.devices import is_out_of_memory
 from greedy.base.errors import TrainingError
+from greedy.base.meeting import fresh_store
+from greedy.base.torch_private import group_store
 
 PATIENCE = timedelta(days=7)  # for the leader, which may write a store meanwhile
+WAITING = 3.0  # seconds that a process which does not lead waits before it speaks
+FAILED, SPOKEN = "greedy.failed", "greedy.spoken"  # keys in the store of the process group
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,11 @@ class Ranks:
             if torch.cuda.is_available():
                 backend = "cpu:gloo,cuda:nccl"
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-            dist.init_process_group(backend, timeout=PATIENCE)
+            store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
+            store = fresh_store(store, rank, size)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=PATIENCE
+            )
         return cls.joined()
 
     @classmethod
@@ -51,6 +60,30 @@ class Ranks:
         if not (dist.is_available() and dist.is_initialized()):
             return ALONE
         return cls(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def on_this_machine(self) -> int:
+        """The number of the processes that share this machine's memory; without torchrun all."""
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if self.size > 1 else 1
+
+    def fail(self, sentence: str) -> bool:
+        """Lets the leader say why this process ends, for which it has some seconds.
+
+        Returns:
+            Whether this process has to say it itself: the leader, and others that it does not hear.
+        """
+        if self.size == 1:
+            return True
+        store = group_store()
+        with suppress(RuntimeError):  # where the store has ended, too
+            if self.leads:
+                store.set(SPOKEN, "")
+                return True
+            store.compare_set(FAILED, "", f"process {self.rank} has ended: {sentence}")
+            dist.destroy_process_group()  # which the others notice
+            time.sleep(WAITING)
+            return not store.check([SPOKEN])
+        return True
 
     def leave(self) -> None:
         """Leaves the others; nothing can be exchanged with them any more."""
@@ -67,6 +100,15 @@ class Ranks:
         if self.size > 1:
             with self._losses_named():
                 dist.all_reduce(tensor)
+
+    def largest(self, number: int) -> int:
+        """Returns the largest of the numbers of all processes."""
+        if self.size == 1:
+            return number
+        found = torch.tensor(number)
+        with self._losses_named():
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
 
     def stack(self, tensor: Tensor) -> Tensor:
         """Returns the tensors of all processes, which have one shape, as (size, ...)."""
@@ -96,12 +138,14 @@ class Ranks:
 
     @contextmanager
     def in_turn(self) -> Iterator[None]:
-        """Lets the leader pass the block before the others enter it."""
-        if not self.leads:
-            self.told()
+        """Lets the leader pass the block before the others enter it, and of those on another
+        machine first one."""
+        turn = 0 if self.leads else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+        for _ in range(turn):
+            self.largest(0)
         yield
-        if self.leads:
-            self.told()
+        for _ in range(turn, 2):
+            self.largest(0)
 
     @contextmanager
     def _losses_named(self) -> Iterator[None]:
@@ -111,7 +155,8 @@ class Ranks:
             if is_out_of_memory(error):
                 raise
             raise TrainingError(
-                f"one of the {self.size} processes that train together has ended or cannot be "
+                _first_failure()
+                or f"one of the {self.size} processes that train together has ended or cannot be "
                 f"reached: see what it wrote last (torchrun --log-dir), and give the same command "
                 f"again, which resumes from the last checkpoint"
             ) from error
@@ -157,7 +202,7 @@ class Shares:
         ]
         place = within[self.ranks.rank].nonzero()
         own = slice(int(place[0]), int(place[-1]) + 1) if len(place) else slice(0, 1)
-        return own, Shares(self.ranks, positions)
+        return own, replace(self, positions=positions)
 
     def gather(self, part: Tensor) -> Tensor:
         """Returns the rows (B, ...) of the batch, of which each process has those it computes."""
@@ -186,3 +231,11 @@ class Shares:
     def _order(self) -> Tensor:
         """The place of each row of the batch among the gathered rows."""
         return torch.cat(list(self.positions)).argsort()
+
+
+def _first_failure() -> str | None:
+    """Returns what the first process that failed has left in ``Ranks.fail``."""
+    with suppress(RuntimeError):
+        store = group_store()
+        return str(store.get(FAILED).decode()) if store.check([FAILED]) else None
+    return None

@@ -1,6 +1,7 @@
 """Every name of torch that is private: what a new version of torch may change is in this file."""
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -23,6 +24,7 @@ __all__ = [
     "TorchDispatchMode",
     "clear_cublas_workspaces",
     "generators",
+    "group_store",
     "has_hooks",
     "is_compiled",
     "is_used_at_once",
@@ -71,6 +73,11 @@ def generators(device: torch.device) -> list[torch.Generator]:
     if device.type == "mps":
         found.append(torch.mps._get_default_mps_generator())
     return found
+
+
+def group_store() -> dist.Store:
+    """Returns the store of words through which the processes of the process group met."""
+    return dist.distributed_c10d._get_default_store()
 
 
 def storage_key(tensor: Tensor) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from greedy.base.errors import UserError
 from greedy.base.precision import widened
 from greedy.base.ranks import Shares
+from greedy.base.torch_private import FakeTensor
 
 
 @dataclass
@@ -57,6 +58,8 @@ class Statistics:
     def shared(self, shares: Shares) -> "Statistics":
         """Returns the statistics of a whole batch, given those of the rows that this process
         computes."""
+        if isinstance(self.mean, FakeTensor):  # whose counts are not known
+            return self
         counts = torch.full_like(self.mean, 0 if shares.is_idle else self.count)
         parts = shares.ranks.stack(torch.stack([counts, self.mean, self.variance]))
         known = [Statistics(int(count[0]), mean, variance) for count, mean, variance in parts]

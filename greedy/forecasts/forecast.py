@@ -63,12 +63,14 @@ class Machine:
         precision: ``float32``, ``bfloat16`` or ``float16``.
         memory_budget_bytes: bytes that a step may take on the device; ``None`` for any number.
         optimizer_state: where the optimiser's moments are: ``device`` or ``host``.
+        processes: the number of processes that train together on it; memory is that of each.
     """
 
     device: str
     precision: str
     memory_budget_bytes: int | None
     optimizer_state: str
+    processes: int = 1
 
 
 @dataclass(frozen=True)
@@ -244,17 +246,19 @@ def _unwritten(shape: Shape, classes: int, rows: Mapping[str, int], value_bytes:
     return DataFacts(shape, classes, rows, sum(rows.values()) * math.prod(shape) * value_bytes)
 
 
-def machine(recipe: Recipe, device: str) -> Machine:
-    """Returns the machine for the value of ``--device``. A GPU need not be there: without it an
-    automatic precision is float32, and an automatic memory budget is ``None``."""
+def machine(recipe: Recipe, device: str, processes: int = 1) -> Machine:
+    """Returns the machine for the value of ``--device`` and a number of processes. A GPU need not
+    be there: an automatic precision is then float32, and an automatic budget ``None``."""
     absent = device == "cuda" and not torch.cuda.is_available()
     place = torch.device(device) if absent else pick_device(device)
-    precision, budget = recipe.training.precision, recipe.memory.budget
+    precision, automatic = recipe.training.precision, recipe.memory.budget == "auto"
+    budget = None if absent and automatic else memory_budget(recipe, place, processes)
     return Machine(
         device=place.type,
         precision="float32" if absent and precision == "auto" else pick_precision(precision, place),
-        memory_budget_bytes=None if absent and budget == "auto" else memory_budget(recipe, place),
+        memory_budget_bytes=budget,
         optimizer_state=recipe.memory.optimizer_state,
+        processes=processes,
     )
 
 
@@ -299,6 +303,7 @@ def forecast(
         machine.precision,
         machine.memory_budget_bytes,
         machine.device,
+        processes=machine.processes,
     )
     planned = _Planned(recipe, data, memory, disk)
     at_once = None if recipe.training.strategy == "greedy" else memory.at_once()

@@ -15,12 +15,19 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from greedy.base.errors import UserError
+from greedy.base.ranks import Shares
 from greedy.base.sizes import format_size
 from greedy.build.cut_network import CutNetwork
 from greedy.losses import Glob, LocalLoss, make_heads
 from greedy.memory.choice import Choice, fused_adam, reserved
 from greedy.memory.counting import Counter
-from greedy.memory.fake import count_with_loss, fake_tensors, make_state, materialise
+from greedy.memory.fake import (
+    count_with_loss,
+    fake_tensors,
+    largest_first,
+    make_state,
+    materialise,
+)
 from greedy.memory.peaks import CPU, META, OptimizerFactory
 from greedy.models import Stage, StageShapes
 from greedy.models.stages import dropped
@@ -60,6 +67,7 @@ class NetworkDemand:
         optimizer: makes the optimisers; ``None`` if their state is in host memory.
         exact: whether the gradients over micro-batches are those of the whole batch.
         device_type: ``cpu``, ``cuda`` or ``mps``; on ``cpu`` host memory is the device's.
+        processes: the number of processes that compute a batch together; the memory is that of one.
     """
 
     network: CutNetwork
@@ -70,6 +78,7 @@ class NetworkDemand:
     optimizer: OptimizerFactory | None = fused_adam
     exact: bool = False
     device_type: str = "cpu"
+    processes: int = 1
 
     def peak(self, step: Step | None = None) -> int:
         """Counts the most bytes on the device during ``step``, by default a training step of the
@@ -97,7 +106,8 @@ class NetworkDemand:
             make_state(
                 [p for learner in learners for p in learner.parameters()], strategy.optimizers
             )
-            batch, masks = _batch(learners, self.network.shapes, self.batch_size)
+            shares = largest_first(self.batch_size, self.processes)
+            batch, masks = _batch(learners, self.network.shapes, self.batch_size, shares)
             counter.reset_peak()
             step(strategy, batch, masks)
         return counter.peak
@@ -130,6 +140,7 @@ def choose_network(
     budget: int | None,
     device_type: str,
     optimizer: OptimizerFactory | None = fused_adam,
+    processes: int = 1,
 ) -> Choice:
     """Returns how a step that trains all stages at once fits a memory budget: in the plain mode,
     the only one it has.
@@ -139,6 +150,7 @@ def choose_network(
         budget: bytes on the device; ``None`` for any number.
         device_type: ``cpu``, ``cuda`` or ``mps``.
         optimizer: makes the optimisers; ``None`` if their state is in host memory.
+        processes: the number of processes that compute a batch together.
 
     Raises:
         UserError: the step does not fit.
@@ -152,8 +164,9 @@ def choose_network(
         optimizer,
         training.exact,
         device_type,
+        processes,
     )
-    measuring = replace(demand, accumulate=1, exact=False)
+    measuring = replace(demand, accumulate=1, exact=False, processes=1)
     peak = demand.peak()
     if training.patience:  # held-out rows are measured a batch at a time
         peak = max(peak, measuring.peak(_measure))
@@ -218,17 +231,21 @@ def _learner(
 
 
 def _batch(
-    learners: Sequence[Learner], shapes: Sequence[StageShapes], batch_size: int
+    learners: Sequence[Learner],
+    shapes: Sequence[StageShapes],
+    batch_size: int,
+    shares: Shares | None,
 ) -> tuple[Batch, list[Tensor | None]]:
     def read(rows: slice) -> Tensor:
-        start, stop, _ = rows.indices(batch_size)
+        start, stop, _ = rows.indices(batch.rows)
         return torch.zeros((stop - start, *shapes[0].input))
 
+    batch = Batch(torch.zeros(batch_size, dtype=torch.long), read, shares=shares)
     masks = [
-        learner.mask(0, batch_size, shape.input, 0, 0)
+        batch.own(learner.mask(0, batch_size, shape.input, 0, 0))
         for learner, shape in zip(learners, shapes, strict=True)
     ]
-    return Batch(torch.zeros(batch_size, dtype=torch.long), read), masks
+    return batch, masks
 
 
 def _no_optimizer(parameters: object) -> torch.optim.Optimizer:

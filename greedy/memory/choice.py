@@ -53,11 +53,14 @@ class Choice(StepMemory):
         return super().recorded() | counted
 
 
-def memory_budget(recipe: Recipe, device: torch.device) -> int:
+def memory_budget(recipe: Recipe, device: torch.device, processes: int = 1) -> int:
     """Returns the bytes that a step may take on the device: those that the recipe names, else a
-    share of the free memory."""
+    share of the free memory, which main memory is divided over the ``processes`` of a machine."""
     named = named_budget(recipe)
-    return int(FREE_MEMORY_SHARE * free_memory(device)) if named is None else named
+    if named is not None:
+        return named
+    sharing = 1 if device.type == "cuda" else processes
+    return int(FREE_MEMORY_SHARE * free_memory(device)) // sharing
 
 
 def named_budget(recipe: Recipe) -> int | None:
@@ -154,7 +157,7 @@ def _with_writing(step: Choice, writing: StepDemand, budget: int | None) -> Choi
 
 def _fastest(demand: StepDemand, budget: int | None, micro_batch: int | None) -> Choice:
     """Returns the fastest choice that fits the budget, or the smallest if none fits."""
-    tried = [_count(demand, Mode.PLAIN, demand.batch_size)]
+    tried = [_count(demand, Mode.PLAIN, demand.rows)]
     if budget is None or tried[0].peak_bytes <= budget:
         return tried[0]
     fitting = []
@@ -189,7 +192,7 @@ def _worthwhile(demand: StepDemand) -> int:
     them, so that a mode which recomputes more is faster."""
     hidden = demand.shapes.hidden
     positions = hidden[0] if len(hidden) == 2 else math.prod(hidden[1:])
-    return min(LARGEST_MICRO_BATCH, demand.batch_size // 2, math.ceil(POSITIONS / positions))
+    return min(LARGEST_MICRO_BATCH, demand.rows // 2, math.ceil(POSITIONS / positions))
 
 
 def _count(demand: StepDemand, mode: Mode, micro_batch: int) -> Choice:
@@ -207,7 +210,7 @@ def reserved(peak: int, device_type: str) -> int:
 def _enlarged(demand: StepDemand, choice: Choice, budget: int) -> Choice:
     """Returns a choice that fits the budget with the largest micro-batch that does, a power of
     two."""
-    largest = min(LARGEST_MICRO_BATCH, demand.batch_size // 2)
+    largest = min(LARGEST_MICRO_BATCH, demand.rows // 2)
     sizes = [1 << power for power in range(1, largest.bit_length())]
     guess = len(sizes) - 1  # most often the largest fits
     while sizes:

@@ -6,14 +6,48 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from greedy.base.errors import UserError
-from greedy.base.torch_private import DEPENDS_ON_NUMBERS, FakeTensorMode
+from greedy.base.ranks import Ranks, Shares
+from greedy.base.torch_private import DEPENDS_ON_NUMBERS, FakeTensorMode, without_modes
+from greedy.cache.order import largest_share
 from greedy.losses import Features, LocalHeads, LocalLoss
 from greedy.models import Shape
 
 Module = TypeVar("Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class FakeRanks(Ranks):
+    """The first of several processes, of which the others do not exist: what it gets from them has
+    sizes and no numbers."""
+
+    def add(self, tensor: Tensor) -> None:
+        pass
+
+    def stack(self, tensor: Tensor) -> Tensor:
+        return torch.stack([torch.empty_like(tensor) for _ in range(self.size)])
+
+
+class FakeShares(Shares):
+    """Shares of a batch, with numbers although other tensors have none."""
+
+    def part(self, rows: slice) -> tuple[slice, Shares]:
+        with without_modes():
+            return super().part(rows)
+
+
+def largest_first(rows: int, processes: int) -> Shares | None:
+    """Returns shares of a batch of ``rows`` rows, of which the first is as large as any can be;
+    ``None`` for one process."""
+    if processes == 1:
+        return None
+    first = largest_share(rows, processes)
+    with without_modes():
+        positions = torch.arange(rows)
+        others = positions[first:].tensor_split(processes - 1)
+        return FakeShares(FakeRanks(0, processes), [positions[:first], *others])
 
 
 def fake_tensors() -> FakeTensorMode:

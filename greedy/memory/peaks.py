@@ -9,10 +9,18 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from greedy.base.ranks import Shares
 from greedy.base.torch_private import without_modes
+from greedy.cache.order import largest_share
 from greedy.losses import LocalLoss, make_heads
 from greedy.memory.counting import Counter
-from greedy.memory.fake import count_with_loss, fake_tensors, make_state, materialise
+from greedy.memory.fake import (
+    count_with_loss,
+    fake_tensors,
+    largest_first,
+    make_state,
+    materialise,
+)
 from greedy.memory.shared import META, Counts, FrozenStage
 from greedy.models import Shape, Stage, StageShapes
 from greedy.runs.choices import StepMemory
@@ -57,6 +65,7 @@ class StepDemand:
         stored_row_bytes: bytes of a row in the source.
         replay: the frozen stages between the source and the stage, if any.
         other_resident_bytes: bytes of other stages on the device, needed to draw views.
+        processes: the number of processes that compute a batch together; the memory is that of one.
         why_plain: why the stage has no mode but ``plain``; empty if it has all.
         counts: what was counted before for equal stages, and what is counted now.
     """
@@ -72,8 +81,14 @@ class StepDemand:
     stored_row_bytes: int
     replay: Replay | None = None
     other_resident_bytes: int = 0
+    processes: int = 1
     why_plain: str = ""
     counts: Counts = field(default_factory=Counts, compare=False, repr=False)
+
+    @property
+    def rows(self) -> int:
+        """The rows of a batch that a process computes at most."""
+        return largest_share(self.batch_size, self.processes)
 
     def peak(self, memory: StepMemory) -> int:
         """Counts the most bytes on the device in a step in a memory mode, any but the first step:
@@ -101,6 +116,7 @@ class StepDemand:
             self.device_type,
             self.stored_row_bytes,
             self.replay,
+            self.processes,
         )
 
     def _peak(self, memory: StepMemory) -> int:
@@ -110,7 +126,8 @@ class StepDemand:
             if self.optimizer is not None:
                 learner.optimizer = self.optimizer(learner.parameters())
                 make_state(learner.parameters(), [learner.optimizer])
-            batch = self._batch(learner, self._frozen(counter))
+            shares = largest_first(self.batch_size, self.processes)
+            batch = self._batch(learner, self._frozen(counter), shares)
             counter.reset_peak()
             gradients(learner, batch)
         return counter.peak
@@ -204,7 +221,7 @@ class StepDemand:
         at_once = self.replay.rows if self.replay else WRITE_ROWS
 
         def read(rows: slice) -> torch.Tensor:
-            count = (rows.stop or self.batch_size) - (rows.start or 0)
+            count = (rows.stop or self.rows) - (rows.start or 0)
             stored = torch.empty((count, self.stored_row_bytes), dtype=torch.uint8)
             x = torch.empty((count, *shape))
             del stored  # freed once x is decoded
@@ -216,10 +233,13 @@ class StepDemand:
 
         return read
 
-    def _batch(self, learner: Learner, frozen: Sequence[FrozenStage]) -> Batch:
-        mask = learner.mask(0, self.batch_size, self.shapes.input, 0, 0)
+    def _batch(
+        self, learner: Learner, frozen: Sequence[FrozenStage], shares: Shares | None = None
+    ) -> Batch:
         labels = torch.zeros(self.batch_size, dtype=torch.long)
-        return Batch(labels, self._reader(learner, frozen), mask)
+        batch = Batch(labels, self._reader(learner, frozen), shares=shares)
+        mask = learner.mask(0, self.batch_size, self.shapes.input, 0, 0)
+        return replace(batch, mask=batch.own(mask))
 
 
 def weight_bytes(stage: Stage) -> int:

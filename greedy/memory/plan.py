@@ -63,6 +63,7 @@ class MemoryPlan:
         device_type: ``cpu``, ``cuda`` or ``mps``.
         optimizer: makes the user's optimiser; ``None`` for the recipe's.
         images: the encoding of stage 0's store.
+        processes: the number of processes that train together; memory is that of each.
     """
 
     recipe: Recipe
@@ -72,6 +73,7 @@ class MemoryPlan:
     device_type: str
     optimizer: OptimizerFactory | None = None
     images: str = "uint8"
+    processes: int = 1
     _counts: Counts = field(default_factory=Counts, repr=False)
     _choices: dict[Hashable, Choice] = field(default_factory=dict, repr=False)
     _why_plain: dict[Hashable, str] = field(default_factory=dict, repr=False)
@@ -191,6 +193,7 @@ class MemoryPlan:
                 self.network.shapes[source].input,
             ),
             self._replay(source, number),
+            processes=self.processes,
             why_plain=self.why_plain(number),
             counts=self._counts,
         )
@@ -212,6 +215,7 @@ class MemoryPlan:
             self.budget,
             self.device_type,
             self._on_device,
+            self.processes,
         )
 
     def why_plain(self, number: int) -> str:

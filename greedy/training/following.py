@@ -1,5 +1,8 @@
 """What the leader of several processes tells the others to train."""
 
+import secrets
+import socket
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,6 +11,8 @@ from greedy.base.ranks import Ranks
 from greedy.recipes import Recipe
 from greedy.runs.checkpoint_record import StartRecord
 from greedy.runs.views import Views
+
+MEETING = ".meeting"  # a file in the run directory by which processes know that they share it
 
 
 class Task(NamedTuple):
@@ -26,6 +31,37 @@ class Task(NamedTuple):
         choices = start.resolved
         directory = str(training.parent)
         return cls(start.stage, start.source, choices.views, choices.reuse, directory)
+
+
+def require_same_directory(run: Path, ranks: Ranks) -> None:
+    """Waits for the leader, and raises ``UserError`` if a process does not see its run."""
+    if ranks.size == 1:
+        return
+    seen = run / MEETING
+    if ranks.leads:
+        with suppress(OSError):  # such as a finished run that is read-only
+            seen.write_text(secrets.token_hex(8), encoding="utf-8")
+    written = ranks.told(_text(seen))
+    absent = [place for place in ranks.all_told(_place(seen, written, ranks)) if place]
+    if ranks.leads:
+        with suppress(OSError):
+            seen.unlink(missing_ok=True)
+    if absent:
+        raise UserError(
+            f"{absent[0]} does not see the run of the process that leads: give as --run a "
+            f"directory that all machines share"
+        )
+
+
+def _place(seen: Path, written: str | None, ranks: Ranks) -> str:
+    """Returns where this process is, in words, if it does not see what the leader has written."""
+    if _text(seen) == written:
+        return ""
+    return f"process {ranks.rank} on {socket.gethostname()}, where it is {seen.parent.absolute()},"
+
+
+def _text(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
 def require_separate_rows(recipe: Recipe, ranks: Ranks) -> None:

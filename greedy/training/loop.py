@@ -88,6 +88,7 @@ class Epochs:
                     reports=[*progress.reports, reports],
                 )
                 sums = []
+                self._is_to_save(stop)  # also tells all of a signal that another one got
                 self._save(progress, [], stop)
             yield reports
 
@@ -129,11 +130,12 @@ class Epochs:
                     total.add(*outcome, batch.labels)
                 self.source.draw_views(epoch, totals[0].rows, batches.rows)
                 self.reporter.batch_finished(len(batch.labels))
-                if stop.requested is not None or (self.checkpoints and self.checkpoints.due):
+                if self._is_to_save(stop):
                     seconds = time.perf_counter() - started
                     here = {"position": position + 1, "rows": totals[0].rows, "seconds": seconds}
                     now = progress.model_copy(update=here | {"processes": processes})
                     self._require_finite(guard, epoch, rate)
+                    self._require_alike(epoch)
                     self._save(now, totals, stop)
         self._require_finite(guard, epoch, rate)
         self._require_alike(epoch)
@@ -159,6 +161,14 @@ class Epochs:
         """The learning rate to report: that of the first group, if it has one."""
         group = self.strategy.optimizers[0].param_groups[0]
         return float(group["lr"]) if FIRST in group else self.schedule.rate
+
+    def _is_to_save(self, stop: PostponedSignals) -> bool:
+        """Returns whether a checkpoint is due or a signal has come, in any of the processes."""
+        due = self.checkpoints is not None and self.checkpoints.due
+        asked = self.source.ranks.largest(2 * (stop.requested or 0) + due)
+        if asked > 1:
+            stop.requested = asked // 2
+        return asked > 0
 
     def _save(self, progress: Progress, totals: Sequence[Totals], stop: PostponedSignals) -> None:
         """Writes a checkpoint, and ends the training if a signal has asked for that."""

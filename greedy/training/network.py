@@ -127,6 +127,7 @@ class NetworkTraining:
                 self.memory,
                 self.device,
                 fresh=self.data.data_choices.fresh,
+                processes=self.source.ranks.on_this_machine,
             ),
         )
         if begun := find_training(self.run.network_dir, start, self.reporter):

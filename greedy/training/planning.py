@@ -81,6 +81,10 @@ class StagePlanner:
     def _precision(self) -> str:
         return pick_precision(self.recipe.training.precision, self.device)
 
+    @property
+    def _budget(self) -> int:
+        return memory_budget(self.recipe, self.device, self.ranks.on_this_machine)
+
     def given_network(self, image: Shape) -> nn.Sequential | None:
         """Returns the user's network for images (C, H, W) as a ``Sequential``, if there is one."""
         if self.model is not None:
@@ -108,10 +112,11 @@ class StagePlanner:
             self.recipe,
             network,
             self._precision,
-            memory_budget(self.recipe, self.device),
+            self._budget,
             self.device.type,
             self.optimizer,
             images,
+            self.ranks.size,
         )
         return self._memory
 
@@ -152,8 +157,7 @@ class StagePlanner:
         for number in numbers:
             row = self.memory(state).network.shapes[number - 1].operations
             operations[number] = row * data.rows["train"] * for_stage(epochs, number)
-        budget = memory_budget(self.recipe, self.device)
-        return RunOutline(data.network, operations, data.store.bytes, budget)
+        return RunOutline(data.network, operations, data.store.bytes, self._budget)
 
     def whole_network(self, state: RunState) -> NetworkTraining:
         """Returns the training of all stages at once."""
@@ -279,4 +283,5 @@ class StagePlanner:
             reuse=reuse,
             compiled=compiled,
             fresh=fresh,
+            processes=self.ranks.on_this_machine,
         )

@@ -27,6 +27,7 @@ def resolve(
     reuse: int = 0,
     compiled: bool = False,
     fresh: bool = False,
+    processes: int = 1,
 ) -> Choices:
     """Decides how a stage trains from ``store``.
 
@@ -36,6 +37,7 @@ def resolve(
         memory: of its step.
         compiled: whether its step is compiled.
         fresh: whether its rows are read from the data set instead.
+        processes: the number of processes on this machine, each of which holds a store.
     """
     return Choices.model_validate(
         {
@@ -43,7 +45,7 @@ def resolve(
             "views": views,
             **_if_ring(reuse),
             "encoding": encoding(recipe),
-            "shuffle": "rows" if fresh else shuffle(recipe, store.stored_bytes),
+            "shuffle": "rows" if fresh else shuffle(recipe, processes * store.stored_bytes),
             "chunk_rows": store.chunk_rows,
             **memory.recorded(),
             "threads": torch.get_num_threads(),

@@ -108,7 +108,10 @@ class StageTraining:
         assert begun is not None
         self.start = begun
         self._set_up()
-        with memory_limited(self.device, named_budget(self.recipe)):
+        with (
+            memory_limited(self.device, named_budget(self.recipe)),
+            write_errors_explained(directory, f"stage {self.stage.number}"),
+        ):
             learner = self._learner()
             for _ in self._epochs(self._checkpoints(learner, directory)):
                 pass
