@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from greedy.results.tensorboard import TensorBoard
     from greedy.runs.record import StageRecord
     from greedy.trainer import GreedyTrainer
+    from greedy.training.following import Parallel
 
 
 @contextmanager
@@ -46,6 +47,17 @@ def together() -> Iterator[None]:
 @options.download
 @options.device
 @click.option(
+    "--parallel",
+    cls=fields.Option,
+    group=fields.MACHINE,
+    type=click.Choice(["data", "stages"]),
+    metavar="data|stages",
+    default="data",
+    show_default=True,
+    help="What the processes of torchrun divide: the rows of each batch, or with --strategy joint "
+    "the stages.",
+)
+@click.option(
     "--retrain",
     metavar="[STAGE]",
     type=int,
@@ -66,6 +78,7 @@ def train(
     data_dir: Path | None,
     download: bool,
     device: str,
+    parallel: "Parallel",
     retrain: int | None,
     ignore_changes: bool,
     log: str | None,
@@ -82,7 +95,9 @@ def train(
     overrides = fields.overrides(settings, field_values)
     recipe, directory = recipe_and_run(recipe_name, run, overrides, model)
     network = load_network(recipe.model, model, needed=True)
-    trainer = GreedyTrainer.from_recipe(recipe, directory, device=device, model=network)
+    trainer = GreedyTrainer.from_recipe(
+        recipe, directory, device=device, model=network, parallel=parallel
+    )
     logger = tensorboard(directory) if log and trainer.ranks.leads else None
     say(f"{recipe.name} in {directory} on {trainer.device}")
     data, data_named = recipe.data, fields.names_data(overrides)

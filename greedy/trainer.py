@@ -33,7 +33,12 @@ from greedy.runs.unfinished import interrupted_source, stores_needed
 from greedy.runs.views import Views
 from greedy.stores.changes import require_unchanged_folder
 from greedy.stores.repair import Repair, StoreRepairer
-from greedy.training.following import Task, require_separate_rows
+from greedy.training.following import (
+    Parallel,
+    Task,
+    require_parallel,
+    require_separate_rows,
+)
 from greedy.training.images import needs_images, write_images
 from greedy.training.planning import StagePlanner
 from greedy.training.stage import OptimizerFactory
@@ -54,6 +59,8 @@ class GreedyTrainer:
             ``learning_rate`` where that is given, and the schedule scales it.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         reporter: gets the events of a training, for instance to show its progress.
+        parallel: how several processes train together: ``data``, each a share of every batch, or
+            ``stages``, each some of the stages.
         settings: fields of a recipe's ``data``, ``training`` and ``store`` sections by their
             names, ``seed``, ``stage_layers``, ``stages``, ``label_smoothing``, ``class_weights``,
             ``memory_budget``, ``micro_batch`` and ``optimizer_state``; for instance ``epochs=20,
@@ -73,6 +80,7 @@ class GreedyTrainer:
         optimizer: OptimizerFactory | str | None = None,
         device: str = "auto",
         reporter: Reporter | None = None,
+        parallel: Parallel = "data",
         recipe: Recipe | None = None,
         **settings: Unpack[TrainerSettings],
     ) -> None:
@@ -101,8 +109,10 @@ class GreedyTrainer:
             own,
             own_rates,
             ranks=self.ranks,
+            parallel=parallel,
         )
         require_separate_rows(recipe, self.ranks)
+        require_parallel(recipe, self.ranks, parallel)
 
     @classmethod
     def from_recipe(
@@ -113,10 +123,18 @@ class GreedyTrainer:
         device: str = "auto",
         reporter: Reporter | None = None,
         model: nn.Module | None = None,
+        parallel: Parallel = "data",
     ) -> Self:
         """Returns the trainer of a recipe. ``model`` is given only if the recipe's network is
         ``python`` or what a function returns; other arguments are those of the class."""
-        return cls(model, run_dir=run_dir, device=device, reporter=reporter, recipe=recipe)
+        return cls(
+            model,
+            run_dir=run_dir,
+            device=device,
+            reporter=reporter,
+            parallel=parallel,
+            recipe=recipe,
+        )
 
     @property
     def reporter(self) -> Reporter:

@@ -1,7 +1,7 @@
 """The plan for training each stage of a run: its source, its memory mode and its choices."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import nn
 from greedy.base.devices import pick_precision
 from greedy.base.errors import UserError
 from greedy.base.ranks import ALONE, Ranks
+from greedy.base.relay import Relay
 from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import build_cross_entropy, checked_shapes
 from greedy.data import Split
@@ -36,8 +37,9 @@ from greedy.runs.views import Views
 from greedy.stores.fresh import require_data_set
 from greedy.stores.opening import SourceFinder
 from greedy.training.calibration import byte_operations, calibration_of
-from greedy.training.following import Task
+from greedy.training.following import Parallel, Task
 from greedy.training.network import NetworkTraining
+from greedy.training.parts import own_stages
 from greedy.training.resolve import compiles, resolve, resolve_again, within_budget
 from greedy.training.stage import StageTraining
 
@@ -54,6 +56,8 @@ class StagePlanner:
         own_rates: whether that begins at its own learning rates.
         images: the data set's training split, for runs that read it again in every pass.
         ranks: the processes that train together.
+        parallel: how they do: ``data``, each a share of every batch, or ``stages``, each some of
+            the stages.
     """
 
     run: RunDirectory
@@ -65,6 +69,7 @@ class StagePlanner:
     own_rates: bool = False
     images: Split | None = None
     ranks: Ranks = ALONE
+    parallel: Parallel = "data"
     _memory: MemoryPlan | None = field(default=None, init=False, repr=False)
 
     @property
@@ -158,18 +163,29 @@ class StagePlanner:
     def whole_network(self, state: RunState) -> NetworkTraining:
         """Returns the training of all stages at once."""
         network = self.network(state)
-        self._require_separate(state, range(1, len(network) + 1))
+        relay, own, shared = Relay(), range(len(network)), self.ranks
+        if self.parallel == "stages":
+            relay, shared = Relay(self.ranks, self.device), ALONE
+            own = own_stages(network.stages, self.memory(state).flops, self.ranks)
+        else:
+            self._require_separate(state, range(1, len(network) + 1))
         sources = SourceFinder(state, network.stages, self.device, self.reporter, self.images)
+        source = sources.for_training(1, 0, self._precision, ranks=shared)
+        if not relay.is_first:
+            source = replace(source, images=None, relay=relay)
         return NetworkTraining(
             run=self.run,
             network=network,
-            source=sources.for_training(1, 0, self._precision, ranks=self.ranks),
+            source=source,
             data=state.complete_record(0),
             memory=self.memory(state).at_once(),
             device=self.device,
             reporter=self.reporter,
             optimizer=self.optimizer,
             own_rates=self.own_rates,
+            ranks=self.ranks,
+            relay=relay,
+            own=own,
         )
 
     def stage(
