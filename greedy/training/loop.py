@@ -100,7 +100,8 @@ class Epochs:
 
     def _of_all(self, own: Sequence[EpochReport]) -> list[EpochReport]:
         """Returns the reports of all stages, given those of the stages of this process."""
-        return [EpochReport(**found) for found in self.relay.gathered([*map(asdict, own)])]
+        found = self.relay.gathered([asdict(report) for report in own])
+        return [EpochReport(**each | {"processes": tuple(each["processes"])}) for each in found]
 
     def _epoch(
         self, progress: Progress, sums: Sequence[Sums], stop: PostponedSignals
@@ -111,6 +112,7 @@ class Epochs:
         if first == 0:  # within an epoch the checkpoint has the rates
             scale_rates(self.strategy.optimizers, self.schedule.factor_at(epoch))
         rate = self.relay.ranks.told(self._rate)
+        processes = _followed(progress.processes, self.source.ranks.size)
         size, limited = self.recipe.training.batch_size, self.recipe.data.classes_per_batch
         batches = self.source.epoch_batches(
             self.number,
@@ -144,8 +146,9 @@ class Epochs:
                 if word := self.relay.passed_on(stop.requested or due):
                     seconds = time.perf_counter() - started
                     here = {"position": position + 1, "rows": totals[0].rows, "seconds": seconds}
+                    now = progress.model_copy(update=here | {"processes": processes})
                     self._require_finite(guard, epoch, rate)
-                    self._save(progress.model_copy(update=here), totals, max(word, 0))
+                    self._save(now, totals, max(word, 0))
         self._require_finite(guard, epoch, rate)
         self._require_alike(epoch)
         seconds = time.perf_counter() - started
@@ -160,6 +163,7 @@ class Epochs:
                 images_per_second=total.rows / seconds,
                 seconds=seconds,
                 waiting_percent=100 * waited,
+                processes=tuple(processes),
             )
             for total, held_out in zip(totals, self._held_out(), strict=True)
         ]
@@ -289,6 +293,11 @@ class Epochs:
     def _last_checkpoint(self) -> str:
         last = self.checkpoints.last if self.checkpoints else ""
         return f"the last good checkpoint is after {last}" if last else "there is no checkpoint yet"
+
+
+def _followed(numbers: list[int], last: int) -> list[int]:
+    """Returns the numbers, and behind them the last one unless that is the same."""
+    return numbers if numbers[-1:] == [last] else [*numbers, last]
 
 
 def _sum(values: Iterable[float | None]) -> float | None:
