@@ -232,8 +232,10 @@ def recipe_and_run(
     from greedy.runs.directory import RunDirectory  # noqa: PLC0415
 
     if name is not None:
-        label = name if name in names() else Path(name).stem
-        return load_for_model(name, model, overrides), run or Path("runs") / label
+        recipe = load_for_model(name, model, overrides)
+        if run is None:
+            run = Path("runs") / (name if name in names() else Path(name).stem)
+        return recipe, run
     if run is None:
         raise click.UsageError("give --recipe to begin a run, or --run to resume one")
     return load_for_model(RunDirectory.open(run).path / "run.toml", model, overrides), run
