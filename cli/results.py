@@ -74,6 +74,9 @@ def status(run: Path, as_json: bool) -> None:
         text_columns=3,
     )
     print_stores((s.stage, s.store) for s in stages if s.store)
+    for stage in stages:
+        if max(stage.processes or [1]) > 1:
+            say(f"stage {stage.stage} was trained by {stage.trained_by} processes together")
     say(
         f"stores, with the images: {size(disk.bytes_on_disk)} on disk, "
         f"{size(disk.bytes_written)} written since the run began"

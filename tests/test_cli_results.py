@@ -36,6 +36,7 @@ def test_status_of_a_finished_run(run):
     first, last = document["stages"]
     fields = "stage name state train_error_percent test_error_percent store_bytes"
     fields += " bytes_per_value seconds images_per_second step_memory_bytes peak_memory_bytes store"
+    fields += " processes"
     assert list(first) == fields.split() == list(last)
     assert (first["stage"], first["name"], first["state"]) == (1, "linear16", "complete")
     assert (last["stage"], last["name"], last["state"]) == (2, "output", "complete")
@@ -47,10 +48,11 @@ def test_status_of_a_finished_run(run):
     assert first["store_bytes"] == pytest.approx(on_disk, rel=0.02)
     values = 16 * (2 * 5000 + 1000)
     assert first["bytes_per_value"] == pytest.approx(first["store_bytes"] / values)
-    for field in fields.split()[-5:-1]:
+    for field in fields.split()[-6:-2]:
         assert first[field] > 0
     assert last["store_bytes"] is None and last["bytes_per_value"] is None
     assert last["store"] is None
+    assert first["processes"] == [1]
 
 
 def test_status_without_json_is_a_table_of_at_most_80_columns(run):

@@ -1,5 +1,6 @@
 """Runs that several processes train, started by torchrun."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -58,6 +60,11 @@ def weights(run: Path) -> list[dict[str, torch.Tensor]]:
     return [load_file(path) for path in sorted(run.glob("stage*/encoder.safetensors"))]
 
 
+def history(run: Path, stage: int) -> list[dict[str, Any]]:
+    lines = (run / f"stage{stage}/history.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
 def content(run: Path) -> dict[str, bytes]:
     """Returns weights, histories but for times, and stores of a run."""
     names = ("encoder.safetensors", "heads.safetensors")
@@ -88,6 +95,13 @@ def test_stores_are_those_that_one_process_writes(finished: Path, tmp_path: Path
         said("cache", "repair", run / f"stage{stage}")
     assert content(run) == content(finished)
     assert len(list(run.glob("stage1/activations.zarr/train/activations/c.*"))) == 3
+
+
+def test_the_record_says_how_many_processes_trained(finished: Path) -> None:
+    stages = json.loads(said("status", "--run", finished, "--json"))["stages"]
+    assert [stage["processes"] for stage in stages] == [[2]] * 3
+    assert "stage 3 was trained by 2 processes together" in said("status", "--run", finished)
+    assert [line["processes"] for line in history(finished, 3)] == [[2], [2]]
 
 
 def test_joint_training_and_patience(tmp_path: Path) -> None:
@@ -135,6 +149,10 @@ def test_a_run_goes_on_with_another_number_of_processes(finished: Path, tmp_path
     process.terminate()
     process.communicate(timeout=120)
     greedy(*arguments(run))
+    stages = json.loads(said("status", "--run", run, "--json"))["stages"]
+    assert [stage["processes"] for stage in stages] == [[3], [3, 1], [1]]
+    assert "stage 2 was trained by 3, then 1 processes" in said("status", "--run", run)
+    assert "processes" not in history(run, 3)[-1]
     for one, two in zip(weights(run), weights(finished), strict=True):
         for name, tensor in one.items():
             torch.testing.assert_close(tensor, two[name], rtol=0, atol=1e-4)

@@ -60,6 +60,7 @@ class Progress(BaseModel):
         rows: trained in the current epoch.
         seconds: spent in the current epoch.
         before: seconds spent in the epochs before it.
+        processes: the numbers of processes that trained the current epoch together, in order.
         finished: whether no epoch is left.
         reports: of the complete epochs, a list of one report per stage for each.
     """
@@ -71,6 +72,7 @@ class Progress(BaseModel):
     rows: Count = 0
     seconds: float = 0.0
     before: float = 0.0
+    processes: list[Count] = []
     finished: bool = False
     reports: list[list[EpochReport]] = []
 

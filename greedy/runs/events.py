@@ -19,6 +19,8 @@ class EpochReport:
     Errors are in percent, ``None`` without a local classifier, and on the test split also after an
     epoch in which it was not evaluated. ``seconds`` are of training only; ``waiting_percent`` of
     them training waited for rows to be read, as far as the process that ended the epoch knows.
+    ``processes`` are the numbers of processes that trained it together, in order: several where it
+    was resumed with another number.
     """
 
     epoch: int
@@ -30,6 +32,7 @@ class EpochReport:
     seconds: float
     test_error_percent: float | None = None
     waiting_percent: float | None = None
+    processes: tuple[int, ...] = (1,)
 
     @property
     def waits(self) -> bool:

@@ -191,6 +191,7 @@ class StageRecord(_Document):
         written_before: bytes written into stores of this stage by earlier trainings of it.
         rows: of each split.
         images_per_second: training rows of all epochs by their time.
+        processes: the numbers of processes that trained it together, in the order of epochs.
         files: the digests of the other files in the stage's directory.
     """
 
@@ -212,10 +213,15 @@ class StageRecord(_Document):
     rows: Annotated[dict[Split, Size], Field(min_length=2)]
     seconds: float = 0.0
     images_per_second: float | None = None
+    processes: Annotated[list[Size], Field(min_length=1)] = [1]
     peak_memory_bytes: int | None = None
     versions: dict[str, str] = {}
     device: str = ""
     files: dict[FileName, str] = {}
+
+    @model_serializer(mode="wrap")
+    def _without_one_process(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {k: v for k, v in dump(self).items() if k != "processes" or v != [1]}
 
     @model_validator(mode="after")
     def _is_possible(self) -> Self:

@@ -1,5 +1,6 @@
 """The figures of a run: its stages, its disk use, and the trainings that were set aside."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,6 +58,8 @@ class StageStatus:
     ``store`` also tells of a store that was deleted.
     ``step_memory_bytes`` were counted for a step, ``peak_memory_bytes`` measured (on a CPU of the
     whole process). If all stages train at once, these two and the time are the network's.
+    ``processes`` are the numbers of processes that trained it together: several if it was resumed
+    with another number.
     """
 
     stage: int
@@ -71,6 +74,12 @@ class StageStatus:
     step_memory_bytes: int | None = None
     peak_memory_bytes: int | None = None
     store: StoreStatus | None = None
+    processes: Sequence[int] | None = None
+
+    @property
+    def trained_by(self) -> str:
+        """The number of processes that trained it, such as ``3, then 1``; ``-`` if unknown."""
+        return ", then ".join(map(str, self.processes or ())) or "-"
 
 
 @dataclass(frozen=True)
@@ -116,6 +125,7 @@ def _stage(state: RunState, number: int, name: str) -> StageStatus:
         step_memory_bytes=record.choices.planned_peak_bytes,
         peak_memory_bytes=record.peak_memory_bytes,
         store=store_status(record, store is not None),
+        processes=record.processes,
     )
 
 

@@ -25,8 +25,11 @@ def save_weights(learner: Learner, directory: Path) -> None:
 
 
 def history_line(report: EpochReport) -> str:
-    """Returns the line of ``history.jsonl`` for an epoch."""
-    return json.dumps(asdict(report)) + "\n"
+    """Returns the line of ``history.jsonl`` for an epoch. One process is not named."""
+    line = asdict(report)
+    if report.processes == (1,):
+        del line["processes"]
+    return json.dumps(line) + "\n"
 
 
 def write_record(
@@ -79,6 +82,7 @@ def write_record(
         rows=parent.rows,
         seconds=seconds,
         images_per_second=rows / sum(report.seconds for report in reports),
+        processes=list(dict.fromkeys(n for report in reports for n in report.processes)),
         peak_memory_bytes=peak_memory(learner.device),
         versions=versions(),
         device=device_name(learner.device),

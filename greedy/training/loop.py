@@ -99,7 +99,7 @@ class Epochs:
         epoch, first = progress.epoch, progress.position
         if first == 0:  # within an epoch the checkpoint has the rates
             scale_rates(self.strategy.optimizers, self.schedule.factor_at(epoch))
-        rate = self._rate
+        rate, processes = self._rate, _followed(progress.processes, self.source.ranks.size)
         size, limited = self.recipe.training.batch_size, self.recipe.data.classes_per_batch
         batches = self.source.epoch_batches(
             self.number,
@@ -132,8 +132,9 @@ class Epochs:
                 if stop.requested is not None or (self.checkpoints and self.checkpoints.due):
                     seconds = time.perf_counter() - started
                     here = {"position": position + 1, "rows": totals[0].rows, "seconds": seconds}
+                    now = progress.model_copy(update=here | {"processes": processes})
                     self._require_finite(guard, epoch, rate)
-                    self._save(progress.model_copy(update=here), totals, stop)
+                    self._save(now, totals, stop)
         self._require_finite(guard, epoch, rate)
         self._require_alike(epoch)
         seconds = time.perf_counter() - started
@@ -148,6 +149,7 @@ class Epochs:
                 images_per_second=total.rows / seconds,
                 seconds=seconds,
                 waiting_percent=100 * waited,
+                processes=tuple(processes),
             )
             for total, held_out in zip(totals, self._held_out(), strict=True)
         ]
@@ -271,6 +273,11 @@ class Epochs:
     def _last_checkpoint(self) -> str:
         last = self.checkpoints.last if self.checkpoints else ""
         return f"the last good checkpoint is after {last}" if last else "there is no checkpoint yet"
+
+
+def _followed(numbers: list[int], last: int) -> list[int]:
+    """Returns the numbers, and behind them the last one unless that is the same."""
+    return numbers if numbers[-1:] == [last] else [*numbers, last]
 
 
 def _sum(values: Iterable[float | None]) -> float | None:
