@@ -3,6 +3,7 @@
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -103,7 +104,7 @@ class StepDemand:
                 lambda loss: of_demand(replace(self, loss=loss)), self.loss, what
             )
 
-        read = tuple(counted(lambda demand: demand._read(rows)) for rows in reads)
+        read = tuple(counted(partial(StepDemand._read, rows=rows)) for rows in reads)
         return self.counts.number((of, read, *self._key()), lambda: counted(count))
 
     def _key(self) -> tuple[Hashable, ...]:
@@ -210,9 +211,7 @@ class StepDemand:
     def _counted_read(self, replay: Replay, rows: int) -> Pass:
         with fake_tensors(), Counter() as counter, torch.no_grad():
             frozen = [
-                FrozenStage(
-                    stage, self.counts, counter, self.precision, streamed=replay.streamed
-                )
+                FrozenStage(stage, self.counts, counter, self.precision, streamed=replay.streamed)
                 for stage in replay.stages
             ]
             before = counter.live
