@@ -16,6 +16,7 @@ __all__ = [
     "BATCH_NORMS",
     "CONVOLUTIONS",
     "DEPENDS_ON_NUMBERS",
+    "DEVICE",
     "DROPOUTS",
     "FakeTensor",
     "FakeTensorMode",
@@ -33,6 +34,9 @@ __all__ = [
     "tree_map",
     "without_modes",
 ]
+
+DEVICE = torch.ops.prim.device.default
+"""The operator that tells a fake tensor's device."""
 
 CONVOLUTIONS = nn.modules.conv._ConvNd
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm
