@@ -45,6 +45,7 @@ def together() -> Iterator[None]:
 @options.data_dir
 @options.download
 @options.device
+@options.refresh_device
 @click.option(
     "--retrain",
     metavar="[STAGE]",
@@ -66,6 +67,7 @@ def train(
     data_dir: Path | None,
     download: bool,
     device: str,
+    refresh_device: str | None,
     retrain: int | None,
     ignore_changes: bool,
     log: str | None,
@@ -82,7 +84,9 @@ def train(
     overrides = fields.overrides(settings, field_values)
     recipe, directory = recipe_and_run(recipe_name, run, overrides, model)
     network = load_network(recipe.model, model, needed=True)
-    trainer = GreedyTrainer.from_recipe(recipe, directory, device=device, model=network)
+    trainer = GreedyTrainer.from_recipe(
+        recipe, directory, device=device, refresh_device=refresh_device, model=network
+    )
     logger = tensorboard(directory) if log and trainer.ranks.leads else None
     say(f"{recipe.name} in {directory} on {trainer.device}")
     data, data_named = recipe.data, fields.names_data(overrides)
@@ -130,6 +134,7 @@ def train(
 @fields.field_option("memory_budget", fields.MEMORY)
 @fields.field_option("optimizer_state", fields.MEMORY)
 @options.device
+@options.refresh_device
 @options.log
 @options.model
 @options.data_function
@@ -144,6 +149,7 @@ def train_stage(
     memory_budget: str | None,
     optimizer_state: str | None,
     device: str,
+    refresh_device: str | None,
     log: str | None,
     model: str | None,
     data: str | None,
@@ -158,7 +164,11 @@ def train_stage(
     field_values = {"memory_budget": memory_budget, "optimizer_state": optimizer_state}
     recipe, _ = recipe_and_run(None, run.path, fields.overrides((), field_values))
     trainer = GreedyTrainer.from_recipe(
-        recipe, run.path, device=device, model=load_network(recipe.model, model, needed=True)
+        recipe,
+        run.path,
+        device=device,
+        refresh_device=refresh_device,
+        model=load_network(recipe.model, model, needed=True),
     )
     give_data(trainer, data, ignore_changes=ignore_changes)
     logs = log and trainer.ranks.leads
