@@ -9,17 +9,16 @@ from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 
 from greedy.base.commands import command
-from greedy.base.devices import pick_device
+from greedy.base.devices import pick_device, pick_refresh_device
 from greedy.base.disk_space import write_errors_explained
 from greedy.base.errors import UserError
 from greedy.base.heap import release_free_memory
 from greedy.base.ranks import Ranks
-from greedy.build.modules import build_loss
-from greedy.build.python_recipe import python_recipe, require_optimizer, require_recipe_alone
+from greedy.build.python_recipe import recipe_and_loss
 from greedy.build.settings import TrainerSettings
 from greedy.cache import Damage
 from greedy.data import Dataset, dataset_from_torch
-from greedy.losses import LocalLoss, PredSim, require_local_loss
+from greedy.losses import LocalLoss
 from greedy.recipes import Recipe
 from greedy.runs.directory import RunDirectory, new_stage
 from greedy.runs.disk_budget import previous_record
@@ -58,6 +57,8 @@ class GreedyTrainer:
             parameters to an optimiser. Each of its groups begins at its own rate, or at
             ``learning_rate`` where that is given, and the schedule scales it.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        refresh_device: draws new views of a store beside the training from it: ``cpu``, ``mps``,
+            ``cuda`` or a GPU's number, as ``cuda:1``; ``None`` for ``device``, between steps.
         reporter: gets the events of a training, for instance to show its progress.
         parallel: how several processes train together: ``data``, each a share of every batch, or
             ``stages``, each some of the stages.
@@ -79,40 +80,31 @@ class GreedyTrainer:
         loss: LocalLoss | None = None,
         optimizer: OptimizerFactory | str | None = None,
         device: str = "auto",
+        refresh_device: str | None = None,
         reporter: Reporter | None = None,
         parallel: Parallel = "data",
         recipe: Recipe | None = None,
         **settings: Unpack[TrainerSettings],
     ) -> None:
-        named, own = (optimizer, None) if isinstance(optimizer, str) else (None, optimizer)
-        if recipe is not None:
-            require_recipe_alone(loss, optimizer, settings)
-            loss = build_loss(recipe.loss)
-        else:
-            loss = PredSim() if loss is None else loss
-            require_local_loss(loss)
-            if own is not None:
-                require_optimizer(settings)
-            recipe = python_recipe(settings, loss, named)
-        own_rates = "learning_rate" not in settings
+        self.recipe, self.loss = recipe_and_loss(recipe, loss, optimizer, settings)
         self.device = pick_device(device)
-        self.run = RunDirectory.create(Path(run_dir), recipe)
-        self.recipe = recipe
-        self.loss = loss
+        beside = pick_refresh_device(refresh_device, self.device)
+        self.run = RunDirectory.create(Path(run_dir), self.recipe)
         self.ranks = Ranks.joined()
         self._planner = StagePlanner(
             self.run,
             model,
-            loss,
+            self.loss,
             self.device,
             reporter or Reporter(),
-            own,
-            own_rates,
+            None if isinstance(optimizer, str) else optimizer,
+            own_rates="learning_rate" not in settings,
             ranks=self.ranks,
+            refresh_device=beside,
             parallel=parallel,
         )
-        require_separate_rows(recipe, self.ranks)
-        require_parallel(recipe, self.ranks, parallel)
+        require_separate_rows(self.recipe, self.ranks)
+        require_parallel(self.recipe, self.ranks, parallel)
 
     @classmethod
     def from_recipe(
@@ -121,6 +113,7 @@ class GreedyTrainer:
         run_dir: str | Path,
         *,
         device: str = "auto",
+        refresh_device: str | None = None,
         reporter: Reporter | None = None,
         model: nn.Module | None = None,
         parallel: Parallel = "data",
@@ -131,6 +124,7 @@ class GreedyTrainer:
             model,
             run_dir=run_dir,
             device=device,
+            refresh_device=refresh_device,
             reporter=reporter,
             parallel=parallel,
             recipe=recipe,
@@ -247,6 +241,7 @@ class GreedyTrainer:
         self._planner.memory(state).require(todo, plan)
         self._announce(state, todo)
         self.reporter.disk_planned(plan)
+        self._planner.note_drawing(plan.reuse(plan.source(number)) > 0 for number in todo)
         if retraining:
             retraining.write(self.run.path)
         for number in numbers:
@@ -283,6 +278,7 @@ class GreedyTrainer:
         self._planner.require_images(state)
         training = self._planner.whole_network(state)
         self._announce(state, numbers)
+        self._planner.note_drawing(())
         return training.train()
 
     def _announce(self, state: RunState, numbers: Iterable[int]) -> None:
@@ -359,6 +355,7 @@ class GreedyTrainer:
             views, reuse = plan.views(number), plan.reuse(number)
         self._announce(state, [number])
         directory = to or self.run.stage_dir(number)
+        self._planner.note_drawing([self._planner.replaces_views(state, source)])
         return self._train_stage(state, number, source, directory, views, reuse)
 
     def _train_stage(

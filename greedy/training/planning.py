@@ -18,6 +18,7 @@ from greedy.build.modules import build_cross_entropy, checked_shapes
 from greedy.data import Split
 from greedy.losses import LocalLoss
 from greedy.memory.choice import Choice, memory_budget
+from greedy.memory.drawing import DrawingDevice
 from greedy.memory.peaks import OptimizerFactory
 from greedy.memory.plan import MemoryPlan, StageStores
 from greedy.models import Shape, sequential
@@ -36,6 +37,7 @@ from greedy.runs.unfinished import find_training
 from greedy.runs.views import Views
 from greedy.stores.fresh import require_data_set
 from greedy.stores.opening import SourceFinder
+from greedy.stores.ring import Drawing
 from greedy.training.calibration import byte_operations, calibration_of
 from greedy.training.following import Parallel, Task
 from greedy.training.network import NetworkTraining
@@ -56,6 +58,7 @@ class StagePlanner:
         own_rates: whether that begins at its own learning rates.
         images: the data set's training split, for runs that read it again in every pass.
         ranks: the processes that train together.
+        refresh_device: draws new views beside the steps; ``None`` for ``device`` between them.
         parallel: how they do: ``data``, each a share of every batch, or ``stages``, each some of
             the stages.
     """
@@ -69,6 +72,7 @@ class StagePlanner:
     own_rates: bool = False
     images: Split | None = None
     ranks: Ranks = ALONE
+    refresh_device: torch.device | None = None
     parallel: Parallel = "data"
     _memory: MemoryPlan | None = field(default=None, init=False, repr=False)
 
@@ -109,6 +113,9 @@ class StagePlanner:
     def plan_memory(self, network: CutNetwork, images: str) -> MemoryPlan:
         """Plans how the steps of a network fit the memory budget, and keeps the plan for
         ``memory``. ``images`` is the encoding of stage 0's store."""
+        drawing = None
+        if (other := self.refresh_device) is not None:
+            drawing = DrawingDevice.of(other, self.device.type, self.recipe)
         self._memory = MemoryPlan(
             self.recipe,
             network,
@@ -117,6 +124,7 @@ class StagePlanner:
             self.device.type,
             self.optimizer,
             images,
+            drawing,
         )
         return self._memory
 
@@ -148,6 +156,18 @@ class StagePlanner:
         """Raises ``UserError`` if the run reads its data set in every pass and was not given it."""
         if state.complete_record(0).data_choices.fresh:
             require_data_set(self.run.path, self.images)
+
+    def replaces_views(self, state: RunState, source: int) -> bool:
+        """Returns whether views are replaced while a stage trains from the store of stage
+        ``source``, or of the nearest before it that has one."""
+        sources = SourceFinder(state, (), self.device, self.reporter)
+        return sources.is_ring(sources.last_stored(source))
+
+    def note_drawing(self, replaced: Iterable[bool]) -> None:
+        """Notes that ``refresh_device`` is not used if no stage that trains has views of its source
+        replaced."""
+        if self.refresh_device is not None and not any(replaced):
+            self.reporter.noted("no views are replaced, so --refresh-device is not used")
 
     def outline(self, state: RunState, numbers: Iterable[int]) -> RunOutline:
         """Returns what is known of a run before the stages ``numbers`` are trained."""
@@ -231,7 +251,11 @@ class StagePlanner:
                 stored,
                 start.resolved.precision,
                 in_memory=in_memory,
-                streamed=memory.draws_streamed,
+                drawing=Drawing(
+                    self.refresh_device or self.device,
+                    memory.draws_streamed,
+                    memory.drawing_bytes > 0,
+                ),
                 ranks=self.ranks,
             ),
             sources=sources,
