@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from greedy.results.tensorboard import TensorBoard
     from greedy.runs.record import StageRecord
     from greedy.trainer import GreedyTrainer
+    from greedy.training.following import Parallel
 
 
 @contextmanager
@@ -47,6 +48,17 @@ def together() -> Iterator[None]:
 @options.device
 @options.refresh_device
 @click.option(
+    "--parallel",
+    cls=fields.Option,
+    group=fields.MACHINE,
+    type=click.Choice(["data", "stages"]),
+    metavar="data|stages",
+    default="data",
+    show_default=True,
+    help="What the processes of torchrun divide: the rows of each batch, or with --strategy joint "
+    "the stages.",
+)
+@click.option(
     "--retrain",
     metavar="[STAGE]",
     type=int,
@@ -68,6 +80,7 @@ def train(
     download: bool,
     device: str,
     refresh_device: str | None,
+    parallel: "Parallel",
     retrain: int | None,
     ignore_changes: bool,
     log: str | None,
@@ -85,7 +98,12 @@ def train(
     recipe, directory = recipe_and_run(recipe_name, run, overrides, model)
     network = load_network(recipe.model, model, needed=True)
     trainer = GreedyTrainer.from_recipe(
-        recipe, directory, device=device, refresh_device=refresh_device, model=network
+        recipe,
+        directory,
+        device=device,
+        refresh_device=refresh_device,
+        model=network,
+        parallel=parallel,
     )
     logger = tensorboard(directory) if log and trainer.ranks.leads else None
     say(f"{recipe.name} in {directory} on {trainer.device}")
@@ -242,8 +260,10 @@ def recipe_and_run(
     from greedy.runs.directory import RunDirectory  # noqa: PLC0415
 
     if name is not None:
-        label = name if name in names() else Path(name).stem
-        return load_for_model(name, model, overrides), run or Path("runs") / label
+        recipe = load_for_model(name, model, overrides)
+        if run is None:
+            run = Path("runs") / (name if name in names() else Path(name).stem)
+        return recipe, run
     if run is None:
         raise click.UsageError("give --recipe to begin a run, or --run to resume one")
     return load_for_model(RunDirectory.open(run).path / "run.toml", model, overrides), run

@@ -32,7 +32,12 @@ from greedy.runs.unfinished import interrupted_source, stores_needed
 from greedy.runs.views import Views
 from greedy.stores.changes import require_unchanged_folder
 from greedy.stores.repair import Repair, StoreRepairer
-from greedy.training.following import Task, require_separate_rows
+from greedy.training.following import (
+    Parallel,
+    Task,
+    require_parallel,
+    require_separate_rows,
+)
 from greedy.training.images import needs_images, write_images
 from greedy.training.planning import StagePlanner
 from greedy.training.stage import OptimizerFactory
@@ -55,6 +60,8 @@ class GreedyTrainer:
         refresh_device: draws new views of a store beside the training from it: ``cpu``, ``mps``,
             ``cuda`` or a GPU's number, as ``cuda:1``; ``None`` for ``device``, between steps.
         reporter: gets the events of a training, for instance to show its progress.
+        parallel: how several processes train together: ``data``, each a share of every batch, or
+            ``stages``, each some of the stages.
         settings: fields of a recipe's ``data``, ``training`` and ``store`` sections by their
             names, ``seed``, ``stage_layers``, ``stages``, ``label_smoothing``, ``class_weights``,
             ``memory_budget``, ``micro_batch`` and ``optimizer_state``; for instance ``epochs=20,
@@ -75,6 +82,7 @@ class GreedyTrainer:
         device: str = "auto",
         refresh_device: str | None = None,
         reporter: Reporter | None = None,
+        parallel: Parallel = "data",
         recipe: Recipe | None = None,
         **settings: Unpack[TrainerSettings],
     ) -> None:
@@ -93,8 +101,10 @@ class GreedyTrainer:
             own_rates="learning_rate" not in settings,
             ranks=self.ranks,
             refresh_device=beside,
+            parallel=parallel,
         )
         require_separate_rows(self.recipe, self.ranks)
+        require_parallel(self.recipe, self.ranks, parallel)
 
     @classmethod
     def from_recipe(
@@ -106,6 +116,7 @@ class GreedyTrainer:
         refresh_device: str | None = None,
         reporter: Reporter | None = None,
         model: nn.Module | None = None,
+        parallel: Parallel = "data",
     ) -> Self:
         """Returns the trainer of a recipe. ``model`` is given only if the recipe's network is
         ``python`` or what a function returns; other arguments are those of the class."""
@@ -115,6 +126,7 @@ class GreedyTrainer:
             device=device,
             refresh_device=refresh_device,
             reporter=reporter,
+            parallel=parallel,
             recipe=recipe,
         )
 

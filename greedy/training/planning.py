@@ -1,7 +1,7 @@
 """The plan for training each stage of a run: its source, its memory mode and its choices."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import nn
 from greedy.base.devices import pick_precision
 from greedy.base.errors import UserError
 from greedy.base.ranks import ALONE, Ranks
+from greedy.base.relay import Relay
 from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import build_cross_entropy, checked_shapes
 from greedy.data import Split
@@ -38,8 +39,9 @@ from greedy.stores.fresh import require_data_set
 from greedy.stores.opening import SourceFinder
 from greedy.stores.ring import Drawing
 from greedy.training.calibration import byte_operations, calibration_of
-from greedy.training.following import Task
+from greedy.training.following import Parallel, Task
 from greedy.training.network import NetworkTraining
+from greedy.training.parts import own_stages
 from greedy.training.resolve import compiles, resolve, resolve_again, within_budget
 from greedy.training.stage import StageTraining
 
@@ -57,6 +59,8 @@ class StagePlanner:
         images: the data set's training split, for runs that read it again in every pass.
         ranks: the processes that train together.
         refresh_device: draws new views beside the steps; ``None`` for ``device`` between them.
+        parallel: how they do: ``data``, each a share of every batch, or ``stages``, each some of
+            the stages.
     """
 
     run: RunDirectory
@@ -69,6 +73,7 @@ class StagePlanner:
     images: Split | None = None
     ranks: Ranks = ALONE
     refresh_device: torch.device | None = None
+    parallel: Parallel = "data"
     _memory: MemoryPlan | None = field(default=None, init=False, repr=False)
 
     @property
@@ -178,18 +183,29 @@ class StagePlanner:
     def whole_network(self, state: RunState) -> NetworkTraining:
         """Returns the training of all stages at once."""
         network = self.network(state)
-        self._require_separate(state, range(1, len(network) + 1))
+        relay, own, shared = Relay(), range(len(network)), self.ranks
+        if self.parallel == "stages":
+            relay, shared = Relay(self.ranks, self.device), ALONE
+            own = own_stages(network.stages, self.memory(state).flops, self.ranks)
+        else:
+            self._require_separate(state, range(1, len(network) + 1))
         sources = SourceFinder(state, network.stages, self.device, self.reporter, self.images)
+        source = sources.for_training(1, 0, self._precision, ranks=shared)
+        if not relay.is_first:
+            source = replace(source, images=None, relay=relay)
         return NetworkTraining(
             run=self.run,
             network=network,
-            source=sources.for_training(1, 0, self._precision, ranks=self.ranks),
+            source=source,
             data=state.complete_record(0),
             memory=self.memory(state).at_once(),
             device=self.device,
             reporter=self.reporter,
             optimizer=self.optimizer,
             own_rates=self.own_rates,
+            ranks=self.ranks,
+            relay=relay,
+            own=own,
         )
 
     def stage(
