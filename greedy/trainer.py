@@ -32,12 +32,7 @@ from greedy.runs.unfinished import interrupted_source, stores_needed
 from greedy.runs.views import Views
 from greedy.stores.changes import require_unchanged_folder
 from greedy.stores.repair import Repair, StoreRepairer
-from greedy.training.following import (
-    Parallel,
-    Task,
-    require_parallel,
-    require_separate_rows,
-)
+from greedy.training.following import Parallel, Task, require_parallel
 from greedy.training.images import needs_images, write_images
 from greedy.training.planning import StagePlanner
 from greedy.training.stage import OptimizerFactory
@@ -60,8 +55,7 @@ class GreedyTrainer:
         refresh_device: draws new views of a store beside the training from it: ``cpu``, ``mps``,
             ``cuda`` or a GPU's number, as ``cuda:1``; ``None`` for ``device``, between steps.
         reporter: gets the events of a training, for instance to show its progress.
-        parallel: how several processes train together: ``data``, each a share of every batch, or
-            ``stages``, each some of the stages.
+        parallel: what several processes divide: ``data``, the rows of a batch, or ``stages``.
         settings: fields of a recipe's ``data``, ``training`` and ``store`` sections by their
             names, ``seed``, ``stage_layers``, ``stages``, ``label_smoothing``, ``class_weights``,
             ``memory_budget``, ``micro_batch`` and ``optimizer_state``; for instance ``epochs=20,
@@ -103,7 +97,6 @@ class GreedyTrainer:
             refresh_device=beside,
             parallel=parallel,
         )
-        require_separate_rows(self.recipe, self.ranks)
         require_parallel(self.recipe, self.ranks, parallel)
 
     @classmethod

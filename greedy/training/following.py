@@ -30,19 +30,15 @@ class Task(NamedTuple):
         return cls(start.stage, start.source, choices.views, choices.reuse, directory)
 
 
-def require_separate_rows(recipe: Recipe, ranks: Ranks) -> None:
-    """Raises ``UserError`` if a recipe mixes rows that several processes would have."""
+def require_parallel(recipe: Recipe, ranks: Ranks, parallel: str) -> None:
+    """Raises ``UserError`` if processes cannot train a recipe together as ``parallel`` says."""
+    if parallel not in get_args(Parallel):
+        raise UserError(f"{parallel!r} is no way to train in parallel: use data or stages")
     if ranks.size > 1 and recipe.data.mixup != "none":
         raise UserError(
             "mixup mixes rows that several processes have: train in one process, or set "
             "data.mixup to none"
         )
-
-
-def require_parallel(recipe: Recipe, ranks: Ranks, parallel: str) -> None:
-    """Raises ``UserError`` if processes cannot train together as ``parallel`` says."""
-    if parallel not in get_args(Parallel):
-        raise UserError(f"{parallel!r} is no way to train in parallel: use data or stages")
     if parallel == "data":
         return
     if recipe.training.strategy != "joint":
