@@ -121,14 +121,18 @@ class StageTraining:
     @contextmanager
     def _memory_limited(self) -> Iterator[None]:
         """Limits the memory of the devices that train and that draw views, each to the budget."""
-        budget, ring = named_budget(self.recipe), self.source.ring
-        drawing = ring.source.device if ring else self.device
+        budget, drawing = named_budget(self.recipe), self._drawing_device
         with memory_limited(self.device, budget), memory_limited(drawing, budget):
             yield
 
+    @property
+    def _drawing_device(self) -> torch.device:
+        return self.source.ring.source.device if self.source.ring else self.device
+
     def _set_up(self) -> None:
         torch.set_num_threads(self.choices.threads)
-        set_determinism(self.device, self.choices.deterministic)
+        for device in (self.device, self._drawing_device):
+            set_determinism(device, self.choices.deterministic)
 
     def _checkpoints(self, learner: Learner, directory: Path) -> Checkpoints:
         return Checkpoints(
