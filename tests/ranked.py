@@ -1,5 +1,6 @@
 """Runs functions of test modules in several processes that train together."""
 
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
@@ -16,9 +17,12 @@ from greedy.base.ranks import Ranks
 
 def together(size: int, work: Callable[..., None], *arguments: Any) -> None:
     """Calls ``work(ranks, *arguments)`` in ``size`` processes. Raises an error of any of them."""
+    # Forked from a server that has imported what all of them need, which takes seconds each time.
+    multiprocessing.set_forkserver_preload([work.__module__, "greedy.trainer", "pytest"])
     with tempfile.TemporaryDirectory() as directory:
         meeting = Path(directory) / "meeting"
-        mp.spawn(_one, (size, str(meeting), work, arguments), nprocs=size)
+        given = size, str(meeting), work, arguments
+        mp.start_processes(_one, given, nprocs=size, start_method="forkserver")
 
 
 def _one(

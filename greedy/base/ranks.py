@@ -65,7 +65,7 @@ class Ranks:
     def add(self, tensor: Tensor) -> None:
         """Replaces a tensor by the sum of those of all processes, the same in each."""
         if self.size > 1:
-            with self._losses_named():
+            with self.losses_named():
                 dist.all_reduce(tensor)
 
     def stack(self, tensor: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class Ranks:
         if self.size == 1:
             return tensor[None]
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        with self._losses_named():
+        with self.losses_named():
             dist.all_gather(parts, tensor.contiguous())
         return torch.stack(parts)
 
@@ -84,7 +84,7 @@ class Ranks:
             return value
         data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
         size = torch.tensor([len(data)])
-        with self._losses_named():
+        with self.losses_named():
             dist.broadcast(size, rank)
             data = data if self.rank == rank else torch.empty(int(size), dtype=torch.uint8)
             dist.broadcast(data, rank)
@@ -104,7 +104,8 @@ class Ranks:
             self.told()
 
     @contextmanager
-    def _losses_named(self) -> Iterator[None]:
+    def losses_named(self) -> Iterator[None]:
+        """Raises ``TrainingError`` inside for a process that has ended or cannot be reached."""
         try:
             yield
         except RuntimeError as error:

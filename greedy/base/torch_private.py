@@ -25,6 +25,7 @@ __all__ = [
     "clear_cublas_workspaces",
     "generators",
     "has_hooks",
+    "keep_casts",
     "is_compiled",
     "is_used_at_once",
     "skips_on_device",
@@ -86,6 +87,12 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Returns whether an optimiser skips its step if its attribute ``found_inf``, a tensor on the
     device, is not zero, as fused ones do for ``GradScaler``."""
     return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def keep_casts() -> None:
+    """Lets autocast in this thread, from now on, keep the weights that other threads have cast: the
+    cache is one for all threads, and is cleared whenever autocast ends in one of them."""
+    torch.autocast_increment_nesting()
 
 
 def clear_cublas_workspaces() -> None:

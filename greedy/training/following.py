@@ -1,13 +1,15 @@
 """What the leader of several processes tells the others to train."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from greedy.base.errors import UserError
 from greedy.base.ranks import Ranks
 from greedy.recipes import Recipe
 from greedy.runs.checkpoint_record import StartRecord
 from greedy.runs.views import Views
+
+Parallel = Literal["data", "stages"]
 
 
 class Task(NamedTuple):
@@ -28,10 +30,24 @@ class Task(NamedTuple):
         return cls(start.stage, start.source, choices.views, choices.reuse, directory)
 
 
-def require_separate_rows(recipe: Recipe, ranks: Ranks) -> None:
-    """Raises ``UserError`` if a recipe mixes rows that several processes would have."""
+def require_parallel(recipe: Recipe, ranks: Ranks, parallel: str) -> None:
+    """Raises ``UserError`` if processes cannot train a recipe together as ``parallel`` says."""
+    if parallel not in get_args(Parallel):
+        raise UserError(f"{parallel!r} is no way to train in parallel: use data or stages")
     if ranks.size > 1 and recipe.data.mixup != "none":
         raise UserError(
             "mixup mixes rows that several processes have: train in one process, or set "
             "data.mixup to none"
+        )
+    if parallel == "data":
+        return
+    if recipe.training.strategy != "joint":
+        raise UserError(
+            f"stages train in parallel only by the strategy joint, and this run's is "
+            f"{recipe.training.strategy}: leave out --parallel stages"
+        )
+    if ranks.size == 1:
+        raise UserError(
+            "stages train in parallel in several processes, and this is one: start them with "
+            "torchrun --nproc-per-node N, or leave out --parallel stages"
         )

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,7 +95,7 @@ class StageTraining:
         self.source.ranks.told(Task.of(self.start, directory)._asdict())
         self._set_up()
         reset_peak_memory(self.device)
-        with memory_limited(self.device, named_budget(self.recipe)):
+        with self._memory_limited():
             learner = self._learner()
             needed = self._bytes_needed(learner)
             written = bytes_below(directory)
@@ -109,7 +110,7 @@ class StageTraining:
         assert begun is not None
         self.start = begun
         self._set_up()
-        with memory_limited(self.device, named_budget(self.recipe)):
+        with self._memory_limited():
             learner = self._learner()
             for _ in self._epochs(self._checkpoints(learner, directory)):
                 pass
@@ -117,6 +118,14 @@ class StageTraining:
             release_free_memory(self.device)
             self.source.ranks.told()
             self._write_store(learner, directory)
+
+    @contextmanager
+    def _memory_limited(self) -> Iterator[None]:
+        """Limits the memory of the devices that train and that draw views, each to the budget."""
+        budget, ring = named_budget(self.recipe), self.source.ring
+        drawing = ring.source.device if ring else self.device
+        with memory_limited(self.device, budget), memory_limited(drawing, budget):
+            yield
 
     def _set_up(self) -> None:
         torch.set_num_threads(self.choices.threads)
