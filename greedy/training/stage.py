@@ -13,6 +13,7 @@ from greedy.base.devices import memory_limited, reset_peak_memory, set_determini
 from greedy.base.disk_space import require_free_space, write_errors_explained
 from greedy.base.files import bytes_below, read_tensors
 from greedy.base.heap import release_free_memory
+from greedy.build.cut_network import OUTPUT
 from greedy.cache import Encoding, location_of, require_writable
 from greedy.cache.layout import SHARD_STORED_BYTES
 from greedy.losses import LocalLoss
@@ -219,7 +220,7 @@ class StageTraining:
 
     def _run_epochs(self, checkpoints: Checkpoints) -> list[EpochReport]:
         epochs = for_stage(self.recipe.training.epochs, self.stage.number)
-        name = "output" if self.is_output else self.stage.name
+        name = OUTPUT if self.is_output else self.stage.name
         self.reporter.stage_started(self.stage.number, name, epochs, self.choices)
         reports = []
         lines = checkpoints.training / HISTORY
