@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from command_line import said
 
 from greedy.base.ranks import Ranks
 
@@ -25,6 +26,15 @@ def together(size: int, work: Callable[..., None], *arguments: Any) -> None:
         mp.start_processes(_one, given, nprocs=size, start_method="forkserver")
 
 
+def command_together(size: int, *arguments: object) -> None:
+    """Runs a command that succeeds in ``size`` processes, as torchrun does at a higher price."""
+    together(size, _command, arguments)
+
+
+def _command(ranks: Ranks, arguments: tuple[object, ...]) -> None:
+    said(*arguments)
+
+
 def _one(
     rank: int, size: int, meeting: str, work: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
@@ -33,4 +43,5 @@ def _one(
     limit = timedelta(seconds=120)
     dist.init_process_group("gloo", f"file://{meeting}", limit, rank=rank, world_size=size)
     work(Ranks.joined(), *arguments)
-    dist.destroy_process_group()
+    if dist.is_initialized():  # commands have left it
+        dist.destroy_process_group()

@@ -13,6 +13,7 @@ from greedy.base.devices import memory_limited, reset_peak_memory, set_determini
 from greedy.base.disk_space import require_free_space, write_errors_explained
 from greedy.base.files import bytes_below, read_tensors
 from greedy.base.heap import release_free_memory
+from greedy.build.cut_network import OUTPUT
 from greedy.cache import Encoding, location_of, require_writable
 from greedy.cache.layout import SHARD_STORED_BYTES
 from greedy.losses import LocalLoss
@@ -121,14 +122,18 @@ class StageTraining:
     @contextmanager
     def _memory_limited(self) -> Iterator[None]:
         """Limits the memory of the devices that train and that draw views, each to the budget."""
-        budget, ring = named_budget(self.recipe), self.source.ring
-        drawing = ring.source.device if ring else self.device
+        budget, drawing = named_budget(self.recipe), self._drawing_device
         with memory_limited(self.device, budget), memory_limited(drawing, budget):
             yield
 
+    @property
+    def _drawing_device(self) -> torch.device:
+        return self.source.ring.source.device if self.source.ring else self.device
+
     def _set_up(self) -> None:
         torch.set_num_threads(self.choices.threads)
-        set_determinism(self.device, self.choices.deterministic)
+        for device in (self.device, self._drawing_device):
+            set_determinism(device, self.choices.deterministic)
 
     def _checkpoints(self, learner: Learner, directory: Path) -> Checkpoints:
         return Checkpoints(
@@ -215,7 +220,7 @@ class StageTraining:
 
     def _run_epochs(self, checkpoints: Checkpoints) -> list[EpochReport]:
         epochs = for_stage(self.recipe.training.epochs, self.stage.number)
-        name = "output" if self.is_output else self.stage.name
+        name = OUTPUT if self.is_output else self.stage.name
         self.reporter.stage_started(self.stage.number, name, epochs, self.choices)
         reports = []
         lines = checkpoints.training / HISTORY
