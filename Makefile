@@ -20,8 +20,9 @@ demo: $(VENV)/.installed
 # Lint, type check and test, all against the wheel that a user would install. Examples and the long
 # forms of kills, resumes and compiling are marked slow: with an empty MARKS they run too, as in `.ci/run`.
 MARKS ?= not slow
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
 test: lint types
-	PYTHONSAFEPATH=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "$(MARKS)" $(PYTEST_OPTIONS)
+	PYTHONSAFEPATH=1 $(BIN)/python -m pytest $(WORKERS) -m "$(MARKS)" $(PYTEST_OPTIONS)
 
 lint: $(VENV)/.wheel
 	$(BIN)/ruff check .

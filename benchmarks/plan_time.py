@@ -14,7 +14,8 @@ import click
 
 from greedy.data import load_dataset
 from greedy.forecasts.bench import Bench, peak_flops
-from greedy.forecasts.forecast import data_facts, forecast, machine
+from greedy.forecasts.forecast import data_facts, forecast
+from greedy.forecasts.machine import machine
 from greedy.recipes import load
 from greedy.runs.directory import RunDirectory
 from greedy.trainer import GreedyTrainer

@@ -24,6 +24,7 @@ from greedy.cache.errors import DamagedStore, StoreError, UnreachableStore
 from greedy.cache.urls import url_fault
 
 if TYPE_CHECKING:
+    from obstore import GetResult
     from obstore.store import ObjectStore
 
 # A request that fails is repeated with growing pauses, for as long as a server takes to restart.
@@ -98,16 +99,27 @@ class Objects:
         return data if opened else None
 
     def _open(self, key: str, size: int) -> tuple[_Opened | None, bytes]:
-        import obstore  # noqa: PLC0415
-
         with self._explained():
             try:
-                options: Any = {"range": {"suffix": size}}
-                found = obstore.get(self._client, self._path(key), options=options)
-                opened = self._opened[key] = found.meta["size"], found.meta["e_tag"]
-                return opened, bytes(found.bytes())
+                found = self._get_tail(self._path(key), size)
             except FileNotFoundError:
                 return None, b""
+            opened = self._opened[key] = found.meta["size"], found.meta["e_tag"]
+            return opened, bytes(found.bytes())
+
+    def _get_tail(self, path: str, size: int) -> "GetResult":
+        import obstore  # noqa: PLC0415
+        from obstore.exceptions import NotSupportedError  # noqa: PLC0415
+
+        options: Any = {"range": {"suffix": size}}
+        with suppress(NotSupportedError):
+            return obstore.get(self._client, path, options=options)
+        while True:  # Azure has to be asked for the length before
+            length = obstore.head(self._client, path)["size"]
+            options = {"range": (max(length - size, 0), length)} if length else {}
+            found = obstore.get(self._client, path, options=options)
+            if found.meta["size"] == length:  # else the object was replaced in between
+                return found
 
     def part(self, key: str, offset: int, size: int) -> NDArray[np.uint8] | None:
         import obstore  # noqa: PLC0415

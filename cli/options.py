@@ -35,6 +35,14 @@ device = click.option(
     show_default=True,
     help="The device to compute on.",
 )
+refresh_device = click.option(
+    "--refresh-device",
+    cls=Option,
+    group=MACHINE,
+    metavar="cpu|cuda:N|mps",
+    help="The device that draws new views of a store beside the training from it  [default: "
+    "--device, between steps].",
+)
 model = click.option(
     "--model",
     metavar="MODULE:FUNCTION",

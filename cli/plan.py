@@ -14,7 +14,9 @@ from greedy.cli.train import recipe_and_run
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from greedy.forecasts.forecast import DataFacts, Forecast, Machine, StageForecast
+    from greedy.forecasts.forecast import DataFacts, Forecast, StageForecast
+    from greedy.forecasts.machine import Machine
+    from greedy.memory.drawing import DrawingDevice
     from greedy.recipes import Recipe
 
 UNMEASURED = (
@@ -33,6 +35,7 @@ NO_STAGES = "times are only known where stages are trained one at a time"
 @options.run_or_new
 @fields.settings
 @options.device
+@options.refresh_device
 @options.network
 @options.images
 @options.classes
@@ -50,6 +53,7 @@ def plan(
     run: Path | None,
     settings: tuple[str, ...],
     device: str,
+    refresh_device: str | None,
     model: str | None,
     images: tuple[int, int] | None,
     classes: int | None,
@@ -73,9 +77,9 @@ def plan(
     from greedy.forecasts.forecast import (  # noqa: PLC0415
         data_facts,
         forecast,
-        machine,
         stated_data_facts,
     )
+    from greedy.forecasts.machine import machine  # noqa: PLC0415
     from greedy.runs.directory import RunDirectory  # noqa: PLC0415
     from greedy.training.calibration import Calibration, NotCalibrated  # noqa: PLC0415
 
@@ -87,7 +91,7 @@ def plan(
     planned = RunDirectory.create(directory, recipe)
     stated = stated_data_facts(recipe, images, classes)
     data = data_facts(planned, fields.names_data(overrides), stated)
-    computer = machine(recipe, device, processes)
+    computer = machine(recipe, device, refresh_device, processes)
     calibration, unknown = None, UNMEASURED if recipe.training.strategy == "greedy" else NO_STAGES
     try:
         calibration = Calibration.load(computer.device) if processes == 1 else None
@@ -124,6 +128,7 @@ def _document(recipe: "Recipe", machine: "Machine", forecast: "Forecast") -> dic
             asdict(stage) | {"drawing_share": stage.drawing_share} for stage in forecast.stages
         ],
         "peak_memory_bytes": forecast.peak_memory_bytes,
+        "drawing_bytes": forecast.drawing_bytes,
         "resident_bytes": forecast.resident_bytes,
         "parameters": sum(stage.parameters for stage in forecast.stages),
         "flops": sum(stage.flops for stage in forecast.stages),
@@ -182,7 +187,7 @@ def _print(
     for stage in forecast.stages:
         if stage.why_plain:
             click.echo(f"stage {stage.stage} has no mode but plain: {stage.why_plain}")
-    _print_totals(forecast, unknown)
+    _print_totals(machine, forecast, unknown)
     click.echo("one step of the whole network with the same batch would take:")
     print_table(
         ("by", "memory"),
@@ -191,7 +196,18 @@ def _print(
     )
 
 
-def _print_totals(forecast: "Forecast", unknown: str) -> None:
+def _drawing(device: "DrawingDevice", forecast: "Forecast") -> str:
+    """Says where new views are drawn."""
+    if not any(stage.drawing_flops for stage in forecast.stages):
+        return "no views are replaced, so --refresh-device is not used"
+    taken = forecast.drawing_bytes
+    if not taken:
+        return "new views are drawn between the steps, since there is no memory for both at once"
+    whose = "its memory" if device.apart else "memory besides"
+    return f"new views are drawn on {device.name} beside the steps, in {size(taken)} of {whose}"
+
+
+def _print_totals(machine: "Machine", forecast: "Forecast", unknown: str) -> None:
     click.echo(
         f"in all: {size(forecast.peak_memory_bytes)} of memory at most, "
         f"{count(sum(stage.parameters for stage in forecast.stages))} parameters, "
@@ -203,6 +219,8 @@ def _print_totals(forecast: "Forecast", unknown: str) -> None:
             f"that is tensors: the process takes about {size(forecast.resident_bytes)}, and stores "
             f"that it holds"
         )
+    if machine.drawing is not None:
+        click.echo(_drawing(machine.drawing, forecast))
     if forecast.seconds is None:
         click.echo(unknown)
     if replayed := sum(stage.replay_flops for stage in forecast.stages):

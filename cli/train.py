@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from greedy.results.tensorboard import TensorBoard
     from greedy.runs.record import StageRecord
     from greedy.trainer import GreedyTrainer
+    from greedy.training.following import Parallel
 
 
 @contextmanager
@@ -45,6 +46,18 @@ def together() -> Iterator[None]:
 @options.data_dir
 @options.download
 @options.device
+@options.refresh_device
+@click.option(
+    "--parallel",
+    cls=fields.Option,
+    group=fields.MACHINE,
+    type=click.Choice(["data", "stages"]),
+    metavar="data|stages",
+    default="data",
+    show_default=True,
+    help="What the processes of torchrun divide: the rows of each batch, or with --strategy joint "
+    "the stages.",
+)
 @click.option(
     "--retrain",
     metavar="[STAGE]",
@@ -66,6 +79,8 @@ def train(
     data_dir: Path | None,
     download: bool,
     device: str,
+    refresh_device: str | None,
+    parallel: "Parallel",
     retrain: int | None,
     ignore_changes: bool,
     log: str | None,
@@ -82,7 +97,14 @@ def train(
     overrides = fields.overrides(settings, field_values)
     recipe, directory = recipe_and_run(recipe_name, run, overrides, model)
     network = load_network(recipe.model, model, needed=True)
-    trainer = GreedyTrainer.from_recipe(recipe, directory, device=device, model=network)
+    trainer = GreedyTrainer.from_recipe(
+        recipe,
+        directory,
+        device=device,
+        refresh_device=refresh_device,
+        model=network,
+        parallel=parallel,
+    )
     logger = tensorboard(directory) if log and trainer.ranks.leads else None
     say(f"{recipe.name} in {directory} on {trainer.device}")
     data, data_named = recipe.data, fields.names_data(overrides)
@@ -130,6 +152,7 @@ def train(
 @fields.field_option("memory_budget", fields.MEMORY)
 @fields.field_option("optimizer_state", fields.MEMORY)
 @options.device
+@options.refresh_device
 @options.log
 @options.model
 @options.data_function
@@ -144,6 +167,7 @@ def train_stage(
     memory_budget: str | None,
     optimizer_state: str | None,
     device: str,
+    refresh_device: str | None,
     log: str | None,
     model: str | None,
     data: str | None,
@@ -158,7 +182,11 @@ def train_stage(
     field_values = {"memory_budget": memory_budget, "optimizer_state": optimizer_state}
     recipe, _ = recipe_and_run(None, run.path, fields.overrides((), field_values))
     trainer = GreedyTrainer.from_recipe(
-        recipe, run.path, device=device, model=load_network(recipe.model, model, needed=True)
+        recipe,
+        run.path,
+        device=device,
+        refresh_device=refresh_device,
+        model=load_network(recipe.model, model, needed=True),
     )
     give_data(trainer, data, ignore_changes=ignore_changes)
     logs = log and trainer.ranks.leads
@@ -232,8 +260,10 @@ def recipe_and_run(
     from greedy.runs.directory import RunDirectory  # noqa: PLC0415
 
     if name is not None:
-        label = name if name in names() else Path(name).stem
-        return load_for_model(name, model, overrides), run or Path("runs") / label
+        recipe = load_for_model(name, model, overrides)
+        if run is None:
+            run = Path("runs") / (name if name in names() else Path(name).stem)
+        return recipe, run
     if run is None:
         raise click.UsageError("give --recipe to begin a run, or --run to resume one")
     return load_for_model(RunDirectory.open(run).path / "run.toml", model, overrides), run

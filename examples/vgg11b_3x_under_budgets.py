@@ -13,7 +13,8 @@ import click
 
 from greedy import RunDirectory, UserError
 from greedy.base.sizes import format_size
-from greedy.forecasts.forecast import data_facts, forecast, machine
+from greedy.forecasts.forecast import data_facts, forecast
+from greedy.forecasts.machine import machine
 from greedy.recipes import load
 
 RECIPE = "cifar10/vgg11b-3x-predsim"

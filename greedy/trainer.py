@@ -9,17 +9,16 @@ from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 
 from greedy.base.commands import command
-from greedy.base.devices import pick_device
+from greedy.base.devices import pick_device, pick_refresh_device
 from greedy.base.disk_space import write_errors_explained
 from greedy.base.errors import UserError
 from greedy.base.heap import release_free_memory
 from greedy.base.ranks import Ranks
-from greedy.build.modules import build_loss
-from greedy.build.python_recipe import python_recipe, require_optimizer, require_recipe_alone
+from greedy.build.python_recipe import recipe_and_loss
 from greedy.build.settings import TrainerSettings
 from greedy.cache import Damage
 from greedy.data import Dataset, dataset_from_torch
-from greedy.losses import LocalLoss, PredSim, require_local_loss
+from greedy.losses import LocalLoss
 from greedy.recipes import Recipe
 from greedy.runs.directory import RunDirectory, new_stage
 from greedy.runs.disk_budget import previous_record
@@ -33,7 +32,12 @@ from greedy.runs.unfinished import interrupted_source, stores_needed
 from greedy.runs.views import Views
 from greedy.stores.changes import require_unchanged_folder
 from greedy.stores.repair import Repair, StoreRepairer
-from greedy.training.following import Task, require_same_directory, require_separate_rows
+from greedy.training.following import (
+    Parallel,
+    Task,
+    require_parallel,
+    require_same_directory,
+)
 from greedy.training.images import needs_images, write_images
 from greedy.training.planning import StagePlanner
 from greedy.training.stage import OptimizerFactory
@@ -53,7 +57,10 @@ class GreedyTrainer:
             parameters to an optimiser. Each of its groups begins at its own rate, or at
             ``learning_rate`` where that is given, and the schedule scales it.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        refresh_device: draws new views of a store beside the training from it: ``cpu``, ``mps``,
+            ``cuda`` or a GPU's number, as ``cuda:1``; ``None`` for ``device``, between steps.
         reporter: gets the events of a training, for instance to show its progress.
+        parallel: what several processes divide: ``data``, the rows of a batch, or ``stages``.
         settings: fields of a recipe's ``data``, ``training`` and ``store`` sections by their
             names, ``seed``, ``stage_layers``, ``stages``, ``label_smoothing``, ``class_weights``,
             ``memory_budget``, ``micro_batch`` and ``optimizer_state``; for instance ``epochs=20,
@@ -72,37 +79,30 @@ class GreedyTrainer:
         loss: LocalLoss | None = None,
         optimizer: OptimizerFactory | str | None = None,
         device: str = "auto",
+        refresh_device: str | None = None,
         reporter: Reporter | None = None,
+        parallel: Parallel = "data",
         recipe: Recipe | None = None,
         **settings: Unpack[TrainerSettings],
     ) -> None:
-        named, own = (optimizer, None) if isinstance(optimizer, str) else (None, optimizer)
-        if recipe is not None:
-            require_recipe_alone(loss, optimizer, settings)
-            loss = build_loss(recipe.loss)
-        else:
-            loss = PredSim() if loss is None else loss
-            require_local_loss(loss)
-            if own is not None:
-                require_optimizer(settings)
-            recipe = python_recipe(settings, loss, named)
-        own_rates = "learning_rate" not in settings
+        self.recipe, self.loss = recipe_and_loss(recipe, loss, optimizer, settings)
         self.device = pick_device(device)
-        self.run = RunDirectory.create(Path(run_dir), recipe)
-        self.recipe = recipe
-        self.loss = loss
+        beside = pick_refresh_device(refresh_device, self.device)
+        self.run = RunDirectory.create(Path(run_dir), self.recipe)
         self.ranks = Ranks.joined()
         self._planner = StagePlanner(
             self.run,
             model,
-            loss,
+            self.loss,
             self.device,
             reporter or Reporter(),
-            own,
-            own_rates,
+            None if isinstance(optimizer, str) else optimizer,
+            own_rates="learning_rate" not in settings,
             ranks=self.ranks,
+            refresh_device=beside,
+            parallel=parallel,
         )
-        require_separate_rows(recipe, self.ranks)
+        require_parallel(self.recipe, self.ranks, parallel)
 
     @classmethod
     def from_recipe(
@@ -111,12 +111,22 @@ class GreedyTrainer:
         run_dir: str | Path,
         *,
         device: str = "auto",
+        refresh_device: str | None = None,
         reporter: Reporter | None = None,
         model: nn.Module | None = None,
+        parallel: Parallel = "data",
     ) -> Self:
         """Returns the trainer of a recipe. ``model`` is given only if the recipe's network is
         ``python`` or what a function returns; other arguments are those of the class."""
-        return cls(model, run_dir=run_dir, device=device, reporter=reporter, recipe=recipe)
+        return cls(
+            model,
+            run_dir=run_dir,
+            device=device,
+            refresh_device=refresh_device,
+            reporter=reporter,
+            parallel=parallel,
+            recipe=recipe,
+        )
 
     @property
     def reporter(self) -> Reporter:
@@ -228,6 +238,7 @@ class GreedyTrainer:
         self._planner.memory(state).require(todo, plan)
         self._announce(state, todo)
         self.reporter.disk_planned(plan)
+        self._planner.note_drawing(plan.reuse(plan.source(number)) > 0 for number in todo)
         if retraining:
             retraining.write(self.run.path)
         for number in numbers:
@@ -264,6 +275,7 @@ class GreedyTrainer:
         self._planner.require_images(state)
         training = self._planner.whole_network(state)
         self._announce(state, numbers)
+        self._planner.note_drawing(())
         return training.train()
 
     def _announce(self, state: RunState, numbers: Iterable[int]) -> None:
@@ -341,6 +353,7 @@ class GreedyTrainer:
             views, reuse = plan.views(number), plan.reuse(number)
         self._announce(state, [number])
         directory = to or self.run.stage_dir(number)
+        self._planner.note_drawing([self._planner.replaces_views(state, source)])
         return self._train_stage(state, number, source, directory, views, reuse)
 
     def _train_stage(

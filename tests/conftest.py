@@ -40,6 +40,21 @@ def pytest_configure(config: pytest.Config) -> None:
     pick_device("auto")  # which also says how memory is to be taken
 
 
+# The files that take longest. A worker that took one of them last would keep the others waiting.
+LONG = (
+    *("torchrun", "parallel_stages", "refresh_device", "ranks", "every_recipe", "examples"),
+    *("cli_bench", "memory_budget", "cli_reproduce", "elsewhere", "resume", "faults", "docs"),
+    *("object_storage", "cli_plan", "any_model", "imagenet", "auxiliary", "user_folders"),
+    *("compiled", "report_browser", "changed_data", "exits", "makefile", "install"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Moves the tests of ``LONG`` to the front."""
+    place = {f"test_{name}": number for number, name in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONG)))
+
+
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[[str, str], Path]:
     """Writes a text file below the test's own folder, given its name and its text."""

@@ -64,8 +64,9 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return Path("tiny.toml")
 
 
-def test_a_network_of_torchvision_is_planned_trained_and_used(recipe: Path) -> None:
-    named = ("--recipe", recipe, *DATA, "--model", "torchvision:resnet18", "--stages", 4)
+def test_a_network_of_a_library_is_planned_trained_and_used(recipe: Path) -> None:
+    """A small one; `test_imagenet.py` trains one of torchvision."""
+    named = ("--recipe", recipe, *DATA, "--model", "timm:test_resnet", "--stages", 4)
     planned = answer("plan", *named, "--run", "whole")
     names = [stage["name"] for stage in planned["stages"]]
     assert len(names) == 4

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from command_line import answer, refused, said, small_recipe
+from few import DATA
 from interrupting import StopAfter
 from safetensors.torch import load_file
 from small_training import CLASSES, TEST, TRAIN, convolutional, learned, new_trainer
@@ -26,6 +27,7 @@ from greedy.stores.source import Batch
 
 CPU = torch.device("cpu")
 NARROW = small_recipe(
+    data={"name": "few:sets"},
     model={
         "network": "vgg8b",
         "feature_multiplier": 0.04,
@@ -33,7 +35,7 @@ NARROW = small_recipe(
         "hidden_width": 32,
     },
     loss={"auxiliary": "downstream:2"},
-    training={"epochs": 2, "learning_rate": 0.005},
+    training={"epochs": 2, "batch_size": 50, "learning_rate": 0.005},
     store={"views": 1},
 )
 
@@ -215,10 +217,10 @@ def test_every_mode_gives_what_autograd_gives(kind: str, mode: Mode) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Returns a narrow VGG8B trained on the images that ship."""
+    """Returns a narrow VGG8B trained on images of the sample that ships."""
     folder = tmp_path_factory.mktemp("auxiliary")
     (folder / "narrow.toml").write_text(NARROW)
-    said("train", "--recipe", folder / "narrow.toml", "--run", folder / "run")
+    said("train", "--recipe", folder / "narrow.toml", *DATA, "--run", folder / "run")
     return folder / "run"
 
 
@@ -233,7 +235,7 @@ def test_a_narrow_vgg_learns_with_later_layers(run: Path) -> None:
     assert stages[0]["test_error_percent"] < 60  # chance is 90
     tensors = load_file(run / "stage1/heads.safetensors")
     assert tensors["prediction.later1.0.weight"].shape == (20, 5, 3, 3)
-    assert int(tensors["prediction.later2.3.num_batches_tracked"]) == 2 * 20  # of 256 rows each
+    assert int(tensors["prediction.later2.3.num_batches_tracked"]) == 2 * 20  # of 50 rows each
     assert tensors["prediction.later2.2.weight"].std() > 0
     assert "prediction.later1.0.weight" not in load_file(run / "stage7/heads.safetensors")
 
@@ -256,7 +258,8 @@ def test_early_exits_go_through_them(run: Path, tmp_path: Path) -> None:
 
 def test_the_run_keeps_them(run: Path) -> None:
     recipe = run.parent / "narrow.toml"
-    told = refused("train", "--recipe", recipe, "--run", run, "--set", "loss.auxiliary=none")
+    changed = "--set", "loss.auxiliary=none"
+    told = refused("train", "--recipe", recipe, *DATA, "--run", run, *changed)
     assert "(loss.auxiliary is 'downstream:2' there, 'none' here)" in told
 
 
@@ -288,8 +291,8 @@ def test_a_stopped_run_ends_with_the_same_bytes(tmp_path: Path, strategy: str) -
 def test_a_plan_counts_them(tmp_path: Path) -> None:
     recipe = tmp_path / "narrow.toml"
     recipe.write_text(NARROW)
-    planned = answer("plan", "--recipe", recipe)["stages"]
-    plain = answer("plan", "--recipe", recipe, "--set", "loss.auxiliary=none")["stages"]
+    planned = answer("plan", "--recipe", recipe, *DATA)["stages"]
+    plain = answer("plan", "--recipe", recipe, *DATA, "--set", "loss.auxiliary=none")["stages"]
     convolution, linear = 9 * 5 * 20 + 2 * 20, 20 * 7 * 14 * 32 + 2 * 32
     classifier, was = 32 * 10 + 10, 5 * 14 * 28 * 10 + 10
     assert planned[0]["parameters"] - plain[0]["parameters"] == (

@@ -268,6 +268,7 @@ def test_the_rows_that_pass_frozen_stages_are_those_of_a_run(changes, tmp_path):
     held_out = 8 if "patience" in changes else 0
     durations = Durations(run.recipe, disk, data.rows, held_out, [WORK] * 4)
     planned = [durations.frozen_rows(stage.stage, stage.source, epochs=3) for stage in stages]
+    planned += [durations.drawn_rows(stage.source, epochs=3) for stage in stages]
     assert sum(planned, Counter()) == passed
     if "disk_budget" in changes:
         assert {stage.source for stage in stages} not in ({0}, {0, 1, 2, 3})
@@ -285,6 +286,28 @@ def test_seconds_are_those_of_all_rows(tmp_path):
     assert durations.seconds(known, 2, 1) == pytest.approx(240 / 10 + 280 / 100)
     assert durations.seconds(known, 4, 3) == pytest.approx(240 / 10 + 20 / 100)
     assert durations.seconds(calibration(), 2, 1) is None
+
+
+def test_what_another_device_draws_takes_time_only_if_it_is_slower(tmp_path):
+    """Stage 2 trains for 24 s, and writes and tests 280 rows for 2.8; two views of 80 are drawn."""
+    drawn = DOCUMENT | {
+        "data": {"name": "python", "augmentation": "hflip"},
+        "store": {"views": 1, "reuse": 1},
+    }
+    run = RunDirectory.create(tmp_path / "run", from_document(drawn, name="unbegun"))
+    stage_shapes, rows = shapes(cut(network()), (1, 4, 4)), {"train": 80, "test": 20}
+    disk = plan_disk(RunState.read(run), stage_shapes, rows, 1, 0)
+    known = calibration(speed(rows_per_second=10, frozen_rows_per_second=100))
+    settings = (run.recipe, disk, rows, 0, [WORK] * 4)
+    in_turn = Durations(*settings).seconds(known, 2, 1)
+
+    def beside(drawing: Calibration | None) -> float | None:
+        return Durations(*settings, apart=True, drawing=drawing).seconds(known, 2, 1)
+
+    assert beside(known) == pytest.approx(in_turn - 160 / 100)
+    slow = calibration(speed(rows_per_second=10, frozen_rows_per_second=1))
+    assert beside(slow) == pytest.approx(160)
+    assert beside(None) is None
 
 
 def test_reading_is_weighed_against_the_measured_rate_of_frozen_stages():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from command_line import answer, greedy, refused, small_recipe, train
+from few import DATA, TEST, TRAIN
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -11,13 +12,14 @@ from greedy.losses import LocalHeads, Pred
 from greedy.results.exits import Exit, Exits, evaluate_exits
 
 RECIPE = small_recipe(
+    data={"name": "few:sets"},
     model={
         "network": "vgg8b",
         "feature_multiplier": 0.04,
         "hidden_layers": None,
         "hidden_width": 32,
     },
-    training={"batch_size": 128},
+    training={"batch_size": 50},
     store={"views": 1},
 )
 CPU = torch.device("cpu")
@@ -30,7 +32,7 @@ def mlp(hidden_layers):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return train(tmp_path_factory.mktemp("trained"), RECIPE)
+    return train(tmp_path_factory.mktemp("trained"), RECIPE, *DATA)
 
 
 def of_assembled(run, split, until_stage):
@@ -44,7 +46,7 @@ def of_assembled(run, split, until_stage):
 def test_every_exit_is_the_network_assembled_until_there(run, split):
     document = answer("evaluate", "--run", run, "--by-stage", "--split", split)
     assert document["split"] == split
-    assert document["samples"] == {"test": 1000, "train": 5000}[split]
+    assert document["samples"] == {"test": TEST, "train": TRAIN}[split]
     exits = document["exits"]
     assert [each["stage"] for each in exits] == list(range(1, 9))
     names = RunDirectory.open(run).record(0).network

@@ -18,7 +18,7 @@ SIDE, CLASSES, ROWS = 8, 4, 3  # rows that frozen stages compute at a time
 
 
 def stages() -> list[Stage]:
-    """Returns 10 stages in three groups of equal ones."""
+    """Returns 9 stages in three groups of equal ones."""
     with torch.device("meta"):
         return cut(resnet(num_classes=CLASSES, depth=20))[:-1]
 
@@ -46,7 +46,7 @@ def test_what_equal_stages_share_is_what_each_takes(precision: str, streamed: bo
     alone = stages()
     for number, stage in enumerate(alone):
         stage.layer.note = number  # so that no stage is like another one
-    for number in (1, 2, 3, 4, 5, 7, 10):
+    for number in (1, 2, 3, 4, 5, 7, 9):
         shared = demand(network, sizes, number, precision, streamed=streamed)
         own = demand(alone, sizes, number, precision, streamed=streamed)
         assert counted(replace(shared, counts=counts)) == counted(own)
@@ -71,7 +71,7 @@ def test_a_stage_that_was_counted_is_not_computed_again() -> None:
         ).writing_peak(2)
         for number in range(1, 9)
     ]
-    assert len(calls) == 2 * 8 + 1  # each stage with its heads and without, and one that is frozen
+    assert len(calls) == 3  # one stage with its heads and without, and one that is frozen
     assert len({after - before for before, after in pairwise(peaks[2:])}) == 1
 
 

@@ -169,5 +169,5 @@ def test_the_network_is_asked_for(sim):
     other = nn.Sequential(*convolutional(CLASSES), nn.ReLU(), nn.Linear(CLASSES, CLASSES))
     with pytest.raises(UserError, match="--model"):
         similarity_by_stage(sim.trainer.run)
-    with pytest.raises(UserError, match="holds other layers than stage 3 .*--model"):
+    with pytest.raises(UserError, match="stage 3 is linear4 in this network and output .*--model"):
         similarity_by_stage(sim.trainer.run, model=other)

@@ -154,6 +154,18 @@ def test_another_network_is_refused_in_a_run(run: Path) -> None:
         new_trainer(run, model).assemble()
 
 
+@pytest.mark.parametrize(
+    ("hidden_layers", "differs"),
+    [(1, "stage 2 is output in this network and linear16"), (3, "stage 3 is linear16 .* output")],
+)
+def test_a_network_of_other_stages_is_refused_in_a_run(
+    run: Path, hidden_layers: int, differs: str
+) -> None:
+    changed = new_trainer(run, network(hidden_layers=hidden_layers))
+    with pytest.raises(UserError, match=f"{differs}.*give the network .--model. that the run"):
+        changed.assemble()
+
+
 def test_other_data_are_refused_in_a_run(run: Path) -> None:
     with pytest.raises(UserError, match=r"\(there were 400 \+ 100 rows of 1x8x8\)"):
         new_trainer(run).fit(samples(300, 0), TEST)

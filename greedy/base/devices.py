@@ -35,6 +35,50 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def pick_refresh_device(
+    name: str | None, training: torch.device, *, absent: bool = False
+) -> torch.device | None:
+    """Returns the device that draws new views beside the one that trains: ``cpu``, ``mps``,
+    ``cuda`` or one of several GPUs, such as ``cuda:1``.
+
+    Args:
+        name: of the device; ``None`` for none.
+        training: the device that trains.
+        absent: whether a GPU need not be there.
+
+    Raises:
+        UserError: there is no such device, or it is the GPU that trains.
+    """
+    if name is None:
+        return None
+    if re.fullmatch(r"cpu|mps|cuda(:\d{1,2})?", name) is None:
+        raise UserError(
+            f"{name!r} is no device to draw views on: use cpu, mps, cuda, or of several GPUs the "
+            f"number, such as cuda:1"
+        )
+    device = _numbered(torch.device(name))
+    if not _is_usable(device) and not (absent and device.type == "cuda"):
+        raise UserError(f"this machine has no usable {name} device: give --refresh-device another")
+    if device.type != "cpu" and device == _numbered(training):
+        raise UserError(
+            f"{name} is the device that trains: give --refresh-device another, or leave it out"
+        )
+    return device
+
+
+def _is_usable(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return (device.index or 0) < torch.cuda.device_count()
+    return device.type == "cpu" or torch.backends.mps.is_available()
+
+
+def _numbered(device: torch.device) -> torch.device:
+    """Returns a device with the number that torch gives it by default, if it is a GPU."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    return torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+
+
 def pick_precision(name: str, device: torch.device) -> str:
     """Returns the precision: the given one, or for ``auto`` bfloat16 where the device computes it
     fast, else float32."""

@@ -98,7 +98,7 @@ class Ranks:
     def add(self, tensor: Tensor) -> None:
         """Replaces a tensor by the sum of those of all processes, the same in each."""
         if self.size > 1:
-            with self._losses_named():
+            with self.losses_named():
                 dist.all_reduce(tensor)
 
     def largest(self, number: int) -> int:
@@ -106,7 +106,7 @@ class Ranks:
         if self.size == 1:
             return number
         found = torch.tensor(number)
-        with self._losses_named():
+        with self.losses_named():
             dist.all_reduce(found, dist.ReduceOp.MAX)
         return int(found)
 
@@ -115,7 +115,7 @@ class Ranks:
         if self.size == 1:
             return tensor[None]
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        with self._losses_named():
+        with self.losses_named():
             dist.all_gather(parts, tensor.contiguous())
         return torch.stack(parts)
 
@@ -126,7 +126,7 @@ class Ranks:
             return value
         data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
         size = torch.tensor([len(data)])
-        with self._losses_named():
+        with self.losses_named():
             dist.broadcast(size, rank)
             data = data if self.rank == rank else torch.empty(int(size), dtype=torch.uint8)
             dist.broadcast(data, rank)
@@ -148,7 +148,8 @@ class Ranks:
             self.largest(0)
 
     @contextmanager
-    def _losses_named(self) -> Iterator[None]:
+    def losses_named(self) -> Iterator[None]:
+        """Raises ``TrainingError`` inside for a process that has ended or cannot be reached."""
         try:
             yield
         except RuntimeError as error:

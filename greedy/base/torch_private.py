@@ -17,6 +17,7 @@ __all__ = [
     "BATCH_NORMS",
     "CONVOLUTIONS",
     "DEPENDS_ON_NUMBERS",
+    "DEVICE",
     "DROPOUTS",
     "FakeTensor",
     "FakeTensorMode",
@@ -26,6 +27,7 @@ __all__ = [
     "generators",
     "group_store",
     "has_hooks",
+    "keep_casts",
     "is_compiled",
     "is_used_at_once",
     "skips_on_device",
@@ -34,6 +36,9 @@ __all__ = [
     "tree_map",
     "without_modes",
 ]
+
+DEVICE = torch.ops.prim.device.default
+"""The operator that tells a fake tensor's device."""
 
 CONVOLUTIONS = nn.modules.conv._ConvNd
 BATCH_NORMS = nn.modules.batchnorm._BatchNorm
@@ -89,6 +94,12 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Returns whether an optimiser skips its step if its attribute ``found_inf``, a tensor on the
     device, is not zero, as fused ones do for ``GradScaler``."""
     return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def keep_casts() -> None:
+    """Lets autocast in this thread, from now on, keep the weights that other threads have cast: the
+    cache is one for all threads, and is cleared whenever autocast ends in one of them."""
+    torch.autocast_increment_nesting()
 
 
 def clear_cublas_workspaces() -> None:

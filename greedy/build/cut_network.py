@@ -13,6 +13,9 @@ from greedy.losses.strategies import stage_losses
 from greedy.models import Shape, Stage, StageShapes, cut, division, sequential
 from greedy.recipes import Model, Recipe
 
+OUTPUT = "output"
+"""The name of the last stage, whatever its layers."""
+
 
 def cut_as(model: Model, network: nn.Sequential, image: Shape) -> list[Stage]:
     """Cuts a network for images (C, H, W) into the stages that a recipe says. Raises ``UserError``
@@ -61,7 +64,7 @@ class CutNetwork:
 
     def name(self, number: int) -> str:
         """Returns the name of stage ``number`` in plans and records."""
-        return "output" if number == len(self) else self.stages[number - 1].name
+        return OUTPUT if number == len(self) else self.stages[number - 1].name
 
     def losses(self, strategy: str) -> list[LocalLoss]:
         """Returns the loss of each stage for a strategy, given by its name."""

@@ -3,9 +3,9 @@
 from typing import Any, Final
 
 from greedy.base.errors import UserError, unknown
-from greedy.build.modules import loss_settings
+from greedy.build.modules import build_loss, loss_settings
 from greedy.build.settings import TrainerSettings
-from greedy.losses import LocalLoss
+from greedy.losses import LocalLoss, PredSim, require_local_loss
 from greedy.recipes import Recipe, from_document
 from greedy.recipes.schema import SECTIONS
 
@@ -26,6 +26,23 @@ FIELDS: Final[dict[str, tuple[str, str]]] = OTHER_FIELDS | {
     if field not in ("name", "optimizer", "cache")
 }
 """The section and the name there of each setting but ``seed`` and ``optimizer``."""
+
+
+def recipe_and_loss(
+    recipe: Recipe | None, loss: LocalLoss | None, optimizer: object, settings: TrainerSettings
+) -> tuple[Recipe, LocalLoss]:
+    """Returns a recipe and the loss that it names; without one the recipe of the loss, by default
+    ``PredSim``, the settings and the optimiser, a name or the user's own. Raises ``UserError`` for
+    what does not go together."""
+    if recipe is not None:
+        _require_recipe_alone(loss, optimizer, settings)
+        return recipe, build_loss(recipe.loss)
+    loss = PredSim() if loss is None else loss
+    require_local_loss(loss)
+    if optimizer is not None and not isinstance(optimizer, str):
+        _require_optimizer(settings)
+        optimizer = None
+    return python_recipe(settings, loss, optimizer), loss
 
 
 def python_recipe(
@@ -54,7 +71,7 @@ def python_recipe(
     return from_document(document, name="python")
 
 
-def require_optimizer(settings: TrainerSettings) -> None:
+def _require_optimizer(settings: TrainerSettings) -> None:
     """Raises ``UserError`` for settings of the optimisers that are built in, given with a user's
     own."""
     names = ("optimizer_state", "momentum", "nesterov", "weight_decay")
@@ -65,7 +82,7 @@ def require_optimizer(settings: TrainerSettings) -> None:
         )
 
 
-def require_recipe_alone(loss: object, optimizer: object, settings: TrainerSettings) -> None:
+def _require_recipe_alone(loss: object, optimizer: object, settings: TrainerSettings) -> None:
     """Raises ``UserError`` for a loss, an optimiser or settings that are given besides a recipe."""
     given = {"loss": loss, "optimizer": optimizer, **settings}
     if names := [name for name, value in given.items() if value is not None]:

@@ -24,7 +24,8 @@ from greedy.base.errors import UserError
 from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import build_loss, build_network
 from greedy.cache import StoreWriter, fit_encoding
-from greedy.forecasts.forecast import DataFacts, machine, named_data_facts
+from greedy.forecasts.forecast import DataFacts, named_data_facts
+from greedy.forecasts.machine import machine
 from greedy.forecasts.random_data import random_source
 from greedy.memory.choice import Choice
 from greedy.memory.plan import MemoryPlan, StageStores

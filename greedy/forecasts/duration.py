@@ -6,7 +6,7 @@ source. Not included are the start of each epoch, checkpoints, and writing the d
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from greedy.recipes import Recipe
@@ -27,6 +27,8 @@ class Durations:
         rows: number of rows of each split.
         held_out: number of training rows that are held out.
         work: the work of every stage's step.
+        apart: whether another device draws views meanwhile.
+        drawing: how fast that is; ``None`` if it was not measured.
     """
 
     recipe: Recipe
@@ -34,6 +36,8 @@ class Durations:
     rows: Mapping[str, int]
     held_out: int
     work: Sequence[Work]
+    apart: bool = False
+    drawing: Calibration | None = None
 
     def seconds(self, calibration: Calibration, number: int, source: int) -> float | None:
         """Estimates the seconds of stage ``number``, trained from the store of stage ``source``,
@@ -41,21 +45,31 @@ class Durations:
         measured."""
         epochs = for_stage(self.recipe.training.epochs, number)
         rows = (self.rows["train"] - self.held_out) * epochs
-        parts = [(rows, calibration.seconds_a_row(self.work[number - 1]))]
-        parts += [
-            (passed, calibration.frozen_seconds_a_row(self.work[stage - 1]))
-            for stage, passed in self.frozen_rows(number, source, epochs).items()
-        ]
-        total = 0.0
-        for count, seconds_a_row in parts:
-            if seconds_a_row is None:
-                return None
-            total += count * seconds_a_row
-        return total
+        step = calibration.seconds_a_row(self.work[number - 1])
+        passed, drawn = self.frozen_rows(number, source, epochs), self.drawn_rows(source, epochs)
+        if not self.apart:
+            return _total((rows, step), *self._frozen(calibration, passed + drawn))
+        training = _total((rows, step), *self._frozen(calibration, passed))
+        drawing = _total(*self._frozen(self.drawing, drawn))
+        return None if training is None or drawing is None else max(training, drawing)
+
+    def _frozen(
+        self, calibration: Calibration | None, passed: Counter[int]
+    ) -> Iterator[tuple[int, float | None]]:
+        """Yields rows and the seconds that each takes in a frozen stage."""
+        for stage, rows in passed.items():
+            work = self.work[stage - 1]
+            yield rows, calibration.frozen_seconds_a_row(work) if calibration else None
+
+    def drawn_rows(self, source: int, epochs: int) -> Counter[int]:
+        """Counts the rows that pass through each frozen stage while views of stage ``source``'s
+        store are drawn. Returns them by the number of the frozen stage."""
+        rows = views_drawn(epochs, self.disk.reuse(source)) * self.rows["train"]
+        return Counter(dict.fromkeys(range(1, source + 1), rows) if rows else {})
 
     def frozen_rows(self, number: int, source: int, epochs: int) -> Counter[int]:
-        """Counts the rows that pass through each frozen stage while a stage trains and its store is
-        written. Returns them by the number of the frozen stage."""
+        """Counts the other rows that pass through each frozen stage while a stage trains and its
+        store is written. Returns them by the number of the frozen stage."""
         train, test = self.rows["train"], self.rows["test"]
         training = self.recipe.training
         passed: Counter[int] = Counter()
@@ -66,8 +80,6 @@ class Durations:
         tests = -(-epochs // training.test_every) if training.test_every else 1
         through(source + 1, number - 1, (train - self.held_out) * epochs)
         through(source + 1, number, self.held_out * epochs + test * tests)
-        if drawn := views_drawn(epochs, self.disk.reuse(source)):
-            through(1, source, drawn * train)
         if views := self._views(number):
             first = 1 if self.disk.is_written_from_images(number) else source + 1
             through(first, number, views * train + test + min(SAMPLE_ROWS, train))
@@ -79,3 +91,14 @@ class Durations:
         stages = self.disk.stages
         views = stages[number - 1].views if 1 <= number < len(self.work) else "live"
         return 0 if views == "live" else views
+
+
+def _total(*parts: tuple[int, float | None]) -> float | None:
+    """Returns the seconds of all parts, given as rows and the seconds of each; ``None`` if those of
+    one are not known."""
+    total = 0.0
+    for rows, seconds in parts:
+        if seconds is None:
+            return None
+        total += rows * seconds
+    return total

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from greedy.base.devices import pick_device, pick_precision
 from greedy.base.errors import UserError
 from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import build_loss, build_network
@@ -19,8 +18,9 @@ from greedy.data import DATASETS, Reading, draws_at_random, load_dataset
 from greedy.data.folder import CHANNELS
 from greedy.data.loading import folder_of
 from greedy.forecasts.duration import Durations
+from greedy.forecasts.machine import Machine
 from greedy.memory.baselines import baselines
-from greedy.memory.choice import Choice, memory_budget
+from greedy.memory.choice import Choice
 from greedy.memory.plan import MemoryPlan, StageStores
 from greedy.memory.resident import resident
 from greedy.models import Shape
@@ -32,7 +32,7 @@ from greedy.runs.disk_plan import DiskPlan
 from greedy.runs.state import RunState
 from greedy.runs.views import Views, views_drawn
 from greedy.steps.optimizers import factory
-from greedy.training.calibration import Calibration, Work, byte_operations
+from greedy.training.calibration import Calibration, Work, byte_operations, calibration_of
 
 
 @dataclass(frozen=True)
@@ -55,25 +55,6 @@ class DataFacts:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """The device that a run computes on, and the settings that depend on it.
-
-    Attributes:
-        device: ``cpu``, ``cuda`` or ``mps``.
-        precision: ``float32``, ``bfloat16`` or ``float16``.
-        memory_budget_bytes: bytes that a step may take on the device; ``None`` for any number.
-        optimizer_state: where the optimiser's moments are: ``device`` or ``host``.
-        processes: the number of processes that train together on it; memory is that of each.
-    """
-
-    device: str
-    precision: str
-    memory_budget_bytes: int | None
-    optimizer_state: str
-    processes: int = 1
-
-
-@dataclass(frozen=True)
 class StageForecast:
     """The forecast of one stage.
 
@@ -89,6 +70,7 @@ class StageForecast:
         flops: floating-point operations of the plain step over all epochs, two for a multiply-add.
         replay_flops: those of the frozen stages between its source and it.
         drawing_flops: those of drawing new views of its source.
+        drawing_bytes: counted bytes of doing so beside its steps at most; 0 if they take turns.
         views: of its store, ``live`` if it has none.
         reuse: epochs after which a view of its store is replaced, 0 for never.
         bytes_written: into its store, also for views that are replaced.
@@ -110,6 +92,7 @@ class StageForecast:
     views: Views
     reuse: int
     bytes_written: int
+    drawing_bytes: int = 0
     seconds: float | None = None
 
     @property
@@ -139,6 +122,11 @@ class Forecast:
     def peak_memory_bytes(self) -> int:
         """The bytes of the stage whose step takes most."""
         return max(stage.peak_memory_bytes for stage in self.stages)
+
+    @property
+    def drawing_bytes(self) -> int:
+        """The most bytes that drawing views takes beside a step."""
+        return max(stage.drawing_bytes for stage in self.stages)
 
     @property
     def bytes_written(self) -> int:
@@ -246,22 +234,6 @@ def _unwritten(shape: Shape, classes: int, rows: Mapping[str, int], value_bytes:
     return DataFacts(shape, classes, rows, sum(rows.values()) * math.prod(shape) * value_bytes)
 
 
-def machine(recipe: Recipe, device: str, processes: int = 1) -> Machine:
-    """Returns the machine for the value of ``--device`` and a number of processes. A GPU need not
-    be there: an automatic precision is then float32, and an automatic budget ``None``."""
-    absent = device == "cuda" and not torch.cuda.is_available()
-    place = torch.device(device) if absent else pick_device(device)
-    precision, automatic = recipe.training.precision, recipe.memory.budget == "auto"
-    budget = None if absent and automatic else memory_budget(recipe, place, processes)
-    return Machine(
-        device=place.type,
-        precision="float32" if absent and precision == "auto" else pick_precision(precision, place),
-        memory_budget_bytes=budget,
-        optimizer_state=recipe.memory.optimizer_state,
-        processes=processes,
-    )
-
-
 def forecast(
     run: RunDirectory,
     data: DataFacts,
@@ -304,6 +276,7 @@ def forecast(
         machine.memory_budget_bytes,
         machine.device,
         processes=machine.processes,
+        drawing=machine.drawing,
     )
     planned = _Planned(recipe, data, memory, disk)
     at_once = None if recipe.training.strategy == "greedy" else memory.at_once()
@@ -313,7 +286,8 @@ def forecast(
     others = baselines(network, recipe.training.batch_size, factory(recipe.training))
     process = None
     if machine.device == "cpu":  # after counting, which has imported what training needs
-        process = resident(max(stage.peak_memory_bytes for stage in stages))
+        drawing = machine.drawing is not None and machine.drawing.type == "cpu"
+        process = resident(max(s.peak_memory_bytes + drawing * s.drawing_bytes for s in stages))
     return Forecast(stages, disk, others, process)
 
 
@@ -351,6 +325,7 @@ class _Planned:
             flops=self.memory.flops(number) * rows // self.recipe.training.batch_size,
             replay_flops=2 * replayed * rows,
             drawing_flops=0 if at_once else self._drawing_flops(number, source),
+            drawing_bytes=choice.drawing_bytes,
             views=store.views if store else "live",
             reuse=store.reuse if store else 0,
             bytes_written=store.bytes_written if store else 0,
@@ -366,7 +341,17 @@ class _Planned:
         """Returns the forecasts with their times."""
         held_out = self.data.rows["train"] - self._rows_trained()
         work = [self._work(stage.stage) for stage in stages]
-        durations = Durations(self.recipe, self.disk, self.data.rows, held_out, work)
+        device = self.memory.drawing
+        apart = device is not None and device.apart
+        durations = Durations(
+            self.recipe,
+            self.disk,
+            self.data.rows,
+            held_out,
+            work,
+            apart,
+            calibration_of(device.type) if device else None,
+        )
         return [
             replace(stage, seconds=durations.seconds(calibration, n, self.disk.source(n)))
             for n, stage in enumerate(stages, start=1)

@@ -40,12 +40,15 @@ class Choice(StepMemory):
         draws_streamed: whether the frozen stages that views of the source are drawn through are on
             the device only while they compute.
         writes_streamed: whether those are so that the stage's own store is written through.
+        drawing_bytes: bytes that drawing views of the source takes at most beside a step, on a
+            device of its own or besides ``peak_bytes``; 0 if the two take turns.
     """
 
     peak_bytes: int = 0
     write_batch: int = 1
     draws_streamed: bool = False
     writes_streamed: bool = False
+    drawing_bytes: int = 0
 
     def recorded(self) -> dict[str, Any]:
         """Returns the fields of the choice for ``Choices``, as JSON values by name."""
@@ -149,10 +152,16 @@ def choose_smaller(
 
 
 def _with_writing(step: Choice, writing: StepDemand, budget: int | None) -> Choice:
+    return replace(step, write_batch=rows_written(writing, budget))
+
+
+def rows_written(writing: StepDemand, budget: int | None) -> int:
+    """Returns how many rows a frozen stage computes at a time when its store is written: as many as
+    fit a budget, which is ``None`` for any number, and at least one."""
     rows = write_batch(writing.shapes)
     while budget is not None and rows > 1 and writing.writing_peak(rows) > budget:
         rows //= 2
-    return replace(step, write_batch=rows)
+    return rows
 
 
 def _fastest(demand: StepDemand, budget: int | None, micro_batch: int | None) -> Choice:
@@ -205,6 +214,13 @@ def reserved(peak: int, device_type: str) -> int:
     if device_type != "cuda":
         return peak
     return int(peak * FRAGMENTATION) + CUBLAS_WORKSPACE + CUDNN_WORKSPACE
+
+
+def usable(budget: int, device_type: str) -> int:
+    """Returns the bytes that tensors may take on a device whose allocator may take ``budget``."""
+    if device_type != "cuda":
+        return budget
+    return int((budget - CUBLAS_WORKSPACE - CUDNN_WORKSPACE) / FRAGMENTATION)
 
 
 def _enlarged(demand: StepDemand, choice: Choice, budget: int) -> Choice:

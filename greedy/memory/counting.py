@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from greedy.base.sizes import format_size
-from greedy.base.torch_private import TorchDispatchMode, storage_key, tree_leaves
+from greedy.base.torch_private import DEVICE, TorchDispatchMode, storage_key, tree_leaves
 
 
 class Counter(TorchDispatchMode):
@@ -66,6 +66,8 @@ class Counter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
+        if func is DEVICE:  # which is asked more often than anything is computed
+            return result
         before = self.live
         for tensor in self._made(result, (args, kwargs)):
             self._count(tensor)

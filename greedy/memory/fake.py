@@ -16,6 +16,7 @@ from greedy.losses import Features, LocalHeads, LocalLoss
 from greedy.models import Shape
 
 Module = TypeVar("Module", bound=nn.Module)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def materialise(network: Module) -> Module:
     return network
 
 
-def count_with_loss(count: Callable[[LocalLoss], int], loss: LocalLoss, what: str) -> int:
+def count_with_loss(count: Callable[[LocalLoss], T], loss: LocalLoss, what: str) -> T:
     """Returns ``count(loss)``, or the count with ``LossStandIn`` if the loss depends on the numbers
     in its tensors, which fake tensors do not have.
 
@@ -99,7 +100,7 @@ def count_with_loss(count: Callable[[LocalLoss], int], loss: LocalLoss, what: st
         ) from error
 
 
-def _count_without(loss: LocalLoss, count: Callable[[LocalLoss], int], what: str) -> int:
+def _count_without(loss: LocalLoss, count: Callable[[LocalLoss], T], what: str) -> T:
     try:
         return count(LossStandIn(loss))
     except DEPENDS_ON_NUMBERS as error:

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from greedy.base.precision import autocast
 from greedy.base.ranks import Shares
 from greedy.base.torch_private import without_modes
 from greedy.cache.order import largest_share
@@ -21,13 +23,16 @@ from greedy.memory.fake import (
     make_state,
     materialise,
 )
-from greedy.memory.shared import META, Counts, FrozenStage
+from greedy.memory.shared import META, Counts, FrozenStage, Pass, stage_bytes, tensor_bytes
 from greedy.models import Shape, Stage, StageShapes
 from greedy.runs.choices import StepMemory
 from greedy.steps.step import Learner, gradients
-from greedy.stores.source import WRITE_ROWS, Batch, replay
+from greedy.stores.source import WRITE_ROWS, Batch
+from greedy.stores.source import replay as compute_replay
 
 CPU = torch.device("cpu")
+
+T = TypeVar("T")
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
@@ -93,15 +98,29 @@ class StepDemand:
     def peak(self, memory: StepMemory) -> int:
         """Counts the most bytes on the device in a step in a memory mode, any but the first step:
         weights, gradients, optimiser state, the batch, and everything computed from it."""
-        peak = self._count(("step", memory), lambda demand: demand._peak(memory))
-        return peak + self.other_resident_bytes
+        reads = [rows.stop - rows.start for rows in memory.slices(self.rows)[:2]]
+        peak = self._count(("step", memory), lambda demand: demand._peak(memory), reads)
+        return peak + self._other_bytes()
 
-    def _count(self, of: Hashable, count: Callable[["StepDemand"], int]) -> int:
+    def _other_bytes(self) -> int:
+        """Returns the bytes of other stages that are on the device all the time."""
+        replayed = self.replay.stages if self.replay and not self.replay.streamed else ()
+        return self.other_resident_bytes + sum(map(stage_bytes, replayed))
+
+    def _count(
+        self, of: Hashable, count: Callable[["StepDemand"], int], reads: Sequence[int] = ()
+    ) -> int:
+        """Returns a count of a step that reads inputs of ``reads`` rows. What matters of the frozen
+        stages between is what these take, so that steps behind other stages have the same count."""
         what = f"stage {self.stage.number} ({self.stage.name})"
-        return self.counts.number(
-            (of, *self._key()),
-            lambda: count_with_loss(lambda loss: count(replace(self, loss=loss)), self.loss, what),
-        )
+
+        def counted(of_demand: Callable[["StepDemand"], T]) -> T:
+            return count_with_loss(
+                lambda loss: of_demand(replace(self, loss=loss)), self.loss, what
+            )
+
+        read = tuple(counted(partial(StepDemand._read, rows=rows)) for rows in reads)
+        return self.counts.number((of, read, *self._key()), lambda: counted(count))
 
     def _key(self) -> tuple[Hashable, ...]:
         """Returns what decides the counts."""
@@ -114,8 +133,6 @@ class StepDemand:
             self.precision,
             id(self.optimizer),
             self.device_type,
-            self.stored_row_bytes,
-            self.replay,
             self.processes,
         )
 
@@ -123,29 +140,25 @@ class StepDemand:
         with fake_tensors(), Counter() as counter:
             learner = self._learner(memory)
             counter.add(_tensors_of(learner))
-            if self.optimizer is not None:
-                learner.optimizer = self.optimizer(learner.parameters())
-                make_state(learner.parameters(), [learner.optimizer])
-            shares = largest_first(self.batch_size, self.processes)
-            batch = self._batch(learner, self._frozen(counter), shares)
+            batch = self._batch(learner, counter, largest_first(self.batch_size, self.processes))
             counter.reset_peak()
             gradients(learner, batch)
-        return counter.peak
+        state = self.parameter_bytes() - 2 * tensor_bytes(learner.parameters())
+        return counter.peak + state
 
     def writing_peak(self, rows: int) -> int:
         """Counts the most bytes on the device while the trained stage computes the outputs and the
         local error of ``rows`` rows."""
-        peak = self._count(("writing", rows), lambda demand: demand._writing_peak(rows))
-        return peak + self.other_resident_bytes
+        peak = self._count("writing", lambda demand: demand._writing_peak(rows), [rows])
+        return peak + self._other_bytes()
 
     def _writing_peak(self, rows: int) -> int:
         with fake_tensors(), Counter() as counter, torch.no_grad():
             learner = self._learner(StepMemory())
             learner.eval()
             counter.add(_tensors_of(learner))
-            read = self._reader(learner, self._frozen(counter))
             counter.reset_peak()
-            x = read(slice(0, rows))
+            x = self._read(rows).taken(counter)
             learner.features(x)
             with learner.autocast():
                 learner.stage(x).float()
@@ -153,12 +166,12 @@ class StepDemand:
 
     def flops(self) -> int:
         """Counts the floating-point operations of the plain step, two for a multiply-add."""
-        return self._count("operations", StepDemand._flops)
+        return self._count("operations", StepDemand._flops, [self.batch_size])
 
     def _flops(self) -> int:
         with fake_tensors(), FlopCounterMode(display=False) as counter:
             learner = self._learner(StepMemory())
-            gradients(learner, self._batch(learner, []))
+            gradients(learner, self._batch(learner, Counter()))
         return counter.get_total_flops()
 
     def parameter_bytes(self) -> int:
@@ -173,24 +186,13 @@ class StepDemand:
                 optimizer = self.optimizer(parameters)
                 make_state(parameters, [optimizer])
                 state = [v for kept in optimizer.state.values() for v in kept.values()]
-        tensors = [*parameters, *parameters, *filter(torch.is_tensor, state)]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return tensor_bytes([*parameters, *parameters, *filter(torch.is_tensor, state)])
 
     def frozen_bytes(self) -> int:
         """Returns the bytes of the weights of all other stages on the device."""
         replayed = [weight_bytes(stage) for stage in (self.replay.stages if self.replay else ())]
         at_once = max if self.replay and self.replay.streamed else sum
         return self.other_resident_bytes + at_once(replayed)
-
-    def _frozen(self, counter: Counter) -> list[FrozenStage]:
-        """Returns the stages that are replayed, on the device."""
-        if self.replay is None:
-            return []
-        streamed = self.replay.streamed
-        return [
-            FrozenStage(stage, self.counts, counter, self.precision, streamed=streamed)
-            for stage in self.replay.stages
-        ]
 
     def _learner(self, memory: StepMemory) -> Learner:
         with without_modes():  # since fake tensors cannot be computed with real ones
@@ -212,39 +214,47 @@ class StepDemand:
         learner.train()
         return learner
 
-    def _reader(
-        self, learner: Learner, frozen: Sequence[FrozenStage]
-    ) -> Callable[[slice], torch.Tensor]:
-        """Returns a function that computes the stage's input for some rows of a batch as
+    def _read(self, rows: int) -> Pass:
+        """Returns what it takes to compute the stage's input for some rows of a batch as
         ``Source.inputs`` does."""
-        shape = self.replay.shape if self.replay else self.shapes.input
-        at_once = self.replay.rows if self.replay else WRITE_ROWS
+        replay = self.replay or Replay((), self.shapes.input, WRITE_ROWS)
+        kinds = tuple(map(self.counts.kind, replay.stages))
+        key = (kinds, replace(replay, stages=()), rows, self.stored_row_bytes, self.precision)
+        if key not in self.counts.passes:
+            self.counts.passes[key] = self._counted_read(replay, rows)
+        return self.counts.passes[key]
 
-        def read(rows: slice) -> torch.Tensor:
-            count = (rows.stop or self.rows) - (rows.start or 0)
-            stored = torch.empty((count, self.stored_row_bytes), dtype=torch.uint8)
-            x = torch.empty((count, *shape))
+    def _counted_read(self, replay: Replay, rows: int) -> Pass:
+        with fake_tensors(), Counter() as counter, torch.no_grad():
+            frozen = [
+                FrozenStage(stage, self.counts, counter, self.precision, streamed=replay.streamed)
+                for stage in replay.stages
+            ]
+            before = counter.live
+            counter.reset_peak()
+            stored = torch.empty((rows, self.stored_row_bytes), dtype=torch.uint8)
+            x = torch.empty((rows, *replay.shape))
             del stored  # freed once x is decoded
-            with torch.no_grad(), learner.autocast():
-                x = replay(frozen, x, at_once).float()
+            with autocast("cpu", self.precision):
+                x = compute_replay(frozen, x, replay.rows).float()
             for stage in frozen:
                 stage.end()
-            return x
+            return Pass.of(x, counter, before)
 
-        return read
+    def _batch(self, learner: Learner, counter: Counter, shares: Shares | None = None) -> Batch:
+        def read(rows: slice) -> torch.Tensor:
+            start, stop, _ = rows.indices(self.rows)
+            return self._read(stop - start).taken(counter)
 
-    def _batch(
-        self, learner: Learner, frozen: Sequence[FrozenStage], shares: Shares | None = None
-    ) -> Batch:
         labels = torch.zeros(self.batch_size, dtype=torch.long)
-        batch = Batch(labels, self._reader(learner, frozen), shares=shares)
+        batch = Batch(labels, read, shares=shares)
         mask = learner.mask(0, self.batch_size, self.shapes.input, 0, 0)
         return replace(batch, mask=batch.own(mask))
 
 
 def weight_bytes(stage: Stage) -> int:
     """Returns the bytes of a stage's weights."""
-    return sum(p.numel() * p.element_size() for p in stage.parameters())
+    return tensor_bytes(stage.parameters())
 
 
 def _tensors_of(learner: Learner) -> list[torch.Tensor]:

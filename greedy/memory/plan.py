@@ -14,8 +14,10 @@ from greedy.memory.choice import (
     choose,
     choose_smaller,
     room_for,
+    rows_written,
     stored_row_bytes,
 )
+from greedy.memory.drawing import DrawingDevice
 from greedy.memory.peaks import OptimizerFactory, Replay, StepDemand, weight_bytes
 from greedy.memory.separate import why_plain
 from greedy.memory.shared import Counts
@@ -64,6 +66,8 @@ class MemoryPlan:
         optimizer: makes the user's optimiser; ``None`` for the recipe's.
         images: the encoding of stage 0's store.
         processes: the number of processes that train together; memory is that of each.
+        drawing: the device that draws views beside the steps; ``None`` for that which trains, whose
+            steps and drawing then take turns.
     """
 
     recipe: Recipe
@@ -74,6 +78,7 @@ class MemoryPlan:
     optimizer: OptimizerFactory | None = None
     images: str = "uint8"
     processes: int = 1
+    drawing: DrawingDevice | None = None
     _counts: Counts = field(default_factory=Counts, repr=False)
     _choices: dict[Hashable, Choice] = field(default_factory=dict, repr=False)
     _why_plain: dict[Hashable, str] = field(default_factory=dict, repr=False)
@@ -102,9 +107,11 @@ class MemoryPlan:
             stores.source == 0,
             streams,
             writes,
+            self.drawing and stores.source_is_ring and stores.source,
         )
         if key not in self._choices:
-            self._choices[key] = self._choose(demand, writing, draws_streamed=streams)
+            choice = self._choose(demand, writing, draws_streamed=streams)
+            self._choices[key] = self._with_drawing(choice, demand, number, stores)
         return self._choices[key]
 
     def _choose(
@@ -123,6 +130,40 @@ class MemoryPlan:
         writes_streamed = bool(writing and writing.replay and writing.replay.streamed)
         return replace(choice, draws_streamed=draws_streamed, writes_streamed=writes_streamed)
 
+    def _with_drawing(
+        self, choice: Choice, demand: StepDemand, number: int, stores: StageStores
+    ) -> Choice:
+        """Returns how a stage trains while another device, or a thread, draws views of its source.
+        Its step stays the same: a thread draws only where the budget has room for both."""
+        if self.drawing is None:
+            return choice
+        if stores.is_ring and self.drawing.apart:
+            drawn = self._drawing(number, streamed=self._streams(number))
+            rows = min(choice.write_batch, rows_written(drawn, self._drawing_budget))
+            choice = replace(choice, write_batch=rows)
+        if not stores.source_is_ring:
+            return choice
+        source = self.network.stages[stores.source - 1]
+        drawn = self._drawing(stores.source, streamed=choice.draws_streamed)
+        rows = rows_written(drawn, self._drawing_budget)
+        counted = drawn.writing_peak(rows) - drawn.other_resident_bytes
+        if self.drawing.apart:
+            title = f"stage {source.number} ({source.name})"
+            return replace(choice, drawing_bytes=self.drawing.taken(counted, title))
+        weights = 0 if choice.draws_streamed else demand.other_resident_bytes
+        if self.budget is not None and choice.peak_bytes - weights + counted > self.budget:
+            return choice
+        return replace(choice, drawing_bytes=counted)
+
+    @property
+    def _draws_apart(self) -> bool:
+        return self.drawing is not None and self.drawing.apart
+
+    @property
+    def _drawing_budget(self) -> int | None:
+        """The bytes that tensors may take on the device that draws."""
+        return self.drawing.usable if self.drawing and self.drawing.apart else self.budget
+
     def smaller(self, number: int, stores: StageStores, learner: Learner) -> Choice | None:
         """Chooses a smaller mode for a stage after a step of its ``learner`` ran out of memory and
         was freed: one that fits the memory that is now free and takes less than before. Returns
@@ -139,9 +180,11 @@ class MemoryPlan:
         is the same. Frozen stages that views are drawn through are resident if they may be."""
         source = stores.source
         demand = self._demand(number, source)
-        if stores.source_is_ring and not self._streams(source):
+        if stores.source_is_ring and not self._draws_apart and not self._streams(source):
             drawing = sum(map(weight_bytes, self.network.stages[:source]))
             demand = replace(demand, other_resident_bytes=drawing)
+        if stores.is_ring and self._draws_apart:
+            return demand, self._writing(number, 0)
         if stores.is_ring:
             return demand, self._drawing(number, streamed=self._streams(number))
         if stores.written_from is None or stores.written_from == source:
@@ -152,8 +195,8 @@ class MemoryPlan:
         """Returns whether there is no room for all frozen stages while views of a stage's store are
         drawn, so that each is on the device only while it computes."""
         if number not in self._streamed:
-            resident = self._drawing(number, streamed=False)
-            room = self.budget is None or resident.writing_peak(1) <= self.budget
+            resident, budget = self._drawing(number, streamed=False), self._drawing_budget
+            room = budget is None or resident.writing_peak(1) <= budget
             self._streamed[number] = not room
         return self._streamed[number]
 
@@ -166,13 +209,15 @@ class MemoryPlan:
         return Replay(stages, self.network.shapes[source].input, rows)
 
     def _drawing(self, number: int, *, streamed: bool) -> StepDemand:
-        """Returns the demand of drawing views of a frozen stage's store from the images while the
-        next stage is in memory."""
+        """Returns the demand of drawing views of a frozen stage's store from the images, while the
+        next stage is in memory unless that is another device's."""
+        demand = self._demand(number, 0)
+        replay = demand.replay and replace(demand.replay, streamed=streamed)
+        if self.drawing and self.drawing.apart:
+            return replace(demand, replay=replay, device_type=self.drawing.type)
         next_stage = 0
         if number < len(self.network):
             next_stage = self._demand(number + 1, number).parameter_bytes()
-        demand = self._demand(number, 0)
-        replay = demand.replay and replace(demand.replay, streamed=streamed)
         return replace(demand, replay=replay, other_resident_bytes=next_stage)
 
     def _writing(self, number: int, source: int) -> StepDemand:

@@ -1,6 +1,6 @@
 """Counts that equal stages share, so that only one of them is computed on fake tensors."""
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 
@@ -18,14 +18,16 @@ TENSORS = {"_parameters", "_buffers", "_modules", "training"}  # each told apart
 
 @dataclass(frozen=True)
 class Pass:
-    """What a frozen stage's forward pass takes.
+    """What a frozen stage's forward pass takes, or that of several from what a store holds.
 
     Attributes:
         peak: most bytes in use, beyond those before it.
-        kept: bytes that stay in use until autocast ends: its weights in another precision.
+        kept: bytes that stay in use beside the output, until autocast ends: weights in another
+            precision.
         shape: the shape of the output.
         stride: its stride.
         dtype: its type.
+        size: bytes of its storage.
     """
 
     peak: int
@@ -33,6 +35,20 @@ class Pass:
     shape: torch.Size
     stride: tuple[int, ...]
     dtype: torch.dtype
+    size: int
+
+    @classmethod
+    def of(cls, out: Tensor, counter: Counter, before: int) -> "Pass":
+        """Returns the pass that gave an output, before which ``before`` bytes were in use."""
+        size = out.untyped_storage().nbytes()
+        peak, kept = counter.peak - before, counter.live - before - size
+        return cls(peak, kept, out.shape, out.stride(), out.dtype, size)
+
+    def taken(self, counter: Counter) -> Tensor:
+        """Counts the pass as one that is computed, and returns its output without numbers."""
+        counter.add_peak(self.peak)
+        values = torch.empty(self.size // self.dtype.itemsize, dtype=self.dtype)
+        return values.as_strided(self.shape, self.stride)
 
 
 @dataclass
@@ -81,7 +97,7 @@ class FrozenStage:
         self._stage, self._counts, self._counter = stage, counts, counter
         self._precision, self._streamed = precision, streamed
         self._computing: Stage | None = None
-        self._weights = None if streamed else _taken(_tensor_bytes(stage))
+        self._weights = None if streamed else _taken(stage_bytes(stage))
         self._called = False
         self._kept: list[Tensor] = []
 
@@ -94,9 +110,8 @@ class FrozenStage:
         )
         known = self._counts.passes.get(key)
         if known is not None:
-            self._counter.add_peak(known.peak)
+            out = known.taken(self._counter)
             self._kept += [_taken(known.kept)] if known.kept else []
-            out = torch.empty_strided(known.shape, known.stride, dtype=known.dtype)
         else:
             out = self._counted(key, x)
         self._called = not self._streamed  # which has new weights, that autocast does not know
@@ -121,9 +136,8 @@ class FrozenStage:
         before = counter.live
         counter.reset_peak()
         out = self._compute(x)
-        kept = counter.live - before - out.untyped_storage().nbytes()
-        if _is_plain(out, x) and (kept == 0 or self._precision != "float32"):
-            found = Pass(counter.peak - before, kept, out.shape, out.stride(), out.dtype)
+        found = Pass.of(out, counter, before)
+        if _is_plain(out, x) and (found.kept == 0 or self._precision != "float32"):
             self._counts.passes[key] = found
         counter.peak = max(peak, counter.peak)
         return out
@@ -148,9 +162,14 @@ def _taken(count: int) -> Tensor:
     return torch.empty(count, dtype=torch.uint8)
 
 
-def _tensor_bytes(stage: Stage) -> int:
-    tensors = [*stage.parameters(), *stage.buffers()]
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Returns the bytes of tensors."""
     return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def stage_bytes(stage: Stage) -> int:
+    """Returns the bytes of a frozen stage's weights and buffers."""
+    return tensor_bytes([*stage.parameters(), *stage.buffers()])
 
 
 def _description(stage: Stage) -> Hashable:

@@ -90,6 +90,9 @@ def resnet(
     """Builds the ResNet for CIFAR-10 of He et al. (2016) with ``depth`` = 6n + 2 layers: a stem, 3
     groups of n ``ResidualBlock`` of 16, 32 and 64 channels, and a linear layer.
 
+    The last block and the linear layer are one child, so that they are trained together: an average
+    over all positions leaves few features, which only the labels tell how to make.
+
     It maps images (B, in_channels, H, W) to logits (B, num_classes). ``feature_multiplier`` scales
     all channels. Raises ``UserError`` for another depth, and when a layer is left no channel.
     """
@@ -99,13 +102,14 @@ def resnet(
         nn.BatchNorm2d(widths[0]),
         ACTIVATIONS[activation](),
     ]
-    blocks = _blocks(
+    *blocks, last = _blocks(
         widths[0],
         list(zip(widths, (1, 2, 2), strict=True)),
         _blocks_a_group(depth, 2),
         lambda channels, out, stride: ResidualBlock(channels, out, stride, activation),
     )
-    return nn.Sequential(*stem, *blocks, *_head(widths[-1], num_classes))
+    end = nn.Sequential(last, *_head(widths[-1], num_classes))
+    return nn.Sequential(*stem, *blocks, end)
 
 
 def wide_resnet(

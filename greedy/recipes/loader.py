@@ -93,11 +93,7 @@ def to_toml(recipe: Recipe) -> str:
 
 def names() -> list[str]:
     """Returns the shipped recipes that can be run; the files they share name no loss."""
-    return sorted(
-        name
-        for name, path in _shipped().items()
-        if any("loss" in layer.document for layer in _layers(_Layer(name, _read(path)), path))
-    )
+    return list(_names())
 
 
 def of_table(number: int) -> list[str]:
@@ -162,6 +158,17 @@ def _departures(published: Recipe, recipe: Recipe) -> list[str]:
 @cache
 def _recipes() -> list[Recipe]:
     return [load(name) for name in names()]
+
+
+@cache
+def _names() -> tuple[str, ...]:
+    return tuple(
+        sorted(
+            name
+            for name, path in _shipped().items()
+            if any("loss" in layer.document for layer in _layers(_Layer(name, _read(path)), path))
+        )
+    )
 
 
 @cache

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from greedy.base.devices import full_float32
 from greedy.base.errors import UserError
+from greedy.build.cut_network import OUTPUT
 from greedy.losses import LocalLoss
 from greedy.memory.choice import memory_budget as memory_budget_of
 from greedy.memory.forward import fit_forward
@@ -144,7 +145,7 @@ def _exits(
         operations += shape.operations
         yield Exit(
             stage.number,
-            "output" if stage is stages[-1] else stage.name,
+            OUTPUT if stage is stages[-1] else stage.name,
             None if head is None else 100 * tally.wrong / rows,
             None if head is None else tally.loss / rows,
             parameters + _parameters(head),

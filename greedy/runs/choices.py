@@ -85,6 +85,11 @@ class StepMemory:
         """Returns the JSON fields of a stage's record."""
         return {"memory_mode": str(self.mode), "micro_batch": self.micro_batch}
 
+    def slices(self, rows: int) -> list[slice]:
+        """Returns the rows of each micro-batch of a batch."""
+        size = rows if self.mode is Mode.PLAIN else self.micro_batch
+        return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+
     def smaller(self, device_type: str) -> "StepMemory | None":
         """Returns what to try next when this ran out of memory and no count is available: the next
         mode of the device, and after the last one half the micro-batch. ``None`` after a

@@ -65,7 +65,8 @@ class Reporter:
         """Is called often, with the number of image files checked so far: return quickly."""
 
     def noted(self, note: str) -> None:
-        """Is called with a note about the data, one sentence, such as that files are skipped."""
+        """Is called with a note about data or settings, one sentence, such as that files are
+        skipped."""
 
     def run_started(self, outline: RunOutline) -> None:
         """Is called before stages are trained: the first event, even if no stage is left."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from copy import deepcopy
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from greedy.base.errors import UserError, no_stage
 from greedy.base.files import read_tensors
-from greedy.build.cut_network import cut_as
+from greedy.build.cut_network import OUTPUT, cut_as
 from greedy.build.modules import build_network
 from greedy.losses import LocalHeads, LocalLoss
 from greedy.losses.strategies import stage_losses
@@ -34,9 +35,20 @@ def network_of(state: RunState, model: nn.Module | None) -> nn.Sequential:
 
 
 def stages_of(state: RunState, model: nn.Module | None) -> list[Stage]:
-    """Returns the run's stages without their trained weights, cut from a copy of ``network_of``."""
-    network = deepcopy(network_of(state, model))
-    return cut_as(state.run.recipe.model, network, state.complete_record(0).row_shape)
+    """Returns the run's stages without their trained weights, cut from a copy of ``network_of``.
+
+    Raises ``UserError`` if they are others than those with which the run was begun.
+    """
+    network, data = deepcopy(network_of(state, model)), state.complete_record(0)
+    stages = cut_as(state.run.recipe.model, network, data.row_shape)
+    names = [*(stage.name for stage in stages[:-1]), OUTPUT]
+    for number, (begun, now) in enumerate(zip_longest(data.network, names, fillvalue="none"), 1):
+        if begun != now:
+            raise UserError(
+                f"stage {number} is {now} in this network and {begun} in {state.run.path}: give "
+                f"the network (--model) that the run was begun with"
+            )
+    return stages
 
 
 def stage_weights(state: RunState, stage: Stage) -> Path:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from greedy.base.ranks import Ranks
+from greedy.base.relay import Relay
 from greedy.losses import Features
 from greedy.steps.step import Learner
 from greedy.stores.source import Batch
@@ -56,13 +57,16 @@ class Totals:
 
 
 @torch.no_grad()
-def measure(learners: Sequence[Learner], batches: Iterable[Batch]) -> list[Totals]:
+def measure(
+    learners: Sequence[Learner], batches: Iterable[Batch], relay: Relay | None = None
+) -> list[Totals]:
     """Computes losses and errors of consecutive stages in evaluation mode (running statistics, no
     dropout).
 
     Args:
         learners: the stages; each takes the output of the one before.
         batches: batches of the first stage's inputs.
+        relay: takes the last stage's outputs, if other processes have later stages.
 
     Returns:
         The sums of each stage over all batches.
@@ -70,14 +74,18 @@ def measure(learners: Sequence[Learner], batches: Iterable[Batch]) -> list[Total
     for learner in learners:
         learner.eval()
     totals = [Totals() for _ in learners]
+    ends = relay is None or relay.is_last
     for batch in batches:
         stage_batch = batch
         for learner, total in zip(learners, totals, strict=True):
-            features, outputs = _pass(learner, stage_batch, onward=learner is not learners[-1])
+            onward = not (ends and learner is learners[-1])
+            features, outputs = _pass(learner, stage_batch, onward=onward)
             loss = learner.loss(features, learner.targets(batch))
             total.add(loss, learner.heads.logits(features), batch.labels)
             if outputs is not None:
                 stage_batch = Batch(batch.labels, outputs.__getitem__)
+        if relay is not None and outputs is not None:
+            relay.send(outputs, training=False)
     return totals
 
 

@@ -190,8 +190,7 @@ class Learner:
 
     def slices(self, rows: int) -> list[slice]:
         """Returns the rows of each micro-batch of a batch."""
-        size = rows if self.memory.mode is Mode.PLAIN else self.memory.micro_batch
-        slices = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
+        slices = self.memory.slices(rows)
         return slices[:2] if self.memory_trial else slices
 
 

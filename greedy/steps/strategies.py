@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from greedy.base.ranks import Shares
+from greedy.base.relay import Relay
+from greedy.base.seeds import derive_seed, seed_torch
 from greedy.exact.schedule import Schedule
 from greedy.models.stages import dropped
 from greedy.steps.guard import Guard
@@ -48,6 +50,10 @@ class Strategy(Protocol):
         """The name of what is trained, for messages."""
 
     @property
+    def number(self) -> int:
+        """The number of the first stage that trains, which names the streams of random numbers."""
+
+    @property
     def learners(self) -> Sequence[Learner]:
         """The learners of the stages, in order."""
 
@@ -68,7 +74,11 @@ class Greedy:
 
     @property
     def title(self) -> str:
-        return f"stage {self.learner.stage.number}"
+        return f"stage {self.number}"
+
+    @property
+    def number(self) -> int:
+        return self.learner.stage.number
 
     @property
     def learners(self) -> Sequence[Learner]:
@@ -87,9 +97,17 @@ class Greedy:
 class Joint:
     """All stages in one forward pass, each trained on its loss by its optimiser, as in the authors'
     published code. No gradient passes from a stage to the one before, and the next stage gets the
-    output from before this one's step."""
+    output from before this one's step.
+
+    Attributes:
+        learners: the learners of all stages, in order; of those of this process where several train
+            the stages.
+        relay: the processes that do.
+    """
 
     learners: Sequence[Learner]
+    relay: Relay = field(default_factory=Relay)
+    number = 1
 
     @property
     def title(self) -> str:
@@ -100,9 +118,11 @@ class Joint:
         return _optimizers(self.learners)
 
     def step(self, batch: Batch, masks: Masks, guard: Guard, position: int) -> list[Outcome]:
-        x = batch.inputs()
+        x, seed = batch.inputs(), torch.initial_seed()
         outcomes = []
         for learner, mask, optimizer in zip(self.learners, masks, self.optimizers, strict=True):
+            # The same for a stage whichever processes train those before it.
+            seed_torch(derive_seed(seed, "stage", learner.stage.number), learner.device)
             _clear(learner)
             with shared_norms(batch.shares):
                 h = learner.hidden(dropped(x, mask))
@@ -114,6 +134,7 @@ class Joint:
             guard.update(optimizer, outcome.loss, position, learner.parameters(), learner.scale)
             _clear(learner)
             outcomes.append(_detached(outcome))
+        self.relay.send(x, training=True)
         return outcomes
 
 
@@ -135,6 +156,7 @@ class Backprop:
     optimizer: torch.optim.Optimizer
     accumulate: int = 1
     exact: bool = False
+    number = 1
     _schedules: list[Schedule] = field(default_factory=list, init=False, repr=False)
 
     @property
@@ -203,6 +225,7 @@ def together(
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
     *,
     exact: bool = False,
+    relay: Relay | None = None,
 ) -> Joint | Backprop:
     """Returns a strategy that trains all stages of a network.
 
@@ -212,11 +235,12 @@ def together(
         accumulate: as for ``Backprop``.
         optimizer: makes the optimiser of some parameters.
         exact: as for ``Backprop``.
+        relay: as for ``Joint``.
     """
     if strategy == "joint":
         for learner in learners:
             learner.optimizer = optimizer(learner.parameters())
-        return Joint(learners)
+        return Joint(learners, relay or Relay())
     return Backprop(learners, optimizer(_parameters(learners)), accumulate, exact)
 
 

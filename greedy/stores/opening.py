@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,7 +23,7 @@ from greedy.runs.record import StageRecord, StoreRecord, channel_moments
 from greedy.runs.state import RunState
 from greedy.runs.views import Views, wanted_views
 from greedy.stores.fresh import FreshImages, require_data_set
-from greedy.stores.ring import Ring
+from greedy.stores.ring import Drawing, Ring
 from greedy.stores.source import WRITE_ROWS, ImagePreparation, Replayed, Source
 from greedy.stores.streamed import StreamedStage
 
@@ -60,11 +61,11 @@ class SourceFinder:
         precision: str,
         *,
         in_memory: bool = False,
-        streamed: bool = False,
+        drawing: Drawing | None = None,
         ranks: Ranks = ALONE,
     ) -> Source:
         """Returns the source that stage ``number`` trains from: the store of stage ``stored``, with
-        a ring if its views are replaced, drawn through ``streamed`` stages or others. Raises
+        a ring if its views are replaced, drawn as ``drawing`` says, by default as it trains. Raises
         ``UserError`` if too few training rows are left besides those held out."""
         rows = self.state.complete_record(0).rows["train"]
         held_out = self.run.recipe.held_out(rows)
@@ -74,7 +75,9 @@ class SourceFinder:
                 f"which leaves too few to train on: lower data.holdout"
             )
         replayed = self._replayed(stored, number - 1, precision)
-        ring = self._ring(stored, number, streamed) if self.is_ring(stored) else None
+        ring = None
+        if self.is_ring(stored):
+            ring = self._ring(stored, number, drawing or Drawing(self.device))
         return self._open(
             stored, replayed, held_out=held_out, ring=ring, in_memory=in_memory, ranks=ranks
         )
@@ -149,12 +152,25 @@ class SourceFinder:
         if stored == 0 or self.is_ring(stored) or (written_from == 0 and writes):
             require_data_set(self.run.path, self.images)
 
-    def _ring(self, stored: int, number: int, streamed: bool) -> Ring:
+    def _ring(self, stored: int, number: int, drawing: Drawing) -> Ring:
         """Returns the ring of a stage's store, from which stage ``number`` trains."""
         choices = self.state.complete_record(stored).choices
-        images = self._open(0, self._replayed(0, stored, choices.precision, streamed))
-        epochs = for_stage(self.run.recipe.training.epochs, number)
-        return Ring(self.run, stored, choices.reuse, epochs, choices.threads, images, self.reporter)
+        finder = self
+        if drawing.beside or drawing.device != self.device:
+            stages = deepcopy(self.stages[:stored])
+            finder = replace(self, stages=stages, device=drawing.device, _frozen={})
+        replayed = finder._replayed(0, stored, choices.precision, drawing.streamed)
+        return Ring(
+            self.run,
+            stored,
+            choices.reuse,
+            for_stage(self.run.recipe.training.epochs, number),
+            choices.threads,
+            finder._open(0, replayed),
+            self.reporter,
+            # A data set's own transforms may draw from generators that are those of all threads.
+            beside=drawing.beside and not self._data.data_choices.fresh,
+        )
 
     def _replayed(self, stored: int, last: int, precision: str, streamed: bool = False) -> Replayed:
         """Returns the frozen stages after ``stored`` up to ``last``, which compute as few rows at a

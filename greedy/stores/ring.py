@@ -2,7 +2,9 @@
 trains from it."""
 
 import secrets
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import torch
 
 from greedy.base.files import bytes_below, canonical_json, digest
+from greedy.base.torch_private import keep_casts
 from greedy.cache import (
     StoreSummary,
     exchange_view,
@@ -31,12 +34,28 @@ class _Unfinished(Exception):
     """Leaves a writer whose store is not finished."""
 
 
+@dataclass(frozen=True)
+class Drawing:
+    """How new views are drawn while a stage trains.
+
+    Attributes:
+        device: on which the frozen stages compute.
+        streamed: whether their weights are in memory only while they compute.
+        beside: whether that is done in another thread, beside the steps.
+    """
+
+    device: torch.device
+    streamed: bool = False
+    beside: bool = False
+
+
 @dataclass
 class Ring:
     """The views of a store's training split. The test split is not augmented and stays.
 
     A view is drawn a few rows after each step, in a directory next to the split, and is put into
-    its place between two epochs. What is drawn when depends only on the epoch and its rows.
+    its place between two epochs. Which rows are due when depends only on the epoch and its rows; a
+    thread that draws them beside the steps may lag behind.
 
     Attributes:
         stored: the stage whose store it is.
@@ -45,6 +64,8 @@ class Ring:
         threads: of torch, with which the store was first written and is repaired: the last digit
             of an activation may depend on their number.
         source: computes the store's rows from the images, replaying the frozen stages.
+        beside: whether views are drawn beside the steps, in another thread, if torch has as many
+            threads as they need. It computes with tensors and modules of its own.
     """
 
     run: RunDirectory
@@ -54,7 +75,10 @@ class Ring:
     threads: int
     source: Source
     reporter: Reporter
+    beside: bool = False
     _writer: SplitWriter | None = field(default=None, init=False, repr=False)
+    _thread: ThreadPoolExecutor | None = field(default=None, init=False, repr=False)
+    _jobs: deque[Future[None]] = field(default_factory=deque, init=False, repr=False)
     _open: ExitStack = field(default_factory=ExitStack, init=False, repr=False)
 
     @property
@@ -83,11 +107,16 @@ class Ring:
             newest = max(view_numbers(epoch, len(self._numbers()), self.reuse))
             writer = self._begin(newest + 1)
         passed = (epoch % self.reuse) * rows + done
-        self._write(writer, writer.rows * passed // (self.reuse * rows))
+        due = writer.rows * passed // (self.reuse * rows)
+        if self.beside and torch.get_num_threads() == self.threads:  # a setting of all threads
+            self._write_beside(writer, due)
+        else:
+            self._write(writer, due)
 
     def close(self, *, finished: bool) -> None:
         """Ends the drawing. Unless training is ``finished``, what is drawn stays for its next
         process, in whole shards."""
+        self._end_thread()  # if one of its jobs has failed, that ends the training already
         with suppress(_Unfinished), self._open:
             raise _Unfinished
         self._writer = None
@@ -121,9 +150,10 @@ class Ring:
 
     def _complete(self, number: int) -> StoreSummary:
         """Returns the summary of a view once all its rows are written."""
-        writer = self._writer
-        if writer is None:
-            writer = self._begin(number)
+        for job in self._end_thread():
+            job.result()
+        writer = self._writer or self._begin(number)
+        if writer.written < writer.rows:
             self.reporter.writing_started(self.stored, "train", writer.rows)
             if writer.written:
                 self.reporter.resumed(writer.written)
@@ -131,6 +161,25 @@ class Ring:
         self._open.close()
         self._writer = None
         return writer.summary
+
+    def _write_beside(self, writer: SplitWriter, rows: int) -> None:
+        """Lets the thread draw a view until ``rows`` of its rows are written, after what it was
+        given before. Raises what has failed there."""
+        if self._thread is None:
+            self._thread = ThreadPoolExecutor(1, "greedy-ring", initializer=keep_casts)
+        while self._jobs and self._jobs[0].done():
+            self._jobs.popleft().result()
+        self._jobs.append(self._thread.submit(self._write, writer, rows))
+
+    def _end_thread(self) -> list[Future[None]]:
+        """Ends the thread once it has drawn what it draws now. Returns what it did, of which some
+        may have failed."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+            self._thread = None
+        done = [job for job in self._jobs if not job.cancelled()]
+        self._jobs.clear()
+        return done
 
     def _write(
         self, writer: SplitWriter, rows: int, written: Callable[[int], None] = lambda rows: None

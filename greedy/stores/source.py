@@ -14,6 +14,7 @@ from torch import Tensor
 from greedy.base.devices import preferred_layout, to_device
 from greedy.base.precision import autocast
 from greedy.base.ranks import ALONE, Ranks, Shares
+from greedy.base.relay import Relay
 from greedy.base.seeds import derive_seed, torch_generator
 from greedy.cache import (
     LIMITED_WINDOW_ROWS,
@@ -116,6 +117,7 @@ class Source:
         in_memory: whether the training split is loaded, so that its rows are shuffled one by one.
         mixup: how the rows of an epoch's batches are mixed; ``None`` if they are not.
         ranks: the processes that train, of which each reads its share of an epoch.
+        relay: gives the inputs, which the process before computes; ``None`` if they are read.
         waits: for rows of the training split.
     """
 
@@ -131,11 +133,12 @@ class Source:
     in_memory: bool = False
     mixup: Mixup | None = None
     ranks: Ranks = ALONE
+    relay: Relay | None = None
     waits: Waits = field(default_factory=Waits, init=False, repr=False)
     _loaded: list[np.ndarray] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.in_memory and not self._fresh:
+        if self.in_memory and not self._fresh and self.relay is None:
             self._loaded.append(self.stores["train"].load())
 
     @property
@@ -209,7 +212,9 @@ class Source:
         if shared:
             own = [batch[s.computed] for batch, s in zip(batches, shared, strict=True)]
         loader: Iterable[StoredBatch]
-        if self._fresh:
+        if self.relay is not None:
+            loader = self._passed_on(self.relay, [order.rows[positions] for positions in own])
+        elif self._fresh:
             rows = [order.rows[positions] for positions in own]
             loader = FreshEpoch(self._fresh, store, rows, stage, epoch)
         else:
@@ -224,6 +229,13 @@ class Source:
         mixing = self.mixup.draw(store.rows, self.seed, stage, epoch) if self.mixup else None
         labels = [store.labels[order.rows[batch]] for batch in batches] if shared else []
         return EpochBatches(self, loader, draws, mixing, list(zip(shared, labels, strict=True)))
+
+    def _passed_on(self, relay: Relay, batches: Sequence[np.ndarray]) -> Iterator[StoredBatch]:
+        """Yields batches of row numbers whose values are the inputs that the process before
+        computes."""
+        inputs = relay.receive([len(rows) for rows in batches], training=True)
+        for rows, values in zip(batches, inputs, strict=True):
+            yield StoredBatch(rows, np.zeros_like(rows), values, self.stores["train"].labels[rows])
 
     def _shared(self, order: EpochOrder, batch: Positions) -> Shares:
         places = order.shares(batch, self.ranks.size)
@@ -244,7 +256,11 @@ class Source:
         draws = None
         if self.images and split == "train":
             draws = self.images.draw(store, self.seed, "generation", 0, "view", view)
-        if self._fresh and split == "train":
+        if self.relay is not None:
+            rows = range(start, store.rows if stop is None else stop)
+            sizes = [len(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+            batches: Iterator[Tensor] = self.relay.receive(sizes, training=False)
+        elif self._fresh and split == "train":
             batches = self.waits.timed(self._fresh.view(store, view, batch_size, start, stop))
         else:
             stored = 0 if draws else view
@@ -268,7 +284,9 @@ class Source:
 
     def inputs(self, values: np.ndarray | Tensor, draws: Draws | None) -> Tensor:
         """Computes the stage's inputs (B, *shape), float32, from stored rows
-        (B, *stored_shape)."""
+        (B, *stored_shape); those that another process has computed stay as they are."""
+        if self.relay is not None:
+            return torch.as_tensor(values)
         stored = to_device(values, self.device)
         if self.images:
             x = self.images.prepare(stored, draws)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from greedy.base.files import digest_of_parts, file_digest, read_tensors, with_digest
+from greedy.base.relay import Relay
 from greedy.base.tensorfile import file_parts
 from greedy.cache.files import write_parts, write_whole
 from greedy.runs.checkpoint_record import (
@@ -26,6 +27,7 @@ from greedy.runs.checkpoint_record import (
 )
 from greedy.runs.choices import StepMemory
 from greedy.runs.exchange import CHECKPOINT
+from greedy.steps.step import Learner
 from greedy.steps.strategies import Strategy
 from greedy.training.packing import pack, unpack
 from greedy.training.schedule import FIRST, Patience, Schedule, set_first_rates
@@ -49,6 +51,9 @@ class Checkpoints:
         minutes: the least time between two checkpoints within an epoch.
         start: what the training began with; updated when a choice changes.
         writes: whether this process writes them; others only load the last.
+        relay: the processes of which each trains some of the stages; the first one's checkpoints
+            have the state of all.
+        first: the position of this process's first stage among all that train.
         before: seconds that earlier processes trained.
         last: the position of the last checkpoint, in words.
     """
@@ -59,6 +64,8 @@ class Checkpoints:
     minutes: float
     start: StartRecord
     writes: bool = True
+    relay: Relay = field(default_factory=Relay)
+    first: int = 0
     before: float = 0.0
     last: str = ""
     _saved: float = field(default_factory=time.monotonic)
@@ -84,27 +91,44 @@ class Checkpoints:
         self.start.write(self.training)
 
     def save(self, progress: Progress, sums: Sequence[Sums] = ()) -> None:
-        """Writes a checkpoint, then deletes the one before it.
+        """Writes a checkpoint, then deletes the one before it. Processes that train some of the
+        stages each call this at the same position.
 
         Args:
             progress: the position in the training.
             sums: each stage's sums over the epoch so far, within an epoch.
         """
-        if not self.writes:
+        if not (self.writes or self.relay.ranks.size > 1):
             return
+        tensors, optimizers = self._state(sums)
+        if not self.writes:
+            write_parts(self._part(self.relay.ranks.rank), file_parts(tensors))
+        optimizers = self.relay.gathered(optimizers)  # after which all parts are there
+        if self.writes:
+            for rank in range(1, self.relay.ranks.size):
+                tensors |= read_tensors(self._part(rank))
+            self._write(progress, tensors, optimizers)
+        self.relay.ranks.told()  # a process that ends now would end the one that writes
+        self._saved, self.last = time.monotonic(), str(progress)
+
+    def _state(self, sums: Sequence[Sums]) -> tuple[dict[str, Tensor], list[Any]]:
+        """Returns the tensors of this process's stages, and the rest of its optimisers' state."""
         tensors = {
             f"{name}.{key}": value
             for name, module in self._modules().items()
             for key, value in module.state_dict().items()
         }
-        for index, stage_sums in enumerate(sums):
+        for index, stage_sums in enumerate(sums, start=self.first):
             for name, value in stage_sums._asdict().items():
                 if isinstance(value, Tensor):
                     tensors[f"{index}.sums.{name}"] = value
         optimizers = [
             pack(optimizer.state_dict(), f"optimizer.{index}", tensors)
-            for index, optimizer in enumerate(self.strategy.optimizers)
+            for index, optimizer in enumerate(self.strategy.optimizers, start=self.first)
         ]
+        return tensors, optimizers
+
+    def _write(self, progress: Progress, tensors: dict[str, Tensor], optimizers: list[Any]) -> None:
         schedule = self.schedule
         state = {k: getattr(schedule, k) for k in _PATIENCE if isinstance(schedule, Patience)}
         name = digest_of_parts(file_parts(tensors))
@@ -118,7 +142,21 @@ class Checkpoints:
         for old in directory.glob("*.safetensors"):
             if old != path:
                 old.unlink()
-        self._saved, self.last = time.monotonic(), str(progress)
+
+    def _part(self, rank: int) -> Path:
+        """Returns the path of the tensors of another process's stages, until a checkpoint has
+        them."""
+        return self.training / CHECKPOINT / f"process{rank}.safetensors"
+
+    def load_weights(self, learner: Learner) -> None:
+        """Loads the weights that the last checkpoint has of a stage, which may be that of another
+        process, and of its local heads."""
+        document = CheckpointRecord.read(self.training)
+        assert document is not None
+        tensors = read_tensors(self.training / CHECKPOINT / f"{document.tensors}.safetensors")
+        index = learner.stage.number - 1
+        for name, module in (("stage", learner.stage), ("heads", learner.heads)):
+            module.load_state_dict(_below(f"{index}.{name}.", tensors))
 
     def load(self) -> tuple[Progress, list[Sums]] | None:
         """Loads the last checkpoint into the strategy and the schedule.
@@ -151,7 +189,7 @@ class Checkpoints:
         """Returns the modules whose state a checkpoint has, by their names in it."""
         return {
             f"{index}.{name}": module
-            for index, learner in enumerate(self.strategy.learners)
+            for index, learner in enumerate(self.strategy.learners, start=self.first)
             for name, module in (
                 ("stage", learner.stage),
                 ("heads", learner.heads),
@@ -163,7 +201,10 @@ class Checkpoints:
     def _restore(self, document: CheckpointRecord, tensors: dict[str, Tensor]) -> None:
         for name, module in self._modules().items():
             module.load_state_dict(_below(f"{name}.", tensors))
-        for optimizer, packed in zip(self.strategy.optimizers, document.optimizers, strict=True):
+        optimizers = self.strategy.optimizers
+        saved = document.optimizers[self.first :]
+        saved = saved[: len(optimizers)] if self.relay.ranks.size > 1 else saved
+        for optimizer, packed in zip(optimizers, saved, strict=True):
             state = unpack(packed, tensors)
             _require_same_settings(optimizer, state["param_groups"])
             optimizer.load_state_dict(state)
@@ -178,7 +219,7 @@ class Checkpoints:
     def _sums(self, tensors: dict[str, Tensor]) -> list[Sums]:
         """Returns each stage's sums, or an empty list if the checkpoint is of an epoch's end."""
         all_sums = []
-        for index, learner in enumerate(self.strategy.learners):
+        for index, learner in enumerate(self.strategy.learners, start=self.first):
             saved = _below(f"{index}.sums.", tensors)
             sums = {name: tensor.to(learner.device) for name, tensor in saved.items()}
             if "loss" in sums:

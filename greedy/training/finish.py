@@ -9,6 +9,7 @@ from greedy.base.devices import device_name, peak_memory
 from greedy.base.files import canonical_json, digest, file_digest
 from greedy.base.tensorfile import file_parts
 from greedy.base.versions import versions
+from greedy.build.cut_network import OUTPUT
 from greedy.cache.files import write_parts
 from greedy.models import StageShapes
 from greedy.recipes import Recipe
@@ -62,7 +63,7 @@ def write_record(
     rows = sum(report.images_per_second * report.seconds for report in reports)
     return StageRecord(
         stage=learner.stage.number,
-        name="output" if is_output else learner.stage.name,
+        name=OUTPUT if is_output else learner.stage.name,
         lineage=_lineage(directory, recipe, choices, parent, source),
         recipe_digest=parent.recipe_digest,
         layers=learner.stage.kinds,

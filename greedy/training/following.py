@@ -4,7 +4,7 @@ import secrets
 import socket
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from greedy.base.errors import UserError
 from greedy.base.ranks import Ranks
@@ -13,6 +13,7 @@ from greedy.runs.checkpoint_record import StartRecord
 from greedy.runs.views import Views
 
 MEETING = ".meeting"  # a file in the run directory by which processes know that they share it
+Parallel = Literal["data", "stages"]
 
 
 class Task(NamedTuple):
@@ -64,10 +65,24 @@ def _text(path: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
-def require_separate_rows(recipe: Recipe, ranks: Ranks) -> None:
-    """Raises ``UserError`` if a recipe mixes rows that several processes would have."""
+def require_parallel(recipe: Recipe, ranks: Ranks, parallel: str) -> None:
+    """Raises ``UserError`` if processes cannot train a recipe together as ``parallel`` says."""
+    if parallel not in get_args(Parallel):
+        raise UserError(f"{parallel!r} is no way to train in parallel: use data or stages")
     if ranks.size > 1 and recipe.data.mixup != "none":
         raise UserError(
             "mixup mixes rows that several processes have: train in one process, or set "
             "data.mixup to none"
+        )
+    if parallel == "data":
+        return
+    if recipe.training.strategy != "joint":
+        raise UserError(
+            f"stages train in parallel only by the strategy joint, and this run's is "
+            f"{recipe.training.strategy}: leave out --parallel stages"
+        )
+    if ranks.size == 1:
+        raise UserError(
+            "stages train in parallel in several processes, and this is one: start them with "
+            "torchrun --nproc-per-node N, or leave out --parallel stages"
         )

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 
 import torch
@@ -13,6 +13,7 @@ from greedy.base.errors import Interrupted, TrainingError, first_line
 from greedy.base.heap import freed_memory_kept
 from greedy.base.interrupts import PostponedSignals
 from greedy.base.precision import all_finite
+from greedy.base.relay import Relay
 from greedy.base.seeds import derive_seed, seed_torch
 from greedy.models import Shape
 from greedy.recipes import Recipe
@@ -26,6 +27,8 @@ from greedy.stores.source import Batch, Source
 from greedy.training.checkpoint import Checkpoints, Sums
 from greedy.training.schedule import FIRST, Schedule, scale_rates, set_first_rates
 
+SAVE = -1  # said by the process with the first stage; above 0 the signal that ends the training
+
 
 @dataclass
 class Epochs:
@@ -38,6 +41,7 @@ class Epochs:
         checkpoints: writes checkpoints and has the one to resume from; ``None`` for none.
         test_batch: test rows evaluated at a time.
         ample_memory: whether memory that is freed on a CPU stays with the process.
+        relay: the processes of which each trains some of the stages.
     """
 
     strategy: Strategy
@@ -49,11 +53,12 @@ class Epochs:
     checkpoints: Checkpoints | None = None
     test_batch: int = 256
     ample_memory: bool = False
+    relay: Relay = field(default_factory=Relay)
 
     @property
     def number(self) -> int:
         """The number of the first stage that trains, which names the streams of random numbers."""
-        return self.strategy.learners[0].stage.number
+        return self.strategy.number
 
     def __iter__(self) -> Iterator[list[EpochReport]]:
         finished = False
@@ -74,13 +79,14 @@ class Epochs:
         while not progress.finished:
             self.source.advance_views(progress.epoch)  # before signals wait: it may write for hours
             with PostponedSignals() as stop:
-                reports = self._epoch(progress, sums, stop)
+                own = self._epoch(progress, sums, stop)
                 epoch = progress.epoch + 1
-                ends = self.schedule.observe(_sum(r.holdout_loss for r in reports))
+                ends = self.schedule.observe(_sum(r.holdout_loss for r in self._of_all(own)))
                 ends = ends or epoch == for_stage(self.recipe.training.epochs, self.number)
                 every = self.recipe.training.test_every
                 if ends or (every and epoch % every == 0):
-                    reports = self._with_test_errors(reports)
+                    own = self._with_test_errors(own)
+                reports = self._of_all(own)
                 progress = Progress(
                     epoch=epoch,
                     before=before + time.perf_counter() - began,
@@ -88,9 +94,14 @@ class Epochs:
                     reports=[*progress.reports, reports],
                 )
                 sums = []
-                self._is_to_save(stop)  # also tells all of a signal that another one got
-                self._save(progress, [], stop)
+                signals = self.relay.gathered([max(self._asked(stop), 0)])
+                self._save(progress, [], next(filter(None, signals), 0))
             yield reports
+
+    def _of_all(self, own: Sequence[EpochReport]) -> list[EpochReport]:
+        """Returns the reports of all stages, given those of the stages of this process."""
+        found = self.relay.gathered([asdict(report) for report in own])
+        return [EpochReport(**each | {"processes": tuple(each["processes"])}) for each in found]
 
     def _epoch(
         self, progress: Progress, sums: Sequence[Sums], stop: PostponedSignals
@@ -100,7 +111,8 @@ class Epochs:
         epoch, first = progress.epoch, progress.position
         if first == 0:  # within an epoch the checkpoint has the rates
             scale_rates(self.strategy.optimizers, self.schedule.factor_at(epoch))
-        rate, processes = self._rate, _followed(progress.processes, self.source.ranks.size)
+        rate = self.relay.ranks.told(self._rate)
+        processes = _followed(progress.processes, self.source.ranks.size)
         size, limited = self.recipe.training.batch_size, self.recipe.data.classes_per_batch
         batches = self.source.epoch_batches(
             self.number,
@@ -130,13 +142,13 @@ class Epochs:
                     total.add(*outcome, batch.labels)
                 self.source.draw_views(epoch, totals[0].rows, batches.rows)
                 self.reporter.batch_finished(len(batch.labels))
-                if self._is_to_save(stop):
+                if word := self.relay.passed_on(self._asked(stop)):
                     seconds = time.perf_counter() - started
                     here = {"position": position + 1, "rows": totals[0].rows, "seconds": seconds}
                     now = progress.model_copy(update=here | {"processes": processes})
                     self._require_finite(guard, epoch, rate)
                     self._require_alike(epoch)
-                    self._save(now, totals, stop)
+                    self._save(now, totals, max(word, 0))
         self._require_finite(guard, epoch, rate)
         self._require_alike(epoch)
         seconds = time.perf_counter() - started
@@ -162,21 +174,20 @@ class Epochs:
         group = self.strategy.optimizers[0].param_groups[0]
         return float(group["lr"]) if FIRST in group else self.schedule.rate
 
-    def _is_to_save(self, stop: PostponedSignals) -> bool:
-        """Returns whether a checkpoint is due or a signal has come, in any of the processes."""
+    def _asked(self, stop: PostponedSignals) -> int:
+        """Returns the signal that one of the processes with shares of a batch got, ``SAVE`` if a
+        checkpoint is due, else 0."""
         due = self.checkpoints is not None and self.checkpoints.due
         asked = self.source.ranks.largest(2 * (stop.requested or 0) + due)
-        if asked > 1:
-            stop.requested = asked // 2
-        return asked > 0
+        return asked // 2 or (SAVE if asked else 0)
 
-    def _save(self, progress: Progress, totals: Sequence[Totals], stop: PostponedSignals) -> None:
-        """Writes a checkpoint, and ends the training if a signal has asked for that."""
+    def _save(self, progress: Progress, totals: Sequence[Totals], signal: int) -> None:
+        """Writes a checkpoint, and ends the training if a signal, not 0, has asked for that."""
         if self.checkpoints:
             self.checkpoints.save(progress, [Sums(total.loss, total.wrong) for total in totals])
-        if stop.requested is not None:
+        if signal:
             raise Interrupted(
-                stop.requested,
+                signal,
                 f"interrupted in {self.strategy.title} after {progress}: the same command "
                 f"resumes there",
             )
@@ -197,7 +208,7 @@ class Epochs:
         batches: Iterable[Batch] = ()
         if own[0] < own[1]:
             batches = self.source.view_batches(split, 0, batch, start=own[0], stop=own[1])
-        totals = measure(self.strategy.learners, batches)
+        totals = measure(self.strategy.learners, batches, self.relay)
         return totals if ranks.size == 1 else [total.over(ranks) for total in totals]
 
     def _with_test_errors(self, reports: Sequence[EpochReport]) -> list[EpochReport]:
@@ -232,6 +243,12 @@ class Epochs:
         return outcomes
 
     def _require_finite(self, guard: Guard, epoch: int, rate: float) -> None:
+        faults = self.relay.gathered([self._fault(guard, epoch, rate)])
+        if fault := next(filter(None, faults), ""):
+            raise TrainingError(fault)
+
+    def _fault(self, guard: Guard, epoch: int, rate: float) -> str:
+        """Returns what is not finite in the stages of this process; empty if nothing is."""
         parameters = (p for learner in self.strategy.learners for p in learner.parameters())
         title, also = self.strategy.title, ""
         if (number := guard.step) is not None:
@@ -242,8 +259,8 @@ class Epochs:
         elif not all_finite(p for p in parameters if p.requires_grad):
             fault, where = f"what {title} has learned is", f"in epoch {epoch + 1}"
         else:
-            return
-        raise TrainingError(
+            return ""
+        return (
             f"{fault} not finite {where}, at a learning rate of {rate:g} "
             f"({self._last_checkpoint}): lower training.learning_rate{also} and begin another run"
         )

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -10,6 +10,8 @@ import torch
 from greedy.base.devices import memory_limited, reset_peak_memory, set_determinism
 from greedy.base.disk_space import require_free_space, write_errors_explained
 from greedy.base.files import bytes_below
+from greedy.base.ranks import ALONE, Ranks
+from greedy.base.relay import Relay
 from greedy.build.cut_network import CutNetwork
 from greedy.memory.choice import Choice, named_budget
 from greedy.memory.peaks import OptimizerFactory
@@ -20,6 +22,7 @@ from greedy.runs.directory import RunDirectory, new_stage
 from greedy.runs.events import EpochReport, Reporter
 from greedy.runs.record import HISTORY, StageRecord
 from greedy.runs.unfinished import find_training
+from greedy.steps.step import Learner
 from greedy.steps.strategies import Strategy, together
 from greedy.stores.source import Source
 from greedy.training.checkpoint import Checkpoints
@@ -40,8 +43,12 @@ class NetworkTraining:
         source: gives the images.
         data: the record of stage 0.
         memory: how a step fits the memory budget.
+        own: the positions of the stages that this process trains.
         optimizer: makes the optimisers; ``None`` for the recipe's.
         own_rates: whether those begin at their own learning rates.
+        ranks: the processes that train together.
+        relay: those of them that each train some of the stages; one for each with a share of every
+            batch.
     """
 
     run: RunDirectory
@@ -51,8 +58,11 @@ class NetworkTraining:
     memory: Choice
     device: torch.device
     reporter: Reporter
+    own: range
     optimizer: OptimizerFactory | None = None
     own_rates: bool = False
+    ranks: Ranks = ALONE
+    relay: Relay = field(default_factory=Relay)
 
     @property
     def recipe(self) -> Recipe:
@@ -65,7 +75,7 @@ class NetworkTraining:
         began = time.perf_counter()
         place = self.run.network_dir / "training"
         start = self._start(place)
-        self.source.ranks.told(Task()._asdict())
+        self.ranks.told(Task()._asdict())
         self._set_up(start.resolved)
         reset_peak_memory(self.device)
         with memory_limited(self.device, named_budget(self.recipe)):
@@ -75,15 +85,14 @@ class NetworkTraining:
 
     def _train(self, place: Path, start: StartRecord, began: float) -> list[StageRecord]:
         strategy = self._strategy(start.resolved)
-        parameters = (p for learner in strategy.learners for p in learner.parameters())
-        needed = 7 * 4 * sum(p.numel() for p in parameters)
+        needed = sum(self.relay.gathered([_bytes_needed(strategy)]))
         require_free_space(place, "the network", needed - bytes_below(place))
         with write_errors_explained(self.run.path, "the network", needed):
             checkpoints = self._checkpoints(strategy, place, start)
             histories = self._run_epochs(checkpoints)
-            self.source.ranks.told()  # others have read the directory
+            self.ranks.told()  # others have read the directory
             seconds = checkpoints.before + time.perf_counter() - began
-            return self._write(strategy, histories, checkpoints.start.resolved, seconds)
+            return self._write(checkpoints, histories, seconds)
 
     def follow(self) -> None:
         """Trains the stages with another process, which leads and has begun."""
@@ -93,9 +102,10 @@ class NetworkTraining:
         self._set_up(start.resolved)
         with memory_limited(self.device, named_budget(self.recipe)):
             strategy = self._strategy(start.resolved)
+            self.relay.gathered([_bytes_needed(strategy)])
             for _ in self._epochs(self._checkpoints(strategy, place, start)):
                 pass
-        self.source.ranks.told()
+        self.ranks.told()
 
     def _set_up(self, choices: Choices) -> None:
         torch.set_num_threads(choices.threads)
@@ -109,7 +119,9 @@ class NetworkTraining:
             new_schedule(self.recipe, 1),
             self.recipe.training.checkpoint_minutes,
             start,
-            writes=self.source.ranks.leads,
+            writes=self.ranks.leads,
+            relay=self.relay,
+            first=self.own.start,
         )
 
     def _start(self, place: Path) -> StartRecord:
@@ -137,26 +149,9 @@ class NetworkTraining:
         return start
 
     def _strategy(self, choices: Choices) -> Strategy:
-        training, count = self.recipe.training, len(self.network.stages)
+        training = self.recipe.training
         load_initial(self.run, self.network.stages)
-        learners = [
-            new_learner(
-                stage,
-                shape,
-                loss,
-                len(self.data.class_names),
-                self.recipe,
-                choices,
-                self.device,
-                zero=stage.number == count and training.strategy != "backprop",
-            )
-            for stage, shape, loss in zip(
-                self.network.stages,
-                self.network.shapes,
-                self.network.losses(training.strategy),
-                strict=True,
-            )
-        ]
+        learners = [self._learner(position, choices) for position in self.own]
         without_decay = {p for learner in learners for p in learner.undecayed()}
         return together(
             training.strategy,
@@ -171,6 +166,21 @@ class NetworkTraining:
                 own_rates=self.own_rates,
             ),
             exact=training.exact,
+            relay=self.relay,
+        )
+
+    def _learner(self, position: int, choices: Choices) -> Learner:
+        """Returns a stage with its first weights, given its position among all stages."""
+        strategy, is_last = self.recipe.training.strategy, position == len(self.network) - 1
+        return new_learner(
+            self.network.stages[position],
+            self.network.shapes[position],
+            self.network.losses(strategy)[position],
+            len(self.data.class_names),
+            self.recipe,
+            choices,
+            self.device,
+            zero=is_last and strategy != "backprop",
         )
 
     def _run_epochs(self, checkpoints: Checkpoints) -> list[list[EpochReport]]:
@@ -197,29 +207,27 @@ class NetworkTraining:
         return Epochs(
             checkpoints.strategy,
             self.source,
-            [shape.input for shape in self.network.shapes],
+            [self.network.shapes[position].input for position in self.own],
             checkpoints.schedule,
             self.recipe,
             self.reporter,
             checkpoints,
             choices.write_batch,
             ample_memory(self.recipe, choices),
+            self.relay,
         )
 
     def _write(
         self,
-        strategy: Strategy,
+        checkpoints: Checkpoints,
         histories: Sequence[Sequence[EpochReport]],
-        choices: Choices,
         seconds: float,
     ) -> list[StageRecord]:
         """Writes every stage as if it had been trained alone, but with the times and memory of the
         whole network."""
-        records = [self.data]
-        for learner, shape, reports in zip(
-            strategy.learners, self.network.shapes, histories, strict=True
-        ):
-            learner.release()
+        records, choices = [self.data], checkpoints.start.resolved
+        for position, reports in enumerate(histories):
+            learner = self._trained(position, checkpoints)
             with new_stage(self.run.stage_dir(learner.stage.number)) as directory:
                 save_weights(learner, directory)
                 lines = "".join(map(history_line, reports))
@@ -227,15 +235,33 @@ class NetworkTraining:
                 record = write_record(
                     directory,
                     learner,
-                    shape,
+                    self.network.shapes[position],
                     reports,
                     self.recipe,
                     choices,
                     records[-1],
                     source=0,
-                    is_output=learner is strategy.learners[-1],
+                    is_output=position == len(self.network) - 1,
                     seconds=seconds,
                 )
             records.append(record)
             self.reporter.stage_finished(record)
         return records[1:]
+
+    def _trained(self, position: int, checkpoints: Checkpoints) -> Learner:
+        """Returns a trained stage, given its position. Those of other processes have their weights
+        in the last checkpoint."""
+        if position in self.own:
+            learner = checkpoints.strategy.learners[position - self.own.start]
+            learner.release()
+            return learner
+        learner = self._learner(position, checkpoints.start.resolved)
+        checkpoints.load_weights(learner)
+        return learner
+
+
+def _bytes_needed(strategy: Strategy) -> int:
+    """Returns the bytes on disk that a strategy's stages take at most: weights, and two checkpoints
+    with two moments a weight."""
+    parameters = (p for learner in strategy.learners for p in learner.parameters())
+    return 7 * 4 * sum(p.numel() for p in parameters)

@@ -1,7 +1,7 @@
 """The plan for training each stage of a run: its source, its memory mode and its choices."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -12,11 +12,13 @@ from torch import nn
 from greedy.base.devices import pick_precision
 from greedy.base.errors import UserError
 from greedy.base.ranks import ALONE, Ranks
+from greedy.base.relay import Relay
 from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import build_cross_entropy, checked_shapes
 from greedy.data import Split
 from greedy.losses import LocalLoss
 from greedy.memory.choice import Choice, memory_budget
+from greedy.memory.drawing import DrawingDevice
 from greedy.memory.peaks import OptimizerFactory
 from greedy.memory.plan import MemoryPlan, StageStores
 from greedy.models import Shape, sequential
@@ -35,9 +37,11 @@ from greedy.runs.unfinished import find_training
 from greedy.runs.views import Views
 from greedy.stores.fresh import require_data_set
 from greedy.stores.opening import SourceFinder
+from greedy.stores.ring import Drawing
 from greedy.training.calibration import byte_operations, calibration_of
-from greedy.training.following import Task
+from greedy.training.following import Parallel, Task
 from greedy.training.network import NetworkTraining
+from greedy.training.parts import own_stages
 from greedy.training.resolve import compiles, resolve, resolve_again, within_budget
 from greedy.training.stage import StageTraining
 
@@ -54,6 +58,9 @@ class StagePlanner:
         own_rates: whether that begins at its own learning rates.
         images: the data set's training split, for runs that read it again in every pass.
         ranks: the processes that train together.
+        refresh_device: draws new views beside the steps; ``None`` for ``device`` between them.
+        parallel: how they do: ``data``, each a share of every batch, or ``stages``, each some of
+            the stages.
     """
 
     run: RunDirectory
@@ -65,6 +72,8 @@ class StagePlanner:
     own_rates: bool = False
     images: Split | None = None
     ranks: Ranks = ALONE
+    refresh_device: torch.device | None = None
+    parallel: Parallel = "data"
     _memory: MemoryPlan | None = field(default=None, init=False, repr=False)
 
     @property
@@ -108,6 +117,9 @@ class StagePlanner:
     def plan_memory(self, network: CutNetwork, images: str) -> MemoryPlan:
         """Plans how the steps of a network fit the memory budget, and keeps the plan for
         ``memory``. ``images`` is the encoding of stage 0's store."""
+        drawing = None
+        if (other := self.refresh_device) is not None:
+            drawing = DrawingDevice.of(other, self.device.type, self.recipe)
         self._memory = MemoryPlan(
             self.recipe,
             network,
@@ -116,7 +128,8 @@ class StagePlanner:
             self.device.type,
             self.optimizer,
             images,
-            self.ranks.size,
+            self.ranks.size if self.parallel == "data" else 1,
+            drawing,
         )
         return self._memory
 
@@ -149,6 +162,18 @@ class StagePlanner:
         if state.complete_record(0).data_choices.fresh:
             require_data_set(self.run.path, self.images)
 
+    def replaces_views(self, state: RunState, source: int) -> bool:
+        """Returns whether views are replaced while a stage trains from the store of stage
+        ``source``, or of the nearest before it that has one."""
+        sources = SourceFinder(state, (), self.device, self.reporter)
+        return sources.is_ring(sources.last_stored(source))
+
+    def note_drawing(self, replaced: Iterable[bool]) -> None:
+        """Notes that ``refresh_device`` is not used if no stage that trains has views of its source
+        replaced."""
+        if self.refresh_device is not None and not any(replaced):
+            self.reporter.noted("no views are replaced, so --refresh-device is not used")
+
     def outline(self, state: RunState, numbers: Iterable[int]) -> RunOutline:
         """Returns what is known of a run before the stages ``numbers`` are trained."""
         data, epochs = state.complete_record(0), self.recipe.training.epochs
@@ -162,18 +187,29 @@ class StagePlanner:
     def whole_network(self, state: RunState) -> NetworkTraining:
         """Returns the training of all stages at once."""
         network = self.network(state)
-        self._require_separate(state, range(1, len(network) + 1))
+        relay, own, shared = Relay(), range(len(network)), self.ranks
+        if self.parallel == "stages":
+            relay, shared = Relay(self.ranks, self.device), ALONE
+            own = own_stages(network.stages, self.memory(state).flops, self.ranks)
+        else:
+            self._require_separate(state, range(1, len(network) + 1))
         sources = SourceFinder(state, network.stages, self.device, self.reporter, self.images)
+        source = sources.for_training(1, 0, self._precision, ranks=shared)
+        if not relay.is_first:
+            source = replace(source, images=None, relay=relay)
         return NetworkTraining(
             run=self.run,
             network=network,
-            source=sources.for_training(1, 0, self._precision, ranks=self.ranks),
+            source=source,
             data=state.complete_record(0),
             memory=self.memory(state).at_once(),
             device=self.device,
             reporter=self.reporter,
             optimizer=self.optimizer,
             own_rates=self.own_rates,
+            ranks=self.ranks,
+            relay=relay,
+            own=own,
         )
 
     def stage(
@@ -219,7 +255,11 @@ class StagePlanner:
                 stored,
                 start.resolved.precision,
                 in_memory=in_memory,
-                streamed=memory.draws_streamed,
+                drawing=Drawing(
+                    self.refresh_device or self.device,
+                    memory.draws_streamed,
+                    memory.drawing_bytes > 0,
+                ),
                 ranks=self.ranks,
             ),
             sources=sources,

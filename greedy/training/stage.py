@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from greedy.base.devices import memory_limited, reset_peak_memory, set_determini
 from greedy.base.disk_space import require_free_space, write_errors_explained
 from greedy.base.files import bytes_below, read_tensors
 from greedy.base.heap import release_free_memory
+from greedy.build.cut_network import OUTPUT
 from greedy.cache import Encoding, location_of, require_writable
 from greedy.cache.layout import SHARD_STORED_BYTES
 from greedy.losses import LocalLoss
@@ -93,7 +95,7 @@ class StageTraining:
         self.source.ranks.told(Task.of(self.start, directory)._asdict())
         self._set_up()
         reset_peak_memory(self.device)
-        with memory_limited(self.device, named_budget(self.recipe)):
+        with self._memory_limited():
             learner = self._learner()
             needed = self._bytes_needed(learner)
             written = bytes_below(directory)
@@ -109,7 +111,7 @@ class StageTraining:
         self.start = begun
         self._set_up()
         with (
-            memory_limited(self.device, named_budget(self.recipe)),
+            self._memory_limited(),
             write_errors_explained(directory, f"stage {self.stage.number}"),
         ):
             learner = self._learner()
@@ -120,9 +122,21 @@ class StageTraining:
             self.source.ranks.told()
             self._write_store(learner, directory)
 
+    @contextmanager
+    def _memory_limited(self) -> Iterator[None]:
+        """Limits the memory of the devices that train and that draw views, each to the budget."""
+        budget, drawing = named_budget(self.recipe), self._drawing_device
+        with memory_limited(self.device, budget), memory_limited(drawing, budget):
+            yield
+
+    @property
+    def _drawing_device(self) -> torch.device:
+        return self.source.ring.source.device if self.source.ring else self.device
+
     def _set_up(self) -> None:
         torch.set_num_threads(self.choices.threads)
-        set_determinism(self.device, self.choices.deterministic)
+        for device in (self.device, self._drawing_device):
+            set_determinism(device, self.choices.deterministic)
 
     def _checkpoints(self, learner: Learner, directory: Path) -> Checkpoints:
         return Checkpoints(
@@ -209,7 +223,7 @@ class StageTraining:
 
     def _run_epochs(self, checkpoints: Checkpoints) -> list[EpochReport]:
         epochs = for_stage(self.recipe.training.epochs, self.stage.number)
-        name = "output" if self.is_output else self.stage.name
+        name = OUTPUT if self.is_output else self.stage.name
         self.reporter.stage_started(self.stage.number, name, epochs, self.choices)
         reports = []
         lines = checkpoints.training / HISTORY
