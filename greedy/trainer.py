@@ -63,8 +63,7 @@ class GreedyTrainer:
         parallel: what several processes divide: ``data``, the rows of a batch, or ``stages``.
         settings: fields of a recipe's ``data``, ``training`` and ``store`` sections by their
             names, ``seed``, ``stage_layers``, ``stages``, ``label_smoothing``, ``class_weights``,
-            ``memory_budget``, ``micro_batch`` and ``optimizer_state``; for instance ``epochs=20,
-            views=4``.
+            ``memory_budget``, ``micro_batch`` and ``optimizer_state``, such as ``epochs=20``.
         recipe: in place of ``loss``, ``optimizer`` and ``settings``, see ``from_recipe``.
 
     Raises:
