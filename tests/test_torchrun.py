@@ -43,10 +43,12 @@ def start(run: Path, processes: int = 2, **settings: object) -> subprocess.Popen
     return started(arguments(run, **settings), processes)
 
 
-def started(arguments: Sequence[object], processes: int = 2) -> subprocess.Popen:
+def started(
+    arguments: Sequence[object], processes: int = 2, **environment: str
+) -> subprocess.Popen:
     return subprocess.Popen(
         [*START, str(processes), "-m", "--", "greedy", *map(str, arguments)],
-        env=ENVIRONMENT,
+        env=ENVIRONMENT | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -216,14 +218,11 @@ def network():
 """
 
 
-def test_samples_that_meet_elsewhere_need_one_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_samples_that_meet_elsewhere_need_one_process(tmp_path: Path) -> None:
     (tmp_path / "meeting.py").write_text(MEETING)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     given = ["train", "--recipe", "fashion-mnist/mlp-predsim", "--model", "meeting:network"]
     data = ["--data", "fashion-mnist-sample", "--device", "cpu", "--run", tmp_path / "run"]
-    process = started([*given, *data])
+    process = started([*given, *data], PYTHONPATH=str(tmp_path))
     _, err = process.communicate(timeout=120)
     assert process.returncode != 0
     assert err.count("Error: stage 1 cannot be trained by several processes (") == 1
