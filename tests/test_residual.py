@@ -9,11 +9,13 @@ import pytest
 import torch
 from small_training import CLASSES, TEST, TRAIN, learned, new_trainer
 from test_exact_stages import make_batch, make_learner, trained
+from test_exact_step import CLASSES as STEP_CLASSES
 from test_exact_step import MICRO_MODES, assert_same, measured
 from torch import nn
 
 from greedy import UserError
 from greedy.build.modules import build_network
+from greedy.losses.local import Output
 from greedy.models import cut, preact_resnet18, resnet, shapes, wide_resnet
 from greedy.models.residual import PreActivationBlock, ResidualBlock
 from greedy.recipes import Model
@@ -141,6 +143,15 @@ def test_blocks_learn(tmp_path: Path, strategy: str) -> None:
 )
 def test_blocks_have_the_gradients_of_the_batch_in_every_mode(block: nn.Module, mode: Mode) -> None:
     learner = make_learner(deepcopy(block))
+    batch = make_batch(learner)
+    expected = trained(measured(learner, batch, StepMemory(Mode.PLAIN)))
+    assert_same(trained(measured(learner, batch, StepMemory(mode, 5))), expected)
+
+
+@pytest.mark.parametrize("mode", MICRO_MODES)
+def test_a_block_has_them_together_with_the_output_layer(mode: Mode) -> None:
+    end = resnet(num_classes=STEP_CLASSES, depth=8, feature_multiplier=0.25)[-1]
+    learner = make_learner(end, Output(0.5))
     batch = make_batch(learner)
     expected = trained(measured(learner, batch, StepMemory(Mode.PLAIN)))
     assert_same(trained(measured(learner, batch, StepMemory(mode, 5))), expected)
