@@ -195,9 +195,7 @@ class GreedyTrainer:
         Returns:
             The records of all stages.
         """
-        require_same_directory(self.run.path, self.ranks)
-        if not self.ranks.leads:
-            self._follow()
+        if not self._leads():
             state = RunState.read(self.run)
             numbers = range(1, len(state.complete_record(0).network) + 1)
             return [state.complete_record(number) for number in numbers]
@@ -205,10 +203,12 @@ class GreedyTrainer:
         self.ranks.told()
         return records
 
-    def _follow(self) -> None:
-        """Trains with the process that leads, until that has finished."""
-        while task := self.ranks.told():
+    def _leads(self) -> bool:
+        """Returns whether this process leads; one that does not trains until that has finished."""
+        require_same_directory(self.run.path, self.ranks)
+        while not self.ranks.leads and (task := self.ranks.told()):
             self._planner.follow(Task(**task))
+        return self.ranks.leads
 
     def _lead(self, retrain_from: int | None) -> list[StageRecord]:
         if retrain_from is None and not os.access(self.run.path, os.W_OK):
@@ -311,9 +311,7 @@ class GreedyTrainer:
             UserError: the stage cannot be trained as asked, or the folder of the images has
                 changed.
         """
-        require_same_directory(self.run.path, self.ranks)
-        if not self.ranks.leads:
-            self._follow()
+        if not self._leads():
             return StageRecord.read(to or self.run.stage_dir(number))
         if not ignore_changes:
             require_unchanged_folder(self.run)
@@ -344,8 +342,7 @@ class GreedyTrainer:
             self._announce(state, ())
             self.reporter.stage_finished(record)
             return record
-        before = previous_record(state, number)
-        if before:
+        if before := previous_record(state, number):
             views, reuse = before.choices.views, before.choices.reuse
         else:
             plan = self._planner.disk(state)
@@ -366,8 +363,7 @@ class GreedyTrainer:
     ) -> StageRecord:
         source = interrupted_source(state, number, directory) if source is None else source
         training = self._planner.stage(state, number, source, views, reuse, directory)
-        before = previous_record(state, number)
-        if before and directory == self.run.stage_dir(number):
+        if (before := previous_record(state, number)) and directory == self.run.stage_dir(number):
             training.written_before = before.bytes_written
         full = write_errors_explained(self.run.path, f"stage {number}")
         with full, new_stage(directory, resume=True) as place:
@@ -392,9 +388,8 @@ class GreedyTrainer:
         with self.run.write_lock():
             state = RunState.read(self.run)
             network = self._planner.network(state)
-            repairer = StoreRepairer(
-                state, network.stages, self.device, self.reporter, self._planner.images
-            )
+            place = self.device, self.reporter, self._planner.images
+            repairer = StoreRepairer(state, network.stages, *place)
             results = [repairer.repair(number, dropped=dropped) for number in numbers]
         repairs = [repair for stage_repairs, _ in results for repair in stage_repairs]
         return repairs, [damage for _, remaining in results for damage in remaining]
