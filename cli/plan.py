@@ -93,12 +93,13 @@ def plan(
     data = data_facts(planned, fields.names_data(overrides), stated)
     computer = machine(recipe, device, refresh_device, processes)
     calibration, unknown = None, UNMEASURED if recipe.training.strategy == "greedy" else NO_STAGES
-    try:
-        calibration = Calibration.load(computer.device) if processes == 1 else None
-    except NotCalibrated as reason:
-        unknown = str(reason)
     if processes > 1:
         unknown = ALONE
+    else:
+        try:
+            calibration = Calibration.load(computer.device)
+        except NotCalibrated as reason:
+            unknown = str(reason)
     with Console(stderr=True).status("counting the memory of every step"):
         result = forecast(planned, data, computer, network, calibration)
     if as_json:

@@ -58,7 +58,7 @@ def timeless(document: str) -> dict[str, object]:
 
 
 def test_three_processes_train_the_bytes_of_one(tmp_path: Path) -> None:
-    """With checkpoints within epochs, and a rate that the held-out rows decide."""
+    """Has checkpoints within epochs, and a rate that the held-out rows decide."""
     settings = {"patience": 1, "checkpoint_minutes": 0.002}
     train(Ranks(), tmp_path / "one", "data", settings)
     together(3, train, tmp_path / "three", "stages", settings)

@@ -146,7 +146,7 @@ def test_when_the_leader_is_killed_all_end_and_the_same_command_resumes(
 
 @pytest.mark.slow
 def test_torchrun_on_two_machines_starts_again_by_itself(finished: Path, tmp_path: Path) -> None:
-    """With stores in a folder elsewhere, so that another start is not needed for these."""
+    """Has its stores in a folder elsewhere, so that another start is not needed for these."""
     run, stores = tmp_path / "run", tmp_path / "stores"
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]

@@ -110,6 +110,10 @@ class Ranks:
             dist.all_reduce(found, dist.ReduceOp.MAX)
         return int(found)
 
+    def meet(self) -> None:
+        """Waits until all processes have reached this call."""
+        self.largest(0)
+
     def stack(self, tensor: Tensor) -> Tensor:
         """Returns the tensors of all processes, which have one shape, as (size, ...)."""
         if self.size == 1:
@@ -142,10 +146,10 @@ class Ranks:
         machine first one."""
         turn = 0 if self.leads else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
         for _ in range(turn):
-            self.largest(0)
+            self.meet()
         yield
         for _ in range(turn, 2):
-            self.largest(0)
+            self.meet()
 
     @contextmanager
     def losses_named(self) -> Iterator[None]:

@@ -40,7 +40,10 @@ def machine(
     without_gpu = not torch.cuda.is_available()
     absent = device == "cuda" and without_gpu
     place = torch.device(device) if absent else pick_device(device)
-    other = pick_refresh_device(refresh_device, place, absent=without_gpu)
+    drawing, other = None, pick_refresh_device(refresh_device, place, absent=without_gpu)
+    if other is not None:
+        no_gpu = other.type == "cuda" and without_gpu
+        drawing = DrawingDevice.of(other, place.type, recipe, absent=no_gpu)
     precision, automatic = recipe.training.precision, recipe.memory.budget == "auto"
     budget = None if absent and automatic else memory_budget(recipe, place, processes)
     return Machine(
@@ -49,9 +52,5 @@ def machine(
         memory_budget_bytes=budget,
         optimizer_state=recipe.memory.optimizer_state,
         processes=processes,
-        drawing=None
-        if other is None
-        else DrawingDevice.of(
-            other, place.type, recipe, absent=other.type == "cuda" and without_gpu
-        ),
+        drawing=drawing,
     )

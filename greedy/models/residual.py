@@ -90,8 +90,8 @@ def resnet(
     """Builds the ResNet for CIFAR-10 of He et al. (2016) with ``depth`` = 6n + 2 layers: a stem, 3
     groups of n ``ResidualBlock`` of 16, 32 and 64 channels, and a linear layer.
 
-    The last block and the linear layer are one child, so that they are trained together: an average
-    over all positions leaves few features, which only the labels tell how to make.
+    The last block and the linear layer are one child, and so one stage: the linear layer sees only
+    averages over all positions, which the local loss of a block does not prepare.
 
     It maps images (B, in_channels, H, W) to logits (B, num_classes). ``feature_multiplier`` scales
     all channels. Raises ``UserError`` for another depth, and when a layer is left no channel.
