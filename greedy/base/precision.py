@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -24,6 +24,13 @@ def widened(x: Tensor) -> Tensor:
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     """Returns whether tensors hold neither infinities nor NaN, as a scalar on their device, without
     waiting for it."""
-    dense = [x.coalesce().values() if x.is_sparse else x for x in tensors]
-    nonempty = [x for x in dense if x.numel()]
-    return torch.isfinite(nn.utils.get_total_norm(nonempty, float("inf")))
+    numbers = [real for real in map(_real_numbers, tensors) if real.numel()]
+    # A CPU finds both extremes, which a NaN becomes, many times faster than the infinity norm.
+    extremes = [extreme.to(numbers[0].device) for x in numbers for extreme in torch.aminmax(x)]
+    return torch.isfinite(torch.stack(extremes)).all() if extremes else torch.tensor(True)
+
+
+def _real_numbers(x: Tensor) -> Tensor:
+    """Returns all numbers that a tensor stores, complex ones as pairs."""
+    x = x.coalesce().values() if x.is_sparse else x
+    return torch.view_as_real(x) if x.is_complex() else x
