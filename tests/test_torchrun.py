@@ -233,3 +233,23 @@ def test_mixup_needs_one_process(tmp_path: Path) -> None:
     process = start(tmp_path / "run", data__mixup="input", loss__name="pred")
     _, err = process.communicate(timeout=120)
     assert err.count("Error: mixup mixes rows that several processes have") == 1
+
+
+def test_a_divided_optimiser_state_changes_no_byte(finished: Path, tmp_path: Path) -> None:
+    train(tmp_path / "run", memory__optimizer_state="sharded")
+    assert content(tmp_path / "run") == content(finished)
+
+
+@pytest.mark.slow
+def test_a_divided_state_is_resumed_as_a_whole_one(finished: Path, tmp_path: Path) -> None:
+    """Of stage 1, whose weights are large enough to be divided."""
+    run = tmp_path / "run"
+    process = start(run, memory__optimizer_state="sharded")
+    assert process.stdout is not None
+    while "stage 1/3 linear16: epoch 1" not in process.stdout.readline():
+        assert process.poll() is None
+    process.terminate()
+    process.communicate(timeout=120)
+    assert not (run / "stage1/encoder.safetensors").exists()
+    train(run)
+    assert content(run) == content(finished)

@@ -123,6 +123,12 @@ class Ranks:
             dist.all_gather(parts, tensor.contiguous())
         return torch.stack(parts)
 
+    def complete(self, tensor: Tensor, edges: Sequence[int]) -> None:
+        """Fills a tensor (n,), of which each process has the numbers between two ``edges``."""
+        with self.losses_named():
+            for rank, (start, stop) in enumerate(pairwise(edges)):
+                dist.broadcast(tensor[start:stop], rank)
+
     def told(self, value: Any = None, rank: int = 0) -> Any:
         """Returns in every process the ``value`` of one, the leader's by default, a JSON
         document."""

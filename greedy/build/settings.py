@@ -54,7 +54,7 @@ class TrainerSettings(TypedDict, total=False):
 
     memory_budget: str
     micro_batch: int | None
-    optimizer_state: Literal["device", "host"]
+    optimizer_state: Literal["device", "host", "sharded"]
 
     views: int | Literal["auto", "live"]
     reuse: int | Literal["auto"]

@@ -27,6 +27,9 @@ class FakeRanks(Ranks):
     def add(self, tensor: Tensor) -> None:
         pass
 
+    def complete(self, tensor: Tensor, edges: Sequence[int]) -> None:
+        pass
+
     def stack(self, tensor: Tensor) -> Tensor:
         return torch.stack([torch.empty_like(tensor) for _ in range(self.size)])
 

@@ -18,6 +18,7 @@ from greedy.memory.choice import (
     stored_row_bytes,
 )
 from greedy.memory.drawing import DrawingDevice
+from greedy.memory.fake import FakeRanks
 from greedy.memory.peaks import OptimizerFactory, Replay, StepDemand, weight_bytes
 from greedy.memory.separate import why_plain
 from greedy.memory.shared import Counts
@@ -248,7 +249,9 @@ class MemoryPlan:
         """What makes the optimiser of a stage; ``None`` if its state is in host memory."""
         if self.recipe.memory.optimizer_state == "host":
             return None
-        return self.optimizer or factory(self.recipe.training)
+        is_sharded = self.recipe.memory.optimizer_state == "sharded"
+        sharers = FakeRanks(0, self.processes if is_sharded else 1)
+        return self.optimizer or factory(self.recipe.training, sharers)
 
     def at_once(self) -> Choice:
         """Returns how all stages train at once. Raises ``UserError`` if that does not fit the

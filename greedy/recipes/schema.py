@@ -276,8 +276,10 @@ class Memory(Section):
     micro_batch: Count | None = Field(
         default=None, description="Rows of a micro-batch; absent: as many as the budget allows."
     )
-    optimizer_state: Literal["device", "host"] = Field(
-        default="device", description="Where the optimiser's moments are."
+    optimizer_state: Literal["device", "host", "sharded"] = Field(
+        default="device",
+        description="Where the optimiser's moments are; sharded: on the device, each process of "
+        "torchrun has a part.",
     )
 
 

@@ -7,9 +7,10 @@ import torch
 from greedy.base.devices import is_out_of_memory
 from greedy.base.errors import TrainingError
 from greedy.steps.host_state import HostAdam, HostSGD, OnHost
+from greedy.steps.sharded_state import ShardedAdam, ShardedSGD
 
-ADAMS = (torch.optim.Adam, torch.optim.AdamW, HostAdam)
-SGDS = (torch.optim.SGD, HostSGD)
+ADAMS = (torch.optim.Adam, torch.optim.AdamW, HostAdam, ShardedAdam)
+SGDS = (torch.optim.SGD, HostSGD, ShardedSGD)
 
 
 def make_moments(optimizer: torch.optim.Optimizer, number: int) -> None:

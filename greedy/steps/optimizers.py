@@ -9,8 +9,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from greedy.base.ranks import ALONE, Ranks
 from greedy.recipes import Training
 from greedy.steps.host_state import HostAdam, HostSGD
+from greedy.steps.sharded_state import ShardedAdam, ShardedSGD
 
 NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -21,6 +23,7 @@ def make_optimizer(
     rate: float = 1e-3,
     *,
     on_host: bool = False,
+    sharers: Ranks = ALONE,
 ) -> torch.optim.Optimizer:
     """Makes the optimiser that a recipe names.
 
@@ -29,22 +32,29 @@ def make_optimizer(
         parameters: parameters, or groups of them.
         rate: the learning rate.
         on_host: whether its state is in host memory.
+        sharers: the processes that its state is divided over.
     """
     settings: dict[str, Any] = {"lr": rate, "weight_decay": training.weight_decay}
     if training.optimizer == "sgd":
         settings |= {"momentum": training.momentum, "nesterov": training.nesterov}
         if on_host:
             return HostSGD(parameters, **settings)
+        if sharers.size > 1:
+            return ShardedSGD(parameters, sharers, **settings)
         return torch.optim.SGD(parameters, **settings, fused=True)
     settings["decoupled_weight_decay"] = training.optimizer == "adamw"
     if on_host:
         return HostAdam(parameters, **settings)
+    if sharers.size > 1:
+        return ShardedAdam(parameters, sharers, **settings)
     return torch.optim.Adam(parameters, **settings, fused=True)
 
 
-def factory(training: Training) -> Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]:
+def factory(
+    training: Training, sharers: Ranks = ALONE
+) -> Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]:
     """Returns a function that makes the optimiser that a recipe names of some parameters."""
-    return partial(make_optimizer, training)
+    return partial(make_optimizer, training, sharers=sharers)
 
 
 def undecayed(modules: Iterable[nn.Module]) -> set[nn.Parameter]:

@@ -91,16 +91,17 @@ class Checkpoints:
         self.start.write(self.training)
 
     def save(self, progress: Progress, sums: Sequence[Sums] = ()) -> None:
-        """Writes a checkpoint, then deletes the one before it. Processes that train some of the
-        stages each call this at the same position.
+        """Writes a checkpoint, then deletes the one before it. All processes call this at the same
+        position: each has some of the stages, or of the optimisers' state.
 
         Args:
             progress: the position in the training.
             sums: each stage's sums over the epoch so far, within an epoch.
         """
+        states = [optimizer.state_dict() for optimizer in self.strategy.optimizers]
         if not (self.writes or self.relay.ranks.size > 1):
             return
-        tensors, optimizers = self._state(sums)
+        tensors, optimizers = self._state(states, sums)
         if not self.writes:
             write_parts(self._part(self.relay.ranks.rank), file_parts(tensors))
         optimizers = self.relay.gathered(optimizers)  # after which all parts are there
@@ -111,8 +112,10 @@ class Checkpoints:
         self.relay.ranks.told()  # a process that ends now would end the one that writes
         self._saved, self.last = time.monotonic(), str(progress)
 
-    def _state(self, sums: Sequence[Sums]) -> tuple[dict[str, Tensor], list[Any]]:
-        """Returns the tensors of this process's stages, and the rest of its optimisers' state."""
+    def _state(
+        self, states: Sequence[dict[str, Any]], sums: Sequence[Sums]
+    ) -> tuple[dict[str, Tensor], list[Any]]:
+        """Returns the tensors of this process's stages, and the rest of its optimisers' states."""
         tensors = {
             f"{name}.{key}": value
             for name, module in self._modules().items()
@@ -123,8 +126,8 @@ class Checkpoints:
                 if isinstance(value, Tensor):
                     tensors[f"{index}.sums.{name}"] = value
         optimizers = [
-            pack(optimizer.state_dict(), f"optimizer.{index}", tensors)
-            for index, optimizer in enumerate(self.strategy.optimizers, start=self.first)
+            pack(state, f"optimizer.{index}", tensors)
+            for index, state in enumerate(states, start=self.first)
         ]
         return tensors, optimizers
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from greedy.base.devices import preferred_layout
+from greedy.base.ranks import ALONE, Ranks
 from greedy.losses import LocalLoss
 from greedy.memory.peaks import OptimizerFactory
 from greedy.models import Stage, StageShapes, initialise, seeded
@@ -71,18 +72,26 @@ def new_optimizer(
     without_decay: AbstractSet[nn.Parameter] = frozenset(),
     *,
     own_rates: bool = False,
+    ranks: Ranks = ALONE,
 ) -> torch.optim.Optimizer:
     """Makes the optimiser of stage ``number``: the factory's if there is one, else the recipe's
     with its moments. All groups begin at the recipe's rate, or with ``own_rates`` at their own.
-    ``without_decay`` are parameters that the recipe's weight decay leaves alone."""
+    ``without_decay`` are parameters that the recipe's weight decay leaves alone, ``ranks`` the
+    processes that train the stage together."""
     rate = for_stage(recipe.training.learning_rate, number)
     if factory is not None:
         optimizer = factory(parameters)
         set_first_rates([optimizer], None if own_rates else rate)
     else:
         groups = decay_groups(parameters, without_decay) if recipe.training.weight_decay else None
-        on_host = recipe.memory.optimizer_state == "host"
-        optimizer = make_optimizer(recipe.training, groups or parameters, rate, on_host=on_host)
+        place = recipe.memory.optimizer_state
+        optimizer = make_optimizer(
+            recipe.training,
+            groups or parameters,
+            rate,
+            on_host=place == "host",
+            sharers=ranks if place == "sharded" else ALONE,
+        )
     make_moments(optimizer, number)
     return optimizer
 

@@ -164,6 +164,7 @@ class NetworkTraining:
                 self.optimizer,
                 without_decay,
                 own_rates=self.own_rates,
+                ranks=self.source.ranks,
             ),
             exact=training.exact,
             relay=self.relay,

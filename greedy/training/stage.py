@@ -217,6 +217,7 @@ class StageTraining:
             self.optimizer,
             learner.undecayed(),
             own_rates=self.own_rates,
+            ranks=self.source.ranks,
         )
         learner.smaller = self.smaller
         return learner

@@ -1,0 +1,14 @@
+"""Optimiser states that are divided over processes."""
+
+import pytest
+from ranked import together
+from sharded_states import KINDS, compare_with_undivided, count_numbers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_and_states_are_those_of_an_undivided_one(kind: str) -> None:
+    together(3, compare_with_undivided, kind)
+
+
+def test_each_process_has_its_part_of_what_is_large() -> None:
+    together(2, count_numbers)
