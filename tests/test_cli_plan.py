@@ -160,6 +160,19 @@ def test_moments_in_host_memory_leave_the_device(folder):
         assert a["peak_memory_bytes"] > b["peak_memory_bytes"]
 
 
+def test_divided_moments_take_their_share(folder):
+    """Half of two moments in float32 of the weights of layer and similarity head."""
+    plan = ("--recipe", "mlp.toml", "--set", "model.hidden_width=256", "--processes", 2)
+    whole, divided = planned(*plan), planned(*plan, "--optimizer-state", "sharded")
+    saved = [
+        one["peak_memory_bytes"] - other["peak_memory_bytes"]
+        for one, other in zip(whole["stages"], divided["stages"], strict=True)
+    ]
+    assert saved[0] == (784 + 256) * 256 * 4
+    told = refused("plan", *map(str, plan), "--memory-budget", "1MiB")
+    assert "--optimizer-state sharded" in told.replace("\n", " ")
+
+
 def test_a_run_is_planned_from_what_it_has(folder):
     """And its plan for the disk is the one that `train` prints."""
     wide = ("--recipe", "mlp.toml", "--set", "model.hidden_width=256", "--encoding", "float32")
