@@ -171,6 +171,10 @@ def test_divided_moments_take_their_share(folder):
     assert saved[0] == (784 + 256) * 256 * 4
     told = refused("plan", *map(str, plan), "--memory-budget", "1MiB")
     assert "--optimizer-state sharded" in told.replace("\n", " ")
+    told = refused(
+        "plan", *map(str, plan), "--memory-budget", "1MiB", "--optimizer-state", "sharded"
+    )
+    assert "--optimizer-state sharded" not in told.replace("\n", " ")
 
 
 def test_a_run_is_planned_from_what_it_has(folder):

@@ -242,7 +242,7 @@ def test_a_divided_optimiser_state_changes_no_byte(finished: Path, tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_divided_state_is_resumed_as_a_whole_one(finished: Path, tmp_path: Path) -> None:
-    """Of stage 1, whose weights are large enough to be divided."""
+    """Only the weights of stage 1 are large enough to be divided."""
     run = tmp_path / "run"
     process = start(run, memory__optimizer_state="sharded")
     assert process.stdout is not None

@@ -249,12 +249,11 @@ def _refusal(demand: StepDemand, least: Choice, budget: int, micro_batch: int | 
     rows = f" and micro-batches of {micro_batch}" if micro_batch else ""
     lower = "memory.micro_batch or " if micro_batch and micro_batch > 1 else ""
     state = " and the optimiser's state" if demand.optimizer else ""
-    divided = ", divide it with --optimizer-state sharded" if demand.processes > 1 else ""
-    way_out = (
-        f", keep the optimiser's state in host memory with --optimizer-state host{divided}"
-        if demand.optimizer
-        else ""
-    )
+    way_out = ""
+    if demand.optimizer and demand.processes > 1 and not demand.is_divided:
+        way_out += ", divide the optimiser's state with --optimizer-state sharded"
+    if demand.optimizer:
+        way_out += ", keep the optimiser's state in host memory with --optimizer-state host"
     return (
         f"stage {demand.stage.number} ({demand.stage.name}) takes at least "
         f"{format_size(least.peak_bytes)} ({format_size(parameters)} for weights, gradients{state}"

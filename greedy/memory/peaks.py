@@ -71,6 +71,7 @@ class StepDemand:
         replay: the frozen stages between the source and the stage, if any.
         other_resident_bytes: bytes of other stages on the device, needed to draw views.
         processes: the number of processes that compute a batch together; the memory is that of one.
+        is_divided: whether they have divided the optimiser's state among them.
         why_plain: why the stage has no mode but ``plain``; empty if it has all.
         counts: what was counted before for equal stages, and what is counted now.
     """
@@ -87,6 +88,7 @@ class StepDemand:
     replay: Replay | None = None
     other_resident_bytes: int = 0
     processes: int = 1
+    is_divided: bool = False
     why_plain: str = ""
     counts: Counts = field(default_factory=Counts, compare=False, repr=False)
 

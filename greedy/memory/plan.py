@@ -240,6 +240,7 @@ class MemoryPlan:
             ),
             self._replay(source, number),
             processes=self.processes,
+            is_divided=self._is_divided,
             why_plain=self.why_plain(number),
             counts=self._counts,
         )
@@ -249,9 +250,12 @@ class MemoryPlan:
         """What makes the optimiser of a stage; ``None`` if its state is in host memory."""
         if self.recipe.memory.optimizer_state == "host":
             return None
-        is_sharded = self.recipe.memory.optimizer_state == "sharded"
-        sharers = FakeRanks(0, self.processes if is_sharded else 1)
+        sharers = FakeRanks(0, self.processes if self._is_divided else 1)
         return self.optimizer or factory(self.recipe.training, sharers)
+
+    @property
+    def _is_divided(self) -> bool:
+        return self.recipe.memory.optimizer_state == "sharded"
 
     def at_once(self) -> Choice:
         """Returns how all stages train at once. Raises ``UserError`` if that does not fit the

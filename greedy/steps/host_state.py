@@ -7,6 +7,14 @@ import torch
 from torch import Tensor, nn
 
 
+def parameter_groups(
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Returns what torch's optimisers take, parameters or groups of them, as groups."""
+    given: list[Any] = list(parameters)
+    return given if isinstance(given[0], dict) else [{"params": given}]
+
+
 class OnHost(torch.optim.Optimizer):
     """An optimiser for parameters on a device, computed by the CPU: the device holds weights and
     gradients but no state. Each step copies both to the host and the weights back; from CUDA
@@ -16,8 +24,7 @@ class OnHost(torch.optim.Optimizer):
     def __init__(
         self, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], **settings: Any
     ) -> None:
-        given: list[Any] = list(parameters)
-        groups = given if isinstance(given[0], dict) else [{"params": given}]
+        groups = parameter_groups(parameters)
         self.trained: list[nn.Parameter] = [p for group in groups for p in group["params"]]
         self._pinned = self.trained[0].device.type == "cuda"
         self._gradients = [self._beside(p) if self._pinned else None for p in self.trained]

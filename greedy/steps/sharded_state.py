@@ -8,11 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from greedy.base.ranks import Ranks
+from greedy.steps.host_state import parameter_groups
 
 SMALLEST = 4096  # numbers of a parameter; the state of a smaller one saves less than messages cost
-UNIT = (
-    64  # numbers; a vector register never spans two parts, whose numbers are then those of a whole
-)
+UNIT = 64  # numbers; parts begin at multiples, so that vectors of a processor are those of the whole
 
 
 class Sharded(torch.optim.Optimizer):
@@ -28,8 +27,7 @@ class Sharded(torch.optim.Optimizer):
         ranks: Ranks,
         **settings: Any,
     ) -> None:
-        given: list[Any] = list(parameters)
-        groups = given if isinstance(given[0], dict) else [{"params": given}]
+        groups = parameter_groups(parameters)
         self.trained: list[nn.Parameter] = [p for group in groups for p in group["params"]]
         self._ranks = ranks
         parts = [
@@ -80,7 +78,9 @@ class Sharded(torch.optim.Optimizer):
         return zip(parts, self.trained, strict=True)
 
     def _divides(self, parameter: Tensor) -> bool:
-        return parameter.numel() >= SMALLEST
+        return parameter.numel() >= max(
+            SMALLEST, UNIT * self._ranks.size
+        )  # so that no part is empty
 
     def _edges(self, parameter: Tensor) -> list[int]:
         """Returns where in a parameter the processes' parts begin, and where the last one ends."""
