@@ -11,7 +11,7 @@ from greedy.base.ranks import Ranks
 from greedy.steps.host_state import parameter_groups
 
 SMALLEST = 4096  # numbers of a parameter; the state of a smaller one saves less than messages cost
-UNIT = 64  # numbers; parts begin at multiples, so that vectors of a processor are those of the whole
+UNIT = 64  # numbers; where parts begin, so that vector registers hold the same numbers as undivided
 
 
 class Sharded(torch.optim.Optimizer):
