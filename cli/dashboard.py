@@ -276,9 +276,9 @@ class Dashboard(Lines):
 def sparkline(values: Sequence[float]) -> str:
     """Draws the last ``SPARKS`` numbers as a line of bars between the least and the largest."""
     recent = values[-SPARKS:]
-    low, high = min(recent), max(recent)
-    steps = (len(TICKS) - 1) / (high - low) if high > low else 0.0
-    return "".join(TICKS[round((value - low) * steps)] for value in recent)
+    low = min(recent)
+    span = max(recent) - low or 1.0
+    return "".join(TICKS[round((value - low) / span * (len(TICKS) - 1))] for value in recent)
 
 
 def _error(report: EpochReport) -> float | None:
