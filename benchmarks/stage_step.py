@@ -48,7 +48,7 @@ from greedy.steps.strategies import Greedy
 from greedy.stores.source import EpochBatches, ImagePreparation, Source
 from greedy.training.learners import new_learner, new_optimizer
 from greedy.training.loop import Epochs
-from greedy.training.resolve import compiles, resolve
+from greedy.training.resolve import compiles, resolve, unfolds
 from greedy.training.schedule import Milestones
 
 IMAGE: Shape = (3, 32, 32)
@@ -193,7 +193,15 @@ def stages(
         augmentation = Augmentation.parse("crop4+hflip")
         images = ImagePreparation([0.4] * 3, [0.3] * 3, augmentation) if first else None
         source = TimedSource(stage.number - 1, path, stores, device, 0, images)
-        choices = resolve(recipe, stores["train"], 1, plain, device, compiled=compiled)
+        choices = resolve(
+            recipe,
+            stores["train"],
+            1,
+            plain,
+            device,
+            compiled=compiled,
+            unfolded=unfolds(recipe, shape.hidden, device),
+        )
         learner = new_learner(stage, shape, loss, CLASSES, recipe, choices, device, zero=is_output)
         learner.graph_rows = learner.graph_rows if graphs else 0
         learner.optimizer = new_optimizer(learner.parameters(), recipe, stage.number, None)

@@ -1,5 +1,8 @@
 """Every name of torch that is private: what a new version of torch may change is in this file."""
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -24,6 +27,7 @@ __all__ = [
     "POOLS",
     "TorchDispatchMode",
     "clear_cublas_workspaces",
+    "function_modes",
     "generators",
     "group_store",
     "has_hooks",
@@ -78,6 +82,21 @@ def generators(device: torch.device) -> list[torch.Generator]:
     if device.type == "mps":
         found.append(torch.mps._get_default_mps_generator())
     return found
+
+
+def function_modes() -> Callable[[], AbstractContextManager[None]]:
+    """Returns what makes a context with the modes of torch's functions that are on here, for a
+    backward pass, which torch runs without them."""
+    modes = torch.overrides._get_current_function_mode_stack()
+
+    @contextmanager
+    def modes_again() -> Iterator[None]:
+        with ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            yield
+
+    return modes_again
 
 
 def group_store() -> dist.Store:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from greedy.base.torch_private import function_modes
 from greedy.exact.rows import KeptRows
 
 CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d)
@@ -90,6 +91,7 @@ class Recalled(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.geometry, ctx.groups = call.geometry, call.groups
         ctx.sizes = None if bias is None else list(bias.shape)
+        ctx.modes = function_modes()
         return known.detach()  # another tensor, which may have a history
 
     @staticmethod
@@ -101,9 +103,10 @@ class Recalled(torch.autograd.Function):
         if weight.dim() == 2:
             found = _linear_backward(*given, needed)
         else:
-            found = torch.ops.aten.convolution_backward(
-                *given, ctx.sizes, *ctx.geometry, False, [0] * (g.dim() - 2), ctx.groups, needed
-            )
+            with ctx.modes():
+                found = torch.ops.aten.convolution_backward(
+                    *given, ctx.sizes, *ctx.geometry, False, [0] * (g.dim() - 2), ctx.groups, needed
+                )
         return *(found[i] if need else None for i, need in enumerate(needed)), None, None
 
 

@@ -38,7 +38,7 @@ from greedy.steps.strategies import Greedy
 from greedy.stores.source import EpochBatches, Replayed, Source
 from greedy.training.calibration import Measured, Work
 from greedy.training.learners import new_learner, new_optimizer
-from greedy.training.resolve import compiles, resolve
+from greedy.training.resolve import compiles, resolve, unfolds
 
 SIDES = (1024, 2048, 4096)  # of the matrices whose products give the peak
 PRODUCTS, PRODUCT_SECONDS = 5, 2.0  # at most, for each side
@@ -163,14 +163,22 @@ class Bench:
 
     def _learner(self, number: int, choice: Choice, source: Source) -> Learner:
         shapes, rows = self.memory.network.shapes[number - 1], self.data.rows["train"]
-        compiled = compiles(self.recipe, number, shapes.hidden, rows, choice, self.device)
+        choices = resolve(
+            self.recipe,
+            source.stores["train"],
+            1,
+            choice,
+            self.device,
+            compiled=compiles(self.recipe, number, shapes.hidden, rows, choice, self.device),
+            unfolded=unfolds(self.recipe, shapes.hidden, self.device),
+        )
         learner = new_learner(
             deepcopy(self.memory.network.stages[number - 1]),
             shapes,
             self.memory.loss_of(number),
             self.data.classes,
             self.recipe,
-            resolve(self.recipe, source.stores["train"], 1, choice, self.device, compiled=compiled),
+            choices,
             self.device,
             zero=number == len(self.memory.network.stages),
         )

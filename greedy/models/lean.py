@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.grad import conv2d_weight
 
+from greedy.base.torch_private import function_modes
+
 Layer = nn.Conv2d | nn.Linear
 
 SLICE_BYTES = 8 * 2**20  # of a weight's gradient that are computed at a time
@@ -81,15 +83,16 @@ class _Lean(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, layer: Layer) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x)
-        ctx.layer = layer
+        ctx.layer, ctx.modes = layer, function_modes()
         return forward(layer, x)
 
     @staticmethod
     def backward(ctx, g: Tensor):  # type: ignore[no-untyped-def]
         (x,) = ctx.saved_tensors
-        add_weight_gradient(ctx.layer, x.to(g.dtype), g, ctx.layer.weight.grad)
-        needed = ctx.needs_input_grad[0]
-        return input_gradient(ctx.layer, x, g) if needed else None, None, None
+        with ctx.modes():
+            add_weight_gradient(ctx.layer, x.to(g.dtype), g, ctx.layer.weight.grad)
+            needed = ctx.needs_input_grad[0]
+            return input_gradient(ctx.layer, x, g) if needed else None, None, None
 
 
 def _channels(layer: Layer) -> int:

@@ -146,6 +146,7 @@ class Choices(_Decided):
     write_batch: Size
     threads: Annotated[int, Field(ge=1, le=4096)]
     compile: bool = False
+    unfold: bool = False
     deterministic: bool = False
     memory_reduced: bool = False
 

@@ -1,6 +1,7 @@
 """The optimiser step of a stage on one batch."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from traceback import clear_frames
@@ -30,6 +31,7 @@ from greedy.steps.optimizers import undecayed
 from greedy.steps.parts import Parts, parts_of
 from greedy.steps.scaling import LossScale
 from greedy.steps.shared import SharedNorms, add_gradients, whole_features
+from greedy.steps.unfolded import Unfolded
 from greedy.stores.source import Batch
 
 
@@ -50,6 +52,7 @@ class Learner:
         compiling_failed: why compiling failed; empty if it did not.
         graph_rows: the size of the batches whose gradients are launched as a CUDA graph in the
             plain mode; 0 for none. A graph keeps memory, and gives the same numbers.
+        unfolds: whether convolutions of small maps are computed as matrix products.
         memory: the memory mode of a step; replaced by a smaller one if memory runs out.
         smaller: chooses that smaller one from what the plan has counted; returns ``None`` if
             nothing is smaller. Without it the next mode is taken.
@@ -71,6 +74,7 @@ class Learner:
     compiled_rows: int = 0
     compiling_failed: str = ""
     graph_rows: int = 0
+    unfolds: bool = False
     memory: StepMemory = field(default_factory=StepMemory)
     smaller: Callable[["Learner"], StepMemory | None] | None = None
     host: torch.device = field(default_factory=lambda: torch.device("cpu"))
@@ -274,7 +278,11 @@ def _smaller(learner: Learner, error: Exception) -> StepMemory | None:
 def gradients(learner: Learner, batch: Batch) -> tuple[Tensor, Tensor | None]:
     """Computes the gradients of a batch's loss, times its scale, into every parameter's ``grad``.
     Returns loss and logits as ``step`` does."""
-    y = learner.targets(batch)
+    with Unfolded() if learner.unfolds else nullcontext():
+        return _gradients(learner, batch, learner.targets(batch))
+
+
+def _gradients(learner: Learner, batch: Batch, y: Tensor) -> tuple[Tensor, Tensor | None]:
     if learner.memory.mode is Mode.PLAIN:
         return _plain_gradients(learner, batch, y)
     if learner.parts is None:

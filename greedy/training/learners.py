@@ -50,6 +50,7 @@ def new_learner(
         scale=LossScale().to(device) if choices.precision == "float16" else None,
         compiled_rows=recipe.training.batch_size if choices.compile else 0,
         graph_rows=recipe.training.batch_size if graphs(recipe, choices, device) else 0,
+        unfolds=choices.unfold,
         memory=choices.memory,
         shape=shapes.hidden,
     )

@@ -2,7 +2,7 @@
 
 import torch
 
-from greedy.base.devices import available_memory, pick_precision
+from greedy.base.devices import available_memory, has_amx, pick_precision
 from greedy.base.sizes import parse_size
 from greedy.cache import Store
 from greedy.memory.choice import Choice, memory_budget
@@ -11,6 +11,7 @@ from greedy.recipes import Recipe
 from greedy.recipes.per_stage import encoding, for_stage
 from greedy.runs.choices import Choices, Mode
 from greedy.runs.views import Views
+from greedy.steps.unfolded import UNFOLDED_POSITIONS
 
 COMPILED_STEPS = 5000  # each saves a tenth, compiling takes 10 to 40 s
 KEPT_SHARE = 1 / 3  # of a step's memory: the most freed memory that stays with the process
@@ -26,6 +27,7 @@ def resolve(
     *,
     reuse: int = 0,
     compiled: bool = False,
+    unfolded: bool = False,
     fresh: bool = False,
     processes: int = 1,
 ) -> Choices:
@@ -36,6 +38,7 @@ def resolve(
         reuse: epochs after which one of them is replaced, 0 for never.
         memory: of its step.
         compiled: whether its step is compiled.
+        unfolded: whether convolutions of small maps are computed as matrix products.
         fresh: whether its rows are read from the data set instead.
         processes: the number of processes on this machine, each of which holds a store.
     """
@@ -50,6 +53,7 @@ def resolve(
             **memory.recorded(),
             "threads": torch.get_num_threads(),
             "compile": compiled,
+            **({"unfold": True} if unfolded else {}),
             "deterministic": recipe.training.deterministic,
         }
     )
@@ -109,6 +113,19 @@ def compiles(
     steps = for_stage(training.epochs, number) * rows // training.batch_size
     pays = len(hidden) == 3 and steps >= COMPILED_STEPS and not training.deterministic
     return training.compile == "on" or pays
+
+
+def unfolds(recipe: Recipe, hidden: Shape, device: torch.device) -> bool:
+    """Returns whether a stage's convolutions of small maps are computed as matrix products: in
+    bfloat16 on a CPU with AMX, where that is faster for all of them. A choice by timing would
+    differ between two equal runs.
+
+    Args:
+        hidden: the shape of a row of its activation.
+    """
+    bfloat16 = pick_precision(recipe.training.precision, device) == "bfloat16"
+    is_small = len(hidden) == 3 and hidden[1] * hidden[2] <= UNFOLDED_POSITIONS
+    return is_small and bfloat16 and device.type == "cpu" and has_amx()
 
 
 def graphs(recipe: Recipe, choices: Choices, device: torch.device) -> bool:

@@ -1,0 +1,191 @@
+"""Convolutions of small maps as matrix products."""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from interrupting import Listener
+from small_training import CLASSES, noise
+from small_training import new_trainer as small_trainer
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from greedy import GreedyTrainer, Reporter
+from greedy.base.errors import Interrupted
+from greedy.base.precision import autocast
+from greedy.losses import PredSim
+from greedy.models import cut
+from greedy.runs.choices import Mode, StepMemory
+from greedy.steps.step import Learner, gradients
+from greedy.steps.unfolded import Unfolded
+from greedy.stores.source import Batch
+from greedy.training import resolve
+
+SMALL = [(4, 4), (1, 1), (2, 3), (3, 5), (1, 16), (16, 1)]
+RUNS = "whole", "resumed"
+DATA = noise(64), noise(16)
+BFLOAT16 = float(torch.finfo(torch.bfloat16).eps)
+
+
+def computed(layer: nn.Module, x: Tensor, precision: str, *, unfolded: bool) -> list[Tensor]:
+    """Returns a layer's output, and the gradients of its input and parameters."""
+    layer, x = deepcopy(layer), x.clone().requires_grad_()
+    with autocast("cpu", precision):
+        if unfolded:
+            with Unfolded():
+                out = layer(x)
+        else:
+            out = layer(x)
+    slopes = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
+    out.backward(slopes.to(out.dtype))
+    assert x.grad is not None
+    return [out.detach(), x.grad, *(p.grad for p in layer.parameters())]
+
+
+def far(actual: Tensor, expected: Tensor) -> float:
+    """Returns the distance of two tensors as a share of the second."""
+    assert actual.shape == expected.shape
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", SMALL)
+def test_products_err_as_little_as_convolutions_in_bfloat16(
+    size: tuple[int, int], bias: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Conv2d(7, 12, 3, padding=1, bias=bias)
+    x = torch.randn(9, 7, *size)
+    exact = computed(layer, x, "float32", unfolded=False)
+    usual = computed(layer, x, "bfloat16", unfolded=False)
+    products = computed(layer, x, "bfloat16", unfolded=True)
+    for product, convolution, truth in zip(products, usual, exact, strict=True):
+        assert product.dtype == convolution.dtype
+        assert far(product, truth) <= 1.2 * far(convolution, truth) + BFLOAT16 / 4
+
+
+def test_large_batches_are_unfolded_in_parts() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(128, 8, 3, padding=1), torch.randn(1000, 128, 4, 4)
+    exact = computed(layer, x, "float32", unfolded=False)
+    for product, truth in zip(computed(layer, x, "bfloat16", unfolded=True), exact, strict=True):
+        assert far(product, truth) <= BFLOAT16
+
+
+@pytest.mark.parametrize(
+    ("layer", "size", "precision"),
+    [
+        (nn.Conv2d(4, 4, 3, padding=1), (5, 4), "bfloat16"),
+        (nn.Conv2d(4, 4, 3, padding=1), (4, 4), "float32"),
+        (nn.Conv2d(4, 4, 3, padding=1, stride=2), (4, 4), "bfloat16"),
+        (nn.Conv2d(4, 4, 3, padding=2, dilation=2), (4, 4), "bfloat16"),
+        (nn.Conv2d(4, 4, 3, padding=1, groups=2), (4, 4), "bfloat16"),
+        (nn.Conv2d(4, 4, 3), (4, 4), "bfloat16"),
+        (nn.Conv2d(4, 4, 3, padding="same"), (4, 4), "bfloat16"),
+        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), (2, 2), "bfloat16"),
+        (nn.Conv2d(4, 4, 1), (4, 4), "bfloat16"),
+        (nn.ConvTranspose2d(4, 4, 3, padding=1), (4, 4), "bfloat16"),
+    ],
+    ids=str,
+)
+def test_other_convolutions_are_as_ever(
+    layer: nn.Module, size: tuple[int, int], precision: str
+) -> None:
+    x = torch.randn(3, 4, *size, generator=torch.Generator().manual_seed(1))
+    usual = computed(layer, x, precision, unfolded=False)
+    for value, expected in zip(computed(layer, x, precision, unfolded=True), usual, strict=True):
+        torch.testing.assert_close(value, expected, rtol=0, atol=0)
+
+
+def test_a_map_without_a_batch_is_as_ever() -> None:
+    layer, x = nn.Conv2d(4, 4, 3, padding=1), torch.ones(4, 4, 4, dtype=torch.bfloat16)
+    layer.bfloat16()
+    with Unfolded():
+        assert torch.equal(layer(x), layer(x[None])[0])
+
+
+def stage_gradients(
+    layers: list[nn.Module], memory: StepMemory, precision: str, *, unfolds: bool
+) -> dict[str, Tensor]:
+    """Returns the gradients of a stage over maps of 4x4, and of its heads."""
+    torch.manual_seed(0)
+    stage = cut(nn.Sequential(*layers, nn.Flatten(), nn.Linear(12 * 16, CLASSES)), 2)[0]
+    loss = PredSim(pool_target=32)
+    learner = Learner(stage, loss.heads((12, 4, 4), CLASSES), loss, CLASSES, precision)
+    for parameter in learner.heads.parameters():  # the classifier begins at 0
+        nn.init.normal_(parameter, std=0.1)
+    learner.memory, learner.unfolds = memory, unfolds
+    learner.train()
+    x = torch.randn(32, 6, 4, 4)
+    gradients(learner, Batch(torch.arange(32) % CLASSES, x.__getitem__))
+    modules = {"stage": learner.stage, "heads": learner.heads}
+    return {f"{m}.{k}": p.grad for m in modules for k, p in modules[m].named_parameters()}
+
+
+class Convolutions(TorchDispatchMode):
+    """The names of torch's operators of convolutions that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "conv" in (name := function.name()):
+            self.names.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def convolution(channels: int, out: int) -> list[nn.Module]:
+    return [nn.Conv2d(channels, out, 3, padding=1, bias=False), nn.BatchNorm2d(out), nn.ReLU()]
+
+
+@pytest.mark.parametrize("mode", Mode)
+@pytest.mark.parametrize("is_block", [False, True])
+def test_every_mode_computes_products(is_block: bool, mode: Mode) -> None:
+    layers = convolution(6, 8) + convolution(8, 12) if is_block else convolution(6, 12)
+    plain = StepMemory(Mode.PLAIN)
+    exact = stage_gradients(layers, plain, "float32", unfolds=False)
+    usual = stage_gradients(layers, StepMemory(mode, 8), "bfloat16", unfolds=False)
+    seen = Convolutions()
+    with seen:
+        products = stage_gradients(layers, StepMemory(mode, 8), "bfloat16", unfolds=True)
+    assert not seen.names
+    for name, truth in exact.items():
+        error = far(usual[name], truth)
+        assert far(products[name], truth) <= 2 * error + BFLOAT16, name
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    first, second = convolution(1, 4), convolution(4, 6)
+    output = [nn.Flatten(), nn.Linear(6 * 16, CLASSES)]
+    return nn.Sequential(*first, nn.MaxPool2d(2), *second, *output)
+
+
+def new_trainer(run: Path, reporter: Reporter | None = None) -> GreedyTrainer:
+    settings = {"precision": "bfloat16", "views": 1, "checkpoint_minutes": 0}
+    return small_trainer(run, network(), reporter=reporter, **settings)
+
+
+def unfold(run: Path, stage: int) -> bool | None:
+    """Returns what was decided of a stage's small maps; ``None`` for nothing."""
+    record = json.loads((run / f"stage{stage}/stage.json").read_text())
+    return record["resolved"].get("unfold")
+
+
+def test_a_stage_goes_on_as_it_began_on_another_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resolve, "has_amx", lambda: True)
+    new_trainer(tmp_path / "whole").fit(*DATA)
+    chosen = [unfold(tmp_path / "whole", number) for number in (1, 2, 3)]
+    assert chosen == [None, True, None]  # maps of 8x8, of 4x4, and none
+    with pytest.raises(Interrupted):
+        new_trainer(tmp_path / "resumed", Listener(interrupted=2)).fit(*DATA)
+    monkeypatch.setattr(resolve, "has_amx", lambda: False)
+    new_trainer(tmp_path / "resumed").fit(*DATA)
+    for name in ("encoder", "heads"):
+        whole, resumed = (tmp_path / run / f"stage2/{name}.safetensors" for run in RUNS)
+        assert resumed.read_bytes() == whole.read_bytes()
