@@ -25,7 +25,7 @@ from greedy.training import resolve
 
 SMALL = [(4, 4), (1, 1), (2, 3), (3, 5), (1, 16), (16, 1)]
 RUNS = "whole", "resumed"
-DATA = noise(64), noise(16)
+DATA = noise(32), noise(8)
 BFLOAT16 = float(torch.finfo(torch.bfloat16).eps)
 
 
@@ -56,8 +56,8 @@ def test_products_err_as_little_as_convolutions_in_bfloat16(
     size: tuple[int, int], bias: bool
 ) -> None:
     torch.manual_seed(0)
-    layer = nn.Conv2d(7, 12, 3, padding=1, bias=bias)
-    x = torch.randn(9, 7, *size)
+    layer = nn.Conv2d(260, 70, 3, padding=1, bias=bias)
+    x = torch.randn(5, 260, *size)
     exact = computed(layer, x, "float32", unfolded=False)
     usual = computed(layer, x, "bfloat16", unfolded=False)
     products = computed(layer, x, "bfloat16", unfolded=True)
@@ -68,7 +68,7 @@ def test_products_err_as_little_as_convolutions_in_bfloat16(
 
 def test_large_batches_are_unfolded_in_parts() -> None:
     torch.manual_seed(0)
-    layer, x = nn.Conv2d(128, 8, 3, padding=1), torch.randn(1000, 128, 4, 4)
+    layer, x = nn.Conv2d(512, 128, 3, padding=1), torch.randn(130, 512, 4, 4)
     exact = computed(layer, x, "float32", unfolded=False)
     for product, truth in zip(computed(layer, x, "bfloat16", unfolded=True), exact, strict=True):
         assert far(product, truth) <= BFLOAT16
@@ -77,31 +77,32 @@ def test_large_batches_are_unfolded_in_parts() -> None:
 @pytest.mark.parametrize(
     ("layer", "size", "precision"),
     [
-        (nn.Conv2d(4, 4, 3, padding=1), (5, 4), "bfloat16"),
-        (nn.Conv2d(4, 4, 3, padding=1), (4, 4), "float32"),
-        (nn.Conv2d(4, 4, 3, padding=1, stride=2), (4, 4), "bfloat16"),
-        (nn.Conv2d(4, 4, 3, padding=2, dilation=2), (4, 4), "bfloat16"),
-        (nn.Conv2d(4, 4, 3, padding=1, groups=2), (4, 4), "bfloat16"),
-        (nn.Conv2d(4, 4, 3), (4, 4), "bfloat16"),
-        (nn.Conv2d(4, 4, 3, padding="same"), (4, 4), "bfloat16"),
-        (nn.Conv2d(4, 4, 3, padding=1, padding_mode="circular"), (2, 2), "bfloat16"),
-        (nn.Conv2d(4, 4, 1), (4, 4), "bfloat16"),
-        (nn.ConvTranspose2d(4, 4, 3, padding=1), (4, 4), "bfloat16"),
+        (nn.Conv2d(256, 256, 3, padding=1), (5, 4), "bfloat16"),
+        (nn.Conv2d(256, 256, 3, padding=1), (4, 4), "float32"),
+        (nn.Conv2d(255, 256, 3, padding=1), (4, 4), "bfloat16"),
+        (nn.Conv2d(256, 256, 3, padding=1, stride=2), (4, 4), "bfloat16"),
+        (nn.Conv2d(256, 256, 3, padding=2, dilation=2), (4, 4), "bfloat16"),
+        (nn.Conv2d(256, 512, 3, padding=1, groups=2), (4, 4), "bfloat16"),
+        (nn.Conv2d(256, 256, 3), (4, 4), "bfloat16"),
+        (nn.Conv2d(256, 256, 3, padding="same"), (4, 4), "bfloat16"),
+        (nn.Conv2d(256, 256, 3, padding=1, padding_mode="circular"), (2, 2), "bfloat16"),
+        (nn.Conv2d(256, 256, 1), (4, 4), "bfloat16"),
+        (nn.ConvTranspose2d(256, 256, 3, padding=1), (4, 4), "bfloat16"),
     ],
     ids=str,
 )
 def test_other_convolutions_are_as_ever(
-    layer: nn.Module, size: tuple[int, int], precision: str
+    layer: nn.Conv2d, size: tuple[int, int], precision: str
 ) -> None:
-    x = torch.randn(3, 4, *size, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(3, layer.in_channels, *size, generator=torch.Generator().manual_seed(1))
     usual = computed(layer, x, precision, unfolded=False)
     for value, expected in zip(computed(layer, x, precision, unfolded=True), usual, strict=True):
         torch.testing.assert_close(value, expected, rtol=0, atol=0)
 
 
 def test_a_map_without_a_batch_is_as_ever() -> None:
-    layer, x = nn.Conv2d(4, 4, 3, padding=1), torch.ones(4, 4, 4, dtype=torch.bfloat16)
-    layer.bfloat16()
+    layer = nn.Conv2d(256, 256, 3, padding=1).bfloat16()
+    x = torch.ones(256, 4, 4, dtype=torch.bfloat16)
     with Unfolded():
         assert torch.equal(layer(x), layer(x[None])[0])
 
@@ -111,14 +112,14 @@ def stage_gradients(
 ) -> dict[str, Tensor]:
     """Returns the gradients of a stage over maps of 4x4, and of its heads."""
     torch.manual_seed(0)
-    stage = cut(nn.Sequential(*layers, nn.Flatten(), nn.Linear(12 * 16, CLASSES)), 2)[0]
-    loss = PredSim(pool_target=32)
-    learner = Learner(stage, loss.heads((12, 4, 4), CLASSES), loss, CLASSES, precision)
+    stage = cut(nn.Sequential(*layers, nn.Flatten(), nn.Linear(256 * 16, CLASSES)), 2)[0]
+    loss = PredSim(pool_target=512)
+    learner = Learner(stage, loss.heads((256, 4, 4), CLASSES), loss, CLASSES, precision)
     for parameter in learner.heads.parameters():  # the classifier begins at 0
         nn.init.normal_(parameter, std=0.1)
     learner.memory, learner.unfolds = memory, unfolds
     learner.train()
-    x = torch.randn(32, 6, 4, 4)
+    x = torch.randn(32, 256, 4, 4)
     gradients(learner, Batch(torch.arange(32) % CLASSES, x.__getitem__))
     modules = {"stage": learner.stage, "heads": learner.heads}
     return {f"{m}.{k}": p.grad for m in modules for k, p in modules[m].named_parameters()}
@@ -144,7 +145,7 @@ def convolution(channels: int, out: int) -> list[nn.Module]:
 @pytest.mark.parametrize("mode", Mode)
 @pytest.mark.parametrize("is_block", [False, True])
 def test_every_mode_computes_products(is_block: bool, mode: Mode) -> None:
-    layers = convolution(6, 8) + convolution(8, 12) if is_block else convolution(6, 12)
+    layers = [*convolution(256, 256), *(convolution(256, 256) if is_block else [])]
     plain = StepMemory(Mode.PLAIN)
     exact = stage_gradients(layers, plain, "float32", unfolds=False)
     usual = stage_gradients(layers, StepMemory(mode, 8), "bfloat16", unfolds=False)
@@ -159,8 +160,8 @@ def test_every_mode_computes_products(is_block: bool, mode: Mode) -> None:
 
 def network() -> nn.Sequential:
     torch.manual_seed(0)
-    first, second = convolution(1, 4), convolution(4, 6)
-    output = [nn.Flatten(), nn.Linear(6 * 16, CLASSES)]
+    first, second = convolution(1, 300), convolution(300, 256)
+    output = [nn.Flatten(), nn.Linear(256 * 16, CLASSES)]
     return nn.Sequential(*first, nn.MaxPool2d(2), *second, *output)
 
 

@@ -1,9 +1,10 @@
 """3x3 convolutions of small maps as matrix products.
 
-On CPUs with AMX, oneDNN computes a bfloat16 convolution of maps of 4x4 at a third, and its weight's
-gradient at a tenth, of the rate of matrix products (docs/results.md). Here the neighbourhoods of
-all positions are laid out as the rows of a matrix, the maps are unfolded; the convolution and both
-of its gradients are products with such a matrix. Larger maps take longer to unfold than it saves.
+On CPUs with AMX, oneDNN computes a bfloat16 convolution of 512 maps of 4x4 at a third, and its
+weight's gradient at a tenth, of the rate of matrix products (docs/results.md). Here the
+neighbourhoods of all positions are laid out as the rows of a matrix, the maps are unfolded; the
+convolution and both of its gradients are products with such a matrix. Larger maps, and fewer of
+them, take longer to unfold than it saves.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from greedy.exact.layers import Call
 
 UNFOLDED_POSITIONS = 16  # of the largest maps that are unfolded, 4x4
+UNFOLDED_CHANNELS = 256  # of the fewest of these maps at the input
 UNFOLDED_VALUES = 2**23  # at a time, 16 MiB
 
 
@@ -37,7 +39,8 @@ class Unfolded(TorchFunctionMode):
         elif function is torch.ops.aten.convolution_backward:
             back = _Backward(*args, **kwargs)
             if _suits(back.input, back.weight, back.g.dtype, back.geometry, back.groups):
-                return _gradients(back.g, back.input, back.weight, back.output_mask)
+                matrix = _matrix(back.weight, back.g.dtype) if back.output_mask[0] else None
+                return _gradients(back.g, back.input, matrix, back.output_mask)
         return function(*args, **kwargs)
 
 
@@ -71,6 +74,7 @@ def _suits(x: Tensor, weight: Tensor, dtype: torch.dtype, geometry: list[Any], g
         dtype == torch.bfloat16
         and x.dim() == 4
         and x.shape[2] * x.shape[3] <= UNFOLDED_POSITIONS
+        and x.shape[1] >= UNFOLDED_CHANNELS
         and weight.shape[2:] == (3, 3)
         and geometry == [[1, 1]] * 3
         and groups == 1
@@ -80,8 +84,9 @@ def _suits(x: Tensor, weight: Tensor, dtype: torch.dtype, geometry: list[Any], g
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return convolution(x, weight, bias)
+        matrix = _matrix(weight, x.dtype)
+        ctx.save_for_backward(x, matrix)
+        return _convolved(x, matrix, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
@@ -89,39 +94,43 @@ class _Convolution(torch.autograd.Function):
 
 
 def _gradients(
-    g: Tensor, x: Tensor, weight: Tensor, needed: Any
+    g: Tensor, x: Tensor, matrix: Tensor | None, needed: Any
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Returns the gradients of input, weight and bias, each if it is needed."""
+    """Returns the gradients of input, weight and bias, each if it is needed. That of the input is a
+    convolution with the mirrored weight, whose inputs and outputs are exchanged."""
     return (
-        input_gradient(g, weight) if needed[0] else None,
-        weight_gradient(x, g) if needed[1] else None,
+        _convolved(g, _mirrored(matrix)) if needed[0] and matrix is not None else None,
+        _weight_gradient(x, g) if needed[1] else None,
         g.sum((0, 2, 3), dtype=torch.float32) if needed[2] else None,
     )
 
 
-def convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Returns the convolution (B, out, H, W) of maps (B, in, H, W), padded with zeros by one, with
-    a weight (out, in, 3, 3) and a bias (out,), in the precision of the maps."""
-    matrix = weight.permute(0, 2, 3, 1).to(x.dtype).reshape(len(weight), -1)
-    bias = None if bias is None else bias.to(x.dtype)
+def _convolved(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Returns the convolution (B, out, H, W) of maps (B, in, H, W) with a weight's matrix."""
     parts = [F.linear(unfolded(part), matrix, bias) for part in _parts(x)]
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
     return out.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
 
 
-def input_gradient(g: Tensor, weight: Tensor) -> Tensor:
-    """Returns the gradient (B, in, H, W) of a convolution's input from that of its output: the
-    convolution with the mirrored weight, whose inputs and outputs are exchanged."""
-    return convolution(g, weight.flip(2, 3).transpose(0, 1))
-
-
-def weight_gradient(x: Tensor, g: Tensor) -> Tensor:
+def _weight_gradient(x: Tensor, g: Tensor) -> Tensor:
     """Returns the gradient (out, in, 3, 3) of a convolution's weight from its input (B, in, H, W)
     and the gradient (B, out, H, W) of its output, in float32."""
     parts = zip(_parts(x), g.split(len(_parts(x)[0])), strict=True)
     products = (_positions(slope).T @ unfolded(part) for part, slope in parts)
-    total = reduce(torch.add, (product.float() for product in products))
-    return total.view(g.shape[1], 3, 3, x.shape[1]).permute(0, 3, 1, 2)
+    total = reduce(lambda total, product: total.float() + product, products)
+    in_order = total.view(g.shape[1], 3, 3, x.shape[1]).permute(0, 3, 1, 2)
+    return in_order.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+
+
+def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns a weight (out, in, 3, 3) as a matrix (out, 9·in) for the rows of ``unfolded``."""
+    return weight.to(dtype).permute(0, 2, 3, 1).reshape(len(weight), -1)
+
+
+def _mirrored(matrix: Tensor) -> Tensor:
+    """Returns the matrix (in, 9·out) of the mirrored weight, given the weight's (out, 9·in)."""
+    taps = matrix.view(len(matrix), 9, -1).transpose(0, 1)  # (9, out, in)
+    return taps.flip(0).flatten(0, 1).T
 
 
 def unfolded(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from greedy.recipes import Recipe
 from greedy.recipes.per_stage import encoding, for_stage
 from greedy.runs.choices import Choices, Mode
 from greedy.runs.views import Views
-from greedy.steps.unfolded import UNFOLDED_POSITIONS
+from greedy.steps.unfolded import UNFOLDED_CHANNELS, UNFOLDED_POSITIONS
 
 COMPILED_STEPS = 5000  # each saves a tenth, compiling takes 10 to 40 s
 KEPT_SHARE = 1 / 3  # of a step's memory: the most freed memory that stays with the process
@@ -124,7 +124,8 @@ def unfolds(recipe: Recipe, hidden: Shape, device: torch.device) -> bool:
         hidden: the shape of a row of its activation.
     """
     bfloat16 = pick_precision(recipe.training.precision, device) == "bfloat16"
-    is_small = len(hidden) == 3 and hidden[1] * hidden[2] <= UNFOLDED_POSITIONS
+    is_map = len(hidden) == 3 and hidden[0] >= UNFOLDED_CHANNELS
+    is_small = is_map and hidden[1] * hidden[2] <= UNFOLDED_POSITIONS
     return is_small and bfloat16 and device.type == "cpu" and has_amx()
 
 
