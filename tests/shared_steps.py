@@ -1,5 +1,6 @@
 """Comparisons of a step that one process takes with the same step divided over several."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 
@@ -150,3 +151,32 @@ def compare_strategies(ranks: Ranks, split: str) -> None:
         for one, other in zip(mine, theirs, strict=True):
             for a, b in zip(one.parameters(), other.parameters(), strict=True):
                 torch.testing.assert_close(a, b, rtol=0, atol=1e-11)
+
+
+class Watching(Ranks):
+    """Notes, whenever a gradient sets out, how many parameters have none yet."""
+
+    def watch(self, parameters: list[nn.Parameter]) -> list[int]:
+        object.__setattr__(self, "parameters", parameters)
+        object.__setattr__(self, "missing", [])
+        return self.missing
+
+    def begin_adding(self, tensor: Tensor) -> Callable[[], None]:
+        if any(p.grad is tensor for p in self.parameters):
+            self.missing.append(sum(p.grad is None for p in self.parameters))
+        return super().begin_adding(tensor)
+
+
+def watch_gradients(ranks: Ranks) -> None:
+    """Checks that gradients set out while the backward pass computes others, each once."""
+    ranks = Watching(ranks.rank, ranks.size)
+    rows, shares = make_shares(ranks, "two")
+    _, part = make_batches(IMAGE, rows, shares)
+    learners, inputs = make_network(LOSSES["predsim"])
+    parameters = [p for learner in learners for p in learner.parameters()]
+    missing = ranks.watch(parameters)
+    strategy = Backprop(learners, torch.optim.SGD(parameters, 0.1))
+    strategy.step(part, [None] * len(inputs), Guard(), 0)
+    assert missing == sorted(missing, reverse=True)
+    assert missing[0] > missing[-1] == 0
+    assert len(missing) == len(parameters)

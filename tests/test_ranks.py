@@ -2,7 +2,7 @@
 
 import pytest
 from ranked import together
-from shared_steps import SPLITS, compare_stages, compare_strategies
+from shared_steps import SPLITS, compare_stages, compare_strategies, watch_gradients
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -13,3 +13,7 @@ def test_every_mode_has_the_gradients_of_the_whole_batch(split: str) -> None:
 @pytest.mark.parametrize("split", ["uneven", "mixed", "three"])
 def test_every_strategy_takes_the_step_of_the_whole_batch(split: str) -> None:
     together(3 if split == "three" else 2, compare_strategies, split)
+
+
+def test_gradients_travel_while_others_are_computed() -> None:
+    together(2, watch_gradients)

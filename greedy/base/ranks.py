@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -97,9 +97,20 @@ class Ranks:
 
     def add(self, tensor: Tensor) -> None:
         """Replaces a tensor by the sum of those of all processes, the same in each."""
-        if self.size > 1:
+        self.begin_adding(tensor)()
+
+    def begin_adding(self, tensor: Tensor) -> Callable[[], None]:
+        """Begins to ``add``, and returns what waits until it is done."""
+        if self.size == 1:
+            return lambda: None
+        with self.losses_named():
+            work = dist.all_reduce(tensor, async_op=True)
+
+        def finish() -> None:
             with self.losses_named():
-                dist.all_reduce(tensor)
+                work.wait()
+
+        return finish
 
     def largest(self, number: int) -> int:
         """Returns the largest of the numbers of all processes."""

@@ -24,8 +24,8 @@ class FakeRanks(Ranks):
     """The first of several processes, of which the others do not exist: what it gets from them has
     sizes and no numbers."""
 
-    def add(self, tensor: Tensor) -> None:
-        pass
+    def begin_adding(self, tensor: Tensor) -> Callable[[], None]:
+        return lambda: None
 
     def complete(self, tensor: Tensor, edges: Sequence[int]) -> None:
         pass

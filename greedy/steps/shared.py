@@ -8,11 +8,11 @@ small tensors are exchanged, so that the gradients are those of the whole batch:
 - the features of the whole batch are gathered, and every process computes the loss of all of them.
   What a process gets back are the slopes of its own rows;
 - each process then has the part of every parameter's gradient that comes from its rows; they are
-  added up.
+  added up, in the plain mode while the backward pass goes on.
 """
 
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -110,6 +110,34 @@ class _Whole(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
         return ctx.shares.own(g), None
+
+
+@contextmanager
+def gradients_added(parameters: Iterable[nn.Parameter], shares: Shares | None) -> Iterator[None]:
+    """Adds up over all processes, if there are several, the gradients that a backward pass inside
+    completes. Each sets out at once, while the pass goes on to earlier layers."""
+    if shares is None:
+        yield
+        return
+    under_way: dict[nn.Parameter, Callable[[], None]] = {}
+
+    def set_out(parameter: Tensor) -> None:
+        assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
+        if shares.is_idle:
+            parameter.grad.zero_()
+        under_way[parameter] = shares.ranks.begin_adding(parameter.grad)
+
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    hooks = [parameter.register_post_accumulate_grad_hook(set_out) for parameter in trained]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for finish in under_way.values():
+        finish()
+    # Of an earlier pass, if this one did not reach the parameter.
+    add_gradients([parameter for parameter in trained if parameter not in under_way], shares)
 
 
 def add_gradients(parameters: Iterable[nn.Parameter], shares: Shares | None) -> None:

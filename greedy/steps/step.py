@@ -30,7 +30,7 @@ from greedy.steps.guard import Guard
 from greedy.steps.optimizers import undecayed
 from greedy.steps.parts import Parts, parts_of
 from greedy.steps.scaling import LossScale
-from greedy.steps.shared import SharedNorms, add_gradients, whole_features
+from greedy.steps.shared import SharedNorms, gradients_added, whole_features
 from greedy.steps.unfolded import Unfolded
 from greedy.stores.source import Batch
 
@@ -334,8 +334,8 @@ def _shared_gradients(
     with SharedNorms(shares):
         features = whole_features(learner.features(x), shares)
     loss = learner.loss(features, y)
-    (loss if learner.scale is None else learner.scale(loss)).backward()
-    add_gradients(learner.parameters(), shares)
+    with gradients_added(learner.parameters(), shares):
+        (loss if learner.scale is None else learner.scale(loss)).backward()
     return loss.detach(), learner.heads.logits(features)
 
 

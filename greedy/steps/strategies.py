@@ -19,7 +19,7 @@ from greedy.exact.schedule import Schedule
 from greedy.models.stages import dropped
 from greedy.steps.guard import Guard
 from greedy.steps.scaling import LossScale
-from greedy.steps.shared import add_gradients, shared_norms, whole_features
+from greedy.steps.shared import add_gradients, gradients_added, shared_norms, whole_features
 from greedy.steps.step import Learner, step
 from greedy.steps.whole import whole_gradients
 from greedy.stores.source import Batch
@@ -127,8 +127,8 @@ class Joint:
             with shared_norms(batch.shares):
                 h = learner.hidden(dropped(x, mask))
                 outcome = _outcome(learner, h, learner.targets(batch), batch.shares)
-            _scaled(outcome.loss, learner.scale).backward()
-            add_gradients(learner.parameters(), batch.shares)
+            with gradients_added(learner.parameters(), batch.shares):
+                _scaled(outcome.loss, learner.scale).backward()
             x = learner.stage.pool(h.detach())
             del h
             guard.update(optimizer, outcome.loss, position, learner.parameters(), learner.scale)
@@ -170,10 +170,12 @@ class Backprop:
     def step(self, batch: Batch, masks: Masks, guard: Guard, position: int) -> list[Outcome]:
         for learner in self.learners:
             _clear(learner)
-        gradients = self._exact_gradients if self.exact else self._gradients
-        outcomes = gradients(batch, masks)
         parameters = _parameters(self.learners)
-        add_gradients(parameters, batch.shares)
+        if self.exact:
+            outcomes = self._exact_gradients(batch, masks)
+            add_gradients(parameters, batch.shares)
+        else:
+            outcomes = self._gradients(batch, masks, parameters)
         guard.update(self.optimizer, _sum(outcomes), position, parameters, self.learners[0].scale)
         return outcomes
 
@@ -182,14 +184,19 @@ class Backprop:
         found = whole_gradients(self.learners, batch, masks, slices, self._schedules)
         return [Outcome(*each) for each in found]
 
-    def _gradients(self, batch: Batch, masks: Masks) -> list[Outcome]:
+    def _gradients(
+        self, batch: Batch, masks: Masks, parameters: list[nn.Parameter]
+    ) -> list[Outcome]:
         parts = []
-        for rows in self._micro_batches(len(batch.labels)):
+        slices = self._micro_batches(len(batch.labels))
+        for rows in slices:
             share = (rows.stop - rows.start) / len(batch.labels)
             outcomes = [
                 Outcome(share * loss, logits) for loss, logits in self._forward(batch, masks, rows)
             ]
-            _scaled(_sum(outcomes), self.learners[0].scale).backward()
+            complete = batch.shares if rows is slices[-1] else None
+            with gradients_added(parameters, complete):
+                _scaled(_sum(outcomes), self.learners[0].scale).backward()
             parts.append([_detached(outcome) for outcome in outcomes])
         return [_joined(stage_parts) for stage_parts in zip(*parts, strict=True)]
 

@@ -90,7 +90,8 @@ class _Convolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        return _gradients(g, *ctx.saved_tensors, ctx.needs_input_grad)
+        x, matrix = ctx.saved_tensors
+        return _gradients(g, x, matrix, ctx.needs_input_grad)
 
 
 def _gradients(
