@@ -100,9 +100,12 @@ def assert_alike(one: list[Learner], other: list[Learner]) -> None:
 
 
 def compare_stages(ranks: Ranks, split: str) -> None:
-    """Compares every mode of every stage, by every loss."""
+    """Compares every mode of every stage: by every loss for two and for three processes, by two
+    losses for other splits."""
     rows, shares = make_shares(ranks, split)
-    for loss in LOSSES.values():
+    for name, loss in LOSSES.items():
+        if split not in ("uneven", "three") and name not in ("predsim", "pred-bio"):
+            continue
         stages, inputs = make_network(loss)
         masks = make_masks(stages, inputs, rows)
         for learner, shape, mask in zip(stages, inputs, masks, strict=True):

@@ -145,17 +145,18 @@ def train_together(
 
 
 def narrowest() -> list[str]:
-    """Returns the narrowest of all recipes that differ only in widths; wide residual networks also
-    differ in depth. Those of ImageNet compute for minutes."""
-    alike: dict[tuple, list[tuple[float, str, str]]] = {}
+    """Returns the narrowest of all recipes that differ only in widths and in the size of images;
+    wide residual networks also differ in depth. Those of ImageNet compute for minutes."""
+    alike: dict[tuple, list[tuple[float, int, str, str]]] = {}
     for name in names():
         recipe = load(name)
         if recipe.data.name == IMAGENET.name:
             continue
         shape, strategy = ENTRIES[recipe.data.name].shape, recipe.training.strategy
         network = recipe.model.network
-        key = network.split("-")[0], recipe.loss.name, strategy, shape
-        alike.setdefault(key, []).append((recipe.model.feature_multiplier or 1, network, name))
+        key = network.split("-")[0], recipe.loss.name, strategy, shape[0]
+        size = recipe.model.feature_multiplier or 1, shape[1]
+        alike.setdefault(key, []).append((*size, network, name))
     return [min(each)[-1] for each in alike.values()]
 
 
