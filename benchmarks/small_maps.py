@@ -53,7 +53,7 @@ def ratio(channels: int, side: int, rows: int, precision: str, rounds: int) -> f
 def main(as_json: bool, rows: int, precision: str, rounds: int) -> None:
     """Compare convolutions with matrix products."""
     # Also where a run would not unfold.
-    unfolded.UNFOLDED_POSITIONS, unfolded.UNFOLDED_CHANNELS = max(SIDES) ** 2, min(CHANNELS)
+    unfolded.SIDE, unfolded.CHANNELS = max(SIDES), min(CHANNELS)
     ratios = {
         channels: {side: ratio(channels, side, rows, precision, rounds) for side in SIDES}
         for channels in CHANNELS

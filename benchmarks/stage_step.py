@@ -48,7 +48,7 @@ from greedy.steps.strategies import Greedy
 from greedy.stores.source import EpochBatches, ImagePreparation, Source
 from greedy.training.learners import new_learner, new_optimizer
 from greedy.training.loop import Epochs
-from greedy.training.resolve import compiles, resolve, unfolds
+from greedy.training.resolve import compiles, resolve
 from greedy.training.schedule import Milestones
 
 IMAGE: Shape = (3, 32, 32)
@@ -200,7 +200,7 @@ def stages(
             plain,
             device,
             compiled=compiled,
-            unfolded=unfolds(recipe, shape.hidden, device),
+            hidden=shape.hidden,
         )
         learner = new_learner(stage, shape, loss, CLASSES, recipe, choices, device, zero=is_output)
         learner.graph_rows = learner.graph_rows if graphs else 0

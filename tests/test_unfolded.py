@@ -1,6 +1,8 @@
 """Convolutions of small maps as matrix products."""
 
 import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 
@@ -11,29 +13,33 @@ from small_training import CLASSES, noise
 from small_training import new_trainer as small_trainer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from greedy import GreedyTrainer, Reporter
 from greedy.base.errors import Interrupted
 from greedy.base.precision import autocast
 from greedy.losses import PredSim
-from greedy.models import cut
+from greedy.memory.choice import fused_adam
+from greedy.memory.counting import Counter
+from greedy.memory.peaks import StepDemand
+from greedy.models import cut, shapes
 from greedy.runs.choices import Mode, StepMemory
+from greedy.steps import unfolded
 from greedy.steps.step import Learner, gradients
 from greedy.steps.unfolded import Unfolded
 from greedy.stores.source import Batch
-from greedy.training import resolve
 
-SMALL = [(4, 4), (1, 1), (2, 3), (3, 5), (1, 16), (16, 1)]
+SMALL = [(4, 4), (1, 1), (2, 3), (1, 4), (4, 2)]
 RUNS = "whole", "resumed"
 DATA = noise(32), noise(8)
 BFLOAT16 = float(torch.finfo(torch.bfloat16).eps)
 
 
-def computed(layer: nn.Module, x: Tensor, precision: str, *, unfolded: bool) -> list[Tensor]:
+def computed(layer: nn.Module, x: Tensor, precision: str, *, products: bool) -> list[Tensor]:
     """Returns a layer's output, and the gradients of its input and parameters."""
     layer, x = deepcopy(layer), x.clone().requires_grad_()
     with autocast("cpu", precision):
-        if unfolded:
+        if products:
             with Unfolded():
                 out = layer(x)
         else:
@@ -56,11 +62,11 @@ def test_products_err_as_little_as_convolutions_in_bfloat16(
     size: tuple[int, int], bias: bool
 ) -> None:
     torch.manual_seed(0)
-    layer = nn.Conv2d(260, 70, 3, padding=1, bias=bias)
+    layer = nn.Conv2d(260, 270, 3, padding=1, bias=bias)
     x = torch.randn(5, 260, *size)
-    exact = computed(layer, x, "float32", unfolded=False)
-    usual = computed(layer, x, "bfloat16", unfolded=False)
-    products = computed(layer, x, "bfloat16", unfolded=True)
+    exact = computed(layer, x, "float32", products=False)
+    usual = computed(layer, x, "bfloat16", products=False)
+    products = computed(layer, x, "bfloat16", products=True)
     for product, convolution, truth in zip(products, usual, exact, strict=True):
         assert product.dtype == convolution.dtype
         assert far(product, truth) <= 1.2 * far(convolution, truth) + BFLOAT16 / 4
@@ -68,9 +74,9 @@ def test_products_err_as_little_as_convolutions_in_bfloat16(
 
 def test_large_batches_are_unfolded_in_parts() -> None:
     torch.manual_seed(0)
-    layer, x = nn.Conv2d(512, 128, 3, padding=1), torch.randn(130, 512, 4, 4)
-    exact = computed(layer, x, "float32", unfolded=False)
-    for product, truth in zip(computed(layer, x, "bfloat16", unfolded=True), exact, strict=True):
+    layer, x = nn.Conv2d(512, 256, 3, padding=1), torch.randn(130, 512, 4, 4)
+    exact = computed(layer, x, "float32", products=False)
+    for product, truth in zip(computed(layer, x, "bfloat16", products=True), exact, strict=True):
         assert far(product, truth) <= BFLOAT16
 
 
@@ -80,6 +86,8 @@ def test_large_batches_are_unfolded_in_parts() -> None:
         (nn.Conv2d(256, 256, 3, padding=1), (5, 4), "bfloat16"),
         (nn.Conv2d(256, 256, 3, padding=1), (4, 4), "float32"),
         (nn.Conv2d(255, 256, 3, padding=1), (4, 4), "bfloat16"),
+        (nn.Conv2d(256, 255, 3, padding=1), (4, 4), "bfloat16"),
+        (nn.Conv2d(256, 256, 3, padding=1), (1, 16), "bfloat16"),
         (nn.Conv2d(256, 256, 3, padding=1, stride=2), (4, 4), "bfloat16"),
         (nn.Conv2d(256, 256, 3, padding=2, dilation=2), (4, 4), "bfloat16"),
         (nn.Conv2d(256, 512, 3, padding=1, groups=2), (4, 4), "bfloat16"),
@@ -95,16 +103,57 @@ def test_other_convolutions_are_as_ever(
     layer: nn.Conv2d, size: tuple[int, int], precision: str
 ) -> None:
     x = torch.randn(3, layer.in_channels, *size, generator=torch.Generator().manual_seed(1))
-    usual = computed(layer, x, precision, unfolded=False)
-    for value, expected in zip(computed(layer, x, precision, unfolded=True), usual, strict=True):
+    usual = computed(layer, x, precision, products=False)
+    for value, expected in zip(computed(layer, x, precision, products=True), usual, strict=True):
         torch.testing.assert_close(value, expected, rtol=0, atol=0)
 
 
-def test_a_map_without_a_batch_is_as_ever() -> None:
-    layer = nn.Conv2d(256, 256, 3, padding=1).bfloat16()
-    x = torch.ones(256, 4, 4, dtype=torch.bfloat16)
+LAYER = nn.Conv2d(256, 256, 3, padding=1).bfloat16()
+MAPS = torch.ones(2, 256, 4, 4, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [MAPS[0], MAPS[:0], MAPS.to("meta"), MAPS.float(), MAPS.double(), MAPS[:, :255]],
+    ids=["one map", "no map", "other device", "other precision", "float64", "other channels"],
+)
+@pytest.mark.parametrize("is_autocast", [False, True])
+def test_unusual_inputs_give_what_they_ever_gave(x: Tensor, is_autocast: bool) -> None:
+    layer = deepcopy(LAYER).to(x.device)
+
+    def outcome() -> Tensor | str:
+        with torch.autocast("cpu", torch.bfloat16, enabled=is_autocast):
+            try:
+                return layer(x)
+            except RuntimeError as error:
+                return str(error)
+
+    expected = outcome()
     with Unfolded():
-        assert torch.equal(layer(x), layer(x[None])[0])
+        found = outcome()
+    assert type(found) is type(expected)
+    if isinstance(expected, str):
+        assert found == expected
+    else:
+        assert found.dtype == expected.dtype and found.shape == expected.shape
+        assert found.is_meta or torch.allclose(found, expected, rtol=0.02)
+
+
+def test_gradients_of_gradients_are_right() -> None:
+    torch.manual_seed(0)
+    layer, maps = nn.Conv2d(256, 256, 3, padding=1), torch.randn(2, 256, 4, 4)
+
+    def penalised(precision: str, context: AbstractContextManager) -> Tensor:
+        own, x = deepcopy(layer), maps.clone().requires_grad_()
+        with context, autocast("cpu", precision):
+            out = own(x).float()
+        (slope,) = torch.autograd.grad((out**2).sum(), x, create_graph=True)
+        (slope**2).sum().backward()
+        assert own.weight.grad is not None
+        return own.weight.grad
+
+    exact = penalised("float32", nullcontext())
+    assert far(penalised("bfloat16", Unfolded()), exact) <= 3 * BFLOAT16
 
 
 def stage_gradients(
@@ -133,7 +182,8 @@ class Convolutions(TorchDispatchMode):
         self.names: list[str] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if "conv" in (name := function.name()):
+        # Gradients for all outputs alike, one product, are computed as ever.
+        if "conv" in (name := function.name()) and len(args[2]) > 1:
             self.names.append(name)
         return function(*args, **(kwargs or {}))
 
@@ -170,6 +220,72 @@ def new_trainer(run: Path, reporter: Reporter | None = None) -> GreedyTrainer:
     return small_trainer(run, network(), reporter=reporter, **settings)
 
 
+@pytest.mark.parametrize("mode", [Mode.PLAIN, Mode.KEEP_C, Mode.KEEP_NOTHING])
+def test_the_plan_counts_what_products_take(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unfolded, "has_amx", lambda: True)
+    network = nn.Sequential(*convolution(256, 512), nn.Flatten(), nn.Linear(512 * 16, CLASSES))
+    stage = cut(network)[0]
+    loss, memory = PredSim(pool_target=512), StepMemory(mode, 16)
+    shape = shapes([stage], (256, 4, 4))[0]
+    learner = Learner(stage, loss.heads((512, 4, 4), CLASSES), loss, CLASSES, "bfloat16")
+    learner.memory, learner.unfolds = memory, True
+    learner.train()
+    batch = Batch(torch.arange(64) % CLASSES, torch.randn(64, 256, 4, 4).__getitem__)
+    gradients(learner, batch)
+    with Counter() as counter:
+        counter.add([t for p in learner.parameters() for t in (p, p.grad) if t is not None])
+        gradients(learner, batch)
+    demand = StepDemand(stage, shape, loss, CLASSES, 64, "bfloat16", fused_adam, "cpu", 0)
+    planned = demand.peak(memory) - 2 * sum(4 * p.numel() for p in learner.parameters())  # moments
+    assert 0.95 * counter.peak <= planned <= 1.25 * counter.peak
+
+
+class Within(nn.Module):
+    """A convolution within something else of torch's."""
+
+    def __init__(self, around: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.around = nn.Conv2d(256, 256, 3, padding=1), around
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.around(self.layer, x)
+
+
+def computed_again(layer: nn.Module, x: Tensor) -> Tensor:
+    return checkpoint(layer, x, use_reentrant=False)
+
+
+def mapped(layer: nn.Module, x: Tensor) -> Tensor:
+    return torch.func.vmap(layer, chunk_size=len(x))(x[:, None])[:, 0]
+
+
+class Flat(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(len(x), -1).view(x.shape)
+
+
+@pytest.mark.parametrize("mode", Mode)
+def test_outputs_are_changed_in_place_and_viewed_flat(mode: Mode) -> None:
+    layers = [nn.Conv2d(256, 256, 3, padding=1), nn.ReLU(inplace=True), Flat()]
+    layers += [nn.Conv2d(256, 256, 3, padding=1), nn.LeakyReLU(0.1, inplace=True)]
+    exact = stage_gradients(layers, StepMemory(Mode.PLAIN), "float32", unfolds=False)
+    products = stage_gradients(layers, StepMemory(mode, 8), "bfloat16", unfolds=True)
+    assert all(far(products[name], truth) < 0.1 for name, truth in exact.items())
+
+
+@pytest.mark.parametrize(
+    ("around", "mode"),
+    [(computed_again, Mode.PLAIN), (computed_again, Mode.KEEP_NOTHING), (mapped, Mode.PLAIN)],
+)
+def test_what_torch_computes_in_other_ways_is_as_ever(
+    around: Callable[[nn.Module, Tensor], Tensor], mode: Mode
+) -> None:
+    layers = [Within(around), nn.ReLU(), nn.Conv2d(256, 256, 3, padding=1), nn.ReLU()]
+    exact = stage_gradients(layers, StepMemory(Mode.PLAIN), "float32", unfolds=False)
+    products = stage_gradients(layers, StepMemory(mode, 8), "bfloat16", unfolds=True)
+    assert all(far(products[name], truth) < 0.1 for name, truth in exact.items())
+
+
 def unfold(run: Path, stage: int) -> bool | None:
     """Returns what was decided of a stage's small maps; ``None`` for nothing."""
     record = json.loads((run / f"stage{stage}/stage.json").read_text())
@@ -179,13 +295,13 @@ def unfold(run: Path, stage: int) -> bool | None:
 def test_a_stage_goes_on_as_it_began_on_another_processor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(resolve, "has_amx", lambda: True)
+    monkeypatch.setattr(unfolded, "has_amx", lambda: True)
     new_trainer(tmp_path / "whole").fit(*DATA)
     chosen = [unfold(tmp_path / "whole", number) for number in (1, 2, 3)]
     assert chosen == [None, True, None]  # maps of 8x8, of 4x4, and none
     with pytest.raises(Interrupted):
         new_trainer(tmp_path / "resumed", Listener(interrupted=2)).fit(*DATA)
-    monkeypatch.setattr(resolve, "has_amx", lambda: False)
+    monkeypatch.setattr(unfolded, "has_amx", lambda: False)
     new_trainer(tmp_path / "resumed").fit(*DATA)
     for name in ("encoder", "heads"):
         whole, resumed = (tmp_path / run / f"stage2/{name}.safetensors" for run in RUNS)

@@ -34,6 +34,7 @@ __all__ = [
     "keep_casts",
     "is_compiled",
     "is_used_at_once",
+    "is_usual_autograd",
     "skips_on_device",
     "storage_key",
     "tree_leaves",
@@ -97,6 +98,15 @@ def function_modes() -> Callable[[], AbstractContextManager[None]]:
             yield
 
     return modes_again
+
+
+def is_usual_autograd() -> bool:
+    """Returns whether autograd keeps what functions save and calls their backward passes itself:
+    not within ``torch.utils.checkpoint``, which computes it again, nor within ``torch.func``."""
+    if torch.compiler.is_compiling():  # which takes them apart
+        return True
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks is None and not torch._C._are_functorch_transforms_active()
 
 
 def group_store() -> dist.Store:

@@ -38,7 +38,7 @@ from greedy.steps.strategies import Greedy
 from greedy.stores.source import EpochBatches, Replayed, Source
 from greedy.training.calibration import Measured, Work
 from greedy.training.learners import new_learner, new_optimizer
-from greedy.training.resolve import compiles, resolve, unfolds
+from greedy.training.resolve import compiles, resolve
 
 SIDES = (1024, 2048, 4096)  # of the matrices whose products give the peak
 PRODUCTS, PRODUCT_SECONDS = 5, 2.0  # at most, for each side
@@ -170,7 +170,7 @@ class Bench:
             choice,
             self.device,
             compiled=compiles(self.recipe, number, shapes.hidden, rows, choice, self.device),
-            unfolded=unfolds(self.recipe, shapes.hidden, self.device),
+            hidden=shapes.hidden,
         )
         learner = new_learner(
             deepcopy(self.memory.network.stages[number - 1]),

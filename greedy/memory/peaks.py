@@ -27,6 +27,7 @@ from greedy.memory.shared import META, Counts, FrozenStage, Pass, stage_bytes, t
 from greedy.models import Shape, Stage, StageShapes
 from greedy.runs.choices import StepMemory
 from greedy.steps.step import Learner, gradients
+from greedy.steps.unfolded import unfolds
 from greedy.stores.source import WRITE_ROWS, Batch
 from greedy.stores.source import replay as compute_replay
 
@@ -208,6 +209,7 @@ class StepDemand:
             self.loss,
             self.num_classes,
             self.precision,
+            unfolds=unfolds(self.shapes.hidden, self.precision, self.device_type),
             memory=memory,
             host=host,
             memory_trial=True,

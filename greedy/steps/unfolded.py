@@ -1,10 +1,10 @@
 """3x3 convolutions of small maps as matrix products.
 
 On CPUs with AMX, oneDNN computes a bfloat16 convolution of 512 maps of 4x4 at a third, and its
-weight's gradient at a tenth, of the rate of matrix products (docs/results.md). Here the
-neighbourhoods of all positions are laid out as the rows of a matrix, the maps are unfolded; the
-convolution and both of its gradients are products with such a matrix. Larger maps, and fewer of
-them, take longer to unfold than it saves.
+weight's gradient at a tenth, of the rate of matrix products (docs/results.md). Here the maps are
+unfolded: the neighbourhoods of all positions become the rows of a matrix, and the convolution and
+both of its gradients products with it. Larger maps, and fewer of them, take longer to unfold than
+it saves.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,11 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from greedy.base.devices import has_amx
+from greedy.base.torch_private import is_usual_autograd
 from greedy.exact.layers import Call
+from greedy.models import Shape
 
-UNFOLDED_POSITIONS = 16  # of the largest maps that are unfolded, 4x4
-UNFOLDED_CHANNELS = 256  # of the fewest of these maps at the input
+SIDE = 4  # of the largest maps that are unfolded
+CHANNELS = 256  # of the fewest maps, at the input and at the output
 UNFOLDED_VALUES = 2**23  # at a time, 16 MiB
+
+
+def unfolds(hidden: Shape, precision: str, device_type: str) -> bool:
+    """Returns whether a stage may unfold maps: in bfloat16 on a CPU with AMX, if a row of its
+    activation is of a shape ``hidden`` with many small maps. A choice by timing would differ
+    between two equal runs."""
+    are_small = len(hidden) == 3 and hidden[0] >= CHANNELS and max(hidden[1:]) <= SIDE
+    return are_small and precision == "bfloat16" and device_type == "cpu" and has_amx()
 
 
 class Unfolded(TorchFunctionMode):
@@ -33,14 +44,14 @@ class Unfolded(TorchFunctionMode):
         kwargs = kwargs or {}
         if function is torch.conv2d:
             call = Call(*args, **kwargs)
-            if _suits(call.input, call.weight, _precision(call.input), call.geometry, call.groups):
-                x = call.input.to(torch.bfloat16)
-                return _Convolution.apply(x, call.weight, call.bias)
+            is_usual = _fits_together(call) and is_usual_autograd()
+            if is_usual and _suits(call, _precision(call)):
+                matrix = _matrix(call.weight.to(torch.bfloat16))
+                return _Convolution.apply(call.input.to(torch.bfloat16), matrix, call.bias)
         elif function is torch.ops.aten.convolution_backward:
             back = _Backward(*args, **kwargs)
-            if _suits(back.input, back.weight, back.g.dtype, back.geometry, back.groups):
-                matrix = _matrix(back.weight, back.g.dtype) if back.output_mask[0] else None
-                return _gradients(back.g, back.input, matrix, back.output_mask)
+            if not back.transposed and _suits(back.call, back.g.dtype):
+                return back.by_products()
         return function(*args, **kwargs)
 
 
@@ -60,78 +71,100 @@ class _Backward(NamedTuple):
     output_mask: Any
 
     @property
-    def geometry(self) -> list[Any]:
-        return [list(s) for s in (self.stride, self.padding, self.dilation)]
+    def call(self) -> Call:
+        """The convolution's."""
+        geometry = self.stride, self.padding, self.dilation
+        return Call(self.input, self.weight, None, *geometry, self.groups)
+
+    def by_products(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Returns the gradients of input, weight and bias, each if it is wanted."""
+        g, x, wanted = self.g, self.input, self.output_mask
+        return (
+            _input_gradient(g, _matrix(self.weight)) if wanted[0] else None,
+            _weight(_matrix_gradient(x, g), x.shape[1]) if wanted[1] else None,
+            g.sum((0, 2, 3)) if wanted[2] else None,
+        )
 
 
-def _precision(x: Tensor) -> torch.dtype:
-    """Returns the precision in which a convolution of ``x`` is computed here."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+def _precision(call: Call) -> torch.dtype | None:
+    """Returns the precision in which a convolution is computed here, ``None`` for one that is
+    refused."""
+    given = {tensor.dtype for tensor in call[:3] if tensor is not None}
+    if torch.is_autocast_enabled("cpu") and given <= {torch.float32, torch.bfloat16}:
+        return torch.get_autocast_dtype("cpu")
+    return given.pop() if len(given) == 1 else None
 
 
-def _suits(x: Tensor, weight: Tensor, dtype: torch.dtype, geometry: list[Any], groups: int) -> bool:
+def _fits_together(call: Call) -> bool:
+    """Returns whether sizes are as a convolution takes them; torch says what is wrong with
+    others."""
+    bias_fits = call.bias is None or call.bias.shape == call.weight.shape[:1]
+    return call.input.dim() == 4 and call.input.shape[1] == call.weight.shape[1] and bias_fits
+
+
+def _suits(call: Call, precision: torch.dtype | None) -> bool:
+    x, weight = call.input, call.weight
     return (
-        dtype == torch.bfloat16
-        and x.dim() == 4
-        and x.shape[2] * x.shape[3] <= UNFOLDED_POSITIONS
-        and x.shape[1] >= UNFOLDED_CHANNELS
+        precision == torch.bfloat16
+        and x.device.type == "cpu"
+        and len(x) > 0
+        and max(x.shape[2:]) <= SIDE
         and weight.shape[2:] == (3, 3)
-        and geometry == [[1, 1]] * 3
-        and groups == 1
+        and min(weight.shape[:2]) >= CHANNELS
+        and call.geometry == [[1, 1]] * 3
+        and call.groups == 1
     )
 
 
 class _Convolution(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        matrix = _matrix(weight, x.dtype)
+    def forward(ctx: Any, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, matrix)
-        return _convolved(x, matrix, None if bias is None else bias.to(x.dtype))
+        return _convolved(x, matrix, bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:
-        x, matrix = ctx.saved_tensors
-        return _gradients(g, x, matrix, ctx.needs_input_grad)
-
-
-def _gradients(
-    g: Tensor, x: Tensor, matrix: Tensor | None, needed: Any
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Returns the gradients of input, weight and bias, each if it is needed. That of the input is a
-    convolution with the mirrored weight, whose inputs and outputs are exchanged."""
-    return (
-        _convolved(g, _mirrored(matrix)) if needed[0] and matrix is not None else None,
-        _weight_gradient(x, g) if needed[1] else None,
-        g.sum((0, 2, 3), dtype=torch.float32) if needed[2] else None,
-    )
+        (x, matrix), wanted = ctx.saved_tensors, ctx.needs_input_grad
+        return (
+            _input_gradient(g, matrix) if wanted[0] else None,
+            _matrix_gradient(x, g) if wanted[1] else None,
+            g.sum((0, 2, 3)) if wanted[2] else None,
+        )
 
 
 def _convolved(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """Returns the convolution (B, out, H, W) of maps (B, in, H, W) with a weight's matrix."""
+    bias = None if bias is None else bias.to(x.dtype)
     parts = [F.linear(unfolded(part), matrix, bias) for part in _parts(x)]
     out = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return out.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+    maps = out.view(len(x), *x.shape[2:], -1).permute(0, 3, 1, 2)
+    # A tensor of its own, laid out as ever, which modules may change in place or look at flat.
+    return maps.clone(memory_format=torch.contiguous_format)
 
 
-def _weight_gradient(x: Tensor, g: Tensor) -> Tensor:
-    """Returns the gradient (out, in, 3, 3) of a convolution's weight from its input (B, in, H, W)
-    and the gradient (B, out, H, W) of its output, in float32."""
+def _input_gradient(g: Tensor, matrix: Tensor) -> Tensor:
+    """Returns the gradient (B, in, H, W) of a convolution's input from that of its output: the
+    convolution with the mirrored weight, whose inputs and outputs are exchanged."""
+    taps = matrix.view(len(matrix), 9, -1).transpose(0, 1)  # (9, out, in)
+    return _convolved(g, taps.flip(0).flatten(0, 1).T)
+
+
+def _matrix_gradient(x: Tensor, g: Tensor) -> Tensor:
+    """Returns the gradient (out, 9·in) of a weight's matrix from the convolution's input
+    (B, in, H, W) and the gradient (B, out, H, W) of its output."""
     parts = zip(_parts(x), g.split(len(_parts(x)[0])), strict=True)
     products = (_positions(slope).T @ unfolded(part) for part, slope in parts)
-    total = reduce(lambda total, product: total.float() + product, products)
-    in_order = total.view(g.shape[1], 3, 3, x.shape[1]).permute(0, 3, 1, 2)
-    return in_order.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    return reduce(lambda total, product: total.float() + product, products).to(x.dtype)
 
 
-def _matrix(weight: Tensor, dtype: torch.dtype) -> Tensor:
+def _matrix(weight: Tensor) -> Tensor:
     """Returns a weight (out, in, 3, 3) as a matrix (out, 9·in) for the rows of ``unfolded``."""
-    return weight.to(dtype).permute(0, 2, 3, 1).reshape(len(weight), -1)
+    return weight.permute(0, 2, 3, 1).reshape(len(weight), -1)
 
 
-def _mirrored(matrix: Tensor) -> Tensor:
-    """Returns the matrix (in, 9·out) of the mirrored weight, given the weight's (out, 9·in)."""
-    taps = matrix.view(len(matrix), 9, -1).transpose(0, 1)  # (9, out, in)
-    return taps.flip(0).flatten(0, 1).T
+def _weight(matrix: Tensor, channels: int) -> Tensor:
+    """Returns the weight (out, in, 3, 3) of a matrix, given its number of input channels."""
+    return matrix.view(len(matrix), 3, 3, channels).permute(0, 3, 1, 2)
 
 
 def unfolded(x: Tensor) -> Tensor:

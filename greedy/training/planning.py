@@ -42,7 +42,7 @@ from greedy.training.calibration import byte_operations, calibration_of
 from greedy.training.following import Parallel, Task
 from greedy.training.network import NetworkTraining
 from greedy.training.parts import own_stages
-from greedy.training.resolve import compiles, resolve, resolve_again, unfolds, within_budget
+from greedy.training.resolve import compiles, resolve, resolve_again, within_budget
 from greedy.training.stage import StageTraining
 
 
@@ -322,7 +322,7 @@ class StagePlanner:
             self.device,
             reuse=reuse,
             compiled=compiled,
-            unfolded=unfolds(self.recipe, hidden, self.device),
+            hidden=hidden,
             fresh=fresh,
             processes=self.ranks.on_this_machine,
         )

@@ -2,7 +2,7 @@
 
 import torch
 
-from greedy.base.devices import available_memory, has_amx, pick_precision
+from greedy.base.devices import available_memory, pick_precision
 from greedy.base.sizes import parse_size
 from greedy.cache import Store
 from greedy.memory.choice import Choice, memory_budget
@@ -11,7 +11,7 @@ from greedy.recipes import Recipe
 from greedy.recipes.per_stage import encoding, for_stage
 from greedy.runs.choices import Choices, Mode
 from greedy.runs.views import Views
-from greedy.steps.unfolded import UNFOLDED_CHANNELS, UNFOLDED_POSITIONS
+from greedy.steps.unfolded import unfolds
 
 COMPILED_STEPS = 5000  # each saves a tenth, compiling takes 10 to 40 s
 KEPT_SHARE = 1 / 3  # of a step's memory: the most freed memory that stays with the process
@@ -27,7 +27,7 @@ def resolve(
     *,
     reuse: int = 0,
     compiled: bool = False,
-    unfolded: bool = False,
+    hidden: Shape = (),
     fresh: bool = False,
     processes: int = 1,
 ) -> Choices:
@@ -38,13 +38,14 @@ def resolve(
         reuse: epochs after which one of them is replaced, 0 for never.
         memory: of its step.
         compiled: whether its step is compiled.
-        unfolded: whether convolutions of small maps are computed as matrix products.
+        hidden: the shape of a row of its activation; none for a whole network.
         fresh: whether its rows are read from the data set instead.
         processes: the number of processes on this machine, each of which holds a store.
     """
+    precision = pick_precision(recipe.training.precision, device)
     return Choices.model_validate(
         {
-            "precision": pick_precision(recipe.training.precision, device),
+            "precision": precision,
             "views": views,
             **_if_ring(reuse),
             "encoding": encoding(recipe),
@@ -53,7 +54,7 @@ def resolve(
             **memory.recorded(),
             "threads": torch.get_num_threads(),
             "compile": compiled,
-            **({"unfold": True} if unfolded else {}),
+            **({"unfold": True} if unfolds(hidden, precision, device.type) else {}),
             "deterministic": recipe.training.deterministic,
         }
     )
@@ -113,20 +114,6 @@ def compiles(
     steps = for_stage(training.epochs, number) * rows // training.batch_size
     pays = len(hidden) == 3 and steps >= COMPILED_STEPS and not training.deterministic
     return training.compile == "on" or pays
-
-
-def unfolds(recipe: Recipe, hidden: Shape, device: torch.device) -> bool:
-    """Returns whether a stage's convolutions of small maps are computed as matrix products: in
-    bfloat16 on a CPU with AMX, where that is faster for all of them. A choice by timing would
-    differ between two equal runs.
-
-    Args:
-        hidden: the shape of a row of its activation.
-    """
-    bfloat16 = pick_precision(recipe.training.precision, device) == "bfloat16"
-    is_map = len(hidden) == 3 and hidden[0] >= UNFOLDED_CHANNELS
-    is_small = is_map and hidden[1] * hidden[2] <= UNFOLDED_POSITIONS
-    return is_small and bfloat16 and device.type == "cpu" and has_amx()
 
 
 def graphs(recipe: Recipe, choices: Choices, device: torch.device) -> bool:
