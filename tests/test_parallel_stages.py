@@ -10,11 +10,11 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from command_line import greedy, said
+from command_line import greedy, refused, said
 from hypothesis import given
 from hypothesis import strategies as st
 from joint_training import network, train
-from ranked import together
+from ranked import command_together, together
 from test_torchrun import arguments, content, started
 from torch import nn
 
@@ -23,7 +23,7 @@ from greedy.base.ranks import Ranks
 from greedy.base.relay import Form
 from greedy.models import cut
 from greedy.models.division import balanced
-from greedy.training.parts import own_stages
+from greedy.models.parts import parts_of_stages
 
 JOINT = {
     "training__strategy": "joint",
@@ -42,7 +42,7 @@ def one_thread() -> Iterator[None]:
 
 
 def whole_content(run: Path) -> dict[str, object]:
-    """Returns all files of a run, of documents what does not depend on the time."""
+    """Returns all files of a run, of documents what does not depend on time and memory."""
     found: dict[str, object] = {}
     for path in (path for path in run.rglob("*") if path.is_file()):
         name = str(path.relative_to(run))
@@ -55,7 +55,9 @@ def whole_content(run: Path) -> dict[str, object]:
 
 
 def timeless(document: str) -> dict[str, object]:
-    return {name: value for name, value in json.loads(document).items() if name not in TIMES}
+    found = {name: value for name, value in json.loads(document).items() if name not in TIMES}
+    found.get("resolved", {}).pop("planned_peak_bytes", None)  # of the stages of one process
+    return found
 
 
 def test_three_processes_train_the_bytes_of_one(tmp_path: Path) -> None:
@@ -109,17 +111,24 @@ def test_what_cannot_be_divided_is_refused(tmp_path: Path, strategy: str, senten
     assert sentence in result.output
 
 
+def test_the_budget_is_for_the_stages_of_one_process(tmp_path: Path) -> None:
+    settings = {"training__strategy": "joint", "model__hidden_width": 512}
+    given = arguments(tmp_path / "run", **settings, memory__budget="9MiB")
+    assert "a step of the whole network takes" in refused(*given)
+    command_together(2, *given, "--parallel", "stages")
+
+
 def test_there_are_no_more_processes_than_stages() -> None:
     with pytest.raises(UserError, match="5 processes cannot each train some of 4 stages"):
-        own_stages(cut(network()), lambda _: 1, Ranks(0, 5))
+        parts_of_stages(cut(network()), lambda _: 1, 5)
 
 
 def test_shared_weights_stay_in_one_process() -> None:
     shared = nn.Linear(8, 8)
     stages = cut(nn.Sequential(nn.Linear(8, 8), shared, nn.ReLU(), shared, nn.Linear(8, 3)))
-    assert own_stages(stages, [0, 9, 1, 1, 1].__getitem__, Ranks(1, 2)) == range(1, 4)
+    assert parts_of_stages(stages, [0, 9, 1, 1, 1].__getitem__, 2) == [range(1), range(1, 4)]
     with pytest.raises(UserError, match="stage 3 shares weights"):
-        own_stages(stages, lambda _: 1, Ranks(1, 2))
+        parts_of_stages(stages, lambda _: 1, 2)
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=7), st.data())

@@ -68,6 +68,7 @@ class NetworkDemand:
         exact: whether the gradients over micro-batches are those of the whole batch.
         device_type: ``cpu``, ``cuda`` or ``mps``; on ``cpu`` host memory is the device's.
         processes: the number of processes that compute a batch together; the memory is that of one.
+        own: the positions of the stages that one process trains; ``None`` for all.
     """
 
     network: CutNetwork
@@ -79,6 +80,7 @@ class NetworkDemand:
     exact: bool = False
     device_type: str = "cpu"
     processes: int = 1
+    own: range | None = None
 
     def peak(self, step: Step | None = None) -> int:
         """Counts the most bytes on the device during ``step``, by default a training step of the
@@ -90,14 +92,14 @@ class NetworkDemand:
         return count_with_loss(peak, self.network.loss, "the network")
 
     def _peak(self, loss: LocalLoss, step: Step) -> int:
-        copies = [deepcopy(stage).to("meta") for stage in self.network.stages]
-        losses = replace(self.network, loss=loss).losses(self.strategy)
+        own = slice(self.own.start, self.own.stop) if self.own else slice(None)
+        copies = [deepcopy(stage).to("meta") for stage in self.network.stages[own]]
+        losses = replace(self.network, loss=loss).losses(self.strategy)[own]
+        shapes = self.network.shapes[own]
         with fake_tensors(), Counter() as counter:
             learners = [
                 _learner(stage, shape, stage_loss, self.network.classes, self.precision)
-                for stage, shape, stage_loss in zip(
-                    copies, self.network.shapes, losses, strict=True
-                )
+                for stage, shape, stage_loss in zip(copies, shapes, losses, strict=True)
             ]
             make = self.optimizer or _no_optimizer
             for learner in learners:
@@ -107,7 +109,7 @@ class NetworkDemand:
                 [p for learner in learners for p in learner.parameters()], strategy.optimizers
             )
             shares = largest_first(self.batch_size, self.processes)
-            batch, masks = _batch(learners, self.network.shapes, self.batch_size, shares)
+            batch, masks = _batch(learners, shapes, self.batch_size, shares)
             counter.reset_peak()
             step(strategy, batch, masks)
         return counter.peak
@@ -141,6 +143,7 @@ def choose_network(
     device_type: str,
     optimizer: OptimizerFactory | None = fused_adam,
     processes: int = 1,
+    parts: Sequence[range] = (),
 ) -> Choice:
     """Returns how a step that trains all stages at once fits a memory budget: in the plain mode,
     the only one it has.
@@ -151,6 +154,7 @@ def choose_network(
         device_type: ``cpu``, ``cuda`` or ``mps``.
         optimizer: makes the optimisers; ``None`` if their state is in host memory.
         processes: the number of processes that compute a batch together.
+        parts: the positions of the stages that each process trains, where they divide the stages.
 
     Raises:
         UserError: the step does not fit.
@@ -167,20 +171,25 @@ def choose_network(
         processes,
     )
     measuring = replace(demand, accumulate=1, exact=False, processes=1)
-    peak = demand.peak()
+    every = range(len(network.stages))
+
+    def largest(demand: NetworkDemand, step: Step) -> int:
+        peaks = [replace(demand, own=own).peak(step) for own in parts or [every]]
+        return reserved(max(peaks), device_type)
+
+    peak = largest(demand, _step)
     if training.patience:  # held-out rows are measured a batch at a time
-        peak = max(peak, measuring.peak(_measure))
-    peak = reserved(peak, device_type)
+        peak = max(peak, largest(measuring, _measure))
     if budget is not None and peak > budget:
+        what = "the stages of one process" if len(parts) > 1 else "the whole network"
         raise UserError(
-            f"a step of the whole network takes {format_size(peak)} and the memory budget is "
+            f"a step of {what} takes {format_size(peak)} and the memory budget is "
             f"{format_size(budget)}: train one stage at a time (--strategy greedy), lower "
             f"training.batch_size, or raise --memory-budget"
         )
     test_rows = min(map(write_batch, network.shapes))
     while budget is not None and test_rows > 1:
-        test_peak = replace(measuring, batch_size=test_rows).peak(_measure)
-        if reserved(test_peak, device_type) <= budget:
+        if largest(replace(measuring, batch_size=test_rows), _measure) <= budget:
             break
         test_rows //= 2
     rows = math.ceil(training.batch_size / training.accumulate)

@@ -23,6 +23,7 @@ from greedy.memory.peaks import OptimizerFactory, Replay, StepDemand, weight_byt
 from greedy.memory.separate import why_plain
 from greedy.memory.shared import Counts
 from greedy.models import Stage, StageShapes
+from greedy.models.parts import parts_of_stages
 from greedy.recipes import Recipe
 from greedy.runs.disk_plan import DiskPlan
 from greedy.steps.optimizers import factory
@@ -69,6 +70,7 @@ class MemoryPlan:
         processes: the number of processes that train together; memory is that of each.
         drawing: the device that draws views beside the steps; ``None`` for that which trains, whose
             steps and drawing then take turns.
+        chained: the number of processes that each train some of the stages.
     """
 
     recipe: Recipe
@@ -80,6 +82,7 @@ class MemoryPlan:
     images: str = "uint8"
     processes: int = 1
     drawing: DrawingDevice | None = None
+    chained: int = 1
     _counts: Counts = field(default_factory=Counts, repr=False)
     _choices: dict[Hashable, Choice] = field(default_factory=dict, repr=False)
     _why_plain: dict[Hashable, str] = field(default_factory=dict, repr=False)
@@ -258,8 +261,8 @@ class MemoryPlan:
         return self.recipe.memory.optimizer_state == "sharded"
 
     def at_once(self) -> Choice:
-        """Returns how all stages train at once. Raises ``UserError`` if that does not fit the
-        budget."""
+        """Returns how all stages train at once, in each process its own. Raises ``UserError`` if
+        that does not fit the budget."""
         return choose_network(
             self.network,
             self.recipe.training,
@@ -268,7 +271,15 @@ class MemoryPlan:
             self.device_type,
             self._on_device,
             self.processes,
+            self.parts,
         )
+
+    @property
+    def parts(self) -> list[range]:
+        """The positions of the stages that each of the chained processes trains."""
+        if self.chained == 1:
+            return [range(len(self.network.stages))]
+        return parts_of_stages(self.network.stages, self.flops, self.chained)
 
     def why_plain(self, number: int) -> str:
         """Returns why a stage has no memory mode but ``plain``; empty if it has all."""

@@ -41,7 +41,6 @@ from greedy.stores.ring import Drawing
 from greedy.training.calibration import byte_operations, calibration_of
 from greedy.training.following import Parallel, Task
 from greedy.training.network import NetworkTraining
-from greedy.training.parts import own_stages
 from greedy.training.resolve import compiles, resolve, resolve_again, within_budget
 from greedy.training.stage import StageTraining
 
@@ -130,6 +129,7 @@ class StagePlanner:
             images,
             self.ranks.size if self.parallel == "data" else 1,
             drawing,
+            self.ranks.size if self.parallel == "stages" else 1,
         )
         return self._memory
 
@@ -190,7 +190,7 @@ class StagePlanner:
         relay, own, shared = Relay(), range(len(network)), self.ranks
         if self.parallel == "stages":
             relay, shared = Relay(self.ranks, self.device), ALONE
-            own = own_stages(network.stages, self.memory(state).flops, self.ranks)
+            own = self.memory(state).parts[self.ranks.rank]
         else:
             self._require_separate(state, range(1, len(network) + 1))
         sources = SourceFinder(state, network.stages, self.device, self.reporter, self.images)
