@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from test_exact_step import LOSSES
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from greedy.base.ranks import Ranks, Shares
 from greedy.losses import Output
@@ -161,13 +162,64 @@ class Watching(Ranks):
 
     def watch(self, parameters: list[nn.Parameter]) -> list[int]:
         object.__setattr__(self, "parameters", parameters)
+        object.__setattr__(self, "shapes", {p.shape for p in parameters})
         object.__setattr__(self, "missing", [])
         return self.missing
 
     def begin_adding(self, tensor: Tensor) -> Callable[[], None]:
-        if any(p.grad is tensor for p in self.parameters):
+        if tensor.shape in self.shapes:
             self.missing.append(sum(p.grad is None for p in self.parameters))
         return super().begin_adding(tensor)
+
+
+class AtOnce(Ranks):
+    """Has added a gradient before the backward pass goes on, as a fast network may."""
+
+    def begin_adding(self, tensor: Tensor) -> Callable[[], None]:
+        super().begin_adding(tensor)()
+        return lambda: None
+
+
+class Positions(nn.Module):
+    """Adds weights to a single row as they are: autograd takes the sum's gradient for theirs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.place = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.before(x)
+        return self.after(h + torch.tanh(h) + self.place[None])
+
+
+class Tied(nn.Module):
+    """Uses a layer in two segments, each of which is computed again in the backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = checkpoint(self.layer, x.requires_grad_(), use_reentrant=True)
+        return x
+
+
+def compare_unusual(ranks: Ranks, rows: int) -> None:
+    """Compares stages whose gradients autograd keeps in unusual ways."""
+    shares = AtOnce(ranks.rank, ranks.size).divided(rows)
+    for module in (Positions, Tied):
+        torch.manual_seed(0)
+        stage = cut(nn.Sequential(module(), nn.ReLU(), nn.Linear(6, CLASSES)))[0].double()
+        loss = LOSSES["predsim"]
+        learner = Learner(stage, loss.heads((6,), CLASSES).double(), loss, CLASSES, "float32")
+        learner.train()
+        whole, part = make_batches((6,), rows, shares)
+        reference = deepcopy(learner)
+        gradients(reference, whole)
+        gradients(learner, part)
+        assert_alike([reference], [learner])
 
 
 def watch_gradients(ranks: Ranks) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from chained import hold_what_was_planned
 from command_line import greedy, refused, said
 from hypothesis import given
 from hypothesis import strategies as st
@@ -112,10 +113,14 @@ def test_what_cannot_be_divided_is_refused(tmp_path: Path, strategy: str, senten
 
 
 def test_the_budget_is_for_the_stages_of_one_process(tmp_path: Path) -> None:
-    settings = {"training__strategy": "joint", "model__hidden_width": 512}
-    given = arguments(tmp_path / "run", **settings, memory__budget="9MiB")
+    settings = {"training__strategy": "joint", "model__hidden_width": 1024}
+    given = arguments(tmp_path / "run", **settings, memory__budget="34MiB")
     assert "a step of the whole network takes" in refused(*given)
     command_together(2, *given, "--parallel", "stages")
+
+
+def test_the_plan_counts_batches_that_are_under_way() -> None:
+    together(3, hold_what_was_planned)
 
 
 def test_there_are_no_more_processes_than_stages() -> None:

@@ -2,7 +2,13 @@
 
 import pytest
 from ranked import together
-from shared_steps import SPLITS, compare_stages, compare_strategies, watch_gradients
+from shared_steps import (
+    SPLITS,
+    compare_stages,
+    compare_strategies,
+    compare_unusual,
+    watch_gradients,
+)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -17,3 +23,8 @@ def test_every_strategy_takes_the_step_of_the_whole_batch(split: str) -> None:
 
 def test_gradients_travel_while_others_are_computed() -> None:
     together(2, watch_gradients)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8])
+def test_gradients_that_autograd_still_uses_are_those_of_the_whole_batch(rows: int) -> None:
+    together(2, compare_unusual, rows)

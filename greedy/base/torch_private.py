@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -102,11 +103,13 @@ def function_modes() -> Callable[[], AbstractContextManager[None]]:
 
 def is_usual_autograd() -> bool:
     """Returns whether autograd keeps what functions save and calls their backward passes itself:
-    not within ``torch.utils.checkpoint``, which computes it again, nor within ``torch.func``."""
+    not where ``torch.utils.checkpoint`` saves nothing and computes it again, nor within
+    ``torch.func`` and forward-mode differentiation."""
     if torch.compiler.is_compiling():  # which takes them apart
         return True
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks is None and not torch._C._are_functorch_transforms_active()
+    is_transformed = torch._C._are_functorch_transforms_active()
+    return hooks is None and not is_transformed and forward_ad._current_level < 0
 
 
 def group_store() -> dist.Store:

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from greedy.base.errors import UserError
 from greedy.base.ranks import Shares
+from greedy.base.relay import AHEAD
 from greedy.base.sizes import format_size
 from greedy.build.cut_network import CutNetwork
 from greedy.losses import Glob, LocalLoss, make_heads
@@ -110,9 +111,22 @@ class NetworkDemand:
             )
             shares = largest_first(self.batch_size, self.processes)
             batch, masks = _batch(learners, shapes, self.batch_size, shares)
+            held = self._in_relay()
             counter.reset_peak()
             step(strategy, batch, masks)
+            del held
         return counter.peak
+
+    def _in_relay(self) -> list[Tensor]:
+        """Returns the batches that are sent or received beside a step, if other processes train the
+        stages before or after."""
+        every, found = self.network.shapes, []
+        if self.own and self.own.start:
+            found.append(torch.empty(self.batch_size, *every[self.own.start].input))
+        if self.own and self.own.stop < len(every):
+            output = every[self.own.stop].input
+            found += [torch.empty(self.batch_size, *output) for _ in range(AHEAD)]
+        return found
 
 
 def baselines(
@@ -182,9 +196,10 @@ def choose_network(
         peak = max(peak, largest(measuring, _measure))
     if budget is not None and peak > budget:
         what = "the stages of one process" if len(parts) > 1 else "the whole network"
+        more = "start more processes, " if 1 < len(parts) < len(network.stages) else ""
         raise UserError(
             f"a step of {what} takes {format_size(peak)} and the memory budget is "
-            f"{format_size(budget)}: train one stage at a time (--strategy greedy), lower "
+            f"{format_size(budget)}: {more}train one stage at a time (--strategy greedy), lower "
             f"training.batch_size, or raise --memory-budget"
         )
     test_rows = min(map(write_batch, network.shapes))

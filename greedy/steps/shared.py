@@ -115,27 +115,33 @@ class _Whole(torch.autograd.Function):
 @contextmanager
 def gradients_added(parameters: Iterable[nn.Parameter], shares: Shares | None) -> Iterator[None]:
     """Adds up over all processes, if there are several, the gradients that a backward pass inside
-    completes. Each sets out at once, while the pass goes on to earlier layers."""
+    gives. Each sets out once it is there, while the pass goes on to earlier layers. What travels is
+    a copy: the pass may still read a gradient, or add to that of a parameter that it reaches
+    again."""
     if shares is None:
         yield
         return
+    sums: dict[nn.Parameter, Tensor] = {}
     under_way: dict[nn.Parameter, Callable[[], None]] = {}
 
     def set_out(parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter) and parameter.grad is not None
-        if shares.is_idle:
-            parameter.grad.zero_()
-        under_way[parameter] = shares.ranks.begin_adding(parameter.grad)
+        if parameter in under_way:
+            under_way[parameter]()
+        own = parameter.grad
+        sums[parameter] = torch.zeros_like(own) if shares.is_idle else own.clone()
+        under_way[parameter] = shares.ranks.begin_adding(sums[parameter])
 
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    trained = [parameter for parameter in dict.fromkeys(parameters) if parameter.requires_grad]
     hooks = [parameter.register_post_accumulate_grad_hook(set_out) for parameter in trained]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
-    for finish in under_way.values():
+    for parameter, finish in under_way.items():
         finish()
+        parameter.grad = sums[parameter]
     # Of an earlier pass, if this one did not reach the parameter.
     add_gradients([parameter for parameter in trained if parameter not in under_way], shares)
 

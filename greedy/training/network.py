@@ -143,7 +143,11 @@ class NetworkTraining:
             ),
         )
         if begun := find_training(self.run.network_dir, start, self.reporter):
-            return begun
+            if named_budget(self.recipe) is None:
+                return begun
+            # Another number of processes may train it now, for each of which the budget is.
+            memory = begun.resolved.model_copy(update=self.memory.recorded())
+            start = begun.model_copy(update={"resolved": memory})
         place.mkdir(parents=True, exist_ok=True)
         start.write(place)
         return start
