@@ -14,12 +14,14 @@ from chained import hold_what_was_planned
 from command_line import greedy, refused, said
 from hypothesis import given
 from hypothesis import strategies as st
+from interrupting import StopAfter
 from joint_training import network, train
 from ranked import command_together, together
+from small_training import TEST, TRAIN, new_trainer
 from test_torchrun import arguments, content, started
 from torch import nn
 
-from greedy.base.errors import UserError
+from greedy.base.errors import Interrupted, UserError
 from greedy.base.ranks import Ranks
 from greedy.base.relay import Form
 from greedy.models import cut
@@ -166,3 +168,18 @@ def test_a_batch_arrives_as_it_was(layout: str, dtype: torch.dtype) -> None:
     assert torch.equal(arrived, sent)
     assert arrived.stride() == sent.stride()
     assert arrived.dtype == dtype
+
+
+def test_a_training_goes_on_within_the_budget_of_now(tmp_path: Path) -> None:
+    def fit(**settings: object) -> None:
+        given = {"strategy": "joint", "checkpoint_minutes": 0, **settings}
+        new_trainer(tmp_path / "run", network(), **given).fit(TRAIN, TEST)
+
+    with pytest.raises(Interrupted):
+        fit(memory_budget="1GiB", reporter=StopAfter(3))
+    begun = json.loads((tmp_path / "run/network/training/checkpoint/start.json").read_text())[
+        "resolved"
+    ]
+    fit(memory_budget=f"{begun['planned_peak_bytes'] // 1024 + 1}KiB")
+    record = json.loads((tmp_path / "run/stage1/stage.json").read_text())
+    assert record["resolved"]["write_batch"] < begun["write_batch"]
