@@ -14,10 +14,8 @@ SPREAD = 4  # views, over which the uses of a copy are spread in time
 def enough_views(
     epochs: int, views: int | None = None, reuse: int | None = None
 ) -> tuple[int, int]:
-    """Returns as few views as a stage needs to train as accurately as on images that are new in
-    every epoch, and after how many epochs the oldest is replaced, 0 for never.
-
-    The measurements behind it are in ``docs/concepts/views.md``.
+    """Returns how many views a stage trains on, and after how many epochs the oldest is replaced, 0
+    for never. What that costs in accuracy is measured in ``docs/concepts/views.md``.
 
     Args:
         epochs: of the stage that trains on them.
