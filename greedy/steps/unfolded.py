@@ -1,10 +1,10 @@
 """3x3 convolutions of small maps as matrix products.
 
-On CPUs with AMX, oneDNN computes a bfloat16 convolution of 512 maps of 4x4 at a third, and its
-weight's gradient at a tenth, of the rate of matrix products (docs/results.md). Here the maps are
-unfolded: the neighbourhoods of all positions become the rows of a matrix, and the convolution and
-both of its gradients products with it. Larger maps, and fewer of them, take longer to unfold than
-it saves.
+On CPUs with AMX, a bfloat16 step of 512 maps of 4x4 runs at a seventh of the rate of matrix
+products, as oneDNN computes its convolutions (docs/results.md). Here the maps are unfolded: the
+neighbourhoods of all positions become the rows of a matrix, and the convolution and both of its
+gradients become products with it. Where maps are larger, or fewer, unfolding costs more than it
+saves.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ from greedy.exact.layers import Call
 from greedy.models import Shape
 
 SIDE = 4  # of the largest maps that are unfolded
-CHANNELS = 256  # of the fewest maps, at the input and at the output
+CHANNELS = 256  # at least, at the input and at the output
 UNFOLDED_VALUES = 2**23  # at a time, 16 MiB
 
 
