@@ -223,19 +223,19 @@ def new_trainer(run: Path, reporter: Reporter | None = None) -> GreedyTrainer:
 @pytest.mark.parametrize("mode", [Mode.PLAIN, Mode.KEEP_C, Mode.KEEP_NOTHING])
 def test_the_plan_counts_what_products_take(mode: Mode, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(unfolded, "has_amx", lambda: True)
-    network = nn.Sequential(*convolution(256, 512), nn.Flatten(), nn.Linear(512 * 16, CLASSES))
+    network = nn.Sequential(*convolution(256, 256), nn.Flatten(), nn.Linear(256 * 16, CLASSES))
     stage = cut(network)[0]
-    loss, memory = PredSim(pool_target=512), StepMemory(mode, 16)
+    loss, memory = PredSim(pool_target=512), StepMemory(mode, 4)
     shape = shapes([stage], (256, 4, 4))[0]
-    learner = Learner(stage, loss.heads((512, 4, 4), CLASSES), loss, CLASSES, "bfloat16")
+    learner = Learner(stage, loss.heads((256, 4, 4), CLASSES), loss, CLASSES, "bfloat16")
     learner.memory, learner.unfolds = memory, True
     learner.train()
-    batch = Batch(torch.arange(64) % CLASSES, torch.randn(64, 256, 4, 4).__getitem__)
+    batch = Batch(torch.arange(16) % CLASSES, torch.randn(16, 256, 4, 4).__getitem__)
     gradients(learner, batch)
     with Counter() as counter:
         counter.add([t for p in learner.parameters() for t in (p, p.grad) if t is not None])
         gradients(learner, batch)
-    demand = StepDemand(stage, shape, loss, CLASSES, 64, "bfloat16", fused_adam, "cpu", 0)
+    demand = StepDemand(stage, shape, loss, CLASSES, 16, "bfloat16", fused_adam, "cpu", 0)
     planned = demand.peak(memory) - 2 * sum(4 * p.numel() for p in learner.parameters())  # moments
     assert 0.95 * counter.peak <= planned <= 1.25 * counter.peak
 
