@@ -15,8 +15,9 @@ import click
 import torch
 from torch import Tensor, nn
 
-from greedy.base.devices import device_name, has_amx
+from greedy.base.devices import device_name
 from greedy.base.precision import autocast
+from greedy.base.torch_private import has_amx
 from greedy.steps import unfolded
 from greedy.steps.unfolded import Unfolded
 

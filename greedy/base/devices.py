@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from greedy.base.errors import UserError
+from greedy.base.torch_private import has_amx, has_avx512_bf16
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PROCESS = Path("/proc/self")  # Linux; writing 5 to its clear_refs resets the peak
@@ -87,13 +88,8 @@ def pick_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         fast = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
-        fast = device.type == "cpu" and (has_amx() or torch.cpu._is_avx512_bf16_supported())
+        fast = device.type == "cpu" and (has_amx() or has_avx512_bf16())
     return "bfloat16" if fast else "float32"
-
-
-def has_amx() -> bool:
-    """Returns whether the processor multiplies matrices in bfloat16 in units of their own."""
-    return torch.cpu._is_amx_tile_supported()
 
 
 def set_determinism(device: torch.device, deterministic: bool) -> None:

@@ -31,6 +31,8 @@ __all__ = [
     "function_modes",
     "generators",
     "group_store",
+    "has_amx",
+    "has_avx512_bf16",
     "has_hooks",
     "keep_casts",
     "is_compiled",
@@ -58,6 +60,16 @@ POOLS = (
 
 DEPENDS_ON_NUMBERS = (DataDependentOutputException, DynamicOutputShapeException)
 """Errors of operators on fake tensors whose result depends on numbers."""
+
+
+def has_amx() -> bool:
+    """Returns whether the processor multiplies matrices in bfloat16 in units of their own."""
+    return torch.cpu._is_amx_tile_supported()
+
+
+def has_avx512_bf16() -> bool:
+    """Returns whether the processor has vector instructions for bfloat16."""
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def has_hooks(module: nn.Module) -> bool:

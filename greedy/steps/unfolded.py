@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from greedy.base.devices import has_amx
-from greedy.base.torch_private import is_usual_autograd
+from greedy.base.torch_private import has_amx, is_usual_autograd
 from greedy.exact.layers import Call
 from greedy.models import Shape
 
