@@ -26,7 +26,13 @@ from greedy.data import dataset_from_torch
 from greedy.losses import Pred
 from greedy.runs.exchange import replacing
 from greedy.runs.record import UNKNOWN_VIEW, RingRecord
-from greedy.runs.views import SPREAD, USES, enough_views, view_numbers, views_drawn
+from greedy.runs.views import (
+    SPREAD,
+    enough_views,
+    harmless_uses,
+    view_numbers,
+    views_drawn,
+)
 from greedy.stores import streamed
 
 RING = {"augmentation": "hflip", "views": 2, "reuse": 2, "epochs": 7}
@@ -360,10 +366,27 @@ def test_every_copy_is_used_about_as_often_as_asked(epochs: int, views: int, reu
 @given(st.integers(1, 1000))
 def test_enough_views_are_few_uses_of_each_copy(epochs: int) -> None:
     views, reuse = enough_views(epochs)
-    copies = views + views_drawn(epochs, reuse)
-    assert epochs <= USES * copies
+    copies, uses = views + views_drawn(epochs, reuse), harmless_uses(epochs)
+    assert epochs <= uses * copies
     assert views <= SPREAD
-    assert (reuse == 0) == (epochs <= USES * SPREAD)
-    assert enough_views(epochs, reuse=0) == (-(-epochs // USES), 0)
+    assert (reuse == 0) == (epochs <= uses * SPREAD)
+    assert enough_views(epochs, reuse=0) == (-(-epochs // uses), 0)
     assert enough_views(epochs, views=2)[0] == 2
     assert enough_views(epochs, reuse=epochs)[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("epochs", "views", "reuse"),
+    [(1, 1, 0), (10, 2, 0), (20, 4, 0), (60, 4, 5), (90, 4, 4), (200, 4, 2), (400, 4, 2)],
+)
+def test_a_copy_is_used_less_often_in_a_long_training(epochs: int, views: int, reuse: int) -> None:
+    assert enough_views(epochs) == (views, reuse)
+
+
+@given(st.integers(1, 1000))
+def test_a_longer_training_sees_at_least_as_many_copies(epochs: int) -> None:
+    def copies(length: int) -> int:
+        views, reuse = enough_views(length)
+        return views + views_drawn(length, reuse)
+
+    assert copies(epochs) <= copies(epochs + 1)

@@ -7,8 +7,14 @@ from greedy.recipes.per_stage import for_stage
 
 Views = int | Literal["live"]
 
-USES = 5  # of a copy of a row, above which a stage begins to memorise it
 SPREAD = 4  # views, over which the uses of a copy are spread in time
+
+
+def harmless_uses(epochs: int) -> int:
+    """Returns how often a stage of as many epochs may use a copy of a row. What it learns by heart
+    of copies grows with how often each is used again and with the length of the training; the
+    product of the two was harmless up to 240, and not at 800. See ``docs/concepts/views.md``."""
+    return min(max(1 + 300 // epochs, 2), 5)
 
 
 def enough_views(
@@ -22,11 +28,12 @@ def enough_views(
         views: if their number is given.
         reuse: if that is given.
     """
-    needed = -(-epochs // USES)
+    uses = harmless_uses(epochs)
+    needed = -(-epochs // uses)
     if views is None:
         views = needed if reuse == 0 else min(needed, SPREAD)
     if reuse is None:
-        reuse = USES if needed > views else 0
+        reuse = uses if needed > views else 0
     return views, reuse if reuse < epochs else 0
 
 
