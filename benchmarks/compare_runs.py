@@ -49,7 +49,8 @@ class Images(NamedTuple):
         forms = [images]
         for number in range(passes):
             generator = torch_generator(0, "compare", number)
-            draws = augmentation.draw(store.rows, *images.shape[2:], generator)
+            height, width = images.shape[2:]
+            draws = augmentation.draw(store.rows, height, width, generator)
             forms.append(augmentation.apply(images, draws))
         return cls(forms, torch.from_numpy(np.asarray(store.labels)))
 
