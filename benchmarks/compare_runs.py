@@ -1,9 +1,8 @@
 """How much more one way of training errs than another, stage by stage, on the same images.
 
-The error of one run on 10,000 test images is uncertain by 0.3 points, about what two ways of
-training differ by. So both classify the same images, and each image several times: as it is, and
-as the recipe augments training images. Images of one class, and of one drawing, are then compared
-with themselves.
+The error of one run on 10,000 test images is uncertain by 0.3 points, more than two ways of training
+differ by. So both classify the same images, and each image in several forms: as it is, and augmented
+as the recipe augments training images, alike for all runs.
 
     python benchmarks/compare_runs.py --pair live-0 auto-0 --pair live-1 auto-1
 
