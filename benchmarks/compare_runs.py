@@ -1,8 +1,8 @@
 """How much more one way of training errs than another, stage by stage, on the same images.
 
-The error of one run on 10,000 test images is uncertain by 0.3 points, more than two ways of training
-differ by. So both classify the same images, and each image in several forms: as it is, and augmented
-as the recipe augments training images, alike for all runs.
+The error of one run on 10,000 test images is uncertain by 0.3 points, more than two ways of
+training differ by. So both classify the same images, and each image in several forms: as it is,
+and augmented as the recipe augments training images, alike for all runs.
 
     python benchmarks/compare_runs.py --pair live-0 auto-0 --pair live-1 auto-1
 
