@@ -74,7 +74,7 @@ class Server:
             )
 
     def wait(self) -> None:
-        """Waits until the server answers and can store objects."""
+        """Waits until the server answers, stores objects and has those that it stored before."""
         env = self.environment
         store = S3Store(
             BUCKET,
@@ -87,7 +87,8 @@ class Server:
         )
         for _ in range(400):
             try:
-                obstore.put(store, "ready", b"")
+                obstore.put(store, "ready", b"ready")  # an empty one would need no volume
+                obstore.get(store, "ready").bytes()
                 return
             except FileNotFoundError:  # there is no bucket
                 if not self._makes_buckets:
