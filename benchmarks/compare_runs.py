@@ -2,13 +2,14 @@
 
 The error of one run on 10,000 test images is uncertain by 0.3 points, more than two ways of
 training differ by. So both classify the same images, and each image in several forms: as it is,
-and augmented as the recipe augments training images, alike for all runs.
+and shifted, flipped or coloured as the recipe augments training images, alike for all runs. Holes
+are left out.
 
     python benchmarks/compare_runs.py --pair live-0 auto-0 --pair live-1 auto-1
 
 A pair are two runs of one seed. Errors are in percent, differences in points, the second run less
-the first. Their 95 % intervals are over images, with an image's mean over all pairs and forms; they
-do not tell how the runs of other seeds would differ, which the differences of single pairs show.
+the first. Their 95 % intervals are over images, of each image's mean over all pairs and forms. How
+much seeds differ, the differences of single pairs show.
 """
 
 import json
@@ -22,6 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from greedy import RunState
+from greedy.base.errors import UserError
 from greedy.base.seeds import torch_generator
 from greedy.build.modules import build_loss
 from greedy.data import Augmentation
@@ -63,6 +65,15 @@ class Images(NamedTuple):
         return (100 * wrong / len(self.forms)).numpy()
 
 
+def require_same_data(runs: list[RunDirectory]) -> None:
+    """Raises ``UserError`` for runs that were trained on other data than the first."""
+    for run in runs:
+        if run.recipe.data != runs[0].recipe.data:
+            raise UserError(
+                f"{run.path} has other data than {runs[0].path}: compare runs of one set"
+            )
+
+
 def misses_by_stage(run: RunDirectory, images: Images) -> dict[int, NDArray[np.float64]]:
     """Returns the misses of every complete stage with its classifier; the last's are those of the
     network."""
@@ -95,10 +106,13 @@ def compared(first: list[NDArray[np.float64]], second: list[NDArray[np.float64]]
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def main(pairs: list[tuple[Path, Path]], passes: int, as_json: bool) -> None:
     """Compare pairs of runs."""
-    images = Images.of(RunDirectory.open(pairs[0][0]), passes)
-    misses = [
-        tuple(misses_by_stage(RunDirectory.open(path), images) for path in pair) for pair in pairs
-    ]
+    try:
+        runs = [tuple(map(RunDirectory.open, pair)) for pair in pairs]
+        require_same_data([run for pair in runs for run in pair])
+        images = Images.of(runs[0][0], passes)
+        misses = [tuple(misses_by_stage(run, images) for run in pair) for pair in runs]
+    except UserError as error:
+        raise click.ClickException(str(error)) from error
     stages = sorted(set.intersection(*(set(run) for pair in misses for run in pair)))
     figures = {
         stage: compared([a[stage] for a, _ in misses], [b[stage] for _, b in misses])

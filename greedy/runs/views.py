@@ -11,9 +11,9 @@ SPREAD = 4  # views, over which the uses of a copy are spread in time
 
 
 def harmless_uses(epochs: int) -> int:
-    """Returns how often a stage of as many epochs may use a copy of a row. Five times did no harm
-    in 20 epochs, and harm in 60 and 200; two times did none. What is measured, and where this
-    interpolates: ``docs/concepts/views.md``."""
+    """Returns how often a stage that trains for ``epochs`` may use a copy of a row. Five uses did
+    no harm in 20 epochs, but did in 60 and in 200; two did none. Between these,
+    (uses - 1) x epochs is at most 100; ``docs/concepts/views.md`` has the measurements."""
     return min(max(1 + 100 // epochs, 2), 5)
 
 
