@@ -19,6 +19,7 @@ from greedy.models import Shape, StageShapes
 from greedy.recipes import load
 from greedy.runs.directory import RunDirectory
 from greedy.runs.disk_budget import plan_disk
+from greedy.runs.disk_demand import ByteOperations
 from greedy.runs.disk_plan import DiskPlan
 from greedy.runs.state import RunState
 
@@ -43,7 +44,7 @@ class Assumptions:
     cores: float = 12  # of processors for each GPU: p5.48xlarge, AWS, 2024
     decode_rate: float = 0.40e9  # values of uint8 a second and core, lz4: docs/results.md
     image_rate: float = 0.18e9  # the same for zstd, which images have: docs/results.md
-    write_rate: float = 0.27e9  # values a second that a process writes: docs/results.md
+    write_rate: float = 0.75e9  # values a second that a process writes: docs/results.md
     value_bytes: float = 0.86  # of a stored value, uint8 and lz4: docs/results.md
     node: float = 8  # GPUs: p5.48xlarge, AWS, 2024
     bus: float = 480e9  # bytes a second of an all-reduce in a node: nccl-tests issue 309, 2025
@@ -68,13 +69,17 @@ class Assumptions:
         values."""
         return counts.forward_flops / self.gpu_rate + counts.values * self.value_seconds / 3
 
-    def byte_operations(self, stages: "Sequence[Counts]", storage: str) -> float:
-        """Returns the multiply-adds that take as long as reading a byte of a store: those of the
-        median stage, as ``greedy bench`` takes it."""
+    def byte_operations(self, stages: "Sequence[Counts]", storage: str) -> ByteOperations:
+        """Returns the multiply-adds that take as long as a byte of a store: those of the median
+        stage, as ``greedy bench`` takes it."""
         rates = (stage.forward_flops / 2 / self.frozen_seconds(stage) for stage in stages)
-        decoding = self.decode_rate * self.value_bytes * self.cores
-        disk = self.nvme_read if storage == "nvme" else self.object_rate
-        return statistics.median(rates) / min(decoding, disk)
+        computed, object_rate = statistics.median(rates), self.object_rate
+        read, written = (
+            (self.nvme_read, self.nvme_write) if storage == "nvme" else (object_rate, object_rate)
+        )
+        decoded = self.decode_rate * self.value_bytes * self.cores
+        encoded = self.write_rate * self.value_bytes
+        return ByteOperations(computed / min(decoded, read), computed / min(encoded, written))
 
 
 @dataclass(frozen=True)
@@ -118,12 +123,12 @@ class Counted:
     shapes: tuple[StageShapes, ...]
     stages: tuple[Counts, ...]
 
-    def disk(self, rows: int, byte_operations: float, settings: Sequence[str]) -> DiskPlan:
+    def disk(self, rows: int, byte_operations: ByteOperations, settings: Sequence[str]) -> DiskPlan:
         """Returns the stores that a run keeps on a disk with room for all of them.
 
         Args:
             rows: of the training split; there is no test split.
-            byte_operations: multiply-adds that take as long as reading a byte of a store.
+            byte_operations: multiply-adds that take as long as a byte of a store.
             settings: of epochs and stores, as for ``--set``.
         """
         recipe = load(self.recipe, [*self.settings, "store.disk_budget='1000000TiB'", *settings])

@@ -20,8 +20,16 @@ from greedy.recipes import from_document
 from greedy.runs.choices import Mode
 from greedy.runs.directory import RunDirectory
 from greedy.runs.disk_budget import plan_disk
+from greedy.runs.disk_demand import COMPRESSED
 from greedy.runs.state import RunState
-from greedy.training.calibration import Calibration, Measured, NotCalibrated, Work, byte_operations
+from greedy.training.calibration import (
+    WRITE_RATE,
+    Calibration,
+    Measured,
+    NotCalibrated,
+    Work,
+    byte_operations,
+)
 
 CPU = torch.device("cpu")
 WORK = Work(
@@ -53,7 +61,11 @@ works = st.builds(
 )
 speeds = st.floats(1e-3, 1e9)
 measurements = st.builds(
-    Measured, work=works, rows_per_second=speeds, frozen_rows_per_second=speeds
+    Measured,
+    work=works,
+    rows_per_second=speeds,
+    frozen_rows_per_second=speeds,
+    written_bytes_per_second=st.none() | speeds,
 )
 modest = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 
@@ -76,10 +88,9 @@ def calibration(*measured):
     return known
 
 
-def speed(work=WORK, rows_per_second=10.0, frozen_rows_per_second=100.0):
-    return Measured(
-        work=work, rows_per_second=rows_per_second, frozen_rows_per_second=frozen_rows_per_second
-    )
+def speed(work=WORK, **measured):
+    speeds = {"rows_per_second": 10.0, "frozen_rows_per_second": 100.0}
+    return Measured(**{"work": work, "written_bytes_per_second": 1e3} | speeds | measured)
 
 
 @modest
@@ -136,7 +147,7 @@ def test_a_stage_measured_again_replaces_itself():
 
 
 def test_recomputation_is_no_gain():
-    assert speed(like(mode="keep-nothing"), 3).flops_per_second == 3 * WORK.flops
+    assert speed(like(mode="keep-nothing"), rows_per_second=3).flops_per_second == 3 * WORK.flops
 
 
 def test_a_calibration_is_kept_for_this_machine(home):
@@ -264,7 +275,7 @@ def test_the_rows_that_pass_frozen_stages_are_those_of_a_run(changes, tmp_path):
     stage_shapes = shapes(cut(network()), (1, 4, 4))
     unbegun = RunDirectory.create(tmp_path / "unbegun", run.recipe)
     data = run.record(0)
-    disk = plan_disk(RunState.read(unbegun), stage_shapes, dict(data.rows), data.store.bytes, 0)
+    disk = plan_disk(RunState.read(unbegun), stage_shapes, dict(data.rows), data.store.bytes, None)
     held_out = 8 if "patience" in changes else 0
     durations = Durations(run.recipe, disk, data.rows, held_out, [WORK] * 4)
     planned = [durations.frozen_rows(stage.stage, stage.source, epochs=3) for stage in stages]
@@ -276,27 +287,34 @@ def test_the_rows_that_pass_frozen_stages_are_those_of_a_run(changes, tmp_path):
 
 def test_seconds_are_those_of_all_rows(tmp_path):
     """Three epochs of 80 rows at 10 a second, and of the frozen stage, which nothing replays, 20
-    test rows, two views of 80, 20 more, and 80 for the encoding's ranges at 100 a second."""
+    test rows, two views of 80, 20 more, and 80 for the encoding's ranges at 100 a second. Two views
+    and the test rows are written, at 1,000 bytes a second."""
     twice_drawn = DOCUMENT | {"data": {"name": "python", "augmentation": "hflip"}}
     run = RunDirectory.create(tmp_path / "run", from_document(twice_drawn, name="unbegun"))
     stage_shapes = shapes(cut(network()), (1, 4, 4))
-    disk = plan_disk(RunState.read(run), stage_shapes, {"train": 80, "test": 20}, 1, 0)
+    disk = plan_disk(RunState.read(run), stage_shapes, {"train": 80, "test": 20}, 1, None)
     durations = Durations(run.recipe, disk, {"train": 80, "test": 20}, 0, [WORK] * 4)
     known = calibration(speed(rows_per_second=10, frozen_rows_per_second=100))
-    assert durations.seconds(known, 2, 1) == pytest.approx(240 / 10 + 280 / 100)
+    written = 180 * WIDTHS[2] * COMPRESSED["uint8"]
+    assert disk.stages[1].bytes == math.ceil(written)
+    assert durations.seconds(known, 2, 1) == pytest.approx(26.8 + math.ceil(written) / 1000)
     assert durations.seconds(known, 4, 3) == pytest.approx(240 / 10 + 20 / 100)
     assert durations.seconds(calibration(), 2, 1) is None
+    unwritten = calibration(speed(written_bytes_per_second=None))  # an output layer alone
+    assert durations.seconds(unwritten, 2, 1) is None
+    assert durations.seconds(unwritten, 4, 3) == pytest.approx(240 / 10 + 20 / 100)
 
 
 def test_what_another_device_draws_takes_time_only_if_it_is_slower(tmp_path):
-    """Stage 2 trains for 24 s, and writes and tests 280 rows for 2.8; two views of 80 are drawn."""
+    """Stage 2 trains for 24 s, and computes 280 rows of its output for 2.8; two views of 80 are
+    drawn, and written at a byte in a millisecond."""
     drawn = DOCUMENT | {
         "data": {"name": "python", "augmentation": "hflip"},
         "store": {"views": 1, "reuse": 1},
     }
     run = RunDirectory.create(tmp_path / "run", from_document(drawn, name="unbegun"))
     stage_shapes, rows = shapes(cut(network()), (1, 4, 4)), {"train": 80, "test": 20}
-    disk = plan_disk(RunState.read(run), stage_shapes, rows, 1, 0)
+    disk = plan_disk(RunState.read(run), stage_shapes, rows, 1, None)
     known = calibration(speed(rows_per_second=10, frozen_rows_per_second=100))
     settings = (run.recipe, disk, rows, 0, [WORK] * 4)
     in_turn = Durations(*settings).seconds(known, 2, 1)
@@ -304,21 +322,33 @@ def test_what_another_device_draws_takes_time_only_if_it_is_slower(tmp_path):
     def beside(drawing: Calibration | None) -> float | None:
         return Durations(*settings, apart=True, drawing=drawing).seconds(known, 2, 1)
 
-    assert beside(known) == pytest.approx(in_turn - 160 / 100)
+    drawn_bytes = 160 * WIDTHS[1] * COMPRESSED["uint8"]
+    assert beside(known) == pytest.approx(in_turn - 160 / 100 - drawn_bytes / 1000, rel=1e-3)
     slow = calibration(speed(rows_per_second=10, frozen_rows_per_second=1))
-    assert beside(slow) == pytest.approx(160)
+    assert beside(slow) == pytest.approx(160 + drawn_bytes / 1000, rel=1e-3)
     assert beside(None) is None
 
 
-def test_reading_is_weighed_against_the_measured_rate_of_frozen_stages():
+def test_bytes_are_weighed_against_the_measured_rate_of_frozen_stages():
+    """Three and seven operations take as long as reading a byte, at 1e9 a second."""
     unmeasured = byte_operations("cpu", None)
     assert byte_operations("cpu", calibration()) == unmeasured < byte_operations("cuda", None)
+    assert unmeasured.read < unmeasured.written
     slow, fast = (
         speed(
             WORK.model_copy(update={"rows": rows}),
             frozen_rows_per_second=rows * 2e9 / WORK.forward_flops,
+            written_bytes_per_second=rows * 1e8,
         )
         for rows in (3, 7)
     )
-    assert byte_operations("cpu", calibration(slow)) == pytest.approx(3)
-    assert byte_operations("cpu", calibration(fast, slow)) == pytest.approx(5)
+    output = speed(
+        WORK.model_copy(update={"rows": 5}),
+        frozen_rows_per_second=5 * 2e9 / WORK.forward_flops,
+        written_bytes_per_second=None,
+    )
+    assert byte_operations("cpu", calibration(slow)) == pytest.approx((3, 10))
+    assert byte_operations("cpu", calibration(fast, slow)) == pytest.approx((5, 10))
+    assert byte_operations("cpu", calibration(fast, slow, output)) == pytest.approx((5, 10))
+    unwritten = byte_operations("cpu", calibration(output))
+    assert unwritten == pytest.approx((5, 5e9 / WRITE_RATE["cpu"]))

@@ -1,6 +1,7 @@
 """The plan of which stores a disk budget keeps."""
 
 import itertools
+import math
 import re
 from dataclasses import replace
 from fractions import Fraction
@@ -13,7 +14,8 @@ from hypothesis import strategies as st
 
 from greedy import UserError
 from greedy.models import cut, shapes, vgg11b
-from greedy.runs.disk_plan import COMPRESSED, DiskDemand, DiskPlan, StageDemand, plan_stores
+from greedy.runs.disk_demand import COMPRESSED, ByteOperations, DiskDemand, StageDemand
+from greedy.runs.disk_plan import DiskPlan, plan_stores
 
 
 def demands(most: int = 6) -> st.SearchStrategy[DiskDemand]:
@@ -96,6 +98,29 @@ def costs(demand: DiskDemand, views: list[int]) -> tuple[int, Fraction]:
     return replayed, sum((Fraction(1, count) for count in views if count), Fraction())
 
 
+def weighed(demand: DiskDemand, views: list[int]) -> int:
+    """Returns the multiply-adds for each row of replaying, reading, drawing and writing, for views
+    that are wanted or 0."""
+    assert demand.byte_operations is not None
+    stages, (read, written) = demand.stages, demand.byte_operations
+    sizes = [0, *(demand.value_bytes * stage.values for stage in stages)]
+
+    def computed(first: int, last: int) -> int:
+        return sum(stage.operations for stage in stages[first:last])
+
+    total, source, source_ring = 0, 0, 0
+    for number, (stage, count) in enumerate(zip(stages, [*views, 0], strict=True), start=1):
+        total += stage.epochs * computed(source, number - 1)
+        total += math.ceil(stage.epochs * sizes[source] * read)
+        drawn = (stage.epochs - 1) // source_ring if source_ring else 0
+        total += drawn * (computed(0, source) + math.ceil(sizes[source] * written))
+        if count:
+            first = 0 if source_ring or stage.reuse else source
+            total += count * (computed(first, number) + math.ceil(sizes[number] * written))
+            source, source_ring = number, stage.reuse
+    return total
+
+
 def dropped(plan: DiskPlan) -> dict[int, int]:
     return {s.number: s.dropped_after for s in plan.stages if s.dropped_after is not None}
 
@@ -166,6 +191,16 @@ def test_no_other_choice_replays_less_or_has_more_views(demand, budget):
     choices = itertools.product(ladder, repeat=len(demand.stages) - 1)
     fitting = [v for v in map(list, choices) if simulated(demand, v, at_once(v)) <= budget]
     assert costs(demand, views_of(demand, plan)) == min(costs(demand, v) for v in fitting)
+
+
+@modest
+@given(demands(most=5), st.builds(ByteOperations, st.floats(0, 9), st.floats(0, 30)))
+def test_where_bytes_count_no_other_choice_of_stores_takes_fewer_operations(demand, operations):
+    demand = replace(demand, byte_operations=operations)
+    found = views_of(demand, plan_stores(demand, None))
+    every = itertools.product({0, wanted_views(demand)}, repeat=len(demand.stages) - 1)
+    assert set(found) <= {0, wanted_views(demand)}
+    assert weighed(demand, found) == min(weighed(demand, list(views)) for views in every)
 
 
 @modest
@@ -263,17 +298,23 @@ def test_a_store_is_left_out_where_computing_is_faster_than_reading():
     """A stage of 10 values and 20 operations, then one of 1 value and 20 operations."""
     stages = [StageDemand(10, 20, 10, 4), StageDemand(1, 20, 10, 4), StageDemand(1, 1, 10, 4)]
     demand = DiskDemand(tuple(stages), {"train": 10, "test": 0}, 1.0, 5)
-    plan = plan_stores(replace(demand, byte_operations=3), 1000)
+
+    def found(read: float, written: float = 0, reuse: int = 0) -> list[int]:
+        ring = (stages[0], replace(stages[1], reuse=reuse), stages[2])
+        weighed = replace(demand, stages=ring, byte_operations=ByteOperations(read, written))
+        return views_of(demand, plan_stores(weighed, 1000))
+
+    plan = plan_stores(replace(demand, byte_operations=ByteOperations(3, 0)), 1000)
     assert views_of(demand, plan) == [0, 4]  # 20 operations against 10 bytes, then 40 against one
     assert plan.explain()[1:] == ["stage 1: live, replayed from stage 0's store"]
-    assert views_of(demand, plan_stores(replace(demand, byte_operations=1), 1000)) == [4, 4]
-    assert views_of(demand, plan_stores(replace(demand, byte_operations=50), 1000)) == [0, 0]
-    ring = replace(stages[1], reuse=2)  # four views, each through 40 operations
-    drawn = replace(demand, stages=(stages[0], ring, stages[2]), byte_operations=3)
-    assert views_of(demand, plan_stores(drawn, 1000)) == [0, 4]
-    often = (stages[0], replace(ring, reuse=1), stages[2])  # nine views
-    often = replace(drawn, stages=often, byte_operations=5)
-    assert views_of(demand, plan_stores(often, 1000)) == [0, 0]
+    assert found(1) == [4, 4]
+    assert found(50) == [0, 0]
+    # In 10 epochs of 40 operations, 2 or 9 views are drawn besides the first 4, of 40 each.
+    assert found(3, reuse=4) == [0, 4]
+    assert found(3, reuse=1) == [0, 0]
+    # Writing 4 views of 10 values, or of one.
+    assert found(1, written=5) == [0, 4]
+    assert found(1, written=70) == [0, 0]
 
 
 def test_fewer_views_than_wanted_are_replaced():

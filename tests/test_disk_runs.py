@@ -18,7 +18,8 @@ from greedy import GreedyTrainer, Reporter, UserError, evaluate
 from greedy.cache import Store
 from greedy.runs.directory import RunDirectory
 from greedy.runs.disk_budget import disk_budget
-from greedy.runs.disk_plan import COMPRESSED, DiskPlan
+from greedy.runs.disk_demand import COMPRESSED
+from greedy.runs.disk_plan import DiskPlan
 from greedy.runs.state import RunState
 
 WIDTHS = (256, 256, 64, 256, 64)

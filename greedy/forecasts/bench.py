@@ -1,7 +1,7 @@
 """Measurement of a machine's speed in training the stages of a recipe: real steps on random data.
 
 Each stage trains from a temporary store as in a run, in the memory mode that the run would
-choose, and then computes and writes the output of some rows. One stage is in memory at a time.
+choose, and then computes the output of some rows and writes some. One stage is in memory at a time.
 """
 
 import itertools
@@ -17,9 +17,11 @@ from typing import Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from greedy.base.devices import pick_device
+from greedy.base.disk_space import write_errors_explained
 from greedy.base.errors import UserError
 from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import build_loss, build_network
@@ -42,6 +44,7 @@ from greedy.training.resolve import compiles, resolve
 
 SIDES = (1024, 2048, 4096)  # of the matrices whose products give the peak
 PRODUCTS, PRODUCT_SECONDS = 5, 2.0  # at most, for each side
+WRITTEN = 2**26  # bytes of a stage's output, to measure how fast it is written
 
 
 def peak_flops(device: torch.device) -> float:
@@ -127,8 +130,8 @@ class Bench:
         return cls(recipe, data, place, memory)
 
     def measure(self, number: int, seconds: float) -> StageSpeed:
-        """Trains stage ``number`` for about ``seconds``, at least two steps, then computes and
-        writes its output for up to half as long.
+        """Trains stage ``number`` for about ``seconds``, at least two steps, then computes its
+        output for up to half as long, and writes some of it.
 
         Raises:
             UserError: its step does not fit the memory budget.
@@ -149,7 +152,9 @@ class Bench:
             learner = self._learner(number, choice, source)
             waited, computed = self._time_steps(learner, source, shapes, seconds)
             rows = int(seconds / 2 / (waited + computed))
-            frozen = self._time_frozen(learner, source, rows, choice.write_batch, Path(place))
+            output, frozen = self._time_frozen(learner, source, rows, choice.write_batch)
+            is_stored = number < len(self.memory.network)
+            written = self._write_rate(output, Path(place)) if is_stored else None
         memory = learner.memory  # smaller than chosen where that did not fit after all
         choice = replace(choice, mode=memory.mode, micro_batch=memory.micro_batch)
         flops, batch_size = self.memory.flops(number), self.recipe.training.batch_size
@@ -158,6 +163,7 @@ class Bench:
             work=Work.of(learner.stage, shapes, precision, choice, flops, batch_size),
             rows_per_second=1 / (waited + computed),
             frozen_rows_per_second=1 / frozen,
+            written_bytes_per_second=written,
         )
         return StageSpeed(number, network.name(number), measured, waited / (waited + computed))
 
@@ -222,31 +228,43 @@ class Bench:
         return source.epoch_batches(number, epoch, training.batch_size, data.classes_per_batch)
 
     def _time_frozen(
-        self, learner: Learner, source: Source, rows: int, batch: int, place: Path
-    ) -> float:
-        """Measures the seconds that a row takes to be read, computed by the frozen stage, encoded
-        and written. The first batch gives the encoding its ranges and is not counted."""
+        self, learner: Learner, source: Source, rows: int, batch: int
+    ) -> tuple[NDArray[np.float32], float]:
+        """Measures the seconds that a row takes to be read and computed by the frozen stage. The
+        first batch, which is returned, is not counted."""
         learner.release()
         learner.eval()
         replayed = Replayed([learner.stage], batch, self.memory.precision)
         frozen = replace(source, replayed=replayed, in_memory=False)
         rows = min(max(rows, batch), source.stores["train"].rows)
         first = next(frozen.view_batches("train", 0, batch, stop=min(batch, rows)))
-        fitted = fit_encoding(encoding(self.recipe), first.inputs().cpu().numpy())
+        output = first.inputs().cpu().numpy()
         started = time.perf_counter()
-        with StoreWriter(
-            place / "frozen",
-            rows=rows,
-            views=1,
-            encoding=fitted,
-            compressor=self.recipe.store.compressor,
-            labels=np.zeros(rows, np.int64),
-            index=np.arange(rows),
-        ) as writer:
-            for computed in frozen.view_batches("train", 0, batch, stop=rows):
-                writer.append(computed.inputs().cpu().numpy())
+        for computed in frozen.view_batches("train", 0, batch, stop=rows):
+            computed.inputs().cpu()
+        return output, (time.perf_counter() - started) / rows
+
+    def _write_rate(self, output: NDArray[np.float32], place: Path) -> float:
+        """Measures the bytes a second that outputs of a stage, repeated, are written with."""
+        fitted = fit_encoding(encoding(self.recipe), output)
+        rows = max(1, WRITTEN // fitted.stored_row_bytes)
+        with (
+            write_errors_explained(place, "measuring how fast a store is written", WRITTEN),
+            StoreWriter(
+                place / "written",
+                rows=rows,
+                views=1,
+                encoding=fitted,
+                compressor=self.recipe.store.compressor,
+                labels=np.zeros(rows, np.int64),
+                index=np.arange(rows),
+            ) as writer,
+        ):
+            started = time.perf_counter()
+            for start in range(0, rows, len(output)):
+                writer.append(output[: rows - start])
             seconds = time.perf_counter() - started  # closing takes the same for any number of rows
-        return seconds / rows
+        return writer.summary.disk_bytes / seconds
 
 
 def _finish(device: torch.device) -> None:

@@ -1,8 +1,9 @@
 """Forecasts of the time that the stages of a run take on a machine that has been measured.
 
-Included are a stage's training steps and the passes of frozen stages over rows: to replay stages
-without a store, to measure the local error, to write the stage's store and to draw views of its
-source. Not included are the start of each epoch, checkpoints, and writing the data set.
+Included are a stage's training steps, the passes of frozen stages over rows (to replay stages
+without a store, to measure the local error, for the stage's store and for new views of its source),
+and writing that store and these views, as if that were not done beside the rest. Not included are
+the start of each epoch, checkpoints, and writing the data set.
 """
 
 from collections import Counter
@@ -47,11 +48,19 @@ class Durations:
         rows = (self.rows["train"] - self.held_out) * epochs
         step = calibration.seconds_a_row(self.work[number - 1])
         passed, drawn = self.frozen_rows(number, source, epochs), self.drawn_rows(source, epochs)
+        drawing = [
+            *self._frozen(self.drawing if self.apart else calibration, drawn),
+            _written(calibration, self._drawn_bytes(source, epochs)),
+        ]
+        training = [
+            (rows, step),
+            *self._frozen(calibration, passed),
+            _written(calibration, self._store_bytes(number)),
+        ]
         if not self.apart:
-            return _total((rows, step), *self._frozen(calibration, passed + drawn))
-        training = _total((rows, step), *self._frozen(calibration, passed))
-        drawing = _total(*self._frozen(self.drawing, drawn))
-        return None if training is None or drawing is None else max(training, drawing)
+            return _total(*training, *drawing)
+        trained, drew = _total(*training), _total(*drawing)
+        return None if trained is None or drew is None else max(trained, drew)
 
     def _frozen(
         self, calibration: Calibration | None, passed: Counter[int]
@@ -60,6 +69,18 @@ class Durations:
         for stage, rows in passed.items():
             work = self.work[stage - 1]
             yield rows, calibration.frozen_seconds_a_row(work) if calibration else None
+
+    def _store_bytes(self, number: int) -> int:
+        """Returns the bytes of a stage's store as it is first written; 0 for stage 0, whose writing
+        is not included, and if it has none."""
+        stages = self.disk.stages
+        return stages[number - 1].bytes if 1 <= number <= len(stages) else 0
+
+    def _drawn_bytes(self, source: int, epochs: int) -> float:
+        """Returns the bytes of the views of stage ``source``'s store that are drawn meanwhile."""
+        drawn = views_drawn(epochs, self.disk.reuse(source))
+        in_store = self._views(source) * self.rows["train"] + self.rows["test"]
+        return self._store_bytes(source) * drawn * self.rows["train"] / in_store
 
     def drawn_rows(self, source: int, epochs: int) -> Counter[int]:
         """Counts the rows that pass through each frozen stage while views of stage ``source``'s
@@ -93,12 +114,20 @@ class Durations:
         return 0 if views == "live" else views
 
 
-def _total(*parts: tuple[int, float | None]) -> float | None:
-    """Returns the seconds of all parts, given as rows and the seconds of each; ``None`` if those of
-    one are not known."""
+def _written(calibration: Calibration, count: float) -> tuple[float, float | None]:
+    """Returns a number of bytes and the seconds that each takes to be written; ``None`` for these
+    if there are some and that was not measured."""
+    if not count:
+        return 0, 0
+    return count, 1 / calibration.write_rate if calibration.write_rate else None
+
+
+def _total(*parts: tuple[float, float | None]) -> float | None:
+    """Returns the seconds of all parts, given as rows or bytes and the seconds of each; ``None`` if
+    those of one are not known."""
     total = 0.0
-    for rows, seconds in parts:
+    for count, seconds in parts:
         if seconds is None:
             return None
-        total += rows * seconds
+        total += count * seconds
     return total

@@ -13,14 +13,14 @@ from greedy.recipes import Recipe
 from greedy.recipes.per_stage import encoding, for_stage
 from greedy.runs.checkpoint_record import StartRecord
 from greedy.runs.directory import SET_ASIDE, RunDirectory
-from greedy.runs.disk_plan import (
+from greedy.runs.disk_demand import (
     COMPRESSED,
     UNCOMPRESSED,
+    ByteOperations,
     DiskDemand,
-    DiskPlan,
     StageDemand,
-    plan_stores,
 )
+from greedy.runs.disk_plan import DiskPlan, plan_stores
 from greedy.runs.record import StageRecord
 from greedy.runs.state import RunState
 from greedy.runs.unfinished import read_start
@@ -34,7 +34,7 @@ def plan_disk(
     shapes: Sequence[StageShapes],
     rows: Mapping[str, int],
     image_bytes: int,
-    byte_operations: float,
+    byte_operations: ByteOperations | None,
     retrain_from: int | None = None,
     *,
     fresh: bool = False,
@@ -46,8 +46,8 @@ def plan_disk(
         shapes: of all stages.
         rows: of each split.
         image_bytes: of stage 0's store.
-        byte_operations: multiply-adds that take as long as reading a byte of a store, which decide
-            whether a stage needs one where views are ``auto``.
+        byte_operations: what a byte of a store takes, which decides whether a stage needs one where
+            views are ``auto``; ``None`` if every stage does.
         retrain_from: the first stage that is trained again.
         fresh: whether images are read from the data set for every view and live epoch.
 
@@ -63,7 +63,7 @@ def plan_disk(
         rows,
         sizes[encoding(recipe)],
         0 if recipe.store.stores else image_bytes,
-        byte_operations if by_speed else 0,
+        byte_operations if by_speed else None,
     )
     planned = plan_stores(demand, disk_budget(run), recipe.store.keep)
     one_by_one = recipe.training.strategy == "greedy"

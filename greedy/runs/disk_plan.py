@@ -1,140 +1,15 @@
 """Which stores a run keeps on disk, and with how many views: a pure function of numbers."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
 from greedy.base.errors import UserError
 from greedy.base.sizes import format_size
-from greedy.runs.views import Views, views_drawn
-
-# Bytes of a stored value, at most: compressed, measured on real activations, and uncompressed.
-COMPRESSED = {"float32": 3.5, "float16": 1.8, "bfloat16": 1.45, "uint8": 1.05, "uint4": 0.5}
-UNCOMPRESSED = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "uint8": 1.0, "uint4": 0.5}
-
-
-@dataclass(frozen=True)
-class StageDemand:
-    """The numbers of one stage that a plan depends on.
-
-    Attributes:
-        values: in a row of its output.
-        operations: multiply-adds per row of its forward pass.
-        epochs: for which it trains.
-        wanted_views: of its store, if there is room.
-        reuse: epochs after which a view of its store is replaced, 0 for never.
-        lowered_reuse: the same if it has fewer views than wanted; ``None`` for ``reuse``.
-        views: of its store if it is finished; ``live`` if that was deleted.
-        interrupted_views: the views chosen for its training if that was interrupted.
-        replaced: bytes of an old store that is kept until the stage is trained again.
-    """
-
-    values: int
-    operations: int
-    epochs: int
-    wanted_views: Views = "live"
-    reuse: int = 0
-    lowered_reuse: int | None = None
-    views: Views | None = None
-    interrupted_views: Views | None = None
-    replaced: int = 0
-
-    def reuse_of(self, views: int) -> int:
-        """Returns the epochs after which one of ``views`` views of its store is replaced."""
-        if self.lowered_reuse is None or views == self.wanted_views:
-            return self.reuse
-        return self.lowered_reuse
-
-    @property
-    def fixed_views(self) -> Views | None:
-        """The views of its store if they are decided already, else ``None``."""
-        return self.views or self.interrupted_views
-
-
-@dataclass(frozen=True)
-class DiskDemand:
-    """The numbers of a run that a plan depends on.
-
-    Attributes:
-        stages: all stages from 1 on; the last is the output layer, which has no store.
-        rows: of each split.
-        value_bytes: of a stored value.
-        image_bytes: of stage 0's store, which is always kept.
-        byte_operations: multiply-adds that take as long as reading a byte, if stages whose outputs
-            are computed faster than they are read need no store; 0 if all stages have one.
-    """
-
-    stages: tuple[StageDemand, ...]
-    rows: Mapping[str, int]
-    value_bytes: float
-    image_bytes: int
-    byte_operations: float = 0
-
-    def choices(self, number: int) -> list[int]:
-        """Returns the views that a stage's store may have, most first; empty if it has no store."""
-        fixed = self.stages[number - 1].fixed_views
-        views = fixed or self.stages[number - 1].wanted_views
-        if views == "live":
-            return []
-        return [views] if fixed else [views >> n for n in range(views.bit_length())]
-
-    def store_bytes(
-        self, number: int, views: int, splits: Collection[str] = ("train", "test")
-    ) -> int:
-        """Returns the bytes of a stage's store; the test split has one view."""
-        rows = sum(self.rows[split] * (views if split == "train" else 1) for split in splits)
-        return math.ceil(rows * self.stages[number - 1].values * self.value_bytes)
-
-    def source(self, number: int, stored: Mapping[int, int]) -> int:
-        """Returns the stage whose store a stage trains from; ``stored`` has the views of each
-        store by stage."""
-        return max((n for n in stored if n < number), default=0)
-
-    def on_disk(self, number: int, stored: Mapping[int, int], kept: Collection[int]) -> int:
-        """Returns the most bytes in use while a stage trains and its store is written."""
-        source = self.source(number, stored)
-        existing = sum(
-            self.store_bytes(n, views)
-            for n, views in stored.items()
-            if n == source or (n < number and n in kept)
-        )
-        written = self.store_bytes(number, stored[number]) if number in stored else 0
-        if self.views_drawn(
-            source, number, stored
-        ):  # the old view is kept until the new one is complete
-            written = max(written, self.store_bytes(source, 1, ["train"]))
-        return self.image_bytes + existing + written
-
-    def peak(self, stored: Mapping[int, int], kept: Collection[int]) -> int:
-        """Returns the most bytes in use while the unfinished stages are trained."""
-        todo = (n for n, stage in enumerate(self.stages, start=1) if stage.views is None)
-        return max((self.on_disk(n, stored, kept) for n in todo), default=0)
-
-    def replay(self, source: int, number: int) -> int:
-        """Returns the multiply-adds per row from stage ``source``'s store to stage ``number``'s
-        input."""
-        return sum(stage.operations for stage in self.stages[source : number - 1])
-
-    def views_drawn(self, source: int, number: int, stored: Mapping[int, int]) -> int:
-        """Returns the views of stage ``source``'s store that are drawn while stage ``number``
-        trains from it; ``stored`` has the views of each store by stage."""
-        reuse = self.stages[source - 1].reuse_of(stored[source]) if source else 0
-        return views_drawn(self.stages[number - 1].epochs, reuse)
-
-    def cost(self, source: int, number: int, stored: Mapping[int, int]) -> int:
-        """Returns the multiply-adds per row that stage ``number``'s inputs take in all epochs if it
-        trains from the store of stage ``source``: replaying and, if that counts, reading and
-        drawing views."""
-        epochs = self.stages[number - 1].epochs
-        replayed = epochs * self.replay(source, number)
-        if not self.byte_operations:
-            return replayed
-        row_bytes = self.value_bytes * self.stages[source - 1].values if source else 0
-        read = math.ceil(epochs * row_bytes * self.byte_operations)
-        drawn = self.views_drawn(source, number, stored)
-        return replayed + read + drawn * self.replay(0, source + 1)
+from greedy.runs.disk_demand import DiskDemand
+from greedy.runs.views import Views
 
 
 @dataclass(frozen=True)
@@ -300,7 +175,7 @@ class _Path:
 
     Attributes:
         excess: bytes above the budget, summed over the stages.
-        cost: multiply-adds per training row, see ``DiskDemand.cost``.
+        cost: multiply-adds per training row, see ``DiskDemand.cost`` and ``first_cost``.
         coarseness: sum of 1/views.
         stored: (stage, views) of every store.
     """
@@ -336,9 +211,10 @@ def _extend(
     source = demand.source(number, on_disk)
     steps = range(source + 1, number + 1)
     used = [] if budget is None else [demand.on_disk(n, on_disk, ()) - budget for n in steps]
+    first_views = 0 if views is None else demand.first_cost(number, on_disk)
     return _Path(
         path.excess + sum(excess for excess in used if excess > 0),
-        path.cost + sum(demand.cost(source, n, on_disk) for n in steps),
+        path.cost + sum(demand.cost(source, n, on_disk) for n in steps) + first_views,
         path.coarseness + (Fraction(1, views) if views else 0),
         stored,
     )

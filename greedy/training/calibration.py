@@ -25,6 +25,7 @@ from greedy.cache.files import write_whole
 from greedy.memory.choice import Choice
 from greedy.models import Stage, StageShapes
 from greedy.runs.choices import Mode, ModeName
+from greedy.runs.disk_demand import ByteOperations
 
 # Forward passes of the encoder and of the heads that a mode computes in addition to those of the
 # plain step: from "Cost" in docs/exact-step.md, where `heads` keeps c and its gradient.
@@ -37,9 +38,11 @@ RECOMPUTED = {
     Mode.STREAM_X: (3, 1),
 }
 
-# Bytes of a store that are read and decoded in a second, and, where nothing was measured,
-# multiply-adds of frozen stages: on two cores of a CPU and on a small GPU.
+# Bytes of a store that are read and decoded in a second, and, where nothing was measured, bytes
+# that are encoded and written, and multiply-adds of frozen stages: on two cores of a CPU, and on a
+# small GPU with more cores beside it.
 READ_RATE = {"cpu": 1e9, "cuda": 2e9, "mps": 2e9}
+WRITE_RATE = {"cpu": 3e8, "cuda": 6e8, "mps": 6e8}
 COMPUTE_RATE = {"cpu": 5e10, "cuda": 3e12, "mps": 1e12}
 
 Amount = Annotated[int, Field(ge=1, le=2**62)]
@@ -124,12 +127,15 @@ class Measured(_Document):
     Attributes:
         work: the stage.
         rows_per_second: rows a second while it trains, waiting for data included.
-        frozen_rows_per_second: rows a second that it computes and writes once it is frozen.
+        frozen_rows_per_second: rows a second that it computes once it is frozen.
+        written_bytes_per_second: bytes a second that its output is encoded and written with;
+            ``None`` for the output layer, which has no store.
     """
 
     work: Work
     rows_per_second: Speed
     frozen_rows_per_second: Speed
+    written_bytes_per_second: Speed | None
 
     @property
     def flops_per_second(self) -> float:
@@ -149,7 +155,7 @@ class Calibration(_Document):
         measured: the measured stages, the newest last.
     """
 
-    format: Literal[1] = 1
+    format: Literal[2] = 2
     device: str
     threads: Annotated[int, Field(ge=1, le=4096)]
     versions: dict[str, str]
@@ -205,7 +211,8 @@ class Calibration(_Document):
         except (OSError, ValueError) as error:
             reason = (str(error).splitlines() or ["unreadable"])[0]
             raise NotCalibrated(
-                f"times are unknown, since {path} is damaged ({reason}): {command} replaces it"
+                f"times are unknown, since {path} is damaged or of another version of greedy "
+                f"({reason}): {command} replaces it"
             ) from error
         here = device_name(torch.device(device_type)), torch.get_num_threads()
         if (known.device, known.threads) != here:
@@ -243,8 +250,8 @@ class Calibration(_Document):
         return work.computed_flops / near.work.computed_flops / near.rows_per_second
 
     def frozen_seconds_a_row(self, work: Work) -> float | None:
-        """Estimates the seconds that a row takes to be computed by a frozen stage and written.
-        Returns ``None`` if no stage of its kind and precision was measured."""
+        """Estimates the seconds that a row takes to be computed by a frozen stage. Returns ``None``
+        if no stage of its kind and precision was measured."""
         if (near := self._nearest(work)) is None:
             return None
         return work.forward_flops / near.work.forward_flops / near.frozen_rows_per_second
@@ -256,6 +263,13 @@ class Calibration(_Document):
         rates = [m.frozen_rows_per_second * m.work.forward_flops / 2 for m in self.measured]
         return statistics.median(rates) if rates else None
 
+    @property
+    def write_rate(self) -> float | None:
+        """The bytes of a store that are written in a second, the median of all measured stages;
+        ``None`` if none was."""
+        rates = [rate for m in self.measured if (rate := m.written_bytes_per_second) is not None]
+        return statistics.median(rates) if rates else None
+
     def _nearest(self, work: Work) -> Measured | None:
         alike = [
             other
@@ -265,11 +279,12 @@ class Calibration(_Document):
         return min(alike, key=lambda other: work.distance(other.work), default=None)
 
 
-def byte_operations(device_type: str, calibration: Calibration | None) -> float:
-    """Returns how many multiply-adds of frozen stages take as long as reading a byte of a store on
-    a ``cpu``, ``cuda`` or ``mps`` device: measured, or those of a usual one."""
-    measured = calibration.frozen_rate if calibration else None
-    return (measured or COMPUTE_RATE[device_type]) / READ_RATE[device_type]
+def byte_operations(device_type: str, calibration: Calibration | None) -> ByteOperations:
+    """Returns how many multiply-adds of frozen stages take as long as a byte of a store on a
+    ``cpu``, ``cuda`` or ``mps`` device: measured, or those of a usual one."""
+    computed = (calibration and calibration.frozen_rate) or COMPUTE_RATE[device_type]
+    written = (calibration and calibration.write_rate) or WRITE_RATE[device_type]
+    return ByteOperations(read=computed / READ_RATE[device_type], written=computed / written)
 
 
 def calibration_of(device_type: str) -> Calibration | None:

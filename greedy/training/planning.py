@@ -29,6 +29,7 @@ from greedy.runs.checkpoint_record import StartRecord
 from greedy.runs.choices import Choices
 from greedy.runs.directory import RunDirectory
 from greedy.runs.disk_budget import plan_disk, previous_record
+from greedy.runs.disk_demand import ByteOperations
 from greedy.runs.disk_plan import DiskPlan
 from greedy.runs.events import Reporter, RunOutline
 from greedy.runs.network import network_of, stages_of
@@ -81,8 +82,8 @@ class StagePlanner:
         return self.run.recipe
 
     @cached_property
-    def byte_operations(self) -> float:
-        """The multiply-adds that take as long as reading a byte of a store."""
+    def byte_operations(self) -> ByteOperations:
+        """The multiply-adds that take as long as a byte of a store."""
         return byte_operations(self.device.type, calibration_of(self.device.type))
 
     @property

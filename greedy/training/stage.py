@@ -25,7 +25,7 @@ from greedy.recipes.per_stage import for_stage
 from greedy.runs.checkpoint_record import StartRecord
 from greedy.runs.choices import Choices
 from greedy.runs.directory import SPLITS
-from greedy.runs.disk_plan import COMPRESSED, UNCOMPRESSED
+from greedy.runs.disk_demand import COMPRESSED, UNCOMPRESSED
 from greedy.runs.events import EpochReport, Reporter
 from greedy.runs.record import ENCODER, HISTORY, StageRecord, StoreRecord
 from greedy.steps.step import Learner
