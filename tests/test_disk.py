@@ -18,7 +18,9 @@ from greedy.runs.disk_demand import COMPRESSED, ByteOperations, DiskDemand, Stag
 from greedy.runs.disk_plan import DiskPlan, plan_stores
 
 
-def demands(most: int = 6) -> st.SearchStrategy[DiskDemand]:
+def demands(most: int = 6, *, by_bytes: bool = False) -> st.SearchStrategy[DiskDemand]:
+    """Makes runs whose stores all have the same wanted views; if bytes count, also frozen ones."""
+
     def of(wanted: int | str) -> st.SearchStrategy[DiskDemand]:
         stage = st.builds(
             StageDemand,
@@ -27,6 +29,7 @@ def demands(most: int = 6) -> st.SearchStrategy[DiskDemand]:
             epochs=st.integers(1, 5),
             wanted_views=st.just(wanted),
             reuse=st.integers(0, 3),
+            frozen_views=st.sampled_from([None, 7] if by_bytes else [None]),
         )
         return st.builds(
             DiskDemand,
@@ -34,8 +37,10 @@ def demands(most: int = 6) -> st.SearchStrategy[DiskDemand]:
             rows=st.just({"train": 10, "test": 3}),
             value_bytes=st.sampled_from([0.45, 1.0]),
             image_bytes=st.integers(1, 100),
+            byte_operations=operations if by_bytes else st.none(),
         )
 
+    operations = st.builds(ByteOperations, st.floats(0, 9), st.floats(0, 30))
     return st.sampled_from([1, 2, 4, 5, "live"]).flatmap(of)
 
 
@@ -65,12 +70,18 @@ def size(demand: DiskDemand, number: int, views: int, test: int = 1) -> int:
     return int(np.ceil(rows * demand.stages[number - 1].values * demand.value_bytes))
 
 
+def ring(stage: StageDemand, views: int) -> int:
+    """Returns after how many epochs one of a store's views is replaced, 0 for never."""
+    return 0 if views == stage.frozen_views else stage.reuse
+
+
 def simulated(demand: DiskDemand, views: list[int], dropped: dict[int, int]) -> int:
     """Returns the most bytes on disk when stages are trained in turn and stores deleted as
     planned."""
     disk, most, source = {0: demand.image_bytes}, 0, 0
     for number, count in enumerate([*views, 0], start=1):
-        drawn = source and 0 < demand.stages[source - 1].reuse < demand.stages[number - 1].epochs
+        reuse = ring(demand.stages[source - 1], views[source - 1]) if source else 0
+        drawn = 0 < reuse < demand.stages[number - 1].epochs
         new_view = size(demand, source, 1, test=0) if drawn else 0
         most = max(most, sum(disk.values()) + new_view)
         if count:
@@ -100,7 +111,7 @@ def costs(demand: DiskDemand, views: list[int]) -> tuple[int, Fraction]:
 
 def weighed(demand: DiskDemand, views: list[int]) -> int:
     """Returns the multiply-adds for each row of replaying, reading, drawing and writing, for views
-    that are wanted or 0."""
+    that are wanted or frozen, or 0."""
     assert demand.byte_operations is not None
     stages, (read, written) = demand.stages, demand.byte_operations
     sizes = [0, *(demand.value_bytes * stage.values for stage in stages)]
@@ -108,16 +119,17 @@ def weighed(demand: DiskDemand, views: list[int]) -> int:
     def computed(first: int, last: int) -> int:
         return sum(stage.operations for stage in stages[first:last])
 
-    total, source, source_ring = 0, 0, 0
+    total, source, source_views, source_ring = 0, 0, 0, 0
     for number, (stage, count) in enumerate(zip(stages, [*views, 0], strict=True), start=1):
         total += stage.epochs * computed(source, number - 1)
         total += math.ceil(stage.epochs * sizes[source] * read)
         drawn = (stage.epochs - 1) // source_ring if source_ring else 0
         total += drawn * (computed(0, source) + math.ceil(sizes[source] * written))
         if count:
-            first = 0 if source_ring or stage.reuse else source
+            reuse = ring(stage, count)
+            first = 0 if source_ring or reuse or source_views < count else source
             total += count * (computed(first, number) + math.ceil(sizes[number] * written))
-            source, source_ring = number, stage.reuse
+            source, source_views, source_ring = number, count, reuse
     return total
 
 
@@ -130,7 +142,7 @@ modest = settings(deadline=None, max_examples=150)
 
 
 @modest
-@given(demands(), budgets)
+@given(demands() | demands(by_bytes=True), budgets)
 def test_the_peak_is_what_training_needs_and_never_above_the_budget(demand, budget):
     plan = planned(demand, budget)
     assert plan.peak == simulated(demand, views_of(demand, plan), dropped(plan))
@@ -194,12 +206,17 @@ def test_no_other_choice_replays_less_or_has_more_views(demand, budget):
 
 
 @modest
-@given(demands(most=5), st.builds(ByteOperations, st.floats(0, 9), st.floats(0, 30)))
-def test_where_bytes_count_no_other_choice_of_stores_takes_fewer_operations(demand, operations):
-    demand = replace(demand, byte_operations=operations)
+@given(demands(most=5, by_bytes=True))
+def test_where_bytes_count_no_other_choice_of_stores_takes_fewer_operations(demand):
+    wanted, stages = wanted_views(demand), demand.stages[:-1]
+    largest = max((size(demand, n, wanted) for n in range(1, len(demand.stages))), default=0)
+    choices = [{0, wanted} for _ in stages]
+    for number, stage in enumerate(stages, start=1):
+        if wanted and stage.frozen_views and size(demand, number, stage.frozen_views) <= largest:
+            choices[number - 1].add(stage.frozen_views)
     found = views_of(demand, plan_stores(demand, None))
-    every = itertools.product({0, wanted_views(demand)}, repeat=len(demand.stages) - 1)
-    assert set(found) <= {0, wanted_views(demand)}
+    assert all(views in each for views, each in zip(found, choices, strict=True))
+    every = itertools.product(*choices)
     assert weighed(demand, found) == min(weighed(demand, list(views)) for views in every)
 
 

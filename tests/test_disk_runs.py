@@ -278,3 +278,17 @@ def test_the_command_line_shows_the_plan_of_the_stores(tmp_path: Path) -> None:
     assert lines[start + 4].startswith("stage 1/3 linear64: training")
     roomy = greedy(*command, "--disk-budget", "1GB", "--retrain", "3")
     assert re.search(r"\ndisk: the stores take up to .* of a budget of 953.7 MiB\n", roomy.output)
+
+
+def test_small_late_stores_keep_all_views_that_a_ring_would_draw(tmp_path: Path) -> None:
+    """In 30 epochs with four uses of a copy, these are 8 views. To draw each through all frozen
+    stages, anew for every stage, takes more operations than to store them."""
+    run = tmp_path / "run"
+    trainer = new_trainer(run, "1GiB", epochs=30, batch_size=300, views="auto", encoding="uint4")
+    trainer.fit(TRAIN, TEST)
+    (plan,) = trainer.reporter.plans
+    views = [(plan.views(n), plan.reuse(n)) for n in range(1, 6)]
+    assert views == [("live", 0), (4, 4), (8, 0), ("live", 0), (8, 0)]
+    assert stores(run) == {0: 1, 2: 4, 3: 8, 5: 8}
+    assert [trainer.run.record(n).store.source for n in (2, 3, 5)] == [0, 0, 3]
+    assert trainer.assemble()(torch.rand(2, 1, SIDE, SIDE)).shape == (2, CLASSES)

@@ -59,7 +59,7 @@ def plan_disk(
     by_speed = recipe.store.views == "auto" and not fresh  # reading a data set may take any time
     numbers = range(1, len(shapes) + 1)
     demand = DiskDemand(
-        tuple(_stage_demand(state, n, shapes, retrain_from, fresh) for n in numbers),
+        tuple(_stage_demand(state, n, shapes, retrain_from, by_speed, fresh) for n in numbers),
         rows,
         sizes[encoding(recipe)],
         0 if recipe.store.stores else image_bytes,
@@ -76,20 +76,23 @@ def _stage_demand(
     number: int,
     shapes: Sequence[StageShapes],
     retrain_from: int | None,
+    by_speed: bool,
     fresh: bool,
 ) -> StageDemand:
     recipe, shape = state.run.recipe, shapes[number - 1]
     again = retrain_from is not None and number >= retrain_from
     record, start = previous_record(state, number), _resumable_start(state, number)
     next_stage = min(number + 1, len(shapes))
-    (views, reuse), lowered = wanted_views(recipe, next_stage, fresh=fresh), None
+    (views, reuse), lowered, frozen = wanted_views(recipe, next_stage, fresh=fresh), None, None
     drawn = recipe.data.is_augmented or fresh
     if isinstance(views, int) and drawn and recipe.store.reuse == "auto":
-        _, lowered = enough_views(for_stage(recipe.training.epochs, next_stage), 1)
+        epochs = for_stage(recipe.training.epochs, next_stage)
+        _, lowered = enough_views(epochs, 1)
+        frozen, _ = enough_views(epochs, reuse=0) if by_speed else (None, 0)
     if start is not None:
-        reuse, lowered = start.resolved.reuse, None
+        reuse, lowered, frozen = start.resolved.reuse, None, None
     if record is not None and not again:
-        reuse, lowered = record.choices.reuse, None
+        reuse, lowered, frozen = record.choices.reuse, None, None
     return StageDemand(
         values=math.prod(shape.output),
         operations=shape.operations,
@@ -97,6 +100,7 @@ def _stage_demand(
         wanted_views=views if recipe.training.strategy == "greedy" else "live",
         reuse=reuse,
         lowered_reuse=lowered,
+        frozen_views=frozen if reuse else None,
         views=_views(state, record) if record is not None and not again else None,
         interrupted_views=start.resolved.views if start is not None else None,
         replaced=state.run.store_bytes(number) if again else 0,

@@ -35,6 +35,9 @@ class StageDemand:
         wanted_views: of its store, if there is room.
         reuse: epochs after which a view of its store is replaced, 0 for never.
         lowered_reuse: the same if it has fewer views than wanted; ``None`` for ``reuse``.
+        frozen_views: of its store if none is replaced, as many as that takes, which it may have
+            where that saves time and the store is no larger than the largest of wanted views;
+            ``None`` if it may not.
         views: of its store if it is finished; ``live`` if that was deleted.
         interrupted_views: the views chosen for its training if that was interrupted.
         replaced: bytes of an old store that is kept until the stage is trained again.
@@ -46,12 +49,15 @@ class StageDemand:
     wanted_views: Views = "live"
     reuse: int = 0
     lowered_reuse: int | None = None
+    frozen_views: int | None = None
     views: Views | None = None
     interrupted_views: Views | None = None
     replaced: int = 0
 
     def reuse_of(self, views: int) -> int:
         """Returns the epochs after which one of ``views`` views of its store is replaced."""
+        if views == self.frozen_views:
+            return 0
         if self.lowered_reuse is None or views == self.wanted_views:
             return self.reuse
         return self.lowered_reuse
@@ -87,7 +93,18 @@ class DiskDemand:
         views = fixed or self.stages[number - 1].wanted_views
         if views == "live":
             return []
-        return [views] if fixed else [views >> n for n in range(views.bit_length())]
+        if fixed:
+            return [views]
+        frozen = self.stages[number - 1].frozen_views
+        lowered = [views >> n for n in range(views.bit_length())]
+        may_freeze = frozen and self.store_bytes(number, frozen) <= self._largest_wanted
+        return [frozen, *lowered] if frozen and may_freeze else lowered
+
+    @property
+    def _largest_wanted(self) -> int:
+        """The bytes of the largest store of wanted views."""
+        wanted = ((n, stage.wanted_views) for n, stage in enumerate(self.stages[:-1], start=1))
+        return max(self.store_bytes(n, views) for n, views in wanted if views != "live")
 
     def store_bytes(
         self, number: int, views: int, splits: Collection[str] = ("train", "test")
@@ -150,10 +167,13 @@ class DiskDemand:
         if self.byte_operations is None:
             return 0
         stage, source = self.stages[number - 1], self.source(number, stored)
-        is_ring = any(self.stages[n - 1].reuse_of(stored[n]) for n in (source, number) if n)
         views = stage.fixed_views or stage.wanted_views
+        if stored[number] == stage.frozen_views:
+            views = stage.frozen_views
         assert views != "live"
-        return views * self._view_cost(0 if is_ring else source, number)
+        replaced = any(self.stages[n - 1].reuse_of(stored[n]) for n in (source, number) if n)
+        from_images = replaced or not source or stored[source] < views
+        return views * self._view_cost(0 if from_images else source, number)
 
     def _view_cost(self, source: int, number: int) -> int:
         """Returns the multiply-adds per row of computing and writing a view of a stage's store."""
