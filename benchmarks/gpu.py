@@ -19,6 +19,9 @@ from typing import Any
 
 import click
 
+from greedy.base.devices import pick_device
+from greedy.base.errors import UserError
+
 HERE = Path(__file__).parent
 TESTS = HERE.parent / "tests"
 GREEDY = [sys.executable, "-m", "greedy.cli.main"]
@@ -235,6 +238,10 @@ def main(
     little: bool,
 ) -> None:
     """Run all measurements that need a GPU."""
+    try:
+        pick_device(device)
+    except UserError as error:
+        raise click.ClickException(str(error)) from error
     runs = runs or to / "runs"
     for folder in (to, runs):
         folder.mkdir(parents=True, exist_ok=True)
