@@ -35,9 +35,9 @@ class StageDemand:
         wanted_views: of its store, if there is room.
         reuse: epochs after which a view of its store is replaced, 0 for never.
         lowered_reuse: the same if it has fewer views than wanted; ``None`` for ``reuse``.
-        frozen_views: of its store if none is replaced, as many as that takes, which it may have
-            where that saves time and the store is no larger than the largest of wanted views;
-            ``None`` if it may not.
+        frozen_views: as many as it takes if none is replaced, which its store may have where that
+            saves time and it is no larger than the largest store of wanted views; ``None`` if it
+            may not.
         views: of its store if it is finished; ``live`` if that was deleted.
         interrupted_views: the views chosen for its training if that was interrupted.
         replaced: bytes of an old store that is kept until the stage is trained again.
@@ -89,16 +89,17 @@ class DiskDemand:
 
     def choices(self, number: int) -> list[int]:
         """Returns the views that a stage's store may have, most first; empty if it has no store."""
-        fixed = self.stages[number - 1].fixed_views
-        views = fixed or self.stages[number - 1].wanted_views
+        stage = self.stages[number - 1]
+        views = stage.fixed_views or stage.wanted_views
         if views == "live":
             return []
-        if fixed:
+        if stage.fixed_views:
             return [views]
-        frozen = self.stages[number - 1].frozen_views
         lowered = [views >> n for n in range(views.bit_length())]
-        may_freeze = frozen and self.store_bytes(number, frozen) <= self._largest_wanted
-        return [frozen, *lowered] if frozen and may_freeze else lowered
+        frozen = stage.frozen_views
+        if frozen and self.store_bytes(number, frozen) <= self._largest_wanted:
+            return [frozen, *lowered]
+        return lowered
 
     @property
     def _largest_wanted(self) -> int:
@@ -127,9 +128,8 @@ class DiskDemand:
             if n == source or (n < number and n in kept)
         )
         written = self.store_bytes(number, stored[number]) if number in stored else 0
-        if self.views_drawn(
-            source, number, stored
-        ):  # the old view is kept until the new one is complete
+        if self.views_drawn(source, number, stored):
+            # The old view is kept until the new one is complete.
             written = max(written, self.store_bytes(source, 1, ["train"]))
         return self.image_bytes + existing + written
 
