@@ -44,7 +44,7 @@ from greedy.training.resolve import compiles, resolve
 
 SIDES = (1024, 2048, 4096)  # of the matrices whose products give the peak
 PRODUCTS, PRODUCT_SECONDS = 5, 2.0  # at most, for each side
-WRITTEN = 2**26  # bytes of a stage's output, to measure how fast it is written
+WRITTEN = 2**27, 2**20  # bytes and rows at most, to measure how fast an output is written
 
 
 def peak_flops(device: torch.device) -> float:
@@ -247,9 +247,11 @@ class Bench:
     def _write_rate(self, output: NDArray[np.float32], place: Path) -> float:
         """Measures the bytes a second that outputs of a stage, repeated, are written with."""
         fitted = fit_encoding(encoding(self.recipe), output)
-        rows = max(1, WRITTEN // fitted.stored_row_bytes)
+        most_bytes, most_rows = WRITTEN
+        rows = min(max(1, most_bytes // fitted.stored_row_bytes), most_rows)
+        started = time.perf_counter()
         with (
-            write_errors_explained(place, "measuring how fast a store is written", WRITTEN),
+            write_errors_explained(place, "a store to measure with", most_bytes),
             StoreWriter(
                 place / "written",
                 rows=rows,
@@ -260,11 +262,9 @@ class Bench:
                 index=np.arange(rows),
             ) as writer,
         ):
-            started = time.perf_counter()
             for start in range(0, rows, len(output)):
                 writer.append(output[: rows - start])
-            seconds = time.perf_counter() - started  # closing takes the same for any number of rows
-        return writer.summary.disk_bytes / seconds
+        return writer.summary.disk_bytes / (time.perf_counter() - started)
 
 
 def _finish(device: torch.device) -> None:

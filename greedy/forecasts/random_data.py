@@ -64,7 +64,7 @@ def random_source(
     views = 1 if views == "live" else views
     in_memory = shuffle(recipe, views * rows * fitted.stored_row_bytes) == "rows"
     count = _rows(fitted, recipe.training.batch_size, in_memory)
-    what, needed = f"measuring stage {number}", count * fitted.stored_row_bytes
+    what, needed = f"a store to measure stage {number} with", count * fitted.stored_row_bytes
     require_free_space(place.parent, what, needed)
     with (
         write_errors_explained(place.parent, what, needed),

@@ -83,12 +83,14 @@ def _stage_demand(
     again = retrain_from is not None and number >= retrain_from
     record, start = previous_record(state, number), _resumable_start(state, number)
     next_stage = min(number + 1, len(shapes))
-    (views, reuse), lowered, frozen = wanted_views(recipe, next_stage, fresh=fresh), None, None
+    epochs, next_epochs = (for_stage(recipe.training.epochs, n) for n in (number, next_stage))
+    (views, reuse), lowered = wanted_views(recipe, next_stage, fresh=fresh), None
     drawn = recipe.data.is_augmented or fresh
-    if isinstance(views, int) and drawn and recipe.store.reuse == "auto":
-        epochs = for_stage(recipe.training.epochs, next_stage)
-        _, lowered = enough_views(epochs, 1)
-        frozen, _ = enough_views(epochs, reuse=0) if by_speed else (None, 0)
+    by_rule = isinstance(views, int) and drawn and recipe.store.reuse == "auto"
+    if by_rule:
+        _, lowered = enough_views(next_epochs, 1)
+    copies = enough_views(epochs, reuse=0)[0] if by_rule and by_speed else 0
+    frozen = enough_views(next_epochs, reuse=0)[0] if copies and reuse else None
     if start is not None:
         reuse, lowered, frozen = start.resolved.reuse, None, None
     if record is not None and not again:
@@ -96,11 +98,12 @@ def _stage_demand(
     return StageDemand(
         values=math.prod(shape.output),
         operations=shape.operations,
-        epochs=for_stage(recipe.training.epochs, number),
+        epochs=epochs,
+        copies=copies,
         wanted_views=views if recipe.training.strategy == "greedy" else "live",
         reuse=reuse,
         lowered_reuse=lowered,
-        frozen_views=frozen if reuse else None,
+        frozen_views=frozen,
         views=_views(state, record) if record is not None and not again else None,
         interrupted_views=start.resolved.views if start is not None else None,
         replaced=state.run.store_bytes(number) if again else 0,

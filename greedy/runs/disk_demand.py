@@ -3,9 +3,10 @@
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
-from greedy.runs.views import Views, views_drawn
+from greedy.runs.views import Views, is_drawn_from_images, views_drawn
 
 # Bytes of a stored value, at most: compressed, measured on real activations, and uncompressed.
 COMPRESSED = {"float32": 3.5, "float16": 1.8, "bfloat16": 1.45, "uint8": 1.05, "uint4": 0.5}
@@ -35,9 +36,9 @@ class StageDemand:
         wanted_views: of its store, if there is room.
         reuse: epochs after which a view of its store is replaced, 0 for never.
         lowered_reuse: the same if it has fewer views than wanted; ``None`` for ``reuse``.
-        frozen_views: as many as it takes if none is replaced, which its store may have where that
-            saves time and it is no larger than the largest store of wanted views; ``None`` if it
-            may not.
+        frozen_views: all that a ring would draw, more than are wanted. Its store may have them,
+            and none is replaced, where that saves time; ``None`` if it may not.
+        copies: of a row that its training takes; 0 for any number.
         views: of its store if it is finished; ``live`` if that was deleted.
         interrupted_views: the views chosen for its training if that was interrupted.
         replaced: bytes of an old store that is kept until the stage is trained again.
@@ -50,6 +51,7 @@ class StageDemand:
     reuse: int = 0
     lowered_reuse: int | None = None
     frozen_views: int | None = None
+    copies: int = 0
     views: Views | None = None
     interrupted_views: Views | None = None
     replaced: int = 0
@@ -101,9 +103,9 @@ class DiskDemand:
             return [frozen, *lowered]
         return lowered
 
-    @property
+    @cached_property
     def _largest_wanted(self) -> int:
-        """The bytes of the largest store of wanted views."""
+        """The bytes of the largest store that a stage would have with its wanted views."""
         wanted = ((n, stage.wanted_views) for n, stage in enumerate(self.stages[:-1], start=1))
         return max(self.store_bytes(n, views) for n, views in wanted if views != "live")
 
@@ -149,6 +151,14 @@ class DiskDemand:
         reuse = self.stages[source - 1].reuse_of(stored[source]) if source else 0
         return views_drawn(self.stages[number - 1].epochs, reuse)
 
+    def missing(self, source: int, number: int, stored: Mapping[int, int]) -> int:
+        """Returns the copies of a row that stage ``number`` lacks if it trains from the store of
+        stage ``source``: that was made for the stage after it, which may train for less long."""
+        if not source:
+            return 0
+        seen = stored[source] + self.views_drawn(source, number, stored)
+        return max(0, self.stages[number - 1].copies - seen)
+
     def cost(self, source: int, number: int, stored: Mapping[int, int]) -> int:
         """Returns the multiply-adds per row that stage ``number``'s inputs take in all epochs if it
         trains from the store of stage ``source``: replaying and, if that counts, reading and
@@ -171,9 +181,14 @@ class DiskDemand:
         if stored[number] == stage.frozen_views:
             views = stage.frozen_views
         assert views != "live"
-        replaced = any(self.stages[n - 1].reuse_of(stored[n]) for n in (source, number) if n)
-        from_images = replaced or not source or stored[source] < views
-        return views * self._view_cost(0 if from_images else source, number)
+        if source and not is_drawn_from_images(
+            views,
+            stage.reuse_of(stored[number]),
+            stored[source],
+            self.stages[source - 1].reuse_of(stored[source]),
+        ):
+            return views * self._view_cost(source, number)
+        return views * self._view_cost(0, number)
 
     def _view_cost(self, source: int, number: int) -> int:
         """Returns the multiply-adds per row of computing and writing a view of a stage's store."""

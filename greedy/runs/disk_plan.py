@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
 from greedy.base.errors import UserError
 from greedy.base.sizes import format_size
 from greedy.runs.disk_demand import DiskDemand
-from greedy.runs.views import Views
+from greedy.runs.views import Views, is_drawn_from_images
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,11 @@ class DiskPlan:
         """Returns whether a stage's store is written from the images, also where the stage trains
         from a store: where views of either are replaced, or where that has fewer views."""
         source, views = self.source(number), self.views(number)
-        if views == "live":
-            return False
-        fewer = source == 0 or self.views(source) < views  # type: ignore[operator]
-        return fewer or self.reuse(source) > 0 or self.reuse(number) > 0
+        if views == "live" or source == 0:
+            return views != "live"
+        from_views = self.views(source)
+        assert from_views != "live"
+        return is_drawn_from_images(views, self.reuse(number), from_views, self.reuse(source))
 
     def source(self, number: int) -> int:
         """Returns the stage whose store a stage trains from."""
@@ -130,6 +131,9 @@ def plan_stores(
         UserError: no plan fits, or ``keep`` is ``all`` and the stores do not fit together.
     """
     budget = math.inf if limit is None else limit
+    if keep == "all":  # stores of more views than wanted would be an obstacle
+        stages = (replace(stage, frozen_views=None) for stage in demand.stages)
+        demand = replace(demand, stages=tuple(stages))
     wanted = _views(demand, None)
     needed = demand.peak(wanted, wanted)
     if keep == "all" and needed > budget:
@@ -175,12 +179,14 @@ class _Path:
 
     Attributes:
         excess: bytes above the budget, summed over the stages.
+        missing: copies of a row that trainings lack, see ``DiskDemand.missing``.
         cost: multiply-adds per training row, see ``DiskDemand.cost`` and ``first_cost``.
         coarseness: sum of 1/views.
         stored: (stage, views) of every store.
     """
 
     excess: int = 0
+    missing: int = 0
     cost: int = 0
     coarseness: Fraction = Fraction(0)
     stored: tuple[tuple[int, int], ...] = ()
@@ -214,6 +220,7 @@ def _extend(
     first_views = 0 if views is None else demand.first_cost(number, on_disk)
     return _Path(
         path.excess + sum(excess for excess in used if excess > 0),
+        path.missing + sum(demand.missing(source, n, on_disk) for n in steps),
         path.cost + sum(demand.cost(source, n, on_disk) for n in steps) + first_views,
         path.coarseness + (Fraction(1, views) if views else 0),
         stored,

@@ -37,6 +37,12 @@ def enough_views(
     return views, reuse if reuse < epochs else 0
 
 
+def is_drawn_from_images(views: int, reuse: int, source_views: int, source_reuse: int) -> bool:
+    """Returns whether the first views of a store are computed from the images instead of the store
+    of its source: where views of either are replaced, or the source has fewer."""
+    return reuse > 0 or source_reuse > 0 or source_views < views
+
+
 def view_numbers(epoch: int, views: int, reuse: int) -> list[int]:
     """Returns the number of the view in each place of a store in an epoch, counted from 0. Each
     view is drawn by its number; one with number g is in place g modulo ``views``. After every
