@@ -248,7 +248,7 @@ class Rates(Reporter):
         self.reported.append(report.learning_rate)
 
 
-DROPPING = {"epochs": 3, "milestones": [1, 2], "lr_decay": 0.5, "checkpoint_minutes": 0}
+DROPPING = {"epochs": 3, "milestones": [1, 2], "lr_decay": 0.5, "checkpoint_minutes": 0, "views": 1}
 
 
 def with_rates(run: Path, rates: Rates, **settings) -> GreedyTrainer:
