@@ -2,14 +2,14 @@
 
 The error of one run on 10,000 test images is uncertain by 0.3 points, more than two ways of
 training differ by. So both classify the same images, and each image in several forms: as it is,
-and shifted, flipped or coloured as the recipe augments training images, alike for all runs. Holes
-are left out.
+and shifted, flipped or coloured as the recipe augments training images, alike for all runs. Cutout
+is left out.
 
     python benchmarks/compare_runs.py --pair live-0 auto-0 --pair live-1 auto-1
 
 A pair are two runs of one seed. Errors are in percent, differences in points, the second run less
-the first. Their 95 % intervals are over images, of each image's mean over all pairs and forms. How
-much seeds differ, the differences of single pairs show.
+the first. Their 95 % intervals are over images, of each image's mean over all pairs and forms. The
+differences of single pairs show how much seeds differ.
 """
 
 import json

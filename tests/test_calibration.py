@@ -300,6 +300,8 @@ def test_seconds_are_those_of_all_rows(tmp_path):
     assert durations.seconds(known, 2, 1) == pytest.approx(26.8 + math.ceil(written) / 1000)
     assert durations.seconds(known, 4, 3) == pytest.approx(240 / 10 + 20 / 100)
     assert durations.seconds(calibration(), 2, 1) is None
+    untested = Durations(run.recipe, disk, {"train": 80, "test": 0}, 0, [WORK] * 4)
+    assert untested.seconds(known, 1, 0) == pytest.approx(26.4 + disk.stages[0].bytes / 1000)
     unwritten = calibration(speed(written_bytes_per_second=None))  # an output layer alone
     assert durations.seconds(unwritten, 2, 1) is None
     assert durations.seconds(unwritten, 4, 3) == pytest.approx(240 / 10 + 20 / 100)

@@ -59,8 +59,8 @@ class Durations:
         ]
         if not self.apart:
             return _total(*training, *drawing)
-        trained, drew = _total(*training), _total(*drawing)
-        return None if trained is None or drew is None else max(trained, drew)
+        here, there = _total(*training), _total(*drawing)
+        return None if here is None or there is None else max(here, there)
 
     def _frozen(
         self, calibration: Calibration | None, passed: Counter[int]
@@ -78,7 +78,8 @@ class Durations:
 
     def _drawn_bytes(self, source: int, epochs: int) -> float:
         """Returns the bytes of the views of stage ``source``'s store that are drawn meanwhile."""
-        drawn = views_drawn(epochs, self.disk.reuse(source))
+        if not (drawn := views_drawn(epochs, self.disk.reuse(source))):
+            return 0
         in_store = self._views(source) * self.rows["train"] + self.rows["test"]
         return self._store_bytes(source) * drawn * self.rows["train"] / in_store
 

@@ -59,7 +59,10 @@ def plan_disk(
     by_speed = recipe.store.views == "auto" and not fresh  # reading a data set may take any time
     numbers = range(1, len(shapes) + 1)
     demand = DiskDemand(
-        tuple(_stage_demand(state, n, shapes, retrain_from, by_speed, fresh) for n in numbers),
+        tuple(
+            _stage_demand(state, n, shapes, retrain_from, by_speed=by_speed, fresh=fresh)
+            for n in numbers
+        ),
         rows,
         sizes[encoding(recipe)],
         0 if recipe.store.stores else image_bytes,
@@ -76,6 +79,7 @@ def _stage_demand(
     number: int,
     shapes: Sequence[StageShapes],
     retrain_from: int | None,
+    *,
     by_speed: bool,
     fresh: bool,
 ) -> StageDemand:

@@ -131,7 +131,7 @@ def plan_stores(
         UserError: no plan fits, or ``keep`` is ``all`` and the stores do not fit together.
     """
     budget = math.inf if limit is None else limit
-    if keep == "all":  # stores of more views than wanted would be an obstacle
+    if keep == "all":  # frozen views save time, but would make some budgets too small
         stages = (replace(stage, frozen_views=None) for stage in demand.stages)
         demand = replace(demand, stages=tuple(stages))
     wanted = _views(demand, None)
