@@ -1,11 +1,12 @@
 """A server of object storage on this machine, SeaweedFS, that can be killed and started again."""
 
 import json
+import random
 import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from obstore.store import S3Store
 
 PARTS = ("s3", "master", "volume", "filer")
 BUCKET = "bucket"
+PORTS = range(20_000, 32_768)  # below those that systems give to connections
 KEY, SECRET = "a-key", "a-secret-of-the-test"
 
 
@@ -82,7 +84,7 @@ class Server:
             region=env["AWS_REGION"],
             access_key_id=KEY,
             secret_access_key=SECRET,
-            client_options={"allow_http": True},
+            client_options={"allow_http": True, "timeout": "5s"},
             retry_config={"max_retries": 0},
         )
         for _ in range(400):
@@ -95,6 +97,8 @@ class Server:
                     return
             except BaseError:
                 pass
+            if self._process is None or self._process.poll() is not None:
+                break
             time.sleep(0.25)
         raise TimeoutError((self._directory / "log").read_text()[-2000:])
 
@@ -107,13 +111,15 @@ class Server:
 
 
 def _free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
+    """Returns ports that nobody uses, nor is given while the server is away."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        with socket.socket() as each, suppress(OSError):
+            each.bind(("127.0.0.1", port))
+            found.append(port)
+        if len(found) == count:
+            break
+    return found
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Runs functions of test modules in several processes that train together."""
 
+import faulthandler
 import multiprocessing
 import os
 import tempfile
@@ -14,6 +15,8 @@ import torch.multiprocessing as mp
 from command_line import said
 
 from greedy.base.ranks import Ranks
+
+HANGS = 600  # seconds after which a process shows where it hangs, and ends
 
 
 def together(size: int, work: Callable[..., None], *arguments: Any) -> None:
@@ -38,6 +41,7 @@ def _command(ranks: Ranks, arguments: tuple[object, ...]) -> None:
 def _one(
     rank: int, size: int, meeting: str, work: Callable[..., None], arguments: tuple[Any, ...]
 ) -> None:
+    faulthandler.dump_traceback_later(HANGS, exit=True)
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     limit = timedelta(seconds=120)
