@@ -139,7 +139,7 @@ def outcome(directory: Path) -> dict[str, Any]:
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             free = {"seconds", "images_per_second", "waiting_percent"}
             contents[name] = [{k: v for k, v in x.items() if k not in free} for x in lines]
-        elif name not in ("run.toml", ".lock", ".lock.json"):
+        elif name not in ("run.toml", "plan.json", ".lock", ".lock.json"):
             contents[name] = path.read_bytes()
     return contents
 

@@ -21,6 +21,7 @@ from greedy.runs.directory import RunDirectory
 from greedy.runs.disk_budget import plan_disk
 from greedy.runs.disk_demand import ByteOperations
 from greedy.runs.disk_plan import DiskPlan
+from greedy.runs.plan_basis import PlanBasis
 from greedy.runs.state import RunState
 
 IMAGE = (3, 224, 224)
@@ -134,7 +135,8 @@ class Counted:
         recipe = load(self.recipe, [*self.settings, "store.disk_budget='1000000TiB'", *settings])
         state = RunState.read(RunDirectory(NOWHERE, recipe))
         images = rows * math.prod(IMAGE)
-        return plan_disk(state, self.shapes, {"train": rows, "test": 0}, images, byte_operations)
+        basis = PlanBasis(budget=None, **byte_operations._asdict())
+        return plan_disk(state, self.shapes, {"train": rows, "test": 0}, images, basis)
 
 
 @cache

@@ -15,7 +15,6 @@ class DamagedStore(StoreError):
     """
 
     def __init__(self, problem: str, advice: str = ADVICE) -> None:
-        problem = problem.removesuffix(f"; {ADVICE}")
         super().__init__(f"{problem}; {advice}")
         self.problem = problem
 

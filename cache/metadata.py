@@ -23,6 +23,8 @@ MAX_VIEWS = 2**16
 MAX_ROWS = 2**40
 MAX_SHARD_CHUNKS = 2**20
 
+_AXES = {1: ["feature"], 2: ["token", "feature"], 3: ["channel", "height", "width"]}
+_FORMER_AXES = ["view", "row", "feature"]  # of tokens, one too few for Zarr
 _CRC32C = {"name": "crc32c"}
 _BYTES = {"name": "bytes", "configuration": {"endian": "little"}}
 
@@ -65,7 +67,7 @@ class StoreMetadata:
         documents["zarr.json"] = {
             "zarr_format": 3,
             "node_type": "group",
-            "attributes": {"greedy": _attributes(self)},
+            "attributes": {"greedy": _attributes(self, documents["activations/zarr.json"])},
         }
         return {path: json.dumps(entry, indent=1).encode() for path, entry in documents.items()}
 
@@ -114,16 +116,16 @@ def parse_metadata(group: bytes, activations: bytes, where: str) -> StoreMetadat
         and metadata.chunk_bytes <= MAX_CHUNK_BYTES
     )
     expected = _activations(metadata)
+    if len(encoding.stored_shape) == 2 and array.get("dimension_names") == _FORMER_AXES:
+        expected["dimension_names"] = _FORMER_AXES
     if not possible or any(array.get(key) != value for key, value in expected.items()):
-        raise StoreError(f"{where}/activations is not laid out as its attributes say")
-    if attributes != _attributes(metadata):
-        raise DamagedStore(
-            f"{where} has metadata that do not match their checksum; write the store again"
-        )
+        raise DamagedStore(f"{where}/activations is not laid out as its attributes say")
+    if attributes != _attributes(metadata, expected):
+        raise DamagedStore(f"{where} has metadata that do not match their checksum")
     return metadata
 
 
-def _attributes(metadata: StoreMetadata) -> dict[str, Any]:
+def _attributes(metadata: StoreMetadata, activations: dict[str, Any]) -> dict[str, Any]:
     """Returns the attributes of a store, with a CRC32C over these and the activations' metadata, so
     that a flipped bit in a scale is noticed."""
     attributes: dict[str, Any] = {
@@ -132,7 +134,7 @@ def _attributes(metadata: StoreMetadata) -> dict[str, Any]:
         "encoding": metadata.encoding.to_json(),
         "compressor": metadata.compressor,
     }
-    text = json.dumps([attributes, _activations(metadata)])
+    text = json.dumps([attributes, activations])
     return attributes | {"crc32c": crc32c(text.encode())}
 
 
@@ -155,10 +157,7 @@ def _activations(metadata: StoreMetadata) -> dict[str, Any]:
         "index_codecs": [_BYTES, _CRC32C],
         "index_location": "end",
     }
-    if encoding.name == "uint4":
-        axes = ["pair"]
-    else:
-        axes = ["channel", "height", "width"] if len(row) == 3 else ["feature"]
+    axes = ["pair"] if encoding.name == "uint4" else _AXES[len(row)]
     return _array(
         shape=[layout.views, layout.rows, *row],
         dtype=dtype,

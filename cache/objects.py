@@ -186,7 +186,10 @@ class Objects:
         import obstore  # noqa: PLC0415
 
         with self._explained():
-            obstore.copy(self._client, other._path(other_key), self._path(key))
+            try:
+                obstore.copy(self._client, other._path(other_key), self._path(key))
+            except FileNotFoundError:
+                raise DamagedStore(f"{other}/{other_key} is missing") from None
 
     def remove(self, key: str) -> None:
         """Deletes a file, if it exists."""

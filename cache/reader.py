@@ -285,10 +285,10 @@ class Store:
         where = f"{self._source}/{name}"
         data = self._source.whole(f"{name}/c.0")
         if data is None:
-            raise DamagedStore(f"{where} is missing; write the store again")
+            raise DamagedStore(f"{where} is missing")
         values = shards.without_crc(np.frombuffer(data, np.uint8), where)
         if values.nbytes != 8 * self.rows:
-            raise DamagedStore(f"{where} does not have {self.rows} rows; write the store again")
+            raise DamagedStore(f"{where} does not have {self.rows} rows")
         return values.view("<i8").astype(np.int64)
 
     def _check_range(self, start: int, stop: int) -> None:

@@ -31,7 +31,6 @@ MAX_CHUNK_BYTES = 2**31 - 64
 _EMPTY = 2**64 - 1
 CRC_BYTES = 4
 _BLOSC_HEADER = struct.Struct("<BBBBIII")  # versions, flags, type size; nbytes, blocksize, cbytes
-_ADVICE = "write the store again"
 
 
 def encode_chunk(stored: NDArray[Any], compressor: str) -> bytes:
@@ -62,7 +61,7 @@ def decode_chunk(data: NDArray[np.uint8], compressor: str, out: NDArray[Any], wh
     try:
         numcodecs.blosc.decompress(body, out)
     except (RuntimeError, ValueError) as error:
-        raise DamagedStore(f"{where} cannot be decompressed; {_ADVICE}") from error
+        raise DamagedStore(f"{where} cannot be decompressed") from error
 
 
 def with_crc(body: bytes) -> bytes:
@@ -77,8 +76,8 @@ def without_crc(data: NDArray[np.uint8], where: str) -> NDArray[np.uint8]:
         DamagedStore: the checksum does not match; the message begins with ``where``.
     """
     body, crc = data[:-CRC_BYTES], data[-CRC_BYTES:]
-    if crc32c(body) != int.from_bytes(crc.tobytes(), "little"):
-        raise DamagedStore(f"{where} does not match its checksum; {_ADVICE}")
+    if len(data) < CRC_BYTES or crc32c(body) != int.from_bytes(crc.tobytes(), "little"):
+        raise DamagedStore(f"{where} does not match its checksum")
     return body
 
 
@@ -94,7 +93,7 @@ def parse_index(data: bytes, chunks: int, where: str) -> NDArray[np.uint64]:
         DamagedStore: the message begins with ``where``.
     """
     if len(data) != index_bytes(chunks):
-        raise DamagedStore(f"{where} is in a shard too short for its index; {_ADVICE}")
+        raise DamagedStore(f"{where} is in a shard too short for its index")
     body = without_crc(np.frombuffer(data, np.uint8), f"{where} is in a shard whose index")
     return body.view("<u8").reshape(chunks, 2)
 
@@ -110,12 +109,12 @@ def chunk_span(
     """
     offset, size = index[slot].tolist()
     if _EMPTY in (offset, size):
-        raise DamagedStore(f"{where} is missing from its shard; {_ADVICE}")
+        raise DamagedStore(f"{where} is missing from its shard")
     header = _BLOSC_HEADER.size + CRC_BYTES
     plain = chunk_bytes + CRC_BYTES
     least, most = (plain, plain) if compressor == "none" else (header, chunk_bytes + header)
     if offset >= 2**62 or not least <= size <= most:
-        raise DamagedStore(f"{where} has an impossible entry in its shard's index; {_ADVICE}")
+        raise DamagedStore(f"{where} has an impossible entry in its shard's index")
     return offset, size
 
 
@@ -190,4 +189,4 @@ def _check_blosc_header(body: NDArray[np.uint8], out: NDArray[Any], where: str) 
         and cbytes == len(body)
     )
     if not as_expected:
-        raise DamagedStore(f"{where} has a Blosc header that does not fit the store; {_ADVICE}")
+        raise DamagedStore(f"{where} has a Blosc header that does not fit the store")

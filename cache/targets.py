@@ -114,7 +114,10 @@ class ObjectTarget:
         key = metadata.shard_key(view, shard)
         try:
             digest, size = self._note(key).read_text(encoding="ascii").split()
-            return bytes.fromhex(digest) if self.source.size(key) == int(size) else None
+            if self.source.size(key) != int(size):
+                return None
+            (self.root / key).unlink(missing_ok=True)  # a kill between the note and this left it
+            return bytes.fromhex(digest)
         except (OSError, ValueError):
             return None
 

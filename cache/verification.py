@@ -16,10 +16,9 @@ from greedy.cache.metadata import SIDE_ARRAYS, StoreMetadata, parse_metadata
 from greedy.cache.objects import Objects
 from greedy.cache.sources import ByteSource, ReadSource
 from greedy.cache.threads import background, in_order
-from greedy.cache.urls import location_of
+from greedy.cache.urls import LOCATION, location_of
 
 THREADS = 2
-_ADVICE = "write the store again"
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,10 @@ def verify(path: Path) -> list[Damage]:
     Raises:
         UnreachableStore: the store is in object storage that does not answer.
     """
-    url = location_of(path)
+    try:
+        url = location_of(path)
+    except StoreError:
+        return [Damage(path / LOCATION, "does not hold a store's URL")]
     source = ReadSource(path) if url is None else Objects.at(url)
     damages = [Damage(path / key, problem) for key, problem in _faults(source)]
     if url is None:
@@ -91,13 +93,14 @@ def _read_metadata(
         except OSError as error:
             faults.append((key, _unreadable(error)))
         except (ValueError, RecursionError):
-            faults.append((key, f"is not JSON; {_ADVICE}"))
+            faults.append((key, "is not JSON"))
     if faults:
         return None, faults
     try:
         return parse_metadata(texts[0], texts[1], str(source)), []
     except StoreError as error:
-        return None, [("zarr.json", f"does not fit activations/zarr.json: {error}")]
+        problem = error.problem if isinstance(error, DamagedStore) else str(error)
+        return None, [("zarr.json", f"does not fit activations/zarr.json: {problem}")]
 
 
 def _whole(source: ByteSource, key: str) -> bytes:
@@ -115,7 +118,7 @@ def _verify_document(source: ByteSource, key: str, written: bytes) -> list[tuple
         return [(key, _unreadable(error))]
     except (ValueError, RecursionError):
         pass
-    return [(key, f"is not what was written; {_ADVICE}")]
+    return [(key, "is not what was written")]
 
 
 def _verify_side_array(source: ByteSource, key: str, rows: int | None) -> list[tuple[str, str]]:
@@ -124,9 +127,9 @@ def _verify_side_array(source: ByteSource, key: str, rows: int | None) -> list[t
     except OSError as error:
         return [(key, _unreadable(error))]
     except DamagedStore as error:
-        return [(key, str(error))]
+        return [(key, error.problem)]
     if rows is not None and values.nbytes != 8 * rows:
-        return [(key, f"does not have {rows} rows; {_ADVICE}")]
+        return [(key, f"does not have {rows} rows")]
     return []
 
 
@@ -155,7 +158,7 @@ def shard_damage(
     except OSError as error:
         return _unreadable(error)
     except DamagedStore as error:
-        return str(error)
+        return error.problem
 
 
 def _verify_shard(
@@ -182,10 +185,10 @@ def _chunk_damage(
     try:
         offset, size = shards.chunk_span(index, slot, chunk.nbytes, compressor, where)
         if (data := source.part(key, offset, size)) is None:
-            return f"{where} lies beyond the end of its shard; {_ADVICE}"
+            return f"{where} lies beyond the end of its shard"
         shards.decode_chunk(data, compressor, chunk, where)
     except DamagedStore as error:
-        return str(error)
+        return error.problem
     except OSError as error:
         return _unreadable(error, f"{where} ")
     return None
@@ -201,5 +204,5 @@ def _unreadable(error: OSError, where: str = "") -> str:
     if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
         raise error
     if isinstance(error, FileNotFoundError):
-        return f"{where}is missing; {_ADVICE}"
+        return f"{where}is missing"
     return f"{where}cannot be read: {error.strerror}"

@@ -14,10 +14,13 @@ from greedy.cli.results import print_changes, print_stores
 from greedy.cli.tables import print_json, print_table, say, size
 
 if TYPE_CHECKING:
-    from greedy.cache import StoreInfo
+    from collections.abc import Iterable
+
+    from greedy.cache import Damage, StoreInfo
     from greedy.runs.directory import RunDirectory
     from greedy.runs.status import StoreStatus
 
+STORE = "activations.zarr"
 BAR = 40  # columns of the widest bar of a histogram
 
 
@@ -88,12 +91,22 @@ def verify(path: Path, as_json: bool) -> None:
     else:
         for damage in damages:
             say(f"{damage.path}: {damage.problem}")
-        remedy = f": {command('cache', 'repair', path)} computes damaged parts of stores again"
-        in_stores = any("activations.zarr" in damage.path.parts for damage in damages)
-        summary = f"{len(damages)} damaged{remedy if in_stores else ''}"
+        summary = f"{len(damages)} damaged{_remedies(path, damages)}"
         say(summary if damages else "everything is as it was written")
     if damages:
         raise SystemExit(1)
+
+
+def _remedies(path: Path, damages: "Iterable[Damage]") -> str:
+    """Returns what can be done about damaged stores, to follow their number."""
+    names = [damage.path.parts for damage in damages]
+    stages = {parts[parts.index(STORE) - 1] for parts in names if STORE in parts}
+    found = ""
+    if "stage0" in stages:
+        found += "; images cannot be computed again: begin another run from the data"
+    if stages - {"stage0"}:
+        found += f"; {command('cache', 'repair', path)} computes damaged parts of stores again"
+    return found
 
 
 @cache.command(epilog="Example: greedy cache repair runs/demo")

@@ -223,12 +223,12 @@ class GreedyTrainer:
         if retrain_from is not None:
             state.require_stage(retrain_from)
         if self.recipe.training.strategy != "greedy":
-            return self._train_network(state, count, retrain_from)
-        retraining = Retraining.plan(self.run.path, retrain_from, state.is_stale)
+            return self._train_network(state, retrain_from)
+        retraining = Retraining.plan(self.run.path, retrain_from, state.is_stale, state.seconds)
         first = retraining.left if retraining else count + 1
         numbers = range(1, count + 1)
         todo = [n for n in numbers if n >= first or state.record(n) is None]
-        if not todo:
+        if not todo and not retraining:
             self._announce(state, todo)
             return [self._skip(state, number) for number in numbers]
         self._planner.require_images(state)
@@ -253,21 +253,21 @@ class GreedyTrainer:
             due -= stores_needed(self.run)
             self.run.drop_stores(*due)
             state = state.read_again(number, *due)
-            if retraining and number >= first:
-                retraining.mark_done(number, self.run.path, last=number == count)
+            if retraining and first <= number < count:
+                retraining.mark_done(number, self.run.path, state.seconds(number + 1))
+        if retraining:
+            retraining.end(self.run.path)
         state = RunState.read(self.run)  # a later stage has replaced views of a store
         return [state.complete_record(number) for number in numbers]
 
-    def _train_network(
-        self, state: RunState, count: int, retrain_from: int | None
-    ) -> list[StageRecord]:
+    def _train_network(self, state: RunState, retrain_from: int | None) -> list[StageRecord]:
         """Trains all stages at once."""
         strategy = self.recipe.training.strategy
         if retrain_from not in (None, 1):
             raise UserError(
                 f"training by {strategy} trains all stages at once: give --retrain without a stage"
             )
-        numbers = range(1, count + 1)
+        numbers = range(1, len(state.complete_record(0).network) + 1)
         if state.is_finished and retrain_from is None:
             self._announce(state, ())
             return [self._skip(state, number) for number in numbers]

@@ -135,17 +135,16 @@ def test_all_damages_are_named(damaged: Path) -> None:
     flip(damaged / "labels" / "c.0", 3)
     (damaged / "index" / "c.0").unlink()
     (damaged / "index" / "zarr.json").write_text("{}")
-    again = "write the store again"
     assert found_in(damaged) == [
-        ("labels/c.0", f"it does not match its checksum; {again}"),
-        ("index/c.0", f"is missing; {again}"),
-        ("index/zarr.json", f"is not what was written; {again}"),
-        ("activations/c.0.0.0.0.0", f"chunk 1 of view 0 does not match its checksum; {again}"),
-        ("activations/c.0.0.0.0.0", f"chunk 3 of view 0 does not match its checksum; {again}"),
-        ("activations/c.0.1.0.0.0", f"is missing; {again}"),
+        ("labels/c.0", "it does not match its checksum"),
+        ("index/c.0", "is missing"),
+        ("index/zarr.json", "is not what was written"),
+        ("activations/c.0.0.0.0.0", "chunk 1 of view 0 does not match its checksum"),
+        ("activations/c.0.0.0.0.0", "chunk 3 of view 0 does not match its checksum"),
+        ("activations/c.0.1.0.0.0", "is missing"),
         (
             "activations/c.1.1.0.0.0",
-            f"every chunk is in a shard whose index does not match its checksum; {again}",
+            "every chunk is in a shard whose index does not match its checksum",
         ),
     ]
 
@@ -166,7 +165,7 @@ def test_a_chunk_of_another_shape_is_damage(damaged: Path) -> None:
 def test_other_rows_in_labels_are_damage(damaged: Path, stores: list[Path]) -> None:
     other = write_store(damaged.parent / "other", activations()[:, : ROWS - 1], "uint8")
     shutil.copy(other / "labels" / "c.0", damaged / "labels" / "c.0")
-    assert found_in(damaged) == [("labels/c.0", "does not have 22 rows; write the store again")]
+    assert found_in(damaged) == [("labels/c.0", "does not have 22 rows")]
 
 
 def test_without_metadata_labels_are_still_checked(damaged: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pytest
 import zarr
@@ -27,7 +28,9 @@ from greedy.cache import (
     StoreWriter,
     fit_encoding,
     pixel_encoding,
+    verify,
 )
+from greedy.cache import repair as cache_repair
 
 ROWS, VIEWS = 37, 2
 # Ten chunks of 4 rows, the last of one row; shards of 3 chunks, the last of one chunk.
@@ -141,7 +144,7 @@ if encoding["name"] == "uint4":
     stored = stored[..., : np.prod(row_shape)].reshape(*stored.shape[:2], *row_shape)
 values = stored.astype(np.float32)
 if "scale" in encoding:
-    spread = (-1, *[1] * (len(row_shape) - 1))
+    spread = -1 if len(row_shape) == 2 else (-1, *[1] * (len(row_shape) - 1))
     values -= np.float32(encoding["zero_point"]).reshape(spread)
     values *= np.float32(encoding["scale"]).reshape(spread)
 assert not any(name.split(".")[0] == "greedy" for name in sys.modules)
@@ -149,15 +152,38 @@ np.save(sys.argv[2], values)
 """
 
 
+@pytest.mark.parametrize("row", [(7,), (5, 3), (3, 3, 3)], ids=["vectors", "tokens", "maps"])
 @pytest.mark.parametrize("name", ENCODINGS)
-def test_zarr_and_the_attributes_are_enough(tmp_path: Path, name: str) -> None:
-    values = activations((3, 3, 3))
+def test_zarr_and_the_attributes_are_enough(
+    tmp_path: Path, name: str, row: tuple[int, ...]
+) -> None:
+    values = activations(row)
     encoding = fit_encoding(name, values[0])
     write(tmp_path / "s", values, encoding, "zstd")
     command = [sys.executable, "-c", FOREIGN_READER, tmp_path / "s", tmp_path / "values.npy"]
     subprocess.run(command, check=True)
     expected = np.stack([encoding.decode_array(encoding.encode(view)) for view in values])
     np.testing.assert_array_equal(np.load(tmp_path / "values.npy"), expected)
+
+
+def test_tokens_of_older_versions_are_read_and_their_metadata_mended(tmp_path: Path) -> None:
+    """Those named one axis too few for Zarr."""
+    values, store = activations((5, 3)), tmp_path / "s"
+    write(store, values, fit_encoding("uint8", values[0]))
+    expected, written = Store(store).load(), files(store)
+    group, array = (json.loads(written[name]) for name in ("zarr.json", "activations/zarr.json"))
+    array["dimension_names"] = ["view", "row", "feature"]
+    about = group["attributes"]["greedy"]
+    del about["crc32c"]
+    about["crc32c"] = google_crc32c.value(json.dumps([about, array]).encode())
+    (store / "zarr.json").write_text(json.dumps(group))
+    (store / "activations/zarr.json").write_text(json.dumps(array))
+    np.testing.assert_array_equal(Store(store).load(), expected)
+    assert {damage.path.name for damage in verify(store)} == {"zarr.json"}
+    metadata = cache_repair.read_metadata(store)
+    assert metadata is not None
+    cache_repair.rewrite_metadata(store, metadata)
+    assert files(store) == written
 
 
 @pytest.mark.parametrize("compressor", COMPRESSORS)

@@ -21,6 +21,7 @@ from greedy.runs.choices import Mode
 from greedy.runs.directory import RunDirectory
 from greedy.runs.disk_budget import plan_disk
 from greedy.runs.disk_demand import COMPRESSED
+from greedy.runs.plan_basis import PlanBasis
 from greedy.runs.state import RunState
 from greedy.training.calibration import (
     WRITE_RATE,
@@ -68,6 +69,8 @@ measurements = st.builds(
     written_bytes_per_second=st.none() | speeds,
 )
 modest = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
+
+BASIS = PlanBasis(budget=None, read=None, written=None)  # every stage has a store
 
 
 @pytest.fixture(autouse=True)
@@ -275,7 +278,7 @@ def test_the_rows_that_pass_frozen_stages_are_those_of_a_run(changes, tmp_path):
     stage_shapes = shapes(cut(network()), (1, 4, 4))
     unbegun = RunDirectory.create(tmp_path / "unbegun", run.recipe)
     data = run.record(0)
-    disk = plan_disk(RunState.read(unbegun), stage_shapes, dict(data.rows), data.store.bytes, None)
+    disk = plan_disk(RunState.read(unbegun), stage_shapes, dict(data.rows), data.store.bytes, BASIS)
     held_out = 8 if "patience" in changes else 0
     durations = Durations(run.recipe, disk, data.rows, held_out, [WORK] * 4)
     planned = [durations.frozen_rows(stage.stage, stage.source, epochs=3) for stage in stages]
@@ -292,7 +295,7 @@ def test_seconds_are_those_of_all_rows(tmp_path):
     twice_drawn = DOCUMENT | {"data": {"name": "python", "augmentation": "hflip"}}
     run = RunDirectory.create(tmp_path / "run", from_document(twice_drawn, name="unbegun"))
     stage_shapes = shapes(cut(network()), (1, 4, 4))
-    disk = plan_disk(RunState.read(run), stage_shapes, {"train": 80, "test": 20}, 1, None)
+    disk = plan_disk(RunState.read(run), stage_shapes, {"train": 80, "test": 20}, 1, BASIS)
     durations = Durations(run.recipe, disk, {"train": 80, "test": 20}, 0, [WORK] * 4)
     known = calibration(speed(rows_per_second=10, frozen_rows_per_second=100))
     written = 180 * WIDTHS[2] * COMPRESSED["uint8"]
@@ -316,7 +319,7 @@ def test_what_another_device_draws_takes_time_only_if_it_is_slower(tmp_path):
     }
     run = RunDirectory.create(tmp_path / "run", from_document(drawn, name="unbegun"))
     stage_shapes, rows = shapes(cut(network()), (1, 4, 4)), {"train": 80, "test": 20}
-    disk = plan_disk(RunState.read(run), stage_shapes, rows, 1, None)
+    disk = plan_disk(RunState.read(run), stage_shapes, rows, 1, BASIS)
     known = calibration(speed(rows_per_second=10, frozen_rows_per_second=100))
     settings = (run.recipe, disk, rows, 0, [WORK] * 4)
     in_turn = Durations(*settings).seconds(known, 2, 1)

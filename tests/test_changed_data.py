@@ -246,13 +246,14 @@ def test_a_run_without_the_record_opens_and_compares_nothing(photos):
     assert RunDirectory.open(Path("run")).record(0).lineage != before.lineage
 
 
-@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00", None])
+@pytest.mark.parametrize("damage", [b"", b"PK\x03\x04", b"\x93NUMPY\x01\x00", 150, -4])
 def test_a_damaged_record_is_found(photos, damage):
+    """A number is the place of a wrong byte; at -4, an archive's length is beyond any file's."""
     table = Path("run/stage0", FILES)
-    whole = table.read_bytes()
-    middle = len(whole) // 3
-    broken = whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :]
-    table.write_bytes(broken if damage is None else damage)
+    broken = bytearray(table.read_bytes())
+    if isinstance(damage, int):
+        broken[damage] ^= 255
+    table.write_bytes(broken if isinstance(damage, int) else damage)
     assert [each.path for each in verify_run(Path("run"))] == [table]
     assert f"{table} is damaged" in refused(*AGAIN)
 

@@ -1,8 +1,10 @@
 """`greedy cache info`, `verify` and `drop`."""
 
+import json
 import random
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,6 +99,29 @@ def test_commands_that_messages_name_can_be_copied(run):
     flip(next((run / "stage1/activations.zarr/test/activations").glob("c*")), 900)
     (repair,) = re.findall("`greedy (.*)`", greedy("cache", "verify", run).output)
     assert "1 chunk computed" in said(*shlex.split(repair))
+
+
+def test_damaged_images_are_not_to_be_repaired(run):
+    flip(next((run / "stage0/activations.zarr/test/activations").glob("c*")), 900)
+    found = greedy("cache", "verify", run)
+    assert found.exit_code == 1
+    assert "1 damaged; images cannot be computed again: begin another run" in found.output
+    assert "repair" not in found.output
+
+
+def test_lost_stages_are_damage(run):
+    def damaged():
+        found = json.loads(greedy("cache", "verify", run, "--json").stdout)["damaged"]
+        return [(str(Path(each["path"]).relative_to(run)), each["what"]) for each in found]
+
+    (run / "stage3/stage.json").unlink()
+    assert damaged() == [("stage3/stage.json", "is missing")]
+    shutil.rmtree(run / "stage3")  # as if it was never trained
+    assert not damaged()
+    shutil.rmtree(run / "stage1")
+    assert damaged() == [("stage1/stage.json", "is missing")]
+    shutil.rmtree(run / "stage0")
+    assert damaged() == [(f"stage{n}/stage.json", "is missing") for n in (0, 1)]
 
 
 def test_dropping_a_run_keeps_its_images(run):

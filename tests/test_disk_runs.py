@@ -17,9 +17,9 @@ from torch import nn
 from greedy import GreedyTrainer, Reporter, UserError, evaluate
 from greedy.cache import Store
 from greedy.runs.directory import RunDirectory
-from greedy.runs.disk_budget import disk_budget
 from greedy.runs.disk_demand import COMPRESSED
 from greedy.runs.disk_plan import DiskPlan
+from greedy.runs.plan_basis import PlanBasis
 from greedy.runs.state import RunState
 
 WIDTHS = (256, 256, 64, 256, 64)
@@ -147,6 +147,43 @@ def test_an_interrupted_run_ends_as_it_would_have_in_one_go(tmp_path: Path, fini
         assert weights(tmp_path / "run", number) == weights(finished, number)
 
 
+def disk_with(free: int, patch: pytest.MonkeyPatch) -> None:
+    usage = SimpleNamespace(free=free)
+    patch.setattr("greedy.runs.plan_basis.shutil", SimpleNamespace(disk_usage=lambda path: usage))
+
+
+def test_an_interrupted_run_keeps_to_the_room_that_there_was(
+    tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(Notes):
+        def stage_started(self, number, name, epochs, resolved):
+            raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    disk_with(int(BUDGET / 0.7), monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        new_trainer(run, "auto", reporter=Stop()).fit(TRAIN, TEST)
+    begun = shutil.copytree(run, tmp_path / "begun")
+    disk_with(2**40, monkeypatch)
+    trainer = new_trainer(run, "auto")
+    trainer.fit(TRAIN, TEST)
+    assert stores(run) == LEFT
+    assert not trainer.reporter.plans[0].notes
+    for number in range(1, 7):
+        assert weights(run, number) == weights(finished, number)
+
+    disk_with(BUDGET * 3 // 4, monkeypatch)  # now with less room than it began with
+    trainer = new_trainer(begun, "auto")
+    trainer.fit(TRAIN, TEST)
+    (plan,) = trainer.reporter.plans
+    (note,) = plan.notes
+    assert note == "there is less room than when the run began, so its stores are planned anew"
+    assert plan.peak < 0.7 * BUDGET
+    (begun / "plan.json").write_text('{"budget": -1}')
+    with pytest.raises(UserError, match="plan.json is damaged: delete it"):
+        new_trainer(begun, "auto").train(6)
+
+
 @pytest.mark.parametrize("number", [4, 5])
 def test_train_stage_again_gives_the_same(run: Path, finished: Path, number: int) -> None:
     record = new_trainer(run, "1TB").train_stage(number, again=True)  # the views it had, not four
@@ -211,10 +248,13 @@ def test_keep_all_insists(tmp_path: Path) -> None:
 
 def test_auto_is_a_share_of_the_space_free_without_the_run(run: Path, monkeypatch) -> None:
     def left(free: int) -> int:
-        usage = SimpleNamespace(free=free)
         with monkeypatch.context() as patch:
-            patch.setattr("greedy.runs.disk_budget.shutil.disk_usage", lambda path: usage)
-            return disk_budget(new_trainer(run, "auto").run)
+            disk_with(free, patch)
+            budget = PlanBasis.of_run(new_trainer(run, "auto").run, None).budget
+            assert budget is not None
+            return budget
+
+    (run / "plan.json").unlink()
 
     before = left(2**40)
     assert before == pytest.approx(0.7 * 2**40, rel=0.01)

@@ -16,9 +16,12 @@ import click
 import pytest
 
 import greedy
+from greedy.build.modules import NETWORKS, build_network
 from greedy.cli.fields import FIELD_OF, overrides
 from greedy.cli.main import cli
-from greedy.recipes import describe, load
+from greedy.data import DATASETS
+from greedy.recipes import describe
+from greedy.recipes.loader import load_for_model
 from greedy.recipes.schema import SECTIONS, Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -158,10 +161,12 @@ def shell_lines(page):
 
 
 def greedy_commands(line):
-    """Yields the words after each `greedy` in a line of shell."""
+    """Yields the words after each `greedy` in a line of shell, also where torchrun starts it."""
     words = shlex.split(line, comments=True)
     for is_end, command in groupby(words, lambda word: word in ("&&", "||", "|", ";", "&")):
         first, *rest = command
+        if not is_end and first == "torchrun" and "greedy" in rest:
+            yield rest[rest.index("greedy") + 1 :]
         if not is_end and first == "greedy":
             yield rest
 
@@ -184,10 +189,17 @@ def test_commands_are_ones_that_greedy_takes(page):
             while isinstance(context.command, click.Group):
                 context, words = below(context, words)
             parsed = context.command.make_context(context.info_name, words).params
-            recipe = parsed.get("recipe")
+            recipe, model = parsed.get("recipe_name"), parsed.get("model")
             if recipe is not None and not recipe.endswith(".toml"):
                 values = {name: parsed.get(name) for name in FIELD_OF}
-                load(recipe, overrides(parsed["settings"], values))
+                can_be_trained(load_for_model(recipe, model, overrides(parsed["settings"], values)))
+
+
+def can_be_trained(recipe):
+    """Builds the network of a recipe for its data set, where both have names."""
+    data = next((each for each in DATASETS if each.name == recipe.data.name), None)
+    if data is not None and recipe.model.network in NETWORKS:
+        build_network(recipe.model, data.shape, data.classes)
 
 
 def prose(page):

@@ -96,7 +96,10 @@ def test_a_writer_that_was_stopped_goes_on_after_its_last_upload(
     assert 4 <= len(uploaded) <= 5
     with pytest.raises(StoreError, match="not a finished activation store"):
         Store(tmp_path / "here")
+    name, *_ = uploaded
+    left = shutil.copy(tmp_path / "there/activations" / name, tmp_path / "here/activations" / name)
     unfinished = write_rest(tmp_path / "here")
+    assert not left.exists()  # by a kill between the upload's note and this
     assert unfinished == 2 * ROWS - (ROWS + (len(uploaded) - 4) * 16)
     assert files(tmp_path / "there") == files(local)
     for name, time in uploaded.items():
@@ -342,5 +345,12 @@ def test_a_file_that_names_no_store_is_refused(place: Path) -> None:
         result = greedy("cache", "info", place / "run")
         assert result.exit_code == 2
         assert f"{path} does not hold a store's URL: drop the store" in result.output
+    weights = place / "run/stage2/encoder.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    result = greedy("cache", "verify", place / "run")
+    assert result.exit_code == 1
+    assert f"{path}: does not hold a store's URL" in result.output
+    _, left = new_trainer(place / "run", **RING).repair(range(4))
+    assert [damage.path for damage in left] == [path, weights]
     said("cache", "drop", place / "run/stage1")
     assert not path.parent.parent.exists()

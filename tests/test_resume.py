@@ -6,6 +6,7 @@ import os
 import runpy
 import signal
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -61,7 +62,7 @@ def outcome(run: Path) -> dict[str, object]:
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             free = ("seconds", "images_per_second", "waiting_percent")
             contents[name] = [{k: v for k, v in x.items() if k not in free} for x in lines]
-        elif name not in (".lock", "run.toml"):
+        elif name not in (".lock", "run.toml", "plan.json"):
             contents[name] = path.read_bytes()
     return contents
 
@@ -190,6 +191,42 @@ def test_a_retraining_resumes(
     listener = Listener()
     new_trainer(run, listener).train(asked)  # done once, it can be asked for again
     assert listener.trained == list(range(asked, 4))
+
+
+def test_a_retraining_that_stops_after_a_stage_goes_on_with_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stops while the old directory is deleted, which may take long."""
+    run = tmp_path / "run"
+    new_trainer(run).fit(TRAIN, TEST)
+    expected = outcome(run)
+    for asked, stage in ((2, 2), (3, 3)):
+
+        def stop(directory: Path, name: str = f".stage{stage}.old") -> None:
+            if directory.name == name:
+                raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr("greedy.runs.exchange.remove_tree", stop)
+            new_trainer(run).train(asked)
+        listener = Listener()
+        new_trainer(run, listener).train(asked)
+        assert listener.trained == list(range(stage + 1, 4))
+        assert outcome(run) == expected
+        assert RunState.read(RunDirectory.open(run)).is_finished
+
+
+def test_an_interrupted_store_goes_on_in_the_encoding_that_it_began_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another device may fit another one in the last digit."""
+    new_trainer(tmp_path / "whole").fit(TRAIN, TEST)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("greedy.training.stage.write_split", Mock(side_effect=KeyboardInterrupt))
+        new_trainer(tmp_path / "cut").fit(TRAIN, TEST)
+    monkeypatch.setattr("greedy.training.stage.fit_output_encoding", Mock(side_effect=[None]))
+    new_trainer(tmp_path / "cut").train_stage(1)
+    assert outcome(tmp_path / "cut/stage1") == outcome(tmp_path / "whole/stage1")
 
 
 def test_a_retraining_resumes_if_the_old_stages_are_stale(tmp_path: Path) -> None:

@@ -164,6 +164,19 @@ def test_patience_drops_the_rate_and_ends_the_stage(tmp_path: Path) -> None:
         assert (following["learning_rate"] == line["learning_rate"]) == improved
 
 
+def test_images_of_any_unit_are_normalised(tmp_path: Path) -> None:
+    """One channel is in tiny units, one is constant but for rounding."""
+    images = np.random.default_rng(0).normal(3e-7, 2e-7, (60, 2, 8, 8)).astype(np.float32)
+    images[:, 1] = 0.1
+    data = TensorDataset(torch.from_numpy(images), torch.arange(60) % 3)
+    model = mlp(2, 8, 3, hidden_layers=1, hidden_width=8)
+    trainer = new_trainer(tmp_path / "run", model, epochs=1)
+    trainer.fit(data, data)
+    found = trainer.run.record(0).data_choices
+    np.testing.assert_allclose(found.std, (images[:, 0].std(), 1), rtol=1e-3)
+    np.testing.assert_allclose(found.mean, (images[:, 0].mean(), 0.1), rtol=1e-3)
+
+
 def test_held_out_rows_are_never_trained_on(tmp_path: Path) -> None:
     settings = {"patience": 9, "epochs": 1, "mean": [0.4], "std": [0.2]}
     new_trainer(tmp_path / "plain", **settings).fit(TRAIN, TEST)

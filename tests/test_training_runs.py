@@ -25,8 +25,8 @@ from greedy import RunDirectory, TrainingError, UserError
 from greedy.losses import Pred
 from greedy.models import mlp
 from greedy.recipes import load
-from greedy.runs.disk_budget import disk_budget
 from greedy.runs.integrity import verify_run
+from greedy.runs.plan_basis import disk_room
 from greedy.runs.state import RunState
 
 
@@ -98,7 +98,7 @@ def test_a_run_is_read_while_its_stages_are_exchanged(run: Path) -> None:
         try:
             for _ in range(50):
                 assert not verify_run(run)
-                assert disk_budget(RunDirectory.open(run)) > 0
+                assert disk_room(RunDirectory.open(run)) > 0
         finally:
             done.set()
         exchanging.result()

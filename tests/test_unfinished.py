@@ -11,7 +11,7 @@ from torch import nn
 
 from greedy import Reporter
 from greedy.base.errors import Interrupted
-from greedy.runs.disk_budget import disk_budget
+from greedy.runs.plan_basis import disk_room
 from greedy.runs.state import RunState
 from greedy.runs.status import trainings_set_aside
 
@@ -168,12 +168,12 @@ def test_a_training_set_aside_counts_against_the_budget_and_is_no_stage(
 ) -> None:
     trainer = new_trainer(run)
     full = type("", (), {"free": 0})
-    monkeypatch.setattr("greedy.runs.disk_budget.shutil.disk_usage", lambda path: full)
-    before = disk_budget(trainer.run)
+    monkeypatch.setattr("greedy.runs.plan_basis.shutil.disk_usage", lambda path: full)
+    before = disk_room(trainer.run)
     place = run / "stage2.unfinished"
     place.mkdir()
     (place / "much").write_bytes(np.zeros(1000, np.uint8).tobytes())
-    assert disk_budget(trainer.run) == before
+    assert disk_room(trainer.run) == before
     assert not answer("cache", "verify", run)["damaged"]
 
 

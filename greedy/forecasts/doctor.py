@@ -26,7 +26,7 @@ from greedy.base.devices import (
 from greedy.base.versions import versions
 from greedy.memory.choice import FREE_MEMORY_SHARE
 from greedy.recipes.per_stage import AUTO_ENCODING
-from greedy.runs.disk_budget import FREE_DISK_SHARE
+from greedy.runs.plan_basis import FREE_DISK_SHARE
 from greedy.training.resolve import RESIDENT_SHARE
 
 OPTIONAL = ("scipy", "onnx", "onnxscript", "onnxruntime", "matplotlib", "tensorboard")

@@ -29,6 +29,7 @@ from greedy.recipes.per_stage import for_stage
 from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.disk_budget import plan_disk
 from greedy.runs.disk_plan import DiskPlan
+from greedy.runs.plan_basis import PlanBasis
 from greedy.runs.state import RunState
 from greedy.runs.views import Views, views_drawn
 from greedy.steps.optimizers import factory
@@ -266,7 +267,7 @@ def forecast(
         network.shapes,
         data.rows,
         data.stored_bytes,
-        byte_operations(machine.device, calibration),
+        PlanBasis.of_run(run, byte_operations(machine.device, calibration)),
         fresh=data.fresh,
     )
     memory = MemoryPlan(

@@ -308,7 +308,8 @@ class Store(Section):
     )
     disk_budget: AutoLimit = Field(
         default="auto",
-        description="Most disk for the run, e.g. 40GiB; auto: 70 % of what is free without it.",
+        description="Most disk for the run's images and stores, e.g. 40GiB; auto: 70 % of what is "
+        "free without the run when it begins.",
     )
     keep: Literal["auto", "all"] = Field(
         default="auto",

@@ -1,32 +1,27 @@
 """The disk plan of a run, from its recipe and the files it has."""
 
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from greedy.base.errors import UserError
-from greedy.base.files import bytes_below
 from greedy.base.sizes import parse_size
 from greedy.models import StageShapes
 from greedy.recipes import Recipe
 from greedy.recipes.per_stage import encoding, for_stage
 from greedy.runs.checkpoint_record import StartRecord
-from greedy.runs.directory import SET_ASIDE, RunDirectory
 from greedy.runs.disk_demand import (
     COMPRESSED,
     UNCOMPRESSED,
-    ByteOperations,
     DiskDemand,
     StageDemand,
 )
 from greedy.runs.disk_plan import DiskPlan, plan_stores
+from greedy.runs.plan_basis import FREE_DISK_SHARE, PlanBasis, disk_room
 from greedy.runs.record import StageRecord
 from greedy.runs.state import RunState
 from greedy.runs.unfinished import read_start
 from greedy.runs.views import Views, enough_views, wanted_views
-
-FREE_DISK_SHARE = 0.7  # of the file system's free space, for ``store.disk_budget = "auto"``
 
 
 def plan_disk(
@@ -34,7 +29,7 @@ def plan_disk(
     shapes: Sequence[StageShapes],
     rows: Mapping[str, int],
     image_bytes: int,
-    byte_operations: ByteOperations | None,
+    basis: PlanBasis,
     retrain_from: int | None = None,
     *,
     fresh: bool = False,
@@ -46,8 +41,8 @@ def plan_disk(
         shapes: of all stages.
         rows: of each split.
         image_bytes: of stage 0's store.
-        byte_operations: what a byte of a store takes, which decides whether a stage needs one where
-            views are ``auto``; ``None`` if every stage does.
+        basis: the budget, if it is ``auto``; and what a byte of a store takes, which decides
+            whether a stage needs one where views are ``auto``.
         retrain_from: the first stage that is trained again.
         fresh: whether images are read from the data set for every view and live epoch.
 
@@ -66,12 +61,18 @@ def plan_disk(
         rows,
         sizes[encoding(recipe)],
         0 if recipe.store.stores else image_bytes,
-        byte_operations if by_speed else None,
+        basis.byte_operations if by_speed else None,
     )
-    planned = plan_stores(demand, disk_budget(run), recipe.store.keep)
     one_by_one = recipe.training.strategy == "greedy"
-    notes = tuple(_notes(recipe)) if one_by_one and not fresh else ()
-    return replace(planned, notes=notes)
+    notes = list(_notes(recipe)) if one_by_one and not fresh else []
+    named = recipe.store.disk_budget
+    budget = basis.budget if named == "auto" else parse_size(named)
+    planned = plan_stores(demand, budget, recipe.store.keep)
+    room = disk_room(run) if named == "auto" else None
+    if room is not None and planned.peak > room:
+        planned = plan_stores(demand, int(FREE_DISK_SHARE * room), recipe.store.keep)
+        notes.append("there is less room than when the run began, so its stores are planned anew")
+    return replace(planned, notes=tuple(notes))
 
 
 def _stage_demand(
@@ -88,17 +89,16 @@ def _stage_demand(
     record, start = previous_record(state, number), _resumable_start(state, number)
     next_stage = min(number + 1, len(shapes))
     epochs, next_epochs = (for_stage(recipe.training.epochs, n) for n in (number, next_stage))
-    (views, reuse), lowered = wanted_views(recipe, next_stage, fresh=fresh), None
+    views, reuse = wanted_views(recipe, next_stage, fresh=fresh)
     drawn = recipe.data.is_augmented or fresh
     by_rule = isinstance(views, int) and drawn and recipe.store.reuse == "auto"
-    if by_rule:
-        _, lowered = enough_views(next_epochs, 1)
+    lowered_by = next_epochs if by_rule else None
     copies = enough_views(epochs, reuse=0)[0] if by_rule and by_speed else 0
     frozen = enough_views(next_epochs, reuse=0)[0] if copies and reuse else None
     if start is not None:
-        reuse, lowered, frozen = start.resolved.reuse, None, None
+        reuse, lowered_by, frozen = start.resolved.reuse, None, None
     if record is not None and not again:
-        reuse, lowered, frozen = record.choices.reuse, None, None
+        reuse, lowered_by, frozen = record.choices.reuse, None, None
     return StageDemand(
         values=math.prod(shape.output),
         operations=shape.operations,
@@ -106,27 +106,12 @@ def _stage_demand(
         copies=copies,
         wanted_views=views if recipe.training.strategy == "greedy" else "live",
         reuse=reuse,
-        lowered_reuse=lowered,
+        next_epochs=lowered_by,
         frozen_views=frozen,
         views=_views(state, record) if record is not None and not again else None,
         interrupted_views=start.resolved.views if start is not None else None,
         replaced=state.run.store_bytes(number) if again else 0,
     )
-
-
-def disk_budget(run: RunDirectory) -> int | None:
-    """Returns the bytes that a run may use, where its stores are in object storage there, ``None``
-    for any number. For ``auto`` the files that the run has now count as free, except trainings that
-    were set aside, which are never deleted; object storage has no end."""
-    setting = run.recipe.store.disk_budget
-    if setting != "auto":
-        return parse_size(setting)
-    if run.recipe.store.stores:
-        return None
-    path = run.path.absolute()
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    aside = sum(bytes_below(training) for training in path.glob(f"*{SET_ASIDE}*"))
-    return int(FREE_DISK_SHARE * (shutil.disk_usage(existing).free + bytes_below(path) - aside))
 
 
 def previous_record(state: RunState, number: int) -> StageRecord | None:

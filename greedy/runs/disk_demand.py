@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from greedy.runs.views import Views, is_drawn_from_images, views_drawn
+from greedy.runs.views import Views, enough_views, is_drawn_from_images, views_drawn
 
 # Bytes of a stored value, at most: compressed, measured on real activations, and uncompressed.
 COMPRESSED = {"float32": 3.5, "float16": 1.8, "bfloat16": 1.45, "uint8": 1.05, "uint4": 0.5}
@@ -35,7 +35,8 @@ class StageDemand:
         epochs: for which it trains.
         wanted_views: of its store, if there is room.
         reuse: epochs after which a view of its store is replaced, 0 for never.
-        lowered_reuse: the same if it has fewer views than wanted; ``None`` for ``reuse``.
+        next_epochs: of the stage after it, by which fewer views than wanted are replaced when the
+            rule says so; ``None`` where they are as all are.
         frozen_views: all that a ring would draw, more than are wanted. Its store may have them,
             and none is replaced, where that saves time; ``None`` if it may not.
         copies: of a row that its training takes; 0 for any number.
@@ -49,7 +50,7 @@ class StageDemand:
     epochs: int
     wanted_views: Views = "live"
     reuse: int = 0
-    lowered_reuse: int | None = None
+    next_epochs: int | None = None
     frozen_views: int | None = None
     copies: int = 0
     views: Views | None = None
@@ -60,9 +61,9 @@ class StageDemand:
         """Returns the epochs after which one of ``views`` views of its store is replaced."""
         if views == self.frozen_views:
             return 0
-        if self.lowered_reuse is None or views == self.wanted_views:
+        if self.next_epochs is None or views == self.wanted_views:
             return self.reuse
-        return self.lowered_reuse
+        return enough_views(self.next_epochs, views)[1]
 
     @property
     def fixed_views(self) -> Views | None:

@@ -108,9 +108,7 @@ class DiskPlan:
 
     def _explain_stage(self, stage: StagePlan) -> str:
         if stage.views == "live":
-            source = max(
-                (s.number for s in self.stages[: stage.number] if s.views != "live"), default=0
-            )
+            source = self.source(stage.number)
             return f"stage {stage.number}: live, replayed from stage {source}'s store"
         end = f"deleted after stage {stage.dropped_after}" if stage.dropped_after else "kept"
         views = counted_views(stage.views, stage.reuse)
@@ -178,7 +176,7 @@ class _Path:
     """A choice of stores up to some stage. The smallest is the best.
 
     Attributes:
-        excess: bytes above the budget, summed over the stages.
+        excess: bytes above the budget, where it is exceeded most.
         missing: copies of a row that trainings lack, see ``DiskDemand.missing``.
         cost: multiply-adds per training row, see ``DiskDemand.cost`` and ``first_cost``.
         coarseness: sum of 1/views.
@@ -219,7 +217,7 @@ def _extend(
     used = [] if budget is None else [demand.on_disk(n, on_disk, ()) - budget for n in steps]
     first_views = 0 if views is None else demand.first_cost(number, on_disk)
     return _Path(
-        path.excess + sum(excess for excess in used if excess > 0),
+        max((path.excess, *used)),
         path.missing + sum(demand.missing(source, n, on_disk) for n in steps),
         path.cost + sum(demand.cost(source, n, on_disk) for n in steps) + first_views,
         path.coarseness + (Fraction(1, views) if views else 0),

@@ -119,7 +119,9 @@ class FileTable:
                 raise ValueError("its columns do not belong together")
         except FileNotFoundError:
             return None
-        except DAMAGE_ERRORS as error:
+        except (*DAMAGE_ERRORS, OSError) as error:
+            if isinstance(error, OSError) and error.filename:
+                raise  # of the file, not of the archive in it
             raise UserError(
                 f"{path} is damaged ({error}): delete it, after which changes of the image files "
                 f"are no longer noticed"

@@ -7,7 +7,7 @@ from greedy.cache import Damage, verify
 from greedy.cache.verification import unreadable
 from greedy.runs.directory import SPLITS, RunDirectory, stage_numbers
 from greedy.runs.file_table import FileTable
-from greedy.runs.record import FILES
+from greedy.runs.record import ENCODER, FILES
 
 
 def verify_run(path: Path) -> list[Damage]:
@@ -16,7 +16,10 @@ def verify_run(path: Path) -> list[Damage]:
         run = RunDirectory.open(path)
     except UserError as error:
         return [Damage(path / "run.toml", f"cannot be read: {error}")]
-    return [damage for number in stage_numbers(path) for damage in verify_stage(run, number)]
+    damages = [damage for number in stage_numbers(path) for damage in verify_stage(run, number)]
+    named = {damage.path for damage in damages}
+    lost = (run.path / f"stage{number}" / "stage.json" for number in _lost_stages(run))
+    return damages + [Damage(record, "is missing") for record in lost if record not in named]
 
 
 def verify_stage(run: RunDirectory, number: int) -> list[Damage]:
@@ -30,6 +33,17 @@ def verify_stage(run: RunDirectory, number: int) -> list[Damage]:
             return damages
 
 
+def _lost_stages(run: RunDirectory) -> list[int]:
+    """Returns the stages without a record that finished stages were trained after."""
+
+    def read() -> list[int]:
+        numbers = stage_numbers(run.path)
+        finished = {n for n in numbers if (run.stage_dir(n) / "stage.json").is_file()}
+        return sorted(set(range(max(finished, default=0))) - finished)
+
+    return run.read_consistently(read)
+
+
 def _damages(run: RunDirectory, number: int) -> list[Damage]:
     try:
         record = run.record(number)
@@ -37,9 +51,10 @@ def _damages(run: RunDirectory, number: int) -> list[Damage]:
         return [Damage(run.stage_dir(number) / "stage.json", str(error))]
     except OSError as error:
         return [unreadable(run.stage_dir(number) / "stage.json", error)]
-    if record is None:
-        return []
     directory = run.stage_dir(number)
+    if record is None:
+        lost = any((directory / name).exists() for name in (ENCODER, "activations.zarr"))
+        return [Damage(directory / "stage.json", "is missing")] if lost else []
     damages = []
     if record.recipe_digest != run.recipe_digest:
         reason = f"does not hold the settings that stage {number} was trained with"
@@ -56,6 +71,8 @@ def _damages(run: RunDirectory, number: int) -> list[Damage]:
             FileTable.read(directory)
         except UserError as error:
             damages.append(Damage(directory / FILES, str(error)))
+        except OSError as error:
+            damages.append(unreadable(directory / FILES, error))
     if record.store and run.store_path(number).is_dir():
         for split in SPLITS:
             damages += verify(run.store_path(number) / split)

@@ -16,15 +16,27 @@ Number = Annotated[int, Field(ge=1)]
 
 
 class Retraining(BaseModel):
-    """A retraining of all stages from ``first`` on, of which those from ``left`` on remain."""
+    """A retraining of all stages from ``first`` on, of which those from ``left`` on remain.
+
+    Attributes:
+        seconds: that the last training of stage ``left`` took when this was written, 0 without one;
+            once they differ, the stage is done. ``None`` in files of older versions.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
     first: Number
     left: Number
+    seconds: float | None = None
 
     @classmethod
-    def plan(cls, run: Path, wanted: int | None, is_stale: Callable[[int], bool]) -> Self | None:
+    def plan(
+        cls,
+        run: Path,
+        wanted: int | None,
+        is_stale: Callable[[int], bool],
+        seconds: Callable[[int], float],
+    ) -> Self | None:
         """Returns the retraining that a run has to do, ``None`` if there is none.
 
         Args:
@@ -32,18 +44,22 @@ class Retraining(BaseModel):
             wanted: the first stage that the user asks to train again. If it is ``None``, or the
                 first stage of an interrupted retraining, that one resumes.
             is_stale: whether a stage is stale; a stage that was done and is stale is done again.
+            seconds: that the last training of a stage took, 0 without one.
 
         Raises:
             UserError: the file of the interrupted retraining is damaged.
         """
-        interrupted = cls._read(run)
+        interrupted, left = cls._read(run), wanted
         if interrupted and wanted in (None, interrupted.first):
-            done = range(interrupted.first, interrupted.left)
-            left = next((number for number in done if is_stale(number)), interrupted.left)
-            return interrupted.model_copy(update={"left": left})
-        if wanted is None:
+            wanted, left = interrupted.first, interrupted.left
+            if interrupted.seconds not in (None, seconds(left)):
+                left += 1  # the run stopped between the end of the stage and the note of it
+            left = next((number for number in range(wanted, left) if is_stale(number)), left)
+        elif interrupted and wanted:
+            left = min(wanted, interrupted.left)
+        if wanted is None or left is None:
             return None
-        return cls(first=wanted, left=min(wanted, interrupted.left) if interrupted else wanted)
+        return cls(first=wanted, left=left, seconds=seconds(left))
 
     @classmethod
     def _read(cls, run: Path) -> Self | None:
@@ -57,12 +73,13 @@ class Retraining(BaseModel):
                 f"stage that is to be trained again"
             ) from error
 
-    def mark_done(self, number: int, run: Path, *, last: bool) -> None:
-        """Writes that a stage is done; removes the file after the ``last`` one."""
-        if last:
-            (run / RETRAINING_FILE).unlink()
-        else:
-            self.model_copy(update={"left": number + 1}).write(run)
+    def mark_done(self, number: int, run: Path, seconds: float) -> None:
+        """Writes that a stage is done; the last training of the next one took ``seconds``."""
+        self.model_copy(update={"left": number + 1, "seconds": seconds}).write(run)
+
+    def end(self, run: Path) -> None:
+        """Removes the file, after the last stage."""
+        (run / RETRAINING_FILE).unlink()
 
     def write(self, run: Path) -> None:
         """Writes ``retraining.json`` into the run directory."""

@@ -77,6 +77,11 @@ class RunState:
             raise stage.error
         return stage.record
 
+    def seconds(self, number: int) -> float:
+        """Returns the seconds that the last training of a stage took, 0 without one."""
+        record = self.record(number)
+        return record.seconds if record else 0.0
+
     def has_store(self, number: int) -> bool:
         """Returns whether the activation store of a stage exists."""
         return self._stage(number).has_store

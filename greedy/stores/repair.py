@@ -14,6 +14,7 @@ from greedy.cache import Damage, Store, verify
 from greedy.cache import repair as cache_repair
 from greedy.cache.metadata import StoreMetadata
 from greedy.cache.shards import store_digest
+from greedy.cache.urls import LOCATION
 from greedy.data import Split
 from greedy.models import Stage
 from greedy.runs.directory import SPLITS, RunDirectory
@@ -129,14 +130,14 @@ class StoreRepairer:
 
     def _repair(self, record: StageRecord, split: str) -> Repair | None:
         path = self.run.store_path(record.stage) / split
-        if not (damages := verify(path)):
+        files = {damage.path.name for damage in verify(path)}
+        if not files or LOCATION in files:  # then nobody knows where the others are
             return None
         assert record.store is not None
         images = self.run.open_store(0, split)
         metadata = cache_repair.read_metadata(path) or self._metadata(record, split)
         if split == "train" and not record.store.fits(metadata.layout):
             raise another_store(self.run, record.stage, split, "it has other views")
-        files = {damage.path.name for damage in damages}
         if "zarr.json" in files:
             cache_repair.rewrite_metadata(path, metadata)
         if "c.0" in files:
@@ -248,4 +249,3 @@ def _with_shards(ring: RingRecord | None, shards: Sequence[str], split: str) -> 
     if ring is None or split != "train":
         return ring
     return ring.known().model_copy(update={"shards": list(shards)})
-    return ring.model_copy(update={"shards": list(shards)})

@@ -52,8 +52,10 @@ class ChannelStatistics:
     def mean_and_std(self) -> dict[str, list[float]]:
         """Returns mean and standard deviation of each channel, 1 for a constant channel."""
         mean = np.asarray(self.total) / self.count
-        std = np.sqrt(np.maximum(np.asarray(self.squares) / self.count - mean**2, 0))
-        return {"mean": mean.tolist(), "std": np.where(std < 1e-6, 1.0, std).tolist()}
+        square = np.asarray(self.squares) / self.count
+        std = np.sqrt(np.maximum(square - mean**2, 0))
+        constant = std <= 1e-6 * np.sqrt(square)  # rounding leaves a constant channel some
+        return {"mean": mean.tolist(), "std": np.where(constant, 1.0, std).tolist()}
 
 
 def write_stage0(

@@ -53,7 +53,7 @@ def write_images(
     needed = sum(rows.values()) * math.prod(shape) * dataset.train.dtype.itemsize
     require_free_space(run.path, "stage 0", needed)
     memory = planner.plan_memory(network, stored_encoding(dataset.train).name)
-    disk = plan_disk(state, network.shapes, rows, needed, planner.byte_operations, fresh=fresh)
+    disk = plan_disk(state, network.shapes, rows, needed, planner.basis, fresh=fresh)
     memory.require(range(1, len(network) + 1), disk)
     dataset = drop_unreadable_files(recipe, dataset, planner.reporter)
     run.make_directory()

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,10 +29,10 @@ from greedy.runs.checkpoint_record import StartRecord
 from greedy.runs.choices import Choices
 from greedy.runs.directory import RunDirectory
 from greedy.runs.disk_budget import plan_disk, previous_record
-from greedy.runs.disk_demand import ByteOperations
 from greedy.runs.disk_plan import DiskPlan
 from greedy.runs.events import Reporter, RunOutline
 from greedy.runs.network import network_of, stages_of
+from greedy.runs.plan_basis import PlanBasis
 from greedy.runs.state import RunState
 from greedy.runs.unfinished import find_training
 from greedy.runs.views import Views
@@ -81,10 +81,11 @@ class StagePlanner:
         """The run's recipe."""
         return self.run.recipe
 
-    @cached_property
-    def byte_operations(self) -> ByteOperations:
-        """The multiply-adds that take as long as a byte of a store."""
-        return byte_operations(self.device.type, calibration_of(self.device.type))
+    @property
+    def basis(self) -> PlanBasis:
+        """What the run's stores are planned from."""
+        operations = byte_operations(self.device.type, calibration_of(self.device.type))
+        return PlanBasis.of_run(self.run, operations)
 
     @property
     def _precision(self) -> str:
@@ -144,19 +145,14 @@ class StagePlanner:
 
     def disk(self, state: RunState, retrain_from: int | None = None) -> DiskPlan:
         """Returns the plan for the disk of a training of all stages that are not complete, or of
-        those from ``retrain_from`` on."""
-        data = state.complete_record(0)
+        those from ``retrain_from`` on. What the first is made from is kept in the run."""
+        data, basis = state.complete_record(0), self.basis
         assert data.store is not None
         shapes, rows = self.network(state).shapes, dict(data.rows.items())
-        return plan_disk(
-            state,
-            shapes,
-            rows,
-            data.store.bytes,
-            self.byte_operations,
-            retrain_from,
-            fresh=data.data_choices.fresh,
-        )
+        fresh = data.data_choices.fresh
+        plan = plan_disk(state, shapes, rows, data.store.bytes, basis, retrain_from, fresh=fresh)
+        basis.keep(self.run.path)
+        return plan
 
     def require_images(self, state: RunState) -> None:
         """Raises ``UserError`` if the run reads its data set in every pass and was not given it."""

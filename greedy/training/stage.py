@@ -11,10 +11,11 @@ import torch
 
 from greedy.base.devices import memory_limited, reset_peak_memory, set_determinism
 from greedy.base.disk_space import require_free_space, write_errors_explained
-from greedy.base.files import bytes_below, read_tensors
+from greedy.base.files import bytes_below, read_tensors, read_with_digest, with_digest
 from greedy.base.heap import release_free_memory
 from greedy.build.cut_network import OUTPUT
-from greedy.cache import Encoding, location_of, require_writable
+from greedy.cache import Encoding, StoreError, location_of, require_writable
+from greedy.cache.files import write_whole
 from greedy.cache.layout import SHARD_STORED_BYTES
 from greedy.losses import LocalLoss
 from greedy.memory.choice import Choice, named_budget
@@ -27,6 +28,7 @@ from greedy.runs.choices import Choices
 from greedy.runs.directory import SPLITS
 from greedy.runs.disk_demand import COMPRESSED, UNCOMPRESSED
 from greedy.runs.events import EpochReport, Reporter
+from greedy.runs.exchange import CHECKPOINT
 from greedy.runs.record import ENCODER, HISTORY, StageRecord, StoreRecord
 from greedy.steps.step import Learner
 from greedy.steps.strategies import Greedy
@@ -40,6 +42,7 @@ from greedy.training.learners import new_learner, new_optimizer, new_schedule
 from greedy.training.loop import Epochs
 from greedy.training.resolve import ample_memory
 
+ENCODING_FILE = "encoding.json"  # beside the checkpoint, while the store is written
 SHARDS_ON_DISK = 2 * SHARD_STORED_BYTES  # of a store in object storage: one written, one uploaded
 
 
@@ -293,8 +296,13 @@ class StageTraining:
             return Encoding.from_json(ranks.told(), shape)
         number, seed = self.stage.number, self.recipe.seed
         place_store(directory / "activations.zarr", self.recipe.store.stores, number)
-        fitted = fit_output_encoding(
-            self.choices.encoding, source, shape, self._batch, seed, number
-        )
+        path = directory / CHECKPOINT / ENCODING_FILE
+        try:  # that of the shards which an interrupted writer has finished
+            fitted = Encoding.from_json(read_with_digest(path), shape)
+        except (OSError, ValueError, StoreError):
+            fitted = fit_output_encoding(
+                self.choices.encoding, source, shape, self._batch, seed, number
+            )
+            write_whole(path, with_digest(fitted.to_json()))
         ranks.told(fitted.to_json())
         return fitted
