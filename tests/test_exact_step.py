@@ -23,6 +23,15 @@ from greedy.steps.step import Learner, gradients, step
 from greedy.stores.source import Batch
 
 ROWS, CLASSES = 12, 4
+
+
+class SimAlone(PredSim):
+    """Has a classifier that it does not use."""
+
+    def __call__(self, features, y: torch.Tensor) -> torch.Tensor:
+        return Sim()(features._replace(p=None), y)
+
+
 LOSSES = {
     "pred": Pred(pool_target=32),
     "smooth-pred": Pred(32, cross_entropy=CrossEntropy(0.1, (1.0, 0.5, 2.0, 1.5))),
@@ -31,6 +40,7 @@ LOSSES = {
     "deep-predsim": PredSim(0.9, pool_target=32, hidden_layers=2),
     "pred-bio": PredBio(pool_target=32, target_projection=7),
     "sim-bio": SimBio(pool_target=32, target_projection=7),
+    "sim-of-predsim": SimAlone(0.9, pool_target=32),
     "predsim-bio": PredSimBio(0.5, pool_target=32, target_projection=7),
 }
 INPUTS = {"conv": (5, 7, 6), "strided": (5, 7, 6), "linear": (9,), "flattened": (3, 2, 2)}
@@ -84,7 +94,8 @@ def measured(learner: Learner, batch: Batch, memory: StepMemory) -> dict[str, to
         assert not learner.scale.unscale(learner.parameters())
     tensors = {"loss": loss} | ({} if logits is None else {"logits": logits})
     for name, module in (("stage", learner.stage), ("heads", learner.heads)):
-        tensors |= {f"{name}.{k}.grad": p.grad for k, p in module.named_parameters()}
+        for key, p in module.named_parameters():  # without one where the loss does not use it
+            tensors[f"{name}.{key}.grad"] = torch.zeros_like(p) if p.grad is None else p.grad
         tensors |= {f"{name}.{k}": b for k, b in module.named_buffers()}
     return tensors
 

@@ -1,6 +1,7 @@
 """A run under a memory budget."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,34 @@ class StagePeaks(Peaks):
 
     def epoch_started(self, epoch: int, rows: int) -> None:
         pass
+
+
+class WithConstant(nn.Module):
+    """Has a buffer that is larger than all else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(SIDE**2, 32)
+        self.register_buffer("constant", torch.ones(64, 4096))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x) * self.constant.mean()
+
+
+@pytest.mark.parametrize("kind", ["optimizer", "buffer"])
+def test_what_an_optimizer_computes_and_copies_of_buffers_are_planned(
+    tmp_path: Path, kind: str
+) -> None:
+    """Of a wide layer, Adam's step that is not fused takes more than the gradients do."""
+    torch.manual_seed(0)
+    first = WithConstant() if kind == "buffer" else nn.Linear(SIDE**2, 2048)
+    width = 32 if kind == "buffer" else 2048
+    model = nn.Sequential(nn.Flatten(), first, nn.ReLU(), nn.Linear(width, CLASSES))
+    settings = {"optimizer": partial(torch.optim.Adam, lr=1e-3)} if kind == "optimizer" else {}
+    with Counter() as counter:
+        peaks = Peaks(counter)
+        records = fit(tmp_path / "run", model, reporter=peaks, batch_size=4, **settings)
+    assert peaks.bytes[1] <= records[0].choices.planned_peak_bytes + 128 * 1024
 
 
 def test_held_out_rows_and_looks_at_the_test_split_are_within_the_budget(tmp_path: Path) -> None:

@@ -5,13 +5,14 @@ import multiprocessing
 import os
 import runpy
 import signal
+from itertools import count
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
 from decided import choices
-from interrupting import Listener, StopAfter
+from interrupting import Listener, StopAfter, interrupt
 from safetensors.torch import load_file
 from small_training import new_trainer as small_trainer
 from small_training import noise, states
@@ -134,6 +135,40 @@ def test_a_signal_finishes_the_batch_and_keeps_it(tmp_path: Path) -> None:
         assert json.loads(progress.read_text())["progress"]["position"] > 0
     new_trainer(tmp_path / "cut", checkpoint_minutes=60).fit(TRAIN, TEST)
     assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_signal_while_an_epoch_is_saved_stops_too(tmp_path: Path, epoch: int) -> None:
+    write, number = Checkpoints._write, count(1)
+
+    def write_and_stop(*given: object) -> None:
+        write(*given)
+        if next(number) == epoch:
+            interrupt()
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Interrupted, match="resumes"):
+        patch.setattr(Checkpoints, "_write", write_and_stop)
+        new_trainer(tmp_path / "cut", checkpoint_minutes=60).fit(TRAIN, TEST)
+    progress = json.loads((tmp_path / "cut/stage1/training/checkpoint/progress.json").read_text())
+    assert progress["progress"]["epoch"] == epoch
+    new_trainer(tmp_path / "cut").train()
+    new_trainer(tmp_path / "whole").fit(TRAIN, TEST)
+    assert outcome(tmp_path / "cut") == outcome(tmp_path / "whole")
+
+
+def test_a_checkpoint_that_does_not_fit_in_memory_is_not_called_damaged(tmp_path: Path) -> None:
+    with pytest.raises(Interrupted):
+        new_trainer(tmp_path / "run", StopAfter(3)).fit(TRAIN, TEST)
+
+    def load(optimizer: torch.optim.Optimizer, state: dict) -> None:
+        assert not optimizer.state  # the new one takes its place
+        raise torch.OutOfMemoryError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "load_state_dict", load)
+        with pytest.raises(TrainingError, match="memory ran out while the checkpoint .* is whole"):
+            new_trainer(tmp_path / "run").train()
+    new_trainer(tmp_path / "run").train()
 
 
 def test_a_crash_between_new_views_and_their_record_is_noticed(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 from greedy import UserError
 from greedy.recipes import load
 from greedy.training.learners import new_schedule
+from greedy.training.schedule import Patience
 
 RATE = 0.02
 
@@ -40,6 +41,19 @@ def test_a_cosine_is_torchs() -> None:
 def test_the_rate_rises_before_it_drops_at_milestones() -> None:
     settings = ("epochs=8", "milestones=[5]", "lr_decay=0.5", "warmup_epochs=1")
     assert rates(*settings) == [0.5, 1, 1, 1, 1, 0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("first", [1.0, 1e-3, 0.0, -1e-3, -1.0])
+def test_patience_takes_losses_of_either_sign(first: float) -> None:
+    patience = Patience(0.1, decay=0.5, epochs=2)
+    loss = first
+    for _ in range(3):
+        assert not patience.observe(loss)
+        loss -= 0.002 * max(abs(first), 1e-3)
+    assert patience.waited == 0
+    ends = [patience.observe(patience.best + n * 1e-4 * abs(first)) for n in range(8)]
+    assert ends == [False] * 7 + [True]
+    assert patience.dropped == 4
 
 
 def test_a_stage_trains_at_the_rates_of_its_own_epochs(tmp_path: Path) -> None:

@@ -17,8 +17,8 @@ def stop(number: int, frame: FrameType | None) -> None:
 
 class PostponedSignals:
     """Context manager that delays SIGINT, SIGTERM and SIGHUP: the first one only sets
-    ``requested``, the second stops at once. A user's handlers stay, as do signals outside the main
-    thread.
+    ``requested``, and stops at the end of the block if that did not; the second stops at once. A
+    user's handlers stay, as do signals outside the main thread.
 
     Attributes:
         requested: the number of the signal that came, or ``None``.
@@ -43,6 +43,8 @@ class PostponedSignals:
     ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if error is None and self.requested is not None:  # too late for those inside to see it
+            stop(self.requested, None)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested is not None:

@@ -20,7 +20,8 @@ def same_width(shape: Shape) -> Layer:
 
 def pooling_kernel(shape: Shape, target: int) -> tuple[int, int]:
     """Returns the kernel (height, width) of the average pooling that reduces a (C, H, W) map to at
-    most ``target`` values: height and width are doubled in turn while the map is too large."""
+    most ``target`` values: height and width are doubled in turn while the map is too large. It ends
+    at one row, where a map much wider than high may have more values."""
     channels, height, width = shape
     kernel = [1, 1]
 

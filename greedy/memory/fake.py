@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 from greedy.base.errors import UserError
 from greedy.base.ranks import Ranks, Shares
-from greedy.base.torch_private import DEPENDS_ON_NUMBERS, FakeTensorMode, without_modes
+from greedy.base.torch_private import (
+    BATCH_NORMS,
+    DEPENDS_ON_NUMBERS,
+    FakeTensorMode,
+    without_modes,
+)
 from greedy.cache.order import largest_share
 from greedy.losses import Features, LocalHeads, LocalLoss
 from greedy.models import Shape
@@ -75,6 +80,8 @@ def materialise(network: Module) -> Module:
                     nn.Parameter(empty, tensor.requires_grad) if is_trained else empty
                 )
             setattr(module, name, made[id(tensor)])
+        if isinstance(module, BATCH_NORMS) and module.momentum is None:
+            module.momentum = 0.1  # it takes as much memory, and asks no tensor for a number
     return network
 
 
@@ -133,15 +140,16 @@ class LossStandIn:
 
 def make_state(
     parameters: Sequence[nn.Parameter], optimizers: Sequence[torch.optim.Optimizer]
-) -> None:
+) -> bool:
     """Takes a step on fake tensors, so that the optimisers have their state. The state of one whose
-    step depends on numbers is replaced by Adam's moments.
+    step depends on numbers is replaced by Adam's moments. Returns whether none does.
 
     Raises:
         UserError: an optimiser needs to compute the loss itself.
     """
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)
+    takes_steps = True
     for optimizer in optimizers:
         closure = inspect.signature(optimizer.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
@@ -152,8 +160,10 @@ def make_state(
         try:
             optimizer.step()
         except DEPENDS_ON_NUMBERS:
+            takes_steps = False
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 moments = {name: torch.zeros_like(parameter) for name in ("first", "second")}
                 optimizer.state[parameter] = moments
     for parameter in parameters:
         parameter.grad = None
+    return takes_steps

@@ -130,7 +130,7 @@ class StepDemand:
         return (
             self.counts.kind(self.stage),
             self.shapes,
-            self.loss if isinstance(self.loss, Hashable) else id(self.loss),
+            key_of(self.loss),
             self.num_classes,
             self.batch_size,
             self.precision,
@@ -145,9 +145,35 @@ class StepDemand:
             counter.add(_tensors_of(learner))
             batch = self._batch(learner, counter, largest_first(self.batch_size, self.processes))
             counter.reset_peak()
+            kept = [buffer.clone() for buffer in learner.buffers()]  # as a step that may fail does
             gradients(learner, batch)
+            del kept
         state = self.parameter_bytes() - 2 * tensor_bytes(learner.parameters())
-        return counter.peak + state
+        mask = 0 if batch.mask is None else tensor_bytes([batch.mask])
+        return max(counter.peak + state, self._optimizer_peak() + mask)
+
+    def _optimizer_peak(self) -> int:
+        """Counts the most bytes in a step of the optimiser: weights, gradients, state and what it
+        computes from them."""
+        return self.counts.number(("optimizer", *self._key()), self._counted_optimizer)
+
+    def _counted_optimizer(self) -> int:
+        if self.optimizer is None:
+            return 0
+        with fake_tensors(), Counter() as counter:
+            parameters = self._learner(StepMemory()).parameters()
+            optimizer = self.optimizer(parameters)
+            if not make_state(parameters, [optimizer]):
+                return 0
+            for group in optimizer.param_groups if self.device_type == "cuda" else ():
+                if group.get("foreach", False) is None and not group.get("fused"):
+                    group["foreach"] = True  # torch's choice on a GPU
+            for parameter in parameters:
+                parameter.grad = torch.zeros_like(parameter)
+            counter.add(parameters)
+            counter.reset_peak()
+            optimizer.step()
+        return counter.peak
 
     def writing_peak(self, rows: int) -> int:
         """Counts the most bytes on the device while the trained stage computes the outputs and the
@@ -254,6 +280,16 @@ class StepDemand:
         batch = Batch(labels, read, shares=shares)
         mask = learner.mask(0, self.batch_size, self.shapes.input, 0, 0)
         return replace(batch, mask=batch.own(mask))
+
+
+def key_of(loss: Any) -> Hashable:
+    """Returns what is the same for losses that are equal, or one and the same if they have no
+    hash."""
+    try:
+        hash(loss)
+        return loss
+    except TypeError:
+        return id(loss)
 
 
 def weight_bytes(stage: Stage) -> int:

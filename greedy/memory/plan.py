@@ -19,7 +19,7 @@ from greedy.memory.choice import (
 )
 from greedy.memory.drawing import DrawingDevice
 from greedy.memory.fake import FakeRanks
-from greedy.memory.peaks import OptimizerFactory, Replay, StepDemand, weight_bytes
+from greedy.memory.peaks import OptimizerFactory, Replay, StepDemand, key_of, weight_bytes
 from greedy.memory.separate import why_plain
 from greedy.memory.shared import Counts
 from greedy.models import Stage, StageShapes
@@ -313,7 +313,6 @@ class MemoryPlan:
 
     def _cache_key(self, number: int) -> Hashable:
         """Returns a key that is the same for equal stages, so that only one of them is counted."""
-        loss = self.loss_of(number)
-        named = loss if isinstance(loss, Hashable) else id(loss)
+        named = key_of(self.loss_of(number))
         kind = self._counts.kind(self.network.stages[number - 1])
         return kind, self.network.shapes[number - 1], named

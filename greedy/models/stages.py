@@ -34,7 +34,7 @@ class InputDropout:
         channels, else (batch, *shape). Row i belongs to position i in the batch."""
         row = (shape[0],) + (1,) * (len(shape) - 1) if self.channels else shape
         keep = torch.rand((batch, *row), generator=generator) >= self.rate
-        return keep.float().div_(1 - self.rate)
+        return keep.float().div_(1 - self.rate or 1)  # a rate of 1 keeps nothing
 
 
 def dropped(x: Tensor, mask: Tensor | None, rows: slice = slice(None)) -> Tensor:

@@ -143,7 +143,11 @@ class ExactStep:
         leaf = c.detach().requires_grad_()
         with torch.enable_grad():
             features = self.parts.heads(self.parts.hidden(leaf, statistics))
-        pairs = [(f, s[rows]) for f, s in zip(features, slopes, strict=True) if f is not None]
+        pairs = [
+            (f, s[rows])
+            for f, s in zip(features, slopes, strict=True)
+            if f is not None and s is not None  # the loss may take one of them alone
+        ]
         # Within autocast the thread of autograd may compute in float16 in any precision.
         with torch.autocast(c.device.type, enabled=False):
             torch.autograd.backward([f for f, _ in pairs], [s for _, s in pairs])

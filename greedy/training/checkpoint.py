@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from greedy.base.devices import is_out_of_memory
+from greedy.base.errors import TrainingError
 from greedy.base.files import digest_of_parts, file_digest, read_tensors, with_digest
 from greedy.base.relay import Relay
 from greedy.base.tensorfile import file_parts
@@ -181,6 +183,13 @@ class Checkpoints:
             tensors = read_tensors(path)
             self._restore(document, tensors)
         except Exception as error:  # torch raises many types for a file that does not fit
+            if is_out_of_memory(error):
+                raise TrainingError(
+                    f"memory ran out while the checkpoint in {self.training} was loaded, which is "
+                    f"whole: free some, or raise --memory-budget, and give the same command again"
+                ) from error
+            if isinstance(error, OSError):
+                raise
             raise damaged_checkpoint(
                 path, self.training, "it fits another stage or optimiser"
             ) from error
@@ -210,6 +219,7 @@ class Checkpoints:
         for optimizer, packed in zip(optimizers, saved, strict=True):
             state = unpack(packed, tensors)
             _require_same_settings(optimizer, state["param_groups"])
+            optimizer.state.clear()  # else there would be two of it for a moment
             optimizer.load_state_dict(state)
             _lay_out_like_weights(optimizer)
             # In checkpoints of older versions groups have no first rates: all had the schedule's.

@@ -91,7 +91,7 @@ class Patience:
     def observe(self, holdout_loss: float | None) -> bool:
         """Takes the held-out loss of an epoch. Returns whether the stage ends."""
         assert holdout_loss is not None
-        if holdout_loss < self.best * (1 - IMPROVEMENT):
+        if holdout_loss < self.best * (1 - math.copysign(IMPROVEMENT, self.best)):
             self.best, self.waited = holdout_loss, 0
             return False
         self.waited += 1
