@@ -49,15 +49,23 @@ def list_data(data_dir: Path | None, as_json: bool) -> None:
 @click.argument("name")
 @options.data_dir
 @options.download
+@click.option(
+    "--image-size",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="Pixels to which a folder's images are resized and cropped, if they are of several sizes.",
+)
 @options.as_json
 @options.debug
-def prepare(name: str, data_dir: Path | None, download: bool, as_json: bool) -> None:
+def prepare(
+    name: str, data_dir: Path | None, download: bool, image_size: int | None, as_json: bool
+) -> None:
     """Check that a data set is on this machine, or fetch it with --download. Every file of an image
     folder is decoded; those that cannot be decoded are named."""
     from greedy.cli.progress import preparing  # noqa: PLC0415
     from greedy.data import check_files, load_dataset  # noqa: PLC0415
 
-    dataset = load_dataset(name, data_dir, download, allow_function=True)
+    dataset = load_dataset(name, data_dir, download, image_size, allow_function=True)
     with preparing() as reporter:
         dataset = check_files(dataset, progress=reporter.files_checked)
     train, test = dataset.train, dataset.test

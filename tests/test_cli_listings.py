@@ -5,7 +5,8 @@ import sys
 import tomllib
 
 import pytest
-from command_line import answer, said
+from command_line import answer, refused, said
+from PIL import Image
 
 from greedy.recipes import load, names
 
@@ -93,3 +94,13 @@ def test_data_prepare():
         "train": 5000,
         "test": 1000,
     }
+
+
+def test_data_prepare_of_photographs_of_several_sizes(tmp_path):
+    for number in range(20):
+        path = tmp_path / f"photos/{'ab'[number % 2]}/{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (20 + number, 20)).save(path)
+    prepare = ("data", "prepare", f"folder:{tmp_path / 'photos'}")
+    assert "set data.image_size" in refused(*prepare)
+    assert answer(*prepare, "--image-size", 16)["shape"] == [3, 16, 16]

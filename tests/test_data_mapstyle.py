@@ -29,9 +29,10 @@ def one(image, label=0):
         (torch.from_numpy(RGB), RGB),
         (torch.from_numpy(RGB).double() / 255, (RGB / 255).astype(np.float32)),
         (torch.linspace(-3, 3, 5), np.linspace(-3, 3, 5, dtype=np.float32)[:, None, None]),
+        (np.full((4, 4), 300, ">u2"), np.full((1, 4, 4), 300, np.float32)),
         (torch.ones(2, 4, 4, dtype=torch.bfloat16), np.ones((2, 4, 4), np.float32)),
     ],
-    ids=["grey", "rgb", "rgba", "array", "uint8", "double", "vector", "bfloat16"],
+    ids=["grey", "rgb", "rgba", "array", "uint8", "double", "vector", "big-endian", "bfloat16"],
 )
 def test_images_of_every_kind(image, expected):
     data = one(image)

@@ -203,6 +203,31 @@ def test_own_modules_need_torch_export(tmp_path):
     assert_same_as_evaluate(done, written(done, tmp_path / "net.pt2"))
 
 
+@pytest.mark.parametrize("kind", ["hooked", "renamed"])
+def test_a_file_that_would_be_rebuilt_otherwise_is_refused(tmp_path, kind):
+    layer = nn.Linear(5, 6)
+    if kind == "hooked":
+        layer.register_forward_hook(lambda module, inputs, output: 2 * output)
+    else:
+        layer = nn.utils.spectral_norm(layer)
+    network = nn.Sequential(nn.Flatten(), layer, nn.ReLU(), nn.Linear(6, 4))
+    done = trained(tmp_path / "run", network, torch.randn(40, 5), Sim())
+    with pytest.raises(UserError, match=r"rebuild Linear \(it.*--format torch-export"):
+        written(done, tmp_path / "net.safetensors")
+
+
+@pytest.mark.parametrize("name", ["net.pt2", "net.onnx"])
+def test_a_network_that_torch_cannot_trace_is_told_in_a_sentence(tmp_path, name):
+    class Rows(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([2 * row for row in x])
+
+    network = nn.Sequential(nn.Flatten(), nn.Linear(5, 6), Rows(), nn.ReLU(), nn.Linear(6, 4))
+    done = trained(tmp_path / "run", network, torch.randn(40, 5), Sim())
+    with pytest.raises(UserError, match=r"cannot be exported \(torch says: .*any number of rows"):
+        written(done, tmp_path / name)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torchvision.transforms.functional as F
 from small_training import TEST, TRAIN, new_trainer, same, weights
+from torch.utils.data import TensorDataset
 from torchvision.transforms import RandAugment as TorchRandAugment
 from torchvision.transforms import RandomErasing, RandomResizedCrop
 from torchvision.transforms.autoaugment import _apply_op
@@ -171,9 +172,34 @@ def test_parse_refuses(text: str, problem: str) -> None:
 def test_images_whose_colours_are_unknown_are_refused() -> None:
     with pytest.raises(UserError, match="images of 4 channels have none that it knows"):
         Augmentation.parse("hflip+color-jitter").require_channels(4)
-    with pytest.raises(UserError, match="randaugment takes images of bytes"):
-        OPERATIONS["randaugment"].apply(images() / 255, drawn("randaugment"))
     Augmentation.parse("random-resized-crop+random-erasing").require_channels(4)
+
+
+@pytest.mark.parametrize(
+    ("name", "largest", "message"),
+    [
+        ("randaugment", 1, "randaugment takes images of bytes"),
+        (
+            "color-jitter",
+            40000,
+            "takes bytes, or floats from 0 to 1, and .* values from 0 to 40000",
+        ),
+        ("color-jitter", 1, None),
+        ("hflip", 40000, None),
+    ],
+)
+def test_floats_that_an_operation_does_not_know_are_refused(
+    tmp_path: Path, name: str, largest: float, message: str | None
+) -> None:
+    images, labels = torch.linspace(0, largest, 40 * 64).reshape(40, 1, 8, 8), torch.arange(40) % 3
+    data = TensorDataset(images, labels)
+    trainer = new_trainer(tmp_path / "run", augmentation=name, epochs=1)
+    if message is None:
+        trainer.fit(data, data)
+        return
+    with pytest.raises(UserError, match=message):
+        trainer.fit(data, data)
+    assert not (tmp_path / "run/stage0/stage.json").exists()
 
 
 def test_stages_train_on_images_changed_at_random(tmp_path: Path) -> None:

@@ -234,7 +234,11 @@ def test_values_out_of_range(overrides: list[str]) -> None:
 
 def test_moments_go_with_the_data_set_they_are_of():
     known = recipes.load("cifar10/vgg8b-predsim").data
-    assert known.mean and recipes.load("cifar10/vgg8b-predsim", ["data.name=cifar100"]).data.mean
+    assert known.mean and not recipes.load("cifar10/vgg8b-predsim", ["data.name=svhn"]).data.mean
+    sample = ["data.name=fashion-mnist-sample"]
+    assert recipes.load("fashion-mnist/mlp-predsim", sample).data.mean == [0.286]
+    with pytest.raises(UserError, match=r"must be a list of numbers$"):
+        recipes.load("cifar10/vgg8b-predsim", ["data.mean="])
     own = recipes.load("cifar10/vgg8b-predsim", ["data.name=folder:photos"]).data
     assert (own.mean, own.std, own.augmentation) == (None, None, known.augmentation)
     given = ["data.name=folder:photos", "data.mean=[0.5, 0.5, 0.5]", "data.std=[1.0, 1.0, 1.0]"]

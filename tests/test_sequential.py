@@ -254,6 +254,34 @@ def test_parts_that_fail_are_told_in_one_sentence() -> None:
         sequential(Windows(known=True), (3, 8, 8))
 
 
+def test_a_model_for_other_images_is_told_in_a_sentence() -> None:
+    with pytest.raises(UserError, match=r"Plain cannot take images of 1x8x8 \(.*: change its"):
+        sequential(Plain(), (1, 8, 8))
+
+
+class Sized(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[-1] == 16, "wrong size"
+        return self.first(x)
+
+
+def test_a_layer_that_fails_is_named_whatever_it_raises() -> None:
+    stages = cut(nn.Sequential(Sized(), nn.Flatten(), nn.Linear(4 * 14 * 14, 2)))
+    with pytest.raises(UserError, match=r"stage 1 \(.*\) cannot take .* wrong size"):
+        shapes(stages, (3, 8, 8))
+
+
+def test_hooks_of_an_inner_sequential_are_called() -> None:
+    inner = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    inner.register_forward_hook(lambda module, inputs, output: 0 * output)
+    stage, _ = cut(nn.Sequential(inner, nn.Linear(4, 2)))
+    assert not stage(torch.randn(2, 4)).any()
+
+
 def test_a_stage_that_changes_the_number_of_rows_is_told() -> None:
     stages = cut(sequential(Windows(known=False), (3, 8, 8)))
     with pytest.raises(UserError, match=r"gives 8 rows for 2 samples: put what changes"):

@@ -164,17 +164,30 @@ def test_patience_drops_the_rate_and_ends_the_stage(tmp_path: Path) -> None:
         assert (following["learning_rate"] == line["learning_rate"]) == improved
 
 
-def test_images_of_any_unit_are_normalised(tmp_path: Path) -> None:
-    """One channel is in tiny units, one is constant but for rounding."""
-    images = np.random.default_rng(0).normal(3e-7, 2e-7, (60, 2, 8, 8)).astype(np.float32)
+@pytest.mark.parametrize("unit", [1e-26, 1e-7, 1e22])
+def test_images_of_any_unit_are_normalised(tmp_path: Path, unit: float) -> None:
+    """One channel is in that unit, one is constant but for rounding."""
+    images = np.random.default_rng(0).normal(3, 2, (60, 2, 8, 8)).astype(np.float32)
+    images[:, 0] += 20 * (np.arange(60) % 3)[:, None, None]
+    images[:, 0] *= np.float32(unit)
     images[:, 1] = 0.1
     data = TensorDataset(torch.from_numpy(images), torch.arange(60) % 3)
     model = mlp(2, 8, 3, hidden_layers=1, hidden_width=8)
-    trainer = new_trainer(tmp_path / "run", model, epochs=1)
+    trainer = new_trainer(tmp_path / "run", model, epochs=3, views="live")
     trainer.fit(data, data)
     found = trainer.run.record(0).data_choices
-    np.testing.assert_allclose(found.std, (images[:, 0].std(), 1), rtol=1e-3)
-    np.testing.assert_allclose(found.mean, (images[:, 0].mean(), 0.1), rtol=1e-3)
+    np.testing.assert_allclose(found.std, (images[:, 0].std(dtype=np.float64), 1), rtol=1e-3)
+    np.testing.assert_allclose(found.mean, (images[:, 0].mean(dtype=np.float64), 0.1), rtol=1e-3)
+    tested = evaluate(trainer.run, trainer.assemble(), "test", trainer.device)
+    assert np.isfinite(tested.loss)
+    recorded = trainer.run.record(2).metrics.test_error_percent
+    assert tested.error_percent == pytest.approx(recorded, abs=4)  # two images, by rounding
+
+
+def test_an_image_size_is_for_folders(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data.image_size is for folder:PATH alone.*transform"):
+        new_trainer(tmp_path / "run", image_size=4).fit(TRAIN, TEST)
+    assert not (tmp_path / "run/stage0").exists()
 
 
 def test_held_out_rows_are_never_trained_on(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def _pixels(array: NDArray[Any]) -> NDArray[Any]:
         return array
     if array.dtype == bool:
         return array.astype(np.uint8) * np.uint8(255)
-    if np.issubdtype(array.dtype, np.floating) or array.dtype in (np.int16, np.uint16):
+    if np.issubdtype(array.dtype, np.floating) or array.dtype.str[1:] in ("i2", "u2"):
         with np.errstate(over="ignore"):  # infinite values are refused with their sample
             return array.astype(np.float32, copy=False)
     raise ValueError(

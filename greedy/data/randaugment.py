@@ -10,8 +10,6 @@ import torch
 import torchvision.transforms.functional as F
 from torch import Tensor
 
-from greedy.base.errors import UserError
-
 FURTHEST = 150 / 331  # of the image's side, by which it is moved at most
 
 
@@ -80,16 +78,7 @@ class RandAugment:
         return torch.cat((which, signs), dim=1)
 
     def apply(self, images: Tensor, table: Tensor) -> Tensor:
-        """Applies each operation to all images that have it in the same direction.
-
-        Raises:
-            UserError: the images are not of bytes.
-        """
-        if images.dtype != torch.uint8:
-            raise UserError(
-                "randaugment takes images of bytes, and these are of floats: leave it out of "
-                "data.augmentation"
-            )
+        """Applies each operation to all images, of bytes, that have it in the same direction."""
         images = images.clone()
         for position in range(2):
             which, signs = table[:, position], table[:, 2 + position]

@@ -1,6 +1,7 @@
 """Any model as an ``nn.Sequential`` of its own parts."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any, TypeVar
 
@@ -56,7 +57,9 @@ def sequential(model: nn.Module, image: Shape = (3, 224, 224)) -> nn.Sequential:
     except NotTraceable as reason:
         if on_meta:
             raise _error(model, f"its forward pass cannot be traced ({reason})") from reason
-        found = [part for called in _recorded(model, image) for part in opened(called)]
+        with _failures_named(model, image):
+            called = _recorded(model, image)
+        found = [part for each in called for part in opened(each)]
     if sum(part.learns for part in found) < 2:
         raise _error(model, "all its layers depend on more than the one before")
     network = Parts(features_first(found, image)).train(model.training)
@@ -72,9 +75,23 @@ def _error(model: nn.Module, reason: str) -> UserError:
     )
 
 
+@contextmanager
+def _failures_named(model: nn.Module, image: Shape) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{type(model).__name__} cannot take images of {'x'.join(map(str, image))} "
+            f"({first_line(error)}): change its first layers or the size of the images"
+        ) from error
+
+
 def _prove(model: nn.Module, network: nn.Module, image: Shape) -> None:
     for mode in ("training", "evaluation"):
-        expected = _output(model, image, training=mode == "training")
+        with _failures_named(model, image):
+            expected = _output(model, image, training=mode == "training")
         try:
             given = _output(network, image, training=mode == "training")
         except Exception as error:

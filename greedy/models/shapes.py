@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from greedy.base.errors import UserError
+from greedy.base.errors import UserError, first_line
 from greedy.models.skeleton import skeleton
 from greedy.models.stages import Shape, Stage
 
@@ -87,11 +87,13 @@ def shapes(stages: Sequence[Stage], input_shape: Shape) -> list[StageShapes]:
                 h, out = _probe(stage, shape)
                 _require_tensor(stage, h)
                 _require_rows(stage, h, out)
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # the module's own
             raise UserError(
                 f"stage {stage.number} ({stage.name}) cannot take an input of shape "
                 f"{'x'.join(map(str, shape))}: change the layer or the image size "
-                f"(torch says: {str(error).splitlines()[0]})"
+                f"(torch says: {first_line(error)})"
             ) from error
         operations = counter.get_total_flops() // (2 * ROWS)
         stage_shapes.append(

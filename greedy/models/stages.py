@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from greedy.base.errors import UserError
-from greedy.base.torch_private import CONVOLUTIONS, POOLS
+from greedy.base.torch_private import CONVOLUTIONS, POOLS, has_hooks
 
 ENCODERS = (CONVOLUTIONS, nn.Linear)
 """The layers that begin a stage."""
@@ -136,7 +136,10 @@ def layers_of(network: nn.Sequential) -> tuple[list[nn.Module], list[Layer]]:
     paths = getattr(network, "paths", list(network._modules))
     for path, child in zip(paths, network, strict=True):
         if any(isinstance(m, ENCODERS) for m in child.modules()):
-            layers.append(Layer(list(child) if type(child) is nn.Sequential else [child], path))
+            if type(child) is nn.Sequential and not has_hooks(child):
+                layers.append(Layer(list(child), path))
+            else:
+                layers.append(Layer([child], path))
         else:
             (layers[-1].modules if layers else leading).append(child)
     return leading, layers

@@ -33,7 +33,7 @@ def allowed(key: str) -> str:
 def suggestion(word: str, words: Iterable[str], most: int = 1) -> str:
     """Returns a question that suggests up to ``most`` similar ``words``, empty where none is
     similar."""
-    matches = get_close_matches(word, list(words), n=most)
+    matches = get_close_matches(word, list(filter(None, words)), n=most)
     return f"; did you mean {' or '.join(matches)}?" if matches else ""
 
 

@@ -275,9 +275,9 @@ def _check_alone(layer: _Layer) -> None:
 
 def _without_moments(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the data section of the layers ``below``, without mean and deviation if ``above``
-    names a user's data set: those are measured again."""
-    name = above.get("name", below.get("name"))
-    if name == below.get("name") or ":" not in name:
+    names another data set than that or its sample: those are measured again."""
+    names = (str(layer.get("name", below.get("name"))) for layer in (above, below))
+    if len({name.removesuffix("-sample") for name in names}) == 1:
         return dict(below)
     return {key: value for key, value in below.items() if key not in ("mean", "std")}
 

@@ -14,10 +14,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from greedy.base.errors import UserError, missing_packages, unknown
+from greedy.base.errors import UserError, first_line, missing_packages, unknown
 from greedy.base.files import require_writable, write_output
 from greedy.losses import LocalLoss
 from greedy.models import Shape
+from greedy.models.chain import has_hooks, is_sequential
 from greedy.runs.directory import RunDirectory
 from greedy.runs.network import assemble
 from greedy.runs.record import StageRecord
@@ -103,7 +104,7 @@ def _safetensors(network: nn.Sequential, metadata: dict[str, str]) -> bytes:
 
 def _flat(network: nn.Sequential) -> Iterator[nn.Module]:
     for module in network:
-        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        if isinstance(module, nn.Sequential) and is_sequential(module):
             yield from _flat(module)
         else:
             yield module
@@ -117,6 +118,8 @@ def _description(module: nn.Module) -> tuple[str, dict[str, Any]]:
     try:
         if getattr(nn, module_class.__name__, None) is not module_class:
             raise TypeError("not one of torch.nn's own")
+        if has_hooks(module):
+            raise TypeError("it has hooks")
         for name, parameter in inspect.signature(module_class).parameters.items():
             if name not in ("device", "dtype"):
                 value = getattr(module, name)
@@ -125,6 +128,10 @@ def _description(module: nn.Module) -> tuple[str, dict[str, Any]]:
                 if value != parameter.default:
                     arguments[name] = value
         json.dumps(arguments)
+        with torch.device("meta"):
+            rebuilt = module_class(**arguments)
+        if rebuilt.state_dict().keys() != module.state_dict().keys():
+            raise TypeError("its weights have other names")
     except (AttributeError, TypeError) as error:
         raise UserError(
             f"a safetensors file cannot say how to rebuild {module_class.__name__} ({error}): "
@@ -142,9 +149,10 @@ def _torch_export(network: nn.Sequential, shape: Shape, metadata: dict[str, str]
 
 
 def _onnx(network: nn.Sequential, shape: Shape, metadata: dict[str, str]) -> bytes:
-    with _quiet():
+    program = _program(network, shape)
+    with _quiet(), _failures_explained():
         exported = torch.onnx.export(
-            _program(network, shape),
+            program,
             dynamo=True,
             input_names=["images"],
             output_names=["logits"],
@@ -156,9 +164,21 @@ def _onnx(network: nn.Sequential, shape: Shape, metadata: dict[str, str]) -> byt
     return exported.model_proto.SerializeToString()
 
 
+@contextmanager
+def _failures_explained() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # torch raises many types for what it cannot trace or translate
+        raise UserError(
+            f"the network cannot be exported (torch says: {first_line(error)}): write its forward "
+            f"pass so that torch.export takes any number of rows, or use greedy.assemble in Python"
+        ) from error
+
+
 def _program(network: nn.Sequential, shape: Shape) -> torch.export.ExportedProgram:
     example = torch.zeros(2, *shape)  # a batch of 1 would be taken for a constant
-    program = torch.export.export(network, (example,), dynamic_shapes=_dynamic_shapes())
+    with _failures_explained():
+        program = torch.export.export(network, (example,), dynamic_shapes=_dynamic_shapes())
     for node in program.graph.nodes:
         node.meta.pop("stack_trace", None)  # paths of this machine
     return program

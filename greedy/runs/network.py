@@ -142,6 +142,10 @@ def normalisation_module(recipe: Recipe, data: StageRecord) -> nn.Module:
     mean, std = (torch.tensor(values) for values in channel_moments(recipe, data))
     module = nn.BatchNorm2d(len(mean), eps=0.0, affine=False)
     module.running_mean, module.running_var = mean, std.square()
+    limits = torch.finfo(torch.float32)
+    if not ((module.running_var >= limits.tiny) & (module.running_var <= limits.max)).all():
+        module = nn.BatchNorm2d(len(mean), eps=0.0)  # of data in units of 1e-20, say
+        module.running_mean, module.weight.data = mean, 1 / std
     return module.eval()
 
 

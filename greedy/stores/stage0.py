@@ -16,7 +16,7 @@ from greedy.base.text import first_names, legible
 from greedy.base.versions import versions
 from greedy.build.modules import require_one_logit_a_class
 from greedy.cache import Encoding, StoreWriter, pixel_encoding
-from greedy.data import Dataset, Split, check_files
+from greedy.data import Augmentation, Dataset, Split, check_files
 from greedy.data.folder import FolderSplit
 from greedy.data.labels import require_classes
 from greedy.data.modes import Kind
@@ -89,6 +89,7 @@ def write_stage0(
     statistics = ChannelStatistics()
     written, labels, rows = {}, {}, {}
     files = file_table_of(dataset)
+    augmentation = Augmentation.parse(run.recipe.data.augmentation)
     workers = run.recipe.data.num_workers if drawn else 0
     run.write_recipe()
     with new_stage(run.stage_dir(0)) as directory:
@@ -100,6 +101,8 @@ def write_stage0(
             reading = closing(_read(split, index, labels[name], workers))
             with reading as parts, _writer(path, split, labels[name], index) as writer:
                 for samples, images in parts:
+                    if name == "train":
+                        augmentation.require_values(images)
                     writer.append(images)
                     if files and isinstance(split, FolderSplit):  # cached now
                         before = 0 if name == "train" else len(dataset.train)

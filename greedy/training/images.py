@@ -2,10 +2,14 @@
 
 import math
 
+import numpy as np
+
 from greedy.base.disk_space import require_free_space, write_errors_explained
+from greedy.base.errors import UserError
 from greedy.build.cut_network import CutNetwork
 from greedy.build.modules import build_network
-from greedy.data import Dataset, draws_at_random, first_pass
+from greedy.data import Augmentation, Dataset, draws_at_random, first_pass
+from greedy.data.folder import FolderSplit
 from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.disk_budget import plan_disk
 from greedy.runs.record import StageRecord
@@ -55,6 +59,12 @@ def write_images(
     memory = planner.plan_memory(network, stored_encoding(dataset.train).name)
     disk = plan_disk(state, network.shapes, rows, needed, planner.basis, fresh=fresh)
     memory.require(range(1, len(network) + 1), disk)
+    if recipe.data.image_size is not None and not isinstance(dataset.train, FolderSplit):
+        raise UserError(
+            "data.image_size is for folder:PATH alone: leave it out, and resize images in the data "
+            "set's own transform"
+        )
+    Augmentation.parse(recipe.data.augmentation).require_values(np.empty(0, dataset.train.dtype))
     dataset = drop_unreadable_files(recipe, dataset, planner.reporter)
     run.make_directory()
     with run.write_lock():
