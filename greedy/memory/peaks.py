@@ -161,7 +161,8 @@ class StepDemand:
         if self.optimizer is None:
             return 0
         with fake_tensors(), Counter() as counter:
-            parameters = self._learner(StepMemory()).parameters()
+            learner = self._learner(StepMemory())  # whose buffers count, too
+            parameters = learner.parameters()
             optimizer = self.optimizer(parameters)
             if not make_state(parameters, [optimizer]):
                 return 0
