@@ -149,10 +149,9 @@ def _torch_export(network: nn.Sequential, shape: Shape, metadata: dict[str, str]
 
 
 def _onnx(network: nn.Sequential, shape: Shape, metadata: dict[str, str]) -> bytes:
-    program = _program(network, shape)
     with _quiet(), _failures_explained():
         exported = torch.onnx.export(
-            program,
+            _program(network, shape),
             dynamo=True,
             input_names=["images"],
             output_names=["logits"],
@@ -168,10 +167,13 @@ def _onnx(network: nn.Sequential, shape: Shape, metadata: dict[str, str]) -> byt
 def _failures_explained() -> Iterator[None]:
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # torch raises many types for what it cannot trace or translate
         raise UserError(
             f"the network cannot be exported (torch says: {first_line(error)}): write its forward "
-            f"pass so that torch.export takes any number of rows, or use greedy.assemble in Python"
+            f"pass so that torch.export takes any number of rows, or use GreedyTrainer.assemble in "
+            f"Python"
         ) from error
 
 
