@@ -99,12 +99,18 @@ def verify(path: Path, as_json: bool) -> None:
 
 def _remedies(path: Path, damages: "Iterable[Damage]") -> str:
     """Returns what can be done about damaged stores, to follow their number."""
+    from greedy.cache.urls import LOCATION  # noqa: PLC0415
+
     names = [damage.path.parts for damage in damages]
     stages = {parts[parts.index(STORE) - 1] for parts in names if STORE in parts}
     found = ""
     if "stage0" in stages:
         found += "; images cannot be computed again: begin another run from the data"
-    if stages - {"stage0"}:
+    unknown = {damage.path.parents[2] for damage in damages if damage.path.name == LOCATION}
+    for stage in sorted(unknown):
+        drop, repair = command("cache", "drop", stage), command("cache", "repair", stage)
+        found += f"; {drop} and then {repair} write a store again whose place is unknown"
+    if stages - {"stage0"} - {stage.name for stage in unknown}:
         found += f"; {command('cache', 'repair', path)} computes damaged parts of stores again"
     return found
 

@@ -70,7 +70,7 @@ measurements = st.builds(
 )
 modest = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow])
 
-BASIS = PlanBasis(budget=None, read=None, written=None)  # every stage has a store
+BASIS = PlanBasis(budget=None, read=0, written=0)  # every stage has a store
 
 
 @pytest.fixture(autouse=True)

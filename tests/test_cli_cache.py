@@ -120,6 +120,9 @@ def test_lost_stages_are_damage(run):
     assert not damaged()
     shutil.rmtree(run / "stage1")
     assert damaged() == [("stage1/stage.json", "is missing")]
+    assert "stage.json: is missing" in greedy("cache", "repair", run).output
+    shutil.rmtree(run / "stage0/activations.zarr")
+    assert damaged()[0] == ("stage0/activations.zarr", "is missing")
     shutil.rmtree(run / "stage0")
     assert damaged() == [(f"stage{n}/stage.json", "is missing") for n in (0, 1)]
 

@@ -17,7 +17,7 @@ from torch import nn
 from greedy import GreedyTrainer, Reporter, UserError, evaluate
 from greedy.cache import Store
 from greedy.runs.directory import RunDirectory
-from greedy.runs.disk_demand import COMPRESSED
+from greedy.runs.disk_demand import COMPRESSED, ByteOperations
 from greedy.runs.disk_plan import DiskPlan
 from greedy.runs.plan_basis import PlanBasis
 from greedy.runs.state import RunState
@@ -250,7 +250,7 @@ def test_auto_is_a_share_of_the_space_free_without_the_run(run: Path, monkeypatc
     def left(free: int) -> int:
         with monkeypatch.context() as patch:
             disk_with(free, patch)
-            budget = PlanBasis.of_run(new_trainer(run, "auto").run, None).budget
+            budget = PlanBasis.of_run(new_trainer(run, "auto").run, ByteOperations(1, 1)).budget
             assert budget is not None
             return budget
 

@@ -210,3 +210,10 @@ def test_stages_train_on_images_changed_at_random(tmp_path: Path) -> None:
     for stage in (1, 2):
         first, plain = weights(tmp_path / "first", stage), weights(tmp_path / "plain", stage)
         assert same(first, weights(tmp_path / "second", stage)) and not same(first, plain)
+
+
+def test_what_resizing_overshoots_is_jittered_and_other_floats_are_not() -> None:
+    table = drawn("color-jitter")
+    OPERATIONS["color-jitter"].apply(images() / 160 - 0.3, table)
+    with pytest.raises(UserError, match="values from -0.99"):
+        OPERATIONS["color-jitter"].apply(images() / 128 - 1, table)

@@ -232,7 +232,19 @@ def test_values_out_of_range(overrides: list[str]) -> None:
     assert overrides[0].partition("=")[0].partition(".")[0] in message("demo", *overrides)
 
 
-def test_moments_go_with_the_data_set_they_are_of():
+def test_moments_go_with_the_data_set_they_are_of(write: Write):
+    write(
+        "below.toml",
+        '[model]\nnetwork = "mlp"\n[loss]\nname = "pred"\n[data]\nmean = [0.5]\nstd = [0.2]\n'
+        "[training]\nepochs = 1\nbatch_size = 8\nlearning_rate = 0.1\n",
+    )
+    named = write("named.toml", 'extends = "below.toml"\n[data]\nname = "mnist"\n')
+    assert recipes.load(named).data.mean == [0.5]
+    own = 'extends = "named.toml"\n[data]\nname = "folder:{}"\n'
+    assert recipes.load(write("own.toml", own.format("x"))).data.mean is None
+    (named.parent / "named.toml").write_text(own.replace("named", "below").format("x"))
+    assert recipes.load(write("own.toml", own.format("x"))).data.mean == [0.5]
+    assert recipes.load(write("own.toml", own.format("x-sample"))).data.mean is None
     known = recipes.load("cifar10/vgg8b-predsim").data
     assert known.mean and not recipes.load("cifar10/vgg8b-predsim", ["data.name=svhn"]).data.mean
     sample = ["data.name=fashion-mnist-sample"]

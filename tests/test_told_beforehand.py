@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_training import TEST, TRAIN, learned, new_trainer
+from small_training import CLASSES, SIDE, TEST, TRAIN, learned, new_trainer, weights
 from test_unusual import Convolution, with_stage
 from torch import nn
 
 from greedy import UserError
-from greedy.models import cut
+from greedy.models import cut, mlp
 
 
 class WithState(Convolution):
@@ -45,6 +45,39 @@ def test_what_cannot_be_trained_is_told_beforehand(
     tmp_path: Path, model: nn.Module, message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
+        new_trainer(tmp_path / "run", model).fit(TRAIN, TEST)
+    assert not (tmp_path / "run/stage0").exists()
+
+
+class Casting(nn.Linear):
+    """Has weights of another type, and gives features in the type that it was given."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.to(self.weight.dtype)).to(x.dtype)
+
+
+def test_a_stage_may_cast_images_to_the_type_of_its_weights(tmp_path: Path) -> None:
+    model = mlp(1, SIDE, CLASSES, hidden_layers=1, hidden_width=8)
+    model.insert(1, Casting(64, 64).double())
+    new_trainer(tmp_path / "run", model).fit(TRAIN, TEST)
+    assert torch.float64 in {each.dtype for each in weights(tmp_path / "run", 1).values()}
+
+
+def test_a_run_that_was_begun_without_running_statistics_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norm = nn.BatchNorm2d(4, track_running_stats=False)
+    model = with_stage(nn.Conv2d(1, 4, 3, padding=1), norm, nn.ReLU())
+    with monkeypatch.context() as patch:  # as older versions did
+        patch.setattr("greedy.build.cut_network.require_usual", lambda *stage: None)
+        new_trainer(tmp_path / "run", model).fit(TRAIN, TEST)
+    new_trainer(tmp_path / "run", model).train(2)
+
+
+def test_hooks_of_the_network_itself_are_refused(tmp_path: Path) -> None:
+    model = with_stage(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU())
+    model.register_forward_hook(lambda module, images, logits: 7 * logits)
+    with pytest.raises(UserError, match="the network itself has hooks.*register them on its"):
         new_trainer(tmp_path / "run", model).fit(TRAIN, TEST)
     assert not (tmp_path / "run/stage0").exists()
 

@@ -185,9 +185,10 @@ def test_images_of_any_unit_are_normalised(tmp_path: Path, unit: float) -> None:
 
 
 def test_an_image_size_is_for_folders(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data.image_size is for folder:PATH alone.*transform"):
+    with pytest.raises(UserError, match=r"data.image_size is 4, .* are 8x8: resize them"):
         new_trainer(tmp_path / "run", image_size=4).fit(TRAIN, TEST)
     assert not (tmp_path / "run/stage0").exists()
+    new_trainer(tmp_path / "run", image_size=8, epochs=1).fit(TRAIN, TEST)
 
 
 def test_held_out_rows_are_never_trained_on(tmp_path: Path) -> None:

@@ -6,7 +6,10 @@ from typing import Self
 
 from torch import nn
 
+from greedy.base.errors import UserError
+from greedy.base.torch_private import has_hooks
 from greedy.build.modules import build_cross_entropy, checked_shapes
+from greedy.build.usual import require_usual
 from greedy.losses import LocalLoss
 from greedy.losses.prediction import PLAIN, CrossEntropy
 from greedy.losses.strategies import stage_losses
@@ -47,14 +50,23 @@ class CutNetwork:
     def of(
         cls, recipe: Recipe, network: nn.Module, image: Shape, classes: int, loss: LocalLoss
     ) -> Self:
-        """Cuts a network for images (C, H, W) as the recipe says. If ``classes`` is 0, there are
-        as many classes as logits. Balanced class weights are all 1, since no labels are known.
+        """Cuts a network that is still to be trained, for images (C, H, W), as the recipe says. If
+        ``classes`` is 0, there are as many classes as logits. Balanced class weights are all 1,
+        since no labels are known.
 
         Raises:
-            UserError: the network does not fit the images or the recipe.
+            UserError: the network cannot be trained, or does not fit the images or the recipe.
         """
-        stages = cut_as(recipe.model, sequential(network, image), image)
+        network = sequential(network, image)
+        if has_hooks(network):
+            raise UserError(
+                "the network itself has hooks, which training its stages would not call: register "
+                "them on its layers"
+            )
+        stages = cut_as(recipe.model, network, image)
         shapes = checked_shapes(recipe, stages, image, classes)
+        for stage, shape in zip(stages, shapes, strict=True):
+            require_usual(stage, shape.input)
         classes = classes or shapes[-1].output[0]
         return cls(stages, shapes, loss, classes, build_cross_entropy(recipe.loss, [1] * classes))
 

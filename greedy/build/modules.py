@@ -7,12 +7,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from greedy import models
 from greedy.base.errors import UserError
 from greedy.base.functions import call_function
-from greedy.base.torch_private import BATCH_NORMS
 from greedy.data import Augmentation
 from greedy.losses import Glob, LocalLoss, Pred, PredBio, PredSim, PredSimBio, Sim, SimBio
 from greedy.losses.prediction import PLAIN, CrossEntropy
@@ -125,8 +124,6 @@ def checked_shapes(
 ) -> list[StageShapes]:
     """Returns the shapes along the stages. Raises ``UserError`` for a network that does not fit the
     data (0 classes: unknown yet) or the recipe."""
-    for stage in stages:
-        _require_usual_state(stage)
     shapes = models.shapes(stages, row_shape)
     if classes == 1:
         raise UserError("the data have one class: give images of two classes or more")
@@ -176,31 +173,6 @@ def checked_shapes(
                 f"stages: give one number, or one a stage"
             )
     return shapes
-
-
-def _require_usual_state(stage: Stage) -> None:
-    """Raises ``UserError`` for a stage whose weights images cannot be multiplied by, whose output
-    depends on its batch once it is trained, or whose state is not of tensors alone."""
-    where = f"stage {stage.number} ({stage.name})"
-    for module in stage.modules():
-        if isinstance(module, BATCH_NORMS) and module.running_mean is None:
-            raise UserError(
-                f"a {type(module).__name__} of {where} keeps no running statistics, so that what a "
-                f"trained network gives for an image would depend on the others in its batch: set "
-                f"track_running_stats=True, or take nn.GroupNorm"
-            )
-    for dtype in {p.dtype for p in stage.parameters() if p.is_floating_point()}:
-        if dtype != torch.float32:
-            raise UserError(
-                f"{where} has weights of {dtype}, and images are given as float32: call "
-                f"network.float() first, and choose training.precision for the computation"
-            )
-    for name, value in stage.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise UserError(
-                f"the state of {where} has {name}, which is no tensor and cannot be saved: let "
-                f"get_extra_state of that module return a tensor, or do without it"
-            )
 
 
 def _require_mixable(recipe: Recipe) -> None:

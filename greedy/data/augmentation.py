@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
 from greedy.base.errors import UserError, unknown
@@ -97,23 +96,10 @@ class Augmentation:
                 f"knows: leave it out of data.augmentation"
             )
 
-    def require_values(self, images: NDArray[Any]) -> None:
-        """Raises ``UserError`` for images whose values an operation does not know: one takes bytes
-        alone, another one floats from 0 to 1 too."""
-        names = [each.name for each in self.operations]
-        if images.dtype == np.uint8:
-            return
-        if RandAugment.name in names:
-            raise UserError(
-                f"{RandAugment.name} takes images of bytes, and these are of floats: leave it out "
-                f"of data.augmentation"
-            )
-        if ColorJitter.name in names and images.size and not 0 <= images.min() <= images.max() <= 1:
-            raise UserError(
-                f"{ColorJitter.name} takes bytes, or floats from 0 to 1, and there are images with "
-                f"values from {images.min():g} to {images.max():g}: leave it out of "
-                f"data.augmentation, or scale them"
-            )
+    def require_values(self, images: Tensor) -> None:
+        """Raises ``UserError`` for images whose values an operation does not know."""
+        for operation in self.operations:
+            operation.require_values(images)
 
     def draw(self, rows: int, height: int, width: int, generator: torch.Generator) -> Draws:
         """Draws independently for ``rows`` images of ``height`` x ``width``.

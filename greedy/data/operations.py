@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 from torchvision.transforms.functional import rgb_to_grayscale
 
+from greedy.base.errors import UserError
+
 TRIES = 10  # to find a box that is within the image
+OVERSHOT = 0.5  # by which values may lie outside 0 to 1: a bicubic resizing gives -0.3 to 1.3
 
 
 class Operation(Protocol):
@@ -29,6 +32,9 @@ class Operation(Protocol):
 
     def draw(self, rows: int, height: int, width: int, generator: torch.Generator) -> Tensor:
         """Draws for ``rows`` images of ``height`` x ``width``. Returns a table (rows, ...)."""
+
+    def require_values(self, images: Tensor) -> None:
+        """Raises ``UserError`` for images (B, C, H, W) of values that it does not know."""
 
     def apply(self, images: Tensor, table: Tensor) -> Tensor:
         """Returns images (B, C, H, W), each changed by its row of a table (B, ...) on the CPU."""
@@ -51,6 +57,9 @@ class ResizedCrop:
         centre = [(height - whole[0]) // 2, (width - whole[1]) // 2, *whole]
         return torch.where(found[:, None], boxes, torch.tensor(centre))
 
+    def require_values(self, images: Tensor) -> None:
+        """Takes any values."""
+
     def apply(self, images: Tensor, table: Tensor) -> Tensor:
         """Crops each image to its box and resizes that, bilinearly, to the image's size."""
         floats = images.float() if images.dtype == torch.uint8 else images
@@ -72,8 +81,22 @@ class ColorJitter:
         order, factors = torch.rand(2, rows, 3, generator=generator, dtype=torch.float64)
         return torch.cat((order.argsort(dim=1), 0.6 + 0.8 * factors), dim=1)
 
+    def require_values(self, images: Tensor) -> None:
+        """Raises ``UserError`` unless images are of bytes, or floats from 0 to 1: it clamps others,
+        which does little to those that resizing a photo takes out of this range."""
+        if images.dtype == torch.uint8 or not images.numel():
+            return
+        least, most = float(images.min()), float(images.max())
+        if not -OVERSHOT <= least <= most <= 1 + OVERSHOT:
+            raise UserError(
+                f"{self.name} takes bytes, or floats from 0 to 1, and there are images with "
+                f"values from {least:g} to {most:g}: leave it out of data.augmentation, or scale "
+                f"them"
+            )
+
     def apply(self, images: Tensor, table: Tensor) -> Tensor:
         """Blends each image with black, with its mean grey and with its own greys."""
+        self.require_values(images)
         images = images.clone()
         others = [torch.zeros_like, _mean_grey, rgb_to_grayscale]
         if images.shape[1] == 1:  # grey has no saturation
@@ -102,6 +125,9 @@ class Erasing:
         boxes, found = _boxes(heights, widths, fits, height, width, generator)
         found &= torch.rand(rows, generator=generator) < 0.5
         return boxes * found[:, None]
+
+    def require_values(self, images: Tensor) -> None:
+        """Takes any values."""
 
     def apply(self, images: Tensor, table: Tensor) -> Tensor:
         """Sets each image's box to 0."""

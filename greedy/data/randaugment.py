@@ -10,6 +10,8 @@ import torch
 import torchvision.transforms.functional as F
 from torch import Tensor
 
+from greedy.base.errors import UserError
+
 FURTHEST = 150 / 331  # of the image's side, by which it is moved at most
 
 
@@ -77,8 +79,17 @@ class RandAugment:
         signs = 1 - 2 * torch.randint(2, (rows, 2), generator=generator)
         return torch.cat((which, signs), dim=1)
 
+    def require_values(self, images: Tensor) -> None:
+        """Raises ``UserError`` unless images are of bytes."""
+        if images.dtype != torch.uint8:
+            raise UserError(
+                f"{self.name} takes images of bytes, and these are of floats: leave it out of "
+                f"data.augmentation"
+            )
+
     def apply(self, images: Tensor, table: Tensor) -> Tensor:
         """Applies each operation to all images, of bytes, that have it in the same direction."""
+        self.require_values(images)
         images = images.clone()
         for position in range(2):
             which, signs = table[:, position], table[:, 2 + position]

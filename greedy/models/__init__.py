@@ -6,7 +6,7 @@ from greedy.models.libraries import library_network
 from greedy.models.networks import ACTIVATIONS, mlp, vgg, vgg8b, vgg11b
 from greedy.models.residual import preact_resnet18, resnet, wide_resnet
 from greedy.models.sequential import sequential
-from greedy.models.shapes import StageShapes, shapes
+from greedy.models.shapes import StageShapes, require_float32, shapes
 from greedy.models.stages import ENCODERS, InputDropout, Shape, Stage, cut
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "resnet",
     "seeded",
     "sequential",
+    "require_float32",
     "shapes",
     "vgg",
     "vgg8b",

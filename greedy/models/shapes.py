@@ -57,6 +57,17 @@ def _activation_and_output(stage: Stage, x: Tensor) -> tuple[Tensor, Tensor]:
     return h, stage.pool(h) if isinstance(h, Tensor) else h
 
 
+def require_float32(stage: Stage) -> None:
+    """Raises ``UserError`` for a stage with weights of another type than float32."""
+    other = {p.dtype for p in stage.parameters() if p.is_floating_point()} - {torch.float32}
+    if other:
+        raise UserError(
+            f"stage {stage.number} ({stage.name}) has weights of {other.pop()}, and images are "
+            f"given as float32: call network.float() first, and choose training.precision for the "
+            f"computation"
+        )
+
+
 def _require_tensor(stage: Stage, h: Any) -> None:
     if not isinstance(h, Tensor):
         raise UserError(
@@ -90,6 +101,7 @@ def shapes(stages: Sequence[Stage], input_shape: Shape) -> list[StageShapes]:
         except UserError:
             raise
         except Exception as error:  # the module's own
+            require_float32(stage)
             raise UserError(
                 f"stage {stage.number} ({stage.name}) cannot take an input of shape "
                 f"{'x'.join(map(str, shape))}: change the layer or the image size "

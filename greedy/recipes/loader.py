@@ -276,8 +276,8 @@ def _check_alone(layer: _Layer) -> None:
 def _without_moments(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the data section of the layers ``below``, without mean and deviation if ``above``
     names another data set than that or its sample: those are measured again."""
-    names = (str(layer.get("name", below.get("name"))) for layer in (above, below))
-    if len({name.removesuffix("-sample") for name in names}) == 1:
+    named = {str(layer["name"]) for layer in (above, below) if "name" in layer}
+    if len({name if ":" in name else name.removesuffix("-sample") for name in named}) < 2:
         return dict(below)
     return {key: value for key, value in below.items() if key not in ("mean", "std")}
 

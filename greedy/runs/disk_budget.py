@@ -17,7 +17,7 @@ from greedy.runs.disk_demand import (
     StageDemand,
 )
 from greedy.runs.disk_plan import DiskPlan, plan_stores
-from greedy.runs.plan_basis import FREE_DISK_SHARE, PlanBasis, disk_room
+from greedy.runs.plan_basis import FREE_DISK_SHARE, FULL_DISK_SHARE, PlanBasis, disk_room
 from greedy.runs.record import StageRecord
 from greedy.runs.state import RunState
 from greedy.runs.unfinished import read_start
@@ -66,12 +66,17 @@ def plan_disk(
     one_by_one = recipe.training.strategy == "greedy"
     notes = list(_notes(recipe)) if one_by_one and not fresh else []
     named = recipe.store.disk_budget
-    budget = basis.budget if named == "auto" else parse_size(named)
-    planned = plan_stores(demand, budget, recipe.store.keep)
-    room = disk_room(run) if named == "auto" else None
-    if room is not None and planned.peak > room:
-        planned = plan_stores(demand, int(FREE_DISK_SHARE * room), recipe.store.keep)
-        notes.append("there is less room than when the run began, so its stores are planned anew")
+    if named != "auto":
+        planned = plan_stores(demand, parse_size(named), recipe.store.keep)
+    elif (room := disk_room(run)) is None:
+        planned = plan_stores(demand, None, recipe.store.keep)
+    else:
+        planned = plan_stores(demand, basis.budget, recipe.store.keep, room)
+        if planned.peak > FULL_DISK_SHARE * room:
+            anew = int(FREE_DISK_SHARE * room)
+            planned = plan_stores(demand, anew, recipe.store.keep, room)
+            less = "there is less room than when the run began"
+            notes.append(f"{less}, so its stores are planned anew")
     return replace(planned, notes=tuple(notes))
 
 

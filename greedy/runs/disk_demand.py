@@ -105,6 +105,11 @@ class DiskDemand:
         return lowered
 
     @cached_property
+    def first(self) -> int:
+        """The number of the first stage that is not finished, 0 if all are."""
+        return next((n for n, stage in enumerate(self.stages, start=1) if stage.views is None), 0)
+
+    @cached_property
     def _largest_wanted(self) -> int:
         """The bytes of the largest store that a stage would have with its wanted views."""
         wanted = ((n, stage.wanted_views) for n, stage in enumerate(self.stages[:-1], start=1))

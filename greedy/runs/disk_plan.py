@@ -116,9 +116,14 @@ class DiskPlan:
 
 
 def plan_stores(
-    demand: DiskDemand, limit: int | None, keep: Literal["auto", "all"] = "auto"
+    demand: DiskDemand,
+    limit: int | None,
+    keep: Literal["auto", "all"] = "auto",
+    room: int | None = None,
 ) -> DiskPlan:
     """Returns the plan that stays within a budget of ``limit`` bytes, ``None`` for any number.
+    Stores that are replaced are deleted first if they do not fit beside it, within the budget and
+    the ``room`` that there is now.
 
     A store is deleted once the next stage with a store has written it. Views are chosen for the
     least cost and then for the least sum of 1/views. In the room that is left, the stores are
@@ -148,6 +153,7 @@ def plan_stores(
             f"the run takes at least {format_size(peak)} on disk and the budget is "
             f"{format_size(budget)}: raise it with --disk-budget"
         )
+    most = budget if room is None else min(budget, room)
     replaced = {n: stage.replaced for n, stage in enumerate(demand.stages, 1) if stage.replaced}
     return DiskPlan(
         stages=tuple(
@@ -167,7 +173,7 @@ def plan_stores(
         needed=needed,
         peak=peak,
         budget=limit,
-        dropped_first=tuple(replaced) if peak + sum(replaced.values()) > budget else (),
+        dropped_first=tuple(replaced) if peak + sum(replaced.values()) > most else (),
     )
 
 
@@ -176,7 +182,7 @@ class _Path:
     """A choice of stores up to some stage. The smallest is the best.
 
     Attributes:
-        excess: bytes above the budget, where it is exceeded most.
+        excess: bytes above the budget, where stages that are still to be trained exceed it most.
         missing: copies of a row that trainings lack, see ``DiskDemand.missing``.
         cost: multiply-adds per training row, see ``DiskDemand.cost`` and ``first_cost``.
         coarseness: sum of 1/views.
@@ -214,7 +220,8 @@ def _extend(
     on_disk = dict((*path.stored[-1:], *stored[len(path.stored) :]))
     source = demand.source(number, on_disk)
     steps = range(source + 1, number + 1)
-    used = [] if budget is None else [demand.on_disk(n, on_disk, ()) - budget for n in steps]
+    todo = [n for n in steps if n >= demand.first]
+    used = [] if budget is None else [demand.on_disk(n, on_disk, ()) - budget for n in todo]
     first_views = 0 if views is None else demand.first_cost(number, on_disk)
     return _Path(
         max((path.excess, *used)),

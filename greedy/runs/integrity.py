@@ -7,19 +7,25 @@ from greedy.cache import Damage, verify
 from greedy.cache.verification import unreadable
 from greedy.runs.directory import SPLITS, RunDirectory, stage_numbers
 from greedy.runs.file_table import FileTable
+from greedy.runs.plan_basis import BASIS_FILE, PlanBasis
 from greedy.runs.record import ENCODER, FILES
 
 
 def verify_run(path: Path) -> list[Damage]:
-    """Returns all damage in a run: in ``run.toml`` and in all finished stages."""
+    """Returns all damage in a run: in ``run.toml``, ``plan.json`` and all finished stages."""
     try:
         run = RunDirectory.open(path)
     except UserError as error:
         return [Damage(path / "run.toml", f"cannot be read: {error}")]
-    damages = [damage for number in stage_numbers(path) for damage in verify_stage(run, number)]
-    named = {damage.path for damage in damages}
-    lost = (run.path / f"stage{number}" / "stage.json" for number in _lost_stages(run))
-    return damages + [Damage(record, "is missing") for record in lost if record not in named]
+    numbers = sorted({*stage_numbers(path), *_lost_stages(run)})
+    damages = [damage for number in numbers for damage in verify_stage(run, number)]
+    try:
+        PlanBasis.kept(path)
+    except FileNotFoundError:
+        pass
+    except (UserError, OSError) as error:
+        damages.append(Damage(path / BASIS_FILE, str(error)))
+    return damages
 
 
 def verify_stage(run: RunDirectory, number: int) -> list[Damage]:
@@ -53,7 +59,8 @@ def _damages(run: RunDirectory, number: int) -> list[Damage]:
         return [unreadable(run.stage_dir(number) / "stage.json", error)]
     directory = run.stage_dir(number)
     if record is None:
-        lost = any((directory / name).exists() for name in (ENCODER, "activations.zarr"))
+        left = any((directory / name).exists() for name in (ENCODER, "activations.zarr"))
+        lost = left or number in _lost_stages(run)
         return [Damage(directory / "stage.json", "is missing")] if lost else []
     damages = []
     if record.recipe_digest != run.recipe_digest:
@@ -73,7 +80,7 @@ def _damages(run: RunDirectory, number: int) -> list[Damage]:
             damages.append(Damage(directory / FILES, str(error)))
         except OSError as error:
             damages.append(unreadable(directory / FILES, error))
-    if record.store and run.store_path(number).is_dir():
-        for split in SPLITS:
-            damages += verify(run.store_path(number) / split)
-    return damages
+    path = run.store_path(number)
+    if record.store and path.is_dir():
+        damages += [damage for split in SPLITS for damage in verify(path / split)]
+    return damages if number or path.is_dir() else [*damages, Damage(path, "is missing")]

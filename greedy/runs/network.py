@@ -98,8 +98,8 @@ def assemble(
     CPU and in evaluation mode.
 
     It maps images (B, C, H, W), floats in [0, 1] (unscaled if the data set's are floats), to logits
-    (B, classes). Its first module normalises: a batch norm without parameters whose statistics are
-    the data set's.
+    (B, classes). Its first module normalises: a batch norm that is not trained, with the data set's
+    statistics.
 
     Args:
         run: the run, whose stages are complete.

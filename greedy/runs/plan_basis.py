@@ -2,7 +2,6 @@
 machine. It is kept, since both change, and with other stores the same command would train other
 weights."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Annotated, Self
@@ -10,14 +9,15 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from greedy.base.errors import UserError
-from greedy.base.files import bytes_below, read_document
+from greedy.base.files import bytes_below, read_with_digest, with_digest
 from greedy.cache.files import write_whole
 from greedy.runs.directory import SET_ASIDE, RunDirectory
 from greedy.runs.disk_demand import ByteOperations
 
 BASIS_FILE = "plan.json"  # in the run directory
 FREE_DISK_SHARE = 0.7  # of the room on the file system, for ``store.disk_budget = "auto"``
-Operations = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+FULL_DISK_SHARE = 0.9  # of the room there is later: weights and checkpoints take some, too
+Operations = Annotated[float, Field(ge=0, le=1e30, allow_inf_nan=False)]
 
 
 class PlanBasis(BaseModel):
@@ -25,44 +25,50 @@ class PlanBasis(BaseModel):
 
     Attributes:
         budget: bytes that the run may use, ``None`` for any number.
-        read, written: multiply-adds that take as long as a byte of a store, ``None`` where every
-            stage has a store.
+        read, written: multiply-adds that take as long as a byte of a store.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     budget: Annotated[int, Field(ge=0)] | None
-    read: Operations | None
-    written: Operations | None
+    read: Operations
+    written: Operations
 
     @classmethod
-    def of_run(cls, run: RunDirectory, byte_operations: ByteOperations | None) -> Self:
-        """Returns what the run has kept, else what is so now. Raises ``UserError`` if the file is
-        damaged."""
+    def of_run(cls, run: RunDirectory, byte_operations: ByteOperations) -> Self:
+        """Returns what the run has kept since it stored its images, else what is so now. Raises
+        ``UserError`` if the file is damaged."""
+        if (run.stage_dir(0) / "stage.json").exists() and (run.path / BASIS_FILE).exists():
+            return cls.kept(run.path)
+        room = disk_room(run)
+        budget = None if room is None else int(FREE_DISK_SHARE * room)
+        return cls(budget=budget, **byte_operations._asdict())
+
+    @classmethod
+    def kept(cls, run: Path) -> Self:
+        """Reads what a run has kept. Raises ``UserError`` if the file is damaged."""
         try:
-            return cls.model_validate(read_document(run.path / BASIS_FILE))
-        except (FileNotFoundError, NotADirectoryError):
-            room = disk_room(run)
-            budget = None if room is None else int(FREE_DISK_SHARE * room)
-            read, written = byte_operations or (None, None)
-            return cls(budget=budget, read=read, written=written)
+            return cls.model_validate(read_with_digest(run / BASIS_FILE))
         except (ValueError, ValidationError) as error:
             raise UserError(
-                f"{run.path / BASIS_FILE} is damaged: delete it, after which stores are planned "
-                f"from the room that there is now"
+                f"{run / BASIS_FILE} is damaged: delete it, after which stores are planned from "
+                f"the room that there is now"
             ) from error
 
     @property
-    def byte_operations(self) -> ByteOperations | None:
+    def byte_operations(self) -> ByteOperations:
         """``read`` and ``written`` together."""
-        if self.read is None or self.written is None:
-            return None
         return ByteOperations(self.read, self.written)
 
     def keep(self, run: Path) -> None:
         """Writes this into the run directory, unless there is one."""
         if not (run / BASIS_FILE).exists():
-            write_whole(run / BASIS_FILE, json.dumps(self.model_dump()).encode())
+            write_whole(run / BASIS_FILE, with_digest(self.model_dump()))
+
+    @staticmethod
+    def forget(run: Path) -> None:
+        """Deletes what a run has kept: one that stores its images anew is planned anew."""
+        (run / BASIS_FILE).unlink(missing_ok=True)
 
 
 def disk_room(run: RunDirectory) -> int | None:

@@ -50,10 +50,10 @@ class Retraining(BaseModel):
             UserError: the file of the interrupted retraining is damaged.
         """
         interrupted, left = cls._read(run), wanted
+        if interrupted and interrupted.seconds not in (None, seconds(interrupted.left)):
+            interrupted.left += 1  # the run stopped between the end of the stage and the note of it
         if interrupted and wanted in (None, interrupted.first):
             wanted, left = interrupted.first, interrupted.left
-            if interrupted.seconds not in (None, seconds(left)):
-                left += 1  # the run stopped between the end of the stage and the note of it
             left = next((number for number in range(wanted, left) if is_stale(number)), left)
         elif interrupted and wanted:
             left = min(wanted, interrupted.left)

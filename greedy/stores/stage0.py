@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from greedy.base.errors import UserError
 from greedy.base.files import canonical_json, digest
@@ -54,7 +55,7 @@ class ChannelStatistics:
         mean = np.asarray(self.total) / self.count
         square = np.asarray(self.squares) / self.count
         std = np.sqrt(np.maximum(square - mean**2, 0))
-        constant = std <= 1e-6 * np.sqrt(square)  # rounding leaves a constant channel some
+        constant = std <= 1e-7 * np.sqrt(square)  # rounding leaves a constant channel some
         return {"mean": mean.tolist(), "std": np.where(constant, 1.0, std).tolist()}
 
 
@@ -102,7 +103,7 @@ def write_stage0(
             with reading as parts, _writer(path, split, labels[name], index) as writer:
                 for samples, images in parts:
                     if name == "train":
-                        augmentation.require_values(images)
+                        augmentation.require_values(torch.from_numpy(images))
                     writer.append(images)
                     if files and isinstance(split, FolderSplit):  # cached now
                         before = 0 if name == "train" else len(dataset.train)

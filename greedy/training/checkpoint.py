@@ -29,6 +29,7 @@ from greedy.runs.checkpoint_record import (
 )
 from greedy.runs.choices import StepMemory
 from greedy.runs.exchange import CHECKPOINT
+from greedy.steps.moments import ADAMS, SGDS
 from greedy.steps.step import Learner
 from greedy.steps.strategies import Strategy
 from greedy.training.packing import pack, unpack
@@ -219,7 +220,8 @@ class Checkpoints:
         for optimizer, packed in zip(optimizers, saved, strict=True):
             state = unpack(packed, tensors)
             _require_same_settings(optimizer, state["param_groups"])
-            optimizer.state.clear()  # else there would be two of it for a moment
+            if type(optimizer) in (*ADAMS, *SGDS):  # others may have tensors that they copy into
+                optimizer.state.clear()  # else there would be two of it for a moment
             optimizer.load_state_dict(state)
             _lay_out_like_weights(optimizer)
             # In checkpoints of older versions groups have no first rates: all had the schedule's.

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import torch
 
 from greedy.base.disk_space import require_free_space, write_errors_explained
 from greedy.base.errors import UserError
@@ -12,6 +13,7 @@ from greedy.data import Augmentation, Dataset, draws_at_random, first_pass
 from greedy.data.folder import FolderSplit
 from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.disk_budget import plan_disk
+from greedy.runs.plan_basis import PlanBasis
 from greedy.runs.record import StageRecord
 from greedy.runs.state import RunState
 from greedy.stores.changes import is_stage0_current
@@ -59,12 +61,14 @@ def write_images(
     memory = planner.plan_memory(network, stored_encoding(dataset.train).name)
     disk = plan_disk(state, network.shapes, rows, needed, planner.basis, fresh=fresh)
     memory.require(range(1, len(network) + 1), disk)
-    if recipe.data.image_size is not None and not isinstance(dataset.train, FolderSplit):
+    side = recipe.data.image_size
+    if not isinstance(dataset.train, FolderSplit) and side and shape[1:] != (side, side):
         raise UserError(
-            "data.image_size is for folder:PATH alone: leave it out, and resize images in the data "
-            "set's own transform"
+            f"data.image_size is {side}, by which images of folder:PATH alone are resized, and the "
+            f"data set's are {shape[1]}x{shape[2]}: resize them in its own transform"
         )
-    Augmentation.parse(recipe.data.augmentation).require_values(np.empty(0, dataset.train.dtype))
+    dtype = torch.uint8 if dataset.train.dtype == np.uint8 else torch.float32
+    Augmentation.parse(recipe.data.augmentation).require_values(torch.empty(0, dtype=dtype))
     dataset = drop_unreadable_files(recipe, dataset, planner.reporter)
     run.make_directory()
     with run.write_lock():
@@ -72,6 +76,7 @@ def write_images(
         if is_stage0_current(state, dataset, again=again, ignore=ignore):
             return state.complete_record(0)
         output = network.shapes[-1].output if given else None
+        PlanBasis.forget(run.path)
         if drawn:
             dataset = first_pass(dataset, recipe.seed)
         with write_errors_explained(run.path, "stage 0", needed):

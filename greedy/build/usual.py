@@ -1,0 +1,44 @@
+"""What a stage must be like before it is trained. Runs of older versions may have others."""
+
+from copy import deepcopy
+
+import torch
+from torch import Tensor
+
+from greedy.base.errors import UserError
+from greedy.base.torch_private import BATCH_NORMS
+from greedy.models import Shape, Stage, require_float32
+
+
+def require_usual(stage: Stage, row: Shape) -> None:
+    """Raises ``UserError`` for a stage that cannot compute with float32 rows of shape ``row``,
+    whose output depends on its batch once it is trained, or whose state is not of tensors alone."""
+    where = f"stage {stage.number} ({stage.name})"
+    for module in stage.modules():
+        if isinstance(module, BATCH_NORMS) and module.running_mean is None:
+            raise UserError(
+                f"a {type(module).__name__} of {where} keeps no running statistics, so that what a "
+                f"trained network gives for an image would depend on the others in its batch: set "
+                f"track_running_stats=True, or take nn.GroupNorm"
+            )
+    if not _computes_float32(stage, row):
+        require_float32(stage)
+    for name, value in stage.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise UserError(
+                f"the state of {where} has {name}, which is no tensor and cannot be saved: let "
+                f"get_extra_state of that module return a tensor, or do without it"
+            )
+
+
+@torch.no_grad()
+def _computes_float32(stage: Stage, row: Shape) -> bool:
+    """Returns whether a stage takes two rows of float32 and returns that, as one that casts them
+    itself does."""
+    if all(parameter.dtype == torch.float32 for parameter in stage.parameters()):
+        return True
+    device = next(stage.parameters()).device
+    try:
+        return deepcopy(stage).eval()(torch.zeros(2, *row, device=device)).dtype == torch.float32
+    except RuntimeError:
+        return False
