@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from greedy.base.commands import command
+from greedy.base.errors import UserError
 from greedy.cli import options
 from greedy.cli.failures import Group, terminable
 from greedy.cli.results import print_changes, print_stores
@@ -40,7 +41,7 @@ def info(path: Path, as_json: bool) -> None:
     which a store's oldest view is replaced, 0 for never; HELD are the numbers of the views that it
     has now, WRITTEN all bytes ever written into it.
     """
-    from greedy.cache import store_info  # noqa: PLC0415
+    from greedy.cache import StoreError, store_info  # noqa: PLC0415
     from greedy.runs.status import store_status  # noqa: PLC0415
 
     run, numbers = _run_and_stages(path)
@@ -50,7 +51,11 @@ def info(path: Path, as_json: bool) -> None:
         if record is None or not run.store_path(number).is_dir():
             return None
         status = store_status(record, has_store=True)
-        return (store_info(run.open_store(number, "train")), status) if status else None
+        try:
+            return (store_info(run.open_store(number, "train")), status) if status else None
+        except StoreError as error:
+            found = command("cache", "verify", run.path)
+            raise UserError(f"{error} ({found} says what can be done)") from error
 
     infos = {
         number: info

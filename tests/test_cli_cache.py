@@ -9,6 +9,11 @@ from pathlib import Path
 
 import pytest
 from command_line import answer, greedy, refused, said, small_recipe, train
+from interrupting import StopAfter
+from small_training import TEST, TRAIN, new_trainer
+
+from greedy.base.errors import Interrupted
+from greedy.runs.integrity import verify_run
 
 RECIPE = small_recipe(data={"augmentation": "hflip"}, store={"views": 2})
 
@@ -125,6 +130,28 @@ def test_lost_stages_are_damage(run):
     assert damaged()[0] == ("stage0/activations.zarr", "is missing")
     shutil.rmtree(run / "stage0")
     assert damaged() == [(f"stage{n}/stage.json", "is missing") for n in (0, 1)]
+
+
+def test_a_store_whose_exchange_was_interrupted_is_whole(run):
+    store = run / "stage1/activations.zarr"
+    (store / "train").rename(store / ".train.new")  # what comes next is its renaming back
+    assert greedy("cache", "verify", run).exit_code == 0
+    flip(next((store / ".train.new/activations").glob("c*")), 900)
+    assert "1 damaged" in greedy("cache", "verify", run).output
+    assert f"`greedy cache verify {run}` says what" in refused("cache", "info", run)
+
+
+@pytest.mark.parametrize("name", ["start.json", "progress.json", "*.safetensors"])
+def test_a_damaged_checkpoint_is_found(tmp_path, name):
+    with pytest.raises(Interrupted):
+        new_trainer(tmp_path / "run", reporter=StopAfter(3), checkpoint_minutes=0).fit(TRAIN, TEST)
+    assert not verify_run(tmp_path / "run")
+    (path,) = (tmp_path / "run/stage1/training/checkpoint").glob(name)
+    flip(path, 900)
+    (damage,) = verify_run(tmp_path / "run")
+    assert f"{path.name} is damaged" in damage.problem
+    path.unlink()
+    assert bool(verify_run(tmp_path / "run")) == (name == "*.safetensors")
 
 
 def test_dropping_a_run_keeps_its_images(run):

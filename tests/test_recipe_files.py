@@ -223,6 +223,7 @@ def test_shared_files_are_no_recipes() -> None:
         ["data.augmentation=jitter2+crop4"],
         ['data.augmentation=""'],
         ["store.views=0"],
+        ["store.views=65537"],
         ["seed=-1"],
         ["seed=1.0"],
     ],

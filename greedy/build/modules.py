@@ -78,8 +78,8 @@ def build_network(
     channels, height, width = row_shape
     if height != width:
         raise UserError(
-            f"the images are {height}x{width} and {model.network} takes square ones: "
-            f"set data.image_size"
+            f"the images are {height}x{width} and {model.network} takes square ones: resize those "
+            f"of folder:PATH by data.image_size, others in their data set's own transform"
         )
     build = NETWORKS[model.network]
     sizes = {"in_channels": channels, "image_size": height, "num_classes": num_classes}

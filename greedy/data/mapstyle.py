@@ -22,6 +22,7 @@ from greedy.data.labels import class_numbers, label_or_remedy, require_classes, 
 from greedy.data.modes import WHITE
 from greedy.data.randomness import (
     Generator,
+    generator_states,
     generators_restored,
     own_generators,
     seed_generators,
@@ -32,7 +33,8 @@ from greedy.data.splits import Dataset, Images, Labels, Rows, Shape, spread_rows
 
 PYTHON = "python"  # the name of sets given in Python
 LOOKED_AT = 16  # samples that are read to check a set
-READINGS = 64  # of these samples together: enough to notice a random flip
+READINGS = 4  # of each: enough to notice random flips
+MORE_READINGS = 16  # of each if it draws numbers: enough for one image in a hundred that is flipped
 
 
 def dataset_from_torch(
@@ -117,10 +119,14 @@ def draws_at_random(dataset: Dataset) -> bool:
 
 
 def first_pass(dataset: Dataset, seed: int) -> Dataset:
-    """Returns a map-style data set whose training samples are drawn as in view 0, which stage 0
-    stores; any other data set unchanged."""
-    train = dataset.train
-    return replace(dataset, train=train.view(seed, 0)) if isinstance(train, MapSplit) else dataset
+    """Returns a map-style data set whose samples are drawn as in view 0, which stage 0 stores, so
+    that what nobody noticed to be random is the same each time, too; any other data set
+    unchanged."""
+    train, test = (
+        split.view(seed, 0) if isinstance(split, MapSplit) else split
+        for split in (dataset.train, dataset.test)
+    )
+    return replace(dataset, train=train, test=test)
 
 
 class MapSplit:
@@ -187,14 +193,26 @@ class MapSplit:
         return images, self._classes(indices, labels)
 
     def changing_row(self) -> int | None:
-        """Returns a sample, of a few, that differs when it is read again; None where none does."""
-        rows = spread_rows(len(self), LOOKED_AT).tolist()
+        """Returns a sample, of a few of all classes, that differs when it is read again; None where
+        none does. Passes are seeded, so that the answer is the same each time."""
+        everywhere = spread_rows(len(self), LOOKED_AT).tolist()
+        rows = everywhere if self.labels is None else _rows_of_all_kinds(self.labels)
+        numbers = range(MORE_READINGS)
+        passes = [self if self._pass else self.seeded(0, "look", number) for number in numbers]
         with self._drawing():
-            for row in rows:
-                first = self._content(row)
-                if any(self._content(row) != first for _ in range(1, READINGS // len(rows))):
+            firsts = [(passes[0]._content(row), passes[0]._drew(row)) for row in rows]
+            more = self._pass is None and any(drew for _, drew in firsts)
+            count = MORE_READINGS if more else READINGS
+            for row, (first, _) in zip(rows, firsts, strict=True):
+                if any(each._content(row) != first for each in passes[1:count]):
                     return row
         return None
+
+    def _drew(self, row: int) -> bool:
+        """Returns whether a generator is no longer as it was before sample ``row`` was read."""
+        after = generator_states(self._own)
+        self._seed(row)
+        return generator_states(self._own) != after
 
     @property
     def place_of_draws(self) -> str:
@@ -219,10 +237,13 @@ class MapSplit:
         image, label = self._sample(row)
         return image.shape, image.dtype, image.tobytes(), label_or_remedy(label)
 
-    def _sample(self, index: int) -> tuple[NDArray[Any], Any]:
+    def _seed(self, row: int) -> None:
         if self._pass:
             seed, key = self._pass
-            seed_generators(self._own, seed, *key, index)
+            seed_generators(self._own, seed, *key, row)
+
+    def _sample(self, index: int) -> tuple[NDArray[Any], Any]:
+        self._seed(index)
         image, label = _read(self._samples, index, self.name)
         with user_errors_explained(f"the image of sample {index} of {self.name} cannot be read"):
             try:

@@ -66,10 +66,14 @@ def read_batches(
         generator=torch.Generator(),  # else it would draw from torch's own
     )
     reading: Any = iter(loader)
+    left = len(batches)
     try:
         while (read := _next(reading)) is not None:
             if read.error is not None:
                 raise read.error
+            left -= 1
+            if not left:  # now, since a signal while a generator is deleted would be lost
+                reading._shutdown_workers()
             yield torch.as_tensor(read.images), read.labels
     finally:
         reading._shutdown_workers()  # deleting it does this too, but a traceback may keep it

@@ -109,6 +109,25 @@ def seed_generators(own: Sequence[Generator], seed: int, *key: int | str) -> Non
             generator.seed(derived % 2**32)
 
 
+def generator_states(own: Sequence[Generator]) -> list[Any]:
+    """Returns the states of the global generators and of a set's ``own`` ones, to be compared."""
+    states = [
+        random.getstate(),
+        str(np.random.get_state()),  # noqa: NPY002 - transforms draw from it
+        torch.get_rng_state().numpy().tobytes(),
+    ]
+    for generator in own:
+        if isinstance(generator, np.random.Generator):
+            states.append(str(generator.bit_generator.state))
+        elif isinstance(generator, torch.Generator):
+            states.append(generator.get_state().numpy().tobytes())
+        elif isinstance(generator, random.Random):
+            states.append(generator.getstate())
+        else:
+            states.append(str(generator.get_state()))
+    return states
+
+
 def transform_names(samples: Any) -> list[str]:
     """Returns the names of the transforms of a set and of the sets inside it, each once."""
     applied = getattr(samples, "transform", None) or getattr(samples, "transforms", None)

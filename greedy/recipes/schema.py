@@ -17,6 +17,7 @@ from greedy.recipes.networks import Names, NetworkName
 from greedy.recipes.section import Count, Rates, Section
 from greedy.recipes.training import Training
 
+MAX_VIEWS: Final = 2**16  # of a store
 CROPS: Final = {"jitter2", "crop4", "random-resized-crop"}
 AUGMENTATIONS: Final = (
     "give none, or one of jitter2, crop4 and random-resized-crop, and any of hflip, randaugment, "
@@ -286,7 +287,7 @@ class Memory(Section):
 class Store(Section):
     """The activation stores."""
 
-    views: Count | Literal["auto", "live"] = Field(
+    views: Annotated[int, Field(ge=1, le=MAX_VIEWS)] | Literal["auto", "live"] = Field(
         default="auto",
         description="Augmented copies of the training rows a store holds, 1 where nothing is drawn "
         "at random; auto: as few as cost no accuracy, and no store where computing is faster; "

@@ -10,11 +10,11 @@ from typing import Annotated, Any, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field
 
 from greedy.base.errors import UserError
-from greedy.base.files import read_with_digest, with_digest
+from greedy.base.files import file_digest, read_with_digest, with_digest
 from greedy.cache.files import write_whole
 from greedy.runs.choices import Choices, Count
 from greedy.runs.events import EpochReport
-from greedy.runs.exchange import CHECKPOINT
+from greedy.runs.exchange import CHECKPOINT, identities
 from greedy.runs.record import RecipeDigest
 
 START_FILE, PROGRESS_FILE = "start.json", "progress.json"
@@ -97,6 +97,30 @@ class CheckpointRecord(BaseModel):
         """Returns the latest checkpoint in the directory ``training``, ``None`` before the first.
         Raises ``UserError`` if it is damaged."""
         return _read(training, PROGRESS_FILE, cls)
+
+    def checked_tensors(self, training: Path) -> Path:
+        """Returns the path of the tensors in the directory ``training``. Raises ``UserError`` if it
+        is not the file that was written."""
+        path = training / CHECKPOINT / f"{self.tensors}.safetensors"
+        if not path.is_file() or file_digest(path) != self.tensors:
+            raise damaged_checkpoint(path, training, "it is not the file that was written")
+        return path
+
+
+def checkpoint_damage(training: Path) -> UserError | None:
+    """Returns the error for the checkpoint in the directory ``training``, also while another
+    process writes the next; ``None`` if it is intact or there is none."""
+    while True:
+        before = identities([training / CHECKPOINT])
+        try:
+            StartRecord.read(training)
+            if checkpoint := CheckpointRecord.read(training):
+                checkpoint.checked_tensors(training)
+        except UserError as error:
+            if identities([training / CHECKPOINT]) == before:
+                return error
+        else:
+            return None
 
 
 def describe_progress(training: Path) -> str | None:

@@ -208,7 +208,7 @@ class RunDirectory:
         if record.stage != number:
             raise UserError(
                 f"{directory} holds stage {record.stage}: rename it to its number, or delete it "
-                f"and resume with `greedy train`"
+                f"and resume with {command('train', '--run', self.path)}"
             )
         return record
 

@@ -5,7 +5,9 @@ from pathlib import Path
 from greedy.base.errors import UserError
 from greedy.cache import Damage, verify
 from greedy.cache.verification import unreadable
+from greedy.runs.checkpoint_record import checkpoint_damage
 from greedy.runs.directory import SPLITS, RunDirectory, stage_numbers
+from greedy.runs.exchange import NEW, exchange_path
 from greedy.runs.file_table import FileTable
 from greedy.runs.plan_basis import BASIS_FILE, PlanBasis
 from greedy.runs.record import ENCODER, FILES
@@ -19,6 +21,7 @@ def verify_run(path: Path) -> list[Damage]:
         return [Damage(path / "run.toml", f"cannot be read: {error}")]
     numbers = sorted({*stage_numbers(path), *_lost_stages(run)})
     damages = [damage for number in numbers for damage in verify_stage(run, number)]
+    damages += _checkpoint_damages(run.network_dir)
     try:
         PlanBasis.kept(path)
     except FileNotFoundError:
@@ -30,11 +33,11 @@ def verify_run(path: Path) -> list[Damage]:
 
 def verify_stage(run: RunDirectory, number: int) -> list[Damage]:
     """Returns all damage in one stage: in its record, in its weights and other files by their
-    digests, in its store chunk by chunk. An unfinished stage and a dropped store have none. A stage
-    that was exchanged meanwhile is read again."""
+    digests, in its store chunk by chunk, in the checkpoint of an interrupted training. A dropped
+    store has none. A stage that was exchanged meanwhile is read again."""
     while True:
         before = run.identity(number)
-        damages = _damages(run, number)
+        damages = _damages(run, number) + _checkpoint_damages(run.stage_dir(number))
         if not damages or run.identity(number) == before:
             return damages
 
@@ -82,5 +85,17 @@ def _damages(run: RunDirectory, number: int) -> list[Damage]:
             damages.append(unreadable(directory / FILES, error))
     path = run.store_path(number)
     if record.store and path.is_dir():
-        damages += [damage for split in SPLITS for damage in verify(path / split)]
+        damages += [damage for split in SPLITS for damage in verify(_finished(path / split))]
     return damages if number or path.is_dir() else [*damages, Damage(path, "is missing")]
+
+
+def _finished(store: Path) -> Path:
+    """Returns the directory of a store, which has another name if its exchange was interrupted:
+    those who train go on with it."""
+    new = exchange_path(store, NEW)
+    return new if new.is_dir() and not store.exists() else store
+
+
+def _checkpoint_damages(directory: Path) -> list[Damage]:
+    error = checkpoint_damage(directory / "training")
+    return [Damage(directory / "training", str(error))] if error else []

@@ -303,7 +303,7 @@ class StageRecord(_Document):
         except (ValueError, RecursionError) as error:
             raise UserError(
                 f"{path} is damaged ({_reason(error)}): delete {directory} and resume with "
-                f"`greedy train`"
+                f"{command('train', '--run', directory.parent)}"
             ) from error
 
     def check_file(self, directory: Path, name: str) -> Path:

@@ -71,10 +71,10 @@ def describe_changes(state: RunState, dataset: Dataset) -> str | None:
     ``None`` if it does not, or if that cannot be known."""
     if not isinstance(dataset.train, FolderSplit):
         seed = state.complete_record(0).data_choices.pass_seed
-        if seed is not None:
-            dataset = first_pass(dataset, seed)
+        drawn = first_pass(dataset, state.run.recipe.seed if seed is None else seed)
+        again = dataset if seed is None else drawn
         with generators_restored():
-            return ", ".join(_differences(state, dataset)) or None
+            return ", ".join(_differences(state, drawn, again)) or None
     run = state.run
     before = FileTable.read(run.stage_dir(0))
     if before is None:
@@ -162,7 +162,9 @@ def _describe_files(changes: FileChanges) -> str:
     return f"of {changes.files:,} files {'; '.join(parts)}"
 
 
-def _differences(state: RunState, dataset: Dataset) -> Iterator[str]:
+def _differences(state: RunState, dataset: Dataset, again: Dataset) -> Iterator[str]:
+    """Yields how a data set differs from what stage 0 stored, in words. Images that are read
+    ``again`` may be drawn anew."""
     data = state.complete_record(0)
     rows = {split: len(getattr(dataset, split)) for split in SPLITS}
     if rows != data.rows or dataset.train.shape != data.row_shape:
@@ -177,7 +179,7 @@ def _differences(state: RunState, dataset: Dataset) -> Iterator[str]:
         split, store = getattr(dataset, name), state.run.open_store(0, name)
         if samples := _changed_labels(split, store):
             yield f"{len(samples):,} labels of the {name} split: samples {first_names(samples)}"
-        if samples := _changed_images(split, store):
+        if samples := _changed_images(split, getattr(again, name), store):
             compared = min(COMPARED_IMAGES, store.rows)
             yield (
                 f"{len(samples)} of {compared} images of the {name} split that were compared: "
@@ -199,17 +201,16 @@ def _changed_labels(split: Split, store: Store) -> list[int]:
     return sorted(sample for part in changed for sample in part.tolist())
 
 
-def _changed_images(split: Split, store: Store) -> list[int]:
+def _changed_images(split: Split, again: Split, store: Store) -> list[int]:
     """Returns the samples, of ``COMPARED_IMAGES``, whose images differ from the stored ones. Images
-    that differ each time they are read are transformed at random and do not count."""
+    that differ when they are read ``again`` are transformed at random and do not count."""
     rows = spread_rows(store.rows, COMPARED_IMAGES)
     samples = store.index[rows]
     images = split.read(samples)[0].astype(np.float32)
     stored = np.concatenate([store.read_rows(0, row, row + 1) for row in rows]).astype(np.float32)
     differ = ~_are_close(images, stored)
     if differ.any():
-        again = split.read(samples)[0].astype(np.float32)
-        differ &= _are_close(again, images)
+        differ &= _are_close(again.read(samples)[0].astype(np.float32), images)
     return sorted(samples[differ].tolist())
 
 

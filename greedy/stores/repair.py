@@ -208,13 +208,9 @@ class StoreRepairer:
         batch, step = record.choices.write_batch, metadata.layout.chunk_rows
 
         def rows_of(view: int, chunk: int) -> np.ndarray:
-            rows, parts, computed = metadata.layout.rows_in(chunk), [], 0
-            for outputs in output_batches(source, split, numbers[view], chunk * step, batch):
-                parts.append(outputs)
-                computed += len(outputs)
-                if computed >= rows:
-                    break
-            return np.concatenate(parts)[:rows]
+            start, rows = chunk * step, metadata.layout.rows_in(chunk)
+            which = (split, numbers[view], start, batch, start + rows)
+            return np.concatenate(list(output_batches(source, *which)))[:rows]
 
         return rows_of
 

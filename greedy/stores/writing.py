@@ -208,12 +208,15 @@ def write_split(
 
 
 def output_batches(
-    source: Source, split: str, view: int, start: int, batch: int
+    source: Source, split: str, view: int, start: int, batch: int, stop: int | None = None
 ) -> Iterator[np.ndarray]:
-    """Yields a source's outputs for a view's rows from ``start`` on. They are computed in the same
-    batches as from row 0, since the last digit of an activation may depend on its batch."""
+    """Yields a source's outputs for a view's rows from ``start`` on, until the batch of the row
+    before ``stop``. They are computed in the same batches as from row 0, since the last digit of an
+    activation may depend on its batch."""
     skip = start % batch
-    for rows in source.view_batches(split, view, batch, start=start - skip):
+    if stop is not None:
+        stop = min(-(-stop // batch) * batch, source.stores[split].rows)
+    for rows in source.view_batches(split, view, batch, start=start - skip, stop=stop):
         yield rows.inputs()[skip:].cpu().numpy()
         skip = 0
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from greedy.base.devices import is_out_of_memory
 from greedy.base.errors import TrainingError
-from greedy.base.files import digest_of_parts, file_digest, read_tensors, with_digest
+from greedy.base.files import digest_of_parts, read_tensors, with_digest
 from greedy.base.relay import Relay
 from greedy.base.tensorfile import file_parts
 from greedy.cache.files import write_parts, write_whole
@@ -177,9 +177,7 @@ class Checkpoints:
         document = CheckpointRecord.read(self.training)
         if document is None:
             return None
-        path = self.training / CHECKPOINT / f"{document.tensors}.safetensors"
-        if not path.is_file() or file_digest(path) != document.tensors:
-            raise damaged_checkpoint(path, self.training, "it is not the file that was written")
+        path = document.checked_tensors(self.training)
         try:
             tensors = read_tensors(path)
             self._restore(document, tensors)

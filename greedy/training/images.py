@@ -20,6 +20,8 @@ from greedy.stores.changes import is_stage0_current
 from greedy.stores.stage0 import drop_unreadable_files, stored_encoding, write_stage0
 from greedy.training.planning import StagePlanner
 
+LABEL_AND_INDEX = 16  # bytes of each row in a store
+
 
 def needs_images(run: RunDirectory, *, again: bool) -> bool:
     """Returns whether a training needs the data set: to write stage 0, or to train, perhaps
@@ -56,7 +58,8 @@ def write_images(
     network = CutNetwork.of(recipe, model, shape, classes, planner.loss)
     names = [network.name(number) for number in range(1, len(network) + 1)]
     rows = {split: len(getattr(dataset, split)) for split in SPLITS}
-    needed = sum(rows.values()) * math.prod(shape) * dataset.train.dtype.itemsize
+    row_bytes = math.prod(shape) * dataset.train.dtype.itemsize + LABEL_AND_INDEX
+    needed = sum(rows.values()) * row_bytes
     require_free_space(run.path, "stage 0", needed)
     memory = planner.plan_memory(network, stored_encoding(dataset.train).name)
     disk = plan_disk(state, network.shapes, rows, needed, planner.basis, fresh=fresh)
@@ -77,7 +80,6 @@ def write_images(
             return state.complete_record(0)
         output = network.shapes[-1].output if given else None
         PlanBasis.forget(run.path)
-        if drawn:
-            dataset = first_pass(dataset, recipe.seed)
+        dataset = first_pass(dataset, recipe.seed)
         with write_errors_explained(run.path, "stage 0", needed):
             return write_stage0(run, dataset, names, output, drawn=drawn, fresh=fresh)
