@@ -350,7 +350,12 @@ def test_a_file_that_names_no_store_is_refused(place: Path) -> None:
     result = greedy("cache", "verify", place / "run")
     assert result.exit_code == 1
     assert f"{path}: does not hold a store's URL" in result.output
+    stage = place / "run/stage1"
+    remedy = f"`greedy cache drop {stage}` and then `greedy cache repair {stage}` write a store"
+    assert remedy in result.output
     _, left = new_trainer(place / "run", **RING).repair(range(4))
     assert [damage.path for damage in left] == [path, weights]
-    said("cache", "drop", place / "run/stage1")
+    said("cache", "drop", stage)
     assert not path.parent.parent.exists()
+    _, left = new_trainer(place / "run", **RING).repair([1], dropped=True)
+    assert not left and path.is_file()

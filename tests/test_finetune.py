@@ -7,6 +7,11 @@ import shutil
 import pytest
 from command_line import answer, refused, said, small_recipe, train
 from safetensors.torch import load_file
+from small_training import TRAIN, network, new_trainer
+from torch.utils.data import TensorDataset
+
+from greedy import GreedyTrainer, RunDirectory, UserError
+from greedy.training.finetuning import begin_finetuning
 
 NARROW = {"hidden_width": 32}
 RECIPE = small_recipe(model=NARROW, training={"epochs": [1, 1, 1], "batch_size": 128})
@@ -90,6 +95,21 @@ def test_weights_that_were_changed_are_not_begun_with(run, tmp_path):
     path.write_bytes(data)
     told = refused("train", "--run", tmp_path / "tuned", "--retrain")
     assert "is not the file that was written" in told
+
+
+def test_floats_are_not_augmented_by_what_takes_bytes(tmp_path):
+    images, labels = TRAIN.tensors
+    data = TensorDataset(images / 100, labels)
+    new_trainer(tmp_path / "run", epochs=1).fit(data, data)
+    for name, values in (("randaugment", "floats"), ("color-jitter", "values from 0 to 2")):
+        run = begin_finetuning(
+            RunDirectory.open(tmp_path / "run"),
+            tmp_path / name,
+            ["training.epochs=1", f"data.augmentation={name}"],
+        )
+        trainer = GreedyTrainer.from_recipe(run.recipe, run.path, device="cpu", model=network())
+        with pytest.raises(UserError, match=values):
+            trainer.train()
 
 
 # The other strategies, as they are typed

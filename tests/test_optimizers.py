@@ -105,6 +105,53 @@ def test_they_resume_to_the_bit(tmp_path: Path, state: str) -> None:
         assert same(weights(tmp_path / "whole", stage), weights(tmp_path / "cut", stage))
 
 
+class Copying(torch.optim.Optimizer):
+    """Makes its state beforehand, and copies what is loaded into it."""
+
+    def __init__(self, parameters, lr: float = 0.01) -> None:
+        super().__init__(parameters, {"lr": lr})
+        for parameter in self._parameters():
+            self.state[parameter]["sum"] = torch.zeros_like(parameter)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for parameter in self._parameters():
+            if parameter.grad is not None:
+                self.state[parameter]["sum"].mul_(0.9).add_(parameter.grad)
+                parameter.sub_(self.param_groups[0]["lr"] * self.state[parameter]["sum"])
+
+    def load_state_dict(self, state) -> None:
+        for number, parameter in enumerate(self._parameters()):
+            self.state[parameter]["sum"].copy_(state["state"][number]["sum"])
+        for group, saved in zip(self.param_groups, state["param_groups"], strict=True):
+            group.update({name: value for name, value in saved.items() if name != "params"})
+
+
+class Braking(Copying):
+    """Takes steps by numbers of the step before, from the second on."""
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        for parameter in self._parameters():
+            if "steps" in self.state[parameter] and self.state[parameter]["sum"].norm().item() > 9:
+                self.state[parameter]["sum"].zero_()
+            self.state[parameter]["steps"] = 1
+        super().step()
+
+
+@pytest.mark.parametrize("kind", [Copying, Braking])
+def test_a_users_own_resumes_to_the_bit(tmp_path: Path, kind) -> None:
+    new_trainer(tmp_path / "whole", optimizer=kind).fit(TRAIN, TEST)
+    with pytest.raises(Interrupted):
+        new_trainer(tmp_path / "cut", optimizer=kind, reporter=Stop(20)).fit(TRAIN, TEST)
+    new_trainer(tmp_path / "cut", optimizer=kind).fit(TRAIN, TEST)
+    for stage in (1, 2, 3):
+        assert same(weights(tmp_path / "whole", stage), weights(tmp_path / "cut", stage))
+
+
 def test_the_plan_counts_their_moments(tmp_path: Path) -> None:
     def planned(name: str, **settings) -> int:
         trainer = new_trainer(tmp_path / name, epochs=1, **settings)

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 from itertools import count
 from pathlib import Path
@@ -244,11 +245,24 @@ def test_a_retraining_that_stops_after_a_stage_goes_on_with_the_next(
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr("greedy.runs.exchange.remove_tree", stop)
             new_trainer(run).train(asked)
-        listener = Listener()
-        new_trainer(run, listener).train(asked)
-        assert listener.trained == list(range(stage + 1, 4))
+        after = shutil.copytree(run, tmp_path / f"after{stage}")
+        for path, again, left in ((run, asked, stage + 1), (after, asked + 1, stage + 1)):
+            listener = Listener()
+            new_trainer(path, listener).train(min(again, 3))
+            assert listener.trained == list(range(left, 4))
+            assert outcome(path) == expected
+            assert RunState.read(RunDirectory.open(path)).is_finished
+
+
+def test_a_stage_with_a_damaged_record_is_trained_again(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    new_trainer(run).fit(TRAIN, TEST)
+    expected = outcome(run)
+    for first, damaged in ((2, 2), (1, 3)):
+        record = run / f"stage{damaged}/stage.json"
+        record.write_bytes(record.read_bytes().replace(b"e", b"x", 1))
+        new_trainer(run).train(first)
         assert outcome(run) == expected
-        assert RunState.read(RunDirectory.open(run)).is_finished
 
 
 def test_an_interrupted_store_goes_on_in_the_encoding_that_it_began_with(
