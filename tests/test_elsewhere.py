@@ -357,5 +357,6 @@ def test_a_file_that_names_no_store_is_refused(place: Path) -> None:
     assert [damage.path for damage in left] == [path, weights]
     said("cache", "drop", stage)
     assert not path.parent.parent.exists()
-    _, left = new_trainer(place / "run", **RING).repair([1], dropped=True)
+    again = new_trainer(place / "run", **RING, stores=url_of(place / "there"))
+    _, left = again.repair([1], dropped=True)
     assert not left and path.is_file()
