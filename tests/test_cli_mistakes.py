@@ -34,7 +34,10 @@ TINY = "train --recipe tiny.toml --run new"
         (f"{TINY} --set training.epochs=many", "must be a whole number of at least 1"),
         (f"{TINY} --set training.batch_size=1", "must be a whole number of at least 2"),
         (f"{TINY} --reuse often", 'is "often" but must be a whole number of at least 0 or auto'),
-        (f"{TINY} --views 0", "must be a whole number of at least 1 or one of auto, live"),
+        (
+            f"{TINY} --views 0",
+            "must be a whole number of at least 1 and at most 65536 or one of auto, live",
+        ),
         (f"{TINY} --views live --reuse 3", "must be 0 or auto where store.views is live"),
         (f"{TINY} --set training.epochs=[1,2,3]", "training.epochs has 3 entries"),
         (f"{TINY} --seed x", 'seed is "x" but must be a whole number'),

@@ -37,6 +37,7 @@ from greedy.recipes.per_stage import encoding
 from greedy.steps.guard import Guard
 from greedy.steps.step import Learner
 from greedy.steps.strategies import Greedy
+from greedy.stores.layout import laid_out, takes_channels_last
 from greedy.stores.source import EpochBatches, Replayed, Source
 from greedy.training.calibration import Measured, Work
 from greedy.training.learners import new_learner, new_optimizer
@@ -234,7 +235,9 @@ class Bench:
         first batch, which is returned, is not counted."""
         learner.release()
         learner.eval()
-        replayed = Replayed([learner.stage], batch, self.memory.precision)
+        channels_last = takes_channels_last(learner.stage, source.device.type)
+        stages = laid_out([learner.stage], [channels_last])
+        replayed = Replayed(stages, batch, self.memory.precision)
         frozen = replace(source, replayed=replayed, in_memory=False)
         rows = min(max(rows, batch), source.stores["train"].rows)
         first = next(frozen.view_batches("train", 0, batch, stop=min(batch, rows)))

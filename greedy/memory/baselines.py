@@ -202,7 +202,7 @@ def choose_network(
             f"{format_size(budget)}: {more}train one stage at a time (--strategy greedy), lower "
             f"training.batch_size, or raise --memory-budget"
         )
-    test_rows = min(map(write_batch, network.shapes))
+    test_rows = min(write_batch(shapes, device_type) for shapes in network.shapes)
     while budget is not None and test_rows > 1:
         if largest(replace(measuring, batch_size=test_rows), _measure) <= budget:
             break

@@ -158,7 +158,7 @@ def _with_writing(step: Choice, writing: StepDemand, budget: int | None) -> Choi
 def rows_written(writing: StepDemand, budget: int | None) -> int:
     """Returns how many rows a frozen stage computes at a time when its store is written: as many as
     fit a budget, which is ``None`` for any number, and at least one."""
-    rows = write_batch(writing.shapes)
+    rows = write_batch(writing.shapes, writing.device_type)
     while budget is not None and rows > 1 and writing.writing_peak(rows) > budget:
         rows //= 2
     return rows

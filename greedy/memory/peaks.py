@@ -29,6 +29,7 @@ from greedy.models import Shape, Stage, StageShapes
 from greedy.runs.choices import StepMemory
 from greedy.steps.step import Learner, gradients
 from greedy.steps.unfolded import unfolds
+from greedy.stores.layout import laid_out, takes_channels_last
 from greedy.stores.source import WRITE_ROWS, Batch
 from greedy.stores.source import replay as compute_replay
 
@@ -194,8 +195,10 @@ class StepDemand:
             counter.reset_peak()
             x = self._read(rows).taken(counter)
             learner.features(x)
+            last = takes_channels_last(learner.stage, self.device_type)
+            (stage,) = laid_out([learner.stage], [last])
             with learner.autocast():
-                learner.stage(x).float()
+                stage(x).float()
         return counter.peak
 
     def flops(self) -> int:
@@ -270,8 +273,9 @@ class StepDemand:
             stored = torch.empty((rows, self.stored_row_bytes), dtype=torch.uint8)
             x = torch.empty((rows, *replay.shape))
             del stored  # freed once x is decoded
+            layouts = [takes_channels_last(stage, self.device_type) for stage in replay.stages]
             with autocast("cpu", self.precision):
-                x = compute_replay(frozen, x, replay.rows).float()
+                x = compute_replay(laid_out(frozen, layouts), x, replay.rows).float()
             for stage in frozen:
                 stage.end()
             return Pass.of(x, counter, before)

@@ -209,7 +209,8 @@ class MemoryPlan:
         stages = tuple(self.network.stages[source : number - 1])
         if not stages:
             return None
-        rows = min(map(write_batch, self.network.shapes[source : number - 1]))
+        between = self.network.shapes[source : number - 1]
+        rows = min(write_batch(shapes, self.device_type) for shapes in between)
         return Replay(stages, self.network.shapes[source].input, rows)
 
     def _drawing(self, number: int, *, streamed: bool) -> StepDemand:

@@ -147,6 +147,7 @@ class Choices(_Decided):
     threads: Annotated[int, Field(ge=1, le=4096)]
     compile: bool = False
     unfold: bool = False
+    channels_last: bool = False
     deterministic: bool = False
     memory_reduced: bool = False
 

@@ -23,6 +23,7 @@ from greedy.runs.record import StageRecord, StoreRecord, channel_moments
 from greedy.runs.state import RunState
 from greedy.runs.views import Views, wanted_views
 from greedy.stores.fresh import FreshImages, require_data_set
+from greedy.stores.layout import Frozen, laid_out
 from greedy.stores.ring import Drawing, Ring
 from greedy.stores.source import WRITE_ROWS, ImagePreparation, Replayed, Source
 from greedy.stores.streamed import StreamedStage
@@ -89,9 +90,10 @@ class SourceFinder:
         stage itself, after frozen ones that may be ``streamed``, so its inputs are the rows of the
         store."""
         stored = self.written_from(stage.number, views, choices.reuse)
-        before = self._replayed(stored, stage.number - 1, choices.precision, streamed)
-        rows = min(before.rows, choices.write_batch)
-        return self._open(stored, replace(before, stages=[*before.stages, stage], rows=rows))
+        own = choices.write_batch, choices.channels_last
+        numbers = range(stored + 1, stage.number)
+        replayed = self._chain(numbers, choices.precision, streamed, [(stage, *own)])
+        return self._open(stored, replayed)
 
     def written_from(self, number: int, views: Views, reuse: int) -> int:
         """Returns the stage from whose store stage ``number``'s is written, 0 for the images.
@@ -175,10 +177,27 @@ class SourceFinder:
     def _replayed(self, stored: int, last: int, precision: str, streamed: bool = False) -> Replayed:
         """Returns the frozen stages after ``stored`` up to ``last``, which compute as few rows at a
         time as the store of any of them was written with."""
-        numbers = range(stored + 1, last + 1)
-        rows = [self.state.complete_record(n).choices.write_batch for n in numbers]
+        return self._chain(range(stored + 1, last + 1), precision, streamed)
+
+    def _chain(
+        self,
+        numbers: Sequence[int],
+        precision: str,
+        streamed: bool,
+        more: Sequence[tuple[Frozen, int, bool]] = (),
+    ) -> Replayed:
+        """Returns frozen stages and ``more`` after them, each with the rows that it computes at a
+        time and whether its maps are channels-last."""
         load = self._stream if streamed else self._load
-        return Replayed([load(n) for n in numbers], min(rows, default=WRITE_ROWS), precision)
+        recorded = [self.state.complete_record(n).choices for n in numbers]
+        chain: list[tuple[Frozen, int, bool]] = [
+            (load(n), choices.write_batch, choices.channels_last)
+            for n, choices in zip(numbers, recorded, strict=True)
+        ]
+        chain += more
+        rows = min((rows for _, rows, _ in chain), default=WRITE_ROWS)
+        stages = laid_out([stage for stage, _, _ in chain], [last for _, _, last in chain])
+        return Replayed(stages, rows, precision)
 
     def _open(
         self,

@@ -30,14 +30,16 @@ from greedy.stores.source import WRITE_ROWS, Source
 
 SAMPLE_ROWS = 2048  # of view 0, from which the ranges of an integer encoding are computed
 SAMPLE_POSITIONS = 64  # of a large feature map, enough for 131,072 values a channel
-WRITE_BYTES = 32 * 2**20
+WRITE_BYTES = 32 * 2**20  # of activations at a time
+CACHED_BYTES = 8 * 2**20  # on a CPU, whose caches hold them from one module to the next
 
 
-def write_batch(shapes: StageShapes) -> int:
-    """Returns the rows computed at a time while a store is written: 16 to 1024, about 32 MiB of
-    float32 inputs or activations. The number is fixed for a store, since the last digit of an
-    activation may depend on it."""
-    rows = WRITE_BYTES // (4 * max(math.prod(shapes.input), math.prod(shapes.hidden)))
+def write_batch(shapes: StageShapes, device_type: str) -> int:
+    """Returns the rows computed at a time while a store is written on a ``cpu``, ``cuda`` or
+    ``mps`` device: 16 to 1024, about 8 or 32 MiB of float32 inputs or activations. The number is
+    fixed for a store, since the last digit of an activation may depend on it."""
+    most = CACHED_BYTES if device_type == "cpu" else WRITE_BYTES
+    rows = most // (4 * max(math.prod(shapes.input), math.prod(shapes.hidden)))
     return min(WRITE_ROWS, 1 << max(rows.bit_length() - 1, 4))
 
 

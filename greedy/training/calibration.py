@@ -155,7 +155,7 @@ class Calibration(_Document):
         measured: the measured stages, the newest last.
     """
 
-    format: Literal[2] = 2
+    format: Literal[3] = 3
     device: str
     threads: Annotated[int, Field(ge=1, le=4096)]
     versions: dict[str, str]

@@ -37,6 +37,7 @@ from greedy.runs.state import RunState
 from greedy.runs.unfinished import find_training
 from greedy.runs.views import Views
 from greedy.stores.fresh import require_data_set
+from greedy.stores.layout import takes_channels_last
 from greedy.stores.opening import SourceFinder
 from greedy.stores.ring import Drawing
 from greedy.training.calibration import byte_operations, calibration_of
@@ -306,7 +307,8 @@ class StagePlanner:
         before = previous_record(state, number)
         if before is not None and before.source == stored:
             return resolve_again(self.recipe, before.choices, views, reuse, memory)
-        hidden = self.memory(state).network.shapes[number - 1].hidden
+        network = self.memory(state).network
+        hidden = network.shapes[number - 1].hidden
         store = self.run.open_store(stored, "train")
         alone = self.ranks.size == 1
         compiled = alone and compiles(self.recipe, number, hidden, store.rows, memory, self.device)
@@ -320,6 +322,7 @@ class StagePlanner:
             reuse=reuse,
             compiled=compiled,
             hidden=hidden,
+            channels_last=takes_channels_last(network.stages[number - 1], self.device.type),
             fresh=fresh,
             processes=self.ranks.on_this_machine,
         )

@@ -28,6 +28,7 @@ def resolve(
     reuse: int = 0,
     compiled: bool = False,
     hidden: Shape = (),
+    channels_last: bool = False,
     fresh: bool = False,
     processes: int = 1,
 ) -> Choices:
@@ -39,6 +40,7 @@ def resolve(
         memory: of its step.
         compiled: whether its step is compiled.
         hidden: the shape of a row of its activation; none for a whole network.
+        channels_last: whether it computes channels-last maps once it is frozen.
         fresh: whether its rows are read from the data set instead.
         processes: the number of processes on this machine, each of which holds a store.
     """
@@ -55,6 +57,7 @@ def resolve(
             "threads": torch.get_num_threads(),
             "compile": compiled,
             **({"unfold": True} if unfolds(hidden, precision, device.type) else {}),
+            **({"channels_last": True} if channels_last else {}),
             "deterministic": recipe.training.deterministic,
         }
     )

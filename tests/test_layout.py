@@ -1,0 +1,99 @@
+"""The layout of feature maps in frozen stages on a CPU."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from small_training import TEST, TRAIN, convolutional, new_trainer, same, weights
+from torch import nn
+from torchvision.models.resnet import BasicBlock
+
+from greedy.models import Stage, cut
+from greedy.stores.layout import ChannelsLast, laid_out, takes_channels_last
+from greedy.stores.source import Replayed
+
+RING = {"augmentation": "hflip", "views": 2, "reuse": 1, "epochs": 4}
+
+
+class Viewed(nn.Module):
+    """Asks for maps in the usual layout, as much code of users does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.view(len(x), -1)
+
+
+def stage(*modules: nn.Module) -> Stage:
+    return Stage(1, nn.Sequential(*modules), nn.Sequential()).eval().requires_grad_(False)
+
+
+def hooked() -> Stage:
+    made = stage(nn.Conv2d(3, 4, 3), nn.ReLU())
+    made.layer[1].register_forward_hook(lambda module, x, y: y)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("made", "device", "takes"),
+    [
+        (stage(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), "cpu", True),
+        (stage(BasicBlock(4, 4)), "cpu", True),
+        (stage(nn.Conv2d(3, 4, 3), nn.ReLU()), "cuda", False),
+        (stage(nn.Flatten(), nn.Linear(48, 4), nn.ReLU()), "cpu", False),
+        (stage(nn.Conv2d(3, 4, 3), Viewed()), "cpu", False),
+        (hooked(), "cpu", False),
+    ],
+    ids=["convolution", "block", "cuda", "linear", "view", "hook"],
+)
+def test_modules_that_take_any_layout_get_the_fast_one(
+    made: Stage, device: str, takes: bool
+) -> None:
+    assert takes_channels_last(made, device) == takes
+
+
+def test_the_layout_changes_rounding_alone() -> None:
+    """The third of four stages needs the usual layout, which it gets."""
+    torch.manual_seed(0)
+    stages = [
+        stage(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.LeakyReLU(), nn.MaxPool2d(2)),
+        stage(BasicBlock(8, 8)),
+        stage(nn.Conv2d(8, 4, 3, padding=1), Viewed(), nn.Unflatten(1, (4, 4, 4))),
+        stage(nn.Conv2d(4, 4, 3), nn.Tanh()),
+    ]
+    takes = [takes_channels_last(each, "cpu") for each in stages]
+    assert takes == [True, True, False, True]
+    chain = laid_out(stages, takes)
+    assert [type(each) for each in chain] == [ChannelsLast, Stage, ChannelsLast]
+    images = torch.randn(10, 3, 8, 8)
+    usual = Replayed(stages, 4, "float32").outputs(images)
+    fast = Replayed(chain, 4, "float32").outputs(images)
+    assert fast.is_contiguous() and fast.dtype == torch.float32
+    torch.testing.assert_close(fast, usual, atol=1e-5, rtol=1e-5)
+
+
+def test_a_run_keeps_to_the_layout_that_it_has_recorded(tmp_path: Path) -> None:
+    new_trainer(tmp_path / "run", convolutional(), **RING).fit(TRAIN, TEST)
+    trainer = new_trainer(tmp_path / "run", convolutional(), **RING)
+    recorded = [trainer.run.record(number).choices.channels_last for number in (1, 2, 3)]
+    assert recorded == [True, False, False]
+    before = weights(tmp_path / "run", 2)
+    shard = tmp_path / "run/stage1/activations.zarr/train/activations/c.1.0.0.0.0"
+    data = bytearray(shard.read_bytes())
+    data[100] ^= 1
+    shard.write_bytes(data)
+    repairs, left = trainer.repair([1])
+    assert not left and [repair.identical for repair in repairs] == [True]
+    trainer.train_stage(2, again=True)
+    assert same(weights(tmp_path / "run", 2), before)
+
+
+def test_code_that_asks_for_the_usual_layout_trains_in_a_ring(tmp_path: Path) -> None:
+    network = nn.Sequential(
+        nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), Viewed()),
+        nn.Linear(64, 16),
+        nn.ReLU(),
+        nn.Linear(16, 3),
+    )
+    trainer = new_trainer(tmp_path / "run", network, **RING)
+    trainer.fit(TRAIN, TEST)
+    assert not trainer.run.record(1).choices.channels_last
+    assert len(cut(network)) == 3
