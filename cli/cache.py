@@ -112,6 +112,7 @@ def _remedies(path: Path, damages: "Iterable[Damage]") -> str:
     if "stage0" in stages:
         found += "; images cannot be computed again: begin another run from the data"
     unknown = {damage.path.parents[2] for damage in damages if damage.path.name == LOCATION}
+    unknown = {stage for stage in unknown if stage.name != "stage0"}
     for stage in sorted(unknown):
         drop, repair = command("cache", "drop", stage), command("cache", "repair", stage)
         found += f"; {drop} and then {repair} write a store again whose place is unknown"

@@ -26,6 +26,22 @@ def stage(*modules: nn.Module) -> Stage:
     return Stage(1, nn.Sequential(*modules), nn.Sequential()).eval().requires_grad_(False)
 
 
+class Written(nn.Module):
+    """A block whose own code asks for the usual layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x).view(x.size(0), -1)
+
+
+class Own(nn.Conv2d):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).view(len(x), -1)
+
+
 def hooked() -> Stage:
     made = stage(nn.Conv2d(3, 4, 3), nn.ReLU())
     made.layer[1].register_forward_hook(lambda module, x, y: y)
@@ -41,8 +57,14 @@ def hooked() -> Stage:
         (stage(nn.Flatten(), nn.Linear(48, 4), nn.ReLU()), "cpu", False),
         (stage(nn.Conv2d(3, 4, 3), Viewed()), "cpu", False),
         (hooked(), "cpu", False),
+        (stage(torch.fx.symbolic_trace(Written())), "cpu", False),
+        (stage(nn.utils.parametrizations.weight_norm(Own(3, 4, 3))), "cpu", False),
+        (stage(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))), "cpu", True),
     ],
-    ids=["convolution", "block", "cuda", "linear", "view", "hook"],
+    ids=[
+        *("convolution", "block", "cuda", "linear", "view", "hook"),
+        *("traced", "own-parametrised", "parametrised"),
+    ],
 )
 def test_modules_that_take_any_layout_get_the_fast_one(
     made: Stage, device: str, takes: bool

@@ -215,5 +215,8 @@ def test_stages_train_on_images_changed_at_random(tmp_path: Path) -> None:
 def test_what_resizing_overshoots_is_jittered_and_other_floats_are_not() -> None:
     table = drawn("color-jitter")
     OPERATIONS["color-jitter"].apply(images() / 160 - 0.3, table)
+    for half in (images() / 256 - 0.5, images() / 128 - 1):  # as many scale them
+        with pytest.raises(UserError, match="values from -"):
+            OPERATIONS["color-jitter"].apply(half, table)
     with pytest.raises(UserError, match="values from -0.99"):
         OPERATIONS["color-jitter"].apply(images() / 128 - 1, table)

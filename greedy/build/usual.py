@@ -38,7 +38,9 @@ def _computes_float32(stage: Stage, row: Shape) -> bool:
     if all(parameter.dtype == torch.float32 for parameter in stage.parameters()):
         return True
     device = next(stage.parameters()).device
+    copied = deepcopy(stage).eval()
     try:
-        return deepcopy(stage).eval()(torch.zeros(2, *row, device=device)).dtype == torch.float32
-    except RuntimeError:
+        h = copied.hidden(torch.zeros(2, *row, device=device))
+        return {h.dtype, copied.pool(h).dtype} == {torch.float32}
+    except Exception:  # the module's own
         return False

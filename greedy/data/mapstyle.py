@@ -34,7 +34,7 @@ from greedy.data.splits import Dataset, Images, Labels, Rows, Shape, spread_rows
 PYTHON = "python"  # the name of sets given in Python
 LOOKED_AT = 16  # samples that are read to check a set
 READINGS = 4  # of each: enough to notice random flips
-MORE_READINGS = 16  # of each if it draws numbers: enough for one image in a hundred that is flipped
+MORE_READINGS = 16  # of each if it draws numbers: one flip in a hundred is nearly always found
 
 
 def dataset_from_torch(

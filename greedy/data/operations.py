@@ -16,6 +16,7 @@ from greedy.base.errors import UserError
 
 TRIES = 10  # to find a box that is within the image
 OVERSHOT = 0.5  # by which values may lie outside 0 to 1: a bicubic resizing gives -0.3 to 1.3
+FEW = 0.2  # the share of values that may
 
 
 class Operation(Protocol):
@@ -87,7 +88,10 @@ class ColorJitter:
         if images.dtype == torch.uint8 or not images.numel():
             return
         least, most = float(images.min()), float(images.max())
-        if not -OVERSHOT <= least <= most <= 1 + OVERSHOT:
+        outside = 0.0
+        if least < 0 or most > 1:
+            outside = float(((images < 0) | (images > 1)).float().mean())
+        if not (-OVERSHOT <= least <= most <= 1 + OVERSHOT and outside <= FEW):
             raise UserError(
                 f"{self.name} takes bytes, or floats from 0 to 1, and there are images with "
                 f"values from {least:g} to {most:g}: leave it out of data.augmentation, or scale "

@@ -34,6 +34,7 @@ from greedy.runs.state import RunState
 from greedy.runs.views import Views, views_drawn
 from greedy.steps.optimizers import factory
 from greedy.training.calibration import Calibration, Work, byte_operations, calibration_of
+from greedy.training.images import LABEL_AND_INDEX
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,8 @@ def stated_data_facts(
 
 
 def _unwritten(shape: Shape, classes: int, rows: Mapping[str, int], value_bytes: int) -> DataFacts:
-    return DataFacts(shape, classes, rows, sum(rows.values()) * math.prod(shape) * value_bytes)
+    row_bytes = math.prod(shape) * value_bytes + LABEL_AND_INDEX
+    return DataFacts(shape, classes, rows, sum(rows.values()) * row_bytes)
 
 
 def forecast(

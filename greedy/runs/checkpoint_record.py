@@ -107,7 +107,7 @@ class CheckpointRecord(BaseModel):
         return path
 
 
-def checkpoint_damage(training: Path) -> UserError | None:
+def checkpoint_damage(training: Path) -> UserError | OSError | None:
     """Returns the error for the checkpoint in the directory ``training``, also while another
     process writes the next; ``None`` if it is intact or there is none."""
     while True:
@@ -116,7 +116,7 @@ def checkpoint_damage(training: Path) -> UserError | None:
             StartRecord.read(training)
             if checkpoint := CheckpointRecord.read(training):
                 checkpoint.checked_tensors(training)
-        except UserError as error:
+        except (UserError, OSError) as error:
             if identities([training / CHECKPOINT]) == before:
                 return error
         else:

@@ -23,6 +23,7 @@ from greedy.runs.exchange import (
     PART,
     exchange,
     exchange_path,
+    finished,
     identities,
     read_consistently,
     replacing,
@@ -179,7 +180,8 @@ class RunDirectory:
             advice = f"{repair} writes it as it was, then the same command resumes"
         else:
             advice = "images cannot be computed again: begin another run from the data"
-        return Store(self.store_path(number) / split, advice, self._chunk_cache())
+        store = finished(self.store_path(number) / split)
+        return Store(store, advice, self._chunk_cache())
 
     def _chunk_cache(self) -> ChunkCache | None:
         limit = self.recipe.store.cache

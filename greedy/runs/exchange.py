@@ -73,6 +73,13 @@ def exchange_path(directory: Path, suffix: str) -> Path:
     return directory.with_name(f".{directory.name}{suffix}")
 
 
+def finished(directory: Path) -> Path:
+    """Returns a directory, which has another name if its exchange was interrupted: those who train
+    complete that."""
+    new = exchange_path(directory, NEW)
+    return new if new.is_dir() and not directory.exists() else directory
+
+
 def exchange(directory: Path) -> None:
     """Renames a finished directory from its temporary name, and deletes the old one. Can be
     repeated after a crash at any point."""

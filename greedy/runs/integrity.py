@@ -7,7 +7,7 @@ from greedy.cache import Damage, verify
 from greedy.cache.verification import unreadable
 from greedy.runs.checkpoint_record import checkpoint_damage
 from greedy.runs.directory import SPLITS, RunDirectory, stage_numbers
-from greedy.runs.exchange import NEW, exchange_path
+from greedy.runs.exchange import finished
 from greedy.runs.file_table import FileTable
 from greedy.runs.plan_basis import BASIS_FILE, PlanBasis
 from greedy.runs.record import ENCODER, FILES
@@ -85,17 +85,12 @@ def _damages(run: RunDirectory, number: int) -> list[Damage]:
             damages.append(unreadable(directory / FILES, error))
     path = run.store_path(number)
     if record.store and path.is_dir():
-        damages += [damage for split in SPLITS for damage in verify(_finished(path / split))]
+        damages += [damage for split in SPLITS for damage in verify(finished(path / split))]
     return damages if number or path.is_dir() else [*damages, Damage(path, "is missing")]
-
-
-def _finished(store: Path) -> Path:
-    """Returns the directory of a store, which has another name if its exchange was interrupted:
-    those who train go on with it."""
-    new = exchange_path(store, NEW)
-    return new if new.is_dir() and not store.exists() else store
 
 
 def _checkpoint_damages(directory: Path) -> list[Damage]:
     error = checkpoint_damage(directory / "training")
+    if isinstance(error, OSError):
+        return [unreadable(directory / "training", error)]
     return [Damage(directory / "training", str(error))] if error else []

@@ -5,13 +5,15 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from greedy.base.torch_private import CONVOLUTIONS, has_hooks
 from greedy.models import Stage
 
 Frozen = Callable[[Tensor], Tensor]
-KNOWN = ("greedy", "torch", "torchvision")  # packages whose modules take maps in any layout
+# Packages whose modules take maps in any layout, and what their classes are derived from.
+KNOWN = {"greedy", "torch", "torchvision", "builtins", "typing", "abc", "collections"}
+CODE = (torch.fx.GraphModule, torch.jit.ScriptModule)  # torch's classes for the code of others
 
 
 def takes_channels_last(stage: Stage, device_type: str) -> bool:
@@ -23,9 +25,13 @@ def takes_channels_last(stage: Stage, device_type: str) -> bool:
     return (
         device_type == "cpu"
         and any(isinstance(module, CONVOLUTIONS) for module in modules)
-        and all(type(module).__module__.split(".")[0] in KNOWN for module in modules)
-        and not any(map(has_hooks, modules))
+        and all(map(_takes_any_layout, modules))
     )
+
+
+def _takes_any_layout(module: nn.Module) -> bool:
+    packages = {kind.__module__.split(".")[0] for kind in type(module).__mro__}
+    return packages <= KNOWN and not isinstance(module, CODE) and not has_hooks(module)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class ChannelStatistics:
         mean = np.asarray(self.total) / self.count
         square = np.asarray(self.squares) / self.count
         std = np.sqrt(np.maximum(square - mean**2, 0))
-        constant = std <= 1e-7 * np.sqrt(square)  # rounding leaves a constant channel some
+        constant = std <= 1e-6 * np.sqrt(square)  # rounding leaves a constant channel some
         return {"mean": mean.tolist(), "std": np.where(constant, 1.0, std).tolist()}
 
 
