@@ -145,7 +145,7 @@ class WithConstant(nn.Module):
 def test_what_an_optimizer_computes_and_copies_of_buffers_are_planned(
     tmp_path: Path, kind: str
 ) -> None:
-    """Of a wide layer, Adam's step that is not fused takes more than the gradients do."""
+    """An unfused step of Adam takes more than the gradients of a wide layer do."""
     torch.manual_seed(0)
     first = WithConstant() if kind == "buffer" else nn.Linear(SIDE**2, 2048)
     width = 32 if kind == "buffer" else 2048

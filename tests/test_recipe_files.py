@@ -7,6 +7,7 @@ import pytest
 
 from greedy import recipes
 from greedy.base.errors import UserError
+from greedy.cache.metadata import MAX_VIEWS
 
 Write = Callable[[str, str], Path]
 
@@ -223,7 +224,7 @@ def test_shared_files_are_no_recipes() -> None:
         ["data.augmentation=jitter2+crop4"],
         ['data.augmentation=""'],
         ["store.views=0"],
-        ["store.views=65537"],
+        [f"store.views={MAX_VIEWS + 1}"],
         ["seed=-1"],
         ["seed=1.0"],
     ],

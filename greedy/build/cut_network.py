@@ -9,7 +9,7 @@ from torch import nn
 from greedy.base.errors import UserError
 from greedy.base.torch_private import has_hooks
 from greedy.build.modules import build_cross_entropy, checked_shapes
-from greedy.build.usual import require_usual
+from greedy.build.trainable import require_trainable
 from greedy.losses import LocalLoss
 from greedy.losses.prediction import PLAIN, CrossEntropy
 from greedy.losses.strategies import stage_losses
@@ -66,7 +66,7 @@ class CutNetwork:
         stages = cut_as(recipe.model, network, image)
         shapes = checked_shapes(recipe, stages, image, classes)
         for stage, shape in zip(stages, shapes, strict=True):
-            require_usual(stage, shape.input)
+            require_trainable(stage, shape.input)
         classes = classes or shapes[-1].output[0]
         return cls(stages, shapes, loss, classes, build_cross_entropy(recipe.loss, [1] * classes))
 

@@ -17,7 +17,7 @@ from greedy.recipes.networks import Names, NetworkName
 from greedy.recipes.section import Count, Rates, Section
 from greedy.recipes.training import Training
 
-MAX_VIEWS: Final = 2**16  # of a store
+MAX_VIEWS: Final = 2**16  # as in ``cache.metadata``, which takes long to import
 CROPS: Final = {"jitter2", "crop4", "random-resized-crop"}
 AUGMENTATIONS: Final = (
     "give none, or one of jitter2, crop4 and random-resized-crop, and any of hflip, randaugment, "

@@ -78,8 +78,8 @@ class RunState:
         return stage.record
 
     def seconds(self, number: int) -> float:
-        """Returns the seconds that the last training of a stage took, 0 without a
-        record that can be read."""
+        """Returns the seconds that the last training of a stage took, 0 if no record of it can be
+        read."""
         record = self._stage(number).record
         return record.seconds if record else 0.0
 

@@ -90,10 +90,11 @@ class SourceFinder:
         stage itself, after frozen ones that may be ``streamed``, so its inputs are the rows of the
         store."""
         stored = self.written_from(stage.number, views, choices.reuse)
-        own = choices.write_batch, choices.channels_last
-        numbers = range(stored + 1, stage.number)
-        replayed = self._chain(numbers, choices.precision, streamed, [(stage, *own)])
-        return self._open(stored, replayed)
+        itself = stage, choices.write_batch, choices.channels_last
+        before = stage.number - 1
+        return self._open(
+            stored, self._replayed(stored, before, choices.precision, streamed, [itself])
+        )
 
     def written_from(self, number: int, views: Views, reuse: int) -> int:
         """Returns the stage from whose store stage ``number``'s is written, 0 for the images.
@@ -174,20 +175,18 @@ class SourceFinder:
             beside=drawing.beside and not self._data.data_choices.fresh,
         )
 
-    def _replayed(self, stored: int, last: int, precision: str, streamed: bool = False) -> Replayed:
-        """Returns the frozen stages after ``stored`` up to ``last``, which compute as few rows at a
-        time as the store of any of them was written with."""
-        return self._chain(range(stored + 1, last + 1), precision, streamed)
-
-    def _chain(
+    def _replayed(
         self,
-        numbers: Sequence[int],
+        stored: int,
+        last: int,
         precision: str,
-        streamed: bool,
+        streamed: bool = False,
         more: Sequence[tuple[Frozen, int, bool]] = (),
     ) -> Replayed:
-        """Returns frozen stages and ``more`` after them, each with the rows that it computes at a
-        time and whether its maps are channels-last."""
+        """Returns the frozen stages after ``stored`` up to ``last``, which compute as few rows at a
+        time as the store of any of them was written with. After them come ``more``, each with the
+        rows that it computes at a time and whether its maps are channels-last."""
+        numbers = range(stored + 1, last + 1)
         load = self._stream if streamed else self._load
         recorded = [self.state.complete_record(n).choices for n in numbers]
         chain: list[tuple[Frozen, int, bool]] = [
@@ -196,7 +195,7 @@ class SourceFinder:
         ]
         chain += more
         rows = min((rows for _, rows, _ in chain), default=WRITE_ROWS)
-        stages = laid_out([stage for stage, _, _ in chain], [last for _, _, last in chain])
+        stages = laid_out([stage for stage, _, _ in chain], [layout for _, _, layout in chain])
         return Replayed(stages, rows, precision)
 
     def _open(

@@ -1,4 +1,4 @@
-"""What a stage must be like before it is trained. Runs of older versions may have others."""
+"""What a stage must be like to be trained. Runs of older versions may have other stages."""
 
 from copy import deepcopy
 
@@ -10,7 +10,7 @@ from greedy.base.torch_private import BATCH_NORMS
 from greedy.models import Shape, Stage, require_float32
 
 
-def require_usual(stage: Stage, row: Shape) -> None:
+def require_trainable(stage: Stage, row: Shape) -> None:
     """Raises ``UserError`` for a stage that cannot compute with float32 rows of shape ``row``,
     whose output depends on its batch once it is trained, or whose state is not of tensors alone."""
     where = f"stage {stage.number} ({stage.name})"
