@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from greedy.models import Stage, StageShapes, cut, shapes, vgg8b
-from greedy.stores.layout import laid_out, takes_channels_last
+from greedy.stores.channels_last import laid_out, takes_channels_last
 from greedy.stores.source import Replayed
 from greedy.stores.writing import write_batch
 

@@ -23,7 +23,7 @@ from greedy.cache.order import (
 from greedy.cache.reader import Store
 from greedy.cache.shards import COMPRESSORS
 from greedy.cache.targets import remove_tree
-from greedy.cache.urls import location_of, put_elsewhere, url_fault
+from greedy.cache.urls import location_of, put_elsewhere
 from greedy.cache.verification import Damage, verify
 from greedy.cache.views import exchange_view, store_with_view
 from greedy.cache.writer import StoreSummary, StoreWriter
@@ -44,7 +44,6 @@ __all__ = [
     "exchange_view",
     "location_of",
     "put_elsewhere",
-    "url_fault",
     "require_writable",
     "remove_tree",
     "EpochOrder",

@@ -60,9 +60,7 @@ class StoreMetadata:
 
     def documents(self) -> dict[str, bytes]:
         """Returns the contents of every ``zarr.json`` by its path, the group's last."""
-        documents = {
-            f"{name}/zarr.json": _side_array(name, self.layout.rows) for name in SIDE_ARRAYS
-        }
+        documents = {f"{name}/zarr.json": _side_array(self.layout.rows) for name in SIDE_ARRAYS}
         documents["activations/zarr.json"] = _activations(self)
         documents["zarr.json"] = {
             "zarr_format": 3,
@@ -167,7 +165,7 @@ def _activations(metadata: StoreMetadata) -> dict[str, Any]:
     )
 
 
-def _side_array(name: str, rows: int) -> dict[str, Any]:
+def _side_array(rows: int) -> dict[str, Any]:
     return _array([rows], np.dtype("<i8"), [rows], [_BYTES, _CRC32C], ["row"])
 
 

@@ -161,7 +161,7 @@ class Store:
                 self.read_chunk(view, chunk, target)
         return rows
 
-    def load(self, rows: int | None = None, threads: int | None = None) -> NDArray[Any]:
+    def load(self, rows: int | None = None) -> NDArray[Any]:
         """Reads the first ``rows`` rows of all views, by default all: (views, rows, *stored_shape).
 
         Raises:
@@ -184,24 +184,23 @@ class Store:
             (self.views, rows, *self.encoding.stored_shape), self.encoding.stored_dtype
         )
         for view in range(self.views):
-            self.load_view(view, loaded[view], threads)
+            self.load_view(view, loaded[view])
         return loaded
 
-    def load_view(self, view: int, out: NDArray[Any], threads: int | None = None) -> None:
-        """Reads the first rows of a view into ``out`` (n, *stored_shape), with as many ``threads``
-        as pay by default.
+    def load_view(self, view: int, out: NDArray[Any]) -> None:
+        """Reads the first rows of a view into ``out`` (n, *stored_shape).
 
         Raises:
             DamagedStore: naming the file and the chunk.
         """
         self._check_range(0, len(out))
-        step, threads = self.chunk_rows, threads or self.requests
+        step = self.chunk_rows
         jobs = (
             partial(self.read_chunk, view, chunk, out[chunk * step : (chunk + 1) * step])
             for chunk in range(-(-len(out) // step))
         )
-        with background(threads) as pool:
-            for _ in in_order(pool, jobs, 2 * threads):
+        with background(self.requests) as pool:
+            for _ in in_order(pool, jobs, 2 * self.requests):
                 pass
 
     def batches(

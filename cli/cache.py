@@ -9,10 +9,12 @@ import click
 
 from greedy.base.commands import command
 from greedy.base.errors import UserError
+from greedy.base.sizes import size
+from greedy.base.text import sides
 from greedy.cli import options
 from greedy.cli.failures import Group, terminable
 from greedy.cli.results import print_changes, print_stores
-from greedy.cli.tables import print_json, print_table, say, size
+from greedy.cli.tables import print_json, print_table, say
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -171,7 +173,6 @@ def _counted(chunks: int) -> str:
 @options.debug
 def drop(path: Path, force: bool) -> None:
     """Delete the stores of a run or a stage. Weights and records stay."""
-    from greedy.base.errors import UserError  # noqa: PLC0415
     from greedy.base.sizes import format_size  # noqa: PLC0415
     from greedy.runs.state import RunState  # noqa: PLC0415
     from greedy.runs.unfinished import require_store_unneeded  # noqa: PLC0415
@@ -220,7 +221,7 @@ def _run_and_stages(path: Path) -> tuple["RunDirectory", list[int]]:
 def _line(number: int, info: "StoreInfo") -> tuple[str, ...]:
     return (
         str(number),
-        "x".join(map(str, info.row_shape)),
+        sides(info.row_shape),
         f"{info.encoding} {info.compressor}",
         size(info.disk_bytes),
         f"{info.bytes_per_value:.2f}",

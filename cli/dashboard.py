@@ -11,10 +11,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from greedy.base.sizes import format_size
+from greedy.base.sizes import format_size, percent, size
 from greedy.base.text import shown
 from greedy.cli.progress import Lines, waiting_note
-from greedy.cli.tables import percent, size
 from greedy.runs.choices import Choices
 from greedy.runs.disk_plan import DiskPlan
 from greedy.runs.events import EpochReport, RunOutline

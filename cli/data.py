@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from greedy.base.text import sides
 from greedy.cli import options
 from greedy.cli.failures import Group
 from greedy.cli.tables import print_json, print_table, say
@@ -33,7 +34,7 @@ def list_data(data_dir: Path | None, as_json: bool) -> None:
             (
                 entry.name,
                 "yes" if available[entry.name] else "no",
-                _shape(entry.shape),
+                sides(entry.shape),
                 str(entry.classes),
                 f"{entry.train:,}",
                 f"{entry.test:,}",
@@ -77,9 +78,5 @@ def prepare(
         say(note)
     say(
         f"{name} is ready: {len(train):,} training and {len(test):,} test images "
-        f"of {_shape(train.shape)}"
+        f"of {sides(train.shape)}"
     )
-
-
-def _shape(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape))

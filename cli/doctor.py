@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from greedy.base.sizes import size
 from greedy.cli import options
-from greedy.cli.tables import print_json, print_table, say, size
+from greedy.cli.tables import print_json, print_table, say
 
 if TYPE_CHECKING:
     from greedy.forecasts.doctor import Disk, Examination

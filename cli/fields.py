@@ -50,6 +50,7 @@ FIELDS = {
     },
 }
 FIELD_OF = {option: field for fields in FIELDS.values() for option, field in fields.items()}
+DIVIDING = ("stage_layers", "stages")  # a network into stages
 TEXTS = {
     "data.name": "NAME",
     "model.stages": "NAMES",
@@ -83,6 +84,20 @@ def settings(command: F) -> F:
     for group, fields in reversed(FIELDS.items()):
         for name in reversed(fields):
             command = field_option(name, group)(command)
+    return _set(command)
+
+
+def changes(command: F) -> F:
+    """Adds --set, and an option for each field that has one and that fine-tuning can change; it
+    takes them from the run, but for the strategy."""
+    for group, fields in reversed(FIELDS.items()):
+        for name in reversed([name for name in fields if name not in DIVIDING]):
+            default = "backprop" if name == "strategy" else "the run's"
+            command = field_option(name, group, default)(command)
+    return _set(command)
+
+
+def _set(command: F) -> F:
     return click.option(
         "--set",
         "settings",
@@ -92,13 +107,15 @@ def settings(command: F) -> F:
     )(command)
 
 
-def field_option(name: str, group: str) -> Callable[[F], F]:
-    """Returns the decorator that adds the option ``name`` with the type, default and description of
-    its field."""
+def field_option(name: str, group: str, default: str | None = None) -> Callable[[F], F]:
+    """Returns the decorator that adds the option ``name`` with the type and description of its
+    field, and the field's default unless another is named."""
     field = _field(FIELD_OF[name])
     details = FIELD_OF[name]
-    if not field.is_required() and field.default is not None:
-        details += f"; default: {str(field.default).lower()}"
+    if default is None and not field.is_required() and field.default is not None:
+        default = str(field.default).lower()
+    if default is not None:
+        details += f"; default: {default}"
     values = list(_values(FIELD_OF[name], field.annotation))
     kind: dict[str, Any] = {"flag_value": "true"}
     if field.annotation is not bool:  # as text: the recipe says what is wrong with it

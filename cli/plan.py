@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
+from greedy.base.sizes import duration, size
+from greedy.base.text import sides
 from greedy.cli import fields, options
-from greedy.cli.tables import count, duration, print_json, print_table, size
+from greedy.cli.tables import count, print_json, print_table
 from greedy.cli.train import recipe_and_run
 
 if TYPE_CHECKING:
@@ -151,7 +153,7 @@ def _print(
 ) -> None:
     from greedy.memory.baselines import BASELINES  # noqa: PLC0415
 
-    shape = "x".join(map(str, data.shape))
+    shape = sides(data.shape)
     click.echo(
         f"{recipe.name}: {data.rows['train']:,} training and {data.rows['test']:,} test images "
         f"of {shape}"

@@ -5,8 +5,9 @@ from pathlib import Path
 import click
 
 from greedy.base.errors import UserError
+from greedy.base.sizes import size
 from greedy.cli import options
-from greedy.cli.tables import say, size
+from greedy.cli.tables import say
 
 
 @click.command(epilog="Example: greedy plot runs/pred runs/predsim --to curves.svg")

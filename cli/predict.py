@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
+from greedy.base.sizes import percent
 from greedy.cli import options
-from greedy.cli.tables import percent, print_json, print_table, say
+from greedy.cli.tables import print_json, print_table, say
 
 if TYPE_CHECKING:
     from greedy.results.prediction import Prediction

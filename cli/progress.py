@@ -15,9 +15,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from greedy.base.sizes import format_size
+from greedy.base.sizes import format_size, percent
 from greedy.base.text import shown
-from greedy.cli.tables import percent, say
+from greedy.cli.tables import say
 from greedy.runs.choices import Choices, StepMemory
 from greedy.runs.disk_plan import DiskPlan
 from greedy.runs.events import EpochReport, Reporter, RunOutline

@@ -3,9 +3,10 @@
 import click
 
 from greedy import recipes as shipped
+from greedy.base.sizes import percent
 from greedy.cli import options
 from greedy.cli.failures import Group
-from greedy.cli.tables import percent, print_json, print_table
+from greedy.cli.tables import print_json, print_table
 
 
 @click.group(cls=Group, epilog="Example: greedy recipes list --table 2")

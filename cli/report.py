@@ -4,8 +4,9 @@ from pathlib import Path
 
 import click
 
+from greedy.base.sizes import size
 from greedy.cli import options
-from greedy.cli.tables import say, size, waiting
+from greedy.cli.tables import say, waiting
 
 
 @click.command(epilog="Example: greedy report runs/pred runs/predsim --to report.html")

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from greedy.base.sizes import percent
 from greedy.cli import fields, options
 from greedy.cli.failures import failure_of, terminable
-from greedy.cli.tables import percent, print_json, print_table, say
+from greedy.cli.tables import print_json, print_table, say
 
 if TYPE_CHECKING:
     from greedy.results.reproduction import Row

@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 import click
 
 from greedy.base.commands import command
+from greedy.base.sizes import percent, size
 from greedy.cli import options
-from greedy.cli.tables import count, percent, print_json, print_table, say, size, waiting
+from greedy.cli.tables import count, print_json, print_table, say, waiting
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from greedy.results.evaluation import Evaluation
     from greedy.results.exits import Exits
     from greedy.runs.directory import RunDirectory
-    from greedy.runs.status import StoreStatus
+    from greedy.runs.status import StageStatus, StoreStatus
 
 LOSE = 1.0  # the default: points of error that an early exit may lose
 MOST_CLASSES = 20  # in the table of `greedy evaluate`
@@ -41,21 +42,29 @@ def status(run: Path, as_json: bool) -> None:
     stages, disk = status(state), disk_use(state)
     set_aside = trainings_set_aside(directory)
     if as_json:
-        document = {
-            "recipe": directory.recipe.name,
-            "stages": [asdict(stage) for stage in stages],
-            **asdict(disk),
-            "set_aside": [
-                asdict(training) | {"path": str(training.path)} for training in set_aside
-            ],
-        }
-        print_json(document)
+        paths = [asdict(training) | {"path": str(training.path)} for training in set_aside]
+        found = {"stages": [asdict(stage) for stage in stages], **asdict(disk), "set_aside": paths}
+        print_json({"recipe": directory.recipe.name, **found})
         return
     say(f"{directory.recipe.name} in {run}")
     if not stages:
         writing = command("train", "--run", run)
         say(f"stage 0, the data set, is not written: {writing} writes it")
         return
+    _print_stages(stages)
+    say(
+        f"stores, with the images: {size(disk.bytes_on_disk)} on disk, "
+        f"{size(disk.bytes_written)} written since the run began"
+    )
+    for training in set_aside:
+        when = f" after {training.progress}" if training.progress else ""
+        say(
+            f"{training.path}: a training interrupted{when} and set aside, {size(training.bytes)}: "
+            f"it is resumed once what it trained from is there again; otherwise delete it"
+        )
+
+
+def _print_stages(stages: "Sequence[StageStatus]") -> None:
     print_table(
         ("stage", "name", "state", "train err", "test err", "store", "B/value", "seconds"),
         (
@@ -77,16 +86,6 @@ def status(run: Path, as_json: bool) -> None:
     for stage in stages:
         if max(stage.processes or [1]) > 1:
             say(f"stage {stage.stage} was trained by {stage.trained_by} processes together")
-    say(
-        f"stores, with the images: {size(disk.bytes_on_disk)} on disk, "
-        f"{size(disk.bytes_written)} written since the run began"
-    )
-    for training in set_aside:
-        when = f" after {training.progress}" if training.progress else ""
-        say(
-            f"{training.path}: a training interrupted{when} and set aside, {size(training.bytes)}: "
-            f"it is resumed once what it trained from is there again; otherwise delete it"
-        )
 
 
 @click.command(epilog="Example: greedy evaluate --run runs/demo --split test")

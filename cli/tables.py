@@ -9,18 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from greedy.base.sizes import format_duration, format_size
 from greedy.base.text import legible_json, shown
-
-
-def percent(value: float | None) -> str:
-    """Writes an error in percent, or a dash for ``None``."""
-    return "-" if value is None else f"{value:.2f} %"
-
-
-def size(size_bytes: int | None) -> str:
-    """Writes a number of bytes as a size, or a dash for ``None``."""
-    return "-" if size_bytes is None else format_size(size_bytes)
 
 
 def count(number: int) -> str:
@@ -31,11 +20,6 @@ def count(number: int) -> str:
             return f"{value:.1f} {unit}" if unit else str(number)
         value /= 1000
     return f"{value:.1f} E"
-
-
-def duration(seconds: float | None) -> str:
-    """Writes a time, or a dash where it is not known."""
-    return "-" if seconds is None else format_duration(seconds)
 
 
 @contextmanager

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import click
 
 from greedy.base.commands import command
+from greedy.base.sizes import percent, size
 from greedy.cli import fields, options
 from greedy.cli.failures import terminable
-from greedy.cli.tables import percent, print_table, say, size, waiting
+from greedy.cli.tables import print_table, say, waiting
 
 if TYPE_CHECKING:
     from greedy.cli.progress import Lines

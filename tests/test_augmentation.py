@@ -147,7 +147,7 @@ def test_parse(text, expected):
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("hflop", "did you mean 'hflip'"),
+        ("hflop", "did you mean hflip"),
         ("", "unknown augmentation"),
         ("jitter2+crop4", "contradicts"),
         ("none+hflip", "contradicts"),

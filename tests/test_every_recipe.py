@@ -8,7 +8,8 @@ from functools import partial
 import pytest
 import torch
 
-from greedy.build.modules import build_loss, build_network, checked_shapes
+from greedy.build.fitting import checked_shapes
+from greedy.build.modules import build_loss, build_network
 from greedy.data import DATASETS, Entry
 from greedy.losses import Output
 from greedy.losses.strategies import stage_losses

@@ -234,7 +234,7 @@ def test_a_network_that_torch_cannot_trace_is_told_in_a_sentence(tmp_path, name)
         ("net.onnx", {"until": 1}, "stage 1 has no local classifier"),
         ("net.onnx", {"until": 3}, "there is no stage 3: this network has stages 1 to 2"),
         ("net.onnx", {"until": 0}, "there is no stage 0"),
-        ("net.onnx", {"format": "onxn"}, "unknown format 'onxn': did you mean 'onnx'"),
+        ("net.onnx", {"format": "onxn"}, "unknown format 'onxn': did you mean onnx"),
         ("taken.pt2", {}, "taken.pt2 exists already: .*--force"),
         ("", {"format": "onnx", "overwrite": True}, "is a folder: give the name of a file"),
         ("absent/net.pt2", {}, "absent does not exist: create it"),

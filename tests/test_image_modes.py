@@ -124,6 +124,13 @@ GREY3 = np.stack([GREY] * 3, axis=-1)
 FILES = {
     "1": (saved(Image.fromarray(GREY > 127), "PNG"), "png", 255 * (GREY3 > 127)),
     "L": (saved(Image.fromarray(GREY), "PNG"), "png", GREY3),
+    "1 as text": (
+        b"P1 8 8 " + b" ".join(b"%d" % (value < 128) for value in GREY.flat),
+        "pbm",
+        255 * (GREY3 > 127),
+    ),
+    "1 in bits": (saved(Image.fromarray(GREY > 127), "PPM"), "pbm", 255 * (GREY3 > 127)),
+    "L as text": (b"P2 8 8 255 " + b" ".join(b"%d" % value for value in GREY.flat), "pgm", GREY3),
     "LA": (saved(with_opacity("L", GREY), "PNG"), "png", over(GREY3, OPACITY)),
     "P": (saved(PALETTE, "PNG"), "png", np.asarray(PALETTE.convert("RGB"))),
     "RGB": (saved(Image.fromarray(COLOUR), "PNG"), "png", COLOUR),

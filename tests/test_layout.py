@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock
 
 from greedy.models import Stage, cut
-from greedy.stores.layout import ChannelsLast, laid_out, takes_channels_last
+from greedy.stores.channels_last import ChannelsLast, laid_out, takes_channels_last
 from greedy.stores.source import Replayed
 
 RING = {"augmentation": "hflip", "views": 2, "reuse": 1, "epochs": 4}

@@ -265,7 +265,18 @@ def test_vgg11b_3x_fits_small_gpus(number: int, precision: str, state: str, budg
 
 
 class Allocator(Counter):
-    """Is not asked for what is only counted."""
+    """Has a limit: beyond it an operator's result is released and an error raised, as by an
+    allocator. It is not asked for what is only counted."""
+
+    limit: int | None = None
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = self.live
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        if self.limit is not None and self.live > max(self.limit, before):
+            del result
+            raise torch.OutOfMemoryError
+        return result
 
     def _made(self, result, given):
         made = super()._made(result, given)

@@ -9,8 +9,8 @@ from torch import nn
 
 from greedy.losses import PredSim
 from greedy.memory.choice import fused_adam
-from greedy.memory.peaks import Replay, StepDemand
-from greedy.memory.shared import Counts
+from greedy.memory.counts import Counts
+from greedy.memory.peaks import FrozenStages, StepDemand
 from greedy.models import Stage, StageShapes, cut, resnet, shapes
 from greedy.runs.choices import StepMemory
 
@@ -27,7 +27,7 @@ def demand(
     network: list[Stage], sizes: list[StageShapes], number: int, precision: str, *, streamed: bool
 ) -> StepDemand:
     """Returns the demand of a stage behind the frozen ones before it."""
-    frozen = Replay(tuple(network[: number - 1]), sizes[0].input, ROWS, streamed)
+    frozen = FrozenStages(tuple(network[: number - 1]), sizes[0].input, ROWS, streamed)
     what = (PredSim(), CLASSES, 8, precision, fused_adam, "cpu", 3 * SIDE**2)
     stage, shape = network[number - 1], sizes[number - 1]
     return StepDemand(stage, shape, *what, replay=frozen if number > 1 else None)

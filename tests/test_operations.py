@@ -159,7 +159,7 @@ def test_other_draws_stay_as_they_are() -> None:
             "crop4+random-resized-crop",
             "contradicts itself: give none, or one of jitter2, crop4 and",
         ),
-        ("color-jiter", "did you mean 'color-jitter'"),
+        ("color-jiter", "did you mean color-jitter"),
     ],
 )
 def test_parse_refuses(text: str, problem: str) -> None:

@@ -26,7 +26,7 @@ from greedy.base.ranks import Ranks
 from greedy.base.relay import Form
 from greedy.models import cut
 from greedy.models.division import balanced
-from greedy.models.parts import parts_of_stages
+from greedy.models.shares import parts_of_stages
 
 JOINT = {
     "training__strategy": "joint",

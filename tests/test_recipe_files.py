@@ -72,6 +72,17 @@ def test_unknown_recipes_come_with_near_names(write: Write) -> None:
     )
 
 
+def test_a_file_called_like_a_shipped_recipe_does_not_take_its_place(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = recipes.load("demo")
+    write("demo", "")
+    write("mine", 'extends = "demo"\n')
+    monkeypatch.chdir(tmp_path)
+    assert recipes.load("demo") == shipped
+    assert recipes.load("mine").name == "mine"
+
+
 def test_shipped_names_do_not_lead_outside() -> None:
     assert message("../recipes/demo").startswith("there is no recipe ../recipes/demo")
 

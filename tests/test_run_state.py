@@ -9,6 +9,7 @@ from small_training import TEST, TRAIN, new_trainer, states
 
 from greedy import RunState, UserError
 from greedy.runs import record
+from greedy.runs.directory import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +76,16 @@ def test_a_damaged_record_is_told_to_those_who_need_it(tmp_path: Path) -> None:
     for number in (2, 3):
         with pytest.raises(UserError, match="stage2/stage.json is damaged"):
             state.complete_record(number)
+
+
+def test_networks_of_many_stages_are_read(tmp_path: Path) -> None:
+    new_trainer(tmp_path / "run", epochs=1).fit(TRAIN, TEST)
+    run = RunDirectory.open(tmp_path / "run")
+    last = run.record(2)
+    for number in range(3, 602):  # as many as a ResNet-1202 has blocks
+        parent = record.Parent(stage=last.stage, lineage=last.lineage)
+        changed = {"stage": number, "parent": parent, "lineage": f"{number:x}"}
+        run.stage_dir(number).mkdir(exist_ok=True)
+        last = last.model_copy(update=changed).write(run.stage_dir(number))
+    state = RunState.read(run)
+    assert {state.stage_state(number) for number in range(1, 602)} == {"complete"}

@@ -107,7 +107,7 @@ def test_a_run_is_read_while_its_stages_are_exchanged(run: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epoch": 3}, "unknown setting 'epoch': did you mean 'epochs'"),
+        ({"epoch": 3}, "unknown setting 'epoch': did you mean epochs"),
         ({"views": 0}, "store.views"),
         (
             {"mean": [0.5] * 3, "std": [0.5] * 3},

@@ -172,6 +172,14 @@ class OfIntegers(OwnLoss):
         return F.nll_loss(features.p, y)
 
 
+class Unscaled:
+    def heads(self, shape: tuple[int, ...], num_classes: int) -> LocalHeads:
+        return Pred().heads(shape, num_classes)
+
+    def __call__(self, features, y: torch.Tensor) -> torch.Tensor:
+        return Pred()(features, y)
+
+
 class OtherHeads(OwnLoss):
     def heads(self, shape: tuple[int, ...], num_classes: int) -> nn.Module:
         return nn.Linear(shape[0], num_classes)
@@ -183,6 +191,7 @@ class OtherHeads(OwnLoss):
         (nn.CrossEntropyLoss(), r"CrossEntropyLoss\(\) is no local loss"),
         ("predsim", "'predsim' is no local loss"),
         (Pred, "Pred is no local loss"),
+        (Unscaled(), "is no local loss: .* write one with heads, output_scale and __call__"),
         (Vector(), r"the loss Vector fails in stage 1 \(linear16\) \(grad can be"),
         (Number(), "the loss Number fails in stage 1 .* and returns a scalar tensor"),
         (OfIntegers(), "the loss OfIntegers fails in stage 1 .* one-hot labels"),

@@ -1,7 +1,8 @@
 """The errors of a run, and sentences that several modules say."""
 
-import difflib
 from collections.abc import Iterable
+
+from greedy.base.text import did_you_mean
 
 
 class UserError(Exception):
@@ -40,9 +41,8 @@ def missing_packages(feature: str, packages: Iterable[str], extra: str) -> UserE
 def unknown(kind: str, name: str, known: Iterable[str]) -> UserError:
     """Returns the error that ``name`` is no ``kind``, with the nearest of the known names."""
     known = list(known)
-    similar = difflib.get_close_matches(name, known, n=3)
-    hint = f"did you mean {' or '.join(map(repr, similar))}? " if similar else ""
-    return UserError(f"unknown {kind} {name!r}: {hint}choose from {', '.join(known)}")
+    hint = did_you_mean(name, known, most=3)
+    return UserError(f"unknown {kind} {name!r}: {hint}{hint and ' '}choose from {', '.join(known)}")
 
 
 def no_stage(number: int, count: int) -> UserError:

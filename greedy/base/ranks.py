@@ -103,11 +103,11 @@ class Ranks:
         """Begins to ``add``, and returns what waits until it is done."""
         if self.size == 1:
             return lambda: None
-        with self.losses_named():
+        with self.lost_processes_named():
             work = dist.all_reduce(tensor, async_op=True)
 
         def finish() -> None:
-            with self.losses_named():
+            with self.lost_processes_named():
                 work.wait()
 
         return finish
@@ -117,7 +117,7 @@ class Ranks:
         if self.size == 1:
             return number
         found = torch.tensor(number)
-        with self.losses_named():
+        with self.lost_processes_named():
             dist.all_reduce(found, dist.ReduceOp.MAX)
         return int(found)
 
@@ -130,13 +130,13 @@ class Ranks:
         if self.size == 1:
             return tensor[None]
         parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        with self.losses_named():
+        with self.lost_processes_named():
             dist.all_gather(parts, tensor.contiguous())
         return torch.stack(parts)
 
     def complete(self, tensor: Tensor, edges: Sequence[int]) -> None:
         """Fills a tensor (n,), of which each process has the numbers between two ``edges``."""
-        with self.losses_named():
+        with self.lost_processes_named():
             for rank, (start, stop) in enumerate(pairwise(edges)):
                 dist.broadcast(tensor[start:stop], rank)
 
@@ -147,7 +147,7 @@ class Ranks:
             return value
         data = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
         size = torch.tensor([len(data)])
-        with self.losses_named():
+        with self.lost_processes_named():
             dist.broadcast(size, rank)
             data = data if self.rank == rank else torch.empty(int(size), dtype=torch.uint8)
             dist.broadcast(data, rank)
@@ -169,7 +169,7 @@ class Ranks:
             self.meet()
 
     @contextmanager
-    def losses_named(self) -> Iterator[None]:
+    def lost_processes_named(self) -> Iterator[None]:
         """Raises ``TrainingError`` inside for a process that has ended or cannot be reached."""
         try:
             yield

@@ -104,7 +104,7 @@ class Relay:
         coming = [self._expect(count, training) for count in rows[:1]]
         for following in (*rows[1:], 0)[: len(rows)]:
             work, batch = coming.pop()
-            with self.ranks.losses_named():
+            with self.ranks.lost_processes_named():
                 work.wait()
             if following:
                 coming.append(self._expect(following, training))
@@ -128,17 +128,17 @@ class Relay:
             numbers = self._received(torch.zeros(2 + 2 * DIMENSIONS, dtype=torch.int64), FORM)
             self._forms[training] = Form.read(numbers)
         memory, batch = self._forms[training].empty(rows, self.device)
-        with self.ranks.losses_named():
+        with self.ranks.lost_processes_named():
             return dist.irecv(memory, self.ranks.rank - 1, tag=BATCH), batch
 
     def _received(self, message: Tensor, kind: int) -> Tensor:
-        with self.ranks.losses_named():
+        with self.ranks.lost_processes_named():
             dist.recv(message, self.ranks.rank - 1, tag=kind)
         return message
 
     def _post(self, message: Tensor, kind: int) -> None:
         sent = self._sent[kind]
-        with self.ranks.losses_named():
+        with self.ranks.lost_processes_named():
             sent.append((dist.isend(message, self.ranks.rank + 1, tag=kind), message))
             while len(sent) > AHEAD:
                 sent.popleft()[0].wait()

@@ -35,3 +35,18 @@ def format_duration(seconds: float) -> str:
         else:
             break
     return f"{value:.1f} {unit}" if value < 9.95 else f"{value:.0f} {unit}"
+
+
+def size(size_bytes: float | None) -> str:
+    """Returns ``format_size`` of a number of bytes, or a dash where it is not known."""
+    return "-" if size_bytes is None else format_size(size_bytes)
+
+
+def duration(seconds: float | None) -> str:
+    """Returns ``format_duration`` of a time, or a dash where it is not known."""
+    return "-" if seconds is None else format_duration(seconds)
+
+
+def percent(value: float | None) -> str:
+    """Returns an error in percent, or a dash where it is not known."""
+    return "-" if value is None else f"{value:.2f} %"

@@ -4,6 +4,7 @@ import json
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 SHOWN = 3  # names in a message
@@ -16,6 +17,18 @@ def first_names(names: Sequence[object]) -> str:
     """Returns the first three of some names, joined by commas, with an ellipsis where there are
     more."""
     return ", ".join(map(str, names[:SHOWN])) + (", …" if len(names) > SHOWN else "")
+
+
+def did_you_mean(word: str, words: Iterable[str], most: int = 1) -> str:
+    """Returns a question that suggests up to ``most`` similar ``words``, empty where none is
+    similar."""
+    matches = get_close_matches(word, list(filter(None, words)), n=most)
+    return f"did you mean {' or '.join(matches)}?" if matches else ""
+
+
+def sides(shape: Sequence[int]) -> str:
+    """Returns a shape such as ``3x32x32``."""
+    return "x".join(map(str, shape))
 
 
 def ranges(numbers: Iterable[int]) -> str:

@@ -8,7 +8,8 @@ from torch import nn
 
 from greedy.base.errors import UserError
 from greedy.base.torch_private import has_hooks
-from greedy.build.modules import build_cross_entropy, checked_shapes
+from greedy.build.fitting import checked_shapes
+from greedy.build.modules import build_cross_entropy
 from greedy.build.trainable import require_trainable
 from greedy.losses import LocalLoss
 from greedy.losses.prediction import PLAIN, CrossEntropy

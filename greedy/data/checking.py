@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from greedy.base.errors import UserError
-from greedy.base.text import first_names
+from greedy.base.text import first_names, sides
 from greedy.data.folder import FolderSplit
 from greedy.data.images import UnreadableImage, open_image
 from greedy.data.listing import first_paths
@@ -85,14 +85,14 @@ def _check(split: FolderSplit, file: Path) -> tuple[Problem | None, str]:
             if image.kind != split.first.kind:
                 return "other kind", KINDS[image.kind]
             if not split.first.resized and image.size != split.first.size:
-                return "other size", "x".join(map(str, image.size))
+                return "other size", sides(image.size)
             return ("animated" if image.animated else None), ""
     except UnreadableImage as error:
         return "unreadable", error.reason
 
 
 def _require_alike(split: FolderSplit, problems: Mapping[Problem, dict[Path, str]]) -> None:
-    first, size = split.first, "x".join(map(str, split.first.size))
+    first, size = split.first, sides(split.first.size)
     named = first.file.relative_to(split.root)
     if others := problems.get("other kind"):
         raise UserError(

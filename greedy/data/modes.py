@@ -55,8 +55,11 @@ def loses_bits(image: Image.Image) -> bool:
         first, *others = _arguments(arguments)
         if str(first).endswith((";16L", ";16B", ";16N")) or codec == "SGI16":
             return True
-        # The largest value of a portable pixmap; the bytes a channel of SGI's compression.
-        if (codec.startswith("ppm") and others[0] > 255) or (codec == "sgi_rle" and others[1] > 1):
+        # The largest value of a portable pixmap, of which those of one bit have none; the bytes a
+        # channel of SGI's compression.
+        if codec.startswith("ppm") and others and others[0] > 255:
+            return True
+        if codec == "sgi_rle" and others[1] > 1:
             return True
     return False
 

@@ -63,7 +63,7 @@ def step(
     count = row_count(inputs, "the inputs")
     slices = [slice(at, min(at + micro_batch, count)) for at in range(0, count, micro_batch)]
     device = device_of(module, inputs)
-    with whole_gradients(module.parameters()), Replay([module], device) as replay:
+    with gradients_or_none_changed(module.parameters()), Replay([module], device) as replay:
         passes = Passes(module, inputs, slices, device, replay)
         value, slopes = differentiated(loss, passes.outputs(), targets)
         _hand_on(inputs, passes.backward(slopes))
@@ -72,7 +72,7 @@ def step(
 
 
 @contextmanager
-def whole_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+def gradients_or_none_changed(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
     """Returns a context that adds to the gradients of parameters, or leaves them as they were if it
     fails."""
     before = [(parameter, parameter.grad) for parameter in parameters]

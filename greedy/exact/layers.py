@@ -16,7 +16,7 @@ LAYERS = (F.linear, *CONVOLUTIONS)
 Place = tuple[int, int]  # a weight, by ``id``, and the number of its use in a forward pass
 
 
-class Call(NamedTuple):
+class LayerCall(NamedTuple):
     """The arguments of a layer's function."""
 
     input: Tensor
@@ -63,7 +63,7 @@ class Layers:
 
     def __call__(self, function: Callable[..., Tensor], args: Any, kwargs: Any) -> Tensor:
         """Returns what one of ``LAYERS`` gives."""
-        call = Call(*args, **kwargs)
+        call = LayerCall(*args, **kwargs)
         if not isinstance(call.weight, nn.Parameter) or isinstance(call.padding, str):
             return function(*args, **kwargs)
         use = self._uses.get(id(call.weight), 0)
@@ -86,7 +86,7 @@ class Recalled(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: Call, known: Tensor
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, call: LayerCall, known: Tensor
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.geometry, ctx.groups = call.geometry, call.groups

@@ -27,7 +27,7 @@ from greedy.exact.statistics import Statistics
 DIRECT = (torch.batch_norm, torch.native_batch_norm)
 
 
-class Call(NamedTuple):
+class NormCall(NamedTuple):
     """The arguments of ``torch.nn.functional.batch_norm``."""
 
     input: Tensor
@@ -62,14 +62,14 @@ class Norm:
     statistics: Statistics | None = None
     sums: Tensor | None = None
     handle: Tensor | None = None
-    call: Call | None = None
+    call: NormCall | None = None
     gradients: KeptRows | None = None
     root: Tensor | None = None
     shares: Shares | None = None
     own_sums: Tensor | None = None
     _partial: Statistics | None = field(default=None, repr=False)
 
-    def __call__(self, call: Call, number: int) -> Tensor:
+    def __call__(self, call: NormCall, number: int) -> Tensor:
         """Normalises micro-batch ``number``, (m, C, ...); with unknown statistics adds it to them
         instead, and returns zeros."""
         if self.call is not None and not _is_same(self.call, call):
@@ -225,7 +225,7 @@ class Norms(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.batch_norm and (call := Call(*args, **kwargs)).training:
+        if func is F.batch_norm and (call := NormCall(*args, **kwargs)).training:
             return self._norm(call)
         if self.layers is not None and func in LAYERS:
             return self.layers(func, args, kwargs)
@@ -245,7 +245,7 @@ class Norms(TorchFunctionMode):
         if self.index != len(self.norms):
             raise differs()
 
-    def _norm(self, call: Call) -> Tensor:
+    def _norm(self, call: NormCall) -> Tensor:
         if self.index == len(self.norms):
             raise differs()
         norm = self.norms[self.index]
@@ -277,7 +277,7 @@ def back(
             raise differs() from error
 
 
-def _is_same(one: Call, other: Call) -> bool:
+def _is_same(one: NormCall, other: NormCall) -> bool:
     return one.weight is other.weight and one.input.shape[1] == other.input.shape[1]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from greedy.base.errors import UserError
+from greedy.base.seeds import derive_seed
 from greedy.base.torch_private import BATCH_NORMS, generators
 
 
@@ -54,7 +55,7 @@ class Replay:
             buffer.restore()
         states = [generator.get_state() for generator in self.generators]
         for generator in self.generators:
-            generator.manual_seed(hash((self.seed, part, number)) % 2**63)
+            generator.manual_seed(derive_seed(self.seed, "micro-batch", part, number))
         try:
             yield
         finally:

@@ -10,7 +10,7 @@ from torch.autograd.graph import Node
 
 from greedy.base.errors import UserError
 from greedy.base.torch_private import storage_key
-from greedy.exact.norms import Call, Norm, Normalise, Norms, back, differs
+from greedy.exact.norms import Norm, Normalise, NormCall, Norms, back, differs
 from greedy.exact.rows import row_count, tensors_in
 from greedy.exact.statistics import Statistics
 
@@ -101,7 +101,7 @@ class Probe(Norms):
             self._behind[key] = old | behind
         return result
 
-    def _norm(self, call: Call) -> Tensor:
+    def _norm(self, call: NormCall) -> Tensor:
         statistics = Statistics.of(call.input.detach())
         mean = statistics.mean
         like = next((t for t in call[1:4] if t is not None), call.input)

@@ -37,7 +37,7 @@ from greedy.recipes.per_stage import encoding
 from greedy.steps.guard import Guard
 from greedy.steps.step import Learner
 from greedy.steps.strategies import Greedy
-from greedy.stores.layout import laid_out, takes_channels_last
+from greedy.stores.channels_last import laid_out, takes_channels_last
 from greedy.stores.source import EpochBatches, Replayed, Source
 from greedy.training.calibration import Measured, Work
 from greedy.training.learners import new_learner, new_optimizer

@@ -18,7 +18,7 @@ class Machine:
         device: ``cpu``, ``cuda`` or ``mps``.
         precision: ``float32``, ``bfloat16`` or ``float16``.
         memory_budget_bytes: bytes that a step may take on the device; ``None`` for any number.
-        optimizer_state: where the optimiser's moments are: ``device`` or ``host``.
+        optimizer_state: where the optimiser's moments are: ``device``, ``host`` or ``sharded``.
         processes: the number of processes that train together on it; memory is that of each.
         drawing: the device that draws views beside the steps; ``None`` if they take turns.
     """

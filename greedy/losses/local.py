@@ -83,7 +83,8 @@ class LocalLoss(Protocol):
 
 def require_local_loss(loss: Any) -> None:
     """Raises ``UserError`` for an object that is no local loss."""
-    if isinstance(loss, type) or not (callable(loss) and hasattr(loss, "heads")):
+    has_all = callable(loss) and hasattr(loss, "heads") and hasattr(loss, "output_scale")
+    if isinstance(loss, type) or not has_all:
         named = loss.__name__ if isinstance(loss, type) else repr(loss)
         raise UserError(
             f"{named} is no local loss: give one of greedy.losses, such as "

@@ -16,10 +16,8 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from greedy.base.sizes import format_size
 from greedy.base.torch_private import DEVICE, TorchDispatchMode, storage_key, tree_leaves
 
 
@@ -27,22 +25,17 @@ class Counter(TorchDispatchMode):
     """Counts every storage that an operator makes inside its ``with``, until it is released.
 
     Counted are the bytes of storages on devices of ``device_type``, each once, however many views
-    it has. The working memory of an operator is not counted. Beyond a ``limit`` an operator's
-    result is released and ``torch.OutOfMemoryError`` raised, as by an allocator, but after the
-    operator has run, which may have updated running statistics. If a backward pass fails in this
-    way, torch's queue for the CPU keeps the branches that were waiting.
+    it has. The working memory of an operator is not counted.
 
     Attributes:
         device_type: the type of the devices whose storages are counted.
         live: bytes in use now, also after the ``with``.
         peak: most bytes in use at a time since the start or ``reset_peak``.
-        limit: bytes that may be in use, ``None`` for any number; may be changed at any time.
     """
 
-    def __init__(self, device_type: str = "cpu", limit: int | None = None) -> None:
+    def __init__(self, device_type: str = "cpu") -> None:
         super().__init__()
         self.device_type = device_type
-        self.limit = limit
         self.live = 0
         self.peak = 0
         self._bytes: dict[int, int] = {}  # by storage
@@ -68,16 +61,8 @@ class Counter(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func is DEVICE:  # which is asked more often than anything is computed
             return result
-        before = self.live
         for tensor in self._made(result, (args, kwargs)):
             self._count(tensor)
-        if self.limit is not None and self.live > max(self.limit, before):
-            wanted = self.live - before
-            del result, tensor
-            raise torch.OutOfMemoryError(
-                f"{format_size(wanted)} more than {format_size(before)} is over the limit of "
-                f"{format_size(self.limit)}"
-            )
         self.peak = max(self.peak, self.live)
         return result
 

@@ -17,6 +17,7 @@ from greedy.base.torch_private import DEPENDS_ON_NUMBERS, without_modes
 from greedy.cache.order import largest_share
 from greedy.losses import LocalLoss, make_heads
 from greedy.memory.counting import Counter
+from greedy.memory.counts import META, Counts, FrozenStage, Pass, stage_bytes, tensor_bytes
 from greedy.memory.fake import (
     LossStandIn,
     count_with_loss,
@@ -25,12 +26,11 @@ from greedy.memory.fake import (
     make_state,
     materialise,
 )
-from greedy.memory.shared import META, Counts, FrozenStage, Pass, stage_bytes, tensor_bytes
 from greedy.models import Shape, Stage, StageShapes
 from greedy.runs.choices import StepMemory
 from greedy.steps.step import Learner, gradients
 from greedy.steps.unfolded import unfolds
-from greedy.stores.layout import laid_out, takes_channels_last
+from greedy.stores.channels_last import laid_out, takes_channels_last
 from greedy.stores.source import WRITE_ROWS, Batch
 from greedy.stores.source import replay as compute_replay
 
@@ -42,7 +42,7 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
-class Replay:
+class FrozenStages:
     """The frozen stages between a store and the stage that trains.
 
     Attributes:
@@ -89,7 +89,7 @@ class StepDemand:
     optimizer: OptimizerFactory | None
     device_type: str
     stored_row_bytes: int
-    replay: Replay | None = None
+    replay: FrozenStages | None = None
     other_resident_bytes: int = 0
     processes: int = 1
     is_divided: bool = False
@@ -254,7 +254,7 @@ class StepDemand:
     def _read(self, rows: int) -> Pass:
         """Returns what it takes to compute the stage's input for some rows of a batch as
         ``Source.inputs`` does."""
-        replay = self.replay or Replay((), self.shapes.input, WRITE_ROWS)
+        replay = self.replay or FrozenStages((), self.shapes.input, WRITE_ROWS)
         kinds = tuple(map(self.counts.kind, replay.stages))
         layouts = tuple(takes_channels_last(each, self.device_type) for each in replay.stages)
         what = replace(replay, stages=()), rows, self.stored_row_bytes
@@ -263,7 +263,7 @@ class StepDemand:
             self.counts.passes[key] = self._counted_read(replay, layouts, rows)
         return self.counts.passes[key]
 
-    def _counted_read(self, replay: Replay, layouts: Sequence[bool], rows: int) -> Pass:
+    def _counted_read(self, replay: FrozenStages, layouts: Sequence[bool], rows: int) -> Pass:
         with fake_tensors(), Counter() as counter, torch.no_grad():
             frozen = [
                 FrozenStage(stage, self.counts, counter, self.precision, streamed=replay.streamed)

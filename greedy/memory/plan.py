@@ -17,13 +17,13 @@ from greedy.memory.choice import (
     rows_written,
     stored_row_bytes,
 )
+from greedy.memory.counts import Counts
 from greedy.memory.drawing import DrawingDevice
 from greedy.memory.fake import FakeRanks
-from greedy.memory.peaks import OptimizerFactory, Replay, StepDemand, key_of, weight_bytes
+from greedy.memory.peaks import FrozenStages, OptimizerFactory, StepDemand, key_of, weight_bytes
 from greedy.memory.separate import why_plain
-from greedy.memory.shared import Counts
 from greedy.models import Stage, StageShapes
-from greedy.models.parts import parts_of_stages
+from greedy.models.shares import parts_of_stages
 from greedy.recipes import Recipe
 from greedy.runs.disk_plan import DiskPlan
 from greedy.steps.optimizers import factory
@@ -204,14 +204,14 @@ class MemoryPlan:
             self._streamed[number] = not room
         return self._streamed[number]
 
-    def _replay(self, source: int, number: int) -> Replay | None:
+    def _replay(self, source: int, number: int) -> FrozenStages | None:
         """Returns the frozen stages between the store of stage ``source`` and stage ``number``."""
         stages = tuple(self.network.stages[source : number - 1])
         if not stages:
             return None
         between = self.network.shapes[source : number - 1]
         rows = min(write_batch(shapes, self.device_type) for shapes in between)
-        return Replay(stages, self.network.shapes[source].input, rows)
+        return FrozenStages(stages, self.network.shapes[source].input, rows)
 
     def _drawing(self, number: int, *, streamed: bool) -> StepDemand:
         """Returns the demand of drawing views of a frozen stage's store from the images, while the

@@ -1,11 +1,11 @@
 """Networks of torchvision and timm by their names, with weights drawn at random."""
 
-from difflib import get_close_matches
 from typing import Any, Final
 
 from torch import nn
 
 from greedy.base.errors import UserError, first_line, missing_packages
+from greedy.base.text import did_you_mean
 from greedy.models.stages import Shape
 
 _AUXILIARY: Final = ("googlenet", "inception_v3")  # whose training gives several outputs
@@ -71,6 +71,5 @@ def _from_timm(name: str, image: Shape, classes: int) -> nn.Module:
 
 def _require_known(library: str, name: str, known: list[str]) -> None:
     if name not in known:
-        similar = get_close_matches(name, known, n=3)
-        hint = f"did you mean {' or '.join(similar)}?" if similar else "see its list of models"
+        hint = did_you_mean(name, known, most=3) or "see its list of models"
         raise UserError(f"{library} has no network {name!r}: {hint}")

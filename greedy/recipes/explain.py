@@ -1,13 +1,14 @@
 """A validation error as one sentence: the field, its value, what is allowed."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any
 
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
+from greedy.base.text import did_you_mean
 from greedy.recipes.limits import Unshown
 from greedy.recipes.schema import SECTIONS, Recipe
 
@@ -28,13 +29,6 @@ def allowed(key: str) -> str:
     section, _, field = key.rpartition(".")
     model: type[BaseModel] = SECTIONS[section] if section else Recipe
     return _words(model.model_json_schema()["properties"][field])
-
-
-def suggestion(word: str, words: Iterable[str], most: int = 1) -> str:
-    """Returns a question that suggests up to ``most`` similar ``words``, empty where none is
-    similar."""
-    matches = get_close_matches(word, list(filter(None, words)), n=most)
-    return f"; did you mean {' or '.join(matches)}?" if matches else ""
 
 
 def _depth(error: ErrorDetails) -> int:
@@ -61,7 +55,8 @@ def _explained(key: str, error: ErrorDetails, document: Mapping[str, Any]) -> st
         return f"{key} is {shown} but must {error['ctx']['error']}"
     field = allowed(key)
     choices = field.partition("one of ")[2].split(", ")
-    return f"{key} is {shown} but must be {field}{suggestion(str(value), choices)}"
+    hint = did_you_mean(str(value), choices)
+    return f"{key} is {shown} but must be {field}{hint and '; '}{hint}"
 
 
 def _advice(key: str) -> str:

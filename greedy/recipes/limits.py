@@ -1,9 +1,11 @@
 """Limits of memory and disk, sizes such as 4GiB; URLs of object storage."""
 
-import re
 from typing import Annotated
 
 from pydantic import AfterValidator, BeforeValidator
+
+from greedy.base.errors import UserError
+from greedy.base.sizes import parse_size
 
 
 class Unshown(ValueError):
@@ -19,7 +21,11 @@ def _as_text(value: object) -> object:
 
 
 def _is_size(text: str) -> bool:
-    return re.fullmatch(r"\d+(\.\d+)? ?([KMGT]i?)?B", text) is not None
+    try:
+        parse_size(text)
+    except UserError:
+        return False
+    return True
 
 
 def _size(text: str) -> str:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from greedy.base.errors import UserError
 from greedy.base.files import read_limited
-from greedy.base.text import legible
+from greedy.base.text import did_you_mean, legible
 from greedy.recipes import explain, milestones
 from greedy.recipes.identity import differences
 from greedy.recipes.networks import NETWORK_FIELDS, is_function
@@ -40,12 +40,12 @@ def load(
     inherits: bool = True,
     epochs_scale: float = 1,
 ) -> Recipe:
-    """Returns the recipe of that name, or of that file if the argument ends in .toml or is a file.
-    Overrides such as ``training.epochs=10`` come on top, and ``epochs_scale`` multiplies the epochs
-    last, to at least 1. Unless it ``inherits``, the file may not extend another. Raises
-    ``UserError`` for any mistake in it."""
+    """Returns the recipe of that name, or of that file if the argument ends in .toml or names no
+    shipped recipe. Overrides such as ``training.epochs=10`` come on top, and ``epochs_scale``
+    multiplies the epochs last, to at least 1. Unless it ``inherits``, the file may not extend
+    another. Raises ``UserError`` for any mistake in it."""
     path, name = Path(name_or_path), str(name_or_path)
-    if path.suffix == ".toml" or path.is_file():
+    if path.suffix == ".toml" or (name not in _shipped() and path.is_file()):
         name = legible(path.stem)
     else:
         path = _shipped_path(name, names)
@@ -182,8 +182,8 @@ def _shipped() -> dict[str, Path]:
 def _shipped_path(name: str, candidates: Callable[[], Iterable[str]]) -> Path:
     path = _shipped().get(name)
     if path is None:
-        hint = explain.suggestion(name, candidates(), most=3) or "; `greedy recipes list` shows all"
-        raise UserError(f"there is no recipe {name}{hint}")
+        hint = did_you_mean(name, candidates(), most=3) or "`greedy recipes list` shows all"
+        raise UserError(f"there is no recipe {name}; {hint}")
     return path
 
 

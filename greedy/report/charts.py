@@ -170,7 +170,7 @@ def _pointer(x: Spec, titles: Mapping[str, str]) -> Spec:
 
 
 def memory(run: RunFacts) -> Spec | None:
-    """Draws the memory of a step of stage stage, and that of other ways to train the whole network;
+    """Draws the memory of a step of each stage, and that of other ways to train the whole network;
     returns ``None`` if none of it is known."""
     if run.at_once:
         this_run = [(f"this run, {run.recipe.training.strategy}", run.step_memory_bytes)]

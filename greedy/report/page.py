@@ -14,7 +14,7 @@ from torch import nn
 from greedy.base.devices import pick_device
 from greedy.base.errors import UserError, missing_packages
 from greedy.base.files import require_writable, write_output
-from greedy.base.sizes import format_duration, format_size
+from greedy.base.sizes import duration, percent, size
 from greedy.base.text import legible
 from greedy.losses import LocalLoss
 from greedy.recipes import loss_label, network_label, to_toml
@@ -77,7 +77,7 @@ def render(runs: Sequence[RunFacts]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"size": _size, "percent": _percent, "duration": _duration}
+    environment.filters |= {"size": size, "percent": percent, "duration": duration}
     environment.filters["rgb"] = lambda colour: "rgb({},{},{})".format(*colour)
     sections = [_Section.of(number, run) for number, run in enumerate(runs, start=1)]
     shared = _comparison(runs) if len(runs) > 1 else {}
@@ -186,15 +186,3 @@ def _mistakes(run: RunFacts) -> list[dict[str, Any]]:
         }
         for mistake in run.test.mistakes
     ]
-
-
-def _size(size_bytes: int | None) -> str:
-    return "-" if size_bytes is None else format_size(size_bytes)
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f} %"
-
-
-def _duration(seconds: float | None) -> str:
-    return "-" if seconds is None else format_duration(seconds)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 
 from greedy.base.devices import full_float32, to_device
 from greedy.base.errors import UserError
-from greedy.memory.choice import memory_budget as memory_budget_of
+from greedy.cache import Store
+from greedy.memory.choice import memory_budget as budget_of_recipe
 from greedy.memory.forward import Forward, fit_forward
 from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.state import RunState
@@ -71,14 +73,14 @@ def evaluate(
         UserError: there is no such split, or the budget is too small.
     """
     names = RunState.read(run).complete_record(0).class_names
-    tally = _Tally(np.zeros(len(names), int), np.zeros(len(names), int))
+    tally = Tally.of(len(names))
     for logits, labels in classified(run, network, split, device, memory_budget):
         tally.add(logits, labels)
     return tally.evaluation(split, names)
 
 
 @dataclass
-class _Tally:
+class Tally:
     """Sums over the images of a split: of each class how many there are and are wrong, the loss,
     and how often the right class is not among the likeliest."""
 
@@ -87,7 +89,28 @@ class _Tally:
     loss: float = 0.0
     beyond: int = 0
 
+    @classmethod
+    def of(cls, classes: int) -> Self:
+        """Returns the tally of no image."""
+        return cls(np.zeros(classes, int), np.zeros(classes, int))
+
+    @property
+    def rows(self) -> int:
+        """The number of images."""
+        return int(self.samples.sum())
+
+    @property
+    def error_percent(self) -> float:
+        """The share of images whose likeliest class is wrong."""
+        return 100 * int(self.wrong.sum()) / self.rows
+
+    @property
+    def mean_loss(self) -> float:
+        """The mean cross-entropy."""
+        return self.loss / self.rows
+
     def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Adds images, given their logits (rows, classes) and labels (rows,)."""
         self.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
         wrong, classes = labels[logits.argmax(dim=1) != labels], len(self.samples)
         self.samples += np.bincount(labels.cpu(), minlength=classes)
@@ -96,19 +119,19 @@ class _Tally:
         self.beyond += int((likeliest != labels[:, None]).all(dim=1).sum())
 
     def evaluation(self, split: str, names: Sequence[str]) -> Evaluation:
+        """Returns what the sums say of the split, whose classes have these names."""
         counts = zip(names, self.samples.tolist(), self.wrong.tolist(), strict=True)
         by_class = [
             ClassError(n, total, 100 * w / total if total else None) for n, total, w in counts
         ]
         errors = [each.error_percent for each in by_class if each.error_percent is not None]
-        rows = int(self.samples.sum())
         return Evaluation(
             split,
-            rows,
-            error_percent=100 * int(self.wrong.sum()) / rows,
-            loss=self.loss / rows,
+            self.rows,
+            error_percent=self.error_percent,
+            loss=self.mean_loss,
             balanced_error_percent=sum(errors) / len(errors),
-            top5_error_percent=100 * self.beyond / rows if len(names) > TOP else None,
+            top5_error_percent=100 * self.beyond / self.rows if len(names) > TOP else None,
             by_class=by_class,
         )
 
@@ -122,16 +145,33 @@ def classified(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields logits (rows, classes) and labels (rows,) on the device, batch by batch of a split, in
     the order of its store. Arguments and errors are those of ``evaluate``."""
-    if split not in SPLITS:
-        raise UserError(f"{split!r} is not a split: use {' or '.join(SPLITS)}")
+    require_split(split)
     RunState.read(run).complete_record(0)
     store = run.open_store(0, split)
-    budget = memory_budget_of(run.recipe, device) if memory_budget is None else memory_budget
+    budget = budget_or_own(run, device, memory_budget)
     forward = fit_forward(network, store.row_shape, budget, device.type)
-    starts = range(0, store.rows, forward.rows)
-    for start, images in zip(starts, store.batches(0, forward.rows), strict=True):
+    for images, labels in image_batches(store, forward.rows, device):
+        yield _logits(forward, images), labels
+
+
+def require_split(split: str) -> None:
+    """Raises ``UserError`` for a name that is not a split's."""
+    if split not in SPLITS:
+        raise UserError(f"{split!r} is not a split: use {' or '.join(SPLITS)}")
+
+
+def budget_or_own(run: RunDirectory, device: torch.device, budget: int | None) -> int:
+    """Returns a memory budget in bytes, by default that of the run's recipe."""
+    return budget_of_recipe(run.recipe, device) if budget is None else budget
+
+
+def image_batches(store: Store, size: int, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields all images of a split as floats and their labels, both on the device, ``size`` at a
+    time, in the order of the store."""
+    starts = range(0, store.rows, size)
+    for start, images in zip(starts, store.batches(0, size), strict=True):
         labels = torch.from_numpy(store.labels[start : start + len(images)]).to(device)
-        yield _logits(forward, raw_to_float(images, device)), labels
+        yield raw_to_float(images, device), labels
 
 
 @full_float32()

@@ -4,18 +4,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from greedy.base.devices import full_float32
-from greedy.base.errors import UserError
 from greedy.build.cut_network import OUTPUT
 from greedy.losses import LocalLoss
-from greedy.memory.choice import memory_budget as memory_budget_of
 from greedy.memory.forward import fit_forward
 from greedy.models import Shape, Stage, StageShapes, shapes
-from greedy.results.evaluation import raw_to_float
-from greedy.runs.directory import SPLITS, RunDirectory
+from greedy.results.evaluation import Tally, budget_or_own, image_batches, require_split
+from greedy.runs.directory import RunDirectory
 from greedy.runs.network import (
     NoLocalClassifier,
     load_stage,
@@ -95,13 +92,12 @@ def evaluate_exits(
     Raises:
         UserError: a stage is missing, stale or damaged, or there is no such split.
     """
-    if split not in SPLITS:
-        raise UserError(f"{split!r} is not a split: use {' or '.join(SPLITS)}")
+    require_split(split)
     state = RunState.read(run)
     data, stages = state.complete_record(0), stages_of(state, model)
     stage_shapes = shapes(stages, data.row_shape)
     hidden = [shape.hidden for shape in stage_shapes]
-    budget = memory_budget_of(run.recipe, device) if memory_budget is None else memory_budget
+    budget = budget_or_own(run, device, memory_budget)
     modules = (module for stage in stages for module in stage.modules_for_inference())
     forward = fit_forward(nn.Sequential(*modules), data.row_shape, budget, device.type)
     device = device if forward.resident else torch.device("cpu")
@@ -116,19 +112,17 @@ def evaluate_exits(
     # The output layer's h may only be followed by pooling, which gives the logits.
     ends = (*classifiers, stages[-1].pool)
     heads = [None if head is None else head.to(device) for head in ends]
-    tallies = [_Tally() for _ in stages]
+    tallies = [Tally.of(len(data.class_names)) for _ in stages]
     normalise = normalisation_module(run.recipe, data).to(device)
     store = run.open_store(0, split)
-    starts = range(0, store.rows, forward.rows)
-    for start, images in zip(starts, store.batches(0, forward.rows), strict=True):
-        labels = torch.from_numpy(store.labels[start : start + len(images)]).to(device)
-        x = normalise(raw_to_float(images, device))
+    for images, labels in image_batches(store, forward.rows, device):
+        x = normalise(images)
         for stage, head, tally in zip(stages, heads, tallies, strict=True):
             h = stage.hidden(x)
             if head is not None:
                 tally.add(head(h), labels)
             x = stage.pool(h)
-    exits = list(_exits(stages, stage_shapes, heads, tallies, store.rows))
+    exits = list(_exits(stages, stage_shapes, heads, tallies))
     return Exits(split, store.rows, exits)
 
 
@@ -136,8 +130,7 @@ def _exits(
     stages: Sequence[Stage],
     stage_shapes: Sequence[StageShapes],
     heads: Sequence[nn.Sequential | None],
-    tallies: Sequence["_Tally"],
-    rows: int,
+    tallies: Sequence[Tally],
 ) -> Iterator[Exit]:
     parameters = operations = 0
     for stage, shape, head, tally in zip(stages, stage_shapes, heads, tallies, strict=True):
@@ -146,21 +139,11 @@ def _exits(
         yield Exit(
             stage.number,
             OUTPUT if stage is stages[-1] else stage.name,
-            None if head is None else 100 * tally.wrong / rows,
-            None if head is None else tally.loss / rows,
+            None if head is None else tally.error_percent,
+            None if head is None else tally.mean_loss,
             parameters + _parameters(head),
             operations + _operations(head, shape),
         )
-
-
-@dataclass
-class _Tally:
-    loss: float = 0.0
-    wrong: int = 0
-
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        self.loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-        self.wrong += int((logits.argmax(dim=1) != labels).sum())
 
 
 def _classifier(

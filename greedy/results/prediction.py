@@ -13,13 +13,11 @@ from greedy.base.devices import full_float32
 from greedy.base.errors import UserError
 from greedy.data.images import MODES, Reading, open_image
 from greedy.data.modes import KINDS
-from greedy.memory.choice import memory_budget as memory_budget_of
 from greedy.memory.forward import fit_forward
-from greedy.results.evaluation import raw_to_float
+from greedy.results.evaluation import budget_or_own, raw_to_float
 from greedy.runs.directory import RunDirectory
 from greedy.runs.record import StageRecord
 from greedy.runs.state import RunState
-from greedy.stores.stage0 import pixel_kind
 
 BATCH = 32  # images at a time: fast enough, and little memory compared with the weights
 
@@ -76,7 +74,7 @@ def predict(
     for path in images:
         if path.is_dir():
             raise UserError(f"{path} is a folder: name the images in it, such as {path}/*.png")
-    budget = memory_budget_of(run.recipe, device) if memory_budget is None else memory_budget
+    budget = budget_or_own(run, device, memory_budget)
     forward = fit_forward(network, data.row_shape, budget, device.type)
     batch, reading = min(BATCH, forward.rows), Reading.of(run.recipe.data)
 
@@ -97,7 +95,11 @@ def _require_images(run: RunDirectory, data: StageRecord) -> None:
             f"image files have 1 or 3 channels and the images of {run.path} {channels}: give "
             f"them to `greedy.runs.network.assemble`'s network in Python"
         )
-    if data.store is not None and data.store.encoding == "float32" and pixel_kind(data) == "bytes":
+    if (
+        data.store is not None
+        and data.store.encoding == "float32"
+        and data.data_choices.pixels == "bytes"
+    ):
         raise UserError(
             f"{run.path} was trained on floats, which cannot be made from an image file: give them "
             f"to `greedy.runs.network.assemble`'s network in Python"
@@ -137,7 +139,7 @@ def _read(file: Path, data: StageRecord, reading: Reading) -> np.ndarray | UserE
     """Reads an image file as a row of the data set, (C, H, W) of bytes or float32, or returns the
     error."""
     channels, height, width = data.row_shape
-    trained = pixel_kind(data)
+    trained = data.data_choices.pixels
     try:
         with open_image(file, reading) as image:
             if image.kind != trained:

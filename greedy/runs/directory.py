@@ -28,7 +28,7 @@ from greedy.runs.exchange import (
     read_consistently,
     replacing,
 )
-from greedy.runs.record import HISTORY, StageRecord
+from greedy.runs.record import HISTORY, STORE, StageRecord
 
 Result = TypeVar("Result")
 SPLITS = ("train", "test")
@@ -171,7 +171,7 @@ class RunDirectory:
     def store_path(self, number: int) -> Path:
         """Returns the activation store of a stage: a Zarr group with ``train`` and ``test``. The
         directory of either may stand for a store in object storage."""
-        return self.stage_dir(number) / "activations.zarr"
+        return self.stage_dir(number) / STORE
 
     def open_store(self, number: int, split: str) -> Store:
         """Opens a split of a stage's store. Its errors say how to repair it."""
@@ -225,7 +225,7 @@ class RunDirectory:
     def _finish_exchanges(self) -> None:
         if (old := exchange_path(self.network_dir, OLD)).exists():
             shutil.rmtree(old)
-        stores = ("stage*/.activations.zarr", "stage*/activations.zarr/.train")
+        stores = (f"stage*/.{STORE}", f"stage*/{STORE}/.train")
         for pattern in stores:
             for unfinished in self.path.glob(pattern + PART):
                 remove_tree(unfinished)

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from greedy.cache import remove_tree
 from greedy.cache.files import rename, sync_below
-from greedy.runs.record import ENCODER, FILES, HEADS, HISTORY
+from greedy.runs.record import ENCODER, FILES, HEADS, HISTORY, STORE
 
 Result = TypeVar("Result")
 
@@ -22,7 +22,7 @@ NEW, OLD = ".new", ".old"  # endings of the temporary names during an exchange
 PART = ".part"  # and before it, while the new directory is filled
 CHECKPOINT = "checkpoint"  # the directory in that of an unfinished stage
 # The files of greedy in a stage's directory, besides names that begin with a dot or end in .part.
-_OWN_NAMES = ("stage.json", ENCODER, HEADS, HISTORY, FILES, "activations.zarr", "training")
+_OWN_NAMES = ("stage.json", ENCODER, HEADS, HISTORY, FILES, STORE, "training")
 
 
 def read_consistently(paths: Callable[[], Sequence[Path]], read: Callable[[], Result]) -> Result:

@@ -10,7 +10,7 @@ from greedy.runs.directory import SPLITS, RunDirectory, stage_numbers
 from greedy.runs.exchange import finished
 from greedy.runs.file_table import FileTable
 from greedy.runs.plan_basis import BASIS_FILE, PlanBasis
-from greedy.runs.record import ENCODER, FILES
+from greedy.runs.record import ENCODER, FILES, STORE
 
 
 def verify_run(path: Path) -> list[Damage]:
@@ -62,7 +62,7 @@ def _damages(run: RunDirectory, number: int) -> list[Damage]:
         return [unreadable(run.stage_dir(number) / "stage.json", error)]
     directory = run.stage_dir(number)
     if record is None:
-        left = any((directory / name).exists() for name in (ENCODER, "activations.zarr"))
+        left = any((directory / name).exists() for name in (ENCODER, STORE))
         lost = left or number in _lost_stages(run)
         return [Damage(directory / "stage.json", "is missing")] if lost else []
     damages = []

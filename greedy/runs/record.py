@@ -26,6 +26,7 @@ from greedy.runs.choices import Choices, Count, DataChoices, Size
 
 FORMAT = 1
 ENCODER, HEADS, HISTORY = "encoder.safetensors", "heads.safetensors", "history.jsonl"
+STORE = "activations.zarr"
 FILES = "files.npz"  # of stage 0, see ``greedy.runs.file_table``
 UNKNOWN_VIEW = -1  # the number of a view while it is exchanged
 

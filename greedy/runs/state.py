@@ -94,15 +94,15 @@ class RunState:
         if record is None:
             started = self._network_is_started or self._stage(number).is_started
             return "training" if number and started else "pending"
-        if record.recipe_digest != self.run.recipe_digest:
-            return "stale"
-        parent = record.parent
-        if parent is None:
-            return "complete"
-        source = self.record(parent.stage)
-        if source is None or source.lineage != parent.lineage:
-            return "stale"
-        return "stale" if self.is_stale(parent.stage) else "complete"
+        digest = self.run.recipe_digest
+        while record.recipe_digest == digest:
+            if record.parent is None:
+                return "complete"
+            source = self.record(record.parent.stage)
+            if source is None or source.lineage != record.parent.lineage:
+                break
+            record = source
+        return "stale"
 
     def is_stale(self, number: int) -> bool:
         """Returns whether a stage is finished and stale."""

@@ -19,7 +19,7 @@ from greedy.exact.statistics import Statistics
 from greedy.losses import Features, LocalLoss
 from greedy.models.lean import Layer, add_weight_gradient, forward
 from greedy.runs.choices import Mode
-from greedy.steps.parts import Parts
+from greedy.steps.parts import SingleLayer
 from greedy.steps.scaling import LossScale
 from greedy.steps.shared import add_gradients, gathered, own_rows
 
@@ -45,7 +45,7 @@ class ExactStep:
         g: its gradient with the statistics held fixed (B, ...), if the mode keeps it.
     """
 
-    parts: Parts
+    parts: SingleLayer
     loss: LocalLoss
     mode: Mode
     slices: Sequence[slice]
@@ -72,8 +72,8 @@ class ExactStep:
             features = gathered(self._features(statistics), self.shares)
         loss, slopes = differentiate(self.loss, features, y, self.scale)
         with self.autocast:
-            moments = self._backward(statistics, own_rows(slopes, self.shares))
-            self._close(statistics, moments)
+            sums = self._backward(statistics, own_rows(slopes, self.shares))
+            self._close(statistics, sums)
         add_gradients(self.parts.parameters(), self.shares)
         return loss, self.parts.heads.logits(features)
 
@@ -119,12 +119,12 @@ class ExactStep:
             ]
         return Features(*whole)
 
-    def _backward(self, statistics: Statistics | None, slopes: Features) -> "Moments | None":
+    def _backward(self, statistics: Statistics | None, slopes: Features) -> "ResidueSums | None":
         """Computes the gradients of heads and batch norm, and g, which is kept or else added to the
         encoder's gradients: the third pass."""
-        moments = None
+        sums = None
         if statistics is not None and not self.mode.keeps_c:
-            moments = Moments.of(self.parts.encoder.weight)
+            sums = ResidueSums.of(self.parts.encoder.weight)
         for rows in self.slices:
             c = self._encoded(rows)
             g = self._slope(c, statistics, slopes, rows)
@@ -133,9 +133,9 @@ class ExactStep:
                 continue
             x = self._input(rows)
             self._add_to_encoder(x, g)
-            if moments is not None and statistics is not None:
-                moments.add(self.parts.encoder, x, c - along(statistics.mean, c))
-        return moments
+            if sums is not None and statistics is not None:
+                sums.add(self.parts.encoder, x, c - along(statistics.mean, c))
+        return sums
 
     def _slope(
         self, c: Tensor, statistics: Statistics | None, slopes: Features, rows: slice
@@ -154,13 +154,13 @@ class ExactStep:
         assert leaf.grad is not None
         return leaf.grad
 
-    def _close(self, statistics: Statistics | None, moments: "Moments | None") -> None:
+    def _close(self, statistics: Statistics | None, sums: "ResidueSums | None") -> None:
         """Adds what the encoder's gradients lack: the last pass."""
         residue = None
         if statistics is not None and self.parts.norm is not None:
             residue = Residue.of(statistics, self.parts.norm, self.shares)
-        if moments is not None and residue is not None:
-            moments.close(self.parts.encoder, residue)
+        if sums is not None and residue is not None:
+            sums.close(self.parts.encoder, residue)
             return
         for rows in self.slices:
             missing = None if self.g is None else self.g[rows]
@@ -215,7 +215,7 @@ class Residue:
 
 
 @dataclass(frozen=True)
-class Moments:
+class ResidueSums:
     """Weight gradients from which r's part is computed if c is not kept. Both are scaled by
     ``SHARE``, so that their sums over a micro-batch fit float16.
 
@@ -228,7 +228,7 @@ class Moments:
     centred: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor) -> "Moments":
+    def of(cls, weight: Tensor) -> "ResidueSums":
         """Returns sums of zero for a weight."""
         return cls(torch.zeros_like(weight[:1]), torch.zeros_like(weight))
 

@@ -20,7 +20,7 @@ COUPLED = (BATCH_NORMS, DROPOUTS)
 
 
 @dataclass(frozen=True)
-class Parts:
+class SingleLayer:
     """An encoder, batch norm or none, an elementwise activation, and the local heads."""
 
     encoder: Layer
@@ -51,7 +51,7 @@ class Parts:
         return self.activation(c)
 
 
-def parts_of(stage: Stage, heads: LocalHeads, hidden: Shape = ()) -> Parts | None:
+def parts_of(stage: Stage, heads: LocalHeads, hidden: Shape = ()) -> SingleLayer | None:
     """Returns the parts of a stage of a single layer, ``None`` for any other stage, which
     ``greedy.steps.blocks`` trains.
 
@@ -72,7 +72,7 @@ def parts_of(stage: Stage, heads: LocalHeads, hidden: Shape = ()) -> Parts | Non
         and not any(isinstance(module, COUPLED) for module in heads.modules())
         and all(p.requires_grad for p in (*stage.parameters(), *heads.parameters()))
     )
-    return Parts(encoder, norm, nn.Sequential(*activation), heads) if is_usual else None
+    return SingleLayer(encoder, norm, nn.Sequential(*activation), heads) if is_usual else None
 
 
 def _is_unchanged(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from greedy.base.ranks import Shares
-from greedy.exact.norms import DIRECT, Call, Norm, Normalise, calls_directly
+from greedy.exact.norms import DIRECT, Norm, Normalise, NormCall, calls_directly
 from greedy.exact.statistics import Statistics
 from greedy.losses import Features
 
@@ -38,7 +38,7 @@ class SharedNorms(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.batch_norm and (call := Call(*args, **kwargs)).training:
+        if func is F.batch_norm and (call := NormCall(*args, **kwargs)).training:
             return shared_norm(call, self._shares)
         if func in DIRECT:
             raise calls_directly(func)
@@ -50,7 +50,7 @@ def shared_norms(shares: Shares | None) -> AbstractContextManager[Any]:
     return nullcontext() if shares is None else SharedNorms(shares)
 
 
-def shared_norm(call: Call, shares: Shares) -> Tensor:
+def shared_norm(call: NormCall, shares: Shares) -> Tensor:
     """Computes a batch norm of this process's rows by the statistics of all rows, and updates its
     running statistics."""
     statistics = Statistics.of(call.input.detach()).shared(shares)

@@ -28,7 +28,7 @@ from greedy.steps.exact import ExactStep
 from greedy.steps.graph import WARM_UP, Gradients, StepGraph
 from greedy.steps.guard import Guard
 from greedy.steps.optimizers import undecayed
-from greedy.steps.parts import Parts, parts_of
+from greedy.steps.parts import SingleLayer, parts_of
 from greedy.steps.scaling import LossScale
 from greedy.steps.shared import SharedNorms, gradients_added, whole_features
 from greedy.steps.unfolded import Unfolded
@@ -91,7 +91,7 @@ class Learner:
         return next(self.stage.parameters()).device
 
     @cached_property
-    def parts(self) -> Parts | None:
+    def parts(self) -> SingleLayer | None:
         """The parts of a stage of a single layer, ``None`` for any other stage."""
         return parts_of(self.stage, self.heads, self.shape)
 

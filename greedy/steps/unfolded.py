@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from greedy.base.torch_private import has_amx, is_usual_autograd
-from greedy.exact.layers import Call
+from greedy.exact.layers import LayerCall
 from greedy.models import Shape
 
 SIDE = 4  # of the largest maps that are unfolded
@@ -42,7 +42,7 @@ class Unfolded(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if function is torch.conv2d:
-            call = Call(*args, **kwargs)
+            call = LayerCall(*args, **kwargs)
             is_usual = _fits_together(call) and is_usual_autograd()
             if is_usual and _suits(call, _precision(call)):
                 matrix = _matrix(call.weight.to(torch.bfloat16))
@@ -70,10 +70,10 @@ class _Backward(NamedTuple):
     output_mask: Any
 
     @property
-    def call(self) -> Call:
+    def call(self) -> LayerCall:
         """The convolution's."""
         geometry = self.stride, self.padding, self.dilation
-        return Call(self.input, self.weight, None, *geometry, self.groups)
+        return LayerCall(self.input, self.weight, None, *geometry, self.groups)
 
     def by_products(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Returns the gradients of input, weight and bias, each if it is wanted."""
@@ -85,7 +85,7 @@ class _Backward(NamedTuple):
         )
 
 
-def _precision(call: Call) -> torch.dtype | None:
+def _precision(call: LayerCall) -> torch.dtype | None:
     """Returns the precision in which a convolution is computed here, ``None`` for one that is
     refused."""
     given = {tensor.dtype for tensor in call[:3] if tensor is not None}
@@ -94,14 +94,14 @@ def _precision(call: Call) -> torch.dtype | None:
     return given.pop() if len(given) == 1 else None
 
 
-def _fits_together(call: Call) -> bool:
+def _fits_together(call: LayerCall) -> bool:
     """Returns whether sizes are as a convolution takes them; torch says what is wrong with
     others."""
     bias_fits = call.bias is None or call.bias.shape == call.weight.shape[:1]
     return call.input.dim() == 4 and call.input.shape[1] == call.weight.shape[1] and bias_fits
 
 
-def _suits(call: Call, precision: torch.dtype | None) -> bool:
+def _suits(call: LayerCall, precision: torch.dtype | None) -> bool:
     x, weight = call.input, call.weight
     return (
         precision == torch.bfloat16

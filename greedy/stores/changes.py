@@ -9,7 +9,7 @@ import numpy as np
 from greedy.base.commands import command
 from greedy.base.errors import UserError
 from greedy.base.functions import is_function_name
-from greedy.base.text import first_names, legible
+from greedy.base.text import first_names, legible, sides
 from greedy.cache import Store
 from greedy.data import (
     Dataset,
@@ -168,7 +168,7 @@ def _differences(state: RunState, dataset: Dataset, again: Dataset) -> Iterator[
     data = state.complete_record(0)
     rows = {split: len(getattr(dataset, split)) for split in SPLITS}
     if rows != data.rows or dataset.train.shape != data.row_shape:
-        shape = "x".join(map(str, data.row_shape))
+        shape = sides(data.row_shape)
         yield f"there were {data.rows['train']} + {data.rows['test']} rows of {shape}"
         return
     names = dataset.class_names and [legible(name) for name in dataset.class_names]

@@ -22,8 +22,8 @@ from greedy.runs.network import load_stage, stage_weights
 from greedy.runs.record import StageRecord, StoreRecord, channel_moments
 from greedy.runs.state import RunState
 from greedy.runs.views import Views, wanted_views
+from greedy.stores.channels_last import Frozen, laid_out
 from greedy.stores.fresh import FreshImages, require_data_set
-from greedy.stores.layout import Frozen, laid_out
 from greedy.stores.ring import Drawing, Ring
 from greedy.stores.source import WRITE_ROWS, ImagePreparation, Replayed, Source
 from greedy.stores.streamed import StreamedStage

@@ -15,12 +15,11 @@ from greedy.base.files import canonical_json, digest
 from greedy.base.seeds import numpy_generator
 from greedy.base.text import first_names, legible
 from greedy.base.versions import versions
-from greedy.build.modules import require_one_logit_a_class
+from greedy.build.fitting import require_one_logit_a_class
 from greedy.cache import Encoding, StoreWriter, pixel_encoding
 from greedy.data import Augmentation, Dataset, Split, check_files
 from greedy.data.folder import FolderSplit
 from greedy.data.labels import require_classes
-from greedy.data.modes import Kind
 from greedy.data.passes import read_batches
 from greedy.models import Shape
 from greedy.recipes import Recipe
@@ -28,7 +27,7 @@ from greedy.runs.choices import DataChoices
 from greedy.runs.directory import SPLITS, RunDirectory, new_stage
 from greedy.runs.events import Reporter
 from greedy.runs.file_table import FileTable
-from greedy.runs.record import StageRecord, StoreRecord
+from greedy.runs.record import STORE, StageRecord, StoreRecord
 from greedy.stores.changes import file_table_of
 
 READ_ROWS = 1024  # decoded at a time
@@ -94,22 +93,20 @@ def write_stage0(
     workers = run.recipe.data.num_workers if drawn else 0
     run.write_recipe()
     with new_stage(run.stage_dir(0)) as directory:
-        for name in SPLITS:
+        for name, before in zip(SPLITS, (0, len(dataset.train)), strict=True):
             split: Split = getattr(dataset, name)
             index = numpy_generator(run.recipe.seed, "rows", name).permutation(len(split))
             labels[name], rows[name] = np.empty(len(split), np.int64), index
-            path = directory / "activations.zarr" / name
             reading = closing(_read(split, index, labels[name], workers))
-            with reading as parts, _writer(path, split, labels[name], index) as writer:
+            writing = _writer(directory / STORE / name, split, labels[name], index)
+            with reading as parts, writing as writer:
                 for samples, images in parts:
                     if name == "train":
                         augmentation.require_values(torch.from_numpy(images))
+                        statistics.add(images)
                     writer.append(images)
                     if files and isinstance(split, FolderSplit):  # cached now
-                        before = 0 if name == "train" else len(dataset.train)
                         files.compute_digests(split.root, before + samples)
-                    if name == "train":
-                        statistics.add(images)
             written[name] = writer.summary
         require_classes(dataset.name, _in_order(labels, rows), dataset.class_names)
         class_names = dataset.class_names or _class_numbers(labels)
@@ -149,12 +146,6 @@ def drop_unreadable_files(recipe: Recipe, dataset: Dataset, reporter: Reporter) 
     for note in dataset.notes:
         reporter.noted(note)
     return dataset
-
-
-def pixel_kind(data: StageRecord) -> Kind:
-    """Returns the kind of numbers in a run's image files, ``bytes`` for other data sets. ``data``
-    is stage 0's record."""
-    return data.data_choices.pixels
 
 
 def stored_encoding(split: Split) -> Encoding:

@@ -6,10 +6,10 @@ once the file is on disk.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from greedy.runs.checkpoint_record import (
 )
 from greedy.runs.choices import StepMemory
 from greedy.runs.exchange import CHECKPOINT
+from greedy.steps.measuring import Totals
 from greedy.steps.moments import ADAMS, SGDS
 from greedy.steps.step import Learner
 from greedy.steps.strategies import Strategy
@@ -36,11 +37,11 @@ from greedy.training.packing import pack, unpack
 from greedy.training.schedule import FIRST, Patience, Schedule, set_first_rates
 
 
-class Sums(NamedTuple):
-    """A stage's running sums over an epoch, on the device."""
-
-    loss: Tensor | float
-    wrong: Tensor | None
+def bytes_of_training(learners: Iterable[Learner]) -> int:
+    """Returns the bytes on disk that stages take at most, stores aside: weights, and two
+    checkpoints of them with two moments a weight."""
+    numbers = sum(p.numel() for learner in learners for p in learner.parameters())
+    return (1 + 2 * 3) * 4 * numbers
 
 
 @dataclass
@@ -93,18 +94,18 @@ class Checkpoints:
         self.start = self.start.model_copy(update={"resolved": resolved})
         self.start.write(self.training)
 
-    def save(self, progress: Progress, sums: Sequence[Sums] = ()) -> None:
+    def save(self, progress: Progress, totals: Sequence[Totals] = ()) -> None:
         """Writes a checkpoint, then deletes the one before it. All processes call this at the same
         position: each has some of the stages, or of the optimisers' state.
 
         Args:
             progress: the position in the training.
-            sums: each stage's sums over the epoch so far, within an epoch.
+            totals: each stage's sums over the epoch so far, within an epoch.
         """
         states = [optimizer.state_dict() for optimizer in self.strategy.optimizers]
         if not (self.writes or self.relay.ranks.size > 1):
             return
-        tensors, optimizers = self._state(states, sums)
+        tensors, optimizers = self._state(states, totals)
         if not self.writes:
             write_parts(self._part(self.relay.ranks.rank), file_parts(tensors))
         optimizers = self.relay.gathered(optimizers)  # after which all parts are there
@@ -116,7 +117,7 @@ class Checkpoints:
         self._saved, self.last = time.monotonic(), str(progress)
 
     def _state(
-        self, states: Sequence[dict[str, Any]], sums: Sequence[Sums]
+        self, states: Sequence[dict[str, Any]], totals: Sequence[Totals]
     ) -> tuple[dict[str, Tensor], list[Any]]:
         """Returns the tensors of this process's stages, and the rest of its optimisers' states."""
         tensors = {
@@ -124,8 +125,8 @@ class Checkpoints:
             for name, module in self._modules().items()
             for key, value in module.state_dict().items()
         }
-        for index, stage_sums in enumerate(sums, start=self.first):
-            for name, value in stage_sums._asdict().items():
+        for index, total in enumerate(totals, start=self.first):
+            for name, value in (("loss", total.loss), ("wrong", total.wrong)):
                 if isinstance(value, Tensor):
                     tensors[f"{index}.sums.{name}"] = value
         optimizers = [
@@ -164,7 +165,7 @@ class Checkpoints:
         for name, module in (("stage", learner.stage), ("heads", learner.heads)):
             module.load_state_dict(_below(f"{index}.{name}.", tensors))
 
-    def load(self) -> tuple[Progress, list[Sums]] | None:
+    def load(self) -> tuple[Progress, list[Totals]] | None:
         """Loads the last checkpoint into the strategy and the schedule.
 
         Returns:
@@ -194,7 +195,7 @@ class Checkpoints:
             ) from error
         progress = document.progress
         self.last, self.before = str(progress), progress.before + progress.seconds
-        return progress, self._sums(tensors)
+        return progress, self._totals(tensors, progress.rows)
 
     def _modules(self) -> dict[str, nn.Module]:
         """Returns the modules whose state a checkpoint has, by their names in it."""
@@ -229,15 +230,15 @@ class Checkpoints:
             for name in _PATIENCE:
                 setattr(self.schedule, name, document.schedule[name])
 
-    def _sums(self, tensors: dict[str, Tensor]) -> list[Sums]:
+    def _totals(self, tensors: dict[str, Tensor], rows: int) -> list[Totals]:
         """Returns each stage's sums, or an empty list if the checkpoint is of an epoch's end."""
-        all_sums = []
+        totals = []
         for index, learner in enumerate(self.strategy.learners, start=self.first):
             saved = _below(f"{index}.sums.", tensors)
             sums = {name: tensor.to(learner.device) for name, tensor in saved.items()}
             if "loss" in sums:
-                all_sums.append(Sums(sums["loss"], sums.get("wrong")))
-        return all_sums
+                totals.append(Totals(rows, sums["loss"], sums.get("wrong")))
+        return totals
 
 
 RATES = (int, float, Tensor, type(None))  # a group may have none

@@ -1,7 +1,7 @@
 """The epochs of a training."""
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
@@ -24,7 +24,7 @@ from greedy.steps.guard import Guard, OptimizerFailed
 from greedy.steps.measuring import Totals, measure
 from greedy.steps.strategies import Outcome, Strategy
 from greedy.stores.source import Batch, Source
-from greedy.training.checkpoint import Checkpoints, Sums
+from greedy.training.checkpoint import Checkpoints
 from greedy.training.schedule import FIRST, Schedule, scale_rates, set_first_rates
 
 SAVE = -1  # said by the process with the first stage; above 0 the signal that ends the training
@@ -73,13 +73,13 @@ class Epochs:
         began = time.perf_counter()
         set_first_rates(self.strategy.optimizers)
         loaded = self.checkpoints.load() if self.checkpoints else None
-        progress, sums = loaded or (Progress(), [])
+        progress, totals = loaded or (Progress(), [])
         before = progress.before + progress.seconds
         yield from progress.reports
         while not progress.finished:
             self.source.advance_views(progress.epoch)  # before signals wait: it may write for hours
             with PostponedSignals() as stop:
-                own = self._epoch(progress, sums, stop)
+                own = self._epoch(progress, totals, stop)
                 epoch = progress.epoch + 1
                 ends = self.schedule.observe(_sum(r.holdout_loss for r in self._of_all(own)))
                 ends = ends or epoch == for_stage(self.recipe.training.epochs, self.number)
@@ -93,7 +93,7 @@ class Epochs:
                     finished=ends,
                     reports=[*progress.reports, reports],
                 )
-                sums = []
+                totals = []
                 signals = self.relay.gathered([max(self._asked(stop), 0)])
                 self._save(progress, [], next(filter(None, signals), 0))
             yield reports
@@ -104,44 +104,18 @@ class Epochs:
         return [EpochReport(**each | {"processes": tuple(each["processes"])}) for each in found]
 
     def _epoch(
-        self, progress: Progress, sums: Sequence[Sums], stop: PostponedSignals
+        self, progress: Progress, totals: Sequence[Totals], stop: PostponedSignals
     ) -> list[EpochReport]:
         began, waited_before = time.perf_counter(), self.source.waited
-        started = began - progress.seconds
-        epoch, first = progress.epoch, progress.position
-        if first == 0:  # within an epoch the checkpoint has the rates
+        started, epoch = began - progress.seconds, progress.epoch
+        if progress.position == 0:  # within an epoch the checkpoint has the rates
             scale_rates(self.strategy.optimizers, self.schedule.factor_at(epoch))
         rate = self.relay.ranks.told(self._rate)
         processes = _followed(progress.processes, self.source.ranks.size)
-        size, limited = self.recipe.training.batch_size, self.recipe.data.classes_per_batch
-        batches = self.source.epoch_batches(
-            self.number,
-            epoch,
-            size,
-            classes_per_batch=limited if self.schedule.drops(epoch) == 0 else 0,
-            start_batch=first,
-        )
-        self.reporter.epoch_started(epoch + 1, batches.rows)
-        for learner in self.strategy.learners:
-            learner.train()
-        sums = sums or [Sums(0.0, None) for _ in self.strategy.learners]
-        totals = [Totals(progress.rows, *stage_sums) for stage_sums in sums]
+        totals = totals or [Totals() for _ in self.strategy.learners]
         guard = Guard(self.recipe.training.gradient_clip)
-        if progress.rows:
-            self.reporter.resumed(progress.rows)
-        with closing(iter(batches)) as reading:  # ends processes that read
-            for position, batch in enumerate(reading, start=first):
-                # For layers and losses that draw from torch's own generators.
-                # Others of the processes that train together draw for other rows.
-                rank = [self.source.ranks.rank] if self.source.ranks.rank else []
-                step = (self.number, epoch, position, *rank)
-                step_seed = derive_seed(self.recipe.seed, "step", *step)
-                seed_torch(step_seed, self.source.device)
-                outcomes = self._step(batch, epoch, position, guard)
-                for total, outcome in zip(totals, outcomes, strict=True):
-                    total.add(*outcome, batch.labels)
-                self.source.draw_views(epoch, totals[0].rows, batches.rows)
-                self.reporter.batch_finished(len(batch.labels))
+        with closing(self._steps(progress, totals, guard)) as steps:  # ends processes that read
+            for position in steps:
                 if word := self.relay.passed_on(self._asked(stop)):
                     seconds = time.perf_counter() - started
                     here = {"position": position + 1, "rows": totals[0].rows, "seconds": seconds}
@@ -168,6 +142,38 @@ class Epochs:
             for total, held_out in zip(totals, self._held_out(), strict=True)
         ]
 
+    def _steps(self, progress: Progress, totals: Sequence[Totals], guard: Guard) -> Generator[int]:
+        """Trains on the batches of an epoch that are left, and yields the position of each."""
+        epoch, first = progress.epoch, progress.position
+        limited = self.recipe.data.classes_per_batch
+        batches = self.source.epoch_batches(
+            self.number,
+            epoch,
+            self.recipe.training.batch_size,
+            classes_per_batch=limited if self.schedule.drops(epoch) == 0 else 0,
+            start_batch=first,
+        )
+        self.reporter.epoch_started(epoch + 1, batches.rows)
+        for learner in self.strategy.learners:
+            learner.train()
+        if progress.rows:
+            self.reporter.resumed(progress.rows)
+        # Processes that train together draw for different rows.
+        rank = [self.source.ranks.rank] if self.source.ranks.rank else []
+        with closing(iter(batches)) as reading:
+            for position, batch in enumerate(reading, start=first):
+                # For layers and losses that draw from torch's own generators.
+                step_seed = derive_seed(
+                    self.recipe.seed, "step", self.number, epoch, position, *rank
+                )
+                seed_torch(step_seed, self.source.device)
+                outcomes = self._step(batch, epoch, position, guard)
+                for total, outcome in zip(totals, outcomes, strict=True):
+                    total.add(*outcome, batch.labels)
+                self.source.draw_views(epoch, totals[0].rows, batches.rows)
+                self.reporter.batch_finished(len(batch.labels))
+                yield position
+
     @property
     def _rate(self) -> float:
         """The learning rate to report: that of the first group, if it has one."""
@@ -184,7 +190,7 @@ class Epochs:
     def _save(self, progress: Progress, totals: Sequence[Totals], signal: int) -> None:
         """Writes a checkpoint, and ends the training if a signal, not 0, has asked for that."""
         if self.checkpoints:
-            self.checkpoints.save(progress, [Sums(total.loss, total.wrong) for total in totals])
+            self.checkpoints.save(progress, totals)
         if signal:
             raise Interrupted(
                 signal,

@@ -25,7 +25,7 @@ from greedy.runs.unfinished import find_training
 from greedy.steps.step import Learner
 from greedy.steps.strategies import Strategy, together
 from greedy.stores.source import Source
-from greedy.training.checkpoint import Checkpoints
+from greedy.training.checkpoint import Checkpoints, bytes_of_training
 from greedy.training.finetuning import load_initial
 from greedy.training.finish import history_line, save_weights, write_record
 from greedy.training.following import Task
@@ -85,7 +85,7 @@ class NetworkTraining:
 
     def _train(self, place: Path, start: StartRecord, began: float) -> list[StageRecord]:
         strategy = self._strategy(start.resolved)
-        needed = sum(self.relay.gathered([_bytes_needed(strategy)]))
+        needed = sum(self.relay.gathered([bytes_of_training(strategy.learners)]))
         require_free_space(place, "the network", needed - bytes_below(place))
         with write_errors_explained(self.run.path, "the network", needed):
             checkpoints = self._checkpoints(strategy, place, start)
@@ -102,7 +102,7 @@ class NetworkTraining:
         self._set_up(start.resolved)
         with memory_limited(self.device, named_budget(self.recipe)):
             strategy = self._strategy(start.resolved)
-            self.relay.gathered([_bytes_needed(strategy)])
+            self.relay.gathered([bytes_of_training(strategy.learners)])
             for _ in self._epochs(self._checkpoints(strategy, place, start)):
                 pass
         self.ranks.told()
@@ -263,10 +263,3 @@ class NetworkTraining:
         learner = self._learner(position, checkpoints.start.resolved)
         checkpoints.load_weights(learner)
         return learner
-
-
-def _bytes_needed(strategy: Strategy) -> int:
-    """Returns the bytes on disk that a strategy's stages take at most: weights, and two checkpoints
-    with two moments a weight."""
-    parameters = (p for learner in strategy.learners for p in learner.parameters())
-    return 7 * 4 * sum(p.numel() for p in parameters)

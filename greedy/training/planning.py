@@ -14,14 +14,15 @@ from greedy.base.errors import UserError
 from greedy.base.ranks import ALONE, Ranks
 from greedy.base.relay import Relay
 from greedy.build.cut_network import CutNetwork
-from greedy.build.modules import build_cross_entropy, checked_shapes
+from greedy.build.fitting import checked_shapes
+from greedy.build.modules import build_cross_entropy
 from greedy.data import Split
 from greedy.losses import LocalLoss
 from greedy.memory.choice import Choice, memory_budget
 from greedy.memory.drawing import DrawingDevice
 from greedy.memory.peaks import OptimizerFactory
 from greedy.memory.plan import MemoryPlan, StageStores
-from greedy.models import Shape, sequential
+from greedy.models import Shape, Stage, sequential
 from greedy.recipes import Recipe
 from greedy.recipes.networks import is_library_network
 from greedy.recipes.per_stage import for_stage
@@ -33,11 +34,12 @@ from greedy.runs.disk_plan import DiskPlan
 from greedy.runs.events import Reporter, RunOutline
 from greedy.runs.network import network_of, stages_of
 from greedy.runs.plan_basis import PlanBasis
+from greedy.runs.record import StageRecord
 from greedy.runs.state import RunState
 from greedy.runs.unfinished import find_training
 from greedy.runs.views import Views
+from greedy.stores.channels_last import takes_channels_last
 from greedy.stores.fresh import require_data_set
-from greedy.stores.layout import takes_channels_last
 from greedy.stores.opening import SourceFinder
 from greedy.stores.ring import Drawing
 from greedy.training.calibration import byte_operations, calibration_of
@@ -231,17 +233,8 @@ class StagePlanner:
         sources.require_images(number, stored, views, written_from)
         stores = StageStores(stored, sources.is_ring(stored), reuse > 0, written_from)
         memory = self.memory(state).stage(number, stores)
-        start = StartRecord(
-            stage=number,
-            recipe_digest=parent.recipe_digest,
-            parent_lineage=parent.lineage,
-            source=stored,
-            layers=stage.kinds,
-            resolved=self._choices(state, number, stored, views, reuse, memory),
-        )
-        if begun := find_training(directory, start, self.reporter):
-            choices = within_budget(self.recipe, begun.resolved, memory)
-            start = begun.model_copy(update={"resolved": choices})
+        choices = self._choices(state, number, stored, views, reuse, memory)
+        start = self._start(parent, stage, stored, choices, memory, directory)
         in_memory = start.resolved.shuffle == "rows"
         return StageTraining(
             stage=stage,
@@ -271,6 +264,30 @@ class StagePlanner:
             optimizer=self.optimizer,
             own_rates=self.own_rates,
         )
+
+    def _start(
+        self,
+        parent: StageRecord,
+        stage: Stage,
+        source: int,
+        choices: Choices,
+        memory: Choice,
+        directory: Path,
+    ) -> StartRecord:
+        """Returns what the training of a stage in a directory begins with, or has begun with."""
+        start = StartRecord(
+            stage=stage.number,
+            recipe_digest=parent.recipe_digest,
+            parent_lineage=parent.lineage,
+            source=source,
+            layers=stage.kinds,
+            resolved=choices,
+        )
+        begun = find_training(directory, start, self.reporter)
+        if begun is None:
+            return start
+        kept = within_budget(self.recipe, begun.resolved, memory)
+        return begun.model_copy(update={"resolved": kept})
 
     def _require_separate(self, state: RunState, numbers: Iterable[int]) -> None:
         """Raises ``UserError`` for a stage whose samples meet where several processes exchange

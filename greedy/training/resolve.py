@@ -5,7 +5,7 @@ import torch
 from greedy.base.devices import available_memory, pick_precision
 from greedy.base.sizes import parse_size
 from greedy.cache import Store
-from greedy.memory.choice import Choice, memory_budget
+from greedy.memory.choice import Choice, memory_budget, named_budget
 from greedy.models import Shape
 from greedy.recipes import Recipe
 from greedy.recipes.per_stage import encoding, for_stage
@@ -86,8 +86,8 @@ def _if_ring(reuse: int) -> dict[str, int]:
 def within_budget(recipe: Recipe, choices: Choices, memory: Choice) -> Choices:
     """Returns the choices of an unfinished training, with another memory mode if its own takes more
     than the budget that the recipe names now. Gradients then differ by rounding alone."""
-    budget, planned = recipe.memory.budget, choices.planned_peak_bytes
-    if budget == "auto" or planned is None or planned <= parse_size(budget):
+    budget, planned = named_budget(recipe), choices.planned_peak_bytes
+    if budget is None or planned is None or planned <= budget:
         return choices
     return choices.model_copy(update=memory.recorded())
 
@@ -132,7 +132,7 @@ def graphs(recipe: Recipe, choices: Choices, device: torch.device) -> bool:
 def ample_memory(recipe: Recipe, choices: Choices) -> bool:
     """Returns whether the memory budget leaves room for freed memory that stays with the process:
     always if it is ``auto``."""
-    budget, planned = recipe.memory.budget, choices.planned_peak_bytes
+    budget, planned = named_budget(recipe), choices.planned_peak_bytes
     if choices.memory.mode is not Mode.PLAIN or planned is None:
         return False
-    return budget == "auto" or planned * (1 + KEPT_SHARE) <= parse_size(budget)
+    return budget is None or planned * (1 + KEPT_SHARE) <= budget

@@ -29,13 +29,13 @@ from greedy.runs.directory import SPLITS
 from greedy.runs.disk_demand import COMPRESSED, UNCOMPRESSED
 from greedy.runs.events import EpochReport, Reporter
 from greedy.runs.exchange import CHECKPOINT
-from greedy.runs.record import ENCODER, HISTORY, StageRecord, StoreRecord
+from greedy.runs.record import ENCODER, HISTORY, STORE, StageRecord, StoreRecord
 from greedy.steps.step import Learner
 from greedy.steps.strategies import Greedy
 from greedy.stores.opening import SourceFinder
 from greedy.stores.source import Source
 from greedy.stores.writing import fit_output_encoding, place_store, write_split
-from greedy.training.checkpoint import Checkpoints
+from greedy.training.checkpoint import Checkpoints, bytes_of_training
 from greedy.training.finish import history_line, save_weights, write_record
 from greedy.training.following import Task
 from greedy.training.learners import new_learner, new_optimizer, new_schedule
@@ -175,9 +175,8 @@ class StageTraining:
         )
 
     def _bytes_needed(self, learner: Learner) -> int:
-        """Returns the bytes on disk that the stage takes at most: weights, two checkpoints with two
-        moments a weight, and the store, or before it a new view of the source."""
-        weights = sum(4 * p.numel() for p in learner.parameters())
+        """Returns the bytes on disk that the stage takes at most: weights and checkpoints, and the
+        store, or before it a new view of the source."""
         views, rows = self.choices.views, self.parent.rows
         store = 0
         if views != "live" and self._has_store:
@@ -192,7 +191,7 @@ class StageTraining:
             train = self.source.stores["train"]
             is_elsewhere = location_of(self.source.path / "train") is not None
             drawn = SHARDS_ON_DISK if is_elsewhere else train.disk_bytes // train.views
-        return 7 * weights + max(store, drawn)
+        return bytes_of_training([learner]) + max(store, drawn)
 
     @property
     def _has_store(self) -> bool:
@@ -267,7 +266,7 @@ class StageTraining:
         fitted, compressor = self._begin_store(source, directory), self.recipe.store.compressor
         written = {
             split: write_split(
-                directory / "activations.zarr" / split,
+                directory / STORE / split,
                 source,
                 split,
                 numbers=range(views if split == "train" else 1),
@@ -295,7 +294,7 @@ class StageTraining:
         if not ranks.leads:
             return Encoding.from_json(ranks.told(), shape)
         number, seed = self.stage.number, self.recipe.seed
-        place_store(directory / "activations.zarr", self.recipe.store.stores, number)
+        place_store(directory / STORE, self.recipe.store.stores, number)
         path = directory / CHECKPOINT / ENCODING_FILE
         try:  # that of the shards which an interrupted writer has finished
             fitted = Encoding.from_json(read_with_digest(path), shape)
