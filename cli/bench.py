@@ -65,7 +65,7 @@ def bench(
 
     overrides = fields.overrides(settings, field_values)
     recipe = load_for_model(recipe_name or DEFAULT, model, overrides)
-    network = load_network(recipe.model, model)
+    network = load_network(recipe, model)
     data = stated_data_facts(recipe, images, classes)
     benchmark = Bench.of(recipe, device, network, fields.names_data(overrides), data)
     path = Calibration.path(benchmark.device.type)

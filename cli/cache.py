@@ -143,7 +143,7 @@ def repair(path: Path, device: str, model: str | None, data: str | None) -> None
     from greedy.trainer import GreedyTrainer  # noqa: PLC0415
 
     run, numbers = _run_and_stages(path)
-    network = load_network(run.recipe.model, model)
+    network = load_network(run.recipe, model)
     trainer = GreedyTrainer.from_recipe(run.recipe, run.path, device=device, model=network)
     trainer.reporter = Lines()
     give_data(trainer, data)

@@ -52,7 +52,7 @@ def finetune(
     overrides = fields.overrides(settings, field_values)
     with terminable():
         tuned = begin_finetuning(source, to, overrides, ignore_changes=ignore_changes)
-    network = load_network(tuned.recipe.model, model)
+    network = load_network(tuned.recipe, model)
     trainer = GreedyTrainer.from_recipe(tuned.recipe, to, device=device, model=network)
     say(f"{tuned.recipe.name}, from the weights of {run}, in {to} on {trainer.device}")
     if fields.names_data(overrides) and trainer.needs_data():

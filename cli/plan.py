@@ -87,7 +87,7 @@ def plan(
 
     overrides = fields.overrides(settings, field_values)
     recipe, directory = recipe_and_run(recipe_name, run, overrides, model)
-    network = load_network(recipe.model, model)
+    network = load_network(recipe, model)
     if run is None and not _can_train_in(directory, recipe):
         directory = directory.with_name(f"{directory.name}-planned")
     planned = RunDirectory.create(directory, recipe)

@@ -49,7 +49,7 @@ def plot(
     if similarity and others:
         raise UserError(f"--similarity draws one run, not {len(runs)}: call it once for each")
     if similarity:
-        network = load_network(first.recipe.model, model)
+        network = load_network(first.recipe, model)
         figure = similarity_figure(similarity_by_stage(first, model=network), name)
     elif others:
         figure = curves_figure(run_curves(directories))

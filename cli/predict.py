@@ -55,7 +55,7 @@ def predict(
 
     directory = RunDirectory.open(run)
     recipe = directory.recipe
-    network = load_network(recipe.model, model)
+    network = load_network(recipe, model)
     loss = None if until_stage is None else build_loss(recipe.loss)
     budget = parse_size(memory_budget) if memory_budget else None
     assembled = assemble(directory, loss, network, until_stage=until_stage)

@@ -38,8 +38,8 @@ def report(runs: tuple[Path, ...], to: Path, force: bool, device: str, model: st
 
     require_report(to, force)
     directories = [RunDirectory.open(run) for run in runs]
-    models = [directory.recipe.model for directory in directories]
-    of_code = next((model for model in models if needs_code(model.network)), models[0])
+    recipes = [directory.recipe for directory in directories]
+    of_code = next((each for each in recipes if needs_code(each.model.network)), recipes[0])
     network = load_network(of_code, model)
     with waiting("classifying test images and drawing"):
         write_report(directories, to, device=device, model=network, overwrite=force)

@@ -136,7 +136,7 @@ def evaluate(
         raise click.UsageError("--lose is for early exits: give --by-stage with it")
     directory = RunDirectory.open(run)
     recipe = directory.recipe
-    network = load_network(recipe.model, model)
+    network = load_network(recipe, model)
     torch_device = pick_device(device)
     budget = parse_size(memory_budget) if memory_budget else None
     print_changes(directory)
@@ -251,7 +251,7 @@ def export(
     format = format or format_of(to)
     directory = RunDirectory.open(run)
     recipe = directory.recipe
-    network = load_network(recipe.model, model)
+    network = load_network(recipe, model)
     loss = None if until_stage is None else build_loss(recipe.loss)
     export(directory, loss, network, to, format, until_stage, overwrite=force)
     say(f"wrote {to} ({format}, {size(to.stat().st_size)})")

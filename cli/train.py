@@ -97,7 +97,7 @@ def train(
 
     overrides = fields.overrides(settings, field_values)
     recipe, directory = recipe_and_run(recipe_name, run, overrides, model)
-    network = load_network(recipe.model, model, needed=True)
+    network = load_network(recipe, model, needed=True)
     trainer = GreedyTrainer.from_recipe(
         recipe,
         directory,
@@ -187,7 +187,7 @@ def train_stage(
         run.path,
         device=device,
         refresh_device=refresh_device,
-        model=load_network(recipe.model, model, needed=True),
+        model=load_network(recipe, model, needed=True),
     )
     give_data(trainer, data, ignore_changes=ignore_changes)
     logs = log and trainer.ranks.leads

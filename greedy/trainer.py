@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 
 from greedy.base.commands import command
-from greedy.base.devices import pick_device, pick_refresh_device
+from greedy.base.devices import pick_device, pick_refresh_device, usual_modes
 from greedy.base.disk_space import write_errors_explained
 from greedy.base.errors import UserError
 from greedy.base.heap import release_free_memory
@@ -32,12 +32,7 @@ from greedy.runs.unfinished import interrupted_source, stores_needed
 from greedy.runs.views import Views
 from greedy.stores.changes import require_unchanged_folder
 from greedy.stores.repair import Repair, StoreRepairer
-from greedy.training.following import (
-    Parallel,
-    Task,
-    require_parallel,
-    require_same_directory,
-)
+from greedy.training.following import Parallel, Task, require_parallel, require_same_directory
 from greedy.training.images import needs_images, write_images
 from greedy.training.planning import StagePlanner
 from greedy.training.stage import OptimizerFactory
@@ -153,6 +148,7 @@ class GreedyTrainer:
         self.prepare(data, ignore_changes=ignore_changes)
         return self.train()
 
+    @usual_modes()
     def prepare(
         self, dataset: Dataset, *, again: bool = False, ignore_changes: bool = False
     ) -> StageRecord:
@@ -182,6 +178,7 @@ class GreedyTrainer:
         needed = self.ranks.leads and needs_images(self.run, again=retrain_from is not None)
         return bool(self.ranks.told(needed))
 
+    @usual_modes()
     def train(self, retrain_from: int | None = None) -> list[StageRecord]:
         """Trains every stage that is not complete, or resumes its training.
 
@@ -285,6 +282,7 @@ class GreedyTrainer:
         self.reporter.stage_skipped(record)
         return record
 
+    @usual_modes()
     def train_stage(
         self,
         number: int,
@@ -373,6 +371,7 @@ class GreedyTrainer:
         self.reporter.stage_finished(record)
         return record
 
+    @usual_modes()
     def repair(
         self, numbers: Iterable[int], *, dropped: bool = False
     ) -> tuple[list[Repair], list[Damage]]:

@@ -190,6 +190,20 @@ def test_a_network_built_in_python_comes_from_model(run, tmp_path, monkeypatch):
     assert greedy("evaluate", "--run", "new").exit_code == 2
 
 
+def test_a_function_s_network_has_the_same_first_weights_each_time(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    module = MODULE.replace("(16, 8)", "(784, 8)").replace("(8, 2)", "(8, 10)")
+    (tmp_path / "seeded_network.py").write_text(module)
+    own = ["--recipe", "tiny.toml", "--model", "seeded_network:network"]
+    for name, seed in (("one", 0), ("same", 0), ("other", 1)):
+        said("train", *own, "--run", name, "--seed", seed)
+    first, again, other = (
+        (tmp_path / name / "stage1/encoder.safetensors").read_bytes()
+        for name in ("one", "same", "other")
+    )
+    assert first == again != other
+
+
 def test_the_papers_figure_stands_beside_the_result(run):
     changed = ["--data", "fashion-mnist-sample", "--set", "training.epochs=1", "--seed", "4"]
     more = ["--set", "model.hidden_width=8", "--views", "1"]

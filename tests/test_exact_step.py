@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from allocator import Allocator
 from torch import nn
 from torch.nn.utils import spectral_norm
 from torch.nn.utils.parametrizations import weight_norm
@@ -12,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from greedy.losses import Pred, PredBio, PredSim, PredSimBio, Sim, SimBio
 from greedy.losses.prediction import CrossEntropy
-from greedy.memory.counting import Counter
 from greedy.models import Stage, cut, shapes
 from greedy.runs.choices import Mode, StepMemory
 from greedy.steps.guard import Guard
@@ -185,7 +185,7 @@ def test_a_step_that_runs_out_of_memory_is_repeated_in_a_smaller_mode() -> None:
         learner.optimizer = torch.optim.Adam(learner.parameters(), lr=1e-3)
         learner.memory = StepMemory(micro_batch=4)
         batch = make_batch("conv", learner, 64)
-        with Counter() as allocator:
+        with Allocator() as allocator:
             for i in range(4):
                 if i == limit_at:  # what a step has taken is too much from here on
                     allocator.limit = allocator.live + (allocator.peak - allocator.live) * 2 // 3
@@ -204,7 +204,7 @@ def test_without_any_smaller_mode_the_failure_is_the_user_s() -> None:
     learner = make_learner("linear", LOSSES["pred"])
     learner.optimizer = torch.optim.Adam(learner.parameters(), lr=1e-3)
     batch = make_batch("linear", learner)
-    with Counter() as allocator:
+    with Allocator() as allocator:
         allocator.add(learner.parameters())
         allocator.limit = allocator.live + 1024
         with pytest.raises(torch.OutOfMemoryError):

@@ -255,6 +255,14 @@ def test_overwriting_is_asked_for(of_vectors, tmp_path):
     assert_same_as_evaluate(of_vectors, path)
 
 
+def test_files_beside_it_stay(of_vectors, tmp_path):
+    beside = tmp_path / "net.safetensors.part"
+    beside.write_text("precious")
+    written(of_vectors, tmp_path / "net.safetensors")
+    assert beside.read_text() == "precious"
+    assert {path.name for path in tmp_path.iterdir()} == {beside.name, "net.safetensors"}
+
+
 @pytest.mark.parametrize("package", ["onnx", "onnxscript"])
 def test_missing_package_is_named_with_the_command(of_vectors, tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from allocator import Allocator
 from safetensors.torch import load_file
 from small_training import new_trainer
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.data import TensorDataset
 from torchvision.models.resnet import BasicBlock
 
@@ -262,25 +262,6 @@ def test_vgg11b_3x_fits_small_gpus(number: int, precision: str, state: str, budg
     demand = StepDemand(stage, shape, PredSim(), 10, 128, precision, adam, "meta", row)
     choice = choose(demand, budget * 2**20)
     assert choice.peak_bytes <= budget * 2**20
-
-
-class Allocator(Counter):
-    """Has a limit: beyond it an operator's result is released and an error raised, as by an
-    allocator. It is not asked for what is only counted."""
-
-    limit: int | None = None
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = self.live
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        if self.limit is not None and self.live > max(self.limit, before):
-            del result
-            raise torch.OutOfMemoryError
-        return result
-
-    def _made(self, result, given):
-        made = super()._made(result, given)
-        return [tensor for tensor in made if not isinstance(tensor, FakeTensor)]
 
 
 @pytest.mark.parametrize("make", [network, block_network])

@@ -1,7 +1,9 @@
 """Any model as a ``Sequential`` of its own parts, which computes the same."""
 
+import random
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -252,6 +254,41 @@ class Windows(nn.Module):
 def test_parts_that_fail_are_told_in_one_sentence() -> None:
     with pytest.raises(UserError, match=r"Windows is no chain of modules \(in training mode its "):
         sequential(Windows(known=True), (3, 8, 8))
+
+
+class Skipping(nn.Module):
+    """Leaves blocks out at random as it trains, or where there are more than two images."""
+
+    def __init__(self, draw: Callable[[], float] | None) -> None:
+        super().__init__()
+        self.draw = draw
+        self.first = nn.Linear(3 * 8 * 8, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3))
+        self.last = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.flatten(1))
+        for block in self.blocks:
+            if self.draw is None or not self.training or self.draw() > 0.01:
+                x = block(x)
+        return self.last(x if self.draw or len(x) <= 2 else 2 * x)
+
+
+@pytest.mark.parametrize(
+    ("draw", "reason"),
+    [
+        (lambda: float(torch.rand(())), "in training mode its own forward pass draws random"),
+        (random.random, "in training mode its own forward pass draws random"),
+        (lambda: float(np.random.rand()), "in training mode its own forward pass draws random"),
+        (None, "in evaluation mode its parts compute something else"),
+    ],
+    ids=["torch", "python", "numpy", "rows"],
+)
+def test_what_a_forward_pass_decides_itself_is_no_chain(draw, reason: str) -> None:
+    before = random.getstate(), torch.get_rng_state()
+    with pytest.raises(UserError, match=reason):
+        sequential(Skipping(draw), (3, 8, 8))
+    assert random.getstate() == before[0]
 
 
 def test_a_model_for_other_images_is_told_in_a_sentence() -> None:

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from allocator import Allocator
 from safetensors.torch import load_file
 from small_training import TEST, TRAIN, new_trainer, same, weights
 from torch import nn
 
 from greedy.base.errors import TrainingError
 from greedy.losses import Features, LocalHeads, Pred, Sim
-from greedy.memory.counting import Counter
 from greedy.models import cut, shapes
 from greedy.runs.choices import Mode, StepMemory
 from greedy.steps.guard import Guard, OptimizerFailed
@@ -277,7 +277,7 @@ def test_a_streaming_mode_on_a_cpu_goes_on_to_those_that_make_a_difference() -> 
     assert StepMemory(Mode.STREAM_X, 1).smaller("cpu") is None
     seeded = Seeded(lr=0.01)
     seeded.learner.memory = StepMemory(Mode.KEEP_C_STREAM_X, 4)
-    with Counter() as allocator:
+    with Allocator() as allocator:
         for position in range(3):
             if position == 2:  # what a step has taken is too much from here on
                 room = allocator.peak - allocator.live

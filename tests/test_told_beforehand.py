@@ -69,7 +69,8 @@ def test_a_run_that_was_begun_without_running_statistics_goes_on(
     norm = nn.BatchNorm2d(4, track_running_stats=False)
     model = with_stage(nn.Conv2d(1, 4, 3, padding=1), norm, nn.ReLU())
     with monkeypatch.context() as patch:  # as older versions did
-        patch.setattr("greedy.build.cut_network.require_trainable", lambda *stage: None)
+        for check in ("require_trainable", "require_repeatable"):
+            patch.setattr(f"greedy.build.cut_network.{check}", lambda *stage: None)
         new_trainer(tmp_path / "run", model).fit(TRAIN, TEST)
     new_trainer(tmp_path / "run", model).train(2)
 

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 
+import numpy as np
 import pytest
 import torch
 from small_training import (
@@ -21,7 +22,7 @@ from small_training import (
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from greedy import RunDirectory, TrainingError, UserError
+from greedy import Reporter, RunDirectory, TrainingError, UserError
 from greedy.losses import Pred
 from greedy.models import mlp
 from greedy.recipes import load
@@ -148,10 +149,47 @@ def test_other_settings_are_refused_in_a_run(run: Path) -> None:
 
 
 def test_another_network_is_refused_in_a_run(run: Path) -> None:
-    model = network()
-    model[3] = nn.Tanh()
-    with pytest.raises(UserError, match="holds other layers than stage 1 of this network"):
-        new_trainer(run, model).assemble()
+    for other in (nn.Tanh(), nn.LeakyReLU(0.5)):
+        model = network()
+        assert isinstance(model[3], nn.LeakyReLU)
+        model[3] = other
+        with pytest.raises(UserError, match="holds other layers than stage 1 of this network"):
+            new_trainer(run, model).assemble()
+
+
+def test_a_stage_begun_with_other_layers_is_set_aside(tmp_path: Path) -> None:
+    class Stopping(Reporter):
+        def epoch_started(self, epoch: int, rows: int) -> None:
+            if epoch == 2:
+                raise ZeroDivisionError
+
+    class Told(Reporter):
+        aside: Path | None = None
+
+        def training_set_aside(self, number: int, path: Path, progress: str) -> None:
+            self.aside = path
+
+    with pytest.raises(ZeroDivisionError):
+        new_trainer(tmp_path / "run", reporter=Stopping()).fit(TRAIN, TEST)
+    model, told = network(), Told()
+    model[3] = nn.LeakyReLU(0.5)
+    new_trainer(tmp_path / "run", model, reporter=told).train()
+    assert told.aside is not None and told.aside.exists()
+
+
+def test_numbers_far_from_zero_have_their_own_deviation(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    values = random.normal(0, 1, (400, 2, 4, 4))
+    values[:, 0] = 1.7e9 + 1000 * values[:, 0]  # as times are
+    values[:, 1] = 0.1  # not exactly a float
+    images = torch.from_numpy(values.astype(np.float32))
+    data = TensorDataset(images, torch.arange(400) % CLASSES)
+    new_trainer(tmp_path / "run", mlp(2, 4, CLASSES), augmentation="none", epochs=1).fit(data, data)
+    found = RunDirectory.open(tmp_path / "run").record(0).data_choices
+    exact = images[:, 0].double()
+    assert found.mean[0] == pytest.approx(float(exact.mean()), rel=1e-12)
+    assert found.std[0] == pytest.approx(float(exact.std(correction=0)), rel=1e-9)
+    assert found.std[1] == 1.0
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import resource
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -207,6 +207,16 @@ def full_float32() -> Iterator[None]:
         _allow_tf32(allowed)
         for operators, precision in zip(newer, before, strict=True):
             operators.fp32_precision = precision
+
+
+@contextmanager
+def usual_modes() -> Iterator[None]:
+    """Computes gradients, and in the precision of the tensors, whatever modes the caller is in."""
+    with torch.inference_mode(False), torch.enable_grad(), ExitStack() as casts:
+        for device_type in ("cpu", "cuda", "mps"):
+            if torch.is_autocast_enabled(device_type):
+                casts.enter_context(torch.autocast(device_type, enabled=False))
+        yield
 
 
 def preferred_layout(values: torch.Tensor) -> torch.Tensor:

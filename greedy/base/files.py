@@ -63,13 +63,19 @@ def require_writable(to: Path, overwrite: bool) -> None:
 
 
 def write_output(to: Path, data: bytes) -> None:
-    """Writes the file that the user named with ``--to``, atomically. Raises ``UserError`` where
-    that fails; a full disk stays the system's error."""
-    from greedy.cache.files import write_whole  # noqa: PLC0415
+    """Writes the file that the user named with ``--to``, atomically and beside no other file of
+    that folder. Raises ``UserError`` where that fails; a full disk stays the system's error."""
+    from greedy.cache.files import naming, rename  # noqa: PLC0415
 
+    part = to.with_name(f".greedy-{os.getpid()}.part")
     try:
-        write_whole(to, data)
+        with naming(to), part.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        rename(part, to)
     except OSError as error:
+        part.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise
         raise UserError(

@@ -1,6 +1,10 @@
 """Streams of random numbers, each derived by its name from the one seed of a run."""
 
 import hashlib
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,3 +36,28 @@ def seed_torch(seed: int, device: torch.device) -> None:
         torch.cuda.default_generators[index].manual_seed(seed)
     elif device.type == "mps":
         torch.mps.manual_seed(seed)
+
+
+def global_states() -> list[Any]:
+    """Returns the states of the global generators of Python, NumPy and torch, to be compared."""
+    return [
+        random.getstate(),
+        str(np.random.get_state()),  # noqa: NPY002 - users' code draws from it
+        torch.get_rng_state().numpy().tobytes(),
+    ]
+
+
+@contextmanager
+def seeded_globally(seed: int, devices: Sequence[torch.device] = ()) -> Iterator[None]:
+    """Seeds the global generators of Python, NumPy and torch, those of CUDA ``devices`` included.
+    At the end of the ``with`` they are as before."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed(seed % 2**32)  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002

@@ -10,7 +10,8 @@ from greedy.base.errors import UserError
 from greedy.base.torch_private import has_hooks
 from greedy.build.fitting import checked_shapes
 from greedy.build.modules import build_cross_entropy
-from greedy.build.trainable import require_trainable
+from greedy.build.trainable import require_separate, require_trainable
+from greedy.build.trial import require_repeatable
 from greedy.losses import LocalLoss
 from greedy.losses.prediction import PLAIN, CrossEntropy
 from greedy.losses.strategies import stage_losses
@@ -68,6 +69,9 @@ class CutNetwork:
         shapes = checked_shapes(recipe, stages, image, classes)
         for stage, shape in zip(stages, shapes, strict=True):
             require_trainable(stage, shape.input)
+        if recipe.training.strategy == "greedy":
+            require_separate(stages)
+        require_repeatable(stages, image)
         classes = classes or shapes[-1].output[0]
         return cls(stages, shapes, loss, classes, build_cross_entropy(recipe.loss, [1] * classes))
 

@@ -12,10 +12,11 @@ from torch import nn
 from greedy import models
 from greedy.base.errors import UserError
 from greedy.base.functions import call_function
+from greedy.base.seeds import derive_seed, seeded_globally
 from greedy.losses import Glob, LocalLoss, Pred, PredBio, PredSim, PredSimBio, Sim, SimBio
 from greedy.losses.prediction import PLAIN, CrossEntropy
 from greedy.models import Shape, seeded
-from greedy.recipes import Loss, Model
+from greedy.recipes import Loss, Model, Recipe
 from greedy.recipes.networks import NETWORK_FIELDS, is_function, is_library_network
 
 NETWORKS: dict[str, Callable[..., nn.Sequential]] = {
@@ -118,28 +119,31 @@ def _library_network(
     return models.sequential(network, row_shape)
 
 
-def load_network(model: Model, name: str | None, *, needed: bool = False) -> nn.Module | None:
+def load_network(recipe: Recipe, name: str | None, *, needed: bool = False) -> nn.Module | None:
     """Returns the network that the function called ``name`` returns, for a run whose network was
     built in Python or whose recipe names that function; ``None`` without a name, and for a network
-    that is built from the recipe.
+    that is built from the recipe. The function draws from the recipe's seed: a run that goes on has
+    the same first weights.
 
     Raises:
         UserError: the run has another network, or a function that is ``needed`` is not named.
     """
-    from_function = is_function(model.network)
+    network_name = recipe.model.network
+    from_function = is_function(network_name)
     if name is None:
-        if needed and model.network == "python":
+        if needed and network_name == "python":
             raise UserError(NOT_NAMED)
         if needed and from_function:
-            raise UserError(NOT_CALLED.format(model.network))
+            raise UserError(NOT_CALLED.format(network_name))
         return None
-    if name == model.network and not from_function:
+    if name == network_name and not from_function:
         return None
-    if from_function and name != model.network:
-        raise UserError(f"this run's network is {model.network}: give --model {model.network}")
-    if not from_function and model.network != "python":
-        raise UserError(f"this run's network is {model.network}: leave out --model {name}")
-    network = call_function(name)
+    if from_function and name != network_name:
+        raise UserError(f"this run's network is {network_name}: give --model {network_name}")
+    if not from_function and network_name != "python":
+        raise UserError(f"this run's network is {network_name}: leave out --model {name}")
+    with seeded_globally(derive_seed(recipe.seed, "weights", "network")):
+        network = call_function(name)
     if not isinstance(network, nn.Module):
         raise UserError(f"{name} must return an nn.Module, not a {type(network).__name__}")
     return network

@@ -1,5 +1,6 @@
 """What a stage must be like to be trained. Runs of older versions may have other stages."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 
 import torch
@@ -12,7 +13,8 @@ from greedy.models import Shape, Stage, require_float32
 
 def require_trainable(stage: Stage, row: Shape) -> None:
     """Raises ``UserError`` for a stage that cannot compute with float32 rows of shape ``row``,
-    whose output depends on its batch once it is trained, or whose state is not of tensors alone."""
+    whose output depends on its batch once it is trained, whose weights are complex, or whose state
+    is not of tensors alone."""
     where = f"stage {stage.number} ({stage.name})"
     for module in stage.modules():
         if isinstance(module, BATCH_NORMS) and module.running_mean is None:
@@ -23,12 +25,33 @@ def require_trainable(stage: Stage, row: Shape) -> None:
             )
     if not _computes_float32(stage, row):
         require_float32(stage)
+    for name, parameter in stage.named_parameters():
+        if parameter.is_complex():
+            raise UserError(
+                f"{name} of {where} is complex, and optimisers take real numbers: keep what "
+                f"torch.view_as_real gives of it, and use view_as_complex in the forward pass"
+            )
     for name, value in stage.state_dict().items():
         if not isinstance(value, Tensor):
             raise UserError(
                 f"the state of {where} has {name}, which is no tensor and cannot be saved: let "
                 f"get_extra_state of that module return a tensor, or do without it"
             )
+
+
+def require_separate(stages: Sequence[Stage]) -> None:
+    """Raises ``UserError`` for stages that share weights or running statistics: each stage is
+    trained after the one before is frozen."""
+    owners: dict[int, Stage] = {}
+    for stage in stages:
+        for tensor in (*stage.parameters(), *stage.buffers()):
+            owner = owners.setdefault(id(tensor), stage)
+            if owner is not stage:
+                raise UserError(
+                    f"stage {stage.number} ({stage.name}) shares weights with stage "
+                    f"{owner.number} ({owner.name}), which is frozen before it: give each its own, "
+                    f"or train all at once by --strategy joint or backprop"
+                )
 
 
 @torch.no_grad()

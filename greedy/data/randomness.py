@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from greedy.base.seeds import derive_seed, seed_torch
+from greedy.base.seeds import derive_seed, global_states, seed_torch
 from greedy.data.classes import inner_set
 
 
@@ -111,11 +111,7 @@ def seed_generators(own: Sequence[Generator], seed: int, *key: int | str) -> Non
 
 def generator_states(own: Sequence[Generator]) -> list[Any]:
     """Returns the states of the global generators and of a set's ``own`` ones, to be compared."""
-    states = [
-        random.getstate(),
-        str(np.random.get_state()),  # noqa: NPY002 - transforms draw from it
-        torch.get_rng_state().numpy().tobytes(),
-    ]
+    states = global_states()
     for generator in own:
         if isinstance(generator, np.random.Generator):
             states.append(str(generator.bit_generator.state))

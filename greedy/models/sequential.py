@@ -9,13 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from greedy.base.errors import UserError, first_line
+from greedy.base.seeds import global_states, seeded_globally
 from greedy.models.chain import NotTraceable, Part, opened, parts
 from greedy.models.layout import features_first
 from greedy.models.stages import Shape
 
 Module = TypeVar("Module", bound=nn.Module)
 
-ROWS = 2  # of the images with which parts are compared with their model
+# Of the images with which parts are compared with their model: two numbers, since code may look.
+ROWS = {"training": 2, "evaluation": 3}
 
 
 class Parts(nn.Sequential):
@@ -53,7 +55,8 @@ def sequential(model: nn.Module, image: Shape = (3, 224, 224)) -> nn.Sequential:
         return model
     on_meta = any(p.is_meta for p in model.parameters())
     try:
-        found = parts(model)
+        with seeded_globally(0):  # tracing runs what draws numbers in the forward pass
+            found = parts(model)
     except NotTraceable as reason:
         if on_meta:
             raise _error(model, f"its forward pass cannot be traced ({reason})") from reason
@@ -89,29 +92,31 @@ def _failures_named(model: nn.Module, image: Shape) -> Iterator[None]:
 
 
 def _prove(model: nn.Module, network: nn.Module, image: Shape) -> None:
-    for mode in ("training", "evaluation"):
+    for mode in ROWS:
         with _failures_named(model, image):
-            expected = _output(model, image, training=mode == "training")
+            expected, drawn = _output(model, image, mode)
         try:
-            given = _output(network, image, training=mode == "training")
+            given, drawn_by_parts = _output(network, image, mode)
         except Exception as error:
             reason = f"in {mode} mode its parts fail one after the other: {first_line(error)}"
             raise _error(model, reason) from error
         if not torch.equal(expected.nan_to_num(), given.nan_to_num()):
             raise _error(model, f"in {mode} mode its parts compute something else")
+        if drawn != drawn_by_parts:
+            raise _error(model, f"in {mode} mode its own forward pass draws random numbers")
 
 
-def _output(module: nn.Module, image: Shape, *, training: bool) -> Tensor:
-    """Returns a module's output for random images. Nothing of it is changed, nor are torch's random
-    numbers."""
-    module = _copy(module).train(training)
-    images = _images(module, image)
+def _output(module: nn.Module, image: Shape, mode: str) -> tuple[Tensor, list[Any]]:
+    """Returns a module's output for random images, and the states of the global generators after
+    it. Nothing of the module is changed, nor are other random numbers."""
+    module = _copy(module).train(mode == "training")
+    images = _images(module, image, ROWS[mode])
     devices = [images.device] if images.is_cuda else []
-    with torch.random.fork_rng(devices), torch.no_grad():
-        torch.manual_seed(0)
+    with seeded_globally(0, devices), torch.no_grad():
         output = module(images)
+        states = global_states()
     _require_tensor(module, output)
-    return output
+    return output, states
 
 
 def _require_tensor(model: nn.Module, output: Any) -> None:
@@ -119,10 +124,10 @@ def _require_tensor(model: nn.Module, output: Any) -> None:
         raise _error(model, f"it gives a {type(output).__name__} where a tensor is needed")
 
 
-def _images(module: nn.Module, image: Shape) -> Tensor:
+def _images(module: nn.Module, image: Shape, rows: int = 2) -> Tensor:
     like = next(module.parameters())
     generator = torch.Generator().manual_seed(0)
-    return torch.rand((ROWS, *image), generator=generator).to(like)
+    return torch.rand((rows, *image), generator=generator).to(like)
 
 
 def _copy(module: Module) -> Module:

@@ -88,9 +88,9 @@ class Stage(nn.Module):
 
     @property
     def kinds(self) -> list[str]:
-        """The class names of its modules in order, which tell it from another stage with the same
-        weights' shapes."""
-        return [type(m).__name__ for m in (*self.layer.modules(), *self.pool.modules())]
+        """The kinds of its modules in order, which tell it from another stage with the same shapes
+        of weights: their classes, and the arguments of torch's own."""
+        return [_kind(m) for m in (*self.layer.modules(), *self.pool.modules())]
 
     def hidden(self, x: Tensor) -> Tensor:
         """Returns the activation h, before pooling, of an input with dropout applied."""
@@ -106,6 +106,20 @@ class Stage(nn.Module):
             yield nn.Flatten()
         yield from self.layer
         yield from self.pool
+
+
+def _kind(module: nn.Module) -> str:
+    kind = type(module)
+    is_torch = kind.__module__.startswith("torch.nn.modules.")
+    return f"{kind.__name__}({module.extra_repr()})" if is_torch else kind.__name__
+
+
+def same_kinds(recorded: Sequence[str], kinds: Sequence[str], *, classes_only: bool) -> bool:
+    """Returns whether recorded kinds of modules, which in older records are classes alone, are
+    those of other stages."""
+    if classes_only or not any("(" in kind for kind in recorded):
+        recorded, kinds = ([k.partition("(")[0] for k in each] for each in (recorded, kinds))
+    return list(recorded) == list(kinds)
 
 
 def _name(module: nn.Module) -> str | None:
@@ -215,14 +229,10 @@ def _stage(number: int, modules: list[nn.Module]) -> tuple[Stage, list[nn.Module
     first = next(
         i for i, m in enumerate(modules) if any(isinstance(s, ENCODERS) for s in m.modules())
     )
-    last = max(
-        i for i, m in enumerate(modules) if not isinstance(m, (*DROPOUTS, *POOLS, nn.Flatten))
-    )
+    last = max(i for i, m in enumerate(modules) if not _moves(m) and not isinstance(m, POOLS))
     entry, layer, end = modules[:first], modules[first : last + 1], modules[last + 1 :]
     _require_movable(number, entry, end)
-    kept = next(
-        (i for i, m in enumerate(entry) if not isinstance(m, (*DROPOUTS, nn.Flatten))), first
-    )
+    kept = next((i for i, m in enumerate(entry) if not _moves(m)), first)
     # Other modules before the first encoder, and all after them, belong to the layer.
     entry, layer = entry[:kept], entry[kept:] + layer
     _require_samples_first(number, layer)
@@ -234,6 +244,12 @@ def _stage(number: int, modules: list[nn.Module]) -> tuple[Stage, list[nn.Module
         dropout=_dropout(number, entry),
     )
     return stage, [m for m in end if not isinstance(m, POOLS)]
+
+
+def _moves(module: nn.Module) -> bool:
+    """Returns whether a module between stages is done at the input of the second: one of torch's
+    own that nobody has changed."""
+    return type(module) in (*DROPOUTS, nn.Flatten) and not has_hooks(module)
 
 
 def _require_movable(number: int, entry: Sequence[nn.Module], end: Sequence[nn.Module]) -> None:
@@ -269,9 +285,12 @@ def _require_samples_first(number: int, layer: Sequence[nn.Module]) -> None:
 
 
 def _dropout(number: int, entry: Sequence[nn.Module]) -> InputDropout | None:
-    dropouts = [m for m in entry if isinstance(m, DROPOUTS) and m.p > 0]
+    dropouts = [i for i, m in enumerate(entry) if isinstance(m, DROPOUTS) and m.p > 0]
     if len(dropouts) > 1:
         raise UserError(f"two dropouts stand before stage {number}: keep one of them")
     if not dropouts:
         return None
-    return InputDropout(dropouts[0].p, not isinstance(dropouts[0], nn.Dropout))
+    dropout, before = entry[dropouts[0]], entry[: dropouts[0]]
+    assert isinstance(dropout, DROPOUTS)
+    is_flat = any(isinstance(m, nn.Flatten) for m in before)  # of which channels are single values
+    return InputDropout(dropout.p, not (is_flat or isinstance(dropout, nn.Dropout)))

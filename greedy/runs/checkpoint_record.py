@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from greedy.base.errors import UserError
 from greedy.base.files import file_digest, read_with_digest, with_digest
 from greedy.cache.files import write_whole
+from greedy.models import same_kinds
 from greedy.runs.choices import Choices, Count
 from greedy.runs.events import EpochReport
 from greedy.runs.exchange import CHECKPOINT, identities
@@ -49,7 +50,10 @@ class StartRecord(BaseModel):
 
     def has_same_inputs(self, other: Self) -> bool:
         """Returns whether the two trainings differ at most in their choices."""
-        return self.model_copy(update={"resolved": other.resolved}) == other
+        if not same_kinds(self.layers, other.layers, classes_only=False):
+            return False
+        changed = {"resolved": other.resolved, "layers": other.layers}
+        return self.model_copy(update=changed) == other
 
 
 class Progress(BaseModel):

@@ -10,11 +10,12 @@ from torch import nn
 
 from greedy.base.errors import UserError, no_stage
 from greedy.base.files import read_tensors
+from greedy.base.versions import versions
 from greedy.build.cut_network import OUTPUT, cut_as
 from greedy.build.modules import build_network
 from greedy.losses import LocalHeads, LocalLoss
 from greedy.losses.strategies import stage_losses
-from greedy.models import Shape, Stage, sequential, shapes
+from greedy.models import Shape, Stage, same_kinds, sequential, shapes
 from greedy.recipes import Recipe
 from greedy.runs.directory import RunDirectory
 from greedy.runs.record import ENCODER, HEADS, StageRecord, channel_moments
@@ -58,7 +59,9 @@ def stage_weights(state: RunState, stage: Stage) -> Path:
     """
     record, directory = state.complete_record(stage.number), state.run.stage_dir(stage.number)
     path = record.check_file(directory, ENCODER)
-    if record.layers != stage.kinds:
+    # Another release may write arguments in another way.
+    is_other_torch = record.versions.get("torch") != versions()["torch"]
+    if not same_kinds(record.layers, stage.kinds, classes_only=is_other_torch):
         raise UserError(
             f"{directory} holds other layers than stage {stage.number} of this network: give "
             f"the network (--model) that the run was trained with"

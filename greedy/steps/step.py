@@ -184,7 +184,7 @@ class Learner:
 
     def one_hot(self, labels: Tensor) -> Tensor:
         """Returns labels (B,) as Y (B, classes)."""
-        return F.one_hot(labels, self.num_classes).to(next(self.stage.parameters()).dtype)
+        return F.one_hot(labels, self.num_classes).float()
 
     def targets(self, batch: Batch) -> Tensor:
         """Returns the targets of the loss for a batch: Y, whose rows may be mixed, or what the
