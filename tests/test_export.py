@@ -228,6 +228,18 @@ def test_a_network_that_torch_cannot_trace_is_told_in_a_sentence(tmp_path, name)
         written(done, tmp_path / name)
 
 
+def test_onnx_and_safetensors_say_what_they_cannot_do(tmp_path):
+    network = nn.Sequential(
+        nn.Flatten(), nn.Linear(5, 6), nn.Hardtanh(-2, 2), nn.RReLU(), nn.Linear(6, 4)
+    )
+    done = trained(tmp_path / "run", network, torch.randn(40, 5), Sim())
+    message = r"cannot be written as ONNX \(torch says: .*rrelu.*export with --format torch-export"
+    with pytest.raises(UserError, match=message) as told:
+        written(done, tmp_path / "net.onnx")
+    assert str(told.value).isprintable()
+    assert_same_as_evaluate(done, written(done, tmp_path / "net.safetensors"))
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [

@@ -279,7 +279,7 @@ class Skipping(nn.Module):
     [
         (lambda: float(torch.rand(())), "in training mode its own forward pass draws random"),
         (random.random, "in training mode its own forward pass draws random"),
-        (lambda: float(np.random.rand()), "in training mode its own forward pass draws random"),
+        (lambda: np.random.rand(1)[0], "in training mode its own forward pass draws"),  # noqa: NPY002
         (None, "in evaluation mode its parts compute something else"),
     ],
     ids=["torch", "python", "numpy", "rows"],

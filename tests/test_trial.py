@@ -162,7 +162,7 @@ def test_running_statistics_cannot_be_shared_either(tmp_path: Path) -> None:
 def test_what_cannot_be_copied_or_optimised_is_told(tmp_path: Path) -> None:
     with pytest.warns(FutureWarning, match="weight_norm"):
         old = nn.utils.weight_norm(nn.Linear(WIDTH, WIDTH))
-    with pytest.raises(UserError, match=r"stage 2 .* cannot be copied .*: use torch.nn.utils.para"):
+    with pytest.raises(UserError, match=r"stage 2 .* cannot be copied .*: use weight_norm of"):
         trainer(tmp_path / "old", network(old, nn.ReLU())).fit(TRAIN, TEST)
     with pytest.raises(UserError, match=r"weight of stage 2 .* is complex"):
         trainer(tmp_path / "complex", network(Complex(), nn.ReLU())).fit(TRAIN, TEST)

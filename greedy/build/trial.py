@@ -63,8 +63,8 @@ def _copy(stage: Stage) -> Stage:
     except Exception as error:
         raise UserError(
             f"stage {stage.number} ({stage.name}) cannot be copied ({first_line(error)}): use "
-            f"torch.nn.utils.parametrizations instead of weight_norm and spectral_norm of "
-            f"torch.nn.utils, and prune.remove after pruning"
+            f"weight_norm of torch.nn.utils.parametrizations, not that of torch.nn.utils, and "
+            f"prune.remove after pruning"
         ) from error
 
 

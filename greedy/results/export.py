@@ -121,7 +121,8 @@ def _description(module: nn.Module) -> tuple[str, dict[str, Any]]:
         if has_hooks(module):
             raise TypeError("it has hooks")
         for name, parameter in inspect.signature(module_class).parameters.items():
-            if name not in ("device", "dtype"):
+            has_own = parameter.default is not None or hasattr(module, name)  # else an old name
+            if name not in ("device", "dtype") and has_own:
                 value = getattr(module, name)
                 if name == "bias":  # without a weight, no bias is the only choice
                     value = value is not None or module.weight is None
@@ -149,18 +150,32 @@ def _torch_export(network: nn.Sequential, shape: Shape, metadata: dict[str, str]
 
 
 def _onnx(network: nn.Sequential, shape: Shape, metadata: dict[str, str]) -> bytes:
-    with _quiet(), _failures_explained():
-        exported = torch.onnx.export(
-            _program(network, shape),
-            dynamo=True,
-            input_names=["images"],
-            output_names=["logits"],
-            dynamic_shapes=_dynamic_shapes(),  # for the name; the program has the rest
-            verbose=False,
-        )
+    with _quiet():
+        program = _program(network, shape)
+        try:
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                input_names=["images"],
+                output_names=["logits"],
+                dynamic_shapes=_dynamic_shapes(),  # for the name; the program has the rest
+                verbose=False,
+            )
+        except Exception as error:
+            raise UserError(
+                f"the network cannot be written as ONNX (torch says: {first_line(_first(error))}): "
+                f"export with --format torch-export"
+            ) from error
     assert exported is not None
     exported.model.metadata_props.update(metadata)
     return exported.model_proto.SerializeToString()
+
+
+def _first(error: BaseException) -> BaseException:
+    """Returns the error with which a chain of errors began."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 @contextmanager

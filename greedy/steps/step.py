@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from greedy.base.devices import is_out_of_memory, to_device
 from greedy.base.errors import TrainingError, first_line
 from greedy.base.heap import release_free_memory
-from greedy.base.precision import HALVES, autocast
+from greedy.base.precision import HALVES, autocast, widened
 from greedy.base.ranks import Shares
 from greedy.base.seeds import torch_generator
 from greedy.base.user_folders import prepare_compiling
@@ -183,8 +183,9 @@ class Learner:
             torch.compiler.reset()
 
     def one_hot(self, labels: Tensor) -> Tensor:
-        """Returns labels (B,) as Y (B, classes)."""
-        return F.one_hot(labels, self.num_classes).float()
+        """Returns labels (B,) as Y (B, classes), in the type of the weights or in float32."""
+        y = F.one_hot(labels, self.num_classes)
+        return widened(y.to(next(self.stage.parameters()).dtype))
 
     def targets(self, batch: Batch) -> Tensor:
         """Returns the targets of the loss for a batch: Y, whose rows may be mixed, or what the
