@@ -208,7 +208,7 @@ from torch import nn
 
 class Centred(nn.Module):
     def forward(self, x):
-        return x - x.mean(0)
+        return x - x.mean(0) if self.training else x
 
 
 def network():
