@@ -87,7 +87,7 @@ def settings(command: F) -> F:
     return _set(command)
 
 
-def changes(command: F) -> F:
+def settings_of_finetuning(command: F) -> F:
     """Adds --set, and an option for each field that has one and that fine-tuning can change; it
     takes them from the run, but for the strategy."""
     for group, fields in reversed(FIELDS.items()):

@@ -20,7 +20,7 @@ from greedy.cli.train import give_data, tensorboard, train_and_show
     type=options.PATH,
     help="The run directory to write  [default: DIR-finetuned beside --run].",
 )
-@fields.changes
+@fields.settings_of_finetuning
 @options.ignore_changes
 @options.device
 @options.log

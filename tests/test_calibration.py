@@ -13,6 +13,7 @@ from small_training import new_trainer, noise
 from torch import nn
 
 from greedy.base.files import with_digest
+from greedy.data import dataset_from_torch
 from greedy.forecasts.duration import Durations
 from greedy.losses import Sim
 from greedy.models import cut, shapes
@@ -252,9 +253,10 @@ def trained(path, **settings):
         if computed and frozen and isinstance(module, nn.Linear):
             passed[1 + WIDTHS.index(module.in_features)] += len(output)
 
+    trainer.prepare(dataset_from_torch(noise(80, 2, side=4), noise(20, 2, side=4)))
     hook = nn.modules.module.register_module_forward_hook(count)
     try:
-        trainer.fit(noise(80, 2, side=4), noise(20, 2, side=4))
+        trainer.train()
     finally:
         hook.remove()
     return trainer.run, passed

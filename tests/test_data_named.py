@@ -257,7 +257,7 @@ def test_download_that_fails_is_one_line(tmp_path, monkeypatch):
 
 
 def test_unknown_names_get_near_ones():
-    with pytest.raises(UserError, match=r"'cifar-10': did you mean .*'cifar10'.*stl10.*folder:"):
+    with pytest.raises(UserError, match=r"'cifar-10': did you mean .*cifar10.*stl10.*folder:"):
         load_dataset("cifar-10")
     with pytest.raises(UserError, match="unknown data set"):
         is_available("cifar-10")

@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -136,7 +137,7 @@ def test_state_that_is_saved_or_changes_nothing_is_no_fault(tmp_path: Path, laye
 
 
 @pytest.mark.parametrize("strategy", ["greedy", "joint"])
-def test_layers_that_two_stages_share_are_trained_at_once_alone(
+def test_stages_that_share_layers_can_only_be_trained_together(
     tmp_path: Path, strategy: str
 ) -> None:
     shared = nn.Linear(WIDTH, WIDTH)
@@ -152,6 +153,44 @@ def test_layers_that_two_stages_share_are_trained_at_once_alone(
     assert torch.equal(second, third)
 
 
+class Fixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("factor", torch.full((WIDTH,), 2.0))
+        self.same = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.same(x * self.factor)
+
+
+def test_constants_may_be_shared(tmp_path: Path) -> None:
+    shared = Fixed()
+    layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), shared) for _ in range(2)]
+    trainer(tmp_path / "run", network(*layers)).fit(TRAIN, TEST)
+
+
+class Noisy(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and random.random() < 0.5:
+            x = x + torch.from_numpy(np.random.rand(WIDTH)).float()  # noqa: NPY002
+        return x
+
+
+class OddRowsFail(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.view(2, -1, WIDTH).flatten(0, 1)
+
+
+def test_noise_in_training_is_no_fault_and_a_stage_that_cannot_be_tried_hides_none(
+    tmp_path: Path,
+) -> None:
+    noisy = [module for _ in range(3) for module in (nn.Linear(WIDTH, WIDTH), Noisy(), nn.ReLU())]
+    trainer(tmp_path / "noisy", network(*noisy)).fit(TRAIN, TEST)
+    model = network(OddRowsFail(), nn.Linear(WIDTH, WIDTH), AlwaysDropping(0.5))
+    with pytest.raises(UserError, match="stage 2 .* is random in evaluation mode"):
+        trainer(tmp_path / "run", model).fit(TRAIN, TEST)
+
+
 def test_running_statistics_cannot_be_shared_either(tmp_path: Path) -> None:
     norm = nn.BatchNorm1d(WIDTH)
     model = network(nn.Linear(WIDTH, WIDTH), norm, nn.Linear(WIDTH, WIDTH), norm)
@@ -162,7 +201,7 @@ def test_running_statistics_cannot_be_shared_either(tmp_path: Path) -> None:
 def test_what_cannot_be_copied_or_optimised_is_told(tmp_path: Path) -> None:
     with pytest.warns(FutureWarning, match="weight_norm"):
         old = nn.utils.weight_norm(nn.Linear(WIDTH, WIDTH))
-    with pytest.raises(UserError, match=r"stage 2 .* cannot be copied .*: use weight_norm of"):
+    with pytest.raises(UserError, match=r"stage 2 .* cannot be copied .*: use for inst"):
         trainer(tmp_path / "old", network(old, nn.ReLU())).fit(TRAIN, TEST)
     with pytest.raises(UserError, match=r"weight of stage 2 .* is complex"):
         trainer(tmp_path / "complex", network(Complex(), nn.ReLU())).fit(TRAIN, TEST)
@@ -187,6 +226,7 @@ class Scaled(nn.Module):
 def test_a_loss_learns_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="the loss Scaled has parameters of its own"):
         trainer(tmp_path / "run", network(), loss=Scaled()).fit(TRAIN, TEST)
+    trainer(tmp_path / "run", network(), loss=Scaled().requires_grad_(False)).fit(TRAIN, TEST)
 
 
 class OwnDropout(nn.Dropout):

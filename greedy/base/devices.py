@@ -211,7 +211,7 @@ def full_float32() -> Iterator[None]:
 
 @contextmanager
 def usual_modes() -> Iterator[None]:
-    """Computes gradients, and in the precision of the tensors, whatever modes the caller is in."""
+    """Inside, gradients are computed and autocast is off, whatever the caller has chosen."""
     with torch.inference_mode(False), torch.enable_grad(), ExitStack() as casts:
         for device_type in ("cpu", "cuda", "mps"):
             if torch.is_autocast_enabled(device_type):

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from secrets import token_hex
 from typing import TYPE_CHECKING, Any
 
 from greedy.base.errors import UserError
@@ -63,19 +64,22 @@ def require_writable(to: Path, overwrite: bool) -> None:
 
 
 def write_output(to: Path, data: bytes) -> None:
-    """Writes the file that the user named with ``--to``, atomically and beside no other file of
-    that folder. Raises ``UserError`` where that fails; a full disk stays the system's error."""
+    """Writes the file that the user named with ``--to``, atomically and without touching any other
+    file of that folder. Raises ``UserError`` where that fails; a full disk stays the system's
+    error."""
     from greedy.cache.files import naming, rename  # noqa: PLC0415
 
-    part = to.with_name(f".greedy-{os.getpid()}.part")
+    part = to.with_name(f".greedy-{token_hex(8)}.part")
     try:
         with naming(to), part.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        rename(part, to)
+            try:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+                rename(part, to)
+            finally:
+                part.unlink(missing_ok=True)
     except OSError as error:
-        part.unlink(missing_ok=True)
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise
         raise UserError(

@@ -53,7 +53,9 @@ def seeded_globally(seed: int, devices: Sequence[torch.device] = ()) -> Iterator
     At the end of the ``with`` they are as before."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed also seeds other devices
+        for device in devices:
+            seed_torch(seed, device)
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002
         try:

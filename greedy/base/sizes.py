@@ -11,7 +11,7 @@ UNITS |= {f"{letter}iB": 1024**power for power, letter in enumerate("KMGT", star
 def parse_size(text: str) -> int:
     """Returns the bytes of a size such as ``512MiB`` or ``4 GB``. Raises ``UserError`` for anything
     else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?i?B)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d+)?)\s*([KMGT]?i?B)\s*", text)
     if not match or match[2] not in UNITS:
         raise UserError(f"{text!r} is not a size: write one such as 512MiB or 4GiB")
     return int(float(match[1]) * UNITS[match[2]])

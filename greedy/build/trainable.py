@@ -41,10 +41,12 @@ def require_trainable(stage: Stage, row: Shape) -> None:
 
 def require_separate(stages: Sequence[Stage]) -> None:
     """Raises ``UserError`` for stages that share weights or running statistics: each stage is
-    trained after the one before is frozen."""
+    trained after the one before is frozen. Constants may be shared."""
     owners: dict[int, Stage] = {}
     for stage in stages:
-        for tensor in (*stage.parameters(), *stage.buffers()):
+        norms = [m for m in stage.modules() if isinstance(m, BATCH_NORMS)]
+        learned = [p for p in stage.parameters() if p.requires_grad]
+        for tensor in (*learned, *(buffer for norm in norms for buffer in norm.buffers())):
             owner = owners.setdefault(id(tensor), stage)
             if owner is not stage:
                 raise UserError(

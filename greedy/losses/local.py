@@ -90,7 +90,7 @@ def require_local_loss(loss: Any) -> None:
             f"{named} is no local loss: give one of greedy.losses, such as "
             f"greedy.losses.PredSim(), or write one with heads, output_scale and __call__"
         )
-    if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
+    if isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters()):
         raise UserError(
             f"the loss {type(loss).__name__} has parameters of its own, which nothing would train: "
             f"put them into the heads that it makes"

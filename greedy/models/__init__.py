@@ -7,7 +7,7 @@ from greedy.models.networks import ACTIVATIONS, mlp, vgg, vgg8b, vgg11b
 from greedy.models.residual import preact_resnet18, resnet, wide_resnet
 from greedy.models.sequential import sequential
 from greedy.models.shapes import StageShapes, require_float32, shapes
-from greedy.models.stages import ENCODERS, InputDropout, Shape, Stage, cut, same_kinds
+from greedy.models.stages import ENCODERS, InputDropout, Shape, Stage, cut
 
 __all__ = [
     "ACTIVATIONS",
@@ -26,7 +26,6 @@ __all__ = [
     "seeded",
     "sequential",
     "require_float32",
-    "same_kinds",
     "shapes",
     "vgg",
     "vgg8b",

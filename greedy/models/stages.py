@@ -1,5 +1,6 @@
 """Cutting a network into stages."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -89,7 +90,7 @@ class Stage(nn.Module):
     @property
     def kinds(self) -> list[str]:
         """The kinds of its modules in order, which tell it from another stage with the same shapes
-        of weights: their classes, and the arguments of torch's own."""
+        of weights: their classes, and the arguments that torch's own show."""
         return [_kind(m) for m in (*self.layer.modules(), *self.pool.modules())]
 
     def hidden(self, x: Tensor) -> Tensor:
@@ -110,16 +111,15 @@ class Stage(nn.Module):
 
 def _kind(module: nn.Module) -> str:
     kind = type(module)
-    is_torch = kind.__module__.startswith("torch.nn.modules.")
-    return f"{kind.__name__}({module.extra_repr()})" if is_torch else kind.__name__
-
-
-def same_kinds(recorded: Sequence[str], kinds: Sequence[str], *, classes_only: bool) -> bool:
-    """Returns whether recorded kinds of modules, which in older records are classes alone, are
-    those of other stages."""
-    if classes_only or not any("(" in kind for kind in recorded):
-        recorded, kinds = ([k.partition("(")[0] for k in each] for each in (recorded, kinds))
-    return list(recorded) == list(kinds)
+    if not kind.__module__.startswith("torch.nn.modules."):
+        return kind.__name__
+    arguments = [re.sub("(, )?inplace=True", "", module.extra_repr())]  # it computes the same
+    if isinstance(module, nn.MultiheadAttention):
+        arguments = [f"num_heads={module.num_heads}"]
+    elif isinstance(module, nn.TransformerEncoderLayer):
+        activation = getattr(module.activation, "__name__", type(module.activation).__name__)
+        arguments = [f"norm_first={module.norm_first}", f"activation={activation}"]
+    return f"{kind.__name__}({', '.join(arguments)})"
 
 
 def _name(module: nn.Module) -> str | None:
@@ -292,5 +292,6 @@ def _dropout(number: int, entry: Sequence[nn.Module]) -> InputDropout | None:
         return None
     dropout, before = entry[dropouts[0]], entry[: dropouts[0]]
     assert isinstance(dropout, DROPOUTS)
-    is_flat = any(isinstance(m, nn.Flatten) for m in before)  # of which channels are single values
+    # Of flattened maps nn.Dropout2d drops single values.
+    is_flat = any(isinstance(m, nn.Flatten) for m in before)
     return InputDropout(dropout.p, not (is_flat or isinstance(dropout, nn.Dropout)))

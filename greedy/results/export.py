@@ -162,16 +162,17 @@ def _onnx(network: nn.Sequential, shape: Shape, metadata: dict[str, str]) -> byt
                 verbose=False,
             )
         except Exception as error:
+            reason = first_line(_root_cause(error))
             raise UserError(
-                f"the network cannot be written as ONNX (torch says: {first_line(_first(error))}): "
-                f"export with --format torch-export"
+                f"the network cannot be written as ONNX (torch says: {reason}): export with "
+                f"--format torch-export"
             ) from error
     assert exported is not None
     exported.model.metadata_props.update(metadata)
     return exported.model_proto.SerializeToString()
 
 
-def _first(error: BaseException) -> BaseException:
+def _root_cause(error: BaseException) -> BaseException:
     """Returns the error with which a chain of errors began."""
     while error.__cause__ is not None:
         error = error.__cause__

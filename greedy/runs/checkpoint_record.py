@@ -12,11 +12,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from greedy.base.errors import UserError
 from greedy.base.files import file_digest, read_with_digest, with_digest
 from greedy.cache.files import write_whole
-from greedy.models import same_kinds
 from greedy.runs.choices import Choices, Count
 from greedy.runs.events import EpochReport
 from greedy.runs.exchange import CHECKPOINT, identities
-from greedy.runs.record import RecipeDigest
+from greedy.runs.record import RecipeDigest, same_kinds
 
 START_FILE, PROGRESS_FILE = "start.json", "progress.json"
 Document = TypeVar("Document", bound=BaseModel)
@@ -33,6 +32,7 @@ class StartRecord(BaseModel):
     source: Count
     layers: list[str]
     resolved: Choices
+    torch: str | None = None  # whose release decides how layers are written
 
     @classmethod
     def read(cls, training: Path) -> Self | None:
@@ -50,9 +50,10 @@ class StartRecord(BaseModel):
 
     def has_same_inputs(self, other: Self) -> bool:
         """Returns whether the two trainings differ at most in their choices."""
-        if not same_kinds(self.layers, other.layers, classes_only=False):
+        is_other_torch = self.torch != other.torch
+        if not same_kinds(self.layers, other.layers, classes_only=is_other_torch):
             return False
-        changed = {"resolved": other.resolved, "layers": other.layers}
+        changed = {"resolved": other.resolved, "layers": other.layers, "torch": other.torch}
         return self.model_copy(update=changed) == other
 
 

@@ -15,10 +15,10 @@ from greedy.build.cut_network import OUTPUT, cut_as
 from greedy.build.modules import build_network
 from greedy.losses import LocalHeads, LocalLoss
 from greedy.losses.strategies import stage_losses
-from greedy.models import Shape, Stage, same_kinds, sequential, shapes
+from greedy.models import Shape, Stage, sequential, shapes
 from greedy.recipes import Recipe
 from greedy.runs.directory import RunDirectory
-from greedy.runs.record import ENCODER, HEADS, StageRecord, channel_moments
+from greedy.runs.record import ENCODER, HEADS, StageRecord, channel_moments, same_kinds
 from greedy.runs.state import RunState
 
 

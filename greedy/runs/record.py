@@ -40,6 +40,14 @@ ClassName = Annotated[
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$", max_length=255)]
 
 
+def same_kinds(recorded: Sequence[str], kinds: Sequence[str], *, classes_only: bool) -> bool:
+    """Returns whether recorded kinds of modules, which in older records are classes alone, are
+    those of other stages."""
+    if classes_only or not any("(" in kind for kind in recorded):
+        recorded, kinds = ([k.partition("(")[0] for k in each] for each in (recorded, kinds))
+    return list(recorded) == list(kinds)
+
+
 class _Document(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 

@@ -12,6 +12,7 @@ from greedy.base.disk_space import require_free_space, write_errors_explained
 from greedy.base.files import bytes_below
 from greedy.base.ranks import ALONE, Ranks
 from greedy.base.relay import Relay
+from greedy.base.versions import versions
 from greedy.build.cut_network import CutNetwork
 from greedy.memory.choice import Choice, named_budget
 from greedy.memory.peaks import OptimizerFactory
@@ -132,6 +133,7 @@ class NetworkTraining:
             parent_lineage=self.data.lineage,
             source=0,
             layers=[kind for stage in self.network.stages for kind in stage.kinds],
+            torch=versions()["torch"],
             resolved=resolve(
                 self.recipe,
                 self.source.stores["train"],

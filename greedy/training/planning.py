@@ -13,6 +13,7 @@ from greedy.base.devices import pick_precision
 from greedy.base.errors import UserError
 from greedy.base.ranks import ALONE, Ranks
 from greedy.base.relay import Relay
+from greedy.base.versions import versions
 from greedy.build.cut_network import CutNetwork
 from greedy.build.fitting import checked_shapes
 from greedy.build.modules import build_cross_entropy
@@ -281,6 +282,7 @@ class StagePlanner:
             parent_lineage=parent.lineage,
             source=source,
             layers=stage.kinds,
+            torch=versions()["torch"],
             resolved=choices,
         )
         begun = find_training(directory, start, self.reporter)
