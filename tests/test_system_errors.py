@@ -200,7 +200,7 @@ def test_a_file_too_large_to_export_and_one_missing_are_told(tmp_path: Path) -> 
     with limited(resource.RLIMIT_FSIZE, 100):
         result = greedy("export", "--run", run, "--to", tmp_path / "net.safetensors")
     assert result.exit_code == 1
-    assert "net.safetensors.part: File too large: raise the limit" in result.output
+    assert "net.safetensors: File too large: raise the limit" in result.output
     with pytest.raises(UserError, match="is missing: train the stage again with `greedy train"):
         (run / "stage1/encoder.safetensors").unlink()
         assemble(RunDirectory.open(run), None)
