@@ -2,12 +2,14 @@
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+
+CPU = torch.device("cpu")
 
 
 def derive_seed(seed: int, purpose: str, *keys: int | str) -> int:
@@ -47,19 +49,31 @@ def global_states() -> list[Any]:
     ]
 
 
+def seed_globals(seed: int, device: torch.device = CPU) -> None:
+    """Seeds the global generators of Python and NumPy, and torch's of the CPU and of a device."""
+    seed_torch(seed, device)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+
+
 @contextmanager
-def seeded_globally(seed: int, devices: Sequence[torch.device] = ()) -> Iterator[None]:
-    """Seeds the global generators of Python, NumPy and torch, those of CUDA ``devices`` included.
-    At the end of the ``with`` they are as before."""
+def generators_restored() -> Iterator[None]:
+    """Restores the global generators of Python, NumPy and torch after the block."""
+    # Not of CUDA devices that this process does not use: saving them would initialise CUDA.
+    used = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed also seeds other devices
-        for device in devices:
-            seed_torch(seed, device)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        try:
+    try:
+        with torch.random.fork_rng(range(used)):
             yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+@contextmanager
+def seeded_globally(seed: int, device: torch.device = CPU) -> Iterator[None]:
+    """Seeds the global generators inside the block as ``seed_globals`` does, and restores them
+    afterwards."""
+    with generators_restored():
+        seed_globals(seed, device)
+        yield

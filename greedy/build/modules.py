@@ -12,7 +12,6 @@ from torch import nn
 from greedy import models
 from greedy.base.errors import UserError
 from greedy.base.functions import call_function
-from greedy.base.seeds import derive_seed, seeded_globally
 from greedy.losses import Glob, LocalLoss, Pred, PredBio, PredSim, PredSimBio, Sim, SimBio
 from greedy.losses.prediction import PLAIN, CrossEntropy
 from greedy.models import Shape, seeded
@@ -142,7 +141,7 @@ def load_network(recipe: Recipe, name: str | None, *, needed: bool = False) -> n
         raise UserError(f"this run's network is {network_name}: give --model {network_name}")
     if not from_function and network_name != "python":
         raise UserError(f"this run's network is {network_name}: leave out --model {name}")
-    with seeded_globally(derive_seed(recipe.seed, "weights", "network")):
+    with seeded(recipe.seed, "network"):
         network = call_function(name)
     if not isinstance(network, nn.Module):
         raise UserError(f"{name} must return an nn.Module, not a {type(network).__name__}")

@@ -9,6 +9,7 @@ from torch import Tensor
 from greedy.base.errors import UserError
 from greedy.base.torch_private import BATCH_NORMS
 from greedy.models import Shape, Stage, require_float32
+from greedy.models.shares import sharing
 
 
 def require_trainable(stage: Stage, row: Shape) -> None:
@@ -41,19 +42,14 @@ def require_trainable(stage: Stage, row: Shape) -> None:
 
 def require_separate(stages: Sequence[Stage]) -> None:
     """Raises ``UserError`` for stages that share weights or running statistics: each stage is
-    trained after the one before is frozen. Constants may be shared."""
-    owners: dict[int, Stage] = {}
-    for stage in stages:
-        norms = [m for m in stage.modules() if isinstance(m, BATCH_NORMS)]
-        learned = [p for p in stage.parameters() if p.requires_grad]
-        for tensor in (*learned, *(buffer for norm in norms for buffer in norm.buffers())):
-            owner = owners.setdefault(id(tensor), stage)
-            if owner is not stage:
-                raise UserError(
-                    f"stage {stage.number} ({stage.name}) shares weights with stage "
-                    f"{owner.number} ({owner.name}), which is frozen before it: give each its own, "
-                    f"or train all at once by --strategy joint or backprop"
-                )
+    trained after the one before is frozen."""
+    if found := sharing([stage] for stage in stages):
+        first, second = found
+        raise UserError(
+            f"stage {second.number} ({second.name}) shares weights with stage {first.number} "
+            f"({first.name}), which is frozen before it: give each its own, or train all at once "
+            f"by --strategy joint or backprop"
+        )
 
 
 @torch.no_grad()

@@ -11,8 +11,8 @@ from greedy.base.seeds import seeded_globally
 from greedy.models import Shape, Stage
 
 ROWS = 2
-# How far outputs may differ, as a share of the largest: a GPU may repeat a computation that
-# inexactly, and half precision may compute another number of rows so.
+# How far outputs may differ, as a share of the largest: threads may add in another order, and half
+# precision may round other numbers of rows otherwise.
 EQUAL, CLOSE = 1e-4, 2e-2
 
 
@@ -20,20 +20,19 @@ def require_repeatable(stages: Sequence[Stage], shape: Shape) -> None:
     """Raises ``UserError`` for a stage that, once it is trained, gives something else for the same
     row or beside other rows, or that computes with state that is not in its ``state_dict``.
 
-    Stages are tried as copies, with random rows of ``shape``, and global generators are left as
-    they are. What a stage cannot compute here, such as a single row, is not tried; nor are stages
-    on the meta device, or those that memory has no room for.
+    Stages are tried as copies on the CPU, with random rows of ``shape``, and global generators are
+    left as they are. What a stage cannot compute there, such as a single row, is not tried; nor are
+    stages on the meta device, or those that memory has no room for.
     """
     tensors = [tensor for stage in stages for tensor in (*stage.parameters(), *stage.buffers())]
     if any(tensor.is_meta for tensor in tensors):
         return
-    device = tensors[0].device
     generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(ROWS, *shape, generator=generator).to(device) for _ in range(3)]
-    with torch.no_grad(), seeded_globally(0, [device] if device.type == "cuda" else []):
+    batches = [torch.randn(ROWS, *shape, generator=generator) for _ in range(3)]
+    with torch.no_grad(), seeded_globally(0):
         for stage in stages:
             try:
-                copied = _copy(stage).eval()
+                copied = _copy(stage)
                 outputs = [copied(batch) for batch in batches]
             except UserError:
                 raise
@@ -45,13 +44,13 @@ def require_repeatable(stages: Sequence[Stage], shape: Shape) -> None:
                 except UserError:
                     raise
                 except Exception:  # the stage's own
-                    copied = _copy(stage).eval()
+                    copied = _copy(stage)
             batches = outputs
 
 
 def _copy(stage: Stage) -> Stage:
     try:
-        return deepcopy(stage)
+        return deepcopy(stage).cpu().eval()
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:

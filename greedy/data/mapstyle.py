@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from greedy.base.errors import UserError
 from greedy.base.functions import call_function, user_errors_explained
+from greedy.base.seeds import generators_restored
 from greedy.base.text import first_names
 from greedy.data.arrays import as_image
 from greedy.data.classes import ClassInfo, ClassLookup, class_info, match_classes
@@ -23,7 +24,6 @@ from greedy.data.modes import WHITE
 from greedy.data.randomness import (
     Generator,
     generator_states,
-    generators_restored,
     own_generators,
     seed_generators,
     transform_names,

@@ -1,9 +1,8 @@
-"""Random transforms: finding a data set's, seeding the generators that they draw from, and
-protecting the global ones from them."""
+"""Random transforms: finding a data set's, and seeding the generators that they draw from."""
 
 import random
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from functools import partial
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -11,23 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from greedy.base.seeds import derive_seed, global_states, seed_torch
+from greedy.base.seeds import derive_seed, global_states, seed_globals
 from greedy.data.classes import inner_set
-
-
-@contextmanager
-def generators_restored() -> Iterator[None]:
-    """Restores the global generators of Python, NumPy and torch after the block."""
-    # Not of CUDA devices that this process does not use: saving them would initialise CUDA.
-    used = torch.cuda.device_count() if torch.cuda.is_initialized() else 0
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - transforms draw from it
-    try:
-        with torch.random.fork_rng(range(used)):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-
 
 Generator = np.random.Generator | np.random.RandomState | random.Random | torch.Generator
 
@@ -94,10 +78,7 @@ def _names_in(code: CodeType) -> Iterator[str]:
 def seed_generators(own: Sequence[Generator], seed: int, *key: int | str) -> None:
     """Seeds the global generators of Python, NumPy and torch, and a set's ``own`` ones, with what
     follows from ``seed`` and ``key``."""
-    derived = derive_seed(seed, "pass", *key)
-    random.seed(derived)
-    np.random.seed(derived % 2**32)  # noqa: NPY002 - transforms draw from it
-    seed_torch(derived, torch.device("cpu"))
+    seed_globals(derive_seed(seed, "pass", *key))
     for number, generator in enumerate(own):
         derived = derive_seed(seed, "pass", *key, number)
         if isinstance(generator, np.random.Generator):

@@ -3,19 +3,17 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
-from greedy.base.seeds import derive_seed
+from greedy.base.seeds import derive_seed, seeded_globally
 from greedy.models.stages import Stage
 
 
 @contextmanager
 def seeded(seed: int, *keys: int | str) -> Iterator[None]:
-    """Seeds torch's CPU generator with the stream (seed, "weights", keys) inside the block and
-    restores it afterwards."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, "weights", *keys))
+    """Seeds the global generators with the stream (seed, "weights", keys) inside the block and
+    restores them afterwards."""
+    with seeded_globally(derive_seed(seed, "weights", *keys)):
         yield
 
 

@@ -111,8 +111,7 @@ def _output(module: nn.Module, image: Shape, mode: str) -> tuple[Tensor, list[An
     it. Nothing of the module is changed, nor are other random numbers."""
     module = _copy(module).train(mode == "training")
     images = _images(module, image, ROWS[mode])
-    devices = [images.device] if images.is_cuda else []
-    with seeded_globally(0, devices), torch.no_grad():
+    with seeded_globally(0, images.device), torch.no_grad():
         output = module(images)
         states = global_states()
     _require_tensor(module, output)

@@ -1,9 +1,10 @@
-"""The stages that each of several processes trains."""
+"""The stages that each of several processes trains, and what stages share."""
 
-from collections.abc import Callable, Sequence
-from itertools import accumulate, chain, pairwise
+from collections.abc import Callable, Iterable, Sequence
+from itertools import accumulate, pairwise
 
 from greedy.base.errors import UserError
+from greedy.base.torch_private import BATCH_NORMS
 from greedy.models.division import balanced
 from greedy.models.stages import Stage
 
@@ -29,13 +30,24 @@ def parts_of_stages(
         )
     sizes = balanced([operations(stage.number) for stage in stages], processes)
     parts = [range(*edges) for edges in pairwise([0, *accumulate(sizes)])]
-    owners: dict[int, int] = {}
-    for process, part in enumerate(parts):
-        for stage in stages[part.start : part.stop]:
-            for tensor in chain(stage.parameters(), stage.buffers()):
-                if owners.setdefault(id(tensor), process) != process:
-                    raise UserError(
-                        f"stage {stage.number} shares weights with one that another process would "
-                        f"train: leave out --parallel stages"
-                    )
+    if found := sharing([stages[part.start : part.stop] for part in parts]):
+        raise UserError(
+            f"stage {found[1].number} shares weights with one that another process would train: "
+            f"leave out --parallel stages"
+        )
     return parts
+
+
+def sharing(groups: Iterable[Iterable[Stage]]) -> tuple[Stage, Stage] | None:
+    """Returns the first two stages, of different groups, that share weights or the running
+    statistics of a batch norm, if there are any. Constants may be shared."""
+    owners: dict[int, tuple[int, Stage]] = {}
+    for number, group in enumerate(groups):
+        for stage in group:
+            norms = (module for module in stage.modules() if isinstance(module, BATCH_NORMS))
+            weights = (p for p in stage.parameters() if p.requires_grad)
+            for tensor in (*weights, *(buffer for norm in norms for buffer in norm.buffers())):
+                owner, first = owners.setdefault(id(tensor), (number, stage))
+                if owner != number:
+                    return first, stage
+    return None

@@ -9,6 +9,7 @@ import numpy as np
 from greedy.base.commands import command
 from greedy.base.errors import UserError
 from greedy.base.functions import is_function_name
+from greedy.base.seeds import generators_restored
 from greedy.base.text import first_names, legible, sides
 from greedy.cache import Store
 from greedy.data import (
@@ -22,7 +23,6 @@ from greedy.data import (
 from greedy.data.folder import FolderSplit
 from greedy.data.loading import folder_of
 from greedy.data.mapstyle import PYTHON
-from greedy.data.randomness import generators_restored
 from greedy.data.splits import spread_rows
 from greedy.runs.directory import SPLITS, RunDirectory
 from greedy.runs.file_table import FileChanges, FileTable
