@@ -49,6 +49,13 @@ def test_options_of_recipe_fields_say_what_the_field_does_in_its_group():
     assert views == f"{meaning} [store.views; default: auto]"
 
 
+def test_finetuning_says_that_it_takes_its_fields_from_the_run():
+    shown = " ".join(said("finetune", "--help").split())
+    assert "[training.strategy; default: backprop]" in shown
+    assert "[memory.budget; default: the run's]" in shown
+    assert "--stages" not in shown and "--stage-layers" not in shown
+
+
 @pytest.mark.parametrize(("option", "field"), FIELD_OF.items())
 def test_every_option_of_a_field_sets_it(option, field):
     section, _, name = field.rpartition(".")
