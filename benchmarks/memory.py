@@ -19,6 +19,7 @@ from greedy.base.devices import (
     memory_limited,
     peak_memory,
     pick_device,
+    placed,
     preferred_layout,
     reset_peak_memory,
     set_determinism,
@@ -38,7 +39,6 @@ from greedy.steps.guard import Guard
 from greedy.steps.host_state import HostAdam
 from greedy.steps.step import Learner, step
 from greedy.stores.source import Batch
-from greedy.training.learners import placed
 
 RECIPE = load("cifar10/vgg11b-3x-predsim")
 IMAGES, CLASSES, BATCH = (3, 32, 32), 10, RECIPE.training.batch_size

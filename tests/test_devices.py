@@ -1,11 +1,18 @@
 """Precision and memory settings of devices, whatever a user has set before."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from greedy.base.devices import full_float32, set_determinism
+from greedy import UserError
+from greedy.base import ranks
+from greedy.base.devices import full_float32, is_out_of_memory, pick_device, set_determinism
+from greedy.base.ranks import Ranks
+from greedy.recipes import load
+from greedy.training.following import require_parallel
 
 CUDNN = torch.backends.cudnn
 NEW = hasattr(CUDNN, "conv")  # torch 2.9 and newer
@@ -51,3 +58,68 @@ def test_what_need_not_be_deterministic_may_use_tf32(deterministic: bool) -> Non
     finally:
         torch.use_deterministic_algorithms(before[0])
         CUDNN.deterministic = before[1]
+
+
+OUT_OF_MEMORY = [
+    "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: you tried",
+    "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "GET was unable to find an engine to execute this computation",
+    "FIND was unable to find an engine to execute this computation",
+    "MPS backend out of memory (MPS allocated: 17.4 GB)",
+]
+
+
+@pytest.mark.parametrize("message", OUT_OF_MEMORY)
+def test_memory_that_ran_out_is_known_by_every_library_s_words(message: str) -> None:
+    assert is_out_of_memory(RuntimeError(message))
+    assert not is_out_of_memory(ValueError(message))
+
+
+def test_other_errors_are_not_taken_for_it() -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError())
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("CUDA error: device-side assert triggered"))
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_a_user_s_allocator_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for each in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(each, raising=False)
+    monkeypatch.setenv(name, "backend:cudaMallocAsync")
+    pick_device("cpu")
+    assert {v for k, v in os.environ.items() if k.endswith("ALLOC_CONF")} == {os.environ[name]}
+
+
+@pytest.mark.parametrize(("count", "taken"), [(1, []), (2, [1]), (4, [1])])
+def test_a_process_of_torchrun_takes_the_gpu_of_its_number_if_there_is_one(
+    count: int, taken: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be told to compute on the CPU."""
+    found: list[int] = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(dist, "rendezvous", lambda *_, **__: iter([(dist.HashStore(), 1, 2)]))
+    monkeypatch.setattr(dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(ranks, "fresh_store", lambda store, *_: store)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_device", found.append)
+    Ranks.of_torchrun()
+    assert found == taken
+
+
+def test_processes_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    recipe, two = load("demo"), Ranks(0, 2)
+    with pytest.raises(UserError, match=r"2 processes .* on 1 of its GPUs: start one for each"):
+        require_parallel(recipe, two, "data", torch.device("cuda"))
+    require_parallel(recipe, two, "data", torch.device("cpu"))
+    require_parallel(recipe, Ranks(), "data", torch.device("cuda"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # each on a machine of its own
+    require_parallel(recipe, two, "data", torch.device("cuda"))

@@ -26,6 +26,7 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.ops import StochasticDepth
 
 import greedy
+from greedy.base.torch_private import TorchDispatchMode
 from greedy.memory.counting import Counter
 
 
@@ -38,6 +39,30 @@ def test_every_block_gets_what_autograd_gives(block: str, loss: str) -> None:
     for micro_batch in (1, 5, 12, 100):
         actual = measured(greedy.exact.step, module, LOSSES[loss], x, y, micro_batch)
         assert_same(actual, expected)
+
+
+class NormArguments(TorchDispatchMode):
+    """Keeps the arguments of the operator that computes the sums of a batch norm's gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.native_batch_norm_backward.default:
+            self.found.append(args)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("block", ["basic", "branches"])
+def test_batch_norm_gets_all_that_its_kernel_for_gpus_needs(block: str) -> None:
+    """Which fails without a tensor that the CPU's does not look at."""
+    module, (x, y) = with_head(BLOCKS[block]()), data()
+    with NormArguments() as arguments:
+        greedy.exact.step(module, similar, x, y, 5)
+    assert arguments.found
+    for _, _, weight, _, _, mean, inverse, *_ in arguments.found:
+        assert all(isinstance(given, Tensor) for given in (weight, mean, inverse))
 
 
 @pytest.mark.parametrize("block", ["bottleneck, downsampling", "partly frozen", "transformer"])

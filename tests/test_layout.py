@@ -8,7 +8,10 @@ from small_training import TEST, TRAIN, convolutional, new_trainer, same, weight
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
+from greedy.base import devices
 from greedy.models import Stage, cut
+from greedy.runs.network import load_stage, stages_of
+from greedy.runs.state import RunState
 from greedy.stores.channels_last import ChannelsLast, laid_out, takes_channels_last
 from greedy.stores.source import Replayed
 
@@ -119,3 +122,23 @@ def test_code_that_asks_for_the_usual_layout_trains_in_a_ring(tmp_path: Path) ->
     trainer.fit(TRAIN, TEST)
     assert not trainer.run.record(1).choices.channels_last
     assert len(cut(network)) == 3
+
+
+def test_frozen_weights_have_the_layout_that_their_device_prefers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = new_trainer(tmp_path / "run", convolutional(), epochs=1)
+    trainer.fit(TRAIN, TEST)
+    state = RunState.read(trainer.run)
+    stages = stages_of(state, convolutional())
+
+    def as_on_a_gpu(values: torch.Tensor) -> torch.Tensor:
+        layout = torch.channels_last if values.dim() == 4 else torch.contiguous_format
+        return values.contiguous(memory_format=layout)
+
+    monkeypatch.setattr(devices, "preferred_layout", as_on_a_gpu)
+    load_stage(state, stages[0], torch.device("cpu"))
+    maps = [weight for weight in stages[0].parameters() if weight.shape[1:] == (1, 3, 3)]
+    assert maps
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in maps)
+    assert same(stages[0].state_dict(), weights(tmp_path / "run", 1))

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from greedy.base.devices import memory_limited, peak_memory, preferred_layout, reset_peak_memory
+from greedy.base.devices import (
+    memory_limited,
+    peak_memory,
+    placed,
+    preferred_layout,
+    reset_peak_memory,
+)
 from greedy.losses import PredSim
 from greedy.memory.choice import choose, fused_adam
 from greedy.memory.peaks import StepDemand
@@ -12,7 +18,6 @@ from greedy.runs.choices import StepMemory
 from greedy.steps.guard import Guard
 from greedy.steps.step import Learner, step
 from greedy.stores.source import Batch
-from greedy.training.learners import placed
 
 MIB = 2**20
 DEVICE = torch.device("cuda")

@@ -5,7 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from command_line import answer, greedy, small_recipe, train
+import torch
+from command_line import answer, greedy, said, small_recipe, train
+
+from greedy.stores import repair
+from greedy.stores.writing import output_batches
 
 RECIPE = small_recipe(data={"augmentation": "jitter2"}, training={"epochs": 2}, store={"views": 2})
 
@@ -89,3 +93,24 @@ def test_files_that_cannot_be_computed_are_named(run):
         assert result.exit_code == 1
         assert str(path) in result.output
         path.write_bytes(before)
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_operators_are_those_of_the_training(deterministic, tmp_path, monkeypatch):
+    """On a GPU others give other digits."""
+    run = train(tmp_path, small_recipe(training={"epochs": 1, "deterministic": deterministic}))
+    flip(run / "stage1/activations.zarr/train/activations/c.0.0.0", 0.3)
+    found = []
+
+    def outputs(*arguments):
+        found.append(torch.are_deterministic_algorithms_enabled())
+        return output_batches(*arguments)
+
+    monkeypatch.setattr(repair, "output_batches", outputs)
+    torch.use_deterministic_algorithms(not deterministic)
+    try:
+        assert "as before" in said("cache", "repair", run)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert found
+    assert set(found) == {deterministic}

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, Reporter
-from greedy.base.devices import preferred_layout, set_determinism
+from greedy.base.devices import placed, preferred_layout, set_determinism
 from greedy.losses import PredSim
 from greedy.losses.deviation import deviation
 from greedy.models import cut, shapes, vgg8b
@@ -19,7 +19,6 @@ from greedy.steps.guard import Guard
 from greedy.steps.host_state import HostAdam
 from greedy.steps.step import Learner, step
 from greedy.stores.source import Batch
-from greedy.training.learners import placed
 
 pytestmark = [
     pytest.mark.gpu,

@@ -8,10 +8,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import psutil
 import torch
+from torch import nn
 
 from greedy.base.errors import UserError
 from greedy.base.torch_private import has_amx, has_avx512_bf16
@@ -19,13 +21,16 @@ from greedy.base.torch_private import has_amx, has_avx512_bf16
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PROCESS = Path("/proc/self")  # Linux; writing 5 to its clear_refs resets the peak
 
+Module = TypeVar("Module", bound=nn.Module)
+
 
 def pick_device(name: str) -> torch.device:
     """Returns the device called ``auto``, ``cpu``, ``cuda`` or ``mps``; ``auto`` is the fastest one
     available. Raises ``UserError`` for a device that this machine lacks."""
     # Segments that grow in place, set before the first allocation: with fixed ones a third of a
     # small budget was lost to fragmentation.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    if "PYTORCH_ALLOC_CONF" not in os.environ:  # the newer name of the same setting
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if name == "auto":
         return torch.device(next((name for name, usable in available.items() if usable), "cpu"))
@@ -117,12 +122,17 @@ def _allow_tf32(allowed: bool) -> None:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Returns whether an error means that memory ran out. CUDA's allocator has an exception class
-    for it; the CPU, MPS and CUDA's libraries only have messages."""
+    for it; the CPU, MPS and CUDA's libraries only have messages, of which cuDNN's last is also that
+    of a convolution it does not know."""
     messages = (
         "can't allocate memory",
         "CUDA error: out of memory",
+        "CUDA driver error: out of memory",
         "CUBLAS_STATUS_ALLOC_FAILED",
         "CUDNN_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+        "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+        "unable to find an engine to execute this computation",
         "MPS backend out of memory",
     )
     in_words = isinstance(error, RuntimeError) and any(words in str(error) for words in messages)
@@ -225,6 +235,15 @@ def preferred_layout(values: torch.Tensor) -> torch.Tensor:
     if not values.is_cuda or values.dim() != 4:
         return values
     return values.contiguous(memory_format=torch.channels_last)
+
+
+def placed(module: Module, device: torch.device) -> Module:
+    """Moves a module to a device, with its convolutions' weights in the layout that is fastest
+    there."""
+    module.to(device)
+    for parameter in module.parameters():
+        parameter.data = preferred_layout(parameter.data)
+    return module
 
 
 def to_device(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -46,7 +46,9 @@ class Ranks:
             backend = "gloo"
             if torch.cuda.is_available():
                 backend = "cpu:gloo,cuda:nccl"
-                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+                local = int(os.environ.get("LOCAL_RANK", "0"))
+                if local < torch.cuda.device_count():  # else they compute on the CPU
+                    torch.cuda.set_device(local)
             store, rank, size = next(dist.rendezvous("env://", timeout=PATIENCE))
             store = fresh_store(store, rank, size)
             dist.init_process_group(

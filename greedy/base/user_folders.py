@@ -10,6 +10,7 @@ import logging
 import os
 import stat
 import tempfile
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -40,7 +41,9 @@ def chunks_dir() -> Path:
 
 def prepare_compiling() -> None:
     """Names a folder for torch's compiler, which otherwise names one by the user; older versions
-    fail for a user without a name."""
+    fail for a user without a name. Its advice to compute in TF32 is left out: matrix products,
+    those of the losses included, never do."""
+    warnings.filterwarnings("ignore", "TensorFloat32 tensor cores")
     if COMPILED in os.environ:
         return
     try:

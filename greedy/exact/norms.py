@@ -176,8 +176,11 @@ class Normalise(torch.autograd.Function):
     def sums(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
         """Returns a micro-batch's sums of g and of g x̂, (C,) each."""
         (x, weight), known = ctx.saved_tensors, ctx.norm.statistics
+        # CUDA's kernel takes no None: torch's own batch norm in evaluation mode gives it these.
+        none = known.mean.new_empty(0)
+        scale = torch.ones_like(known.mean) if weight is None else weight
         _, of_scaled, of_g = torch.ops.aten.native_batch_norm_backward(
-            *(g, x, weight, known.mean, known.variance, None, None, False, ctx.eps),
+            *(g, x, scale, known.mean, known.variance, none, none, False, ctx.eps),
             [False, True, True],
         )
         return of_g, of_scaled

@@ -222,7 +222,10 @@ class Passes:
             back(given, gradients, leaves)
 
     def _inputs(self, rows: slice) -> Any:
-        return each_tensor(lambda t: t.detach()[rows].to(self.device), self.inputs)
+        at_once = self.device.type == "cuda"  # from page-locked memory
+        return each_tensor(
+            lambda t: t.detach()[rows].to(self.device, non_blocking=at_once), self.inputs
+        )
 
     def _forward(self, number: int, inputs: Any) -> Any:
         with self.replay.micro_batch(self.part, number), self.norms:

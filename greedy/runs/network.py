@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from greedy.base.devices import placed
 from greedy.base.errors import UserError, no_stage
 from greedy.base.files import read_tensors
 from greedy.base.versions import versions
@@ -74,7 +75,7 @@ def load_stage(state: RunState, stage: Stage, device: torch.device) -> None:
     and if they do not fit the stage."""
     path = stage_weights(state, stage)
     _load(stage, path, f"stage {stage.number} of this network: give the network (--model)")
-    stage.to(device).eval().requires_grad_(False)
+    placed(stage, device).eval().requires_grad_(False)
 
 
 def load_heads(state: RunState, loss: LocalLoss, number: int, hidden: Shape) -> LocalHeads:

@@ -25,7 +25,7 @@ from greedy.models.lean import Layer
 from greedy.runs.choices import Mode, StepMemory
 from greedy.steps.blocks import BlockStep, StageWithHeads
 from greedy.steps.exact import ExactStep
-from greedy.steps.graph import WARM_UP, Gradients, StepGraph
+from greedy.steps.graph import WARM_UP, Gradients, StepGraph, require_recordable
 from greedy.steps.guard import Guard
 from greedy.steps.optimizers import undecayed
 from greedy.steps.parts import SingleLayer, parts_of
@@ -172,8 +172,14 @@ class Learner:
             return None
         self._steps += 1
         if self._graph is None and self._steps > WARM_UP:
+            require_recordable(compute, x, y, self.buffers)
             self._graph = StepGraph.of(compute, self.parameters(), x, y)
         return self._graph
+
+    def drop_graph(self) -> None:
+        """Drops the CUDA graph with its memory pool, and records no other."""
+        self._graph, self.graph_rows = None, 0
+        release_free_memory(self.device)
 
     def drop_compiled(self) -> None:
         """Drops the compiled function and the CUDA graph with its memory pool."""

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from greedy.base.commands import command
+from greedy.base.devices import set_determinism
 from greedy.base.errors import UserError
 from greedy.cache import Damage, Store, verify
 from greedy.cache import repair as cache_repair
@@ -90,7 +91,7 @@ class StoreRepairer:
         number = record.stage
         path = self.run.store_path(number)
         numbers = {split: self._numbers(record, store, split) for split in SPLITS}
-        torch.set_num_threads(record.choices.threads)
+        self._compute_as(record)
         source, batch = self._source(record), record.choices.write_batch
         seed = self.run.recipe.seed
         encoding = fit_output_encoding(
@@ -204,7 +205,7 @@ class StoreRepairer:
         source, store = self._source(record), record.store
         assert store is not None
         numbers = self._numbers(record, store, split)
-        torch.set_num_threads(record.choices.threads)
+        self._compute_as(record)
         batch, step = record.choices.write_batch, metadata.layout.chunk_rows
 
         def rows_of(view: int, chunk: int) -> np.ndarray:
@@ -213,6 +214,11 @@ class StoreRepairer:
             return np.concatenate(list(output_batches(source, *which)))[:rows]
 
         return rows_of
+
+    def _compute_as(self, record: StageRecord) -> None:
+        """Makes torch compute as it did when a stage's store was written."""
+        torch.set_num_threads(record.choices.threads)
+        set_determinism(self.device, record.choices.deterministic)
 
     def _numbers(self, record: StageRecord, store: StoreRecord, split: str) -> Sequence[int]:
         """Returns the numbers of the views of a split, by which they are computed again. Raises

@@ -219,7 +219,10 @@ def output_batches(
     if stop is not None:
         stop = min(-(-stop // batch) * batch, source.stores[split].rows)
     for rows in source.view_batches(split, view, batch, start=start - skip, stop=stop):
-        yield rows.inputs()[skip:].cpu().numpy()
+        outputs = rows.inputs()[skip:]
+        if outputs.is_cuda:  # whose maps are channels-last, and which is faster at this
+            outputs = outputs.contiguous()
+        yield outputs.cpu().numpy()
         skip = 0
 
 

@@ -1,12 +1,11 @@
 """The start of a stage's training: first weights, local heads, optimiser, schedule."""
 
 from collections.abc import Set as AbstractSet
-from typing import TypeVar
 
 import torch
 from torch import nn
 
-from greedy.base.devices import preferred_layout
+from greedy.base.devices import placed
 from greedy.base.ranks import ALONE, Ranks
 from greedy.losses import LocalLoss
 from greedy.memory.peaks import OptimizerFactory
@@ -20,8 +19,6 @@ from greedy.steps.scaling import LossScale
 from greedy.steps.step import Learner
 from greedy.training.resolve import graphs
 from greedy.training.schedule import Cosine, Milestones, Patience, Schedule, set_first_rates
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 def new_learner(
@@ -54,15 +51,6 @@ def new_learner(
         memory=choices.memory,
         shape=shapes.hidden,
     )
-
-
-def placed(module: Module, device: torch.device) -> Module:
-    """Moves a module to a device, with its convolutions' weights in the layout that is fastest
-    there."""
-    module.to(device)
-    for parameter in module.parameters():
-        parameter.data = preferred_layout(parameter.data)
-    return module
 
 
 def new_optimizer(

@@ -1,10 +1,12 @@
 """The epochs of a training."""
 
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from hashlib import blake2b
+from traceback import clear_frames
 
 import torch
 
@@ -77,7 +79,8 @@ class Epochs:
         before = progress.before + progress.seconds
         yield from progress.reports
         while not progress.finished:
-            self.source.advance_views(progress.epoch)  # before signals wait: it may write for hours
+            # Before signals wait: it may write for hours.
+            self._draw(partial(self.source.advance_views, progress.epoch))
             with PostponedSignals() as stop:
                 own = self._epoch(progress, totals, stop)
                 epoch = progress.epoch + 1
@@ -170,9 +173,26 @@ class Epochs:
                 outcomes = self._step(batch, epoch, position, guard)
                 for total, outcome in zip(totals, outcomes, strict=True):
                     total.add(*outcome, batch.labels)
-                self.source.draw_views(epoch, totals[0].rows, batches.rows)
+                self._draw(partial(self.source.draw_views, epoch, totals[0].rows, batches.rows))
                 self.reporter.batch_finished(len(batch.labels))
                 yield position
+
+    def _draw(self, draw: Callable[[], None]) -> None:
+        """Draws views. If memory runs out, CUDA graphs give way, whose memory is reserved between
+        steps too."""
+        recorded = [learner for learner in self.strategy.learners if learner.graph_rows]
+        try:
+            draw()
+        except Exception as error:
+            if not recorded or not is_out_of_memory(error):
+                raise
+            clear_frames(error.__traceback__)  # they hold what was computed
+        else:
+            return
+        for learner in recorded:
+            learner.drop_graph()
+        self.source.end_drawing(finished=False)  # whole shards of a view stay
+        draw()
 
     @property
     def _rate(self) -> float:
