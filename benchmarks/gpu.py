@@ -99,7 +99,7 @@ def parts(given: Setting) -> Iterator[Part]:
     """Yields all parts, the most important first."""
     marked = [p for p in sorted(TESTS.glob("test_*.py")) if "mark.gpu" in p.read_text()]
     yield Part(
-        "tests", 90, [[sys.executable, "-m", "pytest", "-q", "-m", "gpu", *map(str, marked)]]
+        "tests", 240, [[sys.executable, "-m", "pytest", "-q", "-m", "gpu", *map(str, marked)]]
     )
     yield Part("memory", 90, [[*_script("memory"), "--json"]])
     yield Part("workspace", 30, [[*_script("workspace"), "--json"]])

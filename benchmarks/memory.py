@@ -19,7 +19,6 @@ from greedy.base.devices import (
     memory_limited,
     peak_memory,
     pick_device,
-    placed,
     preferred_layout,
     reset_peak_memory,
     set_determinism,
@@ -33,6 +32,7 @@ from greedy.memory.baselines import baselines
 from greedy.memory.choice import Choice, choose, fused_adam, stored_row_bytes
 from greedy.memory.peaks import StepDemand
 from greedy.models import Stage, StageShapes, cut, initialise, shapes
+from greedy.models.memory_format import placed
 from greedy.recipes import load
 from greedy.runs.choices import StepMemory
 from greedy.steps.guard import Guard

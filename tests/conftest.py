@@ -37,6 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
     need one, when they are asked for."""
     if config.option.markexpr != "gpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    # cuBLAS looks at it once in a process, where some tests need it to be deterministic.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     pick_device("auto")  # which also says how memory is to be taken
 
 

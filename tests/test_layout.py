@@ -8,8 +8,8 @@ from small_training import TEST, TRAIN, convolutional, new_trainer, same, weight
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from greedy.base import devices
-from greedy.models import Stage, cut
+from greedy.models import Stage, cut, memory_format, sequential
+from greedy.models.memory_format import placed
 from greedy.runs.network import load_stage, stages_of
 from greedy.runs.state import RunState
 from greedy.stores.channels_last import ChannelsLast, laid_out, takes_channels_last
@@ -23,6 +23,12 @@ class Viewed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x.view(len(x), -1)
+
+
+def as_on_a_gpu(values: torch.Tensor) -> torch.Tensor:
+    """Returns tensors in the layout that a GPU prefers."""
+    fast = torch.channels_last if values.dim() == 4 else torch.contiguous_format
+    return values.contiguous(memory_format=fast)
 
 
 def stage(*modules: nn.Module) -> Stage:
@@ -132,13 +138,38 @@ def test_frozen_weights_have_the_layout_that_their_device_prefers(
     state = RunState.read(trainer.run)
     stages = stages_of(state, convolutional())
 
-    def as_on_a_gpu(values: torch.Tensor) -> torch.Tensor:
-        layout = torch.channels_last if values.dim() == 4 else torch.contiguous_format
-        return values.contiguous(memory_format=layout)
-
-    monkeypatch.setattr(devices, "preferred_layout", as_on_a_gpu)
+    monkeypatch.setattr(memory_format, "preferred_layout", as_on_a_gpu)
     load_stage(state, stages[0], torch.device("cpu"))
     maps = [weight for weight in stages[0].parameters() if weight.shape[1:] == (1, 3, 3)]
     assert maps
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in maps)
     assert same(stages[0].state_dict(), weights(tmp_path / "run", 1))
+
+
+def test_stages_that_look_at_the_layout_get_the_usual_one_on_every_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As on a GPU, whose maps and weights are channels-last otherwise."""
+
+    class Tutorial(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 8, 3)
+            self.full = nn.Linear(8 * 2 * 2, 5)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = torch.max_pool2d(self.conv1(x).relu(), 2)
+            x = torch.max_pool2d(self.conv2(x).relu(), 2)
+            return self.full(x.view(-1, 8 * 2 * 2))
+
+    torch.manual_seed(0)
+    network = Tutorial()
+    images = torch.randn(4, 3, 14, 14)
+    expected = network(images)
+    monkeypatch.setattr(memory_format, "preferred_layout", as_on_a_gpu)
+    stages = [placed(each, torch.device("cpu")) for each in cut(sequential(network, (3, 14, 14)))]
+    assert not all(each.any_layout for each in stages)
+    x = as_on_a_gpu(images)
+    for each in stages:
+        x = each(as_on_a_gpu(x) if x.dim() == 4 else x)
+    torch.testing.assert_close(x, expected)

@@ -6,7 +6,6 @@ import torch
 from greedy.base.devices import (
     memory_limited,
     peak_memory,
-    placed,
     preferred_layout,
     reset_peak_memory,
 )
@@ -14,6 +13,7 @@ from greedy.losses import PredSim
 from greedy.memory.choice import choose, fused_adam
 from greedy.memory.peaks import StepDemand
 from greedy.models import cut, initialise, shapes, vgg8b
+from greedy.models.memory_format import placed
 from greedy.runs.choices import StepMemory
 from greedy.steps.guard import Guard
 from greedy.steps.step import Learner, step

@@ -9,10 +9,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from greedy import GreedyTrainer, Reporter
-from greedy.base.devices import placed, preferred_layout, set_determinism
+from greedy.base.devices import preferred_layout, set_determinism
 from greedy.losses import PredSim
 from greedy.losses.deviation import deviation
 from greedy.models import cut, shapes, vgg8b
+from greedy.models.memory_format import placed
 from greedy.runs.choices import Mode
 from greedy.steps.graph import WARM_UP
 from greedy.steps.guard import Guard
@@ -126,8 +127,10 @@ class NeverWaiting(Reporter):
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # torch calls it a prototype
-@pytest.mark.parametrize("compiling", ["off", "on"])
-@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("precision", "compiling"),
+    [("float32", "off"), ("bfloat16", "off"), ("float16", "off"), ("bfloat16", "on")],
+)
 def test_no_step_waits_for_the_device(tmp_path: Path, precision: str, compiling: str) -> None:
     convolution = [nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)]
     network = nn.Sequential(*convolution, nn.Flatten(), nn.Linear(8 * 16, CLASSES))

@@ -8,20 +8,16 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import psutil
 import torch
-from torch import nn
 
 from greedy.base.errors import UserError
 from greedy.base.torch_private import has_amx, has_avx512_bf16
 
 DEVICES = ("auto", "cpu", "cuda", "mps")
 PROCESS = Path("/proc/self")  # Linux; writing 5 to its clear_refs resets the peak
-
-Module = TypeVar("Module", bound=nn.Module)
 
 
 def pick_device(name: str) -> torch.device:
@@ -235,15 +231,6 @@ def preferred_layout(values: torch.Tensor) -> torch.Tensor:
     if not values.is_cuda or values.dim() != 4:
         return values
     return values.contiguous(memory_format=torch.channels_last)
-
-
-def placed(module: Module, device: torch.device) -> Module:
-    """Moves a module to a device, with its convolutions' weights in the layout that is fastest
-    there."""
-    module.to(device)
-    for parameter in module.parameters():
-        parameter.data = preferred_layout(parameter.data)
-    return module
 
 
 def to_device(values: np.ndarray | torch.Tensor, device: torch.device) -> torch.Tensor:

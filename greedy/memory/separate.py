@@ -56,7 +56,7 @@ def _first(attempt: Callable[[Shape], None], shapes: Sequence[Shape]) -> str:
 
 def _try_layer(stage: Stage, shape: Shape) -> None:
     x = torch.randn((ROWS, *shape))
-    step(_drawn(stage.layer), _squared, x.flatten(1) if stage.flatten else x, None, 1)
+    step(_drawn(stage.layer), _squared, stage.arranged(x), None, 1)
 
 
 def _try_heads(loss: LocalLoss, num_classes: int, shape: Shape) -> None:

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from greedy.base.errors import UserError
 from greedy.base.torch_private import CONVOLUTIONS, POOLS, has_hooks
+from greedy.models.memory_format import takes_any_layout
 
 ENCODERS = (CONVOLUTIONS, nn.Linear)
 """The layers that begin a stage."""
@@ -56,6 +57,7 @@ class Stage(nn.Module):
         path: its name in tables, for a stage of modules that have names in a model.
         dropout: applied to the stage's input in training only, by the training step, which draws
             the masks.
+        any_layout: whether its modules take feature maps in any memory format.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Stage(nn.Module):
         self.flatten = flatten
         self.dropout = dropout
         self.path = path
+        self.any_layout = takes_any_layout(layer) and takes_any_layout(pool)
 
     @property
     def name(self) -> str:
@@ -93,9 +96,16 @@ class Stage(nn.Module):
         of weights: their classes, and the arguments that torch's own show."""
         return [_kind(m) for m in (*self.layer.modules(), *self.pool.modules())]
 
+    def arranged(self, x: Tensor) -> Tensor:
+        """Returns an input (B, *shape) as its layers take it: flattened, or in torch's usual
+        memory format."""
+        if self.flatten:
+            return x.flatten(1)
+        return x if self.any_layout or x.dim() != 4 else x.contiguous()
+
     def hidden(self, x: Tensor) -> Tensor:
         """Returns the activation h, before pooling, of an input with dropout applied."""
-        return self.layer(x.flatten(1) if self.flatten else x)
+        return self.layer(self.arranged(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the stage's output, which is stored and which the next stage takes."""

@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from greedy.base.devices import placed
 from greedy.base.errors import UserError, no_stage
 from greedy.base.files import read_tensors
 from greedy.base.versions import versions
@@ -17,6 +16,7 @@ from greedy.build.modules import build_network
 from greedy.losses import LocalHeads, LocalLoss
 from greedy.losses.strategies import stage_losses
 from greedy.models import Shape, Stage, sequential, shapes
+from greedy.models.memory_format import placed
 from greedy.recipes import Recipe
 from greedy.runs.directory import RunDirectory
 from greedy.runs.record import ENCODER, HEADS, StageRecord, channel_moments, same_kinds

@@ -362,9 +362,7 @@ def _load_input(learner: Learner, batch: Batch) -> Tensor:
     x: Tensor | None = None
     streams = learner.memory.mode.streams
     for rows in learner.slices(batch.rows):
-        part = batch.inputs(rows)
-        if learner.stage.flatten:
-            part = part.flatten(1)
+        part = learner.stage.arranged(batch.inputs(rows))
         if isinstance(learner.stage.layer[0], Layer):  # which alone reads x, in that precision
             part = part.to(HALVES.get(learner.precision, part.dtype))
         if streams:

@@ -5,33 +5,21 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from greedy.base.torch_private import CONVOLUTIONS, has_hooks
+from greedy.base.torch_private import CONVOLUTIONS
 from greedy.models import Stage
+from greedy.models.memory_format import takes_any_layout
 
 Frozen = Callable[[Tensor], Tensor]
-# Packages whose modules take maps in any layout, and what their classes are derived from.
-KNOWN = {"greedy", "torch", "torchvision", "builtins", "typing", "abc", "collections"}
-CODE = (torch.fx.GraphModule, torch.jit.ScriptModule)  # torch's classes for the code of others
 
 
 def takes_channels_last(stage: Stage, device_type: str) -> bool:
     """Returns whether a frozen stage with convolutions computes channels-last maps on a device of
     this type: on a CPU, since torch's max-pooling is ten times as fast there and oneDNN copies no
-    maps. Modules of others may look at the layout, as ``x.view(len(x), -1)`` does. On CUDA all maps
-    are channels-last."""
-    modules = list(stage.modules())
-    return (
-        device_type == "cpu"
-        and any(isinstance(module, CONVOLUTIONS) for module in modules)
-        and all(map(_takes_any_layout, modules))
-    )
-
-
-def _takes_any_layout(module: nn.Module) -> bool:
-    packages = {kind.__module__.split(".")[0] for kind in type(module).__mro__}
-    return packages <= KNOWN and not isinstance(module, CODE) and not has_hooks(module)
+    maps. On CUDA all stages do that take them."""
+    convolves = any(isinstance(module, CONVOLUTIONS) for module in stage.modules())
+    return device_type == "cpu" and convolves and takes_any_layout(stage)
 
 
 @dataclass(frozen=True)

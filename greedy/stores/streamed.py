@@ -26,8 +26,9 @@ class StreamedStage:
     def __call__(self, x: Tensor) -> Tensor:
         """Computes the stage's output for inputs (B, *shape)."""
         tensors = {
-            name: preferred_layout(tensor.to(self._device))
-            for name, tensor in read_tensors(self._path).items()
+            name: tensor.to(self._device) for name, tensor in read_tensors(self._path).items()
         }
+        if self._stage.any_layout:
+            tensors = {name: preferred_layout(tensor) for name, tensor in tensors.items()}
         output: Tensor = functional_call(self._stage, tensors, (x,), tie_weights=False)
         return output

@@ -5,11 +5,11 @@ from collections.abc import Set as AbstractSet
 import torch
 from torch import nn
 
-from greedy.base.devices import placed
 from greedy.base.ranks import ALONE, Ranks
 from greedy.losses import LocalLoss
 from greedy.memory.peaks import OptimizerFactory
 from greedy.models import Stage, StageShapes, initialise, seeded
+from greedy.models.memory_format import placed
 from greedy.recipes import Recipe
 from greedy.recipes.per_stage import for_stage
 from greedy.runs.choices import Choices
