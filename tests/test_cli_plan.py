@@ -120,6 +120,10 @@ def test_on_a_cpu_the_process_takes_more_than_is_counted(folder):
     """At least its libraries, which torch makes large."""
     plan = planned("--recipe", "mlp.toml", "--device", "cpu")
     assert plan["resident_bytes"] > plan["peak_memory_bytes"] + 100 * MIB
+    wide = ("--recipe", "mlp.toml", "--device", "cpu", "--set", "model.hidden_width=4000")
+    for precision, share in (("float32", 1.3), ("bfloat16", 1.55)):
+        plan = planned(*wide, "--precision", precision)
+        assert plan["resident_bytes"] > share * plan["peak_memory_bytes"] + 100 * MIB
     there = planned("--recipe", "mlp.toml", "--device", "cuda", "--memory-budget", "1GiB")
     assert there["resident_bytes"] is None
     assert "the process takes about" in said("plan", "--recipe", "mlp.toml", "--device", "cpu")

@@ -290,7 +290,8 @@ def forecast(
     process = None
     if machine.device == "cpu":  # after counting, which has imported what training needs
         drawing = machine.drawing is not None and machine.drawing.type == "cpu"
-        process = resident(max(s.peak_memory_bytes + drawing * s.drawing_bytes for s in stages))
+        counted = max(s.peak_memory_bytes + drawing * s.drawing_bytes for s in stages)
+        process = resident(counted, machine.precision)
     return Forecast(stages, disk, others, process)
 
 
