@@ -96,7 +96,7 @@ class GreedyTrainer:
             refresh_device=beside,
             parallel=parallel,
         )
-        require_parallel(self.recipe, self.ranks, parallel, self.device)
+        require_parallel(self.recipe, self.ranks, parallel)
 
     @classmethod
     def from_recipe(

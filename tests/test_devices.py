@@ -2,17 +2,15 @@
 
 import os
 from collections.abc import Iterator
+from threading import Event
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from greedy import UserError
 from greedy.base import ranks
 from greedy.base.devices import full_float32, is_out_of_memory, pick_device, set_determinism
 from greedy.base.ranks import Ranks
-from greedy.recipes import load
-from greedy.training.following import require_parallel
 
 CUDNN = torch.backends.cudnn
 NEW = hasattr(CUDNN, "conv")  # torch 2.9 and newer
@@ -113,13 +111,14 @@ def test_a_process_of_torchrun_takes_the_gpu_of_its_number_if_there_is_one(
     assert found == taken
 
 
-def test_processes_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    recipe, two = load("demo"), Ranks(0, 2)
-    with pytest.raises(UserError, match=r"2 processes .* on 1 of its GPUs: start one for each"):
-        require_parallel(recipe, two, "data", torch.device("cuda"))
-    require_parallel(recipe, two, "data", torch.device("cpu"))
-    require_parallel(recipe, Ranks(), "data", torch.device("cuda"))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # each on a machine of its own
-    require_parallel(recipe, two, "data", torch.device("cuda"))
+def test_a_process_that_fails_does_not_wait_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NCCL does when it ends."""
+    ended, store = Event(), dist.HashStore()
+    monkeypatch.setattr(dist, "destroy_process_group", ended.wait)
+    monkeypatch.setattr(ranks, "group_store", lambda: store)
+    monkeypatch.setattr(ranks, "WAITING", 0.0)
+    try:
+        assert Ranks(1, 2).fail("there is no room")
+        assert store.get(ranks.FAILED) == b"process 1 has ended: there is no room"
+    finally:
+        ended.set()

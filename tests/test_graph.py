@@ -14,12 +14,14 @@ from torch import Tensor, nn
 from greedy.base.seeds import global_states
 from greedy.base.torch_private import FakeTensorMode
 from greedy.build.modules import build_loss, build_network
+from greedy.losses import PredSim
 from greedy.losses.strategies import stage_losses
 from greedy.models import cut, shapes
 from greedy.recipes import load, names
 from greedy.steps import graph
 from greedy.steps.graph import NotRecordable, Watch, require_recordable
-from greedy.steps.step import Learner
+from greedy.steps.guard import Guard
+from greedy.steps.step import Learner, step
 from greedy.stores.ring import Ring
 from greedy.stores.source import Batch
 from greedy.training import learners
@@ -73,6 +75,15 @@ def written(module: nn.Module, h: Tensor) -> Tensor:
     return out
 
 
+def solved(module: nn.Module, h: Tensor) -> Tensor:
+    return h @ torch.linalg.inv(torch.eye(WIDTH) + 0.1 * module.linear.weight)
+
+
+def repointed(module: nn.Module, h: Tensor) -> Tensor:
+    module.mean.data = 0.9 * module.mean + 0.1 * h.detach().mean(0)
+    return h - module.mean
+
+
 def noisy(module: nn.Module, h: Tensor) -> Tensor:
     return h * np.random.random()  # noqa: NPY002 - users' code draws from it
 
@@ -93,6 +104,8 @@ NOT: dict[str, tuple[Function, str]] = {
     "NumPy": (noisy, "random numbers on the CPU"),
     "torch": (lambda module, h: h * torch.rand(()), "random numbers on the CPU"),
     "a buffer": (replaced, "replaces a buffer"),
+    "a buffer's memory": (repointed, "replaces a buffer"),
+    "an inverse": (solved, "aten.linalg_inv_ex"),
 }
 
 
@@ -122,6 +135,50 @@ def test_nor_is_what_moves_between_devices() -> None:
             assert watch.found == ""
             y.to(x.device)
     assert watch.found == "aten._to_copy.default"
+
+
+def test_attention_s_seed_is_on_the_cpu_and_does_not_matter() -> None:
+    """Of torch's kernel for float32, outside of recordings."""
+    with FakeTensorMode(), torch.device("cuda"), Watch() as watch:
+        q = torch.empty(2, 4, 7, 8)
+        seed = torch.empty((), dtype=torch.long, device="cpu")
+        torch.ops.aten._scaled_dot_product_efficient_attention_backward(
+            *(
+                q,
+                q,
+                q,
+                q,
+                None,
+                q,
+                torch.empty(2, 4, 32),
+                seed,
+                seed,
+                0.0,
+                [True, True, True, False],
+            )
+        )
+    assert watch.found == ""
+
+
+def test_what_is_compiled_stays_so() -> None:
+    calls = []
+
+    def backend(module: torch.fx.GraphModule, inputs: object) -> Callable[..., object]:
+        def call(*arguments: object) -> object:
+            calls.append(module)
+            return module(*arguments)
+
+        return call
+
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: x.sin() + 1, backend=backend)
+    x, y = torch.randn(ROWS), torch.randn(ROWS)
+    for _ in range(2):
+        compiled(x)
+    require_recordable(lambda x, y: (compiled(x).sum(), None), x, y, list)
+    assert len(calls) == 2
+    compiled(x)
+    assert len(calls) == 3
 
 
 def on_a_gpu(module: nn.Module) -> nn.Module:
@@ -213,6 +270,20 @@ def test_a_run_is_the_same_whether_a_step_can_be_recorded(
         assert same(weights(run, stage), weights(usual, stage))
 
 
+def test_a_graph_that_gives_way_takes_its_gradients_with_it(recorded: list) -> None:
+    stage = cut(nn.Sequential(nn.Linear(WIDTH, 4), nn.ReLU(), nn.Linear(4, CLASSES)))[0]
+    loss = PredSim()
+    learner = Learner(stage, loss.heads((4,), CLASSES), loss, CLASSES, "float32", graph_rows=ROWS)
+    learner.optimizer = torch.optim.SGD(learner.parameters(), lr=0.1)
+    batch = Batch(torch.arange(ROWS) % CLASSES, torch.randn(ROWS, WIDTH).__getitem__)
+    for position in range(4):
+        step(learner, batch, Guard(), position)
+    assert learner.has_graph
+    learner.drop_graph()
+    assert not learner.has_graph
+    assert all(parameter.grad is None for parameter in learner.parameters())
+
+
 def test_a_graph_gives_way_to_a_view_that_has_no_room(
     recorded: list, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,13 +307,27 @@ def test_a_graph_gives_way_to_a_view_that_has_no_room(
         assert short == ample
 
 
-def test_without_a_graph_there_is_no_way_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_there_is_no_other_way_out(
+    error: Exception,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def draw(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    """Without a graph, or where another memory ran out."""
+    if isinstance(error, MemoryError):
+        request.getfixturevalue("recorded")
+    monkeypatch = request.getfixturevalue("monkeypatch")
+    real, drawn = Ring.draw, []
+
+    def draw(ring: Ring, epoch: int, done: int, rows: int) -> None:
+        drawn.append(epoch)
+        if epoch == 1:
+            raise error
+        real(ring, epoch, done, rows)
 
     monkeypatch.setattr(Ring, "draw", draw)
     trainer = new_trainer(tmp_path / "run", augmentation="hflip", views=2, reuse=2, epochs=4)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(type(error)):
         trainer.fit(TRAIN, TEST)
+    assert drawn.count(1) == 1

@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from small_training import TEST, TRAIN, convolutional, new_trainer, same, weights
 from torch import nn
 from torchvision.models.resnet import BasicBlock
 
-from greedy.models import Stage, cut, memory_format, sequential
+from greedy.models import Stage, cut, memory_format, sequential, stages
 from greedy.models.memory_format import placed
 from greedy.runs.network import load_stage, stages_of
 from greedy.runs.state import RunState
@@ -62,6 +63,7 @@ def hooked() -> Stage:
     [
         (stage(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()), "cpu", True),
         (stage(BasicBlock(4, 4)), "cpu", True),
+        (stage(timm.models.resnet.BasicBlock(4, 4)), "cpu", True),
         (stage(nn.Conv2d(3, 4, 3), nn.ReLU()), "cuda", False),
         (stage(nn.Flatten(), nn.Linear(48, 4), nn.ReLU()), "cpu", False),
         (stage(nn.Conv2d(3, 4, 3), Viewed()), "cpu", False),
@@ -71,7 +73,7 @@ def hooked() -> Stage:
         (stage(nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3))), "cpu", True),
     ],
     ids=[
-        *("convolution", "block", "cuda", "linear", "view", "hook"),
+        *("convolution", "block", "block of timm", "cuda", "linear", "view", "hook"),
         *("traced", "own-parametrised", "parametrised"),
     ],
 )
@@ -167,9 +169,29 @@ def test_stages_that_look_at_the_layout_get_the_usual_one_on_every_device(
     images = torch.randn(4, 3, 14, 14)
     expected = network(images)
     monkeypatch.setattr(memory_format, "preferred_layout", as_on_a_gpu)
-    stages = [placed(each, torch.device("cpu")) for each in cut(sequential(network, (3, 14, 14)))]
-    assert not all(each.any_layout for each in stages)
+    monkeypatch.setattr(stages, "usual_layout", torch.Tensor.contiguous)
+    made = [placed(each, torch.device("cpu")) for each in cut(sequential(network, (3, 14, 14)))]
+    assert not all(each.any_layout for each in made)
     x = as_on_a_gpu(images)
-    for each in stages:
+    for each in made:
         x = each(as_on_a_gpu(x) if x.dim() == 4 else x)
     torch.testing.assert_close(x, expected)
+
+
+def test_on_a_cpu_nothing_is_copied() -> None:
+    """A block that gives channels-last maps, as ConvNeXt's does, is followed by one that takes
+    them as they are: with the same digits as ever."""
+
+    class Permuted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    own = stage(Permuted())
+    assert not own.any_layout
+    maps = own(torch.randn(2, 4, 5, 5))
+    assert not maps.is_contiguous()
+    assert own.arranged(maps) is maps

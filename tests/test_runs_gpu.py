@@ -48,7 +48,8 @@ def test_a_stopped_run_goes_on_to_the_same_weights(budget: str, tmp_path: Path) 
     memory for a step of a whole batch."""
     settings = RING | {"device": DEVICE, "deterministic": True, "batch_size": 128}
     settings |= {"precision": "float32", "memory_budget": budget}
-    new_trainer(tmp_path / "whole", residual(), **settings).fit(TRAIN, TEST)
+    records = new_trainer(tmp_path / "whole", residual(), **settings).fit(TRAIN, TEST)
+    assert (records[1].choices.memory_mode == "plain") == (budget == "auto")
     stopped = new_trainer(tmp_path / "run", residual(), **settings, reporter=StopAfter(20))
     with pytest.raises(Interrupted):
         stopped.fit(TRAIN, TEST)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 from itertools import pairwise
+from threading import Thread
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from greedy.base.devices import is_out_of_memory
-from greedy.base.errors import TrainingError
+from greedy.base.errors import TrainingError, first_line
 from greedy.base.meeting import fresh_store
 from greedy.base.torch_private import group_store
 
@@ -82,7 +83,8 @@ class Ranks:
                 store.set(SPOKEN, "")
                 return True
             store.compare_set(FAILED, "", f"process {self.rank} has ended: {sentence}")
-            dist.destroy_process_group()  # which the others notice
+            # The others notice it; NCCL may wait for them meanwhile.
+            Thread(target=self.leave, daemon=True).start()
             time.sleep(WAITING)
             return not store.check([SPOKEN])
         return True
@@ -181,8 +183,8 @@ class Ranks:
             raise TrainingError(
                 _first_failure()
                 or f"one of the {self.size} processes that train together has ended or cannot be "
-                f"reached: see what it wrote last (torchrun --log-dir), and give the same command "
-                f"again, which resumes from the last checkpoint"
+                f"reached ({first_line(error)}): see what it wrote last (torchrun --log-dir), and "
+                f"give the same command again, which resumes from the last checkpoint"
             ) from error
 
     def divided(self, rows: int) -> "Shares":

@@ -3,7 +3,7 @@
 from typing import TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from greedy.base.devices import preferred_layout
 from greedy.base.torch_private import has_hooks
@@ -24,6 +24,12 @@ def takes_any_layout(module: nn.Module) -> bool:
 def _takes_any_layout(module: nn.Module) -> bool:
     packages = {kind.__module__.split(".")[0] for kind in type(module).__mro__}
     return packages <= KNOWN and not isinstance(module, CODE) and not has_hooks(module)
+
+
+def usual_layout(values: Tensor) -> Tensor:
+    """Returns feature maps in torch's usual memory format where their device prefers another, see
+    ``preferred_layout``."""
+    return values.contiguous() if values.is_cuda and values.dim() == 4 else values
 
 
 def placed(module: Module, device: torch.device) -> Module:

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from greedy.base.errors import UserError
 from greedy.base.torch_private import CONVOLUTIONS, POOLS, has_hooks
-from greedy.models.memory_format import takes_any_layout
+from greedy.models.memory_format import takes_any_layout, usual_layout
 
 ENCODERS = (CONVOLUTIONS, nn.Linear)
 """The layers that begin a stage."""
@@ -101,7 +101,7 @@ class Stage(nn.Module):
         memory format."""
         if self.flatten:
             return x.flatten(1)
-        return x if self.any_layout or x.dim() != 4 else x.contiguous()
+        return x if self.any_layout else usual_layout(x)
 
     def hidden(self, x: Tensor) -> Tensor:
         """Returns the activation h, before pooling, of an input with dropout applied."""

@@ -176,9 +176,17 @@ class Learner:
             self._graph = StepGraph.of(compute, self.parameters(), x, y)
         return self._graph
 
+    @property
+    def has_graph(self) -> bool:
+        """Whether a step is recorded, whose memory is reserved."""
+        return self._graph is not None
+
     def drop_graph(self) -> None:
-        """Drops the CUDA graph with its memory pool, and records no other."""
+        """Drops the CUDA graph with its memory pool, which has the gradients, and records no
+        other."""
         self._graph, self.graph_rows = None, 0
+        for parameter in self.parameters():
+            parameter.grad = None
         release_free_memory(self.device)
 
     def drop_compiled(self) -> None:

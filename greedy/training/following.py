@@ -6,8 +6,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-import torch
-
 from greedy.base.errors import UserError
 from greedy.base.ranks import Ranks
 from greedy.recipes import Recipe
@@ -67,15 +65,8 @@ def _text(path: Path) -> str | None:
     return path.read_text(encoding="utf-8") if path.is_file() else None
 
 
-def require_parallel(recipe: Recipe, ranks: Ranks, parallel: str, device: torch.device) -> None:
-    """Raises ``UserError`` if processes cannot train a recipe together as ``parallel`` says, or
-    would share a GPU, on which NCCL does not let them meet."""
-    if device.type == "cuda" and ranks.on_this_machine > torch.cuda.device_count():
-        raise UserError(
-            f"{ranks.on_this_machine} processes of this machine train on "
-            f"{torch.cuda.device_count()} of its GPUs: start one for each (torchrun "
-            f"--nproc-per-node), or train on the CPU with --device cpu"
-        )
+def require_parallel(recipe: Recipe, ranks: Ranks, parallel: str) -> None:
+    """Raises ``UserError`` if processes cannot train a recipe together as ``parallel`` says."""
     if parallel not in get_args(Parallel):
         raise UserError(f"{parallel!r} is no way to train in parallel: use data or stages")
     if ranks.size > 1 and recipe.data.mixup != "none":

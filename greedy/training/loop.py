@@ -180,11 +180,12 @@ class Epochs:
     def _draw(self, draw: Callable[[], None]) -> None:
         """Draws views. If memory runs out, CUDA graphs give way, whose memory is reserved between
         steps too."""
-        recorded = [learner for learner in self.strategy.learners if learner.graph_rows]
+        recorded = [learner for learner in self.strategy.learners if learner.has_graph]
         try:
             draw()
         except Exception as error:
-            if not recorded or not is_out_of_memory(error):
+            on_device = is_out_of_memory(error) and not isinstance(error, MemoryError)
+            if not (recorded and on_device):
                 raise
             clear_frames(error.__traceback__)  # they hold what was computed
         else:
