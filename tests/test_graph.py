@@ -19,8 +19,8 @@ from greedy.losses.strategies import stage_losses
 from greedy.models import cut, shapes
 from greedy.recipes import load, names
 from greedy.steps import graph
-from greedy.steps.graph import NotRecordable, Watch, require_recordable
 from greedy.steps.guard import Guard
+from greedy.steps.recordable import NotRecordable, Watch, require_recordable
 from greedy.steps.step import Learner, step
 from greedy.stores.ring import Ring
 from greedy.stores.source import Batch

@@ -25,10 +25,11 @@ from greedy.models.lean import Layer
 from greedy.runs.choices import Mode, StepMemory
 from greedy.steps.blocks import BlockStep, StageWithHeads
 from greedy.steps.exact import ExactStep
-from greedy.steps.graph import WARM_UP, Gradients, StepGraph, require_recordable
+from greedy.steps.graph import WARM_UP, Gradients, StepGraph
 from greedy.steps.guard import Guard
 from greedy.steps.optimizers import undecayed
 from greedy.steps.parts import SingleLayer, parts_of
+from greedy.steps.recordable import require_recordable
 from greedy.steps.scaling import LossScale
 from greedy.steps.shared import SharedNorms, gradients_added, whole_features
 from greedy.steps.unfolded import Unfolded
