@@ -263,3 +263,50 @@ def test_the_caller_s_modes_change_nothing(tmp_path: Path, mode) -> None:
     )
     usual.fit(TRAIN, TEST)
     assert weights(tmp_path / "run") == (tmp_path / "usual/stage2/encoder.safetensors").read_bytes()
+
+
+class Counted(PredSim):
+    """Counts its calls, as logging does or as a weight that grows from step to step."""
+
+    calls = 0
+    grows = False
+
+    def __call__(self, features, y: Tensor) -> Tensor:
+        Counted.calls += 1
+        weight = min(1.0, self.calls / 1000) if self.grows else 1.0
+        return weight * super().__call__(features, y)
+
+
+class CentredLoss(PredSim):
+    """Draws features to a mean that it moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        object.__setattr__(self, "mean", 0.0)
+
+    def __call__(self, features, y: Tensor) -> Tensor:
+        object.__setattr__(self, "mean", 0.9 * self.mean + 0.1 * float(features.z.detach().mean()))
+        return super().__call__(features, y) + (features.z - self.mean).square().mean()
+
+
+class NoisyLoss(PredSim):
+    def __call__(self, features, y: Tensor) -> Tensor:
+        return super().__call__(features, y) * torch.rand(())
+
+
+class Growing(Counted):
+    grows = True
+
+
+@pytest.mark.parametrize("loss", [Growing, CentredLoss])
+def test_a_loss_keeps_no_numbers_between_steps(loss: type, tmp_path: Path) -> None:
+    """They are in no checkpoint."""
+    made = trainer(tmp_path / "run", network(), loss=loss())
+    with pytest.raises(UserError, match=f"the loss {loss.__name__} gives something else"):
+        made.fit(TRAIN, TEST)
+    assert not (tmp_path / "run" / "stage1").exists()
+
+
+@pytest.mark.parametrize("loss", [Counted, NoisyLoss])
+def test_a_loss_may_count_and_draw(loss: type, tmp_path: Path) -> None:
+    trainer(tmp_path / "run", network(), loss=loss()).fit(TRAIN, TEST)

@@ -11,7 +11,7 @@ from greedy.base.torch_private import has_hooks
 from greedy.build.fitting import checked_shapes
 from greedy.build.modules import build_cross_entropy
 from greedy.build.trainable import require_separate, require_trainable
-from greedy.build.trial import require_repeatable
+from greedy.build.trial import require_repeatable, require_stateless
 from greedy.losses import LocalLoss
 from greedy.losses.prediction import PLAIN, CrossEntropy
 from greedy.losses.strategies import stage_losses
@@ -73,6 +73,7 @@ class CutNetwork:
             require_separate(stages)
         require_repeatable(stages, image)
         classes = classes or shapes[-1].output[0]
+        require_stateless(loss, shapes[0].hidden, classes)
         return cls(stages, shapes, loss, classes, build_cross_entropy(recipe.loss, [1] * classes))
 
     def __len__(self) -> int:

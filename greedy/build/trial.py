@@ -1,16 +1,19 @@
-"""A trial of stages with random rows: whether their outputs can be stored, their state saved."""
+"""A trial of stages and losses with random rows: whether what they learn can be saved."""
 
 from collections.abc import Sequence
 from copy import deepcopy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from greedy.base.errors import UserError, first_line
 from greedy.base.seeds import seeded_globally
+from greedy.losses import LocalLoss
+from greedy.losses.local import make_heads
 from greedy.models import Shape, Stage
 
-ROWS = 2
+ROWS, LOSS_ROWS = 2, 8
 # How far outputs may differ, as a share of the largest: threads may add in another order, and half
 # precision may round other numbers of rows otherwise.
 EQUAL, CLOSE = 1e-4, 2e-2
@@ -46,6 +49,34 @@ def require_repeatable(stages: Sequence[Stage], shape: Shape) -> None:
                 except Exception:  # the stage's own
                     copied = _copy(stage)
             batches = outputs
+
+
+def require_stateless(loss: LocalLoss, hidden: Shape, classes: int) -> None:
+    """Raises ``UserError`` for a local loss of a user's that gives something else for the same
+    features and the same random numbers once it was computed before.
+
+    It is tried on the CPU with the heads of an activation h of shape ``hidden`` a row, and global
+    generators are left as they are. What it cannot compute there is not tried.
+    """
+    if type(loss).__module__.startswith("greedy."):
+        return
+    values = []
+    try:
+        with seeded_globally(0):
+            heads = make_heads(loss, hidden, classes)
+            features = heads(torch.randn(LOSS_ROWS, *hidden))
+            y = heads.targets(F.one_hot(torch.arange(LOSS_ROWS) % classes, classes).float())
+        for _ in range(3):
+            with seeded_globally(0):
+                values.append(float(loss(features, y).detach()))
+    except Exception:  # the loss's own, which training meets, too
+        return
+    if len(set(values)) > 1:
+        raise UserError(
+            f"the loss {type(loss).__name__} gives something else for the same features each time, "
+            f"from numbers of its own that a resumed training would not have: let it depend on "
+            f"features and targets alone"
+        )
 
 
 def _copy(stage: Stage) -> Stage:
