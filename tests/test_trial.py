@@ -307,6 +307,30 @@ def test_a_loss_keeps_no_numbers_between_steps(loss: type, tmp_path: Path) -> No
     assert not (tmp_path / "run" / "stage1").exists()
 
 
+class Whitened(nn.Module):
+    """Subtracts a running mean, which is in no buffer."""
+
+    mean = 0.0
+
+    def forward(self, h: Tensor) -> Tensor:
+        if self.training:
+            self.mean = 0.5 * self.mean + 0.5 * h.detach().mean(0)
+        return h - self.mean
+
+
+class OwnHeads(PredSim):
+    def heads(self, shape: tuple[int, ...], num_classes: int) -> LocalHeads:
+        heads = super().heads(shape, num_classes)
+        heads.similarity = nn.Sequential(Whitened(), heads.similarity)
+        return heads
+
+
+def test_heads_have_what_they_learn_in_their_state(tmp_path: Path) -> None:
+    made = trainer(tmp_path / "run", network(), loss=OwnHeads())
+    with pytest.raises(UserError, match=r"one of the heads of OwnHeads .* register_buffer"):
+        made.fit(TRAIN, TEST)
+
+
 @pytest.mark.parametrize("loss", [Counted, NoisyLoss])
 def test_a_loss_may_count_and_draw(loss: type, tmp_path: Path) -> None:
     trainer(tmp_path / "run", network(), loss=loss()).fit(TRAIN, TEST)

@@ -11,7 +11,7 @@ from greedy.base.torch_private import has_hooks
 from greedy.build.fitting import checked_shapes
 from greedy.build.modules import build_cross_entropy
 from greedy.build.trainable import require_separate, require_trainable
-from greedy.build.trial import require_repeatable, require_stateless
+from greedy.build.trial import can_be_tried, require_repeatable, require_resumable
 from greedy.losses import LocalLoss
 from greedy.losses.prediction import PLAIN, CrossEntropy
 from greedy.losses.strategies import stage_losses
@@ -71,9 +71,10 @@ class CutNetwork:
             require_trainable(stage, shape.input)
         if recipe.training.strategy == "greedy":
             require_separate(stages)
-        require_repeatable(stages, image)
         classes = classes or shapes[-1].output[0]
-        require_stateless(loss, shapes[0].hidden, classes)
+        if can_be_tried(stages):
+            require_repeatable(stages, image)
+            require_resumable(loss, shapes[0].hidden, classes)
         return cls(stages, shapes, loss, classes, build_cross_entropy(recipe.loss, [1] * classes))
 
     def __len__(self) -> int:

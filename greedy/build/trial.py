@@ -5,10 +5,11 @@ from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from greedy.base.errors import UserError, first_line
 from greedy.base.seeds import seeded_globally
+from greedy.base.torch_private import tree_leaves
 from greedy.losses import LocalLoss
 from greedy.losses.local import make_heads
 from greedy.models import Shape, Stage
@@ -19,17 +20,20 @@ ROWS, LOSS_ROWS = 2, 8
 EQUAL, CLOSE = 1e-4, 2e-2
 
 
+def can_be_tried(stages: Sequence[Stage]) -> bool:
+    """Returns whether stages have numbers, as those on the meta device have not."""
+    tensors = (tensor for stage in stages for tensor in (*stage.parameters(), *stage.buffers()))
+    return not any(tensor.is_meta for tensor in tensors)
+
+
 def require_repeatable(stages: Sequence[Stage], shape: Shape) -> None:
     """Raises ``UserError`` for a stage that, once it is trained, gives something else for the same
     row or beside other rows, or that computes with state that is not in its ``state_dict``.
 
     Stages are tried as copies on the CPU, with random rows of ``shape``, and global generators are
     left as they are. What a stage cannot compute there, such as a single row, is not tried; nor are
-    stages on the meta device, or those that memory has no room for.
+    stages that memory has no room for.
     """
-    tensors = [tensor for stage in stages for tensor in (*stage.parameters(), *stage.buffers())]
-    if any(tensor.is_meta for tensor in tensors):
-        return
     generator = torch.Generator().manual_seed(0)
     batches = [torch.randn(ROWS, *shape, generator=generator) for _ in range(3)]
     with torch.no_grad(), seeded_globally(0):
@@ -51,32 +55,38 @@ def require_repeatable(stages: Sequence[Stage], shape: Shape) -> None:
             batches = outputs
 
 
-def require_stateless(loss: LocalLoss, hidden: Shape, classes: int) -> None:
-    """Raises ``UserError`` for a local loss of a user's that gives something else for the same
-    features and the same random numbers once it was computed before.
+def require_resumable(loss: LocalLoss, hidden: Shape, classes: int) -> None:
+    """Raises ``UserError`` for a local loss of a user's that computes with numbers that no
+    checkpoint has: it gives something else for the same features once it was computed before, or
+    its heads have state that is not in their ``state_dict``.
 
-    It is tried on the CPU with the heads of an activation h of shape ``hidden`` a row, and global
+    It is tried on the CPU with random activations h of shape ``hidden`` a row, and global
     generators are left as they are. What it cannot compute there is not tried.
     """
     if type(loss).__module__.startswith("greedy."):
         return
-    values = []
+    name = type(loss).__name__
     try:
         with seeded_globally(0):
             heads = make_heads(loss, hidden, classes)
-            features = heads(torch.randn(LOSS_ROWS, *hidden))
+            batches = [torch.randn(LOSS_ROWS, *hidden) for _ in range(3)]
             y = heads.targets(F.one_hot(torch.arange(LOSS_ROWS) % classes, classes).float())
+        features, values = heads(batches[0]), []
         for _ in range(3):
             with seeded_globally(0):
                 values.append(float(loss(features, y).detach()))
+        if len(set(values)) > 1:
+            raise UserError(
+                f"the loss {name} gives something else for the same features each time, from "
+                f"numbers of its own that a resumed training would not have: let it depend on "
+                f"features and targets alone"
+            )
+        with torch.no_grad():
+            _require_state_dict(heads, batches, f"one of the heads of {name}")
+    except UserError:
+        raise
     except Exception:  # the loss's own, which training meets, too
         return
-    if len(set(values)) > 1:
-        raise UserError(
-            f"the loss {type(loss).__name__} gives something else for the same features each time, "
-            f"from numbers of its own that a resumed training would not have: let it depend on "
-            f"features and targets alone"
-        )
 
 
 def _copy(stage: Stage) -> Stage:
@@ -110,20 +120,25 @@ def _require_alone(stage: Stage, batches: Sequence[Tensor], output: Tensor) -> N
 
 
 def _require_state(stage: Stage, batches: Sequence[Tensor], _: Tensor) -> None:
-    """Compares the stage, once it has seen batches, with a copy that has only its state."""
-    loaded = deepcopy(stage)
-    stage.train()
+    _require_state_dict(stage, batches, _name(stage))
+
+
+def _require_state_dict(module: nn.Module, batches: Sequence[Tensor], name: str) -> None:
+    """Compares a module, once it has seen batches, with a copy that has only its state."""
+    loaded = deepcopy(module)
+    module.train()
     for batch in batches[1:]:
-        stage(batch)
-    loaded.load_state_dict(stage.state_dict())
+        module(batch)
+    loaded.load_state_dict(module.state_dict())
     for training in (False, True):
         with seeded_globally(0):
-            expected = stage.train(training)(batches[0])
+            expected = tree_leaves(module.train(training)(batches[0]))
         with seeded_globally(0):
-            given = loaded.train(training)(batches[0])
-        if _differ(given, expected, EQUAL):
+            given = tree_leaves(loaded.train(training)(batches[0]))
+        pairs = [(now, then) for now, then in zip(given, expected, strict=True) if now is not None]
+        if any(_differ(*pair, EQUAL) for pair in pairs):
             raise UserError(
-                f"{_name(stage)} computes with numbers that it changes as it trains and that its "
+                f"{name} computes with numbers that it changes as it trains and that its "
                 f"state_dict lacks, so that they would be lost: register them by register_buffer"
             )
 
