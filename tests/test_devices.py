@@ -112,7 +112,7 @@ def test_a_process_of_torchrun_takes_the_gpu_of_its_number_if_there_is_one(
 
 
 def test_a_process_that_fails_does_not_wait_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As NCCL does when it ends."""
+    """NCCL does when it ends."""
     ended, store = Event(), dist.HashStore()
     monkeypatch.setattr(dist, "destroy_process_group", ended.wait)
     monkeypatch.setattr(ranks, "group_store", lambda: store)

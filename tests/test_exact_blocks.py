@@ -56,7 +56,7 @@ class NormArguments(TorchDispatchMode):
 
 @pytest.mark.parametrize("block", ["basic", "branches"])
 def test_batch_norm_gets_all_that_its_kernel_for_gpus_needs(block: str) -> None:
-    """Which fails without a tensor that the CPU's does not look at."""
+    """It fails without tensors that the CPU's does not look at."""
     module, (x, y) = with_head(BLOCKS[block]()), data()
     with NormArguments() as arguments:
         greedy.exact.step(module, similar, x, y, 5)

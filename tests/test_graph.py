@@ -138,7 +138,7 @@ def test_nor_is_what_moves_between_devices() -> None:
 
 
 def test_attention_s_seed_is_on_the_cpu_and_does_not_matter() -> None:
-    """Of torch's kernel for float32, outside of recordings."""
+    """Torch's kernel for float32 moves it to the GPU in recordings."""
     with FakeTensorMode(), torch.device("cuda"), Watch() as watch:
         q = torch.empty(2, 4, 7, 8)
         seed = torch.empty((), dtype=torch.long, device="cpu")
@@ -197,7 +197,7 @@ def on_a_gpu(module: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("name", [name for name in names() if name.startswith("cifar10/")])
 def test_no_recipe_waits_for_a_gpu_or_computes_beside_it(name: str) -> None:
-    """Of fake tensors of a GPU torch computes no gradients where there is none."""
+    """Torch computes no gradients of fake tensors of a GPU where there is none."""
     recipe, row = load(name), (3, 32, 32)
     with torch.device("meta"):
         stages = cut(build_network(recipe.model, row, CLASSES, 0))

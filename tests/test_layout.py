@@ -154,7 +154,7 @@ def test_frozen_weights_have_the_layout_that_their_device_prefers(
 def test_stages_that_look_at_the_layout_get_the_usual_one_on_every_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As on a GPU, whose maps and weights are channels-last otherwise."""
+    """Other stages have channels-last maps and weights on a GPU."""
 
     class Tutorial(nn.Module):
         def __init__(self) -> None:

@@ -11,7 +11,8 @@ from small_training import CLASSES, TEST, TRAIN, new_trainer
 from torch import Tensor, nn
 
 from greedy import GreedyTrainer, UserError
-from greedy.losses import LocalHeads, PredSim
+from greedy.build.trial import require_resumable
+from greedy.losses import Features, LocalHeads, PredSim
 
 WIDTH = 16
 
@@ -329,6 +330,20 @@ def test_heads_have_what_they_learn_in_their_state(tmp_path: Path) -> None:
     made = trainer(tmp_path / "run", network(), loss=OwnHeads())
     with pytest.raises(UserError, match=r"one of the heads of OwnHeads .* register_buffer"):
         made.fit(TRAIN, TEST)
+
+
+class Rooted(PredSim):
+    """Is not a number, whatever it is given."""
+
+    def __call__(self, features, y: Tensor) -> Tensor:
+        return super().__call__(features, y) + 0.0 * (features.p.detach().abs().mean() * -1).sqrt()
+
+
+def test_a_loss_that_is_no_number_is_no_other_each_time() -> None:
+    """Training says what is wrong with it."""
+    loss = Rooted()
+    assert loss(Features(torch.ones(4, 3), torch.ones(4, CLASSES)), torch.eye(4, CLASSES)).isnan()
+    require_resumable(loss, (WIDTH,), CLASSES)
 
 
 @pytest.mark.parametrize("loss", [Counted, NoisyLoss])

@@ -74,8 +74,8 @@ def require_resumable(loss: LocalLoss, hidden: Shape, classes: int) -> None:
         features, values = heads(batches[0]), []
         for _ in range(3):
             with seeded_globally(0):
-                values.append(float(loss(features, y).detach()))
-        if len(set(values)) > 1:
+                values.append(loss(features, y).detach())
+        if any(_differ(value, values[0], EQUAL) for value in values[1:]):
             raise UserError(
                 f"the loss {name} gives something else for the same features each time, from "
                 f"numbers of its own that a resumed training would not have: let it depend on "
@@ -135,8 +135,8 @@ def _require_state_dict(module: nn.Module, batches: Sequence[Tensor], name: str)
             expected = tree_leaves(module.train(training)(batches[0]))
         with seeded_globally(0):
             given = tree_leaves(loaded.train(training)(batches[0]))
-        pairs = [(now, then) for now, then in zip(given, expected, strict=True) if now is not None]
-        if any(_differ(*pair, EQUAL) for pair in pairs):
+        pairs = zip(given, expected, strict=True)
+        if any(_differ(one, other, EQUAL) for one, other in pairs if one is not None):
             raise UserError(
                 f"{name} computes with numbers that it changes as it trains and that its "
                 f"state_dict lacks, so that they would be lost: register them by register_buffer"

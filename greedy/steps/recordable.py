@@ -38,7 +38,8 @@ def require_recordable(
         NotRecordable: the step waits for the device, copies between devices, draws random numbers
             on the CPU, or puts a tensor into the place of a buffer.
     """
-    before, places = buffers(), _places(buffers())
+    before = buffers()
+    places = _places(before)
     values = [buffer.clone() for buffer in before]
     with generators_restored():
         states = global_states()

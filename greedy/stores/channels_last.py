@@ -17,7 +17,7 @@ Frozen = Callable[[Tensor], Tensor]
 def takes_channels_last(stage: Stage, device_type: str) -> bool:
     """Returns whether a frozen stage with convolutions computes channels-last maps on a device of
     this type: on a CPU, since torch's max-pooling is ten times as fast there and oneDNN copies no
-    maps. On CUDA all stages do that take them."""
+    maps. On CUDA every stage that takes them gets them."""
     convolves = any(isinstance(module, CONVOLUTIONS) for module in stage.modules())
     return device_type == "cpu" and convolves and takes_any_layout(stage)
 

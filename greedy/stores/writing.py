@@ -24,6 +24,7 @@ from greedy.cache import (
     put_elsewhere,
 )
 from greedy.models import Shape, StageShapes
+from greedy.models.memory_format import usual_layout
 from greedy.runs.directory import SPLITS
 from greedy.runs.events import Reporter
 from greedy.stores.source import WRITE_ROWS, Source
@@ -219,10 +220,7 @@ def output_batches(
     if stop is not None:
         stop = min(-(-stop // batch) * batch, source.stores[split].rows)
     for rows in source.view_batches(split, view, batch, start=start - skip, stop=stop):
-        outputs = rows.inputs()[skip:]
-        if outputs.is_cuda:  # whose maps are channels-last, and which is faster at this
-            outputs = outputs.contiguous()
-        yield outputs.cpu().numpy()
+        yield usual_layout(rows.inputs()[skip:]).cpu().numpy()  # arranged where that is fastest
         skip = 0
 
 
