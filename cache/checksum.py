@@ -16,4 +16,4 @@ def crc32c(data: bytes | NDArray[Any]) -> int:
     Raises:
         ValueError: the array is not C-contiguous.
     """
-    return _crc32c(data)  # type: ignore[arg-type] # an array is a Buffer from Python 3.12 on
+    return _crc32c(data)  # type: ignore[arg-type,unused-ignore] # a Buffer from 3.12 on

@@ -61,7 +61,7 @@ def store_info(store: Store) -> StoreInfo:
     low, high = np.inf, -np.inf
     rows = zeros = negatives = 0
     for values in _sample(store):
-        low, high = min(low, values.min()), max(high, values.max())
+        low, high = min(low, float(values.min())), max(high, float(values.max()))
         rows += len(values)
         zeros += int(np.count_nonzero(values == 0))
         negatives += int(np.count_nonzero(values < 0))
